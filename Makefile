@@ -1,0 +1,67 @@
+# The commands of this project. Each makes its own virtual environment on a machine with only Python >= 3.10, pip and make.
+#
+#   make demo               train iMAML on the embedded Glyphs characters, a table and a picture at the end (minutes)
+#   make demo DATA=<dir>    the same on Omniglot: <dir> holds images_background.zip and images_evaluation.zip, or their extracted folders
+#   make test               all tests         make test ARGS="-k conjugate -x"
+#   make lint               formatting, lint, types
+#   make bench              the benchmarks of examples/benchmarks/
+#   make clean              remove the environment
+#
+# Settings: PYTHON=<interpreter>   VENV=<folder>   WORKERS=<test processes>   ARGS=<passed on to the command>
+#   VENV_FLAGS=--system-site-packages        use a torch that is already installed
+#   PIP_FLAGS="--extra-index-url <index>"    take torch from another index, such as PyTorch's own CPU builds (a smaller download on Linux)
+
+SHELL   := /bin/bash
+VENV    ?= .venv
+WORKERS ?= 2
+DATA    ?=
+ARGS    ?=
+
+# The first interpreter that the pinned versions serve (3.10-3.13), else any newer one.
+find_python = for top in 14 99; do for p in python3 python python3.13 python3.12 python3.11 python3.10 python3.14; do \
+	"$$p" -c "import sys; sys.exit(not (3, 10) <= sys.version_info[:2] < (3, $$top))" >/dev/null 2>&1 && { echo "$$p"; exit; }; done; done
+PYTHON  ?= $(shell $(find_python))
+
+BIN := $(VENV)/bin
+RUN := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg
+
+.PHONY: help demo test lint format bench clean
+help:
+	@sed -n '1,/PIP_FLAGS/s/^# \{0,1\}//p' Makefile
+
+# The environment is made anew when the pinned versions change; each command adds only the extras it needs.
+$(VENV)/made: constraints.txt
+	@if [ -z "$(PYTHON)" ]; then echo "No Python >= 3.10 was found. Install one, or name it: make $(MAKECMDGOALS) PYTHON=<interpreter>"; exit 1; fi
+	@echo "== environment $(VENV) with $$($(PYTHON) --version)"
+	@if [ -e "$(VENV)" ] && [ ! -e "$(VENV)/pyvenv.cfg" ]; then echo "VENV=$(VENV) exists and is no virtual environment"; exit 1; fi
+	rm -rf "$(VENV)"
+	"$(PYTHON)" -m venv $(VENV_FLAGS) "$(VENV)" || { echo "The venv module does not work here (Debian, Ubuntu: install python3-venv)."; rm -rf "$(VENV)"; exit 1; }
+	@touch $@
+
+$(VENV)/with-%: $(VENV)/made pyproject.toml
+	@echo "== installing implicitlayer[$*] at the versions of constraints.txt (the first time this downloads torch)"
+	"$(BIN)/python" -m pip install --disable-pip-version-check --quiet -c constraints.txt $(PIP_FLAGS) -e ".[$*]"
+	@touch $@
+
+demo: $(VENV)/with-examples
+	"$(BIN)/python" examples/demo.py $(if $(DATA),--data-dir "$(DATA)") $(ARGS)
+
+test: $(VENV)/with-dev
+	$(RUN) "$(BIN)/python" -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+lint: $(VENV)/with-dev
+	"$(BIN)/ruff" format --check .
+	"$(BIN)/ruff" check .
+	"$(BIN)/mypy"
+
+format: $(VENV)/with-dev
+	"$(BIN)/ruff" format .
+	"$(BIN)/ruff" check --fix .
+
+bench: $(VENV)/with-examples
+	@"$(BIN)/python" -m pip install --disable-pip-version-check --quiet -c constraints.txt $(PIP_FLAGS) -e ".[bench]" \
+		|| echo "== TorchOpt could not be installed here; it is left out of the comparison"
+	for script in examples/benchmarks/[!_]*.py; do "$(BIN)/python" "$$script" $(ARGS) || exit 1; done
+
+clean:
+	[ ! -e "$(VENV)/pyvenv.cfg" ] || rm -rf "$(VENV)"

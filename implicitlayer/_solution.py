@@ -1,0 +1,129 @@
+"""What a solve returns: the value and how far it can be believed."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from implicitlayer._errors import (
+    ConvergenceWarning,
+    IndefiniteError,
+    LinearSolveError,
+    NonFiniteError,
+    NotConvergedError,
+    SingularError,
+)
+from implicitlayer._status import Status
+from implicitlayer._types import OnFailure
+
+__all__ = ["LinearSolution", "SolverResult"]
+
+
+@dataclass(frozen=True, eq=False)
+class LinearSolution:
+    """Solution of ``A value = rhs`` and its numbers, lane by lane.
+
+    Attributes:
+        value: shape and structure of the right-hand side.
+        codes: int tensor [*lanes], one :class:`Status` per lane.
+        steps: int tensor [*lanes], matrix products used by the iteration.
+        residual_norm: tensor [*lanes], ``||rhs - A value||_2``; recomputed with one more product where
+            ``residual_is_true``, else the one carried along by the recurrence.
+        relative_residual: ``residual_norm / ||rhs||_2``; 0 for a zero right-hand side.
+        smallest_curvature: tensor [*lanes], smallest ``p'Ap / p'Mp`` seen (M: the preconditioner's matrix, identity
+            without one); +inf where no product was made.
+        residual_is_true: whether the residual was recomputed from the value.
+        method: name of the linear solver.
+    """
+
+    value: Any
+    codes: torch.Tensor
+    steps: torch.Tensor
+    residual_norm: torch.Tensor
+    relative_residual: torch.Tensor
+    smallest_curvature: torch.Tensor
+    residual_is_true: bool
+    method: str
+    rtol: float | None = None
+
+    @property
+    def status(self) -> Status:
+        """The status; of a batch, that of its worst lane."""
+        return Status(int(self.codes.max())) if self.codes.numel() else Status.CONVERGED
+
+    @property
+    def num_steps(self) -> int:
+        """Steps made; of a batch, those of its slowest lane."""
+        return int(self.steps.max()) if self.steps.numel() else 0
+
+    def describe(self) -> str:
+        """What happened, with the numbers of the worst lane, and what to do."""
+        status = self.status
+        lane = ""
+        pick = (0,) * self.codes.ndim
+        if self.codes.ndim and self.codes.numel():
+            bad = (self.codes == int(status)).nonzero()
+            pick = tuple(bad[0].tolist())
+            shown = ", ".join(str(tuple(i) if len(i) > 1 else i[0]) for i in bad[:8].tolist())
+            lane = f" in lane {shown}{', ...' if len(bad) > 8 else ''} of {tuple(self.codes.shape)}"
+
+        def at(values: torch.Tensor) -> Any:
+            return values[pick].item() if values.numel() else 0
+
+        what = {
+            Status.INDEFINITE: f"met p'Ap/p'p = {at(self.smallest_curvature):.3g} <= 0",
+            Status.SINGULAR: f"met p'Ap/p'p = {at(self.smallest_curvature):.3g}, zero to working precision,",
+            Status.NONFINITE: "met NaN or Inf in a Hessian-vector product",
+        }.get(status, f"ended with status {status.name.lower()}")
+        asked = "" if self.rtol is None else f", rtol {self.rtol:.1e}"
+        kind = "true" if self.residual_is_true else "recursive"
+        return (
+            f"{self.method} {what}{lane} after {at(self.steps)} steps ({kind} relative residual "
+            f"{at(self.relative_residual):.2e}{asked}). {status.help}"
+        )
+
+    def enforce(self, on_failure: OnFailure, context: str = "", stacklevel: int = 2) -> None:
+        """Apply the failure policy.
+
+        ``"raise"`` makes every failure an error. ``"warn"`` warns where the value still approximates the answer
+        (step limit before the tolerance, stagnation) and raises where it does not (negative curvature, singular,
+        diverged). ``"ignore"`` keeps silent; only NaN and Inf are an error under every policy.
+        """
+        status = self.status
+        if status.ok:
+            return
+        message = context + self.describe()
+        if status is Status.NONFINITE:
+            raise NonFiniteError(message)
+        if on_failure == "ignore":
+            return
+        if on_failure == "warn" and status.usable:
+            warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel + 1)
+            return
+        error: type[LinearSolveError] = {
+            Status.INDEFINITE: IndefiniteError,
+            Status.SINGULAR: SingularError,
+        }.get(status, NotConvergedError)
+        raise error(message, self)
+
+
+@dataclass(frozen=True, eq=False)
+class SolverResult:
+    """What an inner solver may return in place of the bare value, so that records can tell how it ended.
+
+    Attributes:
+        value: the unknowns, in the structure of ``init``.
+        status: how the solver ended, as it says itself.
+        num_steps: its steps, if it counts them.
+        message: its own words.
+        aux: anything the caller should get back (``solver_has_aux=True`` returns it beside the value).
+    """
+
+    value: Any
+    status: Status | None = None
+    num_steps: int | None = None
+    message: str = ""
+    aux: Any = field(default=None)

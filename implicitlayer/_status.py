@@ -1,0 +1,72 @@
+"""How a solve ended. Each status carries its help text; the order is the order of severity."""
+
+from __future__ import annotations
+
+import enum
+
+__all__ = ["Status"]
+
+
+class Status(enum.IntEnum):
+    """How a linear or inner solve ended; ``help`` says what to do about it.
+
+    Example:
+        >>> import implicitlayer as il
+        >>> il.Status.CONVERGED.ok, il.Status.INDEFINITE.ok
+        (True, False)
+    """
+
+    CONVERGED = 0
+    STEP_LIMIT = 1
+    MAX_STEPS_REACHED = 2
+    STAGNATED = 3
+    SINGULAR = 4
+    INDEFINITE = 5
+    DIVERGED = 6
+    NONFINITE = 7
+
+    @property
+    def ok(self) -> bool:
+        """Whether this is success. A step limit that was asked for without a tolerance is a choice, not a failure."""
+        return self <= Status.STEP_LIMIT
+
+    @property
+    def usable(self) -> bool:
+        """Whether the value is still an approximation of the answer (with a known residual)."""
+        return self <= Status.STAGNATED
+
+    @property
+    def help(self) -> str:
+        """One or two sentences: what happened and what to do."""
+        return _HELP[self]
+
+
+_HELP = {
+    Status.CONVERGED: "The requested tolerance was reached.",
+    Status.STEP_LIMIT: "All requested steps were made; no tolerance was asked for.",
+    Status.MAX_STEPS_REACHED: (
+        "The step limit came before the tolerance. Raise max_steps, loosen rtol, precondition, or ask for a fixed "
+        "number of steps (max_steps alone) if a truncated solve is what you want."
+    ),
+    Status.STAGNATED: (
+        "The true residual stopped falling above the tolerance: the problem is too ill-conditioned for this dtype. "
+        "Use float64, add damping, or loosen rtol."
+    ),
+    Status.SINGULAR: (
+        "The matrix is singular to working precision and the right-hand side has a part outside its range, so the "
+        "solution is not a differentiable function of theta. Add regularisation or damping, or remove the free "
+        "direction from the unknowns."
+    ),
+    Status.INDEFINITE: (
+        "The matrix is not positive definite here. Solve the inner problem more tightly (a minimum has no negative "
+        "curvature), add damping, use il.Minres() if a saddle point is intended, or Gauss-Newton curvature."
+    ),
+    Status.DIVERGED: (
+        "The residual did not fall below that of the zero vector. The matrix is not positive definite or not "
+        "symmetric, or far too ill-conditioned for this dtype: use another linear solver, damping, or float64."
+    ),
+    Status.NONFINITE: (
+        "A product with the matrix returned NaN or Inf. The objective is not twice differentiable at the solution, "
+        "or a theta is not finite."
+    ),
+}

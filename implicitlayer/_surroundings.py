@@ -1,0 +1,38 @@
+"""What surrounds a call must not leak into the solve: saved-tensor hooks, autocast, inference mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+_hooks = torch._C._autograd
+
+
+@contextmanager
+def plain_surroundings(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Run the block without saved-tensor hooks and autocast, whatever is active around it.
+
+    The graphs built inside live and die inside: hooks that offload, compress or count saved tensors (activation
+    checkpointing) have no business with them, and torch.func refuses to run under such hooks. Autocast would give the
+    forward and the backward solve different objectives; the layer works in the dtype of its tensors.
+    """
+    with ExitStack() as stack:
+        for device_type in {t.device.type for t in tensors}:
+            if torch.is_autocast_enabled(device_type):
+                stack.enter_context(torch.autocast(device_type, enabled=False))
+        popped = []
+        while (pair := _hooks._top_saved_tensors_default_hooks(False)) is not None:
+            popped.append(pair)
+            _hooks._pop_saved_tensors_default_hooks()
+        try:
+            yield
+        finally:
+            for pack, unpack in reversed(popped):
+                _hooks._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def out_of_inference(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies that autograd can record of tensors made in inference mode; the others as they are."""
+    return [t.clone() if t.is_inference() else t for t in tensors]

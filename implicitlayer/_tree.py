@@ -1,0 +1,63 @@
+"""Pytrees: flattening, names of leaves, and matching a solver's answer to the structure of the unknowns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+TreeSpec = pytree.TreeSpec
+_LEAF: TreeSpec = pytree.tree_flatten(0)[1]
+
+
+def flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
+    """Leaves of ``tree`` and its structure; a bare tensor, the commonest tree, takes no walk."""
+    return ([tree], _LEAF) if isinstance(tree, torch.Tensor) else pytree.tree_flatten(tree)
+
+
+def unflatten(leaves: Sequence[Any], spec: TreeSpec) -> Any:
+    """Inverse of :func:`flatten`."""
+    return leaves[0] if spec is _LEAF else pytree.tree_unflatten(list(leaves), spec)
+
+
+tree_map = pytree.tree_map
+
+
+def flatten_with_names(tree: Any, root: str) -> tuple[list[Any], list[str]]:
+    """Leaves of ``tree`` and a readable name for each, such as ``x['weight'][0]``."""
+    if isinstance(tree, torch.Tensor):
+        return [tree], [root]
+    pairs, _ = pytree.tree_flatten_with_path(tree)
+    return [leaf for _, leaf in pairs], [root + pytree.keystr(path) for path, _ in pairs]
+
+
+def is_floating(leaf: Any) -> bool:
+    """Whether ``leaf`` is a real floating tensor, the only kind that is differentiated."""
+    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
+
+
+def lane_reduce(values: torch.Tensor, lane_dims: int) -> torch.Tensor:
+    """Sum of all but the first ``lane_dims`` dimensions; works for 0-d and empty tensors."""
+    return values.flatten(lane_dims).sum(-1) if values.ndim > lane_dims else values
+
+
+def ravel(leaves: Sequence[torch.Tensor], lane_dims: int) -> torch.Tensor:
+    """Leaves of shape [*lanes, ...] as one tensor [*lanes, n]; n counts elements. No leaves give n = 0."""
+    lanes = leaves[0].shape[:lane_dims]
+    if len(leaves) == 1:
+        return leaves[0].reshape(*lanes, leaves[0].shape[lane_dims:].numel())
+    return torch.cat([leaf.reshape(*lanes, -1) if leaf.numel() else leaf.new_zeros(*lanes, 0) for leaf in leaves], -1)
+
+
+def unravel(flat: torch.Tensor, like: Sequence[torch.Tensor], lane_dims: int) -> list[torch.Tensor]:
+    """Inverse of :func:`ravel`, cast back to each leaf's dtype."""
+    lanes = flat.shape[:-1]
+    if len(like) == 1:
+        return [flat.reshape(*lanes, *like[0].shape[lane_dims:]).to(like[0].dtype)]
+    sizes = [leaf.shape[lane_dims:].numel() for leaf in like]
+    parts = torch.split(flat, sizes, -1)
+    return [
+        part.reshape(*lanes, *leaf.shape[lane_dims:]).to(leaf.dtype) for part, leaf in zip(parts, like, strict=True)
+    ]

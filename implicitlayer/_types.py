@@ -1,0 +1,33 @@
+"""What users bring: the protocols of objectives, inner solvers and linear solvers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+
+__all__ = ["InnerSolver", "Objective", "OnFailure"]
+
+OnFailure = Literal["raise", "warn", "ignore"]
+PyTree = Any
+Leaves = list[torch.Tensor]
+FlatFunction = Callable[[Leaves, Leaves], Any]
+
+
+class Objective(Protocol):
+    """``objective(x, *theta) -> 0-d tensor`` in plain torch code; x and every theta are pytrees."""
+
+    def __call__(self, x: PyTree, /, *theta: PyTree) -> torch.Tensor: ...
+
+
+@runtime_checkable
+class InnerSolver(Protocol):
+    """``solver(objective, init, *theta) -> x``: any callable.
+
+    It sees detached data, with grad mode on. A solver whose attribute ``batched`` is true is called once for all
+    lanes of a batch: then the objective returns one value per lane, with shape ``lanes``, and every leaf of ``init``
+    has the leading dimensions ``lanes``. Any other solver is called once per lane.
+    """
+
+    def __call__(self, objective: Objective, init: PyTree, /, *theta: PyTree) -> PyTree: ...

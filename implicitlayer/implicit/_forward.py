@@ -1,0 +1,229 @@
+"""The forward solve: the black box behind a wall, the checks on its answer, and the record."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from implicitlayer._errors import NonFiniteError, SolverOutputError, StationarityError, StationarityWarning
+from implicitlayer._records import ForwardRecord, emit
+from implicitlayer._solution import SolverResult
+from implicitlayer._surroundings import out_of_inference, plain_surroundings
+from implicitlayer._tree import TreeSpec, flatten_with_names, ravel, unflatten, unravel
+from implicitlayer._types import FlatFunction, Leaves
+from implicitlayer.implicit._stationarity import Stationarity, newton_step, stationarity
+from implicitlayer.linear._residual import Residual
+
+if TYPE_CHECKING:
+    from implicitlayer.implicit._function import LayerSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Calling:
+    """How the user's solver is called: the structures that flat lists of tensors stand for.
+
+    ``rebuild_theta`` turns theta leaves into the user's arguments (closed-over ones at the end are left out);
+    ``flatten_theta`` is its inverse, with the given closed-over leaves appended.
+    """
+
+    solver: Callable[..., Any]
+    solver_has_aux: bool
+    x_spec: TreeSpec
+    x_names: list[str]
+    rebuild_theta: Callable[[Leaves], tuple[Any, ...]]
+    flatten_theta: Callable[[tuple[Any, ...], Leaves], Leaves]
+    num_theta: int
+    flat_function: FlatFunction
+    user_function: Callable[..., Any] | None
+
+
+def solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
+    """x leaves, new and detached, from the user's solver; checked, polished and recorded."""
+    with plain_surroundings([*init, *theta]), torch.inference_mode(False):
+        return _solve_forward(spec, out_of_inference(init), out_of_inference(theta))
+
+
+def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
+    init = [t.detach() for t in init]
+    theta = [t.detach() for t in theta]
+    residual, lane_dims = spec.residual, spec.residual.lane_dims
+    versions = [t._version for t in theta]
+    with torch.enable_grad():
+        results, lanes = _call_solver(spec, init, theta)
+    for tensor, version in zip(theta, versions, strict=True):
+        if tensor._version != version:
+            raise SolverOutputError(
+                f"the solver changed a theta of shape {tuple(tensor.shape)} in place; its gradient would be that of "
+                "another problem. Clone theta inside the solver before changing it."
+            )
+    checked = [_check_answer(result.value, spec.calling, like) for result, like in results]
+    x = checked[0]
+    if lanes:
+        x = [torch.stack([lane[i] for lane in checked]).reshape(leaf.shape) for i, leaf in enumerate(init)]
+    aux = [result.aux for result, _ in results]
+    spec.aux[:] = aux if lanes else aux[:1]
+
+    measured: Stationarity | None = None
+    polished = 0
+    if spec.stationarity_rtol is not None or spec.polish:
+        measured = stationarity(residual, x, theta, init)
+        while polished < spec.polish:
+            step = newton_step(residual, x, theta, measured.gradient, spec.linear_solver)
+            better = unravel(ravel(x, lane_dims) - step, x, lane_dims)
+            after = stationarity(residual, better, theta, init)
+            if not bool((after.norm < measured.norm).all()):
+                break
+            x, measured, polished = better, after, polished + 1
+    _record(spec, [result for result, _ in results], measured, polished)
+    if measured is not None and spec.stationarity_rtol is not None:
+        _judge(spec, measured, spec.stationarity_rtol)
+    return x
+
+
+def _call_solver(spec: LayerSpec, init: Leaves, theta: Leaves) -> tuple[list[tuple[SolverResult, Leaves]], bool]:
+    """Results with the shape they must have; True where there is one result per lane."""
+    calling, residual = spec.calling, spec.residual
+    explicit, hidden = theta[: calling.num_theta], theta[calling.num_theta :]
+    batched = bool(getattr(calling.solver, "batched", False))
+    if not residual.levels and not hidden and calling.user_function is not None:
+        objective = calling.user_function
+        if residual.is_gradient and residual.lane_dims_of_function and not batched:
+            objective = _summed(objective)
+        return [(_run(calling, objective, init, explicit), init)], False
+    if not residual.levels or batched:
+        objective = _objective_of_leaves(calling, residual, hidden, sum_lanes=not batched)
+        return [(_run(calling, objective, init, explicit), init)], False
+    # NOTE [lane by lane]: a black box sees one problem at a time, as it would in a Python loop.
+    single = Residual(residual.function, residual.is_gradient, residual.lane_dims_of_function, metric=residual.metric)
+    results = []
+    for lane in itertools.product(*(range(size) for size in init[0].shape[: len(residual.levels)])):
+        lane_theta = []
+        for i, tensor in enumerate(theta):
+            picks = tuple(index for index, (has, _) in zip(lane, residual.levels, strict=True) if has[i])
+            lane_theta.append(tensor[picks])
+        lane_init = [t[lane] for t in init]
+        explicit, hidden = lane_theta[: calling.num_theta], lane_theta[calling.num_theta :]
+        objective = _objective_of_leaves(calling, single, hidden, sum_lanes=True)
+        results.append((_run(calling, objective, lane_init, explicit), lane_init))
+    return results, True
+
+
+def _objective_of_leaves(
+    calling: Calling, residual: Residual, hidden: Leaves, sum_lanes: bool
+) -> Callable[..., torch.Tensor]:
+    """The objective on the user's structures, for solvers: lanes vectorised, closed-over values filled in."""
+    function = residual.over_lanes(calling.flat_function)
+
+    def objective(x: Any, *theta: Any) -> Any:
+        leaves, _ = torch.utils._pytree.tree_flatten(x)
+        value = function(leaves, calling.flatten_theta(theta, hidden))
+        if not residual.is_gradient:
+            return unflatten(value, calling.x_spec)
+        return value.sum() if sum_lanes and value.ndim else value
+
+    return objective
+
+
+def _summed(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda x, *theta: function(x, *theta).sum()
+
+
+def _run(calling: Calling, objective: Callable[..., Any], init: Leaves, theta: Leaves) -> SolverResult:
+    """Call the solver; copies of ``init`` protect the caller's tensors from solvers that work in place."""
+    start = unflatten([t.clone() for t in init], calling.x_spec)
+    run = getattr(calling.solver, "run", calling.solver)
+    answer = run(objective, start, *calling.rebuild_theta(theta))
+    aux = None
+    if calling.solver_has_aux and not isinstance(answer, SolverResult):
+        if not isinstance(answer, tuple) or len(answer) != 2:
+            raise SolverOutputError(
+                f"with solver_has_aux=True the solver must return (x, aux), got {type(answer).__name__}. "
+                "If the auxiliary output belongs to the objective, pass objective_has_aux=True instead."
+            )
+        answer, aux = answer
+    return answer if isinstance(answer, SolverResult) else SolverResult(answer, aux=aux)
+
+
+def _check_answer(answer: Any, calling: Calling, like: Leaves) -> Leaves:
+    """The solver's answer as new tensors like ``like``, or an error that names the leaf and both shapes."""
+    leaves, names = flatten_with_names(answer, "x")
+    by_name = dict(zip(names, leaves, strict=True))
+    if sorted(names) != sorted(calling.x_names):
+        hint = ""
+        if isinstance(answer, tuple) and len(answer) == 2 and not calling.solver_has_aux:
+            hint = " If the solver returns (x, aux), pass solver_has_aux=True."
+        raise SolverOutputError(
+            f"the solver must return the structure of init: expected leaves {calling.x_names}, got {names}.{hint}"
+        )
+    return [_check_leaf(by_name[name], name, leaf) for name, leaf in zip(calling.x_names, like, strict=True)]
+
+
+def _check_leaf(value: Any, name: str, like: torch.Tensor) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        if value.device != like.device:
+            raise SolverOutputError(
+                f"the solver returned {name} on {value.device}, but init is on {like.device}. Move it there."
+            )
+    elif isinstance(value, (np.ndarray, np.generic, int, float, complex)):
+        value = torch.as_tensor(value).to(like.device)
+    else:
+        raise SolverOutputError(f"the solver returned {type(value).__name__} for {name}; a tensor or array is needed.")
+    if value.shape != like.shape:
+        raise SolverOutputError(
+            f"the solver returned {name} with shape {tuple(value.shape)}, but init has shape {tuple(like.shape)}."
+        )
+    if value.is_complex():
+        raise SolverOutputError(f"the solver returned complex {name}; the unknowns are real ({like.dtype}).")
+    copied: torch.Tensor = value.detach().to(like.dtype, copy=True)
+    if not bool(copied.isfinite().all()):
+        raise NonFiniteError(
+            f"the solver returned NaN or Inf in {name}: it diverged or failed. Check its step size, its own messages "
+            "and that init and theta are finite."
+        )
+    return copied
+
+
+def _record(spec: LayerSpec, results: Sequence[SolverResult], measured: Stationarity | None, polished: int) -> None:
+    statuses = [r.status for r in results if r.status is not None]
+    counts = [r.num_steps for r in results if r.num_steps is not None]
+    record = ForwardRecord(
+        stationarity_norm=None if measured is None else measured.norm,
+        estimated_distance=None if measured is None else measured.distance,
+        relative_distance=None if measured is None else measured.relative,
+        solver_status=max(statuses) if statuses else None,
+        num_steps=max(counts) if counts else None,
+        num_polish_steps=polished,
+    )
+    emit(record)
+    if spec.listener is not None:
+        spec.listener(record)
+
+
+def _judge(spec: LayerSpec, measured: Stationarity, rtol: float) -> None:
+    """Row "answer not stationary": the implicit gradient there is that of no minimum."""
+    bad = measured.relative > rtol
+    if spec.on_failure == "ignore" or not bool(bad.any()):
+        return
+    where = ""
+    pick: tuple[int, ...] = ()
+    if bad.ndim:
+        lanes = bad.nonzero().tolist()
+        pick = tuple(lanes[0])
+        where = f" in {len(lanes)} of {bad.numel()} lanes (first: {pick if len(pick) > 1 else pick[0]})"
+    what = "gradient of the objective" if spec.residual.is_gradient else "residual"
+    message = (
+        f"the solver's answer is not stationary{where}: the {what} has norm {measured.norm[pick].item():.3g} there, "
+        f"and the solution is at least about {measured.distance[pick].item():.3g} away "
+        f"({measured.relative[pick].item():.1e} of its size, allowed {rtol:.1e}). The implicit gradient carries an "
+        "error of that order. Solve the inner problem more tightly, pass polish=1 for a Newton step after the solver, or "
+        "stationarity_rtol=None if an early stop is intended."
+    )
+    if spec.on_failure == "raise":
+        raise StationarityError(message)
+    warnings.warn(message, StationarityWarning, stacklevel=5)

@@ -1,0 +1,96 @@
+"""``ImplicitArgmin``: the autograd Function that everything in this library is built on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from implicitlayer._records import BackwardRecord, ForwardRecord
+from implicitlayer._types import Leaves, OnFailure
+from implicitlayer.implicit._forward import Calling, solve_forward
+from implicitlayer.implicit._rules import implicit_jvp, implicit_vjp, over_batched_cotangents
+from implicitlayer.linear._residual import Residual
+from implicitlayer.linear._solve import fill, lanes_first
+
+__all__ = ["ImplicitArgmin"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSpec:
+    """Everything about a call that is not a tensor."""
+
+    residual: Residual
+    calling: Calling
+    num_x: int
+    linear_solver: Callable[..., Any]
+    on_failure: OnFailure = "warn"
+    stationarity_rtol: float | None = 1e-3
+    polish: int = 0
+    listener: Callable[[ForwardRecord | BackwardRecord], None] | None = None
+    aux: list[Any] = field(default_factory=list)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """The settings of the linear solve behind a derivative."""
+        return {"solver": self.linear_solver, "on_failure": self.on_failure, "listener": self.listener}
+
+
+class ImplicitArgmin(torch.autograd.Function):
+    """``apply(spec, *init leaves, *theta leaves) -> x leaves``, differentiable in theta.
+
+    ``forward`` runs the black-box solver on plain tensors; ``backward`` and ``jvp`` know nothing of the solver and are
+    made of differentiable pieces, so every order composes; ``vmap`` adds one level of lanes to the same Function.
+    Use :func:`implicitlayer.argmin`, which builds the spec. ``init`` gets no gradient: the solution of a well-posed
+    problem does not depend on where the search started.
+
+    Source: implicit function theorem; Rajeswaran et al. 2019 (arXiv:1909.04630), Lemma 1, for the proximal objective.
+    """
+
+    @staticmethod
+    def forward(spec: LayerSpec, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(solve_forward(spec, list(tensors[: spec.num_x]), list(tensors[spec.num_x :])))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        spec, *tensors = inputs
+        ctx.spec = spec
+        ctx.set_materialize_grads(False)
+        # x* is saved as an output: in a double backward it carries its own dependence on theta
+        ctx.save_for_backward(*output, *tensors[spec.num_x :])
+        ctx.save_for_forward(*output, *tensors[spec.num_x :])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
+        spec: LayerSpec = ctx.spec
+        k = spec.num_x
+        saved = ctx.saved_tensors
+        x, theta = list(saved[:k]), list(saved[k:])
+        if all(c is None for c in cotangents):
+            return (None,) * (1 + k + len(theta))
+        needed = ctx.needs_input_grad[1 + k :]
+
+        def rule(v: Leaves) -> list[torch.Tensor | None]:
+            return implicit_vjp(spec.residual, x, theta, v, needed, kind="backward", **spec.how)
+
+        theta_bar = over_batched_cotangents(rule, fill(cotangents, x))
+        return (None, *(None,) * k, *theta_bar)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        spec: LayerSpec = ctx.spec
+        k = spec.num_x
+        saved = ctx.saved_tensors
+        x, theta = list(saved[:k]), list(saved[k:])
+        result = implicit_jvp(spec.residual, x, theta, tangents[k:], kind="forward-mode", **spec.how)
+        return tuple(torch.zeros_like(leaf) for leaf in x) if result is None else tuple(result)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], spec: LayerSpec, *tensors: torch.Tensor) -> tuple[Any, Any]:
+        k = spec.num_x
+        forced = [i < k for i in range(len(tensors))]
+        moved, has = lanes_first(tensors, in_dims[1:], forced, info.batch_size)
+        lifted = replace(spec, residual=spec.residual.with_level(has[k:], info.randomness))
+        return ImplicitArgmin.apply(lifted, *moved), (0,) * k

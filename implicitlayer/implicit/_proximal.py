@@ -1,0 +1,109 @@
+"""The proximal objective of implicit MAML."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from implicitlayer._tree import flatten, lane_reduce, unflatten
+
+__all__ = ["Proximal", "proximal"]
+
+
+@dataclass(frozen=True, eq=False)
+class Proximal:
+    """``G(phi, theta, *data) = loss(phi, *data) + 1/2 ||phi - theta||^2_strength``; made by :func:`proximal`."""
+
+    loss: Callable[..., torch.Tensor]
+    strength: Any
+
+    def __call__(self, phi: Any, theta: Any, *data: Any) -> torch.Tensor:
+        value = self.loss(phi, *data)
+        lane_dims = value.ndim
+        phi_leaves, spec = flatten(phi)
+        theta_leaves, theta_spec = flatten(theta)
+        if spec != theta_spec:
+            raise ValueError(f"theta must have the structure of phi: expected {spec}, got {theta_spec}.")
+        strengths = self._strengths(phi)
+        for strength, p, t in zip(strengths, phi_leaves, theta_leaves, strict=True):
+            difference = p - t
+            if isinstance(strength, torch.Tensor) and strength.ndim > 0:
+                value = value + 0.5 * lane_reduce(strength * difference * difference, lane_dims)
+            else:
+                value = value + (0.5 * strength) * lane_reduce(difference * difference, lane_dims)
+        return value
+
+    def curvature_metric(self, phi: Any, theta: Any, *data: Any) -> Any:
+        """The known part of the curvature, diagonal: the Hessian in phi is ``H + strength``.
+
+        It makes conjugate gradients work on (I + H / strength), its own well-conditioned form, with the cotangent
+        itself as the answer of zero steps (first-order MAML).
+        """
+        leaves, spec = flatten(phi)
+        like = leaves[0]
+        if not isinstance(self.strength, (dict, list, tuple)) and not _has_entries(self.strength):
+            shared = torch.as_tensor(self.strength, dtype=like.dtype, device=like.device)
+            return unflatten([shared] * len(leaves), spec)
+        return unflatten(
+            [
+                torch.as_tensor(s, dtype=p.dtype, device=p.device).expand(p.shape)
+                for s, p in zip(self._strengths(phi), leaves, strict=True)
+            ],
+            spec,
+        )
+
+    def _strengths(self, phi: Any) -> list[Any]:
+        leaves, spec = flatten(phi)
+        if isinstance(self.strength, (dict, list, tuple)):
+            strengths, strength_spec = flatten(self.strength)
+            if strength_spec != spec:
+                raise ValueError(
+                    f"strength must be one number or have the structure of phi: expected {spec}, got {strength_spec}."
+                )
+            return list(strengths)
+        return [self.strength] * len(leaves)
+
+
+def _has_entries(strength: Any) -> bool:
+    return isinstance(strength, torch.Tensor) and strength.ndim > 0
+
+
+def proximal(loss: Callable[..., torch.Tensor], strength: Any) -> Proximal:
+    """The objective ``G(phi, theta, *data) = loss(phi, *data) + 1/2 ||phi - theta||^2_strength``.
+
+    Its argmin is the inner problem of implicit MAML; the gradient in theta is g with (I + H / strength) g = v, where H
+    is the Hessian of ``loss`` at the solution.
+
+    Args:
+        loss: ``loss(phi, *data) -> 0-d tensor``, or one value per lane, [*lanes], in a layer with ``batch_dims``.
+        strength: the strength lambda >= 0 of the regulariser, in units of the curvature of ``loss``: a number or 0-d
+            tensor; a tensor that broadcasts to every leaf of phi (one strength per entry); or a pytree like phi of
+            these (one strength per tensor). A tensor that requires a gradient gets one: strength can be learned.
+
+    Returns:
+        A callable objective for :func:`argmin`; ``theta`` has the structure of ``phi``, with or without its lanes.
+
+    Raises:
+        ValueError: a negative or NaN strength, a strength that is no number.
+
+    Source: Rajeswaran et al. 2019 (arXiv:1909.04630), eq. 3 and Lemma 1.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> objective = il.proximal(lambda phi: 0.5 * (phi**2).sum(), strength=3.0)  # argmin: 3/4 theta
+        >>> layer = il.argmin(objective, lambda f, init, theta: 0.75 * theta)
+        >>> theta = torch.ones(2, dtype=torch.float64, requires_grad=True)
+        >>> layer(theta, theta).sum().backward()
+        >>> theta.grad.tolist()
+        [0.75, 0.75]
+    """
+    for leaf in flatten(strength)[0]:
+        if not isinstance(leaf, (int, float, torch.Tensor)) or isinstance(leaf, bool):
+            raise ValueError(f"strength must be a number or a tensor, got {type(leaf).__name__}.")
+        wrapped = isinstance(leaf, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf)
+        if not wrapped and not bool((torch.as_tensor(leaf) >= 0).all()):
+            raise ValueError(f"strength={leaf} must be non-negative: a negative one rewards distance from theta.")
+    return Proximal(loss, strength)

@@ -1,0 +1,79 @@
+"""How far a returned point is from the solution, from one gradient and one product."""
+
+# With F(x) = 0 wanted and delta = x - x*, to first order F = J delta, so that
+#     ||F||^2 = <F, J delta> = <J'F, delta> <= ||J'F|| ||delta||,   i.e.   ||delta|| >= ||F||^2 / ||J'F||:
+# a lower bound (no false alarm), sharp when F lies along one singular direction of J, as it does after an iteration
+# that has only its slowest direction left.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from implicitlayer._errors import NonFiniteError
+from implicitlayer._tree import ravel, unravel
+from implicitlayer._types import Leaves
+from implicitlayer.linear._jacobian import Jacobian
+from implicitlayer.linear._operator import lane_dot, lane_scale
+from implicitlayer.linear._residual import Residual
+
+# Below this many eps (times the square root of n) a distance is rounding, even where x and init are both zero.
+_NOISE = 1e3
+
+
+@dataclass(frozen=True, eq=False)
+class Stationarity:
+    """F(x) [*lanes, n] and per lane its norm, the estimated distance to the solution, and that over the scale of x."""
+
+    gradient: torch.Tensor
+    norm: torch.Tensor
+    distance: torch.Tensor
+    relative: torch.Tensor
+
+
+def stationarity(residual: Residual, x: Leaves, theta: Leaves, init: Leaves) -> Stationarity:
+    lane_dims = residual.lane_dims
+    with torch.enable_grad():
+        points = [t.detach().requires_grad_() for t in x]
+        leaves = residual.kept_graph_gradient(points, theta)
+        gradient = ravel([leaf.detach() for leaf in leaves], lane_dims)
+        if not bool(gradient.isfinite().all()):
+            what = "gradient of the objective" if residual.is_gradient else "residual"
+            raise NonFiniteError(
+                f"the {what} holds NaN or Inf at the solver's answer. Check theta for NaN, and that the objective is "
+                "differentiable there (norms and square roots at zero are not)."
+            )
+        scale = lane_scale(gradient)
+        unit = gradient / scale
+        attached = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
+        product = torch.zeros_like(unit)
+        if attached:
+            directions = unravel(unit, x, lane_dims)
+            pulled = torch.autograd.grad(
+                [leaves[i] for i in attached], points, [directions[i] for i in attached], materialize_grads=True
+            )
+            product = ravel(pulled, lane_dims)
+    squared = lane_dot(unit, unit)
+    distance = torch.where(squared > 0, squared / lane_dot(product, product).sqrt() * scale[..., 0], 0.0)
+    at, start = ravel(x, lane_dims), ravel(init, lane_dims)
+    size = torch.maximum(_norm(at), _norm(at - start))
+    noise = _NOISE * torch.finfo(at.dtype).eps * max(at.shape[-1], 1) ** 0.5
+    return Stationarity(gradient, squared.sqrt() * scale[..., 0], distance, distance / size.clamp_min(noise))
+
+
+def newton_step(
+    residual: Residual, x: Leaves, theta: Leaves, gradient: torch.Tensor, linear_solver: Callable[..., Any]
+) -> torch.Tensor:
+    """J^-1 F, flat [*lanes, n]: one Newton step takes an error delta to the order of delta^2."""
+    operator = Jacobian(residual, len(x), transposed=False).linearize([*x, *theta])
+    value: torch.Tensor = linear_solver(operator, gradient).value
+    return value
+
+
+def _norm(vector: torch.Tensor) -> torch.Tensor:
+    scale = lane_scale(vector)
+    unit = vector / scale
+    return lane_dot(unit, unit).sqrt() * scale[..., 0]

@@ -1,0 +1,150 @@
+"""Families of linear operators A(tensors): pure functions of explicit tensors, and their flat form for solvers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+
+from implicitlayer._tree import ravel, unravel
+from implicitlayer._types import Leaves
+from implicitlayer.linear._operator import FlatOperator
+from implicitlayer.linear._residual import Residual, pushforward, vjp
+
+
+class OperatorFamily(Protocol):
+    """What the differentiable solve needs to know of A(tensors)."""
+
+    @property
+    def lane_dims(self) -> int:
+        """Leading dimensions of u that enumerate independent systems."""
+        ...
+
+    def transpose(self) -> OperatorFamily:
+        """The family of transposes."""
+        ...
+
+    def with_level(self, has_lanes: tuple[bool, ...], randomness: str) -> OperatorFamily:
+        """One more outermost level of lanes, which the tensors marked True have."""
+        ...
+
+    def always_has_lanes(self, index: int) -> bool:
+        """Whether tensor ``index`` needs the lanes of every level."""
+        ...
+
+    def product(self, u: Leaves, tensors: Leaves) -> Leaves:
+        """A(tensors) u by torch.func, differentiable in both."""
+        ...
+
+    def linearize(self, tensors: Leaves) -> FlatOperator:
+        """The flat operator at plain tensors."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Jacobian:
+    """A(x, theta) = dF/dx of a :class:`Residual`, or its transpose, as a differentiable family of operators."""
+
+    residual: Residual
+    num_x: int
+    transposed: bool = True
+
+    @property
+    def lane_dims(self) -> int:
+        return self.residual.lane_dims
+
+    def transpose(self) -> Jacobian:
+        return self if self.residual.is_gradient else replace(self, transposed=not self.transposed)
+
+    def with_level(self, has_lanes: tuple[bool, ...], randomness: str) -> Jacobian:
+        return replace(self, residual=self.residual.with_level(has_lanes[self.num_x :], randomness))
+
+    def always_has_lanes(self, index: int) -> bool:
+        """Whether tensor ``index`` needs the lanes of every level (the unknowns do)."""
+        return index < self.num_x
+
+    def product(self, u: Leaves, tensors: Leaves) -> Leaves:
+        """A(tensors) u by torch.func, differentiable in both."""
+        x, theta = tensors[: self.num_x], tensors[self.num_x :]
+        if self.transposed or self.residual.is_gradient:
+            _, pullback = vjp(lambda x_: self.residual(x_, theta), list(x))
+            return list(pullback(list(u))[0])
+        return list(pushforward(lambda x_: self.residual(x_, theta), (list(x),), (list(u),)))
+
+    def linearize(self, tensors: Leaves) -> FlatOperator:
+        """The flat operator at plain tensors, its graph built at the first product and kept for all others."""
+        x, theta = tensors[: self.num_x], tensors[self.num_x :]
+        lane_dims = self.lane_dims
+        kept: list[Callable[..., Any]] = []
+
+        def pull(vector: torch.Tensor) -> torch.Tensor:
+            if not kept:
+                _, pullback = vjp(lambda x_: self.residual.kept_graph_gradient(x_, theta), list(x))
+                kept.append(pullback)
+            with torch.no_grad():
+                return ravel(kept[0](unravel(vector, x, lane_dims))[0], lane_dims)
+
+        def push(vector: torch.Tensor) -> torch.Tensor:
+            tangents = (unravel(vector, x, lane_dims),)
+            return ravel(pushforward(lambda x_: self.residual(x_, theta), (list(x),), tangents), lane_dims)
+
+        if self.residual.is_gradient:
+            return FlatOperator(pull, pull, symmetric=True, inverse_metric=self._inverse_metric(x, theta))
+        first, second = (pull, push) if self.transposed else (push, pull)
+        return FlatOperator(first, second, symmetric=False)
+
+    def _inverse_metric(self, x: Leaves, theta: Leaves) -> torch.Tensor | None:
+        if self.residual.metric is None:
+            return None
+        leaves = self.residual.over_lanes(self.residual.metric)(x, theta)
+        lane_dims = self.lane_dims
+        if all(leaf.ndim <= lane_dims for leaf in leaves) and all(leaf is leaves[0] for leaf in leaves):
+            flat = leaves[0].expand(x[0].shape[:lane_dims]).unsqueeze(-1)
+        else:
+            flat = ravel([_as_lanes(leaf, like, lane_dims) for leaf, like in zip(leaves, x, strict=True)], lane_dims)
+        return torch.where(flat > 0, 1 / flat, torch.ones_like(flat)).to(x[0].dtype)
+
+
+def _as_lanes(leaf: torch.Tensor, like: torch.Tensor, lane_dims: int) -> torch.Tensor:
+    """``leaf`` [*lanes or nothing, ...] expanded to ``like``."""
+    if leaf.ndim <= lane_dims:
+        leaf = leaf.reshape(*leaf.shape, *[1] * (like.ndim - leaf.ndim)) if leaf.ndim else leaf
+    return leaf.expand(like.shape)
+
+
+def pull_tensors(
+    function: Callable[[Leaves], Leaves], tensors: Leaves, needed: tuple[bool, ...], cotangent: Leaves
+) -> list[torch.Tensor | None]:
+    """Pull ``cotangent`` back through ``function`` to the floating tensors that need it; None for the others."""
+    chosen = [i for i, t in enumerate(tensors) if needed[i] and t.is_floating_point()]
+    result: list[torch.Tensor | None] = [None] * len(tensors)
+    if chosen:
+        _, pullback = vjp(_restrict(function, tensors, chosen), [tensors[i] for i in chosen])
+        for i, gradient in zip(chosen, pullback(cotangent)[0], strict=True):
+            result[i] = gradient
+    return result
+
+
+def push_tensors(
+    function: Callable[[Leaves], Leaves], tensors: Leaves, tangents: tuple[torch.Tensor | None, ...]
+) -> Leaves | None:
+    """Push the tangents that are there through ``function``; None if there is none."""
+    chosen = [i for i, t in enumerate(tangents) if t is not None and tensors[i].is_floating_point()]
+    if not chosen:
+        return None
+    primals, directions = [tensors[i] for i in chosen], [tangents[i] for i in chosen]
+    return list(pushforward(_restrict(function, tensors, chosen), (primals,), (directions,)))
+
+
+def _restrict(function: Callable[[Leaves], Leaves], tensors: Leaves, chosen: list[int]) -> Callable[[Leaves], Leaves]:
+    """``function`` of the chosen tensors only, the others held fixed."""
+
+    def restricted(some: Leaves) -> Leaves:
+        full = list(tensors)
+        for i, tensor in zip(chosen, some, strict=True):
+            full[i] = tensor
+        return function(full)
+
+    return restricted

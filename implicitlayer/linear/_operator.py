@@ -1,0 +1,142 @@
+"""The flat linear operator that every linear solver works on, and the base class of linear solvers."""
+
+# Shapes: lanes: leading batch dimensions of independent systems; n: unknowns of one system, counted in elements.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from implicitlayer._solution import LinearSolution
+from implicitlayer._status import Status
+from implicitlayer._tree import flatten, ravel, unflatten, unravel
+
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class FlatOperator:
+    """A square matrix A, known by its products; independent systems ("lanes") lie side by side.
+
+    Attributes:
+        matvec: ``v -> A v``, both [*lanes, n].
+        transpose_matvec: ``v -> A' v``; None where the transpose is not known.
+        symmetric: whether A = A' is known.
+        inverse_metric: [*lanes, n] or [*lanes, 1], the inverse of a diagonal positive D that is close to A; used as a
+            preconditioner and as the answer of zero steps. None is the identity.
+    """
+
+    matvec: Product
+    transpose_matvec: Product | None = None
+    symmetric: bool = True
+    inverse_metric: torch.Tensor | None = None
+
+    def __call__(self, vector: torch.Tensor) -> torch.Tensor:
+        return self.matvec(vector)
+
+    def precondition(self, vector: torch.Tensor) -> torch.Tensor:
+        return vector if self.inverse_metric is None else vector * self.inverse_metric
+
+
+class LinearSolver:
+    """Base class of linear solvers: ``solver(operator, rhs) -> LinearSolution``.
+
+    ``operator`` is a function ``v -> A v``, a tensor [*lanes, n, n], or a :class:`FlatOperator`; ``rhs`` is a tensor
+    or a pytree of tensors. Only a matrix [*lanes, n, n] or a FlatOperator with a right-hand side [*lanes, n] has
+    lanes; for a plain function all entries of ``rhs``, whatever its shape, are the unknowns of one system.
+    """
+
+    def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution:
+        """Solve for a flat right-hand side [*lanes, n]."""
+        raise NotImplementedError
+
+    def __call__(self, operator: Any, rhs: Any) -> LinearSolution:
+        if isinstance(operator, FlatOperator):
+            return self.solve(operator, rhs)
+        if isinstance(operator, torch.Tensor):
+            return self.solve(_matrix_operator(operator, rhs), rhs)
+        leaves, spec = flatten(rhs)
+        if not leaves or not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+            raise TypeError(f"rhs must be a tensor or a pytree of tensors, got {type(rhs).__name__}.")
+
+        def matvec(vector: torch.Tensor) -> torch.Tensor:
+            product, _ = flatten(operator(unflatten(unravel(vector, leaves, 0), spec)))
+            return ravel(product, 0)
+
+        solution = self.solve(FlatOperator(matvec), ravel(leaves, 0))
+        return _replace_value(solution, unflatten(unravel(solution.value, leaves, 0), spec))
+
+
+def _matrix_operator(matrix: torch.Tensor, rhs: torch.Tensor) -> FlatOperator:
+    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2] or matrix.shape[:-1] != rhs.shape:
+        raise ValueError(
+            f"a matrix [*lanes, n, n] needs a right-hand side [*lanes, n]: got {tuple(matrix.shape)} and "
+            f"{tuple(rhs.shape)}."
+        )
+    return FlatOperator(
+        lambda v: torch.linalg.vecdot(matrix.conj(), v.unsqueeze(-2)),
+        lambda v: torch.linalg.vecdot(matrix.mT.conj(), v.unsqueeze(-2)),
+        symmetric=bool((matrix == matrix.mT).all()),
+    )
+
+
+def _replace_value(solution: LinearSolution, value: Any) -> LinearSolution:
+    from dataclasses import replace
+
+    return replace(solution, value=value)
+
+
+def default_rtol(dtype: torch.dtype) -> float:
+    """1e-10 for float64, 1e-5 for float32, the square root of eps for shorter floats."""
+    return {torch.float64: 1e-10, torch.float32: 1e-5}.get(dtype, math.sqrt(torch.finfo(dtype).eps))
+
+
+def lane_dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Inner product per lane, accumulated in float64: a float32 sum loses what conjugate gradients live on."""
+    return (a * b).sum(-1, dtype=torch.float64)
+
+
+def lane_scale(vector: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude per lane, [*lanes, 1]; 1 for a zero, empty or non-finite lane.
+
+    Squares of entries near 1e-25 vanish in float32 and those near 1e200 overflow in float64, so every solve is made
+    on a right-hand side divided by this number.
+    """
+    if vector.shape[-1] == 0:
+        return vector.new_ones(*vector.shape[:-1], 1)
+    scale = vector.abs().amax(-1, keepdim=True)
+    return torch.where((scale > 0) & scale.isfinite(), scale, torch.ones_like(scale))
+
+
+def wrap_value(operator: FlatOperator, rhs: torch.Tensor, value: Any, method: str) -> LinearSolution:
+    """The solution record of a linear solver that returned a bare tensor: its residual is computed here."""
+    if isinstance(value, LinearSolution):
+        return value
+    if not isinstance(value, torch.Tensor) or value.shape != rhs.shape:
+        raise TypeError(
+            f"linear solver {method} must return il.LinearSolution or a tensor of the shape of rhs "
+            f"{tuple(rhs.shape)}, got {getattr(value, 'shape', type(value).__name__)}."
+        )
+    scale = lane_scale(rhs)
+    residual = lane_dot(*[(rhs - operator(value)) / scale] * 2).sqrt()
+    norm = lane_dot(*[rhs / scale] * 2).sqrt()
+    relative = torch.where(norm > 0, residual / norm, residual)
+    rtol = 10 * default_rtol(rhs.dtype)
+    codes = torch.where(relative <= rtol, int(Status.CONVERGED), int(Status.STAGNATED))
+    codes = torch.where(relative < 1, codes, int(Status.DIVERGED))
+    codes = torch.where(relative.isfinite(), codes, int(Status.NONFINITE))
+    return LinearSolution(
+        value=value,
+        codes=codes,
+        steps=torch.zeros_like(codes),
+        residual_norm=residual * scale[..., 0],
+        relative_residual=relative,
+        smallest_curvature=torch.full_like(relative, math.inf),
+        residual_is_true=True,
+        method=method,
+        rtol=rtol,
+    )

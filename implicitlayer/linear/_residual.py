@@ -1,0 +1,103 @@
+"""The equation F(x, theta) = 0 behind a layer, as a pure function of flat lists of tensors, and its products."""
+
+# F is the gradient of the objective (argmin) or the user's residual (root). Everything in this file is written with
+# torch.func only, so it can be differentiated and vmapped to any order.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from implicitlayer._errors import ObjectiveError
+from implicitlayer._types import FlatFunction, Leaves
+
+Randomness = str
+# torch annotates its results as two or three values
+vjp: Callable[..., Any] = torch.func.vjp
+
+
+@dataclass(frozen=True, eq=False)
+class Residual:
+    """F(x, theta) with lanes.
+
+    Attributes:
+        function: objective ``(x leaves, theta leaves) -> tensor`` or residual ``-> leaves like x``, for one lane of
+            every level of ``levels``.
+        is_gradient: whether F is the gradient of ``function`` (then its Jacobian is symmetric).
+        lane_dims_of_function: leading dimensions that ``function`` itself treats as lanes (``batch_dims``).
+        levels: one entry per vmap level, outermost first: for each theta leaf whether it has that level's lanes. The
+            leaves of x have the lanes of every level.
+        metric: ``(x leaves, theta leaves) -> leaves`` broadcastable to x: a positive diagonal close to the Hessian.
+    """
+
+    function: FlatFunction
+    is_gradient: bool
+    lane_dims_of_function: int = 0
+    levels: tuple[tuple[tuple[bool, ...], Randomness], ...] = ()
+    metric: FlatFunction | None = None
+
+    @property
+    def lane_dims(self) -> int:
+        """Leading dimensions of every leaf of x that enumerate independent problems."""
+        return len(self.levels) + self.lane_dims_of_function
+
+    def with_level(self, theta_has_lanes: tuple[bool, ...], randomness: Randomness) -> Residual:
+        """The same equation with one more (outermost) level of lanes."""
+        return replace(self, levels=((theta_has_lanes, randomness), *self.levels))
+
+    def over_lanes(self, function: FlatFunction) -> FlatFunction:
+        """``function`` of one lane, vectorised over all levels."""
+        for theta_has_lanes, randomness in reversed(self.levels):
+            in_dims = (0, [0 if has else None for has in theta_has_lanes])
+            function = torch.vmap(function, in_dims=in_dims, randomness=randomness)
+        return function
+
+    def values(self, x: Leaves, theta: Leaves) -> torch.Tensor:
+        """The objective of every lane, [*lanes]; only for gradients."""
+        values = self.over_lanes(self.function)(x, theta)
+        lanes = x[0].shape[: self.lane_dims]
+        if not isinstance(values, torch.Tensor) or not values.is_floating_point():
+            kind = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
+            raise ObjectiveError(f"the objective must return a real floating tensor, got {kind}.")
+        if values.shape != lanes:
+            expected = "a 0-d tensor" if not self.lane_dims_of_function else "one value per lane"
+            raise ObjectiveError(
+                f"the objective must return {expected}: expected shape {tuple(lanes)}, got {tuple(values.shape)}. "
+                "Sum or average over the data inside the objective"
+                + ("." if self.lane_dims_of_function else "; for independent problems in one call pass batch_dims=1.")
+            )
+        return values
+
+    def __call__(self, x: Leaves, theta: Leaves) -> Leaves:
+        """F(x, theta), leaves like x."""
+        if self.is_gradient:
+            # Lanes are independent, so the gradient of their sum holds the gradient of each.
+            return list(torch.func.grad(lambda x_: self.values(x_, theta).sum())(list(x)))
+        return list(self.over_lanes(self.function)(list(x), theta))
+
+    def kept_graph_gradient(self, x: Leaves, theta: Leaves) -> Leaves:
+        """F with one level of autograd fewer than ``torch.func.grad``: for one pull-back inside ``torch.func.vjp``."""
+        if not self.is_gradient:
+            return self(x, theta)
+        value = self.values(x, theta).sum()
+        if not value.requires_grad:
+            raise ObjectiveError(
+                "the objective does not depend on x in a way autograd can see: its value has no graph. Build it from "
+                "torch operations on x, without .detach(), .item(), .numpy() or torch.no_grad()."
+            )
+        return list(torch.autograd.grad(value, x, create_graph=True, materialize_grads=True))
+
+
+def pushforward(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+    """J(primals) tangents by two pull-backs.
+
+    The pull-back w -> J'w is linear, so its own pull-back at any point is t -> J t. Used in place of torch.func.jvp
+    because torch switches forward mode off inside the jvp rule of a custom Function.
+    """
+    outputs, pullback = vjp(function, *primals)
+    dummy = torch.utils._pytree.tree_map(torch.zeros_like, outputs)
+    _, twice = vjp(lambda w: pullback(w), dummy)
+    return twice(tangents)[0]

@@ -1,0 +1,142 @@
+"""The differentiable linear solve: a Function whose derivatives are solves again."""
+
+# NOTE [derivatives of a solve]: A(t) u = b. Differentiating, A du + (dA) u = db, hence
+#     forward:  du = A^-1 (db - dA u)
+#     reverse:  b_bar = A^-T u_bar,   t_bar = -(d/dt <A(t) u, b_bar>)
+# No step of the iteration is ever differentiated: a truncated solve has the derivatives of the system it truncates.
+#
+# NOTE [explicit tensors]: the Function carries plain functions and explicit tensors only. A closure that held a
+# tensor would hide it from the transforms: under vmap(grad) its lanes and its gradient would be lost in silence.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from implicitlayer._errors import NonFiniteError
+from implicitlayer._records import BackwardRecord, emit
+from implicitlayer._solution import LinearSolution
+from implicitlayer._surroundings import plain_surroundings
+from implicitlayer._tree import ravel, unravel
+from implicitlayer._types import Leaves, OnFailure
+from implicitlayer.linear._jacobian import OperatorFamily, pull_tensors, push_tensors
+from implicitlayer.linear._operator import FlatOperator, wrap_value
+
+
+@dataclass(frozen=True, eq=False)
+class SolveSpec:
+    """Everything about a solve that is not a tensor."""
+
+    operator: OperatorFamily
+    num_rhs: int
+    solver: Callable[[FlatOperator, torch.Tensor], LinearSolution]
+    on_failure: OnFailure = "warn"
+    kind: str = "backward"
+    listener: Callable[[BackwardRecord], None] | None = None
+
+
+def solve(spec: SolveSpec, rhs: Leaves, tensors: Leaves) -> Leaves:
+    """u with A(tensors) u = rhs, differentiable in rhs and tensors to every order."""
+    return list(LinearSolve.apply(spec, *rhs, *tensors))
+
+
+class LinearSolve(torch.autograd.Function):
+    """``apply(spec, *rhs, *tensors) -> u leaves``; see NOTE [derivatives of a solve]."""
+
+    @staticmethod
+    def forward(spec: SolveSpec, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with plain_surroundings(tensors):
+            return LinearSolve._forward(spec, *tensors)
+
+    @staticmethod
+    def _forward(spec: SolveSpec, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rhs, parameters = tensors[: spec.num_rhs], list(tensors[spec.num_rhs :])
+        lane_dims = spec.operator.lane_dims
+        flat = ravel(rhs, lane_dims)
+        if not bool(flat.isfinite().all()):
+            raise NonFiniteError(
+                f"the right-hand side of the {spec.kind} solve (the cotangent or tangent that reached the layer) "
+                "holds NaN or Inf. Look for its source in the code that uses the layer's output."
+            )
+        operator = spec.operator.linearize(parameters)
+        solution = wrap_value(operator, flat, spec.solver(operator, flat), type(spec.solver).__name__)
+        record = BackwardRecord(spec.kind, replace(solution, value=None))
+        emit(record)
+        if spec.listener is not None:
+            spec.listener(record)
+        solution.enforce(spec.on_failure, f"{spec.kind} solve: ", stacklevel=2)
+        return tuple(unravel(solution.value, rhs, lane_dims))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        spec, *tensors = inputs
+        ctx.spec = spec
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output, *tensors[spec.num_rhs :])
+        ctx.save_for_forward(*output, *tensors[spec.num_rhs :])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
+        spec: SolveSpec = ctx.spec
+        k = spec.num_rhs
+        saved = ctx.saved_tensors
+        u, tensors = list(saved[:k]), list(saved[k:])
+        if all(c is None for c in cotangents):
+            return (None,) * (1 + k + len(tensors))
+        transposed = replace(spec, operator=spec.operator.transpose(), kind=_higher(spec.kind))
+        needed = ctx.needs_input_grad[1 + k :]
+        with plain_surroundings(tensors):
+            b_bar = solve(transposed, fill(cotangents, u), tensors)
+            t_bar = pull_tensors(lambda t: spec.operator.product(u, t), tensors, needed, b_bar)
+        return (None, *b_bar, *(None if t is None else -t for t in t_bar))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        spec: SolveSpec = ctx.spec
+        k = spec.num_rhs
+        saved = ctx.saved_tensors
+        u, tensors = list(saved[:k]), list(saved[k:])
+        rhs = fill(tangents[:k], u)
+        with plain_surroundings(tensors):
+            change = push_tensors(lambda t: spec.operator.product(u, t), tensors, tangents[k:])
+        if change is not None:
+            rhs = [b - c for b, c in zip(rhs, change, strict=True)]
+        return tuple(solve(replace(spec, kind=_higher(spec.kind)), rhs, tensors))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], spec: SolveSpec, *tensors: torch.Tensor) -> tuple[Any, Any]:
+        k = spec.num_rhs
+        dims = in_dims[1:]
+        forced = [i < k or spec.operator.always_has_lanes(i - k) for i in range(len(tensors))]
+        moved, has = lanes_first(tensors, dims, forced, info.batch_size)
+        lifted = replace(spec, operator=spec.operator.with_level(has[k:], info.randomness))
+        return LinearSolve.apply(lifted, *moved), (0,) * k
+
+
+def _higher(kind: str) -> str:
+    return kind if kind.startswith("higher-order") else f"higher-order {kind}"
+
+
+def fill(leaves: tuple[torch.Tensor | None, ...], like: Leaves) -> Leaves:
+    """Zeros in place of None."""
+    return [torch.zeros_like(x) if leaf is None else leaf for leaf, x in zip(leaves, like, strict=True)]
+
+
+def lanes_first(
+    tensors: tuple[torch.Tensor, ...], dims: tuple[int | None, ...], forced: list[bool], size: int
+) -> tuple[list[torch.Tensor], tuple[bool, ...]]:
+    """Move each vmapped dimension to the front; ``forced`` tensors without lanes get copies of their own.
+
+    Copies, not views: forward mode writes tangents in place, which an expanded tensor refuses.
+    """
+    moved = []
+    for tensor, dim, force in zip(tensors, dims, forced, strict=True):
+        if dim is not None:
+            tensor = tensor.movedim(dim, 0)
+        elif force:
+            tensor = tensor.expand(size, *tensor.shape).clone(memory_format=torch.contiguous_format)
+        moved.append(tensor)
+    return moved, tuple(dim is not None or force for dim, force in zip(dims, forced, strict=True))

@@ -1,0 +1,29 @@
+"""Meta-learning: implicit MAML and its relatives behind one interface, and a trainer that resumes."""
+
+from implicitlayer.meta._checkpoint import load_checkpoint, save_checkpoint, save_json
+from implicitlayer.meta._first_order import FirstOrderMAML, Reptile
+from implicitlayer.meta._imaml import iMAML
+from implicitlayer.meta._method import MetaMethod, TaskLoss
+from implicitlayer.meta._statistics import Evaluation, evaluate
+from implicitlayer.meta._tasks import TaskSampler, as_support_query, cosine_decay
+from implicitlayer.meta._trainer import Trainer
+from implicitlayer.meta._unrolled import MAML, TruncatedMAML
+
+__all__ = [
+    "MAML",
+    "Evaluation",
+    "FirstOrderMAML",
+    "MetaMethod",
+    "Reptile",
+    "TaskLoss",
+    "TaskSampler",
+    "Trainer",
+    "TruncatedMAML",
+    "as_support_query",
+    "cosine_decay",
+    "evaluate",
+    "iMAML",
+    "load_checkpoint",
+    "save_checkpoint",
+    "save_json",
+]

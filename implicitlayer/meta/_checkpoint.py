@@ -1,0 +1,55 @@
+"""Files that are either the old one or the new one, never half of each."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+
+def replace_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
+    """Write beside ``path``, flush to the disk, then take its place in one step.
+
+    A process killed at any point leaves either the old file or the new one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Save ``state`` (tensors, numbers, strings, lists, dicts) in one step."""
+    replace_file(path, lambda file: torch.save(state, file))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The state saved at ``path``, on the CPU. Only data is read: a checkpoint cannot run code."""
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
+
+
+def save_json(path: Path, value: Any) -> None:
+    """Write ``value`` as readable JSON in one step."""
+    text = json.dumps(value, indent=2, default=str) + "\n"
+    replace_file(path, lambda file: _write_text(file, text))
+
+
+def save_json_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write one JSON object per line in one step."""
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    replace_file(path, lambda file: _write_text(file, text))
+
+
+def _write_text(file: IO[bytes], text: str) -> None:
+    file.write(text.encode())

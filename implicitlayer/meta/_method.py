@@ -1,0 +1,95 @@
+"""What all meta-learning methods share: adapt a shared start to every task of a batch, then pay at the query set.
+
+Shapes: B tasks. ``theta`` is a pytree of meta-parameters; ``phi``, the task parameters, is the same pytree with a
+leading B on every leaf. ``support`` and ``query`` are pytrees of data with a leading B.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from implicitlayer._tree import flatten, tree_map
+from implicitlayer._types import PyTree
+
+Strength = float | torch.Tensor | PyTree
+
+
+class TaskLoss(Protocol):
+    """``task_loss(params, batch) -> [B]``: one loss per task; ``params`` and ``batch`` carry a leading B."""
+
+    def __call__(self, params: PyTree, batch: PyTree, /) -> torch.Tensor: ...
+
+
+class MetaMethod(abc.ABC):
+    """A way to adapt ``theta`` to tasks, and to differentiate what comes of it.
+
+    A method is used through two calls::
+
+        phi = method.adapt(theta, support)        # task parameters, a leading B on every leaf
+        losses = method(theta, support, query)    # [B]; losses.mean().backward() leaves the meta-gradient in theta
+    """
+
+    task_loss: TaskLoss
+
+    @abc.abstractmethod
+    def adapt(self, theta: PyTree, support: PyTree) -> PyTree:
+        """Task parameters after adaptation on ``support``, differentiable in ``theta`` in the method's own sense."""
+
+    def query_losses(self, theta: PyTree, phi: PyTree, query: PyTree) -> torch.Tensor:
+        """The losses [B] that the outer problem minimises, at the adapted ``phi``."""
+        return self.task_loss(phi, query)
+
+    def __call__(self, theta: PyTree, support: PyTree, query: PyTree) -> torch.Tensor:
+        """Query losses [B] after adaptation."""
+        return self.query_losses(theta, self.adapt(theta, support), query)
+
+    def inner_objective(self, phi: PyTree, theta: PyTree, support: PyTree) -> torch.Tensor:
+        """The values [B] that adaptation lowers; the trainer compares them before and after to see divergence."""
+        return self.task_loss(phi, support)
+
+    def parameters(self) -> list[torch.Tensor]:
+        """Learnable tensors of the method itself, such as a learned strength, for the outer optimizer."""
+        return []
+
+
+def num_tasks(batch: PyTree) -> int:
+    """The leading dimension B of a batch of tasks."""
+    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in flatten(batch)[0] if isinstance(leaf, torch.Tensor)}
+    if len(sizes) != 1 or None in sizes:
+        raise ValueError(
+            f"The tensors of a batch of tasks have the leading dimensions {sorted(map(str, sizes))}; all must share "
+            "one, the number of tasks. For a single task add one with tensor[None]."
+        )
+    size = sizes.pop()
+    assert size is not None
+    return size
+
+
+def one_per_task(theta: PyTree, size: int) -> PyTree:
+    """``theta`` repeated for every task: each leaf gets a leading dimension ``size``. No memory is copied."""
+    return tree_map(lambda leaf: leaf.expand(size, *leaf.shape), theta)
+
+
+def learnable(*candidates: Any) -> list[torch.Tensor]:
+    """The tensors among the leaves of ``candidates`` that require a gradient."""
+    return [leaf for leaf in flatten(candidates)[0] if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+
+
+def proximal_term(phi: PyTree, theta: PyTree, strength: Strength) -> torch.Tensor:
+    """``½ Σ λ (φ − θ)²`` for every task, [B]; ``strength`` is one number or a pytree with one entry per leaf."""
+    phi_leaves, theta_leaves = flatten(phi)[0], flatten(theta)[0]
+    per_leaf = (
+        [strength] * len(phi_leaves) if isinstance(strength, float | int | torch.Tensor) else flatten(strength)[0]
+    )
+    terms = [
+        (0.5 * weight * (p - t) ** 2).flatten(1).sum(1)
+        for weight, p, t in zip(per_leaf, phi_leaves, theta_leaves, strict=True)
+    ]
+    return torch.stack(terms).sum(0)
+
+
+Metric = Callable[[PyTree, PyTree], torch.Tensor]

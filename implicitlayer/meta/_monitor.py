@@ -1,0 +1,104 @@
+"""What the trainer tells while it trains: numbers of the step, trouble of the inner problem, a progress bar."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from implicitlayer._records import BackwardRecord, Record
+from implicitlayer._types import PyTree
+from implicitlayer.meta._method import MetaMethod, num_tasks, one_per_task
+
+
+def curvature_numbers(records: Iterable[Record]) -> dict[str, float]:
+    """From the diagnostics of one meta-step: the share of tasks with negative curvature, and the mean CG residual."""
+    solutions = [record.solution for record in records if isinstance(record, BackwardRecord)]
+    seen = [solution.smallest_curvature.detach().flatten() for solution in solutions]
+    if not any(values.numel() and torch.isfinite(values).any() for values in seen):
+        return {}  # no Hessian-vector product was made: a first-order method
+    residuals = torch.cat([solution.relative_residual.detach().flatten() for solution in solutions])
+    return {
+        "negative_curvature": float((torch.cat(seen) <= 0).float().mean()),
+        "cg_residual": float(residuals.float().mean()),
+    }
+
+
+def inner_progress(method: MetaMethod, theta: PyTree, phi: PyTree, support: PyTree) -> dict[str, float]:
+    """How adaptation went: the mean inner objective before and after, and the share of tasks where it rose."""
+    with torch.no_grad():
+        before = method.inner_objective(one_per_task(theta, num_tasks(support)), theta, support)
+        after = method.inner_objective(phi, theta, support)
+    rose = ~(after <= before)  # also true for NaN
+    return {
+        "inner_before": float(before.mean()),
+        "inner_after": float(after.mean()),
+        "inner_diverged": float(rose.float().mean()),
+    }
+
+
+def trouble(numbers: dict[str, Any]) -> str:
+    """A few words for the progress bar when the inner problem misbehaves, else nothing."""
+    words = []
+    if (share := numbers.get("inner_diverged", 0.0)) > 0:
+        words.append(f"inner problem diverges on {share:.0%} of tasks: lower its step size")
+    if (share := numbers.get("negative_curvature", 0.0)) > 0.5:
+        words.append(f"negative curvature on {share:.0%} of tasks: raise the strength")
+    return "; ".join(words)
+
+
+class Progress:
+    """A bar with loss, accuracy and time left: tqdm where it is installed, a line now and then where it is not.
+
+    Args:
+        done: share of the budget that is already used, 0...1 (after a resume).
+        name: shown in front.
+        show: False keeps silent.
+    """
+
+    _UNITS = 1000
+
+    def __init__(self, done: float, *, name: str = "", show: bool = True) -> None:
+        self._bar: Any = None
+        self._line_at = done
+        self._name = name
+        self._show = show
+        self._trouble = ""
+        if not show:
+            return
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return
+        self._bar = tqdm(
+            total=self._UNITS,
+            initial=int(done * self._UNITS),
+            desc=name,
+            bar_format="{desc} {percentage:3.0f}% |{bar}| ETA {remaining}{postfix}",
+            mininterval=0.2 if sys.stderr.isatty() else 15.0,  # a log file gets a line now and then
+            dynamic_ncols=True,
+        )
+
+    def update(self, done: float, record: dict[str, Any]) -> None:
+        """Show the record of a step; ``done`` is the share of the budget used."""
+        if not self._show:
+            return
+        if "inner_diverged" in record:
+            self._trouble = trouble(record)
+        words = f" step {record['step']}, loss {record['loss']:.3f}"
+        words += f", accuracy {record['accuracy']:.1%}" if "accuracy" in record else ""
+        words += f" [{self._trouble}]" if self._trouble else ""
+        if self._bar is not None:
+            self._bar.set_postfix_str(words, refresh=False)
+            self._bar.update(min(self._UNITS, int(done * self._UNITS)) - self._bar.n)
+        elif done - self._line_at >= 0.05 or done >= 1.0:
+            self._line_at = done
+            print(f"{self._name} {done:4.0%}{words}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Leave the last state on the screen."""
+        if self._bar is not None:
+            self._bar.refresh()
+            self._bar.close()

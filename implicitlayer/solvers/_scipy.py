@@ -1,0 +1,102 @@
+"""``scipy.optimize.minimize`` as an inner solver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from implicitlayer._solution import SolverResult
+from implicitlayer._status import Status
+from implicitlayer._tree import flatten, ravel, unflatten, unravel
+
+__all__ = ["SciPyMinimize"]
+
+_NEEDS_HESSIAN = ("newton-cg", "trust-ncg", "trust-krylov", "trust-constr")
+
+
+class SciPyMinimize:
+    """Minimise with ``scipy.optimize.minimize``, in float64 on the CPU, gradients from autograd.
+
+    Methods that use Hessian-vector products (Newton-CG, trust-ncg, trust-krylov, trust-constr) get them from autograd.
+
+    Args:
+        method: as in SciPy.
+        tol: as in SciPy; the meaning depends on the method.
+        options: as in SciPy, such as ``{"maxiter": 100, "gtol": 1e-10}``.
+        settings: further keyword arguments of ``minimize`` (bounds, callback, ...).
+
+    Raises:
+        ImportError: SciPy is missing; ``pip install "implicitlayer[scipy]"``.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> solver = il.solvers.SciPyMinimize("BFGS", tol=1e-10)
+        >>> x = solver(lambda x: ((x - 3) ** 2).sum(), torch.zeros(2, dtype=torch.float64))
+        >>> [round(v, 6) for v in x.tolist()]
+        [3.0, 3.0]
+    """
+
+    def __init__(
+        self,
+        method: str = "L-BFGS-B",
+        *,
+        tol: float | None = None,
+        options: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> None:
+        self.method, self.tol, self.options, self.settings = method, tol, dict(options or {}), settings
+
+    def __call__(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> Any:
+        return self.run(objective, init, *theta).value
+
+    def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
+        """The same, with status, step count and SciPy's message; ``aux`` is SciPy's ``OptimizeResult``."""
+        try:
+            from scipy import optimize
+        except ImportError as error:
+            raise ImportError('SciPyMinimize needs SciPy: pip install "implicitlayer[scipy]".') from error
+        leaves, spec = flatten(init)
+
+        def points(flat: np.ndarray) -> list[torch.Tensor]:
+            x = unravel(torch.from_numpy(np.array(flat, dtype=np.float64)).to(leaves[0].device), leaves, 0)
+            return [leaf.detach().requires_grad_() for leaf in x]
+
+        def to_numpy(parts: Any) -> np.ndarray:
+            return ravel([p.detach().double() for p in parts], 0).cpu().numpy()
+
+        def value_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
+            with torch.enable_grad():
+                x = points(flat)
+                value = objective(unflatten(x, spec), *theta)
+                gradient = torch.autograd.grad(value, x, materialize_grads=True)
+            return float(value.detach()), to_numpy(gradient)
+
+        def hessian_product(flat: np.ndarray, direction: np.ndarray) -> np.ndarray:
+            with torch.enable_grad():
+                x = points(flat)
+                value = objective(unflatten(x, spec), *theta)
+                gradient = torch.autograd.grad(value, x, create_graph=True, materialize_grads=True)
+                along = unravel(torch.from_numpy(direction).to(leaves[0].device), leaves, 0)
+                inner = sum((g * d).sum() for g, d in zip(gradient, along, strict=True))
+                assert isinstance(inner, torch.Tensor)
+                product = torch.autograd.grad(inner, x, materialize_grads=True)
+            return to_numpy(product)
+
+        settings = dict(self.settings)
+        if self.method.lower() in _NEEDS_HESSIAN:
+            settings.setdefault("hessp", hessian_product)
+        result = optimize.minimize(
+            value_and_gradient,
+            to_numpy(leaves),
+            jac=True,
+            method=self.method,
+            tol=self.tol,
+            options=self.options,
+            **settings,
+        )
+        value = unflatten([leaf.detach() for leaf in points(result.x)], spec)
+        status = Status.CONVERGED if result.success else Status.MAX_STEPS_REACHED
+        return SolverResult(value, status, int(result.get("nit", 0)), str(result.message), aux=result)

@@ -1,0 +1,235 @@
+"""The trainer: it learns, it resumes bit for bit, and a killed process loses at most one checkpoint interval."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import implicitlayer as il
+from implicitlayer.meta._monitor import Progress, trouble
+
+# Tasks: lines a·x + c with (a, c) near (2, -1); the model is w·x + b. B: tasks, K: points.
+
+
+class Lines:
+    """A task sampler with its own generator."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def sample(self, num_tasks: int) -> Any:
+        def points(a: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            x = torch.randn(num_tasks, 5, generator=self.generator, dtype=torch.float64)
+            return x, a * x + c
+
+        line = [value + 0.3 * torch.randn(num_tasks, 1, generator=self.generator).double() for value in (2.0, -1.0)]
+        return points(*line), points(*line)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+
+
+def task_loss(params: dict[str, torch.Tensor], batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    x, y = batch
+    return (params["w"].unsqueeze(-1) * x + params["b"].unsqueeze(-1) - y).square().mean(-1)
+
+
+def hit_rate(params: dict[str, torch.Tensor], batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    x, y = batch
+    return ((params["w"].unsqueeze(-1) * x + params["b"].unsqueeze(-1) - y).abs() < 0.3).double().mean(-1)
+
+
+def make_trainer(run_dir: Path | None, *, step_size: float = 0.1, **settings: Any) -> il.meta.Trainer:
+    theta = {name: torch.zeros((), dtype=torch.float64, requires_grad=True) for name in ("w", "b")}
+    strength = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    method = il.meta.iMAML(task_loss, il.solvers.GradientDescent(step_size=step_size, max_steps=5), strength=strength)
+    optimizer = torch.optim.Adam([*theta.values(), strength], lr=0.05)
+    defaults: dict[str, Any] = {
+        "max_steps": 60,
+        "metric": hit_rate,
+        "learning_rate": il.meta.cosine_decay,
+        "validation": [Lines(9).sample(20)],
+        "run_dir": run_dir,
+        "checkpoint_steps": 10,
+        "show_progress": False,
+    }
+    return il.meta.Trainer(method, theta, Lines(1), optimizer, **(defaults | settings))
+
+
+def comparable(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in history]
+
+
+def test_training_learns_and_leaves_its_records(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    history = trainer.fit()
+    assert trainer.done == 1.0 and trainer.step == 60 == len(history)
+    assert history[-1]["loss"] < 0.2 * history[0]["loss"]
+    assert history[-1]["validation"] > 0.5
+    assert sum("validation" in record for record in history) == 10
+    assert history[0]["inner_diverged"] == 0.0 and history[0]["negative_curvature"] == 0.0
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == history
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "metrics.jsonl"]
+
+
+def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path: Path) -> None:
+    straight = make_trainer(tmp_path / "straight")
+    straight.fit()
+
+    class Crash(Exception):
+        pass
+
+    broken = make_trainer(tmp_path / "broken")
+    sample = broken.sampler.sample
+
+    def sample_or_crash(num_tasks: int) -> Any:
+        if broken.step == 37:
+            raise Crash
+        return sample(num_tasks)
+
+    broken.sampler.sample = sample_or_crash  # type: ignore[method-assign]
+    with pytest.raises(Crash):
+        broken.fit()
+    torch.rand(3)  # whatever happens to the random state in between
+    resumed = make_trainer(tmp_path / "broken")
+    assert resumed.resume() and resumed.step == 30  # the last multiple of checkpoint_steps
+    resumed.fit()
+    assert comparable(resumed.history) == comparable(straight.history)
+    for name, leaf in straight.theta.items():
+        assert torch.equal(leaf, resumed.theta[name])
+    for a, b in zip(straight.method.parameters(), resumed.method.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+KILLED_RUN = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_trainer import make_trainer
+trainer = make_trainer(Path(sys.argv[2]), checkpoint_steps=5)
+sample = trainer.sampler.sample
+def slow(num_tasks):
+    time.sleep(0.02)
+    print(trainer.step, flush=True)
+    return sample(num_tasks)
+trainer.sampler.sample = slow
+trainer.resume()
+trainer.fit()
+"""
+
+
+def start_run(run_dir: Path, until_step: int) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", KILLED_RUN, str(Path(__file__).parent), str(run_dir)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) >= until_step:
+            break
+    return process
+
+
+def finish(process: subprocess.Popen[str]) -> int:
+    assert process.stdout is not None
+    process.stdout.close()
+    return process.wait(timeout=60)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_kill_9_loses_at_most_one_checkpoint_interval(tmp_path: Path) -> None:
+    torch.set_num_threads(1)  # as in the other process: sums over threads differ in the last bit
+    straight = make_trainer(tmp_path / "straight")
+    straight.fit()
+    for until_step in (13, 28):  # killed twice, at arbitrary moments
+        process = start_run(tmp_path / "killed", until_step)
+        process.kill()
+        assert finish(process) == -signal.SIGKILL
+        resumed = make_trainer(tmp_path / "killed")
+        assert resumed.resume()
+        assert resumed.step >= until_step - 5
+    resumed.fit()
+    assert comparable(resumed.history) == comparable(straight.history)
+    assert all(torch.equal(leaf, resumed.theta[name]) for name, leaf in straight.theta.items())
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_ctrl_c_loses_no_finished_step(tmp_path: Path) -> None:
+    process = start_run(tmp_path, 7)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    assert finish(process) != 0
+    resumed = make_trainer(tmp_path)
+    assert resumed.resume() and resumed.step >= 8 and resumed.step % 5 != 0 or resumed.step == 10
+
+
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pt"
+    il.meta.save_checkpoint(path, {"step": 1})
+    with pytest.raises(Exception, match=r"pickle"):
+        il.meta.save_checkpoint(path, {"step": lambda: None})
+    assert il.meta.load_checkpoint(path) == {"step": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_a_budget_in_minutes_ends_the_run() -> None:
+    trainer = make_trainer(None, max_steps=None, max_minutes=0.005)
+    trainer.fit()
+    assert trainer.done == 1.0 and trainer.seconds >= 0.3
+    assert trainer.history[-1]["seconds"] == trainer.seconds
+
+
+def test_a_diverging_inner_problem_is_shown() -> None:
+    trainer = make_trainer(None, step_size=1.5, max_steps=1)
+    (record,) = trainer.fit()
+    assert record["inner_diverged"] > 0.5
+    assert "inner problem diverges" in trouble(record)
+    assert "negative curvature on 75% of tasks" in trouble({"negative_curvature": 0.75})
+    assert trouble({"inner_diverged": 0.0, "negative_curvature": 0.2}) == ""
+
+
+def test_a_meta_gradient_that_is_not_finite_stops_the_run() -> None:
+    trainer = make_trainer(None, step_size=1e200, max_steps=3)
+    with pytest.raises(il.NonFiniteError):
+        trainer.fit()
+    assert trainer.step == 0
+
+
+def test_progress_shows_loss_accuracy_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    progress = Progress(0.0, name="iMAML")
+    progress.update(1.0, {"step": 5, "loss": 0.25, "accuracy": 0.5, "inner_diverged": 0.5})
+    progress.close()
+    shown = capsys.readouterr().err
+    for words in ("iMAML", "ETA", "100%", "step 5, loss 0.250, accuracy 50.0%", "inner problem diverges on 50%"):
+        assert words in shown
+
+
+def test_evaluation_reports_a_95_percent_interval() -> None:
+    result = il.meta.Evaluation(torch.tensor([0.0, 1.0, 1.0, 0.0]))
+    assert result.mean == 0.5 and result.num_tasks == 4
+    # s² = 1/3 and 1.96 · sqrt(1/3) / 2
+    assert result.interval == pytest.approx(1.959964 * (1 / 3) ** 0.5 / 2)
+    with pytest.raises(ValueError, match="episodes is empty"):
+        il.meta.evaluate(make_trainer(None).method, {}, [], hit_rate)
+
+
+def test_misuse_is_told_with_its_remedy(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Give a budget"):
+        make_trainer(None, max_steps=None)
+    with pytest.raises(ValueError, match="tasks_per_step=0 must be positive"):
+        make_trainer(None, tasks_per_step=0)
+    trainer = make_trainer(tmp_path)
+    state = trainer.state_dict() | {"theta": [torch.zeros(2)]}
+    with pytest.raises(ValueError, match="other settings"):
+        trainer.load_state_dict(state)
+    assert not trainer.resume()

@@ -1,0 +1,92 @@
+"""Independent answers for the tests: dense implicit gradients by plain loops, finite differences, an exact solver."""
+
+# n: unknowns, m: entries of one theta. Nothing here uses the package or vmap: a reference shares no code with its test.
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+Tensor = torch.Tensor
+F64 = torch.float64
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int, dtype: torch.dtype = F64) -> Tensor:
+    return torch.randn(*shape, dtype=F64, generator=generator(seed)).to(dtype)
+
+
+def orthogonal(n: int, seed: int) -> Tensor:
+    return torch.linalg.qr(randn(n, n, seed=seed))[0]
+
+
+def spd_matrix(n: int, log10_cond: float, seed: int) -> Tensor:
+    """Symmetric, eigenvalues spread log-uniformly over [10^-log10_cond, 1], both ends taken where n > 1."""
+    exponents = torch.rand(n, dtype=F64, generator=generator(seed))
+    exponents[0] = 0
+    if n > 1:
+        exponents[-1] = 1
+    basis = orthogonal(n, seed + 1)
+    matrix = (basis * 10 ** (-log10_cond * exponents)) @ basis.T
+    return (matrix + matrix.T) / 2
+
+
+def dense_hessian(objective: Callable[..., Tensor], x: Tensor, theta: Sequence[Tensor]) -> Tensor:
+    """d^2 f / dx dx as [n, n], one row of autograd at a time."""
+    x = x.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(objective(x, *theta), x, create_graph=True)
+    rows = [torch.autograd.grad(g, x, retain_graph=True)[0].reshape(-1) for g in gradient.reshape(-1)]
+    return torch.stack(rows) if rows else x.new_zeros(0, 0)
+
+
+def dense_gradients(
+    objective: Callable[..., Tensor], x: Tensor, theta: Sequence[Tensor], cotangent: Tensor
+) -> list[Tensor]:
+    """-(d^2 f / dtheta dx)' H^-1 v for every theta, by a dense solve; x is one tensor, the exact solution."""
+    u = torch.linalg.solve(dense_hessian(objective, x, theta), cotangent.detach().reshape(-1))
+    points = [t.detach().requires_grad_() for t in theta]
+    x = x.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(objective(x, *points), x, create_graph=True)
+    pulled = torch.autograd.grad(gradient.reshape(-1), points, u, materialize_grads=True)
+    return [-g for g in pulled]
+
+
+def central_differences(function: Callable[[Tensor], Tensor], at: Tensor, step: float) -> Tensor:
+    """Gradient of a scalar function, entry by entry."""
+    at = at.detach()
+    result = torch.zeros_like(at).reshape(-1)
+    for i in range(at.numel()):
+        shift = torch.zeros_like(at).reshape(-1)
+        shift[i] = step
+        shift = shift.reshape(at.shape)
+        result[i] = (function(at + shift) - function(at - shift)) / (2 * step)
+    return result.reshape(at.shape)
+
+
+def newton(objective: Callable[..., Tensor], init: Tensor, *theta: Any) -> Tensor:
+    """Dense damped Newton on one tensor, down to rounding: an inner solver with no error of its own."""
+    x = init.detach().clone()
+    for _ in range(50):
+        at = x.clone().requires_grad_()
+        value = objective(at, *theta)
+        (gradient,) = torch.autograd.grad(value, at)
+        step = torch.linalg.solve(dense_hessian(objective, x, theta), gradient.reshape(-1)).reshape(x.shape)
+        length = 1.0
+        while length > 1e-4 and objective(x - length * step, *theta) > value + 1e-14 * value.abs():
+            length /= 2
+        x = x - length * step
+        if float(step.norm()) <= 1e-15 * (1 + float(x.norm())):
+            break
+    return x.detach()
+
+
+def smooth_objective(x: Tensor, weight: Tensor, offset: Tensor, log_strength: Tensor) -> Tensor:
+    """Softplus losses and a quadratic: strongly convex, smooth, with no symmetry and derivatives of every order."""
+    return torch.nn.functional.softplus(weight @ x + offset).sum() + 0.5 * log_strength.exp() * (x * x).sum()
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    return float((got - expected).detach().norm() / expected.detach().norm().clamp_min(1e-300))

@@ -1,0 +1,175 @@
+"""The shape of the project: imports point down, public names are complete and documented, files stay short."""
+
+import ast
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+import types
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "implicitlayer"
+
+# What each layer may import from inside the package. "base" are the private modules on top of the package.
+LAYERS = {
+    "base": {"base"},
+    "linear": {"base", "linear"},
+    "implicit": {"base", "linear", "implicit"},
+    "solvers": {"base", "linear", "solvers"},  # never implicit: a solver does not know how its answer is differentiated
+    "fewshot": {"base", "fewshot"},
+    "meta": {"base", "linear", "implicit", "solvers", "meta"},
+    "testing": {"base", "linear", "implicit", "solvers", "fewshot", "meta", "testing"},  # and nobody imports testing
+}
+MAX_LINES = 400
+
+
+def tracked_files() -> list[Path]:
+    """The files of the project: what git lists, or every file where there is no git (an unpacked release)."""
+    try:
+        listing = subprocess.run(
+            ["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, check=True
+        )
+        files = [ROOT / name for name in listing.stdout.decode().splitlines()]
+    except (OSError, subprocess.CalledProcessError):
+        files = [p for p in ROOT.rglob("*") if not any(part.startswith(".") for part in p.relative_to(ROOT).parts)]
+    return sorted(path for path in files if path.is_file())
+
+
+def python_files() -> list[Path]:
+    return [path for path in tracked_files() if path.suffix == ".py"]
+
+
+def relative(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def layer_of(module: str) -> str | None:
+    """`implicitlayer.linear._cg` -> "linear"; `implicitlayer._tree` -> "base"; `implicitlayer`, the facade -> None."""
+    parts = module.split(".")
+    if len(parts) == 1:
+        return None
+    return parts[1] if parts[1] in LAYERS else "base"
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
+    """Every module of the package that a file imports, also inside functions: (line, absolute name)."""
+    package = module_name(path).split(".")
+    if path.name != "__init__.py":
+        package = package[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (
+                (node.lineno, alias.name) for alias in node.names if alias.name.split(".")[0] == "implicitlayer"
+            )
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *((node.module or "").split(".") if node.module else [])])
+            if source.split(".")[0] != "implicitlayer":
+                continue
+            for alias in (
+                node.names
+            ):  # `from implicitlayer import linear` names a module, `from ..linear import cg` a name in it
+                is_module = (ROOT.joinpath(*source.split("."), alias.name)).with_suffix(".py").exists()
+                is_package = ROOT.joinpath(*source.split("."), alias.name, "__init__.py").exists()
+                yield node.lineno, f"{source}.{alias.name}" if is_module or is_package else source
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=relative)
+def test_imports_point_down(path: Path) -> None:
+    layer = layer_of(module_name(path))
+    if layer is None:
+        return  # the facade gathers all layers
+    for line, target in imported_modules(path):
+        where = f"{relative(path)}:{line} ({layer}/) imports {target}"
+        assert layer_of(target) is not None, (
+            f"{where}: import the module itself, not the facade, or imports run in a circle"
+        )
+        assert layer_of(target) in LAYERS[layer], f"{where}; {layer}/ may import {sorted(LAYERS[layer])}"
+
+
+def public_packages() -> list[str]:
+    import implicitlayer
+
+    names = [m.name for m in pkgutil.iter_modules(implicitlayer.__path__) if m.ispkg and not m.name.startswith("_")]
+    return ["implicitlayer", *(f"implicitlayer.{name}" for name in names)]
+
+
+@pytest.mark.parametrize("name", public_packages())
+def test_all_is_complete(name: str) -> None:
+    package = importlib.import_module(name)
+    listed = list(package.__all__)
+    assert len(listed) == len(set(listed)), f"{name}.__all__ names something twice"
+    missing = [entry for entry in listed if not hasattr(package, entry)]
+    assert not missing, f"{name}.__all__ lists names that do not exist: {missing}"
+    public = {
+        entry
+        for entry, value in vars(package).items()
+        if not entry.startswith("_") and not isinstance(value, types.ModuleType) and entry != "annotations"
+    }
+    assert public <= set(listed), f"public names of {name} that are not in __all__: {sorted(public - set(listed))}"
+
+
+@pytest.mark.parametrize("name", public_packages())
+def test_every_public_name_is_documented(name: str) -> None:
+    package = importlib.import_module(name)
+    assert package.__doc__, f"{name} has no docstring"
+    for entry in package.__all__:
+        value = getattr(package, entry)
+        if not (inspect.isclass(value) or inspect.isroutine(value)):
+            continue
+        doc = inspect.getdoc(value) or ""
+        generated = inspect.isclass(value) and doc.startswith(f"{value.__name__}(")  # what a dataclass writes by itself
+        assert doc and not generated, f"{name}.{entry} has no docstring"
+        if inspect.isclass(value):
+            for member, function in vars(value).items():
+                if not member.startswith("_") and inspect.isfunction(function):
+                    assert inspect.getdoc(getattr(value, member)), f"{name}.{entry}.{member} has no docstring"
+
+
+def test_importing_the_package_needs_torch_and_numpy_only() -> None:
+    code = (
+        "import sys, torch, numpy; before = set(sys.modules); import implicitlayer; new = set(sys.modules) - before;"
+        "print(sorted({'scipy', 'sklearn', 'matplotlib', 'PIL', 'tqdm', 'hypothesis', 'pytest'} & new))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "[]", f"importing implicitlayer pulls in optional extras: {result.stdout}"
+
+
+@pytest.mark.parametrize("path", python_files(), ids=relative)
+def test_files_stay_short(path: Path) -> None:
+    num_lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert num_lines <= MAX_LINES, f"{relative(path)} has {num_lines} lines: is it one thing? ({MAX_LINES} at most)"
+
+
+FORBIDDEN = {
+    r"(?<![\w.])/(?:home|root|work|Users|mnt|opt)/\w": "a path of somebody's machine",
+    r"\b(?:TO" + r"DO|FIX" + r"ME|X" + r"XX)\b": "an open end: make it an issue",
+    r"^(?:<{7}|>{7})(?: |$)": "a merge conflict",
+    r"\bpdb\.set_trace\(\)|^\s*breakpoint\(\)": "a debugger call",
+}
+
+
+def test_no_file_mentions_what_it_should_not() -> None:
+    found = []
+    for path in tracked_files():
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            continue  # a picture
+        for pattern, reason in FORBIDDEN.items():
+            for match in re.finditer(pattern, text, flags=re.MULTILINE):
+                line = text.count("\n", 0, match.start()) + 1
+                found.append(f"{relative(path)}:{line}: {match.group()!r} is {reason}")
+    assert not found, "\n".join(found)
