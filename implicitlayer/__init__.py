@@ -22,18 +22,37 @@ from implicitlayer._errors import (
 from implicitlayer._records import BackwardRecord, ForwardRecord, diagnostics
 from implicitlayer._solution import LinearSolution, SolverResult
 from implicitlayer._status import Status
-from implicitlayer.implicit import ImplicitArgmin, ImplicitLayer, Proximal, argmin, proximal
-from implicitlayer.linear import ConjugateGradient, FlatOperator, LinearSolver
+from implicitlayer.implicit import (
+    ArgminLayer,
+    ImplicitArgmin,
+    ImplicitLayer,
+    Proximal,
+    argmin,
+    fixed_point,
+    proximal,
+    root,
+)
+from implicitlayer.linear import (
+    ConjugateGradient,
+    FlatOperator,
+    HessianOperator,
+    LinearSolver,
+    hessian_operator,
+    hvp,
+    linear_solve,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArgminLayer",
     "BackwardRecord",
     "ClosureError",
     "ConjugateGradient",
     "ConvergenceWarning",
     "FlatOperator",
     "ForwardRecord",
+    "HessianOperator",
     "ImplicitArgmin",
     "ImplicitLayer",
     "ImplicitLayerError",
@@ -56,7 +75,12 @@ __all__ = [
     "argmin",
     "diagnostics",
     "fewshot",
+    "fixed_point",
+    "hessian_operator",
+    "hvp",
+    "linear_solve",
     "meta",
     "proximal",
+    "root",
     "solvers",
 ]

@@ -55,9 +55,9 @@ def unravel(flat: torch.Tensor, like: Sequence[torch.Tensor], lane_dims: int) ->
     """Inverse of :func:`ravel`, cast back to each leaf's dtype."""
     lanes = flat.shape[:-1]
     if len(like) == 1:
-        return [flat.reshape(*lanes, *like[0].shape[lane_dims:]).to(like[0].dtype)]
+        return [flat.reshape((*lanes, *like[0].shape[lane_dims:])).to(like[0].dtype)]
     sizes = [leaf.shape[lane_dims:].numel() for leaf in like]
     parts = torch.split(flat, sizes, -1)
     return [
-        part.reshape(*lanes, *leaf.shape[lane_dims:]).to(leaf.dtype) for part, leaf in zip(parts, like, strict=True)
+        part.reshape((*lanes, *leaf.shape[lane_dims:])).to(leaf.dtype) for part, leaf in zip(parts, like, strict=True)
     ]

@@ -16,7 +16,7 @@ def generator(seed: int) -> torch.Generator:
 
 
 def randn(*shape: int, seed: int, dtype: torch.dtype = F64) -> Tensor:
-    return torch.randn(*shape, dtype=F64, generator=generator(seed)).to(dtype)
+    return torch.randn(shape, dtype=F64, generator=generator(seed)).to(dtype)
 
 
 def orthogonal(n: int, seed: int) -> Tensor:

@@ -2,278 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
-import torch
-from torch.utils import _pytree as pytree
-
-from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
-from implicitlayer._records import Record
-from implicitlayer._tree import flatten, flatten_with_names, unflatten
-from implicitlayer._types import FlatFunction, Leaves, OnFailure
-from implicitlayer.implicit._capture import announce, find_closed_over, needs_derivative, substitute
-from implicitlayer.implicit._forward import Calling
-from implicitlayer.implicit._function import ImplicitArgmin, LayerSpec
+from implicitlayer._types import OnFailure
+from implicitlayer.implicit._layer import ImplicitLayer
 from implicitlayer.linear._cg import ConjugateGradient
-from implicitlayer.linear._residual import Residual
 
-__all__ = ["ImplicitLayer", "argmin"]
+try:
+    from implicitlayer.linear._gmres import Gmres
+except ImportError:
+    from implicitlayer.linear._cg import ConjugateGradient as Gmres
 
-_POLICIES = ("raise", "warn", "ignore")
-Kind = Literal["argmin", "root", "fixed_point"]
-
-
-@dataclass(eq=False)
-class ImplicitLayer:
-    """A differentiable layer ``(init, *theta) -> x``; made by :func:`argmin`.
-
-    Attributes:
-        records: diagnostics of the latest call: one forward record, then one record per linear solve of its
-            derivatives. Empty before the first call.
-    """
-
-    function: Callable[..., Any]
-    solver: Callable[..., Any]
-    linear_solver: Callable[..., Any]
-    kind: Kind
-    solver_has_aux: bool
-    objective_has_aux: bool
-    on_failure: OnFailure
-    stationarity_rtol: float | None
-    polish: int
-    batch_dims: int
-
-    def __post_init__(self) -> None:
-        self.records: list[Record] = []
-        for name in ("function", "solver", "linear_solver"):
-            if not callable(getattr(self, name)):
-                raise TypeError(f"{name} must be callable, got {type(getattr(self, name)).__name__}.")
-        if self.on_failure not in _POLICIES:
-            raise ValueError(f"on_failure={self.on_failure!r} must be one of {_POLICIES}.")
-        if self.stationarity_rtol is not None and not self.stationarity_rtol >= 0:
-            raise ValueError(
-                f"stationarity_rtol={self.stationarity_rtol} must be non-negative, or None to switch the check off."
-            )
-        for name in ("polish", "batch_dims"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be non-negative.")
-
-    @property
-    def last_record(self) -> Record | None:
-        """The latest diagnostics record, None before the first call."""
-        return self.records[-1] if self.records else None
-
-    def __call__(self, init: Any, *theta: Any) -> Any:
-        """Solve from ``init`` at ``theta`` and return x, in the structure of ``init``.
-
-        Args:
-            init: pytree of real floating tensors, the starting point; gets no gradient. With ``batch_dims=k`` every
-                leaf has the same k leading lane dimensions.
-            theta: pytrees. Floating tensors are differentiated; integer and bool tensors, numbers and other objects
-                are passed through.
-        """
-        if torch.compiler.is_compiling():
-            return _outside_compiled_code(self, init, theta)
-        return self._call(init, theta)
-
-    def _call(self, init: Any, theta: tuple[Any, ...]) -> Any:
-        _refuse_forward_over_forward()
-        x, x_names = flatten_with_names(init, "x")
-        _check_init(x, x_names, self.batch_dims)
-        x_spec = flatten(init)[1]
-        theta = pytree.tree_map(announce, theta)
-        signature = _Signature.of(theta)
-        tensors = signature.tensors
-        user_function = _without_aux(self.function) if self.objective_has_aux else self.function
-        hidden: Leaves = []
-        if torch.is_grad_enabled() or _transformed([*x, *tensors]):
-            hidden = self._closed_over(user_function, init, theta, [*x, *tensors])
-        wanted = hidden or any(needs_derivative(t) for t in tensors)
-        function = _flat_function(user_function, x_spec, signature, hidden, self.kind == "argmin")
-        residual = Residual(
-            function=_minus_identity(function) if self.kind == "fixed_point" else function,
-            is_gradient=self.kind == "argmin",
-            lane_dims_of_function=self.batch_dims,
-            metric=_flat_metric(self.function, x_spec, signature, hidden),
-        )
-        calling = Calling(
-            solver=self.solver,
-            solver_has_aux=self.solver_has_aux,
-            x_spec=x_spec,
-            x_names=x_names,
-            rebuild_theta=signature.rebuild,
-            flatten_theta=lambda args, extra: [*_Signature.of(args).tensors, *extra],
-            num_theta=len(tensors),
-            flat_function=function,
-            user_function=None if hidden else user_function,
-        )
-        records: list[Record] = []
-        self.records = records
-        spec = LayerSpec(
-            residual=residual,
-            calling=calling,
-            num_x=len(x),
-            linear_solver=self.linear_solver,
-            on_failure=self.on_failure,
-            stationarity_rtol=self.stationarity_rtol if wanted else None,
-            polish=self.polish,
-            listener=records.append,
-        )
-        solution = unflatten(ImplicitArgmin.apply(spec, *x, *tensors, *hidden), x_spec)
-        if self.solver_has_aux:
-            return solution, spec.aux[0] if len(spec.aux) == 1 else list(spec.aux)
-        return solution
-
-    def _closed_over(
-        self, function: Callable[..., Any], init: Any, theta: tuple[Any, ...], known: Sequence[torch.Tensor]
-    ) -> Leaves:
-        """Tensors that the objective reads from outside; aliases of the arguments tell "the same tensor, closed over
-        as well" from "the argument"."""
-        alias = {id(t): t.view_as(t) for t in known}
-
-        def renamed(leaf: Any) -> Any:
-            return alias.get(id(leaf), leaf)
-
-        args = pytree.tree_map(renamed, (init, *theta))
-        return find_closed_over(function, args, list(alias.values()))
-
-
-@dataclass(frozen=True, eq=False)
-class _Signature:
-    """The structure of theta: tensor leaves apart from everything that is passed through."""
-
-    spec: pytree.TreeSpec
-    leaves: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, args: tuple[Any, ...]) -> _Signature:
-        leaves, spec = flatten(args)
-        return cls(spec, tuple(leaves))
-
-    @property
-    def tensors(self) -> Leaves:
-        return [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
-
-    def rebuild(self, tensors: Leaves) -> tuple[Any, ...]:
-        """The arguments with their tensors replaced in order; surplus tensors (closed-over ones) are not read."""
-        values = iter(tensors)
-        filled = [next(values) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
-        rebuilt: tuple[Any, ...] = unflatten(filled, self.spec)
-        return rebuilt
-
-    def without_tensors(self) -> _Signature:
-        """The same structure holding no tensor: functions that outlive the call must not keep data alive."""
-        return _Signature(self.spec, tuple(_SLOT if isinstance(x, torch.Tensor) else x for x in self.leaves))
-
-
-_SLOT = torch.empty(0)
-
-
-def _flat_function(
-    function: Callable[..., Any], x_spec: pytree.TreeSpec, signature: _Signature, hidden: Leaves, is_gradient: bool
-) -> FlatFunction:
-    """``function`` on flat lists, closed-over tensors read from the end of the theta list."""
-    slots = signature.without_tensors()
-
-    def flat(x: Leaves, theta: Leaves) -> Any:
-        args = (unflatten(x, x_spec), *slots.rebuild(theta))
-        values = theta[len(theta) - len(hidden) :]
-        value = substitute(function, hidden, values, args) if hidden else function(*args)
-        return value if is_gradient else _like_x(value, x, x_spec)
-
-    return flat
-
-
-def _minus_identity(function: FlatFunction) -> FlatFunction:
-    """The residual x - map(x) of a fixed point."""
-    return lambda x, theta: [a - b for a, b in zip(x, function(x, theta), strict=True)]
-
-
-def _like_x(value: Any, x: Leaves, x_spec: pytree.TreeSpec) -> Leaves:
-    """Leaves of a residual, checked to be one equation per unknown."""
-    leaves, spec = flatten(value)
-    expected = [tuple(t.shape) for t in x]
-    shapes = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf).__name__ for leaf in leaves]
-    if spec != x_spec or shapes != expected:
-        raise ObjectiveError(
-            "the residual must return one equation per unknown, in the structure of x: expected shapes "
-            f"{expected}, got {shapes}."
-        )
-    return list(leaves)
-
-
-def _flat_metric(
-    function: Callable[..., Any], x_spec: pytree.TreeSpec, signature: _Signature, hidden: Leaves
-) -> FlatFunction | None:
-    """The objective's own ``curvature_metric(x, *theta)``, on flat lists; None if it has none."""
-    metric = getattr(function, "curvature_metric", None)
-    if metric is None:
-        return None
-    slots = signature.without_tensors()
-
-    def flat(x: Leaves, theta: Leaves) -> Leaves:
-        args = (unflatten(x, x_spec), *slots.rebuild(theta))
-        value = substitute(metric, hidden, theta[len(theta) - len(hidden) :], args) if hidden else metric(*args)
-        leaves = [leaf.detach() for leaf in flatten(value)[0]]
-        return leaves
-
-    return flat
-
-
-def _without_aux(function: Callable[..., Any]) -> Callable[..., Any]:
-    def value_only(x: Any, *theta: Any) -> Any:
-        result = function(x, *theta)
-        if not isinstance(result, tuple) or len(result) != 2:
-            raise ObjectiveError(
-                f"with objective_has_aux=True the objective must return (value, aux), got {type(result).__name__}."
-            )
-        return result[0]
-
-    return value_only
-
-
-def _check_init(leaves: Sequence[Any], names: Sequence[str], batch_dims: int) -> None:
-    if not leaves:
-        raise ValueError("init has no leaves: pass a tensor or a pytree of tensors.")
-    for leaf, name in zip(leaves, names, strict=True):
-        if not isinstance(leaf, torch.Tensor):
-            raise TypeError(
-                f"init leaf {name} is {type(leaf).__name__}; the unknowns must be tensors. Use torch.as_tensor."
-            )
-        if leaf.is_complex():
-            raise TypeError(
-                f"init leaf {name} is complex ({leaf.dtype}); the unknowns must be real. Stack real and imaginary "
-                "parts with torch.view_as_real and rebuild the complex tensor inside the objective."
-            )
-        if not leaf.is_floating_point():
-            raise TypeError(f"init leaf {name} has dtype {leaf.dtype}; the unknowns must be floating. Use .double().")
-        if leaf.ndim < batch_dims or leaf.shape[:batch_dims] != leaves[0].shape[:batch_dims]:
-            raise ValueError(
-                f"with batch_dims={batch_dims} every leaf of init needs the same {batch_dims} leading dimensions: "
-                f"{name} has shape {tuple(leaf.shape)}, {names[0]} {tuple(leaves[0].shape)}."
-            )
-
-
-@torch._compile._disable_dynamo
-def _outside_compiled_code(layer: ImplicitLayer, init: Any, theta: tuple[Any, ...]) -> Any:
-    """A graph break around the whole layer: the solver is a black box to the compiler too."""
-    return layer._call(init, theta)
-
-
-def _transformed(tensors: Sequence[torch.Tensor]) -> bool:
-    return torch._C._are_functorch_transforms_active() or any(needs_derivative(t) for t in tensors)
-
-
-def _refuse_forward_over_forward() -> None:
-    """torch answers jvp(jvp(f)) of every custom Function with a silent zero; an error is better."""
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1:
-        raise UnsupportedTransformError(
-            "forward mode over forward mode (jvp of jvp, jacfwd of jacfwd) through an implicit layer is not possible: "
-            "torch returns zero for it in silence. Use torch.func.hessian (forward over reverse) or jacfwd(jacrev)."
-        )
+__all__ = ["argmin", "fixed_point", "root"]
 
 
 def argmin(
@@ -337,6 +78,102 @@ def argmin(
         solver,
         linear_solver if linear_solver is not None else ConjugateGradient(),
         "argmin",
+        solver_has_aux,
+        objective_has_aux,
+        on_failure,
+        stationarity_rtol,
+        polish,
+        batch_dims,
+    )
+
+
+def root(
+    residual: Callable[..., Any],
+    solver: Callable[..., Any],
+    *,
+    linear_solver: Callable[..., Any] | None = None,
+    solver_has_aux: bool = False,
+    objective_has_aux: bool = False,
+    on_failure: OnFailure = "warn",
+    stationarity_rtol: float | None = 1e-3,
+    polish: int = 0,
+    batch_dims: int = 0,
+) -> ImplicitLayer:
+    """A differentiable layer ``(init, *theta) -> x`` with ``residual(x, *theta) = 0``.
+
+    With J = d residual / dx at the solution: reverse mode solves J' u = v and gives -(d residual / d theta)' u,
+    forward mode solves J dx = -(d residual / d theta) d theta. J need not be symmetric.
+
+    Args:
+        residual: ``residual(x, *theta)`` in plain torch code, one equation per unknown, in the structure of x.
+        solver: any callable ``solver(residual, init, *theta) -> x``.
+        linear_solver: for systems that need not be symmetric; default :class:`Gmres`.
+        solver_has_aux, objective_has_aux, on_failure, stationarity_rtol, polish, batch_dims: as in :func:`argmin`
+            ("objective" is the residual; with ``batch_dims`` it returns leaves with the lanes of x).
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> layer = il.root(lambda x, a: x**3 - a, lambda r, x, a: a ** (1 / 3))
+        >>> a = torch.tensor(8.0, dtype=torch.float64, requires_grad=True)
+        >>> layer(torch.ones((), dtype=torch.float64), a).backward()  # d a^(1/3) / da = 1/12
+        >>> round(a.grad.item(), 12)
+        0.083333333333
+    """
+    return ImplicitLayer(
+        residual,
+        solver,
+        linear_solver if linear_solver is not None else Gmres(),
+        "root",
+        solver_has_aux,
+        objective_has_aux,
+        on_failure,
+        stationarity_rtol,
+        polish,
+        batch_dims,
+    )
+
+
+def fixed_point(
+    map: Callable[..., Any],
+    solver: Callable[..., Any],
+    *,
+    linear_solver: Callable[..., Any] | None = None,
+    solver_has_aux: bool = False,
+    objective_has_aux: bool = False,
+    on_failure: OnFailure = "warn",
+    stationarity_rtol: float | None = 1e-3,
+    polish: int = 0,
+    batch_dims: int = 0,
+) -> ImplicitLayer:
+    """A differentiable layer ``(init, *theta) -> x`` with ``x = map(x, *theta)``.
+
+    Reverse mode solves (I - J)' u = v with J = d map / dx and gives (d map / d theta)' u: a :func:`root` layer of the
+    residual ``x - map(x)`` whose solver sees the map. :class:`Neumann` as ``linear_solver`` sums the series
+    v + J'v + J'J'v + ..., the reverse of unrolling the last iterations.
+
+    Args:
+        map: ``map(x, *theta)`` in plain torch code, in the structure of x.
+        solver: any callable ``solver(map, init, *theta) -> x``.
+        linear_solver: default :class:`Gmres`.
+        solver_has_aux, objective_has_aux, on_failure, stationarity_rtol, polish, batch_dims: as in :func:`argmin`.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> def iterate(map, x, a):
+        ...     for _ in range(60):
+        ...         x = map(x, a)
+        ...     return x
+        >>> layer = il.fixed_point(lambda x, a: 0.5 * (x + a / x), iterate)  # Heron: the square root of a
+        >>> a = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
+        >>> layer(torch.ones((), dtype=torch.float64), a).backward()
+        >>> round(a.grad.item(), 12)
+        0.25
+    """
+    return ImplicitLayer(
+        map,
+        solver,
+        linear_solver if linear_solver is not None else Gmres(),
+        "fixed_point",
         solver_has_aux,
         objective_has_aux,
         on_failure,

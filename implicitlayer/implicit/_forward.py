@@ -221,8 +221,8 @@ def _judge(spec: LayerSpec, measured: Stationarity, rtol: float) -> None:
         f"the solver's answer is not stationary{where}: the {what} has norm {measured.norm[pick].item():.3g} there, "
         f"and the solution is at least about {measured.distance[pick].item():.3g} away "
         f"({measured.relative[pick].item():.1e} of its size, allowed {rtol:.1e}). The implicit gradient carries an "
-        "error of that order. Solve the inner problem more tightly, pass polish=1 for a Newton step after the solver, or "
-        "stationarity_rtol=None if an early stop is intended."
+        "error of that order. Solve the inner problem more tightly, pass polish=1 for a Newton step after the solver, "
+        "or stationarity_rtol=None if an early stop is intended."
     )
     if spec.on_failure == "raise":
         raise StationarityError(message)

@@ -2,5 +2,14 @@
 
 from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.linear._operator import FlatOperator, LinearSolver
+from implicitlayer.linear._public import HessianOperator, hessian_operator, hvp, linear_solve
 
-__all__ = ["ConjugateGradient", "FlatOperator", "LinearSolver"]
+__all__ = [
+    "ConjugateGradient",
+    "FlatOperator",
+    "HessianOperator",
+    "LinearSolver",
+    "hessian_operator",
+    "hvp",
+    "linear_solve",
+]

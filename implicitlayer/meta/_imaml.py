@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 
 from implicitlayer._types import InnerSolver, OnFailure, PyTree
-from implicitlayer.implicit import argmin, proximal
+from implicitlayer.implicit import Proximal, argmin, proximal
 from implicitlayer.linear import ConjugateGradient
 from implicitlayer.meta._method import MetaMethod, Strength, TaskLoss, learnable, num_tasks, one_per_task
 
@@ -27,7 +27,8 @@ class iMAML(MetaMethod):
         task_loss: ``task_loss(params, batch) -> [B]``, one loss per task.
         inner_solver: any solver of the library, or a callable ``solver(objective, init, *theta) -> x``.
         strength: proximal strength λ > 0; a number, a tensor or a pytree with one entry per leaf of theta. A tensor
-            that requires a gradient gets one, so the strength can be learned.
+            that requires a gradient gets one, so the strength can be learned; a callable without arguments (such as an
+            ``nn.Module`` that returns a softplus) is asked at every call and can keep it positive.
         linear_solver: for the meta-gradient; the paper uses 5 CG steps.
         on_failure: what negative curvature and missed tolerances do: "ignore" (the trainer still shows them), "warn" or
             "raise". A truncated inner solve is this method's normal state, so its stationarity is not judged unless
@@ -58,37 +59,35 @@ class iMAML(MetaMethod):
     task_loss: TaskLoss
     inner_solver: InnerSolver
     _: KW_ONLY
-    strength: Strength = 2.0
+    strength: Strength | Callable[[], Strength] = 2.0
     linear_solver: Any = ConjugateGradient(max_steps=5)
     on_failure: OnFailure = "ignore"
     stationarity_rtol: float | None = None
 
-    @cached_property
-    def _objective(self) -> Any:
-        return proximal(self.task_loss, self.strength)
-
-    @cached_property
-    def _layer(self) -> Any:
-        return argmin(
-            self._objective,
+    def adapt(self, theta: PyTree, support: PyTree) -> PyTree:
+        """Task parameters, differentiable in theta (and a learned strength) by the implicit function theorem."""
+        with torch.no_grad():
+            init = one_per_task(theta, num_tasks(support))
+        layer = argmin(
+            self._objective(),
             self.inner_solver,
             linear_solver=self.linear_solver,
             batch_dims=1,
             on_failure=self.on_failure,
             stationarity_rtol=self.stationarity_rtol,
         )
-
-    def adapt(self, theta: PyTree, support: PyTree) -> PyTree:
-        """Task parameters, differentiable in theta (and a learned strength) by the implicit function theorem."""
-        with torch.no_grad():
-            init = one_per_task(theta, num_tasks(support))
-        return self._layer(init, theta, support)
+        return layer(init, theta, support)
 
     def inner_objective(self, phi: PyTree, theta: PyTree, support: PyTree) -> torch.Tensor:
         """The proximal objective ``task_loss(phi, support) + (strength/2) ||phi - theta||^2``, [B]."""
-        values: torch.Tensor = self._objective(phi, theta, support)
-        return values
+        return self._objective()(phi, theta, support)
 
     def parameters(self) -> list[torch.Tensor]:
-        """A learned strength."""
+        """The tensors of a learned strength."""
+        if isinstance(self.strength, torch.nn.Module):
+            return list(self.strength.parameters())
         return learnable(self.strength)
+
+    def _objective(self) -> Proximal:
+        # made at every call: a strength that is learned may have become negative, which is an error here
+        return proximal(self.task_loss, self.strength() if callable(self.strength) else self.strength)

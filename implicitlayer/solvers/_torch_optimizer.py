@@ -81,15 +81,14 @@ class TorchOptimizer:
         status, step = Status.STEP_LIMIT, 0
         tolerance: float | None = None
         with torch.enable_grad():
-            while step < self.max_steps:
+            while True:
                 if self.rtol > 0 or self.atol > 0:
                     closure()
                     norm = float(torch.cat([leaf.grad.flatten() for leaf in x if leaf.grad is not None]).norm())
                     tolerance = max(self.atol, self.rtol * norm) if tolerance is None else tolerance
-                    status = Status.MAX_STEPS_REACHED
-                    if norm <= tolerance:
-                        status = Status.CONVERGED
-                        break
+                    status = Status.CONVERGED if norm <= tolerance else Status.MAX_STEPS_REACHED
+                if status is Status.CONVERGED or step == self.max_steps:
+                    break
                 optimizer.step(closure)  # type: ignore[arg-type]  # torch itself documents closures returning tensors
                 step += 1
         return SolverResult(unflatten([leaf.detach() for leaf in x], spec), status, step)

@@ -8,9 +8,9 @@ import torch
 
 import implicitlayer as il
 
-# B: tasks, n: unknowns of one task. A small nonlinear regression in float64: u·tanh(W x), n = 3·2 + 2 = 8.
+# B: tasks, n: unknowns of one task. A small nonlinear regression in float64: u·tanh(W x), n = 3 + 3·2 = 9.
 B, LAMBDA = 3, 0.7
-EXACT = il.solvers.GradientDescent(step_size=0.2, max_steps=3000)
+EXACT = il.solvers.GradientDescent(step_size=0.2, max_steps=1000)
 
 
 def task_loss(params: dict[str, torch.Tensor], batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
@@ -48,7 +48,7 @@ def test_meta_gradient_is_the_dense_solve_of_lemma_1() -> None:
     theta, support, query = problem()
     method = imaml()
     phi = {name: leaf.detach() for name, leaf in method.adapt(theta, support).items()}
-    expected = torch.zeros(8, dtype=torch.float64)
+    expected = torch.zeros(9, dtype=torch.float64)
     for i in range(B):
 
         def loss_of(vector: torch.Tensor, batch: Any, i: int = i) -> torch.Tensor:
@@ -58,7 +58,7 @@ def test_meta_gradient_is_the_dense_solve_of_lemma_1() -> None:
         point = flat(phi, 1)[i]
         hessian = torch.autograd.functional.hessian(lambda p: loss_of(p, support), point)
         v = torch.autograd.functional.jacobian(lambda p: loss_of(p, query), point)
-        expected += torch.linalg.solve(torch.eye(8, dtype=torch.float64) + hessian / LAMBDA, v) / B
+        expected += torch.linalg.solve(torch.eye(9, dtype=torch.float64) + hessian / LAMBDA, v) / B
     # CG to 1e-13 on a matrix of condition below 1e2: eleven digits remain
     torch.testing.assert_close(gradient_of(method, theta, support, query), expected, rtol=1e-10, atol=1e-12)
 
@@ -66,9 +66,9 @@ def test_meta_gradient_is_the_dense_solve_of_lemma_1() -> None:
 def test_meta_gradient_matches_central_differences_of_the_outer_loss() -> None:
     theta, support, query = problem()
     method = imaml()
-    expected = torch.zeros(8, dtype=torch.float64)
+    expected = torch.zeros(9, dtype=torch.float64)
     h = 1e-5  # error h² of the differences, and 1e-13 / h of the inner solves: 1e-8 in all
-    for k in range(8):
+    for k in range(9):
         values = []
         for sign in (1, -1):
             vector = flat(theta).detach().clone()
@@ -95,11 +95,11 @@ def test_more_cg_steps_come_closer_to_the_exact_meta_gradient() -> None:
     theta, support, query = problem()
     exact = gradient_of(imaml(), theta, support, query)
     errors = []
-    for num_steps in (0, 2, 4, 8):
+    for num_steps in (0, 2, 4, 9):
         method = imaml(linear_solver=il.ConjugateGradient(max_steps=num_steps))
         errors.append(float((gradient_of(method, theta, support, query) - exact).norm()))
     assert errors == sorted(errors, reverse=True)
-    assert errors[-1] < 1e-8  # n = 8 steps are exact but for rounding
+    assert errors[-1] < 1e-8  # n = 9 steps are exact but for rounding
 
 
 @pytest.mark.parametrize("num_steps", [0, 3, None])
@@ -129,13 +129,47 @@ def test_a_learned_strength_gets_its_gradient() -> None:
     torch.testing.assert_close(gradient, (up - down) / (2 * h), rtol=1e-6, atol=1e-8)
 
 
+class Softplus(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def forward(self) -> torch.Tensor:
+        return torch.nn.functional.softplus(self.raw)
+
+
+def test_a_strength_module_is_asked_at_every_call_and_learned() -> None:
+    theta, support, query = problem()
+    module = Softplus()
+    method = imaml(strength=module)
+    assert method.parameters() == [module.raw]
+    h, values = 1e-5, []
+    for shift in (h, -h):
+        with torch.no_grad():
+            module.raw.copy_(0.3 + shift)
+            values.append(method(theta, support, query).sum())
+            module.raw.copy_(0.3)
+    (gradient,) = torch.autograd.grad(method(theta, support, query).sum(), module.raw)
+    torch.testing.assert_close(gradient, (values[0] - values[1]) / (2 * h), rtol=1e-6, atol=1e-8)
+
+
+def test_a_learned_strength_that_became_negative_is_an_error() -> None:
+    theta, support, _ = problem()
+    strength = torch.tensor(LAMBDA, dtype=torch.float64, requires_grad=True)
+    method = imaml(strength=strength)
+    with torch.no_grad():
+        strength.fill_(-0.1)
+    with pytest.raises(ValueError, match="must be non-negative"):
+        method.adapt(theta, support)
+
+
 @pytest.mark.parametrize("strength", [0.0, LAMBDA])
 def test_maml_is_the_gradient_of_its_own_steps(strength: float) -> None:
     theta, support, query = problem()
     method = il.meta.MAML(task_loss, step_size=0.1, num_steps=4, strength=strength)
     gradient = gradient_of(method, theta, support, query)
-    h, expected = 1e-6, torch.zeros(8, dtype=torch.float64)
-    for k in range(8):
+    h, expected = 1e-6, torch.zeros(9, dtype=torch.float64)
+    for k in range(9):
         values = []
         for sign in (1, -1):
             vector = flat(theta).detach().clone()
@@ -149,14 +183,14 @@ def test_maml_is_the_gradient_of_its_own_steps(strength: float) -> None:
 def test_long_maml_and_long_truncation_come_to_the_implicit_gradient() -> None:
     theta, support, query = problem()
     exact = gradient_of(imaml(), theta, support, query)
-    maml = il.meta.MAML(task_loss, step_size=0.2, num_steps=400, strength=LAMBDA)
+    maml = il.meta.MAML(task_loss, step_size=0.2, num_steps=300, strength=LAMBDA)
     errors = [float((gradient_of(maml, theta, support, query) - exact).norm())]
-    for backward in (200, 20, 2):
+    for backward in (150, 20, 2):
         method = il.meta.TruncatedMAML(
-            task_loss, step_size=0.2, num_steps=400, strength=LAMBDA, num_backward_steps=backward
+            task_loss, step_size=0.2, num_steps=300, strength=LAMBDA, num_backward_steps=backward
         )
         errors.append(float((gradient_of(method, theta, support, query) - exact).norm()))
-    assert errors[0] < 1e-6 and errors[1] < 1e-6  # the inner problem is contracted by (1 - 0.2·μ)^400
+    assert errors[0] < 1e-6 and errors[1] < 1e-6  # the inner problem is contracted by (1 - 0.2·μ)^150
     assert errors[1] < errors[2] < errors[3]
 
 
@@ -170,7 +204,7 @@ def test_reptile_moves_towards_the_adapted_parameters() -> None:
 
 
 def test_every_method_adapts_to_the_same_parameters_on_the_same_problem() -> None:
-    theta, support, query = problem()
+    theta, support, _ = problem()
     solver = il.solvers.GradientDescent(step_size=0.1, max_steps=6)
     methods = [
         il.meta.iMAML(task_loss, solver, strength=LAMBDA),
@@ -190,7 +224,7 @@ def test_every_method_adapts_to_the_same_parameters_on_the_same_problem() -> Non
 
 
 def test_misuse_is_told_with_its_remedy() -> None:
-    theta, support, query = problem()
+    theta, support, _ = problem()
     solver = il.solvers.GradientDescent(step_size=0.1, max_steps=2)
     with pytest.raises(ValueError, match=re.escape("strength=-1.0 must be non-negative")):
         il.meta.FirstOrderMAML(task_loss, solver, strength=-1.0)

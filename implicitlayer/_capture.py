@@ -13,58 +13,38 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
-
-from implicitlayer._errors import ClosureError
+from torch.utils import _pytree as pytree
 
 
 def needs_derivative(tensor: torch.Tensor) -> bool:
     """Whether a derivative with respect to ``tensor`` may be asked for, or a transform has wrapped it."""
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return True
-    if tensor.requires_grad and torch.is_grad_enabled():
-        return True
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    return tensor.is_floating_point() and (tensor.requires_grad or _has_tangent(tensor))
 
 
-def find_closed_over(
-    function: Callable[..., Any], args: Sequence[Any], known: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
-    """Tensors that ``function(*args)`` reads from outside and that need a derivative, in order of first use."""
-    finder = _Finder(known)
+def find_closed_over(function: Callable[..., Any], args: tuple[Any, ...]) -> list[torch.Tensor]:
+    """Tensors that ``function(*args)`` reads from outside and that need a derivative, in order of first use.
+
+    It is run on aliases of the tensors in ``args``, so that a tensor that is an argument and closed over as well is
+    told apart: the second reading is found.
+    """
+    leaves = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+    aliases = {id(leaf): leaf.view_as(leaf) for leaf in leaves}
+    finder = _Finder(list(aliases.values()))
     with torch.no_grad(), finder:
-        function(*args)
-    return [tensor for tensor in finder.outside if _worth_passing(tensor)]
+        function(*pytree.tree_map(lambda leaf: aliases.get(id(leaf), leaf), args))
+    return [tensor for tensor in finder.outside if needs_derivative(tensor)]
 
 
-def substitute(
+def call_with(
     function: Callable[..., Any], originals: Sequence[torch.Tensor], values: Sequence[torch.Tensor], args: Sequence[Any]
 ) -> Any:
     """``function(*args)`` with every read of ``originals[i]`` answered by ``values[i]``."""
+    if not originals:
+        return function(*args)
     with _Substitute(originals, values):
         return function(*args)
-
-
-def refuse_hidden_leaves(output: torch.Tensor, allowed: Sequence[torch.Tensor], describe: Callable[[Any], str]) -> None:
-    """Raise if the graph of ``output`` ends in a leaf that is not ``allowed``.
-
-    Catches what the mode cannot see: a tensor handed straight to a custom autograd Function or an extension.
-    """
-    if output.grad_fn is None:
-        return
-    allowed_ids = {id(tensor) for tensor in allowed}
-    stack, seen = [output.grad_fn], {output.grad_fn}
-    while stack:
-        node = stack.pop()
-        leaf = getattr(node, "variable", None)
-        if leaf is not None and id(leaf) not in allowed_ids:
-            raise ClosureError(
-                f"the objective reads {describe(leaf)}, which requires a gradient, through code that torch functions "
-                "do not see (a custom autograd.Function or an extension). Pass it to the layer as one more theta."
-            )
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                stack.append(child)
 
 
 def announce(tensor: Any) -> Any:
@@ -74,16 +54,8 @@ def announce(tensor: Any) -> Any:
     return tensor
 
 
-def _worth_passing(tensor: torch.Tensor) -> bool:
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return True
-    return tensor.is_floating_point() and needs_derivative_in_grad_mode(tensor)
-
-
-def needs_derivative_in_grad_mode(tensor: torch.Tensor) -> bool:
-    return tensor.requires_grad or (
-        forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
-    )
+def _has_tangent(tensor: torch.Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _tensors_in(value: Any, found: list[torch.Tensor]) -> None:

@@ -1,0 +1,81 @@
+"""The layer as an ``nn.Module``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from implicitlayer._records import Record
+from implicitlayer.implicit._argmin import argmin
+from implicitlayer.implicit._layer import ImplicitLayer
+
+__all__ = ["ArgminLayer"]
+
+
+class ArgminLayer(nn.Module):
+    """:func:`argmin` as a module: ``forward(*theta) -> x``, or ``forward(init, *theta)`` without a stored ``init``.
+
+    An objective that is an ``nn.Module`` is registered, so its parameters are in ``parameters()`` and
+    ``state_dict()``, move with ``.to()``, and get gradients. The layer pickles and copies if the objective, solver and
+    ``init`` do (module-level functions and classes, no lambdas).
+
+    BatchNorm inside an objective: batch statistics (``track_running_stats=False``, or ``train()`` mode with the
+    running statistics updated by every evaluation, which a solver should not do) and frozen running statistics
+    (``eval()`` mode) both differentiate; under ``vmap`` torch refuses modules that write running statistics.
+
+    Args:
+        objective, solver: as in :func:`argmin`.
+        init: starting point: a tensor or pytree (a tensor is registered as a buffer), or a function of ``theta``;
+            None if ``forward`` is to receive it first.
+        settings: keyword arguments of :func:`argmin`.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> layer = il.ArgminLayer(
+        ...     lambda x, t: ((x - t) ** 2).sum() + (x**2).sum(), lambda f, x, t: t / 2, init=torch.zeros_like
+        ... )
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), layer)
+        >>> model(torch.ones(3)).shape
+        torch.Size([2])
+    """
+
+    def __init__(
+        self,
+        objective: Callable[..., Any],
+        solver: Callable[..., Any],
+        *,
+        init: Any = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        self.objective = objective
+        self._layer: ImplicitLayer = argmin(objective, solver, **settings)
+        if isinstance(init, torch.Tensor):
+            self.register_buffer("init", init)
+        else:
+            self.init = init
+
+    @property
+    def last_record(self) -> Record | None:
+        """The latest diagnostics record, None before the first call."""
+        return self._layer.last_record
+
+    @property
+    def records(self) -> list[Record]:
+        """Diagnostics of the latest call."""
+        return self._layer.records
+
+    def forward(self, *args: Any) -> Any:
+        """x for ``theta``."""
+        if self.init is None:
+            if not args:
+                raise TypeError("forward(init, *theta) needs init: none was stored in the layer.")
+            return self._layer(*args)
+        init = self.init
+        if callable(init) and not isinstance(init, torch.Tensor):
+            with torch.no_grad():
+                init = init(*args)
+        return self._layer(init, *args)

@@ -1,0 +1,277 @@
+"""What the iterative linear solvers share: normalised right-hand side, refinement, statuses. Each holds its recurrence."""
+
+# Shapes: lanes: leading batch dimensions of independent systems; n: unknowns of one system, counted in elements.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from implicitlayer._solution import LinearSolution
+from implicitlayer._status import Status
+from implicitlayer.linear._operator import FlatOperator, LinearSolver, default_rtol, lane_dot, lane_scale
+from implicitlayer.linear._preconditioners import Precondition, Preconditioner
+
+# Code of a round that ended without an answer (a full cycle, a breakdown): go on from the true residual.
+CONTINUE = -1
+# A number below this many eps of the size of what it was computed from is rounding noise.
+NOISE = 16
+# The recursive residual drifts from the true one; up to this factor above the tolerance counts as reached.
+_SLACK = 10.0
+# A round that lowers the residual by less than this has stalled: one digit more would take 2300 such rounds.
+_LEAST_FALL = 1e-3
+# On an accelerator the test "is any lane still running" is a host synchronisation: make it this rarely.
+_STEPS_BETWEEN_SYNCS = 8
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When to stop: ``||b - A u||_2 <= max(rtol ||b||_2, atol)``, or after ``max_steps``."""
+
+    rtol: float | None = None
+    atol: float = 0.0
+    max_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in (("rtol", self.rtol), ("atol", self.atol)):
+            if value is not None and not value >= 0:
+                raise ValueError(
+                    f"{name}={value} must be non-negative. For a fixed number of steps pass max_steps only."
+                )
+        if self.max_steps is not None and self.max_steps < 0:
+            raise ValueError(f"max_steps={self.max_steps} must be non-negative. Zero steps return the right-hand side.")
+
+    @property
+    def has_tolerance(self) -> bool:
+        return self.rtol is not None or self.atol > 0 or self.max_steps is None
+
+    def relative(self, dtype: torch.dtype) -> float | None:
+        """The relative tolerance; None where only a number of steps was asked for."""
+        if not self.has_tolerance:
+            return None
+        return self.rtol if self.rtol is not None else (0.0 if self.atol > 0 else default_rtol(dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Round:
+    """One system ``A d = residual`` for a method to solve from d = 0.
+
+    Attributes:
+        residual: [*lanes, n], of largest magnitude 1; zero in the lanes that are not running.
+        running: bool [*lanes].
+        stop: [*lanes], residual norm at which a lane is finished.
+        steps_left: int [*lanes]; ``max_steps``, a Python number, is never below it.
+    """
+
+    residual: torch.Tensor
+    running: torch.Tensor
+    stop: torch.Tensor
+    steps_left: torch.Tensor
+    max_steps: int
+
+    def goes_on(self, step: int, running: torch.Tensor) -> bool:
+        """Whether a lane still runs; on an accelerator asked only now and then."""
+        every = 1 if running.device.type == "cpu" else _STEPS_BETWEEN_SYNCS
+        return step % every != 0 or bool(running.any())
+
+
+@dataclass(frozen=True, eq=False)
+class Correction:
+    """What a method found in one :class:`Round`; lanes that were not running are not read.
+
+    Attributes:
+        value: d, [*lanes, n].
+        codes: int [*lanes]: a :class:`Status`, ``LIMIT`` or ``CONTINUE``.
+        steps: int [*lanes], products used.
+        norm: [*lanes], norm of ``residual - A d`` by the recurrence; None where there is none.
+        curvature: [*lanes], smallest Rayleigh quotient seen; None where there is none.
+    """
+
+    value: torch.Tensor
+    codes: torch.Tensor
+    steps: torch.Tensor
+    norm: torch.Tensor | None = None
+    curvature: torch.Tensor | None = None
+
+
+# Code of a lane that used up its steps; the front turns it into STEP_LIMIT or MAX_STEPS_REACHED.
+LIMIT = int(Status.MAX_STEPS_REACHED)
+
+
+def lane_norm(vector: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+    """``sqrt(<vector, other>)`` per lane (the 2-norm without ``other``), with no overflow or underflow of squares.
+
+    NaN where the inner product is negative.
+    """
+    scale = lane_scale(vector)
+    if other is None or other is vector:
+        part = vector / scale
+        return lane_dot(part, part).sqrt() * scale[..., 0]
+    scale_other = lane_scale(other)
+    dot = lane_dot(vector / scale, other / scale_other)
+    return dot.sqrt() * scale[..., 0].double().sqrt() * scale_other[..., 0].double().sqrt()
+
+
+def times(coefficient: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """One float64 coefficient per lane times a vector per lane, in the vector's dtype."""
+    return coefficient.to(vector.dtype).unsqueeze(-1) * vector
+
+
+def select(mask: torch.Tensor, vector: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+    """``vector`` in the lanes of ``mask``, ``other`` (zero without it) in the rest."""
+    return torch.where(mask.unsqueeze(-1), vector, torch.zeros_like(vector) if other is None else other)
+
+
+def refine(
+    operator: FlatOperator, rhs: torch.Tensor, limits: Limits, correct: Callable[[Round], Correction], method: str
+) -> LinearSolution:
+    """Solve ``A u = rhs`` by rounds of ``correct``, each started from the true residual of the last.
+
+    The right-hand side, and every residual after it, is divided by its largest magnitude first, so no scale matters.
+    A round that does not lower the true residual is thrown away.
+    """
+    # NOTE [rounds]: a recurrence drifts from the true residual by about eps * cond. Restarting from the true one
+    # recovers the digits, as long as each round at least halves it; a round that made no claim (a full cycle of
+    # GMRES, a breakdown of Bi-CGSTAB) only has to lower it. Without a tolerance no residual is recomputed at the end.
+    scale = lane_scale(rhs)
+    b = rhs / scale
+    initial = lane_norm(b)
+    rtol = limits.relative(b.dtype)
+    eps = torch.finfo(b.dtype).eps
+    tolerance = torch.zeros_like(initial)
+    if rtol is not None:
+        tolerance = torch.maximum(rtol * initial, limits.atol / scale[..., 0].double())
+    max_steps = limits.max_steps if limits.max_steps is not None else 10 * max(b.shape[-1], 1)
+    limit = int(Status.MAX_STEPS_REACHED if limits.has_tolerance else Status.STEP_LIMIT)
+
+    x, residual, norm = torch.zeros_like(b), b, initial
+    # a residual below eps says nothing more
+    running = initial.isfinite() & (initial > torch.maximum(tolerance, eps * initial))
+    codes = torch.where(initial.isfinite(), int(Status.CONVERGED), int(Status.NONFINITE))
+    steps = torch.zeros_like(codes)
+    curvature = torch.full_like(initial, math.inf)
+    is_true = False
+    while bool(running.any()):
+        unit = lane_scale(residual)
+        stop = torch.maximum(tolerance, eps * norm) / unit[..., 0]
+        found = correct(Round(select(running, residual / unit), running, stop, max_steps - steps, max_steps))
+        steps = torch.where(running, steps + found.steps, steps)
+        if found.curvature is not None:
+            curvature = torch.where(running, torch.minimum(curvature, found.curvature), curvature)
+        codes = torch.where(running, torch.where(found.codes == LIMIT, limit, found.codes), codes)
+        candidate = select(running, x + found.value * unit, x)
+        goes_on = running & (codes == CONTINUE)
+        if not limits.has_tolerance and found.norm is not None and not bool(goes_on.any()):
+            x, norm, is_true = candidate, torch.where(running, found.norm * unit[..., 0], norm), False
+            break
+        new_residual = b - operator(candidate)
+        new_norm = lane_norm(new_residual)
+        is_true, previous = True, norm
+        better = running & (new_norm < norm)
+        x, residual = select(better, candidate, x), select(better, new_residual, residual)
+        norm = torch.where(better, new_norm, norm)
+        codes = torch.where(running & ~new_norm.isfinite(), int(Status.NONFINITE), codes)
+        claims = running & (codes == int(Status.CONVERGED))
+        if limits.has_tolerance:
+            done = running & (norm <= 2 * tolerance)
+            codes = torch.where(done, int(Status.CONVERGED), codes)
+            undecided = (claims | goes_on) & ~done
+        else:
+            undecided = goes_on
+        fell = norm < torch.where(claims, 0.5, 1 - _LEAST_FALL) * previous
+        codes = torch.where(undecided, torch.where(fell, limit, int(Status.STAGNATED)), codes)
+        running = undecided & fell & (steps < max_steps)
+
+    relative = torch.where(initial > 0, norm / initial, torch.zeros_like(initial))
+    if limits.has_tolerance:
+        codes = _judge(codes, norm <= _SLACK * tolerance, relative, math.sqrt(eps))
+    return LinearSolution(
+        value=x * scale,
+        codes=codes,
+        steps=steps,
+        residual_norm=norm * scale[..., 0],
+        relative_residual=relative,
+        smallest_curvature=curvature,
+        residual_is_true=is_true,
+        method=method,
+        rtol=rtol,
+    )
+
+
+def _judge(codes: torch.Tensor, reached: torch.Tensor, relative: torch.Tensor, small: float) -> torch.Tensor:
+    """The statuses in the light of the true residual.
+
+    A flat direction met after the residual has fallen to the square root of eps is where rounding takes over; met
+    before that, the right-hand side is outside the range.
+    """
+    flat = codes == int(Status.SINGULAR)
+    codes = torch.where(flat & (relative < small), int(Status.STAGNATED), codes)
+    codes = torch.where((codes == int(Status.CONVERGED)) & ~reached, int(Status.STAGNATED), codes)
+    soft = (codes == int(Status.STAGNATED)) | (codes == int(Status.MAX_STEPS_REACHED))
+    codes = torch.where((soft | flat) & reached, int(Status.CONVERGED), codes)
+    return torch.where(soft & ~reached & ~(relative < 1), int(Status.DIVERGED), codes)
+
+
+@dataclass(frozen=True)
+class KrylovSolver(LinearSolver):
+    """Base class of solvers by recurrences: tolerances and preconditioner; a subclass has ``correct``."""
+
+    rtol: float | None = None
+    atol: float = 0.0
+    max_steps: int | None = None
+    preconditioner: Precondition | Preconditioner | None = None
+
+    method: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        Limits(self.rtol, self.atol, self.max_steps)
+
+    @property
+    def has_tolerance(self) -> bool:
+        """Whether a tolerance was asked for; with ``max_steps`` alone, none was."""
+        return Limits(self.rtol, self.atol, self.max_steps).has_tolerance
+
+    def correct(self, operator: FlatOperator, precondition: Precondition, start: Round) -> Correction:
+        """The recurrence, run from zero on the right-hand side ``start.residual``."""
+        raise NotImplementedError
+
+    def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution:
+        """Solve for a flat right-hand side [*lanes, n]."""
+        limits = Limits(self.rtol, self.atol, self.max_steps)
+        built: list[Precondition] = []
+
+        def precondition(vector: torch.Tensor) -> torch.Tensor:  # built at its first use: a zero rhs makes no product
+            if not built:
+                given = self.preconditioner
+                if isinstance(given, Preconditioner):
+                    given = given.build(operator, rhs)
+                built.append(given or operator.precondition)
+            return built[0](vector)
+
+        if self.max_steps == 0:
+            return _zero_steps(rhs, precondition, limits, self.method)
+        return refine(operator, rhs, limits, lambda start: self.correct(operator, precondition, start), self.method)
+
+
+def _zero_steps(rhs: torch.Tensor, precondition: Precondition, limits: Limits, method: str) -> LinearSolution:
+    """The preconditioned right-hand side; the status tells that nothing was solved if a tolerance was asked for."""
+    scale = lane_scale(rhs)
+    finite = lane_norm(rhs / scale).isfinite()
+    code = Status.MAX_STEPS_REACHED if limits.has_tolerance else Status.STEP_LIMIT
+    codes = torch.where(finite, int(code), int(Status.NONFINITE))
+    unknown = torch.full(codes.shape, math.nan, dtype=torch.float64, device=rhs.device)
+    return LinearSolution(
+        value=precondition(rhs / scale) * scale,
+        codes=codes,
+        steps=torch.zeros_like(codes),
+        residual_norm=unknown,
+        relative_residual=unknown,
+        smallest_curvature=unknown + math.inf,
+        residual_is_true=False,
+        method=method,
+        rtol=limits.relative(rhs.dtype),
+    )

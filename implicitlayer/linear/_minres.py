@@ -1,0 +1,128 @@
+"""MINRES for symmetric systems, definite or not, one or many at a time."""
+
+# Legend: A symmetric, M the preconditioner's matrix (identity without one).
+# Lanczos (Paige & Saunders 1975, section 5): u_1 = r_0 / beta_1, v_k = M^-1 u_k, and
+#     beta_{k+1} u_{k+1} = A v_k - alpha_k u_k - beta_k u_{k-1},   alpha_k = v_k'A v_k,   u_k'v_k = 1,
+# so that A V_k = U_{k+1} T_k with T_k tridiagonal, (k+1) x k. MINRES takes x_k = V_k y with the smallest
+# ||beta_1 e_1 - T_k y||, the M^-1-norm of the residual. One reflection per step, [c s; s -c], keeps T_k = Q_k [R_k; 0]:
+# column k of R_k is (epsilon_k, delta_k, gamma_k), from
+#     delta_k = c dbar + s alpha_k,   gbar = s dbar - c alpha_k,   gamma_k = sqrt(gbar^2 + beta_{k+1}^2),
+#     epsilon_{k+1} = s beta_{k+1},   dbar <- -c beta_{k+1}    (c, s of the last step),   c = gbar / gamma, s = beta / gamma.
+# With W_k = V_k R_k^-1, w_k = (v_k - epsilon_k w_{k-2} - delta_k w_{k-1}) / gamma_k and x_k = x_{k-1} + c phibar w_k;
+# phibar_k = s phibar_{k-1} is the norm of the residual. Two more facts (Choi, Paige & Saunders 2011, section 3):
+#     r_k = s^2 r_{k-1} - c phibar_k u_{k+1}       (the residual itself, needed for its 2-norm when M is not the identity)
+#     ||A r_{k-1}|| = phibar_{k-1} sqrt(gbar^2 + dbar^2)   (zero at a least-squares solution)
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from implicitlayer._status import Status
+from implicitlayer.linear._common import LIMIT, NOISE, Correction, KrylovSolver, Round, lane_norm, select, times
+from implicitlayer.linear._operator import FlatOperator, lane_dot
+from implicitlayer.linear._preconditioners import Precondition
+
+__all__ = ["Minres"]
+
+
+@dataclass(frozen=True)
+class Minres(KrylovSolver):
+    """Solve ``A u = b`` for symmetric A, positive definite or not, from products ``A v`` alone.
+
+    Stops a lane when ``||b - A u||_2 <= max(rtol ||b||_2, atol)``, on the residual recomputed at the end. The residual
+    never grows, unlike that of conjugate gradients. A singular A with b in its range is solved; with b outside it,
+    the least-squares residual is reached and the status is SINGULAR.
+
+    Args:
+        rtol: relative tolerance; default 1e-10 (float64), 1e-5 (float32), if ``max_steps`` is not given alone.
+        atol: absolute tolerance, in units of b.
+        max_steps: limit of steps (products); default ten times the number of unknowns of one lane.
+        preconditioner: ``v -> approximately |A|^-1 v``, symmetric positive definite, on flat vectors [*lanes, n]; or
+            a :class:`Jacobi` or :class:`Nystrom`, built from the operator. Default: the operator's diagonal metric.
+
+    Raises:
+        ValueError: a negative tolerance or step limit; a preconditioner that is not positive definite.
+
+    Source: C. C. Paige and M. A. Saunders, Solution of sparse indefinite systems of linear equations, SIAM J. Numer.
+    Anal. 12 (1975). Difference from ``scipy.sparse.linalg.minres``: lanes, a stopping test on the residual alone (not
+    relative to ``||A|| ||x||``), the true residual at the end, a status for inconsistent systems, no dependence on scale.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> saddle = torch.diag(torch.tensor([1.0, -4.0]).double())
+        >>> solution = il.Minres()(saddle, torch.ones(2).double())
+        >>> [round(v, 12) for v in solution.value.tolist()], solution.status.name, solution.num_steps
+        ([1.0, -0.25], 'CONVERGED', 2)
+    """
+
+    method: ClassVar[str] = "MINRES"
+
+    def correct(self, operator: FlatOperator, precondition: Precondition, start: Round) -> Correction:
+        """The recurrence, run from zero on the right-hand side ``start.residual``."""
+        r = start.residual
+        v = precondition(r)
+        preconditioned = v is not r
+        noise = NOISE * torch.finfo(r.dtype).eps
+        running, norm = start.running, lane_norm(r)
+        codes = torch.where(running, LIMIT, int(Status.CONVERGED))
+        steps = torch.zeros_like(codes)
+        x, w, w_old, u_old = (torch.zeros_like(r) for _ in range(4))
+        beta = lane_norm(r, v)
+        bad_metric = running & ~(beta > 0)
+        running = running & (beta > 0)
+        phibar = beta
+        u, v = times(1 / beta, r), times(1 / beta, v)
+        zero = torch.zeros_like(beta)
+        dbar, epsilon, c, s, size = zero, zero, zero - 1, zero, zero
+        beta_old = zero
+        curvature = zero + math.inf
+        for step in range(start.max_steps):
+            running = running & (steps < start.steps_left)
+            if not start.goes_on(step, running):
+                break
+            v = select(running, v)
+            new = operator(v)
+            steps = steps + running
+            new = new - times(beta_old, u_old)
+            alpha = lane_dot(v, new)
+            new = new - times(alpha, u)
+            z = precondition(new)
+            beta = lane_norm(new, z)
+            finite = alpha.isfinite() & new.isfinite().all(-1)
+            bad_metric = bad_metric | (running & finite & z.isfinite().all(-1) & beta.isnan())
+            codes = torch.where(running & ~beta.isfinite(), int(Status.NONFINITE), codes)
+            running = running & beta.isfinite()
+            curvature = torch.where(running, torch.minimum(curvature, alpha), curvature)
+            size = torch.where(running, torch.maximum(size, alpha.abs() + beta + beta_old), size)
+
+            epsilon_old, delta, gbar = epsilon, c * dbar + s * alpha, s * dbar - c * alpha
+            epsilon, dbar = s * beta, -c * beta
+            # A r = 0 to working precision while r is not: a least-squares solution (gamma = 0 among them)
+            flat = running & (torch.hypot(gbar, dbar) <= noise * size)
+            codes = torch.where(flat, int(Status.SINGULAR), codes)
+            running = running & ~flat
+            gamma = torch.hypot(gbar, beta)
+            c, s = gbar / gamma, beta / gamma
+            w, w_old = times(1 / gamma, v - times(epsilon_old, w_old) - times(delta, w)), w
+            x = select(running, x + times(c * phibar, w), x)
+            phibar = s * phibar
+            u, u_old, v, beta_old = times(1 / beta, new), u, times(1 / beta, z), beta
+            if preconditioned:
+                r = times(s * s, r) - times(c * phibar, u)
+                r = select(beta > 0, r)  # beta = 0: the Krylov space is exhausted and the residual zero
+                norm = torch.where(running, lane_norm(r), norm)
+            else:
+                norm = torch.where(running, phibar, norm)
+            reached = running & (norm <= start.stop)
+            codes = torch.where(reached, int(Status.CONVERGED), codes)
+            running = running & ~reached
+        if bool(bad_metric.any()):
+            raise ValueError(
+                f"the preconditioner of {type(self).__name__} must be symmetric positive definite: it gave "
+                "<r, M^-1 r> <= 0. Use the absolute value of what it approximates."
+            )
+        return Correction(x, codes, steps, norm, curvature)
