@@ -5,7 +5,7 @@
     python examples/demo.py --resume <run folder>  go on after Ctrl-C, a crash, or with more --minutes
     python examples/demo.py --smoke                everything in seconds, to see that it runs
 
-Trains twice with the same seeds and the same minutes: iMAML, and the same code with 0 CG steps, which is first-order MAML.
+Trains twice with the same seeds and minutes: iMAML, and the same code with 0 CG steps, which is first-order MAML.
 """
 
 import argparse
@@ -47,7 +47,7 @@ class Settings:
 
 
 SMOKE = {"num_filters": 8, "minutes": 0.2, "max_steps": 4, "tasks_per_step": 2, "validation_tasks": 4, "test_tasks": 8}
-METHODS = {"iMAML": "cg_steps", "FOMAML": 0}
+METHODS = ("iMAML", "FOMAML")
 
 
 def main() -> None:
@@ -63,24 +63,26 @@ def main() -> None:
     print(f"{type(data).__name__}, {settings.num_ways}-way {settings.num_shots}-shot; the run is kept in {run_dir}")
 
     start = network.init(torch.Generator().manual_seed(settings.seed))
-    rows = [("no meta-learning: adapt from the untrained start", 0, evaluate(make_method(network, settings, 0), start, test))]
-    trainers = {}
+    rows = []
+    trainers = {name: make_trainer(name, network, data, validation, settings, run_dir) for name in METHODS}
     try:
-        for name in METHODS:
-            trainers[name] = trainer = make_trainer(name, network, data, validation, settings, run_dir / name.lower())
+        for name, trainer in trainers.items():
             if trainer.resume():
                 print(f"{name}: resumed at step {trainer.step}, {trainer.seconds / 60:.1f} minutes of training")
             trainer.fit()
-            rows.insert(-1, (label(name, settings), trainer.step, evaluate(trainer.method, trainer.theta, test)))
+            rows.append((name, trainer.step, trainer.evaluate(test)))
     except KeyboardInterrupt:
-        raise SystemExit(f"\nStopped; nothing is lost. Go on with:\n    {resume_command(run_dir)}") from None
+        raise SystemExit(f"\nStopped; no finished step is lost. Go on with:\n    {resume_command(run_dir)}") from None
+    untrained = il.meta.evaluate(trainers["iMAML"].method, start, test, trainers["iMAML"].metric)
+    rows.append(("untrained start", 0, untrained))
 
     print(table(rows, settings))
-    results = {name: dict(steps=steps, mean=r.mean, interval=r.interval, tasks=r.num_tasks) for name, steps, r in rows}
+    accuracy = {name: {"steps": steps, "mean": r.mean, "interval": r.interval} for name, steps, r in rows}
+    results = {"dataset": type(data).__name__, "test_tasks": settings.test_tasks, "accuracy": accuracy}
     il.meta.save_json(run_dir / "results.json", results)
     draw(trainers, network, test, settings, run_dir / "demo.png")
-    print(f"Picture: {run_dir / 'demo.png'}    checkpoint: {trainers['iMAML'].checkpoint_path}")
-    print(f"Train on, for twice as long:\n    {resume_command(run_dir)} --minutes {2 * settings.minutes:g}")
+    print(f"picture     {run_dir / 'demo.png'}\ncheckpoint  {trainers['iMAML'].checkpoint_path}")
+    print(f"Go on, here for twice as long:\n    {resume_command(run_dir)} --minutes {2 * settings.minutes:g}")
 
 
 def make_method(network: Any, settings: Settings, cg_steps: int) -> il.meta.iMAML:
@@ -118,7 +120,7 @@ def make_trainer(name: str, network: Any, data: Any, validation: Any, settings: 
         max_gradient_norm=settings.max_gradient_norm,
         metric=accuracy,
         validation=validation,
-        run_dir=run_dir,
+        run_dir=run_dir / name.lower(),
         name=f"{name:6}",
     )
 
@@ -130,4 +132,75 @@ def sampler(data: Any, split: str, settings: Settings, seed: int) -> Any:
 def episodes(data: Any, split: str, settings: Settings, num_tasks: int) -> list[Any]:
     """A fixed list of tasks: the same for every method and every run."""
     source = sampler(data, split, settings, seed=2024)
-    return [il.meta.as_support_query(source.sample(min(20, num_tasks))) for _ in range(-(-num_tasks // 20))]
+    chunk = 20  # tasks adapted at once
+    return [il.meta.as_support_query(source.sample(min(chunk, num_tasks - k))) for k in range(0, num_tasks, chunk)]
+
+
+def table(rows: list[Any], settings: Settings) -> str:
+    """The result, one row for each way to start the adaptation."""
+    what = {
+        "iMAML": f"iMAML, {settings.cg_steps} CG steps",
+        "FOMAML": "first-order MAML: the same with 0 CG steps",
+        "untrained start": "no meta-learning: adapted from the untrained start",
+    }
+    num_tasks = rows[0][2].num_tasks
+    lines = ["", f"{'':52} meta-steps   accuracy on {num_tasks} tasks of held-out classes (± 95 %)"]
+    lines += [f"{what[name]:52} {steps:10}   {result}" for name, steps, result in rows]
+    return "\n".join([*lines, f"{'chance':52} {'':10}   {100 / settings.num_ways:.1f} %", ""])
+
+
+def draw(trainers: dict[str, Any], network: Any, test: list[Any], settings: Settings, path: Path) -> None:
+    """Learning curves beside the first test task and what the adapted network says of it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    support, query = (tuple(part[:1] for part in batch) for batch in test[0])
+    trainer = trainers["iMAML"]
+    with torch.no_grad():
+        logits = network(trainer.method.adapt(trainer.theta, support), query[0])[0]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), width_ratios=(1.25, 1), layout="constrained")
+    histories = {name: trainer.history for name, trainer in trainers.items()}
+    il.meta.plot_learning_curves(left, histories, chance=1 / settings.num_ways)
+    il.meta.plot_episode(right, support[0][0], query[0][0], query[1][0], logits.softmax(-1))
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def versions() -> dict[str, Any]:
+    return {
+        "implicitlayer": il.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def resume_command(run_dir: Path) -> str:
+    return f"{sys.executable} {sys.argv[0]} --resume {run_dir}"
+
+
+def read_arguments() -> tuple[Settings, Path]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--data-dir", default=os.environ.get("IMPLICITLAYER_DATA"), help="folder with the Omniglot zips"
+    )
+    parser.add_argument("--resume", type=Path, metavar="RUN", help="go on with a run folder")
+    parser.add_argument("--run-dir", type=Path, help="where to keep the run (default: a new folder in runs/)")
+    parser.add_argument("--minutes", type=float, help=f"training time per method (default {Settings.minutes:g})")
+    parser.add_argument("--seed", type=int, help=f"of the start and the tasks (default {Settings.seed})")
+    parser.add_argument("--smoke", action="store_true", help="a few steps of everything")
+    arguments = parser.parse_args()
+    changes = {key: getattr(arguments, key) for key in ("minutes", "seed") if getattr(arguments, key) is not None}
+    if arguments.resume is not None:
+        saved = json.loads((arguments.resume / "config.json").read_text())
+        return Settings(**(saved | changes)), arguments.resume
+    changes = (SMOKE if arguments.smoke else {}) | changes | {"data_dir": arguments.data_dir}
+    name = ("omniglot" if arguments.data_dir else "glyphs") + time.strftime("-%Y%m%d-%H%M%S")
+    return Settings(**changes), arguments.run_dir or Path("runs") / name
+
+
+if __name__ == "__main__":
+    main()

@@ -2,6 +2,7 @@
 
 # n: unknowns, m: entries of one theta. Nothing here uses the package or vmap: a reference shares no code with its test.
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,10 @@ import torch
 
 Tensor = torch.Tensor
 F64 = torch.float64
+
+with warnings.catch_warnings():  # torch's first forward-mode call imports what torch itself calls deprecated
+    warnings.simplefilter("ignore", DeprecationWarning)
+    torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
 
 
 def generator(seed: int) -> torch.Generator:

@@ -8,11 +8,8 @@ from typing import Any
 from implicitlayer._types import OnFailure
 from implicitlayer.implicit._layer import ImplicitLayer
 from implicitlayer.linear._cg import ConjugateGradient
-
-try:
-    from implicitlayer.linear._gmres import Gmres
-except ImportError:
-    from implicitlayer.linear._cg import ConjugateGradient as Gmres
+from implicitlayer.linear._gmres import Gmres
+from implicitlayer.linear._jacobian import Curvature
 
 __all__ = ["argmin", "fixed_point", "root"]
 
@@ -28,6 +25,8 @@ def argmin(
     stationarity_rtol: float | None = 1e-3,
     polish: int = 0,
     batch_dims: int = 0,
+    curvature: Curvature = "hessian",
+    damping: float = 0.0,
 ) -> ImplicitLayer:
     """A differentiable layer ``(init, *theta) -> argmin_x objective(x, *theta)`` around any solver.
 
@@ -54,6 +53,9 @@ def argmin(
         batch_dims: leading dimensions of every leaf of x that enumerate independent problems; the objective then
             returns one value per lane, [*lanes], and everything is solved lane by lane in one go. A theta may have
             lanes of its own or be shared. A solver without ``batched = True`` sees the sum over the lanes.
+        curvature: the matrix of the linear solve: ``"hessian"``, or ``"gauss_newton"`` for an objective made by
+            :func:`composite` or :func:`least_squares` (see there for what that costs in exactness).
+        damping: added to the diagonal of that matrix, in units of curvature; biases the gradient towards zero.
 
     Returns:
         The layer, a callable. The result is differentiable in every floating tensor of every theta; ``init`` gets no
@@ -84,6 +86,8 @@ def argmin(
         stationarity_rtol,
         polish,
         batch_dims,
+        curvature,
+        damping,
     )
 
 

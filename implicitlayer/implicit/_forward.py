@@ -100,7 +100,7 @@ def _call_solver(spec: LayerSpec, init: Leaves, theta: Leaves) -> tuple[list[tup
         objective = _objective_of_leaves(calling, residual, hidden, sum_lanes=not batched)
         return [(_run(calling, objective, init, explicit), init)], False
     # NOTE [lane by lane]: a black box sees one problem at a time, as it would in a Python loop.
-    single = Residual(residual.function, residual.is_gradient, residual.lane_dims_of_function, metric=residual.metric)
+    single = Residual(residual.function, residual.is_gradient, residual.lane_dims_of_function, parts=residual.parts)
     results = []
     for lane in itertools.product(*(range(size) for size in init[0].shape[: len(residual.levels)])):
         lane_theta = []

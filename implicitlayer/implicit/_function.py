@@ -11,7 +11,7 @@ import torch
 from implicitlayer._records import BackwardRecord, ForwardRecord
 from implicitlayer._types import Leaves, OnFailure
 from implicitlayer.implicit._forward import Calling, solve_forward
-from implicitlayer.implicit._rules import implicit_jvp, implicit_vjp, over_batched_cotangents
+from implicitlayer.implicit._rules import Matrix, implicit_jvp, implicit_vjp, over_batched_cotangents
 from implicitlayer.linear._residual import Residual
 from implicitlayer.linear._solve import fill, lanes_first
 
@@ -29,13 +29,19 @@ class LayerSpec:
     on_failure: OnFailure = "warn"
     stationarity_rtol: float | None = 1e-3
     polish: int = 0
+    matrix: Matrix = ("hessian", 0.0)
     listener: Callable[[ForwardRecord | BackwardRecord], None] | None = None
     aux: list[Any] = field(default_factory=list)
 
     @property
     def how(self) -> dict[str, Any]:
-        """The settings of the linear solve behind a derivative."""
-        return {"solver": self.linear_solver, "on_failure": self.on_failure, "listener": self.listener}
+        """The settings of the solve behind a derivative."""
+        return {
+            "matrix": self.matrix,
+            "solver": self.linear_solver,
+            "on_failure": self.on_failure,
+            "listener": self.listener,
+        }
 
 
 class ImplicitArgmin(torch.autograd.Function):

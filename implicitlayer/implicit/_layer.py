@@ -9,13 +9,15 @@ from typing import Any, Literal
 import torch
 from torch.utils import _pytree as pytree
 
-from implicitlayer._capture import announce, call_with, find_closed_over, needs_derivative
+from implicitlayer._capture import announce, find_closed_over, needs_derivative
 from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
+from implicitlayer._flat import Signature, flat_function, flat_parts
 from implicitlayer._records import Record
 from implicitlayer._tree import flatten, flatten_with_names, unflatten
 from implicitlayer._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.implicit._forward import Calling
 from implicitlayer.implicit._function import ImplicitArgmin, LayerSpec
+from implicitlayer.linear._jacobian import Curvature
 from implicitlayer.linear._residual import Residual
 
 __all__ = ["ImplicitLayer"]
@@ -43,6 +45,8 @@ class ImplicitLayer:
     stationarity_rtol: float | None
     polish: int
     batch_dims: int
+    curvature: Curvature = "hessian"
+    damping: float = 0.0
 
     def __post_init__(self) -> None:
         self.records: list[Record] = []
@@ -55,8 +59,10 @@ class ImplicitLayer:
             raise ValueError(
                 f"stationarity_rtol={self.stationarity_rtol} must be non-negative, or None to switch the check off."
             )
-        for name in ("polish", "batch_dims"):
-            if getattr(self, name) < 0:
+        if self.curvature not in ("hessian", "gauss_newton"):
+            raise ValueError(f"curvature={self.curvature!r} must be 'hessian' or 'gauss_newton'.")
+        for name in ("polish", "batch_dims", "damping"):
+            if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be non-negative.")
 
     @property
@@ -83,19 +89,19 @@ class ImplicitLayer:
         _check_init(x, x_names, self.batch_dims)
         x_spec = flatten(init)[1]
         theta = pytree.tree_map(announce, theta)
-        signature = _Signature.of(theta)
+        signature = Signature.of(theta)
         tensors = signature.tensors
         user_function = _without_aux(self.function) if self.objective_has_aux else self.function
         hidden: Leaves = []
         if torch.is_grad_enabled() or _transformed([*x, *tensors]):
             hidden = find_closed_over(user_function, (init, *theta))
         wanted = bool(hidden) or any(needs_derivative(t) for t in tensors)
-        function = _flat_function(user_function, x_spec, signature, hidden, self.kind == "argmin")
+        function = flat_function(user_function, x_spec, signature, hidden, self.kind == "argmin")
         residual = Residual(
             function=_minus_identity(function) if self.kind == "fixed_point" else function,
             is_gradient=self.kind == "argmin",
             lane_dims_of_function=self.batch_dims,
-            metric=_flat_metric(self.function, x_spec, signature, hidden),
+            parts=flat_parts(self.function, x_spec, signature, hidden),
         )
         calling = Calling(
             solver=self.solver,
@@ -103,7 +109,7 @@ class ImplicitLayer:
             x_spec=x_spec,
             x_names=x_names,
             rebuild_theta=signature.rebuild,
-            flatten_theta=lambda args, extra: [*_Signature.of(args).tensors, *extra],
+            flatten_theta=lambda args, extra: [*Signature.of(args).tensors, *extra],
             num_theta=len(tensors),
             flat_function=function,
             user_function=None if hidden else user_function,
@@ -118,6 +124,7 @@ class ImplicitLayer:
             on_failure=self.on_failure,
             stationarity_rtol=self.stationarity_rtol if wanted else None,
             polish=self.polish,
+            matrix=(self.curvature, float(self.damping)),
             listener=records.append,
         )
         solution = unflatten(ImplicitArgmin.apply(spec, *x, *tensors, *hidden), x_spec)
@@ -126,85 +133,9 @@ class ImplicitLayer:
         return solution
 
 
-@dataclass(frozen=True, eq=False)
-class _Signature:
-    """The structure of theta: tensor leaves apart from everything that is passed through."""
-
-    spec: pytree.TreeSpec
-    leaves: tuple[Any, ...]
-
-    @classmethod
-    def of(cls, args: tuple[Any, ...]) -> _Signature:
-        leaves, spec = flatten(args)
-        return cls(spec, tuple(leaves))
-
-    @property
-    def tensors(self) -> Leaves:
-        return [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
-
-    def rebuild(self, tensors: Leaves) -> tuple[Any, ...]:
-        """The arguments with their tensors replaced in order; surplus tensors (closed-over ones) are not read."""
-        values = iter(tensors)
-        filled = [next(values) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
-        rebuilt: tuple[Any, ...] = unflatten(filled, self.spec)
-        return rebuilt
-
-    def without_tensors(self) -> _Signature:
-        """The same structure holding no tensor: functions that outlive the call must not keep data alive."""
-        return _Signature(self.spec, tuple(_SLOT if isinstance(x, torch.Tensor) else x for x in self.leaves))
-
-
-_SLOT = torch.empty(0)
-
-
-def _flat_function(
-    function: Callable[..., Any], x_spec: pytree.TreeSpec, signature: _Signature, hidden: Leaves, is_gradient: bool
-) -> FlatFunction:
-    """``function`` on flat lists, closed-over tensors read from the end of the theta list."""
-    slots = signature.without_tensors()
-
-    def flat(x: Leaves, theta: Leaves) -> Any:
-        args = (unflatten(x, x_spec), *slots.rebuild(theta))
-        values = theta[len(theta) - len(hidden) :]
-        value = call_with(function, hidden, values, args)
-        return value if is_gradient else _like_x(value, x, x_spec)
-
-    return flat
-
-
 def _minus_identity(function: FlatFunction) -> FlatFunction:
     """The residual x - map(x) of a fixed point."""
     return lambda x, theta: [a - b for a, b in zip(x, function(x, theta), strict=True)]
-
-
-def _like_x(value: Any, x: Leaves, x_spec: pytree.TreeSpec) -> Leaves:
-    """Leaves of a residual, checked to be one equation per unknown."""
-    leaves, spec = flatten(value)
-    expected = [tuple(t.shape) for t in x]
-    shapes = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf).__name__ for leaf in leaves]
-    if spec != x_spec or shapes != expected:
-        raise ObjectiveError(
-            "the residual must return one equation per unknown, in the structure of x: expected shapes "
-            f"{expected}, got {shapes}."
-        )
-    return list(leaves)
-
-
-def _flat_metric(
-    function: Callable[..., Any], x_spec: pytree.TreeSpec, signature: _Signature, hidden: Leaves
-) -> FlatFunction | None:
-    """The objective's own ``curvature_metric(x, *theta)``, on flat lists; None if it has none."""
-    metric = getattr(function, "curvature_metric", None)
-    if metric is None:
-        return None
-    slots = signature.without_tensors()
-
-    def flat(x: Leaves, theta: Leaves) -> Leaves:
-        args = (unflatten(x, x_spec), *slots.rebuild(theta))
-        value = call_with(metric, hidden, theta[len(theta) - len(hidden) :], args)
-        return [leaf.detach() for leaf in flatten(value)[0]]
-
-    return flat
 
 
 def _without_aux(function: Callable[..., Any]) -> Callable[..., Any]:

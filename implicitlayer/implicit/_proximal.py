@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from implicitlayer._tree import flatten, lane_reduce, unflatten
+from implicitlayer.implicit._composite import Composite
 
 __all__ = ["Proximal", "proximal"]
 
@@ -21,19 +22,15 @@ class Proximal:
     strength: Any
 
     def __call__(self, phi: Any, theta: Any, *data: Any) -> torch.Tensor:
-        value = self.loss(phi, *data)
-        lane_dims = value.ndim
-        phi_leaves, spec = flatten(phi)
-        theta_leaves, theta_spec = flatten(theta)
-        if spec != theta_spec:
-            raise ValueError(f"theta must have the structure of phi: expected {spec}, got {theta_spec}.")
-        strengths = self._strengths(phi)
-        for strength, p, t in zip(strengths, phi_leaves, theta_leaves, strict=True):
-            difference = p - t
-            if isinstance(strength, torch.Tensor) and strength.ndim > 0:
-                value = value + 0.5 * lane_reduce(strength * difference * difference, lane_dims)
+        return self._with_penalty(self.loss(phi, *data), _difference(phi, theta))
+
+    def _with_penalty(self, value: torch.Tensor, difference: Any) -> torch.Tensor:
+        """``value`` + 1/2 ||difference||^2_strength, per lane of ``value``."""
+        for strength, d in zip(self._strengths(difference), flatten(difference)[0], strict=True):
+            if _has_entries(strength):
+                value = value + 0.5 * lane_reduce(strength * d * d, value.ndim)
             else:
-                value = value + (0.5 * strength) * lane_reduce(difference * difference, lane_dims)
+                value = value + (0.5 * strength) * lane_reduce(d * d, value.ndim)
         return value
 
     def curvature_metric(self, phi: Any, theta: Any, *data: Any) -> Any:
@@ -55,6 +52,16 @@ class Proximal:
             spec,
         )
 
+    def as_composite(self) -> Composite | None:
+        """The proximal term has no model to linearise: it joins the loss with phi - theta among the outputs."""
+        inner = self.loss.as_composite() if hasattr(self.loss, "as_composite") else None
+        if inner is None:
+            return None
+        return Composite(
+            lambda outputs, theta, *data: self._with_penalty(inner.loss(outputs[0], *data), outputs[1]),
+            lambda phi, theta, *data: (inner.model(phi, *data), _difference(phi, theta)),
+        )
+
     def _strengths(self, phi: Any) -> list[Any]:
         leaves, spec = flatten(phi)
         if isinstance(self.strength, (dict, list, tuple)):
@@ -65,6 +72,15 @@ class Proximal:
                 )
             return list(strengths)
         return [self.strength] * len(leaves)
+
+
+def _difference(phi: Any, theta: Any) -> Any:
+    """phi - theta, in the structure of phi; theta may lack the lanes of phi."""
+    phi_leaves, spec = flatten(phi)
+    theta_leaves, theta_spec = flatten(theta)
+    if spec != theta_spec:
+        raise ValueError(f"theta must have the structure of phi: expected {spec}, got {theta_spec}.")
+    return unflatten([p - t for p, t in zip(phi_leaves, theta_leaves, strict=True)], spec)
 
 
 def _has_entries(strength: Any) -> bool:

@@ -16,19 +16,29 @@ import torch
 
 from implicitlayer._surroundings import plain_surroundings
 from implicitlayer._types import Leaves
-from implicitlayer.linear._jacobian import Jacobian, pull_tensors, push_tensors
+from implicitlayer.linear._jacobian import Curvature, Jacobian, pull_tensors, push_tensors
 from implicitlayer.linear._residual import Residual
 from implicitlayer.linear._solve import SolveSpec, solve
 
+Matrix = tuple[Curvature, float]
+_HESSIAN: Matrix = ("hessian", 0.0)
+
 
 def implicit_vjp(
-    residual: Residual, x: Leaves, theta: Leaves, cotangent: Leaves, needed: tuple[bool, ...], **how: Any
+    residual: Residual,
+    x: Leaves,
+    theta: Leaves,
+    cotangent: Leaves,
+    needed: tuple[bool, ...],
+    matrix: Matrix = _HESSIAN,
+    **how: Any,
 ) -> list[torch.Tensor | None]:
     """Cotangents of the theta leaves that are ``needed``, from the cotangent of x.
 
-    ``how``: solver, on_failure, kind and listener of the linear solve.
+    ``matrix``: what stands for dF/dx, as (curvature, damping). ``how``: solver, on_failure, kind and listener of the
+    linear solve.
     """
-    spec = SolveSpec(Jacobian(residual, len(x), transposed=True), len(x), **how)
+    spec = SolveSpec(Jacobian(residual, len(x), True, *matrix), len(x), **how)
     with plain_surroundings(x):
         u = solve(spec, cotangent, [*x, *theta])
         pulled = pull_tensors(lambda t: residual(x, t), theta, needed, u)
@@ -36,14 +46,19 @@ def implicit_vjp(
 
 
 def implicit_jvp(
-    residual: Residual, x: Leaves, theta: Leaves, tangents: tuple[torch.Tensor | None, ...], **how: Any
+    residual: Residual,
+    x: Leaves,
+    theta: Leaves,
+    tangents: tuple[torch.Tensor | None, ...],
+    matrix: Matrix = _HESSIAN,
+    **how: Any,
 ) -> Leaves | None:
     """Tangents of x from those of the theta leaves; None if no theta leaf has one."""
     with plain_surroundings(x):
         change = push_tensors(lambda t: residual(x, t), theta, tangents)
         if change is None:
             return None
-        spec = SolveSpec(Jacobian(residual, len(x), transposed=False), len(x), **how)
+        spec = SolveSpec(Jacobian(residual, len(x), False, *matrix), len(x), **how)
         return solve(spec, [-c for c in change], [*x, *theta])
 
 

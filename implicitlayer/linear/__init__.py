@@ -1,14 +1,31 @@
 """Linear operators, linear solvers and the differentiable linear solve."""
 
+from implicitlayer.linear._bicgstab import Bicgstab
 from implicitlayer.linear._cg import ConjugateGradient
+from implicitlayer.linear._dense import Dense
+from implicitlayer.linear._gmres import Gmres
+from implicitlayer.linear._minres import Minres
+from implicitlayer.linear._neumann import Neumann
+from implicitlayer.linear._normal import NormalEquations
 from implicitlayer.linear._operator import FlatOperator, LinearSolver
+from implicitlayer.linear._preconditioners import Jacobi, Nystrom
 from implicitlayer.linear._public import HessianOperator, hessian_operator, hvp, linear_solve
+from implicitlayer.linear._warm_start import WarmStart
 
 __all__ = [
+    "Bicgstab",
     "ConjugateGradient",
+    "Dense",
     "FlatOperator",
+    "Gmres",
     "HessianOperator",
+    "Jacobi",
     "LinearSolver",
+    "Minres",
+    "Neumann",
+    "NormalEquations",
+    "Nystrom",
+    "WarmStart",
     "hessian_operator",
     "hvp",
     "linear_solve",

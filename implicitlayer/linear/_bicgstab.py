@@ -18,7 +18,17 @@ from typing import ClassVar
 import torch
 
 from implicitlayer._status import Status
-from implicitlayer.linear._common import CONTINUE, LIMIT, Correction, KrylovSolver, Round, lane_norm, select, times
+from implicitlayer.linear._common import (
+    CONTINUE,
+    LIMIT,
+    Correction,
+    KrylovSolver,
+    Round,
+    any_runs,
+    lane_norm,
+    select,
+    times,
+)
 from implicitlayer.linear._operator import FlatOperator, lane_dot
 from implicitlayer.linear._preconditioners import Precondition
 
@@ -76,7 +86,7 @@ class Bicgstab(KrylovSolver):
 
         for step in range((start.max_steps + 1) // 2):
             settle(steps >= start.steps_left, LIMIT)
-            if not start.goes_on(step, running):
+            if not any_runs(running, step):
                 break
             rho, rho_old = lane_dot(shadow, r), rho
             # below this the inner product is rounding noise: <q, r> of two vectors that have become orthogonal; and a

@@ -1,4 +1,4 @@
-"""What the iterative linear solvers share: normalised right-hand side, refinement, statuses. Each holds its recurrence."""
+"""What the linear solvers share: normalised right-hand side, refinement, statuses. Each file holds one recurrence."""
 
 # Shapes: lanes: leading batch dimensions of independent systems; n: unknowns of one system, counted in elements.
 
@@ -73,11 +73,6 @@ class Round:
     steps_left: torch.Tensor
     max_steps: int
 
-    def goes_on(self, step: int, running: torch.Tensor) -> bool:
-        """Whether a lane still runs; on an accelerator asked only now and then."""
-        every = 1 if running.device.type == "cpu" else _STEPS_BETWEEN_SYNCS
-        return step % every != 0 or bool(running.any())
-
 
 @dataclass(frozen=True, eq=False)
 class Correction:
@@ -114,6 +109,12 @@ def lane_norm(vector: torch.Tensor, other: torch.Tensor | None = None) -> torch.
     scale_other = lane_scale(other)
     dot = lane_dot(vector / scale, other / scale_other)
     return dot.sqrt() * scale[..., 0].double().sqrt() * scale_other[..., 0].double().sqrt()
+
+
+def any_runs(running: torch.Tensor, step: int) -> bool:
+    """Whether a lane still runs; on an accelerator asked only now and then."""
+    every = 1 if running.device.type == "cpu" else _STEPS_BETWEEN_SYNCS
+    return step % every != 0 or bool(running.any())
 
 
 def times(coefficient: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Restarted GMRES for general systems, one or many at a time."""
 
-# Legend: A u = b, right-preconditioned: A M^-1 (M u) = b, so that the residual of the small problem is that of the large.
+# Legend: A u = b, preconditioned from the right: A M^-1 (M u) = b, so that the residual stays that of A u = b.
 # Arnoldi: v_1 = r / ||r||, and h_{k+1,k} v_{k+1} = A M^-1 v_k - sum_i h_{ik} v_i, so A M^-1 V_k = V_{k+1} H_k with H_k
 # Hessenberg, (k+1) x k. GMRES takes u = M^-1 V_k y with the smallest || ||r|| e_1 - H_k y ||.
 # Givens rotations make Q_k H_k = [R_k; 0] with Q orthogonal. Q itself is accumulated, one batched product in place of a
@@ -23,6 +23,7 @@ from implicitlayer.linear._common import (
     Correction,
     KrylovSolver,
     Round,
+    any_runs,
     lane_norm,
     select,
     times,
@@ -93,7 +94,7 @@ class Gmres(KrylovSolver):
         triangle = torch.zeros_like(rotation)
         for k in range(size):
             running = running & (steps < start.steps_left)
-            if not start.goes_on(k, running):
+            if not any_runs(running, k):
                 break
             w = select(running, operator(precondition(select(running, basis[k]))))
             steps = steps + running

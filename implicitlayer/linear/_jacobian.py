@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
@@ -12,6 +12,8 @@ from implicitlayer._tree import ravel, unravel
 from implicitlayer._types import Leaves
 from implicitlayer.linear._operator import FlatOperator
 from implicitlayer.linear._residual import Residual, pushforward, vjp
+
+Curvature = Literal["hessian", "gauss_newton"]
 
 
 class OperatorFamily(Protocol):
@@ -45,11 +47,16 @@ class OperatorFamily(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Jacobian:
-    """A(x, theta) = dF/dx of a :class:`Residual`, or its transpose, as a differentiable family of operators."""
+    """A(x, theta) = dF/dx of a :class:`Residual` + damping, or its transpose, as a differentiable family of operators.
+
+    ``curvature="gauss_newton"`` takes the Gauss-Newton matrix in place of the Hessian dF/dx.
+    """
 
     residual: Residual
     num_x: int
     transposed: bool = True
+    curvature: Curvature = "hessian"
+    damping: float = 0.0
 
     @property
     def lane_dims(self) -> int:
@@ -68,10 +75,14 @@ class Jacobian:
     def product(self, u: Leaves, tensors: Leaves) -> Leaves:
         """A(tensors) u by torch.func, differentiable in both."""
         x, theta = tensors[: self.num_x], tensors[self.num_x :]
-        if self.transposed or self.residual.is_gradient:
+        if self.curvature == "gauss_newton":
+            product = self.residual.gauss_newton(x, theta)(u)
+        elif self.transposed or self.residual.is_gradient:
             _, pullback = vjp(lambda x_: self.residual(x_, theta), list(x))
-            return list(pullback(list(u))[0])
-        return list(pushforward(lambda x_: self.residual(x_, theta), (list(x),), (list(u),)))
+            product = pullback(list(u))[0]
+        else:
+            product = pushforward(lambda x_: self.residual(x_, theta), (list(x),), (list(u),))
+        return [p + self.damping * v for p, v in zip(product, u, strict=True)] if self.damping else list(product)
 
     def linearize(self, tensors: Leaves) -> FlatOperator:
         """The flat operator at plain tensors, its graph built at the first product and kept for all others."""
@@ -81,14 +92,22 @@ class Jacobian:
 
         def pull(vector: torch.Tensor) -> torch.Tensor:
             if not kept:
-                _, pullback = vjp(lambda x_: self.residual.kept_graph_gradient(x_, theta), list(x))
-                kept.append(pullback)
+                if self.curvature == "gauss_newton":
+                    product = self.residual.gauss_newton(x, theta)
+                else:
+                    _, pullback = vjp(lambda x_: self.residual.kept_graph_gradient(x_, theta), list(x))
+                    product = lambda u: pullback(u)[0]  # noqa: E731
+                kept.append(product)
             with torch.no_grad():
-                return ravel(kept[0](unravel(vector, x, lane_dims))[0], lane_dims)
+                return damped(kept[0](unravel(vector, x, lane_dims)), vector)
 
         def push(vector: torch.Tensor) -> torch.Tensor:
             tangents = (unravel(vector, x, lane_dims),)
-            return ravel(pushforward(lambda x_: self.residual(x_, theta), (list(x),), tangents), lane_dims)
+            return damped(pushforward(lambda x_: self.residual(x_, theta), (list(x),), tangents), vector)
+
+        def damped(product: Leaves, vector: torch.Tensor) -> torch.Tensor:
+            flat = ravel(product, lane_dims)
+            return flat + self.damping * vector if self.damping else flat
 
         if self.residual.is_gradient:
             return FlatOperator(pull, pull, symmetric=True, inverse_metric=self._inverse_metric(x, theta))
@@ -96,9 +115,9 @@ class Jacobian:
         return FlatOperator(first, second, symmetric=False)
 
     def _inverse_metric(self, x: Leaves, theta: Leaves) -> torch.Tensor | None:
-        if self.residual.metric is None:
+        if self.residual.parts.metric is None:
             return None
-        leaves = self.residual.over_lanes(self.residual.metric)(x, theta)
+        leaves = self.residual.over_lanes(self.residual.parts.metric)(x, theta)
         lane_dims = self.lane_dims
         if all(leaf.ndim <= lane_dims for leaf in leaves) and all(leaf is leaves[0] for leaf in leaves):
             flat = leaves[0].expand(x[0].shape[:lane_dims]).unsqueeze(-1)

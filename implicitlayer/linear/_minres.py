@@ -7,11 +7,16 @@
 # ||beta_1 e_1 - T_k y||, the M^-1-norm of the residual. One reflection per step, [c s; s -c], keeps T_k = Q_k [R_k; 0]:
 # column k of R_k is (epsilon_k, delta_k, gamma_k), from
 #     delta_k = c dbar + s alpha_k,   gbar = s dbar - c alpha_k,   gamma_k = sqrt(gbar^2 + beta_{k+1}^2),
-#     epsilon_{k+1} = s beta_{k+1},   dbar <- -c beta_{k+1}    (c, s of the last step),   c = gbar / gamma, s = beta / gamma.
+#     epsilon_{k+1} = s beta_{k+1},   dbar <- -c beta_{k+1}    (c, s of the last step), then c = gbar / gamma, s = beta / gamma.
 # With W_k = V_k R_k^-1, w_k = (v_k - epsilon_k w_{k-2} - delta_k w_{k-1}) / gamma_k and x_k = x_{k-1} + c phibar w_k;
 # phibar_k = s phibar_{k-1} is the norm of the residual. Two more facts (Choi, Paige & Saunders 2011, section 3):
-#     r_k = s^2 r_{k-1} - c phibar_k u_{k+1}       (the residual itself, needed for its 2-norm when M is not the identity)
+#     r_k = s^2 r_{k-1} - c phibar_k u_{k+1}       (the residual itself, for its 2-norm when M is not the identity)
 #     ||A r_{k-1}|| = phibar_{k-1} sqrt(gbar^2 + dbar^2)   (zero at a least-squares solution)
+#
+# NOTE [inconsistent systems]: with b outside the range of a singular A, that second number falls to about
+# sqrt(eps) ||A|| (x is then a least-squares solution) and grows again by rounding, while x runs off along the null
+# space. So x is kept at the bottom. Where eps ||A|| ||x|| exceeds the residual, the recurrence has lost it: if the residual has hardly
+# fallen since the bottom the system is inconsistent, else it is ill-conditioned, and a new round may go on.
 
 from __future__ import annotations
 
@@ -22,7 +27,18 @@ from typing import ClassVar
 import torch
 
 from implicitlayer._status import Status
-from implicitlayer.linear._common import LIMIT, NOISE, Correction, KrylovSolver, Round, lane_norm, select, times
+from implicitlayer.linear._common import (
+    CONTINUE,
+    LIMIT,
+    NOISE,
+    Correction,
+    KrylovSolver,
+    Round,
+    any_runs,
+    lane_norm,
+    select,
+    times,
+)
 from implicitlayer.linear._operator import FlatOperator, lane_dot
 from implicitlayer.linear._preconditioners import Precondition
 
@@ -49,7 +65,8 @@ class Minres(KrylovSolver):
 
     Source: C. C. Paige and M. A. Saunders, Solution of sparse indefinite systems of linear equations, SIAM J. Numer.
     Anal. 12 (1975). Difference from ``scipy.sparse.linalg.minres``: lanes, a stopping test on the residual alone (not
-    relative to ``||A|| ||x||``), the true residual at the end, a status for inconsistent systems, no dependence on scale.
+    relative to ``||A|| ||x||``), the true residual at the end, a status for inconsistent systems, no dependence on
+    scale.
 
     Example:
         >>> import torch, implicitlayer as il
@@ -66,7 +83,7 @@ class Minres(KrylovSolver):
         r = start.residual
         v = precondition(r)
         preconditioned = v is not r
-        noise = NOISE * torch.finfo(r.dtype).eps
+        eps = torch.finfo(r.dtype).eps
         running, norm = start.running, lane_norm(r)
         codes = torch.where(running, LIMIT, int(Status.CONVERGED))
         steps = torch.zeros_like(codes)
@@ -80,13 +97,15 @@ class Minres(KrylovSolver):
         dbar, epsilon, c, s, size = zero, zero, zero - 1, zero, zero
         beta_old = zero
         curvature = zero + math.inf
+        bottom_x, bottom, bottom_phi, growth = x, zero + math.sqrt(eps), phibar, zero
         for step in range(start.max_steps):
             running = running & (steps < start.steps_left)
-            if not start.goes_on(step, running):
+            if not any_runs(running, step):
                 break
             v = select(running, v)
             new = operator(v)
             steps = steps + running
+            growth = torch.maximum(growth, _largest(new) / _largest(v))
             new = new - times(beta_old, u_old)
             alpha = lane_dot(v, new)
             new = new - times(alpha, u)
@@ -101,10 +120,17 @@ class Minres(KrylovSolver):
 
             epsilon_old, delta, gbar = epsilon, c * dbar + s * alpha, s * dbar - c * alpha
             epsilon, dbar = s * beta, -c * beta
-            # A r = 0 to working precision while r is not: a least-squares solution (gamma = 0 among them)
-            flat = running & (torch.hypot(gbar, dbar) <= noise * size)
-            codes = torch.where(flat, int(Status.SINGULAR), codes)
-            running = running & ~flat
+            slope = torch.hypot(gbar, dbar) / size  # ||A r|| / (||A|| ||r||) at x
+            lower = running & (slope < bottom)
+            bottom, bottom_phi = torch.where(lower, slope, bottom), torch.where(lower, phibar, bottom_phi)
+            bottom_x = select(lower, x, bottom_x)
+            flat = running & ~(slope > NOISE * eps)  # gamma = 0 among them, and size = 0
+            lost = running & (eps * growth * _largest(x) > norm)
+            inconsistent = lost & (bottom < math.sqrt(eps)) & (phibar > 0.25 * bottom_phi)
+            codes = torch.where(lost, CONTINUE, codes)
+            codes = torch.where(flat | inconsistent, int(Status.SINGULAR), codes)
+            x = select(inconsistent, bottom_x, x)
+            running = running & ~(flat | lost)
             gamma = torch.hypot(gbar, beta)
             c, s = gbar / gamma, beta / gamma
             w, w_old = times(1 / gamma, v - times(epsilon_old, w_old) - times(delta, w)), w
@@ -126,3 +152,8 @@ class Minres(KrylovSolver):
                 "<r, M^-1 r> <= 0. Use the absolute value of what it approximates."
             )
         return Correction(x, codes, steps, norm, curvature)
+
+
+def _largest(vector: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude per lane, in float64."""
+    return vector.abs().amax(-1).double()

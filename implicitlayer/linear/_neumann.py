@@ -14,7 +14,7 @@ import torch
 
 from implicitlayer._solution import LinearSolution
 from implicitlayer._status import Status
-from implicitlayer.linear._common import lane_norm, select
+from implicitlayer.linear._common import any_runs, lane_norm, select
 from implicitlayer.linear._operator import FlatOperator, LinearSolver, lane_scale
 
 __all__ = ["Neumann"]
@@ -71,19 +71,20 @@ class Neumann(LinearSolver):
         codes = torch.where(initial.isfinite(), codes, int(Status.NONFINITE))
         steps = torch.zeros_like(codes)
         term = total = select(running, b)
-        if bool(running.any()):
-            for k in range(self.num_terms):
-                total = select(running, total + term, total) if k else total
-                following = term - self.step_size * operator(term)
-                steps = steps + running
-                new_norm = lane_norm(following)
-                finite = new_norm.isfinite()
-                codes = torch.where(running & ~finite, int(Status.NONFINITE), codes)
-                norm = torch.where(running & finite, new_norm, norm)
-                lost = running & finite & (norm > initial / eps)
-                codes = torch.where(lost, int(Status.DIVERGED), codes)
-                running = running & finite & ~lost
-                term = select(running, following)
+        for k in range(self.num_terms):
+            if not any_runs(running, k):
+                break
+            total = select(running, total + term, total) if k else total
+            following = term - self.step_size * operator(term)
+            steps = steps + running
+            new_norm = lane_norm(following)
+            finite = new_norm.isfinite()
+            codes = torch.where(running & ~finite, int(Status.NONFINITE), codes)
+            norm = torch.where(running & finite, new_norm, norm)
+            lost = running & finite & (norm > initial / eps)
+            codes = torch.where(lost, int(Status.DIVERGED), codes)
+            running = running & finite & ~lost
+            term = select(running, following)
         relative = torch.where(initial > 0, norm / initial, torch.zeros_like(norm))
         summed = codes == int(Status.STEP_LIMIT)
         codes = torch.where(summed & (relative <= eps), int(Status.CONVERGED), codes)

@@ -170,7 +170,9 @@ def _nystrom(sketch: torch.Tensor, test: torch.Tensor, eps: float) -> tuple[torc
     core = test.mT @ shifted
     factor, info = torch.linalg.cholesky_ex((core + core.mT) / 2, upper=True)
     usable = usable & (info == 0)
-    factor = torch.where(usable[..., None, None], factor, torch.eye(test.shape[1], dtype=test.dtype, device=test.device))
+    factor = torch.where(
+        usable[..., None, None], factor, torch.eye(test.shape[1], dtype=test.dtype, device=test.device)
+    )
     root = torch.linalg.solve_triangular(factor, shifted, upper=True, left=False)
     basis, values, _ = torch.linalg.svd(root, full_matrices=False)
     eigenvalues = (values**2 - shift).clamp(min=0)

@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from implicitlayer._capture import call_with, find_closed_over
+from implicitlayer._capture import find_closed_over
+from implicitlayer._flat import Signature, flat_function, flat_parts
 from implicitlayer._tree import TreeSpec, flatten, ravel, unflatten, unravel
 from implicitlayer._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.linear._cg import ConjugateGradient
-from implicitlayer.linear._jacobian import Jacobian, OperatorFamily
+from implicitlayer.linear._jacobian import Curvature, Jacobian, OperatorFamily
 from implicitlayer.linear._operator import FlatOperator
 from implicitlayer.linear._residual import Residual, vjp
 from implicitlayer.linear._solve import SolveSpec, solve
@@ -57,12 +58,16 @@ class HessianOperator:
         return unflatten(self.family.product(leaves, self.tensors), self.structure)
 
 
-def hessian_operator(objective: Callable[..., torch.Tensor], x: Any, *theta: Any) -> HessianOperator:
+def hessian_operator(
+    objective: Callable[..., torch.Tensor], x: Any, *theta: Any, curvature: Curvature = "hessian", damping: float = 0.0
+) -> HessianOperator:
     """The Hessian of ``objective`` in x at (x, *theta), known by its products.
 
     Args:
         objective: ``objective(x, *theta) -> 0-d tensor``.
         x, theta: pytrees; solutions of systems with the operator are differentiable in all their floating tensors.
+        curvature: ``"gauss_newton"`` for an objective made by :func:`composite` or :func:`least_squares`.
+        damping: added to the diagonal.
 
     Example:
         >>> import torch, implicitlayer as il
@@ -71,31 +76,15 @@ def hessian_operator(objective: Callable[..., torch.Tensor], x: Any, *theta: Any
         [3.0, 6.0]
     """
     leaves, x_spec = flatten(x)
-    parameters, call = _explicit(objective, (x, *theta), theta)
-    family = Jacobian(
-        Residual(lambda x_, t: call((unflatten(x_, x_spec),), t), is_gradient=True),
-        len(leaves),
+    hidden = find_closed_over(objective, (x, *theta))
+    signature = Signature.of(theta)
+    residual = Residual(
+        flat_function(objective, x_spec, signature, hidden, True),
+        is_gradient=True,
+        parts=flat_parts(objective, x_spec, signature, hidden),
     )
-    return HessianOperator(family, [*leaves, *parameters], x_spec)
-
-
-def _explicit(
-    function: Callable[..., Any], example: tuple[Any, ...], args: tuple[Any, ...]
-) -> tuple[Leaves, Callable[[tuple[Any, ...], Leaves], Any]]:
-    """The tensors that ``function(first, *args)`` depends on besides ``first``, closed-over ones last, and
-    ``call((first,), tensors)`` that evaluates it at given values of them."""
-    hidden = find_closed_over(function, example)
-    leaves, spec = flatten(args)
-    slots = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-    constants = [None if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-
-    def call(first: tuple[Any, ...], tensors: Leaves) -> Any:
-        filled = list(constants)
-        for i, tensor in zip(slots, tensors[: len(slots)], strict=True):
-            filled[i] = tensor
-        return call_with(function, hidden, tensors[len(slots) :], (*first, *unflatten(filled, spec)))
-
-    return [*(leaves[i] for i in slots), *hidden], call
+    family = Jacobian(residual, len(leaves), True, curvature, damping)
+    return HessianOperator(family, [*leaves, *signature.tensors, *hidden], x_spec)
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +111,7 @@ class _LinearFunction:
         return False
 
     def product(self, u: Leaves, tensors: Leaves) -> Leaves:
-        return self._over_lanes(self._pull if self.transposed else self.function)(list(u), list(tensors))
+        return list(self._over_lanes(self._pull if self.transposed else self.function)(list(u), list(tensors)))
 
     def _pull(self, u: Leaves, tensors: Leaves) -> Leaves:
         zeros = [torch.zeros_like(leaf) for leaf in self.like]
@@ -196,12 +185,10 @@ def linear_solve(
             )
         family, parameters = _LinearFunction(_matrix_product, like, symmetric=symmetric), [operator]
     else:
-        parameters, call = _explicit(operator, (rhs, *tensors), tensors)
-
-        def flat(u: Leaves, t: Leaves) -> Leaves:
-            return list(flatten(call((unflatten(u, spec),), t))[0])
-
-        family = _LinearFunction(flat, like, symmetric=symmetric)
+        hidden = find_closed_over(operator, (rhs, *tensors))
+        signature = Signature.of(tensors)
+        parameters = [*signature.tensors, *hidden]
+        family = _LinearFunction(flat_function(operator, spec, signature, hidden, False), like, symmetric=symmetric)
     how = SolveSpec(family, len(leaves), solver, on_failure, kind="linear")
     return unflatten(solve(how, leaves, parameters), spec)
 

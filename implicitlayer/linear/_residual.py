@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from implicitlayer._errors import ObjectiveError
+from implicitlayer._flat import NO_PARTS, Parts
 from implicitlayer._types import FlatFunction, Leaves
 
 Randomness = str
@@ -30,14 +31,14 @@ class Residual:
         lane_dims_of_function: leading dimensions that ``function`` itself treats as lanes (``batch_dims``).
         levels: one entry per vmap level, outermost first: for each theta leaf whether it has that level's lanes. The
             leaves of x have the lanes of every level.
-        metric: ``(x leaves, theta leaves) -> leaves`` broadcastable to x: a positive diagonal close to the Hessian.
+        parts: what the objective tells about itself.
     """
 
     function: FlatFunction
     is_gradient: bool
     lane_dims_of_function: int = 0
     levels: tuple[tuple[tuple[bool, ...], Randomness], ...] = ()
-    metric: FlatFunction | None = None
+    parts: Parts = NO_PARTS
 
     @property
     def lane_dims(self) -> int:
@@ -61,7 +62,8 @@ class Residual:
         lanes = x[0].shape[: self.lane_dims]
         if not isinstance(values, torch.Tensor) or not values.is_floating_point():
             kind = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
-            raise ObjectiveError(f"the objective must return a real floating tensor, got {kind}.")
+            hint = " If it returns (value, aux), pass objective_has_aux=True." if isinstance(values, tuple) else ""
+            raise ObjectiveError(f"the objective must return a real floating tensor, got {kind}.{hint}")
         if values.shape != lanes:
             expected = "a 0-d tensor" if not self.lane_dims_of_function else "one value per lane"
             raise ObjectiveError(
@@ -77,6 +79,23 @@ class Residual:
             # Lanes are independent, so the gradient of their sum holds the gradient of each.
             return list(torch.func.grad(lambda x_: self.values(x_, theta).sum())(list(x)))
         return list(self.over_lanes(self.function)(list(x), theta))
+
+    def gauss_newton(self, x: Leaves, theta: Leaves) -> Callable[[Leaves], Leaves]:
+        """u -> J' (d^2 loss / d outputs^2) J u with J = d model / dx: the Hessian without the curvature of the model.
+
+        Positive semidefinite for a loss that is convex in the outputs. Linearised once, at the call.
+        """
+        if self.parts.model is None or self.parts.loss is None:
+            raise ObjectiveError(
+                'curvature="gauss_newton" needs an objective that says what its model is: il.least_squares(residuals) '
+                "or il.composite(loss, model)."
+            )
+        model, loss = self.over_lanes(self.parts.model), self.over_lanes(self.parts.loss)
+        outputs, pull = vjp(lambda x_: model(x_, theta), list(x))
+        _, push = vjp(pull, [torch.zeros_like(o) for o in outputs])
+        gradient = torch.func.grad(lambda o: loss(o, theta).sum())
+        _, curve = vjp(gradient, list(outputs))
+        return lambda u: list(pull(list(curve(list(push((list(u),))[0]))[0]))[0])
 
     def kept_graph_gradient(self, x: Leaves, theta: Leaves) -> Leaves:
         """F with one level of autograd fewer than ``torch.func.grad``: for one pull-back inside ``torch.func.vjp``."""

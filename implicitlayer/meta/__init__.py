@@ -1,6 +1,7 @@
 """Meta-learning: implicit MAML and its relatives behind one interface, and a trainer that resumes."""
 
 from implicitlayer.meta._checkpoint import load_checkpoint, save_checkpoint, save_json
+from implicitlayer.meta._figure import plot_episode, plot_learning_curves
 from implicitlayer.meta._first_order import FirstOrderMAML, Reptile
 from implicitlayer.meta._imaml import iMAML
 from implicitlayer.meta._method import MetaMethod, TaskLoss
@@ -24,6 +25,8 @@ __all__ = [
     "evaluate",
     "iMAML",
     "load_checkpoint",
+    "plot_episode",
+    "plot_learning_curves",
     "save_checkpoint",
     "save_json",
 ]

@@ -16,7 +16,7 @@ RIGHT, WRONG = "#2e7d32", "#c62828"
 def plot_learning_curves(
     axes: Any, histories: Mapping[str, Sequence[Mapping[str, Any]]], *, chance: float | None = None, window: int = 100
 ) -> None:
-    """Draw query accuracy over minutes of training: thin lines are training tasks (running mean), dots validation tasks.
+    """Draw query accuracy over minutes of training: training tasks thin (running mean), validation tasks as dots.
 
     Args:
         axes: matplotlib axes.
@@ -48,10 +48,14 @@ def plot_learning_curves(
         )
     if chance is not None:
         axes.axhline(100 * chance, color=INK, linewidth=1, linestyle=":")
-        axes.text(0.995, 100 * chance + 1, "chance", ha="right", color=INK, fontsize=8, transform=axes.get_yaxis_transform())
+        axes.text(
+            0.995, 100 * chance + 1, "chance", ha="right", color=INK, fontsize=8, transform=axes.get_yaxis_transform()
+        )
     axes.set(xlabel="minutes of training", ylabel="accuracy on the query set, %", ylim=(0, 100))
     axes.set_xlim(left=0)
-    axes.set_title("Learning curves: validation classes (dots, ± 95 %), training classes (thin)", fontsize=10, loc="left")
+    axes.set_title(
+        "Learning curves: validation classes (dots, ± 95 %), training classes (thin)", fontsize=10, loc="left"
+    )
     axes.grid(color=GRID, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False)
@@ -97,7 +101,9 @@ def plot_episode(
 
 def _image(axes: Any, image: torch.Tensor, left: float, top: float, colour: str) -> None:
     height, width = image.shape
-    axes.imshow(1 - image.float(), cmap="gray", vmin=0, vmax=1, extent=(left, left + width, top + height, top), zorder=1)
+    axes.imshow(
+        1 - image.float(), cmap="gray", vmin=0, vmax=1, extent=(left, left + width, top + height, top), zorder=1
+    )
     axes.plot(
         [left, left + width, left + width, left, left],
         [top, top, top + height, top + height, top],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from implicitlayer.meta._checkpoint import load_checkpoint, save_checkpoint, sav
 from implicitlayer.meta._interrupt import StopRequest
 from implicitlayer.meta._method import MetaMethod, Metric
 from implicitlayer.meta._monitor import Progress, curvature_numbers, inner_progress
-from implicitlayer.meta._statistics import evaluate
+from implicitlayer.meta._statistics import Evaluation, evaluate
 from implicitlayer.meta._tasks import Episode, TaskSampler, as_support_query
 
 
@@ -171,6 +171,12 @@ class Trainer:
             progress.close()
         return self.history
 
+    def evaluate(self, episodes: Iterable[Episode]) -> Evaluation:
+        """The metric on ``episodes`` after adaptation from the present theta."""
+        if self.metric is None:
+            raise ValueError("metric=None: give the trainer a metric to evaluate.")
+        return evaluate(self.method, self.theta, episodes, self.metric)
+
     def _train_step(self) -> dict[str, Any]:
         started, done_before = time.perf_counter(), self.done
         if self.learning_rate is not None:
@@ -194,8 +200,7 @@ class Trainer:
         self.seconds += time.perf_counter() - started
         record["seconds"] = self.seconds
         if self._validation_is_due(done_before):
-            assert self.metric is not None
-            result = evaluate(self.method, self.theta, self.validation, self.metric)
+            result = self.evaluate(self.validation)
             record |= {"validation": result.mean, "validation_interval": result.interval}
         self.history.append(record)
         return record

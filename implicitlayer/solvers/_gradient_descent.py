@@ -81,7 +81,7 @@ class GradientDescent:
                 return SolverResult(unflatten(x, spec), status, step)
             if step < self.max_steps:
                 for leaf, g in zip(x, gradient, strict=True):
-                    here = running.reshape(*running.shape, *[1] * (leaf.ndim - running.ndim))
+                    here = running.reshape((*running.shape, *[1] * (leaf.ndim - running.ndim)))
                     leaf.sub_(torch.where(here, g, torch.zeros_like(g)), alpha=self.step_size)
         return SolverResult(unflatten(x, spec), Status.MAX_STEPS_REACHED, self.max_steps)
 

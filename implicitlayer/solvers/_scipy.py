@@ -14,13 +14,14 @@ from implicitlayer._tree import flatten, ravel, unflatten, unravel
 
 __all__ = ["SciPyMinimize"]
 
+_DERIVATIVE_FREE = ("nelder-mead", "powell", "cobyla", "cobyqa")
 _NEEDS_HESSIAN = ("newton-cg", "trust-ncg", "trust-krylov", "trust-constr")
 
 
 class SciPyMinimize:
     """Minimise with ``scipy.optimize.minimize``, in float64 on the CPU, gradients from autograd.
 
-    Methods that use Hessian-vector products (Newton-CG, trust-ncg, trust-krylov, trust-constr) get them from autograd.
+    Derivative-free methods (Nelder-Mead, Powell, COBYLA, COBYQA) see values only. Methods that use Hessian-vector products (Newton-CG, trust-ncg, trust-krylov, trust-constr) get them from autograd.
 
     Args:
         method: as in SciPy.
@@ -85,13 +86,18 @@ class SciPyMinimize:
                 product = torch.autograd.grad(inner, x, materialize_grads=True)
             return to_numpy(product)
 
+        def value_only(flat: np.ndarray) -> float:
+            with torch.no_grad():
+                return float(objective(unflatten(points(flat), spec), *theta))
+
         settings = dict(self.settings)
+        with_gradient = self.method.lower() not in _DERIVATIVE_FREE
         if self.method.lower() in _NEEDS_HESSIAN:
             settings.setdefault("hessp", hessian_product)
         result = optimize.minimize(
-            value_and_gradient,
+            value_and_gradient if with_gradient else value_only,
             to_numpy(leaves),
-            jac=True,
+            jac=True if with_gradient else None,
             method=self.method,
             tol=self.tol,
             options=self.options,

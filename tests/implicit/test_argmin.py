@@ -176,7 +176,9 @@ def lane_objective(x: Tensor, matrix: Tensor, b: Tensor, shared: Tensor) -> Tens
 
 
 def lane_solution(matrix: Tensor, b: Tensor, shared: Tensor) -> Tensor:
-    return torch.stack([torch.linalg.solve(m + torch.diag(shared.exp()), c) for m, c in zip(matrix, b, strict=True)])
+    """The quadratic form sees the symmetric part of a matrix only."""
+    symmetric = [(m + m.T) / 2 + torch.diag(shared.exp()) for m in matrix]
+    return torch.stack([torch.linalg.solve(m, c) for m, c in zip(symmetric, b, strict=True)])
 
 
 def lane_problem() -> tuple[Tensor, ...]:
@@ -184,23 +186,25 @@ def lane_problem() -> tuple[Tensor, ...]:
     return tuple(t.requires_grad_() for t in (matrix, randn(4, 3, seed=9), randn(3, seed=10)))
 
 
+# distance to the solution: rounding; gradient 1e-12 over the smallest curvature 0.3; last Newton step of 1e-12, taken
+# with an inner tolerance of sqrt(gradient), so about its 2/3 power
 @pytest.mark.parametrize(
-    "solver",
+    ("solver", "distance"),
     [
-        lambda f, x, *t: lane_solution(*t),
-        il.solvers.GradientDescent(step_size=0.2, max_steps=20_000, rtol=1e-12),
-        il.solvers.SciPyMinimize("Newton-CG", options={"xtol": 1e-12}),
+        (lambda f, x, *t: lane_solution(*t), 1e-13),
+        (il.solvers.GradientDescent(step_size=0.2, max_steps=20_000, rtol=1e-12), 1e-11),
+        (il.solvers.SciPyMinimize("Newton-CG", options={"xtol": 1e-12}), 1e-8),
     ],
     ids=["closed form", "batched", "sees the sum"],
 )
-def test_batch_dims_equal_a_loop_and_a_shared_theta_gets_the_sum_of_its_lanes(solver: Any) -> None:
+def test_batch_dims_equal_a_loop_and_a_shared_theta_gets_the_sum_of_its_lanes(solver: Any, distance: float) -> None:
     theta, v = lane_problem(), randn(4, 3, seed=11)
     x = il.argmin(lane_objective, solver, batch_dims=1)(torch.zeros(4, 3, dtype=F64), *theta)
     got = torch.autograd.grad(x, theta, v)
     expected = torch.autograd.grad(lane_solution(*theta), theta, v)
-    assert relative_error(x, lane_solution(*theta)) < 1e-9
+    assert relative_error(x, lane_solution(*theta)) < distance
     for g, e in zip(got, expected, strict=True):
-        assert relative_error(g, e) < 1e-8  # the solver's 1e-10 or better, times a condition number below 100
+        assert relative_error(g, e) < 1e-9 + 10 * distance  # rtol 1e-10 over the smallest curvature 0.3
 
 
 def test_two_batch_dims_are_lanes_too() -> None:

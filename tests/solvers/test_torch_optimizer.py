@@ -45,13 +45,11 @@ def test_it_makes_the_steps_of_a_hand_written_loop(optimizer: Any, settings: dic
 
 def test_lbfgs_reaches_the_dense_solution_of_a_quadratic() -> None:
     matrix, b = spd_matrix(8, 1, seed=3), randn(8, seed=4)
-    # its own tolerances would stop it at 1e-7
-    settings = {"line_search_fn": "strong_wolfe", "tolerance_grad": 0.0, "tolerance_change": 0.0}
-    solver = TorchOptimizer(torch.optim.LBFGS, max_steps=30, rtol=1e-12, **settings)
+    solver = TorchOptimizer(torch.optim.LBFGS, max_steps=30, rtol=1e-6, line_search_fn="strong_wolfe")
     result = solver.run(quadratic, torch.zeros(8, dtype=F64), matrix, b)
     assert result.status is Status.CONVERGED and result.num_steps is not None and result.num_steps < 30
-    # gradient 1e-12 |b| over the smallest eigenvalue 0.1
-    assert torch.allclose(result.value, torch.linalg.solve(matrix, b), rtol=1e-9, atol=1e-10)
+    # gradient 1e-6 |b| over the smallest eigenvalue 0.1
+    assert float((result.value - torch.linalg.solve(matrix, b)).norm()) <= 1e-5 * float(b.norm())
 
 
 def test_fixed_steps_are_success_and_a_missed_tolerance_is_not() -> None:

@@ -1,0 +1,131 @@
+"""User functions of pytrees as pure functions of flat lists of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from implicitlayer._capture import call_with
+from implicitlayer._errors import ObjectiveError
+from implicitlayer._tree import TreeSpec, flatten, unflatten
+from implicitlayer._types import FlatFunction, Leaves
+
+
+@dataclass(frozen=True, eq=False)
+class Signature:
+    """The structure of theta: tensor leaves apart from everything that is passed through."""
+
+    spec: TreeSpec
+    leaves: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...]) -> Signature:
+        leaves, spec = flatten(args)
+        return cls(spec, tuple(leaves))
+
+    @property
+    def tensors(self) -> Leaves:
+        return [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
+
+    def rebuild(self, tensors: Leaves) -> tuple[Any, ...]:
+        """The arguments with their tensors replaced in order; surplus tensors (closed-over ones) are not read."""
+        values = iter(tensors)
+        filled = [next(values) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+        rebuilt: tuple[Any, ...] = unflatten(filled, self.spec)
+        return rebuilt
+
+    def without_tensors(self) -> Signature:
+        """The same structure holding no tensor: functions that outlive the call must not keep data alive."""
+        return Signature(self.spec, tuple(_SLOT if isinstance(x, torch.Tensor) else x for x in self.leaves))
+
+
+_SLOT = torch.empty(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What an objective tells about itself besides its value; see NOTE [objectives with parts].
+
+    Attributes:
+        metric: ``(x leaves, theta leaves) -> leaves`` broadcastable to x: a positive diagonal close to the Hessian.
+        model, loss: where the objective is ``loss(model(x, theta), theta)``.
+    """
+
+    metric: FlatFunction | None = None
+    model: FlatFunction | None = None
+    loss: FlatFunction | None = None
+
+
+NO_PARTS = Parts()
+
+
+def flat_function(
+    function: Callable[..., Any], x_spec: TreeSpec, signature: Signature, hidden: Leaves, scalar: bool
+) -> FlatFunction:
+    """``function`` on flat lists, closed-over tensors read from the end of the theta list.
+
+    Its result is a scalar (per lane), or leaves like x.
+    """
+    slots = signature.without_tensors()
+
+    def flat(x: Leaves, theta: Leaves) -> Any:
+        args = (unflatten(x, x_spec), *slots.rebuild(theta))
+        values = theta[len(theta) - len(hidden) :]
+        value = call_with(function, hidden, values, args)
+        return value if scalar else _like_x(value, x, x_spec)
+
+    return flat
+
+
+def _like_x(value: Any, x: Leaves, x_spec: TreeSpec) -> Leaves:
+    """Leaves of a residual, checked to be one equation per unknown."""
+    leaves, spec = flatten(value)
+    expected = [tuple(t.shape) for t in x]
+    shapes = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf).__name__ for leaf in leaves]
+    if spec != x_spec or shapes != expected:
+        raise ObjectiveError(
+            "the residual must return one equation per unknown, in the structure of x: expected shapes "
+            f"{expected}, got {shapes}."
+        )
+    return list(leaves)
+
+
+def flat_parts(function: Callable[..., Any], x_spec: TreeSpec, signature: Signature, hidden: Leaves) -> Parts:
+    """What an objective tells about itself besides its value, on flat lists.
+
+    NOTE [objectives with parts]: an objective may have the methods ``curvature_metric(x, *theta)``, a positive
+    diagonal close to its Hessian, in the structure of x; and ``as_composite()``, a :class:`Composite` or None.
+    """
+    slots = signature.without_tensors()
+
+    def call(method: Callable[..., Any], first: Any, theta: Leaves) -> Any:
+        return call_with(method, hidden, theta[len(theta) - len(hidden) :], (first, *slots.rebuild(theta)))
+
+    metric: FlatFunction | None = None
+    model: FlatFunction | None = None
+    loss: FlatFunction | None = None
+    if hasattr(function, "curvature_metric"):
+        metric_of = function.curvature_metric
+
+        def flat_metric(x: Leaves, theta: Leaves) -> Leaves:
+            return [leaf.detach() for leaf in flatten(call(metric_of, unflatten(x, x_spec), theta))[0]]
+
+        metric = flat_metric
+    composite = function.as_composite() if hasattr(function, "as_composite") else None
+    if composite is not None:
+        outputs_spec: list[TreeSpec] = []  # known once the model has run, which it does before the loss
+
+        def flat_model(x: Leaves, theta: Leaves) -> Leaves:
+            leaves, spec = flatten(call(composite.model, unflatten(x, x_spec), theta))
+            outputs_spec[:] = [spec]
+            return leaves
+
+        def flat_loss(outputs: Leaves, theta: Leaves) -> torch.Tensor:
+            value: torch.Tensor = call(composite.loss, unflatten(outputs, outputs_spec[0]), theta)
+            return value
+
+        model, loss = flat_model, flat_loss
+    return Parts(metric, model, loss)

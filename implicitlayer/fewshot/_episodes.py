@@ -1,0 +1,239 @@
+"""Few-shot tasks drawn from a dataset: all tasks of a batch at once, from the sampler's own random stream."""
+
+# C: classes, E: examples of each, B: tasks, N: ways, K: shots, Q: query examples of each class, H, W: pixels
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+Rotations = Literal["none", "augment", "classes"]
+ROTATIONS: tuple[Rotations, ...] = ("none", "augment", "classes")
+
+
+class ImageSource(Protocol):
+    """What a sampler needs of a dataset: :class:`ImageClasses`, or anything with these two."""
+
+    images: Tensor
+    class_names: list[str]
+
+
+@dataclass(frozen=True)
+class EpisodeBatch:
+    """B few-shot tasks; examples are ordered by label, so labels repeat 0…0, 1…1, and so on.
+
+    Attributes:
+        support_images: float32 in [0, 1], ``[B, N*K, 1, H, W]``.
+        support_labels: int64 in [0, N), ``[B, N*K]``.
+        query_images: float32 in [0, 1], ``[B, N*Q, 1, H, W]``.
+        query_labels: int64 in [0, N), ``[B, N*Q]``.
+        classes: int64, ``[B, N]``; which class of the dataset each label stands for.
+        rotations: int64 in {0, 1, 2, 3}, ``[B, N]``; quarter turns, counter-clockwise, of all pictures of that label.
+    """
+
+    support_images: Tensor
+    support_labels: Tensor
+    query_images: Tensor
+    query_labels: Tensor
+    classes: Tensor
+    rotations: Tensor
+
+    def to(self, device: torch.device | str) -> EpisodeBatch:
+        """The same tasks on ``device``."""
+        return EpisodeBatch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+
+    def __len__(self) -> int:
+        return self.classes.shape[0]
+
+    def __getitem__(self, tasks: slice) -> EpisodeBatch:
+        """Some of the tasks, ``batch[4:8]``: views, no copy."""
+        if not isinstance(tasks, slice):
+            raise TypeError(f"tasks={tasks!r} must be a slice; for one task write batch[i : i + 1].")
+        return EpisodeBatch(*(getattr(self, f.name)[tasks] for f in fields(self)))
+
+
+class EpisodeSampler:
+    """Draws N-way K-shot tasks; the same seed gives the same tasks, in whatever batches they are asked for.
+
+    A task takes N distinct classes, in random order, and of each K + Q distinct examples: the first K are its support,
+    the others its query. Task number i depends on the seed and i alone, never on the batch it comes in, so
+    ``sample(4)`` and two times ``sample(2)`` give the same four tasks. Random numbers come from the sampler's own
+    generator (NumPy PCG64); the global ones are neither read nor changed.
+
+    Args:
+        dataset: ``images`` uint8 ``[C, E, H, W]`` and ``class_names``.
+        num_ways: N, classes in a task, at least 2.
+        num_shots: K, support examples of each class.
+        num_query: Q, query examples of each class; K + Q may not exceed E.
+        rotations: ``"none"``; ``"augment"``: each class of each task is turned by a random multiple of 90°, the same
+            for all its support and query pictures (what the MAML and iMAML releases do in training; leave it out when
+            testing); ``"classes"``: a class turned by each multiple of 90° is four classes, 4 C in all, and a task
+            may hold several of them with different labels (as in Reptile).
+        seed: integer of 0 or more.
+        device: where pictures are gathered and tasks are returned; the dataset is copied there once.
+
+    Raises:
+        ValueError: a number out of range or an unknown ``rotations``; the message gives the limit.
+
+    Source: episodes as in Vinyals et al., Matching Networks (NeurIPS 2016), section 4.1.
+
+    Example:
+        >>> from implicitlayer.fewshot import ImageClasses
+        >>> images = torch.arange(6 * 4, dtype=torch.uint8).view(6, 4, 1, 1)  # class c, example e: grey 4 c + e
+        >>> sampler = EpisodeSampler(ImageClasses(images, list("abcdef")), num_ways=3, num_shots=1, num_query=2)
+        >>> batch = sampler.sample(2)
+        >>> batch.query_images.shape, batch.query_labels[0]
+        (torch.Size([2, 6, 1, 1, 1]), tensor([0, 0, 1, 1, 2, 2]))
+        >>> grey = (batch.support_images * 255).round().long().flatten(1)
+        >>> torch.equal(grey // 4, batch.classes)
+        True
+    """
+
+    def __init__(
+        self,
+        dataset: ImageSource,
+        *,
+        num_ways: int = 5,
+        num_shots: int = 1,
+        num_query: int = 15,
+        rotations: Rotations = "none",
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        num_classes, num_examples, height, width = dataset.images.shape
+        if rotations not in ROTATIONS:
+            raise ValueError(f"rotations={rotations!r} must be one of {', '.join(map(repr, ROTATIONS))}.")
+        if rotations != "none" and height != width:
+            raise ValueError(f"rotations={rotations!r} needs square pictures, these are {height}x{width}. Pass 'none'.")
+        available = num_classes * (4 if rotations == "classes" else 1)
+        _check("num_ways", num_ways, 2)
+        _check("num_shots", num_shots, 1)
+        _check("num_query", num_query, 1)
+        _check("seed", seed, 0)
+        if num_ways > available:
+            raise ValueError(
+                f"num_ways={num_ways} must not exceed the {available} classes of the dataset. "
+                "Take fewer ways or a split with more classes."
+            )
+        if num_shots + num_query > num_examples:
+            raise ValueError(
+                f"num_shots={num_shots} plus num_query={num_query} must not exceed the {num_examples} examples of a "
+                f"class, because support and query share none. The most for num_query is {num_examples - num_shots}."
+            )
+        self.dataset = dataset
+        self.num_ways, self.num_shots, self.num_query = num_ways, num_shots, num_query
+        self.rotations: Rotations = rotations
+        self.seed = seed
+        self._num_available = available
+        self._images = dataset.images.to(device)
+        self._random = np.random.Generator(np.random.PCG64(seed))
+
+    def sample(self, num_tasks: int) -> EpisodeBatch:
+        """The next ``num_tasks`` tasks."""
+        _check("num_tasks", num_tasks, 1)
+        return self._gather(*self._draw(self._random, num_tasks))
+
+    def fixed(self, num_tasks: int, *, batch_size: int = 50) -> Iterator[EpisodeBatch]:
+        """The first ``num_tasks`` tasks of this seed, in batches: always the same, for evaluation.
+
+        The sampler itself does not move on. The last batch may be smaller.
+        """
+        _check("num_tasks", num_tasks, 1)
+        _check("batch_size", batch_size, 1)
+        random = np.random.Generator(np.random.PCG64(self.seed))
+        for start in range(0, num_tasks, batch_size):
+            yield self._gather(*self._draw(random, min(batch_size, num_tasks - start)))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the random stream stands, and what it is drawn for: plain numbers, strings and dicts."""
+        return {"settings": self._settings(), "random": self._random.bit_generator.state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state`` was taken: the following tasks are the same bit for bit.
+
+        Raises:
+            ValueError: the state belongs to a sampler with other settings or another dataset.
+        """
+        ours, theirs = self._settings(), dict(state["settings"])
+        differing = [name for name in ours if ours[name] != theirs.get(name)]
+        if differing:
+            listed = ", ".join(f"{name}: {theirs.get(name)!r} there, {ours[name]!r} here" for name in differing)
+            raise ValueError(
+                f"The state was taken from another sampler ({listed}), so its tasks cannot be continued. "
+                "Make the sampler with the same settings and dataset."
+            )
+        self._random.bit_generator.state = state["random"]
+
+    def __repr__(self) -> str:
+        return (
+            f"EpisodeSampler({self.dataset!r}, num_ways={self.num_ways}, num_shots={self.num_shots}, "
+            f"num_query={self.num_query}, rotations={self.rotations!r}, seed={self.seed})"
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "num_ways": self.num_ways,
+            "num_shots": self.num_shots,
+            "num_query": self.num_query,
+            "rotations": self.rotations,
+            "num_examples": self._images.shape[1],
+            "class_names": hashlib.sha256("\n".join(self.dataset.class_names).encode()).hexdigest()[:16],
+        }
+
+    def _draw(
+        self, random: np.random.Generator, num_tasks: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        # A fixed count of numbers for each task, one row of them, is what makes task i independent of the batch size.
+        ways, examples = self.num_ways, self._images.shape[1]
+        parts = np.cumsum([self._num_available, ways * examples])
+        by_class, by_example, by_turn = np.split(random.random((num_tasks, int(parts[-1]) + ways)), parts, axis=1)
+        # The N smallest of C uniform numbers are a uniform subset, and their order is a uniform order.
+        smallest = np.argpartition(by_class, ways - 1, axis=1)[:, :ways]
+        order = np.take_along_axis(by_class, smallest, axis=1).argsort(axis=1)
+        classes = np.take_along_axis(smallest, order, axis=1)
+        chosen = by_example.reshape(num_tasks, ways, examples).argsort(axis=2)[..., : self.num_shots + self.num_query]
+        if self.rotations == "classes":
+            return classes // 4, chosen, classes % 4
+        if self.rotations == "augment":
+            return classes, chosen, (4 * by_turn).astype(np.int64)
+        return classes, chosen, np.zeros_like(classes)
+
+    def _gather(
+        self, classes: NDArray[np.int64], chosen: NDArray[np.int64], turns: NDArray[np.int64]
+    ) -> EpisodeBatch:
+        device = self._images.device
+        tasks, ways = classes.shape
+        which = torch.from_numpy(classes).to(device)
+        pictures = self._images[which[:, :, None], torch.from_numpy(chosen).to(device)]  # [B, N, K + Q, H, W]
+        # Turned classes are found on the host, where the numbers are: a mask on the device would wait for it each time.
+        for quarter in (1, 2, 3):
+            task, way = (torch.from_numpy(index).to(device) for index in np.nonzero(turns == quarter))
+            if task.numel():
+                pictures[task, way] = torch.rot90(pictures[task, way], quarter, (-2, -1))
+        shots, query = self.num_shots, self.num_query
+        label = torch.arange(ways, device=device)
+        return EpisodeBatch(
+            support_images=_as_input(pictures[:, :, :shots]),
+            support_labels=label.repeat_interleave(shots).repeat(tasks, 1),
+            query_images=_as_input(pictures[:, :, shots:]),
+            query_labels=label.repeat_interleave(query).repeat(tasks, 1),
+            classes=which,
+            rotations=torch.from_numpy(turns).to(device),
+        )
+
+
+def _as_input(pictures: Tensor) -> Tensor:
+    """uint8 ``[B, N, M, H, W]`` to float32 ``[B, N*M, 1, H, W]`` in [0, 1]."""
+    return pictures.flatten(1, 2).unsqueeze(2).to(torch.float32).div_(255)
+
+
+def _check(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+        raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")

@@ -1,0 +1,120 @@
+"""Dense solves: the matrix is made by products with the unit vectors and factorised."""
+
+# n: unknowns of one system. The matrix is held in float64: n^2 numbers per lane, whatever the dtype of the products.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from implicitlayer._solution import LinearSolution
+from implicitlayer._status import Status
+from implicitlayer.linear._common import Correction, Limits, Round, refine, select
+from implicitlayer.linear._operator import FlatOperator, LinearSolver
+
+__all__ = ["Dense"]
+
+
+@dataclass(frozen=True)
+class Dense(LinearSolver):
+    """Solve ``A u = b`` by a factorisation of A: Cholesky where A is symmetric positive definite, else LU.
+
+    Makes n products with the unit vectors (each serves all lanes), so it is for small systems. The answer is improved
+    by solves for its true residual while that halves it. A lane whose pivots vanish to working precision gets the
+    least-squares solution of smallest norm (singular values below n eps times the largest are cut): if its residual is
+    zero the status is CONVERGED, else SINGULAR.
+
+    Args:
+        rtol: relative residual that counts as solved; default 1e-10 (float64), 1e-5 (float32).
+        max_size: largest n that is accepted.
+
+    Raises:
+        ValueError: a negative tolerance; a system larger than ``max_size``.
+
+    Source: Golub & Van Loan, Matrix Computations, 4th ed., sections 3.4, 3.5.3 (refinement) and 4.2. Difference from
+    ``torch.linalg.solve``: a status per lane in place of an error for the whole batch.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> solution = il.Dense()(torch.tensor([[0.0, 2.0], [1.0, 0.0]]).double(), torch.tensor([4.0, 3.0]).double())
+        >>> solution.value.tolist(), solution.status.name
+        ([3.0, 2.0], 'CONVERGED')
+    """
+
+    rtol: float | None = None
+    max_size: int = 4096
+
+    def __post_init__(self) -> None:
+        Limits(self.rtol)
+
+    def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution:
+        """Solve for a flat right-hand side [*lanes, n]."""
+        n = rhs.shape[-1]
+        if n > self.max_size:
+            raise ValueError(
+                f"il.Dense would store {n} x {n} numbers per system, above max_size={self.max_size}. Use a matrix-free "
+                "solver (il.ConjugateGradient, il.Minres, il.Gmres), or raise max_size."
+            )
+        factors: list[Callable[[torch.Tensor], torch.Tensor]] = []
+        codes = torch.zeros(rhs.shape[:-1], dtype=torch.int64, device=rhs.device)
+
+        def correct(start: Round) -> Correction:
+            nonlocal codes
+            first = not factors
+            if first:
+                solve, codes = factorise(materialise(operator, rhs), operator.symmetric, torch.finfo(rhs.dtype).eps)
+                factors.append(solve)
+            value = factors[0](start.residual.double()).to(rhs.dtype)
+            return Correction(value, codes, torch.full_like(codes, n if first else 0))
+
+        return refine(operator, rhs, Limits(self.rtol), correct, "Dense solve")
+
+
+def materialise(operator: FlatOperator, like: torch.Tensor) -> torch.Tensor:
+    """The matrices [*lanes, n, n] of an operator, in float64, by n products; ``like`` [*lanes, n]."""
+    columns = []
+    for i in range(like.shape[-1]):
+        unit = torch.zeros_like(like)
+        unit[..., i] = 1
+        columns.append(operator(unit).double())
+    return torch.stack(columns, -1)
+
+
+def factorise(
+    matrix: torch.Tensor, symmetric: bool, eps: float
+) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
+    """A function ``b -> A^-1 b`` on [*lanes, n], and a code per lane: CONVERGED, SINGULAR or NONFINITE.
+
+    ``eps`` is the relative error of the entries: pivots and singular values below n eps of the largest are noise.
+    """
+    n = matrix.shape[-1]
+    finite = matrix.isfinite().flatten(-2).all(-1)
+    identity = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
+    matrix = torch.where(finite[..., None, None], matrix, identity)
+    size = matrix.abs().amax((-2, -1), keepdim=True)
+    size = torch.where(size > 0, size, 1.0)
+    matrix = matrix / size  # no overflow inside the factorisations
+    cholesky = False
+    if symmetric:
+        matrix = (matrix + matrix.mT) / 2
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        cholesky = bool((info == 0).all())
+    if cholesky:
+        pivots = factor.diagonal(dim1=-2, dim2=-1) ** 2
+    else:
+        factor, permutation, _ = torch.linalg.lu_factor_ex(matrix)
+        pivots = factor.diagonal(dim1=-2, dim2=-1).abs()
+    singular = pivots.amin(-1) <= n * eps * pivots.amax(-1)
+    codes = torch.where(singular, int(Status.SINGULAR), int(Status.CONVERGED))
+    codes = torch.where(finite, codes, int(Status.NONFINITE))
+    pseudo_inverse = torch.linalg.pinv(matrix[singular], rtol=n * eps)
+
+    def solve(rhs: torch.Tensor) -> torch.Tensor:
+        right = rhs.unsqueeze(-1)
+        value = torch.cholesky_solve(right, factor) if cholesky else torch.linalg.lu_solve(factor, permutation, right)
+        value[singular] = pseudo_inverse @ right[singular]
+        return select(finite, (value / size)[..., 0])
+
+    return solve, codes
