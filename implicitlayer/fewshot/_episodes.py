@@ -205,9 +205,7 @@ class EpisodeSampler:
             return classes, chosen, (4 * by_turn).astype(np.int64)
         return classes, chosen, np.zeros_like(classes)
 
-    def _gather(
-        self, classes: NDArray[np.int64], chosen: NDArray[np.int64], turns: NDArray[np.int64]
-    ) -> EpisodeBatch:
+    def _gather(self, classes: NDArray[np.int64], chosen: NDArray[np.int64], turns: NDArray[np.int64]) -> EpisodeBatch:
         device = self._images.device
         tasks, ways = classes.shape
         which = torch.from_numpy(classes).to(device)

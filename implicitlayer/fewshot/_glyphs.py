@@ -147,9 +147,7 @@ def _draw(source: Tensor, hands: NDArray[np.float64], draws: NDArray[np.float64]
         1,
     )
     fine = 2 * image_size  # warped at twice the size, so that edges stay smooth when reduced
-    grid = F.affine_grid(
-        torch.from_numpy(matrix).to(torch.float32), [len(source), 1, fine, fine], align_corners=False
-    )
+    grid = F.affine_grid(torch.from_numpy(matrix).to(torch.float32), [len(source), 1, fine, fine], align_corners=False)
     coarse = torch.from_numpy(draws[:, 6:].reshape(-1, 2, 4, 4)).to(torch.float32)
     bend = F.interpolate(coarse, size=(fine, fine), mode="bicubic", align_corners=True)
     grid = grid + 0.07 * bend.permute(0, 2, 3, 1)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from implicitlayer.fewshot._kernels import EPSILON, batch_norm_relu, convolution
+from implicitlayer.fewshot._kernels import EPSILON, batch_norm_relu, convolution, convolution_relu, keep_freed_memory
 
 _NUM_BLOCKS = 4
 _GAIN = 1.73  # of the Xavier-uniform weights, and
@@ -136,6 +136,8 @@ class Conv4:
             )
         if not batched:
             images = images.unsqueeze(0)
+        if images.device.type == "cpu":
+            keep_freed_memory()
         num_tasks, num_images = images.shape[:2]
         p = {name: self._stacked(params, name, shape, num_tasks, batched) for name, shape in self.shapes.items()}
 
@@ -220,4 +222,4 @@ def _first_block(images: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -
     flat = flat * factor.unsqueeze(-1)
     bias = shift - (flat @ mean).squeeze(-1)
     x = images.permute(1, 3, 4, 0, 2)  # [K, H, W, B, C]
-    return convolution(x, flat.view_as(weight), bias).relu_()
+    return convolution_relu(x, flat.view_as(weight), bias)

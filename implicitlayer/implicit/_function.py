@@ -11,9 +11,9 @@ import torch
 from implicitlayer._records import BackwardRecord, ForwardRecord
 from implicitlayer._types import Leaves, OnFailure
 from implicitlayer.implicit._forward import Calling, solve_forward
-from implicitlayer.implicit._rules import Matrix, implicit_jvp, implicit_vjp, over_batched_cotangents
+from implicitlayer.implicit._rules import Matrix, implicit_jvp, implicit_vjp
 from implicitlayer.linear._residual import Residual
-from implicitlayer.linear._solve import fill, lanes_first
+from implicitlayer.linear._solve import fill, lanes_first, over_batched_vectors
 
 __all__ = ["ImplicitArgmin"]
 
@@ -78,20 +78,24 @@ class ImplicitArgmin(torch.autograd.Function):
             return (None,) * (1 + k + len(theta))
         needed = ctx.needs_input_grad[1 + k :]
 
-        def rule(v: Leaves) -> list[torch.Tensor | None]:
-            return implicit_vjp(spec.residual, x, theta, v, needed, kind="backward", **spec.how)
+        def rule(v: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+            return implicit_vjp(spec.residual, x, theta, fill(v, x), needed, kind="backward", **spec.how)
 
-        theta_bar = over_batched_cotangents(rule, fill(cotangents, x))
+        theta_bar = over_batched_vectors(rule, cotangents)
         return (None, *(None,) * k, *theta_bar)
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         spec: LayerSpec = ctx.spec
         k = spec.num_x
         saved = ctx.saved_tensors
         x, theta = list(saved[:k]), list(saved[k:])
-        result = implicit_jvp(spec.residual, x, theta, tangents[k:], kind="forward-mode", **spec.how)
-        return tuple(torch.zeros_like(leaf) for leaf in x) if result is None else tuple(result)
+
+        def rule(directions: list[torch.Tensor | None]) -> Leaves:
+            result = implicit_jvp(spec.residual, x, theta, directions, kind="forward-mode", **spec.how)
+            return [torch.zeros_like(leaf) for leaf in x] if result is None else result
+
+        return tuple(over_batched_vectors(rule, tangents[k:]))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], spec: LayerSpec, *tensors: torch.Tensor) -> tuple[Any, Any]:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -49,45 +49,14 @@ def implicit_jvp(
     residual: Residual,
     x: Leaves,
     theta: Leaves,
-    tangents: tuple[torch.Tensor | None, ...],
+    tangents: Sequence[torch.Tensor | None],
     matrix: Matrix = _HESSIAN,
     **how: Any,
 ) -> Leaves | None:
     """Tangents of x from those of the theta leaves; None if no theta leaf has one."""
     with plain_surroundings(x):
-        change = push_tensors(lambda t: residual(x, t), theta, tangents)
+        change = push_tensors(lambda t: residual(x, t), theta, tangents, like=x)
         if change is None:
             return None
         spec = SolveSpec(Jacobian(residual, len(x), False, *matrix), len(x), **how)
         return solve(spec, [-c for c in change], [*x, *theta])
-
-
-def over_batched_cotangents(
-    rule: Callable[[Leaves], list[torch.Tensor | None]], cotangents: Leaves
-) -> list[torch.Tensor | None]:
-    """``rule`` under ``torch.autograd.grad(..., is_grads_batched=True)``.
-
-    That option hands a backward cotangents wrapped by an older batching mechanism that custom Functions do not see;
-    here they are unwrapped, mapped over by ``torch.func.vmap``, and wrapped again.
-    """
-    if not any(torch._C._functorch.is_legacy_batchedtensor(c) for c in cotangents):
-        return rule(cotangents)
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    wrapped = next(c for c in cotangents if torch._C._functorch.is_legacy_batchedtensor(c))
-    size = _legacy_batch_size(wrapped, level)
-    plain = [torch._remove_batch_dim(c, level, size, 0).clone() for c in cotangents]
-    present: list[bool] = []
-
-    def some(*lane: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        result = rule(list(lane))
-        present[:] = [t is not None for t in result]
-        return tuple(t for t in result if t is not None)
-
-    values = iter(torch.vmap(some)(*plain))
-    return [torch._add_batch_dim(next(values), 0, level) if there else None for there in present]
-
-
-def _legacy_batch_size(wrapped: torch.Tensor, level: int) -> int:
-    # a wrapped tensor hides its batch dimension; unwrapped with a size of one too many it shows the true one
-    return int(torch._remove_batch_dim(wrapped, level, 1, 0).shape[0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
@@ -11,7 +11,7 @@ import torch
 from implicitlayer._tree import ravel, unravel
 from implicitlayer._types import Leaves
 from implicitlayer.linear._operator import FlatOperator
-from implicitlayer.linear._residual import Residual, pushforward, vjp
+from implicitlayer.linear._residual import Residual, pullback, pushforward, vjp
 
 Curvature = Literal["hessian", "gauss_newton"]
 
@@ -78,10 +78,9 @@ class Jacobian:
         if self.curvature == "gauss_newton":
             product = self.residual.gauss_newton(x, theta)(u)
         elif self.transposed or self.residual.is_gradient:
-            _, pullback = vjp(lambda x_: self.residual(x_, theta), list(x))
-            product = pullback(list(u))[0]
+            product = pullback(lambda x_: self.residual(x_, theta), x, u)
         else:
-            product = pushforward(lambda x_: self.residual(x_, theta), (list(x),), (list(u),))
+            product = pushforward(lambda x_: self.residual(x_, theta), x, u, like=x)
         return [p + self.damping * v for p, v in zip(product, u, strict=True)] if self.damping else list(product)
 
     def linearize(self, tensors: Leaves) -> FlatOperator:
@@ -95,15 +94,15 @@ class Jacobian:
                 if self.curvature == "gauss_newton":
                     product = self.residual.gauss_newton(x, theta)
                 else:
-                    _, pullback = vjp(lambda x_: self.residual.kept_graph_gradient(x_, theta), list(x))
-                    product = lambda u: pullback(u)[0]  # noqa: E731
+                    _, pull_all = vjp(lambda x_: self.residual.kept_graph_gradient(x_, theta), list(x))
+                    product = lambda u: pull_all(u)[0]  # noqa: E731
                 kept.append(product)
             with torch.no_grad():
                 return damped(kept[0](unravel(vector, x, lane_dims)), vector)
 
         def push(vector: torch.Tensor) -> torch.Tensor:
-            tangents = (unravel(vector, x, lane_dims),)
-            return damped(pushforward(lambda x_: self.residual(x_, theta), (list(x),), tangents), vector)
+            tangents = unravel(vector, x, lane_dims)
+            return damped(pushforward(lambda x_: self.residual(x_, theta), x, tangents, like=x), vector)
 
         def damped(product: Leaves, vector: torch.Tensor) -> torch.Tensor:
             flat = ravel(product, lane_dims)
@@ -140,21 +139,24 @@ def pull_tensors(
     chosen = [i for i, t in enumerate(tensors) if needed[i] and t.is_floating_point()]
     result: list[torch.Tensor | None] = [None] * len(tensors)
     if chosen:
-        _, pullback = vjp(_restrict(function, tensors, chosen), [tensors[i] for i in chosen])
-        for i, gradient in zip(chosen, pullback(cotangent)[0], strict=True):
+        gradients = pullback(_restrict(function, tensors, chosen), [tensors[i] for i in chosen], cotangent)
+        for i, gradient in zip(chosen, gradients, strict=True):
             result[i] = gradient
     return result
 
 
 def push_tensors(
-    function: Callable[[Leaves], Leaves], tensors: Leaves, tangents: tuple[torch.Tensor | None, ...]
+    function: Callable[[Leaves], Leaves],
+    tensors: Leaves,
+    tangents: Sequence[torch.Tensor | None],
+    like: Leaves,
 ) -> Leaves | None:
-    """Push the tangents that are there through ``function``; None if there is none."""
+    """Push the tangents that are there through ``function``, whose result is like ``like``; None if there is none."""
     chosen = [i for i, t in enumerate(tangents) if t is not None and tensors[i].is_floating_point()]
     if not chosen:
         return None
-    primals, directions = [tensors[i] for i in chosen], [tangents[i] for i in chosen]
-    return list(pushforward(_restrict(function, tensors, chosen), (primals,), (directions,)))
+    directions = [t for i in chosen if (t := tangents[i]) is not None]
+    return pushforward(_restrict(function, tensors, chosen), [tensors[i] for i in chosen], directions, like)
 
 
 def _restrict(function: Callable[[Leaves], Leaves], tensors: Leaves, chosen: list[int]) -> Callable[[Leaves], Leaves]:

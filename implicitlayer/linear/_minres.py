@@ -7,16 +7,18 @@
 # ||beta_1 e_1 - T_k y||, the M^-1-norm of the residual. One reflection per step, [c s; s -c], keeps T_k = Q_k [R_k; 0]:
 # column k of R_k is (epsilon_k, delta_k, gamma_k), from
 #     delta_k = c dbar + s alpha_k,   gbar = s dbar - c alpha_k,   gamma_k = sqrt(gbar^2 + beta_{k+1}^2),
-#     epsilon_{k+1} = s beta_{k+1},   dbar <- -c beta_{k+1}    (c, s of the last step), then c = gbar / gamma, s = beta / gamma.
+#     epsilon_{k+1} = s beta_{k+1},   dbar <- -c beta_{k+1}    (all with c, s of the last step),
+#     c = gbar / gamma_k,   s = beta_{k+1} / gamma_k.
 # With W_k = V_k R_k^-1, w_k = (v_k - epsilon_k w_{k-2} - delta_k w_{k-1}) / gamma_k and x_k = x_{k-1} + c phibar w_k;
 # phibar_k = s phibar_{k-1} is the norm of the residual. Two more facts (Choi, Paige & Saunders 2011, section 3):
 #     r_k = s^2 r_{k-1} - c phibar_k u_{k+1}       (the residual itself, for its 2-norm when M is not the identity)
 #     ||A r_{k-1}|| = phibar_{k-1} sqrt(gbar^2 + dbar^2)   (zero at a least-squares solution)
 #
 # NOTE [inconsistent systems]: with b outside the range of a singular A, that second number falls to about
-# sqrt(eps) ||A|| (x is then a least-squares solution) and grows again by rounding, while x runs off along the null
-# space. So x is kept at the bottom. Where eps ||A|| ||x|| exceeds the residual, the recurrence has lost it: if the residual has hardly
-# fallen since the bottom the system is inconsistent, else it is ill-conditioned, and a new round may go on.
+# sqrt(eps) ||A|| ||r|| (x is then a least-squares solution) and grows again by rounding, while x runs off along the
+# null space. So x is kept at the bottom. Where eps ||A|| ||x|| exceeds the residual, the recurrence has lost it: if the
+# residual has hardly fallen since the bottom the system is inconsistent, else it is ill-conditioned, and a new round
+# may go on.
 
 from __future__ import annotations
 

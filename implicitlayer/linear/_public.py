@@ -15,7 +15,7 @@ from implicitlayer._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.linear._jacobian import Curvature, Jacobian, OperatorFamily
 from implicitlayer.linear._operator import FlatOperator
-from implicitlayer.linear._residual import Residual, vjp
+from implicitlayer.linear._residual import Residual, pullback
 from implicitlayer.linear._solve import SolveSpec, solve
 
 __all__ = ["HessianOperator", "hessian_operator", "hvp", "linear_solve"]
@@ -115,8 +115,7 @@ class _LinearFunction:
 
     def _pull(self, u: Leaves, tensors: Leaves) -> Leaves:
         zeros = [torch.zeros_like(leaf) for leaf in self.like]
-        _, pullback = vjp(lambda u_: self.function(u_, tensors), zeros)
-        return list(pullback(list(u))[0])
+        return pullback(lambda u_: list(self.function(u_, tensors)), zeros, u)
 
     def _over_lanes(self, function: FlatFunction) -> FlatFunction:
         for has_lanes, randomness in reversed(self.levels):

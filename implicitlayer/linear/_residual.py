@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -83,7 +83,7 @@ class Residual:
     def gauss_newton(self, x: Leaves, theta: Leaves) -> Callable[[Leaves], Leaves]:
         """u -> J' (d^2 loss / d outputs^2) J u with J = d model / dx: the Hessian without the curvature of the model.
 
-        Positive semidefinite for a loss that is convex in the outputs. Linearised once, at the call.
+        Positive semidefinite for a loss that is convex in the outputs.
         """
         if self.parts.model is None or self.parts.loss is None:
             raise ObjectiveError(
@@ -91,11 +91,14 @@ class Residual:
                 "or il.composite(loss, model)."
             )
         model, loss = self.over_lanes(self.parts.model), self.over_lanes(self.parts.loss)
-        outputs, pull = vjp(lambda x_: model(x_, theta), list(x))
-        _, push = vjp(pull, [torch.zeros_like(o) for o in outputs])
+        outputs = list(model(list(x), theta))
         gradient = torch.func.grad(lambda o: loss(o, theta).sum())
-        _, curve = vjp(gradient, list(outputs))
-        return lambda u: list(pull(list(curve(list(push((list(u),))[0]))[0]))[0])
+
+        def product(u: Leaves) -> Leaves:
+            moved = pushforward(lambda x_: model(x_, theta), x, u, like=outputs)
+            return pullback(lambda x_: model(x_, theta), x, pullback(gradient, outputs, moved))
+
+        return product
 
     def kept_graph_gradient(self, x: Leaves, theta: Leaves) -> Leaves:
         """F with one level of autograd fewer than ``torch.func.grad``: for one pull-back inside ``torch.func.vjp``."""
@@ -110,13 +113,26 @@ class Residual:
         return list(torch.autograd.grad(value, x, create_graph=True, materialize_grads=True))
 
 
-def pushforward(function: Callable[..., Any], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
-    """J(primals) tangents by two pull-backs.
+# NOTE [one pull-back]: <J'w, .> as the gradient of <f, w>. A pull-back from torch.func.vjp, called after its level is
+# gone, fails inside torch when an output does not depend on an input (it makes zeros like a dead wrapper); a gradient
+# is finished inside its level. torch.func.vjp is used where one linearisation serves many products.
 
-    The pull-back w -> J'w is linear, so its own pull-back at any point is t -> J t. Used in place of torch.func.jvp
+
+def inner(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum of the products of all entries of two lists of leaves."""
+    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
+
+
+def pullback(function: Callable[[Leaves], Leaves], primals: Leaves, cotangents: Leaves) -> Leaves:
+    """J(primals)' cotangents; see NOTE [one pull-back]."""
+    return list(torch.func.grad(lambda p: inner(function(p), cotangents))(list(primals)))
+
+
+def pushforward(function: Callable[[Leaves], Leaves], primals: Leaves, tangents: Leaves, like: Leaves) -> Leaves:
+    """J(primals) tangents by two pull-backs; ``like`` has the shapes of the result.
+
+    The pull-back w -> J'w is linear, so the gradient of w -> <J'w, t> is J t, at any w. Used in place of torch.func.jvp
     because torch switches forward mode off inside the jvp rule of a custom Function.
     """
-    outputs, pullback = vjp(function, *primals)
-    dummy = torch.utils._pytree.tree_map(torch.zeros_like, outputs)
-    _, twice = vjp(lambda w: pullback(w), dummy)
-    return twice(tangents)[0]
+    dummy = [torch.zeros_like(leaf) for leaf in like]
+    return list(torch.func.grad(lambda w: inner(pullback(function, primals, w), tangents))(dummy))

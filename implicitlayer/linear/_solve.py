@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -88,23 +88,31 @@ class LinearSolve(torch.autograd.Function):
             return (None,) * (1 + k + len(tensors))
         transposed = replace(spec, operator=spec.operator.transpose(), kind=_higher(spec.kind))
         needed = ctx.needs_input_grad[1 + k :]
-        with plain_surroundings(tensors):
-            b_bar = solve(transposed, fill(cotangents, u), tensors)
+
+        def rule(u_bar: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+            b_bar = solve(transposed, fill(u_bar, u), tensors)
             t_bar = pull_tensors(lambda t: spec.operator.product(u, t), tensors, needed, b_bar)
-        return (None, *b_bar, *(None if t is None else -t for t in t_bar))
+            return [*b_bar, *(None if t is None else -t for t in t_bar)]
+
+        with plain_surroundings(tensors):
+            return (None, *over_batched_vectors(rule, cotangents))
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+    def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         spec: SolveSpec = ctx.spec
         k = spec.num_rhs
         saved = ctx.saved_tensors
         u, tensors = list(saved[:k]), list(saved[k:])
-        rhs = fill(tangents[:k], u)
+
+        def rule(vectors: list[torch.Tensor | None]) -> Leaves:
+            rhs = fill(vectors[:k], u)
+            change = push_tensors(lambda t: spec.operator.product(u, t), tensors, vectors[k:], like=u)
+            if change is not None:
+                rhs = [b - c for b, c in zip(rhs, change, strict=True)]
+            return solve(replace(spec, kind=_higher(spec.kind)), rhs, tensors)
+
         with plain_surroundings(tensors):
-            change = push_tensors(lambda t: spec.operator.product(u, t), tensors, tangents[k:])
-        if change is not None:
-            rhs = [b - c for b, c in zip(rhs, change, strict=True)]
-        return tuple(solve(replace(spec, kind=_higher(spec.kind)), rhs, tensors))
+            return tuple(over_batched_vectors(rule, tangents))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], spec: SolveSpec, *tensors: torch.Tensor) -> tuple[Any, Any]:
@@ -120,7 +128,7 @@ def _higher(kind: str) -> str:
     return kind if kind.startswith("higher-order") else f"higher-order {kind}"
 
 
-def fill(leaves: tuple[torch.Tensor | None, ...], like: Leaves) -> Leaves:
+def fill(leaves: Sequence[torch.Tensor | None], like: Leaves) -> Leaves:
     """Zeros in place of None."""
     return [torch.zeros_like(x) if leaf is None else leaf for leaf, x in zip(leaves, like, strict=True)]
 
@@ -140,3 +148,34 @@ def lanes_first(
             tensor = tensor.expand(size, *tensor.shape).clone(memory_format=torch.contiguous_format)
         moved.append(tensor)
     return moved, tuple(dim is not None or force for dim, force in zip(dims, forced, strict=True))
+
+
+def over_batched_vectors(
+    rule: Callable[[list[torch.Tensor | None]], Sequence[torch.Tensor | None]], vectors: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor | None]:
+    """``rule`` of cotangents or tangents, under ``is_grads_batched=True`` and its relatives too.
+
+    That option of torch.autograd.grad hands a backward vectors wrapped by an older batching mechanism, which custom
+    Functions do not see; here they are unwrapped, mapped over by ``torch.func.vmap``, and wrapped again.
+    """
+    wrapped = [v for v in vectors if v is not None and torch._C._functorch.is_legacy_batchedtensor(v)]
+    if not wrapped:
+        return list(rule(list(vectors)))
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    # the size asked for is used only for tensors that are not wrapped: a wrapped one comes back with its own
+    size = torch._remove_batch_dim(wrapped[0], level, 1, 0).shape[0]
+    slots = [i for i, v in enumerate(vectors) if v is not None]
+    plain = [torch._remove_batch_dim(v, level, size, 0).clone() for v in vectors if v is not None]
+    present: list[bool] = []
+
+    def some(*lane: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        filled: list[torch.Tensor | None] = [None] * len(vectors)
+        for i, vector in zip(slots, lane, strict=True):
+            filled[i] = vector
+        result = rule(filled)
+        present[:] = [t is not None for t in result]
+        return tuple(t for t in result if t is not None)
+
+    values = iter(torch.vmap(some)(*plain))
+    return [torch._add_batch_dim(next(values), 0, level) if there else None for there in present]

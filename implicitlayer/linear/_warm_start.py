@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from implicitlayer._solution import LinearSolution
+from implicitlayer._status import Status
 from implicitlayer.linear._common import Limits, lane_norm, select
 from implicitlayer.linear._operator import FlatOperator, LinearSolver
 
@@ -84,8 +85,9 @@ class WarmStart(LinearSolver):
         key = (tuple(rhs.shape), rhs.dtype, rhs.device)
         start = self._kept.get(key)
         solution = self.solver.solve(operator, rhs) if start is None else self._corrected(operator, rhs, start)
-        usable = (solution.codes <= 3) & solution.value.isfinite().all(-1)  # not of a lane that failed
-        self._kept[key] = select(usable, solution.value.detach())
+        # a lane that failed, or had nothing to solve, keeps its old start
+        worth = (solution.codes <= int(Status.STAGNATED)) & (rhs != 0).any(-1) & solution.value.isfinite().all(-1)
+        self._kept[key] = select(worth, solution.value.detach(), start)
         return solution
 
     def _corrected(self, operator: FlatOperator, rhs: torch.Tensor, start: torch.Tensor) -> LinearSolution:
@@ -105,7 +107,7 @@ class WarmStart(LinearSolver):
         if rtol is not None:
             atol = max(rtol, float((limits.atol / unit[live]).min())) if limits.atol > 0 and live.any() else rtol
             solver = replace(solver, rtol=0.0, atol=atol)
-        found = solver.solve(operator, residual / unit.unsqueeze(-1))
+        found: LinearSolution = solver.solve(operator, residual / unit.unsqueeze(-1))
         residual_norm = found.residual_norm * unit
         return replace(
             found,
