@@ -56,15 +56,17 @@ def main() -> None:
     il.meta.save_json(run_dir / "config.json", dataclasses.asdict(settings))
     il.meta.save_json(run_dir / "versions.json", versions())
 
-    data = il.fewshot.Omniglot(settings.data_dir) if settings.data_dir else il.fewshot.Glyphs()
-    validation = episodes(data, "validation", settings, settings.validation_tasks)
-    test = episodes(data, "test", settings, settings.test_tasks)
+    data = load_data(settings)
+    validation = fixed_episodes(data["val"], settings, settings.validation_tasks)
+    test = fixed_episodes(data["test"], settings, settings.test_tasks)
     network = il.fewshot.conv4(settings.num_ways, num_filters=settings.num_filters)
-    print(f"{type(data).__name__}, {settings.num_ways}-way {settings.num_shots}-shot; the run is kept in {run_dir}")
+    dataset = type(data["train"]).__name__
+    counts = ", ".join(f"{classes.num_classes} {split}" for split, classes in data.items())
+    print(f"{dataset} ({counts} classes), {settings.num_ways}-way {settings.num_shots}-shot; kept in {run_dir}")
 
     start = network.init(torch.Generator().manual_seed(settings.seed))
     rows = []
-    trainers = {name: make_trainer(name, network, data, validation, settings, run_dir) for name in METHODS}
+    trainers = {name: make_trainer(name, network, data["train"], validation, settings, run_dir) for name in METHODS}
     try:
         for name, trainer in trainers.items():
             if trainer.resume():
@@ -78,7 +80,7 @@ def main() -> None:
 
     print(table(rows, settings))
     accuracy = {name: {"steps": steps, "mean": r.mean, "interval": r.interval} for name, steps, r in rows}
-    results = {"dataset": type(data).__name__, "test_tasks": settings.test_tasks, "accuracy": accuracy}
+    results = {"dataset": dataset, "test_tasks": settings.test_tasks, "accuracy": accuracy}
     il.meta.save_json(run_dir / "results.json", results)
     draw(trainers, network, test, settings, run_dir / "demo.png")
     print(f"picture     {run_dir / 'demo.png'}\ncheckpoint  {trainers['iMAML'].checkpoint_path}")
@@ -100,7 +102,7 @@ def make_method(network: Any, settings: Settings, cg_steps: int) -> il.meta.iMAM
     )
 
 
-def make_trainer(name: str, network: Any, data: Any, validation: Any, settings: Settings, run_dir: Path) -> Any:
+def make_trainer(name: str, network: Any, classes: Any, validation: Any, settings: Settings, run_dir: Path) -> Any:
     theta = network.init(torch.Generator().manual_seed(settings.seed))
     theta = {key: value.requires_grad_() for key, value in theta.items()}
 
@@ -111,7 +113,7 @@ def make_trainer(name: str, network: Any, data: Any, validation: Any, settings: 
     return il.meta.Trainer(
         make_method(network, settings, settings.cg_steps if name == "iMAML" else 0),
         theta,
-        sampler(data, "train", settings, settings.seed),
+        make_sampler(classes, settings, rotations="augment", seed=settings.seed),
         torch.optim.Adam(theta.values(), lr=settings.learning_rate),
         tasks_per_step=settings.tasks_per_step,
         max_minutes=settings.minutes,
@@ -125,15 +127,28 @@ def make_trainer(name: str, network: Any, data: Any, validation: Any, settings: 
     )
 
 
-def sampler(data: Any, split: str, settings: Settings, seed: int) -> Any:
-    raise NotImplementedError
+def load_data(settings: Settings) -> dict[str, Any]:
+    """Three sets of classes that have none in common."""
+    if settings.data_dir is None:
+        return {split: il.fewshot.Glyphs(split) for split in ("train", "val", "test")}
+    return {split: il.fewshot.Omniglot(settings.data_dir, split) for split in ("train", "val", "test")}
 
 
-def episodes(data: Any, split: str, settings: Settings, num_tasks: int) -> list[Any]:
-    """A fixed list of tasks: the same for every method and every run."""
-    source = sampler(data, split, settings, seed=2024)
-    chunk = 20  # tasks adapted at once
-    return [il.meta.as_support_query(source.sample(min(chunk, num_tasks - k))) for k in range(0, num_tasks, chunk)]
+def make_sampler(classes: Any, settings: Settings, *, rotations: str = "none", seed: int = 2024) -> Any:
+    return il.fewshot.EpisodeSampler(
+        classes,
+        num_ways=settings.num_ways,
+        num_shots=settings.num_shots,
+        num_query=settings.num_queries,
+        rotations=rotations,
+        seed=seed,
+    )
+
+
+def fixed_episodes(classes: Any, settings: Settings, num_tasks: int) -> list[Any]:
+    """The same tasks for every method and every run."""
+    batches = make_sampler(classes, settings).fixed(num_tasks, batch_size=20)
+    return [il.meta.as_support_query(batch) for batch in batches]
 
 
 def table(rows: list[Any], settings: Settings) -> str:

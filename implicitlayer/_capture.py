@@ -20,7 +20,12 @@ def needs_derivative(tensor: torch.Tensor) -> bool:
     """Whether a derivative with respect to ``tensor`` may be asked for, or a transform has wrapped it."""
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return True
-    return tensor.is_floating_point() and (tensor.requires_grad or _has_tangent(tensor))
+    return tensor.requires_grad or _has_tangent(tensor)
+
+
+def derivatives_possible() -> bool:
+    """Whether anything that is computed now can be differentiated or is being transformed."""
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def find_closed_over(function: Callable[..., Any], args: tuple[Any, ...]) -> list[torch.Tensor]:

@@ -17,6 +17,7 @@ from implicitlayer._errors import (
     SingularError,
 )
 from implicitlayer._status import Status
+from implicitlayer._tree import name_lanes
 from implicitlayer._types import OnFailure
 
 __all__ = ["LinearSolution", "SolverResult"]
@@ -62,13 +63,9 @@ class LinearSolution:
     def describe(self) -> str:
         """What happened, with the numbers of the worst lane, and what to do."""
         status = self.status
-        lane = ""
-        pick = (0,) * self.codes.ndim
-        if self.codes.ndim and self.codes.numel():
-            bad = (self.codes == int(status)).nonzero()
-            pick = tuple(bad[0].tolist())
-            shown = ", ".join(str(tuple(i) if len(i) > 1 else i[0]) for i in bad[:8].tolist())
-            lane = f" in lane {shown}{', ...' if len(bad) > 8 else ''} of {tuple(self.codes.shape)}"
+        bad = self.codes == int(status)
+        lane = name_lanes(bad)
+        pick = tuple(bad.nonzero()[0].tolist()) if bad.numel() else ()
 
         def at(values: torch.Tensor) -> Any:
             return values[pick].item() if values.numel() else 0

@@ -63,3 +63,17 @@ def unravel(flat: torch.Tensor, like: Sequence[torch.Tensor], lane_dims: int) ->
     return [
         part.reshape((*lanes, *leaf.shape[lane_dims:])).to(leaf.dtype) for part, leaf in zip(parts, like, strict=True)
     ]
+
+
+def name_lanes(bad: torch.Tensor) -> str:
+    """Where a fault is, for messages: ``' in lane 2 of (4,)'``; nothing for a single problem."""
+    if bad.ndim == 0:
+        return ""
+    lanes = bad.nonzero().tolist()
+    shown = ", ".join(str(tuple(lane) if len(lane) > 1 else lane[0]) for lane in lanes[:8])
+    return f" in lane {shown}{', ...' if len(lanes) > 8 else ''} of {tuple(bad.shape)}"
+
+
+def finite_lanes(flat: torch.Tensor) -> torch.Tensor:
+    """Which lanes of [*lanes, n] hold finite numbers only."""
+    return flat.isfinite().all(-1)

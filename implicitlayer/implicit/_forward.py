@@ -15,7 +15,7 @@ from implicitlayer._errors import NonFiniteError, SolverOutputError, Stationarit
 from implicitlayer._records import ForwardRecord, emit
 from implicitlayer._solution import SolverResult
 from implicitlayer._surroundings import out_of_inference, plain_surroundings
-from implicitlayer._tree import TreeSpec, flatten_with_names, ravel, unflatten, unravel
+from implicitlayer._tree import TreeSpec, flatten_with_names, name_lanes, ravel, unflatten, unravel
 from implicitlayer._types import FlatFunction, Leaves
 from implicitlayer.implicit._stationarity import Stationarity, newton_step, stationarity
 from implicitlayer.linear._residual import Residual
@@ -63,6 +63,7 @@ def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
                 "another problem. Clone theta inside the solver before changing it."
             )
     checked = [_check_answer(result.value, spec.calling, like) for result, like in results]
+    _check_finite(checked, spec, init)
     x = checked[0]
     if lanes:
         x = [torch.stack([lane[i] for lane in checked]).reshape(leaf.shape) for i, leaf in enumerate(init)]
@@ -181,12 +182,19 @@ def _check_leaf(value: Any, name: str, like: torch.Tensor) -> torch.Tensor:
     if value.is_complex():
         raise SolverOutputError(f"the solver returned complex {name}; the unknowns are real ({like.dtype}).")
     copied: torch.Tensor = value.detach().to(like.dtype, copy=True)
-    if not bool(copied.isfinite().all()):
-        raise NonFiniteError(
-            f"the solver returned NaN or Inf in {name}: it diverged or failed. Check its step size, its own messages "
-            "and that init and theta are finite."
-        )
     return copied
+
+
+def _check_finite(answers: list[Leaves], spec: LayerSpec, init: Leaves) -> None:
+    """Row "solver returns NaN or Inf": name the leaf and the lane."""
+    for i, name in enumerate(spec.calling.x_names):
+        leaf = torch.stack([answer[i] for answer in answers]) if len(answers) > 1 else answers[0][i]
+        finite = leaf.isfinite().reshape((*init[i].shape[: spec.residual.lane_dims], -1)).all(-1)
+        if not bool(finite.all()):
+            raise NonFiniteError(
+                f"the solver returned NaN or Inf in {name}{name_lanes(~finite)}: it diverged or failed. Check its step "
+                "size, its own messages and that init and theta are finite."
+            )
 
 
 def _record(spec: LayerSpec, results: Sequence[SolverResult], measured: Stationarity | None, polished: int) -> None:
@@ -210,16 +218,11 @@ def _judge(spec: LayerSpec, measured: Stationarity, rtol: float) -> None:
     bad = measured.relative > rtol
     if spec.on_failure == "ignore" or not bool(bad.any()):
         return
-    where = ""
-    pick: tuple[int, ...] = ()
-    if bad.ndim:
-        lanes = bad.nonzero().tolist()
-        pick = tuple(lanes[0])
-        where = f" in {len(lanes)} of {bad.numel()} lanes (first: {pick if len(pick) > 1 else pick[0]})"
+    pick = tuple(bad.nonzero()[0].tolist())
     what = "gradient of the objective" if spec.residual.is_gradient else "residual"
     message = (
-        f"the solver's answer is not stationary{where}: the {what} has norm {measured.norm[pick].item():.3g} there, "
-        f"and the solution is at least about {measured.distance[pick].item():.3g} away "
+        f"the solver's answer is not stationary{name_lanes(bad)}: the {what} has norm "
+        f"{measured.norm[pick].item():.3g} there, and the solution is at least about {measured.distance[pick].item():.3g} away "
         f"({measured.relative[pick].item():.1e} of its size, allowed {rtol:.1e}). The implicit gradient carries an "
         "error of that order. Solve the inner problem more tightly, pass polish=1 for a Newton step after the solver, "
         "or stationarity_rtol=None if an early stop is intended."

@@ -13,7 +13,7 @@ from implicitlayer._types import Leaves, OnFailure
 from implicitlayer.implicit._forward import Calling, solve_forward
 from implicitlayer.implicit._rules import Matrix, implicit_jvp, implicit_vjp
 from implicitlayer.linear._residual import Residual
-from implicitlayer.linear._solve import fill, lanes_first, over_batched_vectors
+from implicitlayer.linear._solve import alive, fill, lanes_first, over_batched_vectors
 
 __all__ = ["ImplicitArgmin"]
 
@@ -72,7 +72,7 @@ class ImplicitArgmin(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
         spec: LayerSpec = ctx.spec
         k = spec.num_x
-        saved = ctx.saved_tensors
+        saved = alive(ctx.saved_tensors)
         x, theta = list(saved[:k]), list(saved[k:])
         if all(c is None for c in cotangents):
             return (None,) * (1 + k + len(theta))
@@ -81,14 +81,14 @@ class ImplicitArgmin(torch.autograd.Function):
         def rule(v: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
             return implicit_vjp(spec.residual, x, theta, fill(v, x), needed, kind="backward", **spec.how)
 
-        theta_bar = over_batched_vectors(rule, cotangents)
+        theta_bar = over_batched_vectors(rule, alive(cotangents))
         return (None, *(None,) * k, *theta_bar)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         spec: LayerSpec = ctx.spec
         k = spec.num_x
-        saved = ctx.saved_tensors
+        saved = alive(ctx.saved_tensors)
         x, theta = list(saved[:k]), list(saved[k:])
 
         def rule(directions: list[torch.Tensor | None]) -> Leaves:

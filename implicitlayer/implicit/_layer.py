@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch.utils import _pytree as pytree
 
-from implicitlayer._capture import announce, find_closed_over, needs_derivative
+from implicitlayer._capture import announce, derivatives_possible, find_closed_over, needs_derivative
 from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
 from implicitlayer._flat import Signature, flat_function, flat_parts
 from implicitlayer._records import Record
@@ -93,9 +93,11 @@ class ImplicitLayer:
         tensors = signature.tensors
         user_function = _without_aux(self.function) if self.objective_has_aux else self.function
         hidden: Leaves = []
-        if torch.is_grad_enabled() or _transformed([*x, *tensors]):
+        differentiable = derivatives_possible()
+        if differentiable:
             hidden = find_closed_over(user_function, (init, *theta))
-        wanted = bool(hidden) or any(needs_derivative(t) for t in tensors)
+            _refuse_complex([*tensors, *hidden])
+        wanted = differentiable and (bool(hidden) or any(needs_derivative(t) for t in tensors))
         function = flat_function(user_function, x_spec, signature, hidden, self.kind == "argmin")
         residual = Residual(
             function=_minus_identity(function) if self.kind == "fixed_point" else function,
@@ -178,8 +180,13 @@ def _outside_compiled_code(layer: ImplicitLayer, init: Any, theta: tuple[Any, ..
     return layer._call(init, theta)
 
 
-def _transformed(tensors: Sequence[torch.Tensor]) -> bool:
-    return torch._C._are_functorch_transforms_active() or any(needs_derivative(t) for t in tensors)
+def _refuse_complex(tensors: Sequence[torch.Tensor]) -> None:
+    for tensor in tensors:
+        if tensor.is_complex() and tensor.requires_grad:
+            raise TypeError(
+                f"a complex theta of shape {tuple(tensor.shape)} requires a gradient; only real ones are "
+                "differentiated. Pass torch.view_as_real of it and rebuild it inside the objective with torch.view_as_complex."
+            )
 
 
 def _refuse_forward_over_forward() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from implicitlayer._tree import flatten, lane_reduce, unflatten
+from implicitlayer._tree import flatten, flatten_with_names, lane_reduce, unflatten
 from implicitlayer.implicit._composite import Composite
 
 __all__ = ["Proximal", "proximal"]
@@ -22,7 +22,8 @@ class Proximal:
     strength: Any
 
     def __call__(self, phi: Any, theta: Any, *data: Any) -> torch.Tensor:
-        return self._with_penalty(self.loss(phi, *data), _difference(phi, theta))
+        value = self.loss(phi, *data)
+        return self._with_penalty(value, _difference(phi, theta, value.ndim))
 
     def _with_penalty(self, value: torch.Tensor, difference: Any) -> torch.Tensor:
         """``value`` + 1/2 ||difference||^2_strength, per lane of ``value``."""
@@ -59,28 +60,41 @@ class Proximal:
             return None
         return Composite(
             lambda outputs, theta, *data: self._with_penalty(inner.loss(outputs[0], *data), outputs[1]),
-            lambda phi, theta, *data: (inner.model(phi, *data), _difference(phi, theta)),
+            lambda phi, theta, *data: (inner.model(phi, *data), _difference(phi, theta, None)),
         )
 
     def _strengths(self, phi: Any) -> list[Any]:
-        leaves, spec = flatten(phi)
         if isinstance(self.strength, (dict, list, tuple)):
-            strengths, strength_spec = flatten(self.strength)
-            if strength_spec != spec:
-                raise ValueError(
-                    f"strength must be one number or have the structure of phi: expected {spec}, got {strength_spec}."
-                )
-            return list(strengths)
-        return [self.strength] * len(leaves)
+            return _leaves_like(self.strength, phi, "strength must be one number or have")
+        return [self.strength] * len(flatten(phi)[0])
 
 
-def _difference(phi: Any, theta: Any) -> Any:
-    """phi - theta, in the structure of phi; theta may lack the lanes of phi."""
-    phi_leaves, spec = flatten(phi)
-    theta_leaves, theta_spec = flatten(theta)
-    if spec != theta_spec:
-        raise ValueError(f"theta must have the structure of phi: expected {spec}, got {theta_spec}.")
-    return unflatten([p - t for p, t in zip(phi_leaves, theta_leaves, strict=True)], spec)
+def _difference(phi: Any, theta: Any, lane_dims: int | None) -> Any:
+    """phi - theta, in the structure of phi; theta may lack the ``lane_dims`` lanes of phi (None: already checked)."""
+    leaves, spec = flatten(phi)
+    difference = []
+    for p, t in zip(leaves, _leaves_like(theta, phi, "theta must have"), strict=True):
+        if lane_dims is not None and t.shape not in (p.shape, p.shape[lane_dims:]):
+            raise ValueError(
+                f"theta must have the shapes of phi: a leaf of theta has shape {tuple(t.shape)}, that of phi "
+                f"{tuple(p.shape)}. It would broadcast to another problem."
+            )
+        difference.append(p - t)
+    return unflatten(difference, spec)
+
+
+def _leaves_like(tree: Any, like: Any, rule: str) -> list[Any]:
+    """Leaves of ``tree`` in the order of those of ``like``; the order of dictionary keys does not matter."""
+    leaves, spec = flatten(tree)
+    expected = flatten(like)[1]
+    if spec == expected:
+        return leaves
+    leaves, names = flatten_with_names(tree, "")
+    wanted = flatten_with_names(like, "")[1]
+    if sorted(names) != sorted(wanted):
+        raise ValueError(f"{rule} the structure of phi: expected {expected}, got {spec}.")
+    by_name = dict(zip(names, leaves, strict=True))
+    return [by_name[key] for key in wanted]
 
 
 def _has_entries(strength: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from implicitlayer._errors import NonFiniteError
-from implicitlayer._tree import ravel, unravel
+from implicitlayer._tree import finite_lanes, name_lanes, ravel, unravel
 from implicitlayer._types import Leaves
 from implicitlayer.linear._jacobian import Jacobian
 from implicitlayer.linear._operator import lane_dot, lane_scale
@@ -40,11 +40,12 @@ def stationarity(residual: Residual, x: Leaves, theta: Leaves, init: Leaves) -> 
         points = [t.detach().requires_grad_() for t in x]
         leaves = residual.kept_graph_gradient(points, theta)
         gradient = ravel([leaf.detach() for leaf in leaves], lane_dims)
-        if not bool(gradient.isfinite().all()):
+        finite = finite_lanes(gradient)
+        if not bool(finite.all()):
             what = "gradient of the objective" if residual.is_gradient else "residual"
             raise NonFiniteError(
-                f"the {what} holds NaN or Inf at the solver's answer. Check theta for NaN, and that the objective is "
-                "differentiable there (norms and square roots at zero are not)."
+                f"the {what} holds NaN or Inf at the solver's answer{name_lanes(~finite)}. Check theta for NaN, and that "
+                "the objective is differentiable there (norms and square roots at zero are not)."
             )
         scale = lane_scale(gradient)
         unit = gradient / scale
@@ -57,7 +58,7 @@ def stationarity(residual: Residual, x: Leaves, theta: Leaves, init: Leaves) -> 
             )
             product = ravel(pulled, lane_dims)
     squared = lane_dot(unit, unit)
-    distance = torch.where(squared > 0, squared / lane_dot(product, product).sqrt() * scale[..., 0], 0.0)
+    distance = torch.where(squared > 0, squared / _norm(product) * scale[..., 0], 0.0)
     at, start = ravel(x, lane_dims), ravel(init, lane_dims)
     size = torch.maximum(_norm(at), _norm(at - start))
     noise = _NOISE * torch.finfo(at.dtype).eps * max(at.shape[-1], 1) ** 0.5

@@ -107,6 +107,8 @@ class Bicgstab(KrylovSolver):
             norm = torch.where(running, lane_norm(s), norm)
             settle(norm <= start.stop, int(Status.CONVERGED))
             settle(steps >= start.steps_left, LIMIT)
+            if not any_runs(running, step):
+                break
 
             s_hat = precondition(select(running, s))
             t = operator(s_hat)

@@ -11,10 +11,13 @@ import torch
 
 from implicitlayer._solution import LinearSolution
 from implicitlayer._status import Status
-from implicitlayer.linear._common import Correction, Limits, Round, refine, select
+from implicitlayer.linear._common import NOISE, Correction, Limits, Round, refine, select
 from implicitlayer.linear._operator import FlatOperator, LinearSolver
 
 __all__ = ["Dense"]
+
+# A smallest pivot below this many times the noise makes the singular values be computed.
+_SUSPICIOUS = 1e4
 
 
 @dataclass(frozen=True)
@@ -22,9 +25,9 @@ class Dense(LinearSolver):
     """Solve ``A u = b`` by a factorisation of A: Cholesky where A is symmetric positive definite, else LU.
 
     Makes n products with the unit vectors (each serves all lanes), so it is for small systems. The answer is improved
-    by solves for its true residual while that halves it. A lane whose pivots vanish to working precision gets the
-    least-squares solution of smallest norm (singular values below n eps times the largest are cut): if its residual is
-    zero the status is CONVERGED, else SINGULAR.
+    by solves for its true residual while that halves it. A lane that is singular to working precision (singular values
+    below (n + 16) eps of the largest) gets the least-squares solution of smallest norm: if its residual is zero the
+    status is CONVERGED, else SINGULAR.
 
     Args:
         rtol: relative residual that counts as solved; default 1e-10 (float64), 1e-5 (float32).
@@ -87,9 +90,11 @@ def factorise(
 ) -> tuple[Callable[[torch.Tensor], torch.Tensor], torch.Tensor]:
     """A function ``b -> A^-1 b`` on [*lanes, n], and a code per lane: CONVERGED, SINGULAR or NONFINITE.
 
-    ``eps`` is the relative error of the entries: pivots and singular values below n eps of the largest are noise.
+    ``eps`` is the relative error of the entries: singular values below (n + 16) eps of the largest are noise. Small
+    pivots only raise the suspicion, for they may miss the rank by orders of magnitude; the singular values decide it.
     """
     n = matrix.shape[-1]
+    noise = (n + NOISE) * eps
     finite = matrix.isfinite().flatten(-2).all(-1)
     identity = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
     matrix = torch.where(finite[..., None, None], matrix, identity)
@@ -106,15 +111,20 @@ def factorise(
     else:
         factor, permutation, _ = torch.linalg.lu_factor_ex(matrix)
         pivots = factor.diagonal(dim1=-2, dim2=-1).abs()
-    singular = pivots.amin(-1) <= n * eps * pivots.amax(-1)
+    singular = pivots.amin(-1) <= _SUSPICIOUS * noise * pivots.amax(-1)
+    left, values, right = torch.linalg.svd(matrix[singular])
+    kept = values > noise * values[..., :1]
+    deficient = ~kept.all(-1)
+    singular[singular.clone()] = deficient
+    inverse_values = torch.where(kept, 1 / values, 0.0)[deficient].unsqueeze(-2)
+    pseudo_inverse = (right[deficient].mT * inverse_values) @ left[deficient].mT
     codes = torch.where(singular, int(Status.SINGULAR), int(Status.CONVERGED))
     codes = torch.where(finite, codes, int(Status.NONFINITE))
-    pseudo_inverse = torch.linalg.pinv(matrix[singular], rtol=n * eps)
 
     def solve(rhs: torch.Tensor) -> torch.Tensor:
-        right = rhs.unsqueeze(-1)
-        value = torch.cholesky_solve(right, factor) if cholesky else torch.linalg.lu_solve(factor, permutation, right)
-        value[singular] = pseudo_inverse @ right[singular]
+        b = rhs.unsqueeze(-1)
+        value = torch.cholesky_solve(b, factor) if cholesky else torch.linalg.lu_solve(factor, permutation, b)
+        value[singular] = pseudo_inverse @ b[singular]
         return select(finite, (value / size)[..., 0])
 
     return solve, codes

@@ -91,8 +91,11 @@ class Minres(KrylovSolver):
         steps = torch.zeros_like(codes)
         x, w, w_old, u_old = (torch.zeros_like(r) for _ in range(4))
         beta = lane_norm(r, v)
+        finite = v.isfinite().all(-1)
+        codes = torch.where(running & ~finite, int(Status.NONFINITE), codes)
+        running = running & finite
         bad_metric = running & ~(beta > 0)
-        running = running & (beta > 0)
+        running = running & ~bad_metric
         phibar = beta
         u, v = times(1 / beta, r), times(1 / beta, v)
         zero = torch.zeros_like(beta)

@@ -20,7 +20,7 @@ from implicitlayer._errors import NonFiniteError
 from implicitlayer._records import BackwardRecord, emit
 from implicitlayer._solution import LinearSolution
 from implicitlayer._surroundings import plain_surroundings
-from implicitlayer._tree import ravel, unravel
+from implicitlayer._tree import finite_lanes, name_lanes, ravel, unravel
 from implicitlayer._types import Leaves, OnFailure
 from implicitlayer.linear._jacobian import OperatorFamily, pull_tensors, push_tensors
 from implicitlayer.linear._operator import FlatOperator, wrap_value
@@ -56,10 +56,11 @@ class LinearSolve(torch.autograd.Function):
         rhs, parameters = tensors[: spec.num_rhs], list(tensors[spec.num_rhs :])
         lane_dims = spec.operator.lane_dims
         flat = ravel(rhs, lane_dims)
-        if not bool(flat.isfinite().all()):
+        finite = finite_lanes(flat)
+        if not bool(finite.all()):
             raise NonFiniteError(
                 f"the right-hand side of the {spec.kind} solve (the cotangent or tangent that reached the layer) "
-                "holds NaN or Inf. Look for its source in the code that uses the layer's output."
+                f"holds NaN or Inf{name_lanes(~finite)}. Look for its source in the code that uses the layer's output."
             )
         operator = spec.operator.linearize(parameters)
         solution = wrap_value(operator, flat, spec.solver(operator, flat), type(spec.solver).__name__)
@@ -82,12 +83,14 @@ class LinearSolve(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
         spec: SolveSpec = ctx.spec
         k = spec.num_rhs
-        saved = ctx.saved_tensors
+        saved = alive(ctx.saved_tensors)
         u, tensors = list(saved[:k]), list(saved[k:])
         if all(c is None for c in cotangents):
             return (None,) * (1 + k + len(tensors))
         transposed = replace(spec, operator=spec.operator.transpose(), kind=_higher(spec.kind))
         needed = ctx.needs_input_grad[1 + k :]
+
+        cotangents = alive(cotangents)
 
         def rule(u_bar: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
             b_bar = solve(transposed, fill(u_bar, u), tensors)
@@ -101,7 +104,7 @@ class LinearSolve(torch.autograd.Function):
     def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         spec: SolveSpec = ctx.spec
         k = spec.num_rhs
-        saved = ctx.saved_tensors
+        saved = alive(ctx.saved_tensors)
         u, tensors = list(saved[:k]), list(saved[k:])
 
         def rule(vectors: list[torch.Tensor | None]) -> Leaves:
@@ -126,6 +129,16 @@ class LinearSolve(torch.autograd.Function):
 
 def _higher(kind: str) -> str:
     return kind if kind.startswith("higher-order") else f"higher-order {kind}"
+
+
+def alive(tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """The tensors freed of wrappers whose level is over.
+
+    A graph that is kept beyond the torch.func level that built it (a layer inside the objective of a layer) hands its
+    saved tensors back in such wrappers, which torch does not accept in a new level.
+    """
+    unwrap = torch._C._functorch.unwrap_if_dead
+    return tuple(unwrap(t) if isinstance(t, torch.Tensor) else t for t in tensors)
 
 
 def fill(leaves: Sequence[torch.Tensor | None], like: Leaves) -> Leaves:

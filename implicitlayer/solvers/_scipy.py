@@ -21,7 +21,8 @@ _NEEDS_HESSIAN = ("newton-cg", "trust-ncg", "trust-krylov", "trust-constr")
 class SciPyMinimize:
     """Minimise with ``scipy.optimize.minimize``, in float64 on the CPU, gradients from autograd.
 
-    Derivative-free methods (Nelder-Mead, Powell, COBYLA, COBYQA) see values only. Methods that use Hessian-vector products (Newton-CG, trust-ncg, trust-krylov, trust-constr) get them from autograd.
+    Derivative-free methods (Nelder-Mead, Powell, COBYLA, COBYQA) see values only. Methods that use Hessian-vector
+    products (Newton-CG, trust-ncg, trust-krylov, trust-constr) get them from autograd.
 
     Args:
         method: as in SciPy.

@@ -209,7 +209,11 @@ def test_batch_dims_equal_a_loop_and_a_shared_theta_gets_the_sum_of_its_lanes(so
 
 def test_two_batch_dims_are_lanes_too() -> None:
     matrix, b, shared = lane_problem()
-    layer = il.argmin(lane_objective, lambda f, x, m, c, s: lane_solution(m.flatten(0, 1), c.flatten(0, 1), s).view_as(x), batch_dims=2)
+    layer = il.argmin(
+        lane_objective,
+        lambda f, x, m, c, s: lane_solution(m.flatten(0, 1), c.flatten(0, 1), s).view_as(x),
+        batch_dims=2,
+    )
     x = layer(torch.zeros(2, 2, 3, dtype=F64), matrix.view(2, 2, 3, 3), b.view(2, 2, 3), shared)
     got = torch.autograd.grad(x.sum(), (matrix, b, shared))
     expected = torch.autograd.grad(lane_solution(matrix, b, shared).sum(), (matrix, b, shared))

@@ -51,7 +51,9 @@ def subprocess_descent(objective: Any, init: Tensor, weight: Tensor, offset: Ten
     """The same in another process, in pure Python."""
     step = 1 / (float(torch.linalg.matrix_norm(weight, 2)) ** 2 / 4 + float(log_strength.exp()))
     payload = {"weight": weight.tolist(), "offset": offset.tolist(), "strength": log_strength.item(), "step": step}
-    run = subprocess.run([sys.executable, "-c", CHILD], input=json.dumps(payload), capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", CHILD], input=json.dumps(payload), capture_output=True, text=True, check=True
+    )
     return torch.tensor(json.loads(run.stdout), dtype=F64)
 
 
@@ -74,7 +76,9 @@ SOLVERS = {
     "trust-krylov": SciPyMinimize("trust-krylov", options={"gtol": 1e-9}),
     "SLSQP": SciPyMinimize("SLSQP", options={"ftol": 1e-17}),
     "Adam": TorchOptimizer(torch.optim.Adam, max_steps=4000, rtol=1e-8, lr=0.02),
-    "LBFGS": TorchOptimizer(torch.optim.LBFGS, max_steps=10, line_search_fn="strong_wolfe", tolerance_grad=1e-10, tolerance_change=0.0),
+    "LBFGS": TorchOptimizer(
+        torch.optim.LBFGS, max_steps=10, line_search_fn="strong_wolfe", tolerance_grad=1e-10, tolerance_change=0.0
+    ),
     "GradientDescent": GradientDescent(step_size=0.1, max_steps=2000, rtol=1e-10),
     "NumPy": numpy_descent,
     "subprocess": subprocess_descent,
@@ -109,7 +113,7 @@ def test_backpropagation_through_an_unrolled_loop_gives_the_same_gradient() -> N
 
 # ------------------------------------------------------------------------------------------------------------ pytrees
 
-Point = namedtuple("Point", ["a", "b"])  # noqa: PYI024
+Point = namedtuple("Point", ["a", "b"])
 
 # Three leaves of shapes (2, 2), (), (3,) in every kind of container, and how to take them out again.
 CONTAINERS: dict[str, tuple[Any, Any]] = {
@@ -118,7 +122,10 @@ CONTAINERS: dict[str, tuple[Any, Any]] = {
     "list": (lambda w, s, u: [w, s, u], lambda t: tuple(t)),
     "tuple": (lambda w, s, u: (w, s, u), lambda t: t),
     "namedtuple": (lambda w, s, u: Point(w, Point(s, u)), lambda t: (t.a, t.b.a, t.b.b)),
-    "nested": (lambda w, s, u: {"x": [w, {"y": (s,)}], "z": Point([], u)}, lambda t: (t["x"][0], t["x"][1]["y"][0], t["z"].b)),
+    "nested": (
+        lambda w, s, u: {"x": [w, {"y": (s,)}], "z": Point([], u)},
+        lambda t: (t["x"][0], t["x"][1]["y"][0], t["z"].b),
+    ),
 }
 
 

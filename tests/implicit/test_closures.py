@@ -32,7 +32,8 @@ def all_closed(a: Tensor, t: Tensor) -> Tensor:
     """The same with nothing passed: both are closed over, and so is a number made from them."""
     b = a * 2
     implicit = il.argmin(
-        lambda x: (b * x**4 / 8 - t * x).sum(), il.solvers.GradientDescent(0.1, max_steps=3000, rtol=1e-14),
+        lambda x: (b * x**4 / 8 - t * x).sum(),
+        il.solvers.GradientDescent(0.1, max_steps=3000, rtol=1e-14),
         linear_solver=TIGHT,
     )
     return implicit(torch.ones(t.shape[-1:], dtype=F64))
@@ -184,7 +185,9 @@ def test_module_weights_under_functional_call_have_all_transforms() -> None:
     compare({k: g[0] for k, g in lanes.items()}, expected)
     compare({k: g[1] for k, g in lanes.items()}, grad(outer)(weights, 2 * data))
     # second order: forward over reverse against reverse over reverse
-    compare(jacfwd(grad(outer))(weights, data)["0.bias"]["0.bias"], jacrev(grad(outer))(weights, data)["0.bias"]["0.bias"])
+    compare(
+        jacfwd(grad(outer))(weights, data)["0.bias"]["0.bias"], jacrev(grad(outer))(weights, data)["0.bias"]["0.bias"]
+    )
 
 
 def test_frozen_weights_and_buffers_stay_without_gradient() -> None:
@@ -215,7 +218,9 @@ def test_a_tensor_that_only_a_custom_function_reads_is_right_or_refused_by_name(
             x, a = ctx.saved_tensors
             return g * a, g * x
 
-    layer = il.argmin(lambda x, t: (Times.apply(x**4 / 4, a) - t * x).sum(), lambda f, x, t: (t / a.detach()) ** (1 / 3))
+    layer = il.argmin(
+        lambda x, t: (Times.apply(x**4 / 4, a) - t * x).sum(), lambda f, x, t: (t / a.detach()) ** (1 / 3)
+    )
     t = positive(3, seed=2)
     try:
         x = layer(torch.ones(3, dtype=F64), t)
@@ -224,70 +229,3 @@ def test_a_tensor_that_only_a_custom_function_reads_is_right_or_refused_by_name(
         assert "shape (3,)" in str(error) or "(3,)" in str(error)
     else:
         compare(gradient, torch.autograd.grad(explicit(a, t).sum(), a)[0])
-
-
-# ------------------------------------------------------------------------------------------------------------ bilevel
-
-
-def inner_solution(y: Tensor, t: Tensor) -> Tensor:
-    """argmin_x of exp(x) - (y^2 + t) x: x = log(y^2 + t)."""
-    inner = il.argmin(
-        lambda x, y, t: (x.exp() - (y**2 + t) * x).sum(), lambda f, x, y, t: (y**2 + t).log(), linear_solver=TIGHT
-    )
-    return inner(torch.zeros_like(y), y, t)
-
-
-def bilevel(t: Tensor, inner: Callable[[Tensor, Tensor], Tensor] = inner_solution) -> Tensor:
-    """argmin_y of 1/2 inner(y, t)^2 + (y - t)^2: the objective of one layer holds another."""
-    outer = il.argmin(
-        lambda y, t: 0.5 * (inner(y, t) ** 2).sum() + ((y - t) ** 2).sum(), newton, linear_solver=TIGHT, on_failure="ignore"
-    )
-    return outer(torch.ones(2, dtype=F64), t)
-
-
-def bilevel_explicit(t: Tensor) -> Tensor:
-    return bilevel(t, lambda y, t: (y**2 + t).log())
-
-
-def bilevel_closing(t: Tensor) -> Tensor:
-    """The inner layer reads t from the closure of the outer objective."""
-    outer = il.argmin(
-        lambda y: 0.5 * (inner_solution(y, t) ** 2).sum() + ((y - t) ** 2).sum(), newton, linear_solver=TIGHT,
-        on_failure="ignore",
-    )
-    return outer(torch.ones(2, dtype=F64))
-
-
-@pytest.mark.parametrize("layer", [bilevel, bilevel_closing])
-def test_a_layer_within_the_objective_of_a_layer_is_differentiated(layer: Callable[[Tensor], Tensor]) -> None:
-    t = torch.tensor([0.7, 1.5], dtype=F64)
-    assert relative_error(layer(t), bilevel_explicit(t)) < 1e-12
-    expected = torch.diag(
-        central_differences(lambda t: bilevel_explicit(t).sum(), t, 1e-5)  # entries are independent; error about 1e-10
-    )
-    assert relative_error(jacrev(bilevel_explicit)(t), expected) < 1e-8
-    assert relative_error(jacrev(layer)(t), expected) < 1e-8
-    leaf = t.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad(layer(leaf).sum(), leaf)
-    assert relative_error(gradient, expected.diagonal()) < 1e-8
-
-
-@pytest.mark.parametrize("layer", [bilevel, bilevel_closing])
-def test_a_layer_within_the_objective_of_a_layer_has_lanes(layer: Callable[[Tensor], Tensor]) -> None:
-    t = torch.tensor([[0.7, 1.5], [1.1, 0.9]], dtype=F64)
-    assert relative_error(vmap(layer)(t), torch.stack([layer(row) for row in t])) < 1e-12
-    gradients = vmap(grad(lambda t: layer(t).sum()))(t)
-    expected = torch.stack([grad(lambda t: layer(t).sum())(row) for row in t])
-    assert relative_error(gradients, expected) < 1e-8
-
-
-def test_a_solution_fed_to_another_layer_composes_to_second_order() -> None:
-    def chain(t: Tensor) -> Tensor:
-        return inner_solution(inner_solution(t, t), 1 + t)
-
-    def direct(t: Tensor) -> Tensor:
-        return ((t**2 + t).log() ** 2 + 1 + t).log()
-
-    t = torch.tensor([0.7, 1.5], dtype=F64)
-    compare(hessian(lambda t: chain(t).sum())(t), hessian(lambda t: direct(t).sum())(t))
-    compare(jacrev(jacrev(chain))(t), jacrev(jacrev(direct))(t))

@@ -84,7 +84,10 @@ def tree_newton(objective: Any, init: Any, theta: Any, *rest: Tensor) -> Any:
 
 
 def test_one_learned_strength_per_tensor_gets_its_gradient() -> None:
-    strengths = {"w": torch.tensor(0.5, dtype=F64).requires_grad_(), "b": (torch.tensor(4.0, dtype=F64).requires_grad_(),)}
+    strengths = {
+        "w": torch.tensor(0.5, dtype=F64).requires_grad_(),
+        "b": (torch.tensor(4.0, dtype=F64).requires_grad_(),),
+    }
     theta, (weight, offset), v = randn(N, seed=3).requires_grad_(), data(), randn(N, seed=4)
     layer = il.argmin(il.proximal(tree_loss, strengths), tree_newton, linear_solver=TIGHT)
     phi = flat(layer(tree(theta.detach()), tree(theta), weight, offset))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from linear.systems import (
+from linear_systems import (
     GENERAL,
     SOLVERS,
     Counted,
@@ -92,10 +92,10 @@ def test_a_right_hand_side_outside_the_range_is_never_success(
     matrix = singular_matrix(n, rank, seed)
     null = torch.linalg.eigh(matrix)[1][:, torch.linalg.eigvalsh(matrix).abs().argmin()]
     b = randn(n, seed=seed + 9)
-    b = b + null * b.norm()  # at least a third of b is outside the range
+    b = b + null * torch.copysign(b.norm(), null @ b)  # at least half of b is outside the range
     solution = SOLVERS[name](matrix, b)
     assert not solution.status.ok
-    assert float(solution.relative_residual) > 0.1
+    assert float(solution.relative_residual) > 0.4
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -136,18 +136,13 @@ def test_batched_equals_looped(name: str) -> None:
             assert true_relative_residual(matrices[i], batched.value[i], b[i]) <= 1.01e-9
 
 
-@pytest.mark.parametrize("trouble", ["nan matrix", "inf matrix", "nan rhs", "inf rhs", "singular", "zero rhs"])
+@pytest.mark.parametrize("trouble", ["nan matrix", "inf matrix", "nan rhs", "inf rhs", "zero matrix", "zero rhs"])
 @pytest.mark.parametrize("name", SOLVERS)
 def test_a_lane_in_trouble_changes_no_bit_of_the_others(name: str, trouble: str) -> None:
     matrices, b = mixed_batch()
     clean = SOLVERS[name](matrices, b)
-    where, value = trouble.split()[1], {"nan": math.nan, "inf": math.inf}.get(trouble.split()[0], 0.0)
-    if where == "matrix":
-        matrices[3] = value
-    elif where == "rhs":
-        b[3] = value
-    if trouble == "singular":
-        matrices[3] = 0
+    value, where = trouble.split()
+    (matrices if where == "matrix" else b)[3] = {"nan": math.nan, "inf": math.inf, "zero": 0.0}[value]
     solution = SOLVERS[name](matrices, b)
     others = [0, 1, 2, 4, 5]
     assert torch.equal(solution.value[others], clean.value[others])
@@ -156,7 +151,7 @@ def test_a_lane_in_trouble_changes_no_bit_of_the_others(name: str, trouble: str)
     code = Status(int(solution.codes[3]))
     if trouble == "zero rhs":
         assert code is Status.CONVERGED and not solution.value[3].any()
-    elif trouble == "singular":
+    elif trouble == "zero matrix":
         assert code in (Status.SINGULAR, Status.DIVERGED)
     else:
         assert code is Status.NONFINITE
@@ -191,7 +186,7 @@ def test_every_lane_has_its_own_step_limit(name: str) -> None:
 def test_scaling_by_a_power_of_two_scales_the_answer_exactly(
     name: str, dtype: torch.dtype, power: int, role: str
 ) -> None:
-    matrix, b = indefinite_matrix(12, 1.5, seed=1).to(dtype), randn(12, seed=2, dtype=dtype)
+    matrix, b = indefinite_matrix(7, 1, seed=1).to(dtype), randn(7, seed=2, dtype=dtype)
     plain = SOLVERS[name](matrix, b)
     assert plain.status is Status.CONVERGED
     for sign in (1, -1):

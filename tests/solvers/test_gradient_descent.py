@@ -105,7 +105,9 @@ def test_batched_equals_looped_with_mixed_conditioning(settings: dict[str, Any])
 
 def test_a_finished_lane_is_frozen_while_the_others_go_on() -> None:
     target = torch.tensor([[1.0], [1e-3]], dtype=F64)
-    result = GradientDescent(step_size=0.5, max_steps=100, atol=1e-2).run(half_square, torch.zeros(2, 1, dtype=F64), target)
+    result = GradientDescent(step_size=0.5, max_steps=100, atol=1e-2).run(
+        half_square, torch.zeros(2, 1, dtype=F64), target
+    )
     assert result.num_steps == 7  # 2^-7 < 1e-2
     assert float(result.value[1]) == 0.0 and float(result.value[0]) == 1 - 2.0**-7
 
@@ -159,7 +161,9 @@ def test_it_does_not_touch_the_gradients_of_what_the_objective_closes_over() -> 
 
 def test_it_works_where_gradients_are_switched_off() -> None:
     with torch.no_grad():
-        x = GradientDescent(step_size=1.0, max_steps=1)(half_square, torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64))
+        x = GradientDescent(step_size=1.0, max_steps=1)(
+            half_square, torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64)
+        )
     assert torch.equal(x, torch.ones(2, dtype=F64)) and not x.requires_grad
 
 

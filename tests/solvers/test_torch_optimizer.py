@@ -114,7 +114,9 @@ def test_a_function_of_the_parameters_is_an_optimizer_too() -> None:
     assert not solver.batched  # nothing is known about its update
 
 
-@pytest.mark.parametrize("optimizer", ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "ASGD", "Rprop"])
+@pytest.mark.parametrize(
+    "optimizer", ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "ASGD", "Rprop"]
+)
 def test_entrywise_optimizers_give_each_lane_what_it_gets_alone(optimizer: str) -> None:
     kind = getattr(torch.optim, optimizer)
     solver = TorchOptimizer(kind, max_steps=10, **({"lr": 0.1} if optimizer == "SGD" else {}))

@@ -1,0 +1,68 @@
+"""Bi-CGSTAB: agreement with SciPy step by step, breakdowns, what it cannot do."""
+
+import scipy.sparse.linalg
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from linear_systems import Counted, contraction, seeds
+from references import F64, randn, relative_error, spd_matrix
+
+import implicitlayer as il
+from implicitlayer import Status
+
+
+def test_each_iterate_agrees_with_scipy() -> None:
+    matrix, b = contraction(30, seed=1), randn(30, seed=2)
+    for iterations in range(1, 7):
+        reference, _ = scipy.sparse.linalg.bicgstab(matrix.numpy(), b.numpy(), rtol=0.0, maxiter=iterations)
+        ours = il.Bicgstab(max_steps=2 * iterations)(matrix, b)
+        # the same recurrence; its rounding grows by the size of beta, a few units per iteration
+        assert relative_error(ours.value, torch.from_numpy(reference)) <= 1e-11
+
+
+@given(n=st.integers(1, 30), log10_cond=st.integers(0, 2), seed=seeds())
+def test_positive_definite_solutions_equal_the_dense_ones(n: int, log10_cond: int, seed: int) -> None:
+    matrix, b = spd_matrix(n, log10_cond, seed), randn(n, seed=seed + 9)
+    solution = il.Bicgstab()(matrix, b)
+    assert solution.status is Status.CONVERGED
+    assert relative_error(solution.value, torch.linalg.solve(matrix, b)) <= 1e-9 * 10**log10_cond
+
+
+def test_a_step_is_one_product() -> None:
+    counted, b = Counted(contraction(30, seed=1)), randn(30, seed=2)
+    solution = il.Bicgstab()(counted.operator(), b)
+    # and one more product for the true residual of each round
+    assert solution.num_steps < counted.num_products <= solution.num_steps + 3
+
+
+def test_a_solution_after_half_an_iteration_is_taken() -> None:
+    solution = il.Bicgstab()(4 * torch.eye(3, dtype=F64), torch.ones(3, dtype=F64))
+    assert solution.num_steps == 1 and solution.value.tolist() == [0.25] * 3
+
+
+def test_a_rotation_breaks_down_honestly() -> None:
+    # <r, A r> = 0 in the first step: there is no Bi-CGSTAB iterate
+    rotation = torch.tensor([[0.0, -1.0], [1.0, 0.0]], dtype=F64)
+    solution = il.Bicgstab()(rotation, torch.tensor([1.0, 2.0], dtype=F64))
+    assert solution.status is Status.DIVERGED and solution.value.tolist() == [0.0, 0.0]
+    assert "another linear solver" in solution.describe()
+
+
+def test_a_breakdown_later_on_is_restarted() -> None:
+    # the shadow residual becomes orthogonal to the residual after one step; a restart goes on from there
+    matrix = torch.tensor([[1.0, 1.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 2.0]], dtype=F64)
+    for seed in range(50):
+        b = randn(3, seed=seed).round()
+        if b.any():
+            solution = il.Bicgstab()(matrix, b)
+            assert solution.status is Status.CONVERGED
+            assert relative_error(matrix @ solution.value, b) <= 1e-9
+
+
+def test_a_preconditioner_saves_steps() -> None:
+    scales = torch.logspace(0, 4, 50, dtype=F64)
+    matrix, b = contraction(50, seed=7) * scales, randn(50, seed=8)
+    solution = il.Bicgstab(preconditioner=lambda v: v / scales)(matrix, b)
+    assert solution.status is Status.CONVERGED and solution.num_steps < 60
+    assert float((b - matrix @ solution.value).norm() / b.norm()) <= 1e-9
+    assert il.Bicgstab(max_steps=60, rtol=1e-10)(matrix, b).status is not Status.CONVERGED
