@@ -52,6 +52,13 @@ METHODS = ("iMAML", "FOMAML")
 
 def main() -> None:
     settings, run_dir = read_arguments()
+    try:
+        run(settings, run_dir)
+    except KeyboardInterrupt:
+        raise SystemExit(f"\nStopped; no finished step is lost. Go on with:\n    {resume_command(run_dir)}") from None
+
+
+def run(settings: Settings, run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     il.meta.save_json(run_dir / "config.json", dataclasses.asdict(settings))
     il.meta.save_json(run_dir / "versions.json", versions())
@@ -67,14 +74,11 @@ def main() -> None:
     start = network.init(torch.Generator().manual_seed(settings.seed))
     rows = []
     trainers = {name: make_trainer(name, network, data["train"], validation, settings, run_dir) for name in METHODS}
-    try:
-        for name, trainer in trainers.items():
-            if trainer.resume():
-                print(f"{name}: resumed at step {trainer.step}, {trainer.seconds / 60:.1f} minutes of training")
-            trainer.fit()
-            rows.append((name, trainer.step, trainer.evaluate(test)))
-    except KeyboardInterrupt:
-        raise SystemExit(f"\nStopped; no finished step is lost. Go on with:\n    {resume_command(run_dir)}") from None
+    for name, trainer in trainers.items():
+        if trainer.resume():
+            print(f"{name}: resumed at step {trainer.step}, {trainer.seconds / 60:.1f} minutes of training")
+        trainer.fit()
+        rows.append((name, trainer.step, trainer.evaluate(test)))
     untrained = il.meta.evaluate(trainers["iMAML"].method, start, test, trainers["iMAML"].metric)
     rows.append(("untrained start", 0, untrained))
 
@@ -194,7 +198,10 @@ def versions() -> dict[str, Any]:
 
 
 def resume_command(run_dir: Path) -> str:
-    return f"{sys.executable} {sys.argv[0]} --resume {run_dir}"
+    here = Path.cwd()
+    python = Path(sys.executable)
+    python = python.relative_to(here) if python.is_relative_to(here) else python
+    return f"{python} {sys.argv[0]} --resume {run_dir}"
 
 
 def read_arguments() -> tuple[Settings, Path]:
@@ -212,7 +219,8 @@ def read_arguments() -> tuple[Settings, Path]:
     if arguments.resume is not None:
         saved = json.loads((arguments.resume / "config.json").read_text())
         return Settings(**(saved | changes)), arguments.resume
-    changes = (SMOKE if arguments.smoke else {}) | changes | {"data_dir": arguments.data_dir}
+    data_dir = str(Path(arguments.data_dir).resolve()) if arguments.data_dir else None
+    changes = (SMOKE if arguments.smoke else {}) | changes | {"data_dir": data_dir}
     name = ("omniglot" if arguments.data_dir else "glyphs") + time.strftime("-%Y%m%d-%H%M%S")
     return Settings(**changes), arguments.run_dir or Path("runs") / name
 

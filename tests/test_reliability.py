@@ -89,19 +89,26 @@ def test_row_03_wrong_structure() -> None:
 
 @pytest.mark.parametrize(
     "convert",
-    [lambda t: t.numpy().copy(), lambda t: t.float(), lambda t: t.numpy().astype(np.float32), lambda t: t.tolist()],
-    ids=["NumPy", "float32", "NumPy float32", "list"],
+    [
+        lambda t: t.numpy().copy(),
+        lambda t: t.float(),
+        lambda t: t.numpy().astype(np.float32),
+        lambda t: t.long().numpy(),
+    ],
+    ids=["NumPy", "float32", "NumPy float32", "NumPy integers"],
 )
-def test_row_04_wrong_dtype_or_numpy_is_cast_or_refused(convert: Any) -> None:
-    t = torch.tensor([0.5, -2.0, 8.0], dtype=F64, requires_grad=True)  # exact in float32
-    try:
-        x = tracking(lambda f, x, t: convert(t))(zeros(3), t)
-    except il.SolverOutputError as error:
-        assert "x" in str(error)
-    else:
-        assert x.dtype == F64 and torch.equal(x, t)
-        (gradient,) = torch.autograd.grad(x.sum(), t)
-        assert torch.allclose(gradient, torch.ones(3, dtype=F64), rtol=1e-14)
+def test_row_04_wrong_dtype_or_numpy_is_cast(convert: Any) -> None:
+    t = torch.tensor([1.0, -2.0, 8.0], dtype=F64, requires_grad=True)  # exact in all of these
+    x = tracking(lambda f, x, t: convert(t))(zeros(3), t)
+    assert x.dtype == F64 and torch.equal(x, t)
+    (gradient,) = torch.autograd.grad(x.sum(), t)
+    assert torch.allclose(gradient, torch.ones(3, dtype=F64), rtol=1e-14)
+
+
+@pytest.mark.parametrize("answer", ["text", [1.0, 2.0, 3.0], object()])
+def test_row_04_what_is_no_array_is_an_error(answer: Any) -> None:
+    with pytest.raises(il.SolverOutputError, match=r"the solver (returned|must return)"):
+        tracking(lambda f, x, t: answer)(zeros(3), leaf(3))
 
 
 def test_row_04_wrong_device_is_an_error() -> None:
@@ -130,7 +137,7 @@ def test_row_05_the_estimated_distance_is_never_above_the_true_one_on_quadratics
         matrix, b = spd_matrix(6, 3, seed=seed), leaf(6, seed=seed + 50)
         exact = torch.linalg.solve(matrix, b.detach())
         off = exact + 0.1 * randn(6, seed=seed + 100)
-        layer = il.argmin(lambda x, b: quadratic(x, matrix, b), lambda f, x, b: off, on_failure="ignore")
+        layer = il.argmin(lambda x, b, m=matrix: quadratic(x, m, b), lambda f, x, b, off=off: off, on_failure="ignore")
         layer(zeros(6), b)
         record = layer.records[0]
         assert isinstance(record, il.ForwardRecord) and record.estimated_distance is not None
@@ -160,6 +167,24 @@ def test_row_06_negative_curvature_is_an_error_that_names_the_ways_out() -> None
     ignored = il.argmin(saddle.function, saddle.solver, on_failure="ignore")
     (gradient,) = torch.autograd.grad(ignored(zeros(2), t)[1], t)
     assert bool(gradient.isfinite().all()) and float(gradient.norm()) <= 1.0  # the answer of zero steps, no explosion
+
+
+def test_row_07_a_saddle_that_is_declared_indefinite_is_right() -> None:
+    """Lagrangian of 1/2 |x - t|^2 subject to c'x = 1: its stationary point has x = t - c (c't - 1) / c'c."""
+    c, t, v = randn(4, seed=1), leaf(4, seed=2), randn(4, seed=3)
+
+    def lagrangian(x: Any, t: Tensor) -> Tensor:
+        return 0.5 * ((x["x"] - t) ** 2).sum() + x["multiplier"] * (c @ x["x"] - 1)
+
+    def solver(f: Any, x: Any, t: Tensor) -> Any:
+        multiplier = (c @ t - 1) / (c @ c)
+        return {"x": t - multiplier * c, "multiplier": multiplier}
+
+    init = {"x": zeros(4), "multiplier": zeros()}
+    (gradient,) = torch.autograd.grad(il.argmin(lagrangian, solver, linear_solver=il.Minres())(init, t)["x"], t, v)
+    assert relative_error(gradient, v - c * (c @ v) / (c @ c)) < 1e-8  # rtol 1e-10, condition below 10
+    with pytest.raises(il.LinearSolveError):
+        torch.autograd.grad(il.argmin(lagrangian, solver)(init, t)["multiplier"], t)
 
 
 def test_row_08_singular_hessian_with_the_cotangent_in_its_range_is_right() -> None:

@@ -1,4 +1,4 @@
-"""What the layer promises about thetas, what solvers do with them, small shapes and objectives. One test per situation."""
+"""What the layer promises about thetas, what solvers do with them, small shapes and odd objectives."""
 
 # Rows 15-19; rows 1-14 are in test_reliability.py, rows 20-28 in test_reliability_graph.py.
 

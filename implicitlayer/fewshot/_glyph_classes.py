@@ -1,6 +1,6 @@
 """Which characters are classes of :class:`Glyphs`: letters of many scripts, with everything that looks alike merged.
 
-``python -m implicitlayer.fewshot._glyph_classes`` writes ``splits/glyphs.json`` anew; the stored file is what users get.
+``write_splits()`` writes ``splits/glyphs.json`` anew; the stored file is what users get.
 
 NOTE [look-alikes]: Latin A, Greek Alpha and Cyrillic A are three code points and one picture. Were they in different
 splits, a "new" class would be an old one. So characters are compared as pictures before anything is split: ink cropped
@@ -116,7 +116,7 @@ def descriptor(codepoint: int, face: str, side: int = 24) -> NDArray[np.float32]
 
 
 def similarity(codepoints: Sequence[int]) -> NDArray[np.float32]:
-    """``[n, n]`` in [0, 1]: largest cosine over regular faces and quarter turns (NOTE [look-alikes]); 0 on the diagonal."""
+    """``[n, n]``: largest cosine over regular faces and quarter turns (NOTE [look-alikes]); 0 on the diagonal."""
     result = np.zeros((len(codepoints),) * 2, dtype=np.float32)
     for face in REGULAR_FACES:
         drawn = [(i, descriptor(c, face)) for i, c in enumerate(codepoints) if face in faces_of(c)]
@@ -144,7 +144,7 @@ def faces_of(codepoint: int) -> tuple[str, ...]:
 
 
 def candidates() -> list[int]:
-    """Letters in the regular and the bold sans face, without composed ones (é is e and an accent) and formula letters."""
+    """Letters in the regular and bold sans faces, without composed ones (é is e and an accent) and formula letters."""
     found = []
     for codepoint in sorted(coverage("DejaVuSans") & coverage("DejaVuSans-Bold")):
         character = chr(codepoint)
@@ -180,6 +180,7 @@ def make_splits() -> dict[str, Any]:
     return {"dataset": "glyphs", "seed": SEED, "rule": rule, **hash_split(names, sizes)}
 
 
-if __name__ == "__main__":
+def write_splits() -> None:
+    """Write ``splits/glyphs.json``; a change of it changes the dataset and is an entry in the changelog."""
     target = Path(__file__).parent / "splits" / "glyphs.json"
     target.write_text(json.dumps(make_splits(), indent=1) + "\n", encoding="utf-8")

@@ -19,11 +19,11 @@ from implicitlayer.fewshot._glyph_classes import codepoint_of, faces_of, ink
 from implicitlayer.fewshot._splits import load_splits, names_of
 
 RECIPE = 1  # raise it whenever the pictures change
-CANVAS, GLYPH = 96, 58  # M, and the longer side of the ink in it, pixels
+CANVAS, GLYPH = 96, 68  # M, and the longer side of the ink in it, pixels
 
 
 class Glyphs(ImageClasses):
-    """Letters of some fifteen scripts, drawn by 20 synthetic "drawers": the default dataset, made on the machine itself.
+    """Letters of fifteen scripts, drawn by 20 synthetic "drawers": the default dataset, made on the machine itself.
 
     A drawer has a hand of its own for all letters (slant, width, stroke weight), and each letter it draws gets a font
     face (sans, serif, mono, STIX; regular or bold, where the face has the letter), a small turn, scale and shift, and
@@ -96,7 +96,7 @@ def _versions() -> list[str]:
 
 @torch.no_grad()
 def render(codepoints: Sequence[int], image_size: int, num_examples: int, seed: int) -> NDArray[np.uint8]:
-    """Pictures ``[len(codepoints), num_examples, image_size, image_size]`` of characters, each in every drawer's hand."""
+    """Pictures ``[len(codepoints), num_examples, image_size, image_size]``: each character in every drawer's hand."""
     hands = np.stack([_hand(seed, drawer) for drawer in range(num_examples)])
     images = np.empty((len(codepoints), num_examples, image_size, image_size), dtype=np.uint8)
     for row, codepoint in enumerate(codepoints):
@@ -129,7 +129,7 @@ def _canvas(codepoint: int, face: str) -> Tensor:
 def _draw(source: Tensor, hands: NDArray[np.float64], draws: NDArray[np.float64], image_size: int) -> Tensor:
     """uint8 ``[P, S, S]``: ``source`` ``[P, M, M]`` warped, its strokes made thinner or bolder, and reduced.
 
-    ``hands`` is ``[P, 3]``; ``draws`` is ``[P, 38]`` in [-1, 1]: turn, two scales, two shifts, weight, and 2 × 16 bends.
+    ``hands`` is ``[P, 3]``; ``draws`` is ``[P, 38]`` in [-1, 1]: turn, 2 scales, 2 shifts, weight, 2 × 16 bends.
     """
     slant, width, weight = hands.T
     turn, scale_x, scale_y, shift_x, shift_y, press = draws[:, :6].T
@@ -150,13 +150,13 @@ def _draw(source: Tensor, hands: NDArray[np.float64], draws: NDArray[np.float64]
     grid = F.affine_grid(torch.from_numpy(matrix).to(torch.float32), [len(source), 1, fine, fine], align_corners=False)
     coarse = torch.from_numpy(draws[:, 6:].reshape(-1, 2, 4, 4)).to(torch.float32)
     bend = F.interpolate(coarse, size=(fine, fine), mode="bicubic", align_corners=True)
-    grid = grid + 0.07 * bend.permute(0, 2, 3, 1)
+    grid = grid + 0.08 * bend.permute(0, 2, 3, 1)
     warped = F.grid_sample(source.unsqueeze(1), grid, mode="bilinear", align_corners=False)
-    # Blur, then a soft threshold: a low one keeps the blurred rim as ink (bold), a high one cuts into the stroke (thin).
+    # Blur, then a soft threshold: a low one keeps the blurred rim as ink (bold), a high one cuts into it (thin).
     soft = warped
     for _ in range(max(1, round(fine / 28))):
         for shifts in ((1, 0), (0, 1)):
             soft = 0.5 * soft + 0.25 * (soft.roll(shifts, (2, 3)) + soft.roll((-shifts[0], -shifts[1]), (2, 3)))
-    threshold = torch.from_numpy(0.42 + 0.10 * weight + 0.06 * press).to(torch.float32).view(-1, 1, 1, 1)
+    threshold = torch.from_numpy(0.49 + 0.10 * weight + 0.06 * press).to(torch.float32).view(-1, 1, 1, 1)
     drawn = ((soft - threshold) * 4 + 0.5).clamp_(0, 1)
     return (F.avg_pool2d(drawn, 2).squeeze(1) * 255).round_().to(torch.uint8)

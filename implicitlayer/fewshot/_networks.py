@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from implicitlayer.fewshot._kernels import EPSILON, batch_norm_relu, convolution, convolution_relu, keep_freed_memory
+from implicitlayer.fewshot._batch_norm import EPSILON, batch_norm_relu
+from implicitlayer.fewshot._convolution import convolution, convolution_relu
+from implicitlayer.fewshot._kernels import keep_freed_memory
 
 _NUM_BLOCKS = 4
 _GAIN = 1.73  # of the Xavier-uniform weights, and
@@ -22,12 +24,12 @@ _MAX_BIAS = 0.05  # of the head's uniform bias: the initialisation of the iMAML 
 
 @dataclass(frozen=True)
 class Conv4:
-    """Four blocks of 3x3 convolution (stride 2), batch norm with the task's own statistics and ReLU; then one linear layer.
+    """Four blocks of 3x3 convolution (stride 2), batch norm with the task's own statistics, ReLU; then a linear layer.
 
-    The convolutions have no bias: batch norm would cancel it exactly. Parameters are a flat dict with, for blocks 1 to 4,
+    The convolutions have no bias: batch norm would cancel it exactly. Parameters are a flat dict: for blocks 1 to 4
     `conv{i}.weight` `[F, 3, 3, C_in]`, `norm{i}.weight` and `norm{i}.bias` `[F]`, and for the head `head.weight`
-    `[N, side² F]` and `head.bias` `[N]`. Channels come last, in the filters and in the flattened image (row, column, channel):
-    `weight.permute(0, 3, 1, 2)` is what `torch.nn.Conv2d` holds.
+    `[N, side² F]` and `head.bias` `[N]`. Channels come last, in the filters and in the flattened image (row, column,
+    channel): `weight.permute(0, 3, 1, 2)` is what `torch.nn.Conv2d` holds.
 
     Args:
         num_ways: number of classes N, at least 1.
@@ -83,9 +85,10 @@ class Conv4:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> dict[str, Tensor]:
-        """Draw the parameters of one task: Xavier-uniform weights (gain 1.73), head bias uniform in [0, 0.05], norms at 1 and 0.
+        """Draw one task's parameters: Xavier-uniform weights (gain 1.73), head bias in [0, 0.05], norms at 1 and 0.
 
-        The numbers are drawn on the generator's device (the CPU without one) and then moved, so a seed gives the same network everywhere.
+        The numbers are drawn on the generator's device (the CPU without one) and then moved, so that a seed gives the
+        same network on every device.
 
         Args:
             generator: source of randomness; None takes torch's global one.
@@ -95,7 +98,7 @@ class Conv4:
         Returns:
             a dict with the shapes of `Conv4.shapes`.
 
-        Source: the initialisation in the code released with "Meta-Learning with Implicit Gradients" (Rajeswaran et al., 2019).
+        Source: the code released with "Meta-Learning with Implicit Gradients" (Rajeswaran et al., 2019).
         """
         source = generator.device if generator is not None else torch.device("cpu")
         device = torch.get_default_device() if device is None else device
@@ -119,7 +122,7 @@ class Conv4:
         """Compute the logits of one task or of a batch of independent tasks.
 
         Args:
-            params: one task's parameters, or the same with a leading axis of B tasks on every tensor; tensors without that axis are shared.
+            params: one task's parameters, or the same with a leading axis of B tasks; tensors without it are shared.
             images: `[K, C, height, width]`, or `[B, K, C, height, width]` for B tasks.
 
         Returns:
@@ -130,9 +133,10 @@ class Conv4:
         """
         batched = images.ndim == 5
         if images.ndim not in (4, 5) or images.shape[-3:] != (self.in_channels, self.image_size, self.image_size):
+            size = f"{self.in_channels}, {self.image_size}, {self.image_size}"
             raise ValueError(
-                f"images of shape {tuple(images.shape)} must be [K, {self.in_channels}, {self.image_size}, {self.image_size}], "
-                "with one more leading axis for a batch of tasks. Build conv4 with the in_channels and image_size of the data."
+                f"images of shape {tuple(images.shape)} must be [K, {size}], or [B, K, {size}] for B tasks. "
+                "Build conv4 with the in_channels and image_size of the data."
             )
         if not batched:
             images = images.unsqueeze(0)
@@ -207,9 +211,9 @@ def task_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
 def _first_block(images: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Convolution, batch norm and ReLU of `[B, K, C, H, W]` images, as one convolution: `[K, h, w, B, F]`.
 
-    A filter w sees patches p of 9 C pixels; its output has mean w·m and variance wᵀ S w, with m and S the patches' mean and covariance
-    over the task. So batch norm is one change of the filters, w -> w scale / sqrt(wᵀ S w + eps), and of a bias, and no pass over the
-    layer's output, the network's largest tensor, is spent on statistics, neither here nor in any derivative (0.8 x the HVP's time).
+    A filter w sees patches of 9 C pixels; its output has mean w·m and variance wᵀ S w, where m and S are the patches'
+    mean and covariance over the task. So batch norm is a change of the filters, w -> w scale / sqrt(wᵀ S w + eps), and
+    a bias. No pass over the output, the network's largest tensor, is spent on statistics here or in any derivative.
     """
     num_tasks, num_filters = weight.shape[:2]
     windows = F.pad(images, (1, 1, 1, 1)).unfold(3, 3, 2).unfold(4, 3, 2)  # [B, K, C, h, w, 3, 3]

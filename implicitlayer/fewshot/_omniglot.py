@@ -9,6 +9,7 @@ import re
 import tempfile
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +28,8 @@ URL = "https://github.com/brendenlake/omniglot/raw/master/python/"
 TIMEOUT = 60.0  # seconds without a byte
 # "python" is where a clone of the authors' repository has the archives, "omniglot-py" where torchvision puts them.
 SUBFOLDERS = ("", "omniglot", "python", "omniglot-py")
+# What zipfile, zlib and Pillow raise for damaged bytes; a bad PNG chunk is a SyntaxError to Pillow.
+DAMAGE = (OSError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error)
 REMEDY = f"Put {PARTS[0]}.zip and {PARTS[1]}.zip (or the extracted folders) there, or pass download=True."
 
 
@@ -157,16 +160,17 @@ def _find_sources(root: str | os.PathLike[str] | None, *, download: bool) -> lis
         data = os.environ.get("IMPLICITLAYER_DATA")
         places = [*([Path(data).expanduser()] if data else []), cache_folder() / "omniglot"]
     for place in places:
-        for subfolder in SUBFOLDERS:
-            sources = _sources_in(place / subfolder)
-            if sources:
-                if download and (place / subfolder).joinpath(f"{PARTS[0]}.zip").exists() and len(sources) < len(PARTS):
-                    break  # one archive is there: fetch the other beside it
-                return sources
+        for folder in (place / subfolder for subfolder in SUBFOLDERS):
+            sources = _sources_in(folder)
+            if not sources:
+                continue
+            if download and len(sources) < len(PARTS) and sources[0].path != folder:
+                _download(folder)  # the other part, beside the one that is there
+                return _sources_in(folder)
+            return sources
     if download:
-        target = places[0]
-        _download(target)
-        return _sources_in(target)
+        _download(places[0])
+        return _sources_in(places[0])
     listed = " or ".join(str(place) for place in places)
     hint = "" if root is not None else " Or say where it is with root= or the variable IMPLICITLAYER_DATA."
     raise FileNotFoundError(f"No Omniglot in {listed}. {REMEDY}{hint}")
@@ -214,7 +218,7 @@ def _decode(sources: Sequence[_Source], names: Sequence[str], image_size: int) -
             try:
                 # A 1-bit picture must become grey first: Pillow resizes mode "1" by taking the nearest pixel.
                 picture = Image.open(io.BytesIO(source.read(entry))).convert("L")
-            except (OSError, SyntaxError, zipfile.BadZipFile) as error:  # Pillow reports a bad PNG chunk as SyntaxError
+            except DAMAGE as error:
                 raise DatasetError(f"{source.path}: {entry} is damaged ({error}). {_again(source.path)}") from error
             if picture.size != (SIDE, SIDE):
                 raise DatasetError(
@@ -249,7 +253,7 @@ def _download(target: Path) -> None:
             if bad is not None:
                 raise zipfile.BadZipFile(f"{bad} has a wrong checksum")
             os.replace(temporary, path)
-        except (OSError, zipfile.BadZipFile) as error:  # URLError and time-outs are OSErrors
+        except DAMAGE as error:  # URLError and time-outs are OSErrors
             raise DatasetError(
                 f"{url} could not be downloaded ({error}). Get it where there is a network and put it into {target}."
             ) from error

@@ -33,7 +33,7 @@ def hash_split(names: Iterable[str], sizes: Mapping[str, int], *, seed: int = SE
 
     Example:
         >>> hash_split(["a", "b", "c", "d"], {"train": 3, "test": 1})
-        {'train': ['a', 'b', 'd'], 'test': ['c']}
+        {'train': ['b', 'c', 'd'], 'test': ['a']}
     """
     order = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
     if len(set(order)) != len(order):

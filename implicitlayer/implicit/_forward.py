@@ -222,10 +222,10 @@ def _judge(spec: LayerSpec, measured: Stationarity, rtol: float) -> None:
     what = "gradient of the objective" if spec.residual.is_gradient else "residual"
     message = (
         f"the solver's answer is not stationary{name_lanes(bad)}: the {what} has norm "
-        f"{measured.norm[pick].item():.3g} there, and the solution is at least about {measured.distance[pick].item():.3g} away "
-        f"({measured.relative[pick].item():.1e} of its size, allowed {rtol:.1e}). The implicit gradient carries an "
-        "error of that order. Solve the inner problem more tightly, pass polish=1 for a Newton step after the solver, "
-        "or stationarity_rtol=None if an early stop is intended."
+        f"{measured.norm[pick].item():.3g} there, and the solution is at least about "
+        f"{measured.distance[pick].item():.3g} away ({measured.relative[pick].item():.1e} of its size, allowed "
+        f"{rtol:.1e}). The implicit gradient carries an error of that order. Solve the inner problem more tightly, "
+        "pass polish=1 for a Newton step after the solver, or stationarity_rtol=None if an early stop is intended."
     )
     if spec.on_failure == "raise":
         raise StationarityError(message)

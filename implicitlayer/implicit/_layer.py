@@ -185,7 +185,8 @@ def _refuse_complex(tensors: Sequence[torch.Tensor]) -> None:
         if tensor.is_complex() and tensor.requires_grad:
             raise TypeError(
                 f"a complex theta of shape {tuple(tensor.shape)} requires a gradient; only real ones are "
-                "differentiated. Pass torch.view_as_real of it and rebuild it inside the objective with torch.view_as_complex."
+                "differentiated. Pass torch.view_as_real of it and rebuild it inside the objective with "
+                "torch.view_as_complex."
             )
 
 

@@ -44,8 +44,8 @@ def stationarity(residual: Residual, x: Leaves, theta: Leaves, init: Leaves) -> 
         if not bool(finite.all()):
             what = "gradient of the objective" if residual.is_gradient else "residual"
             raise NonFiniteError(
-                f"the {what} holds NaN or Inf at the solver's answer{name_lanes(~finite)}. Check theta for NaN, and that "
-                "the objective is differentiable there (norms and square roots at zero are not)."
+                f"the {what} holds NaN or Inf at the solver's answer{name_lanes(~finite)}. Check theta for NaN, and "
+                "that the objective is differentiable there (norms and square roots at zero are not)."
             )
         scale = lane_scale(gradient)
         unit = gradient / scale

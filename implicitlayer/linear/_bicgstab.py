@@ -26,6 +26,7 @@ from implicitlayer.linear._common import (
     Round,
     any_runs,
     lane_norm,
+    largest,
     select,
     times,
 )
@@ -78,6 +79,7 @@ class Bicgstab(KrylovSolver):
         steps = torch.zeros_like(codes)
         x, p, v = (torch.zeros_like(r) for _ in range(3))
         rho = alpha = omega = torch.ones_like(norm)
+        growth = torch.zeros_like(norm)
 
         def settle(mask: torch.Tensor, code: int) -> None:
             nonlocal codes, running
@@ -97,6 +99,7 @@ class Bicgstab(KrylovSolver):
             v = operator(p_hat)
             steps = steps + running
             v_norm = lane_norm(v)
+            growth = torch.where(running, torch.maximum(growth, largest(v) / largest(p_hat)), growth)
             settle(~v_norm.isfinite(), int(Status.NONFINITE))
             along = lane_dot(shadow, select(running, v))
             settle(along.abs() <= eps * shadow_norm * v_norm, CONTINUE)
@@ -124,4 +127,4 @@ class Bicgstab(KrylovSolver):
             r = select(running, s - times(omega, t), r)
             norm = torch.where(running, lane_norm(r), norm)
             settle(norm <= start.stop, int(Status.CONVERGED))
-        return Correction(x, codes, steps, norm)
+        return Correction(x, codes, steps, norm, growth=growth)

@@ -84,6 +84,7 @@ class Correction:
         steps: int [*lanes], products used.
         norm: [*lanes], norm of ``residual - A d`` by the recurrence; None where there is none.
         curvature: [*lanes], smallest Rayleigh quotient seen; None where there is none.
+        growth: [*lanes], largest ``||A v|| / ||v||`` seen (of largest magnitudes), a lower bound of the size of A.
     """
 
     value: torch.Tensor
@@ -91,6 +92,7 @@ class Correction:
     steps: torch.Tensor
     norm: torch.Tensor | None = None
     curvature: torch.Tensor | None = None
+    growth: torch.Tensor | None = None
 
 
 # Code of a lane that used up its steps; the front turns it into STEP_LIMIT or MAX_STEPS_REACHED.
@@ -109,6 +111,11 @@ def lane_norm(vector: torch.Tensor, other: torch.Tensor | None = None) -> torch.
     scale_other = lane_scale(other)
     dot = lane_dot(vector / scale, other / scale_other)
     return dot.sqrt() * scale[..., 0].double().sqrt() * scale_other[..., 0].double().sqrt()
+
+
+def largest(vector: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude per lane, in float64; vectors are not empty."""
+    return vector.abs().amax(-1).double()
 
 
 def any_runs(running: torch.Tensor, step: int) -> bool:
@@ -154,7 +161,7 @@ def refine(
     running = initial.isfinite() & (initial > torch.maximum(tolerance, eps * initial))
     codes = torch.where(initial.isfinite(), int(Status.CONVERGED), int(Status.NONFINITE))
     steps = torch.zeros_like(codes)
-    curvature = torch.full_like(initial, math.inf)
+    curvature, growth = torch.full_like(initial, math.inf), torch.zeros_like(initial)
     is_true = False
     while bool(running.any()):
         unit = lane_scale(residual)
@@ -163,6 +170,8 @@ def refine(
         steps = torch.where(running, steps + found.steps, steps)
         if found.curvature is not None:
             curvature = torch.where(running, torch.minimum(curvature, found.curvature), curvature)
+        if found.growth is not None:
+            growth = torch.where(running, torch.maximum(growth, found.growth), growth)
         codes = torch.where(running, torch.where(found.codes == LIMIT, limit, found.codes), codes)
         candidate = select(running, x + found.value * unit, x)
         goes_on = running & (codes == CONTINUE)
@@ -189,7 +198,8 @@ def refine(
 
     relative = torch.where(initial > 0, norm / initial, torch.zeros_like(initial))
     if limits.has_tolerance:
-        codes = _judge(codes, norm <= _SLACK * tolerance, relative, math.sqrt(eps))
+        rounding = eps * growth * lane_norm(x) / torch.where(initial > 0, initial, 1.0)
+        codes = _judge(codes, norm <= _SLACK * tolerance, relative, rounding, math.sqrt(eps))
     return LinearSolution(
         value=x * scale,
         codes=codes,
@@ -203,17 +213,21 @@ def refine(
     )
 
 
-def _judge(codes: torch.Tensor, reached: torch.Tensor, relative: torch.Tensor, small: float) -> torch.Tensor:
+def _judge(
+    codes: torch.Tensor, reached: torch.Tensor, relative: torch.Tensor, rounding: torch.Tensor, small: float
+) -> torch.Tensor:
     """The statuses in the light of the true residual.
 
     A flat direction met after the residual has fallen to the square root of eps is where rounding takes over; met
-    before that, the right-hand side is outside the range.
+    before that, the right-hand side is outside the range. It is so too where u has grown so large that the rounding of
+    A u alone, ``eps ||A|| ||u||``, is above one per cent of b: the residual then says nothing.
     """
     flat = codes == int(Status.SINGULAR)
     codes = torch.where(flat & (relative < small), int(Status.STAGNATED), codes)
     codes = torch.where((codes == int(Status.CONVERGED)) & ~reached, int(Status.STAGNATED), codes)
     soft = (codes == int(Status.STAGNATED)) | (codes == int(Status.MAX_STEPS_REACHED))
     codes = torch.where((soft | flat) & reached, int(Status.CONVERGED), codes)
+    codes = torch.where(soft & ~reached & (rounding > 0.01), int(Status.SINGULAR), codes)
     return torch.where(soft & ~reached & ~(relative < 1), int(Status.DIVERGED), codes)
 
 

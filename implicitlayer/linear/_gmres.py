@@ -25,6 +25,7 @@ from implicitlayer.linear._common import (
     Round,
     any_runs,
     lane_norm,
+    largest,
     select,
     times,
 )
@@ -86,7 +87,7 @@ class Gmres(KrylovSolver):
         codes = torch.where(running, CONTINUE, int(Status.CONVERGED))
         steps = torch.zeros_like(codes)
         rank = torch.zeros_like(codes)  # columns of R that the lane uses
-        largest = torch.zeros_like(beta)
+        top = growth = torch.zeros_like(beta)  # largest entries of R; largest ||A v|| / ||v||
         curvature = torch.full_like(beta, math.inf)
         basis = r.new_zeros(size + 1, *lanes, n)
         basis[0] = select(running, times(1 / beta, r))
@@ -96,12 +97,14 @@ class Gmres(KrylovSolver):
             running = running & (steps < start.steps_left)
             if not any_runs(running, k):
                 break
-            w = select(running, operator(precondition(select(running, basis[k]))))
+            z = precondition(select(running, basis[k]))
+            w = select(running, operator(z))
             steps = steps + running
             finite = w.isfinite().all(-1)
             codes = torch.where(running & ~finite, int(Status.NONFINITE), codes)
             running = running & finite
             w = select(running, w)
+            growth = torch.where(running, torch.maximum(growth, largest(w) / largest(z)), growth)
             column = torch.zeros_like(triangle[..., 0])  # [*lanes, size + 1]
             before = lane_norm(w)
             for _ in range(2):
@@ -115,9 +118,9 @@ class Gmres(KrylovSolver):
 
             column = (rotation @ column.unsqueeze(-1))[..., 0]
             pivot = torch.hypot(column[..., k], column[..., k + 1])
-            largest = torch.where(running, torch.maximum(largest, column.abs().amax(-1)), largest)
+            top = torch.where(running, torch.maximum(top, largest(column)), top)
             # nothing new in the image of the basis: the small problem is singular
-            flat = running & (pivot <= noise * largest)
+            flat = running & (pivot <= noise * top)
             codes = torch.where(flat, int(Status.SINGULAR), codes)
             running = running & ~flat
             safe = torch.where(running, pivot, 1.0)
@@ -135,7 +138,7 @@ class Gmres(KrylovSolver):
             basis[k + 1] = select(running, times(1 / torch.where(after > 0, after, 1.0), w))
         codes = torch.where((codes == CONTINUE) & (steps >= start.steps_left), LIMIT, codes)
         value = _combine(basis[:size], triangle[..., :size, :size], beta.unsqueeze(-1) * rotation[..., :size, 0], rank)
-        return Correction(precondition(value), codes, steps, norm, curvature)
+        return Correction(precondition(value), codes, steps, norm, curvature, growth)
 
 
 def _combine(basis: torch.Tensor, triangle: torch.Tensor, rhs: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:

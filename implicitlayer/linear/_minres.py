@@ -38,6 +38,7 @@ from implicitlayer.linear._common import (
     Round,
     any_runs,
     lane_norm,
+    largest,
     select,
     times,
 )
@@ -110,7 +111,7 @@ class Minres(KrylovSolver):
             v = select(running, v)
             new = operator(v)
             steps = steps + running
-            growth = torch.maximum(growth, _largest(new) / _largest(v))
+            growth = torch.where(running, torch.maximum(growth, largest(new) / largest(v)), growth)
             new = new - times(beta_old, u_old)
             alpha = lane_dot(v, new)
             new = new - times(alpha, u)
@@ -126,15 +127,16 @@ class Minres(KrylovSolver):
             epsilon_old, delta, gbar = epsilon, c * dbar + s * alpha, s * dbar - c * alpha
             epsilon, dbar = s * beta, -c * beta
             slope = torch.hypot(gbar, dbar) / size  # ||A r|| / (||A|| ||r||) at x
-            lower = running & (slope < bottom)
+            rounding = eps * growth * largest(x)  # of the residual, by the size of x
+            lower = running & (slope < bottom) & (rounding <= math.sqrt(eps) * norm)
             bottom, bottom_phi = torch.where(lower, slope, bottom), torch.where(lower, phibar, bottom_phi)
             bottom_x = select(lower, x, bottom_x)
             flat = running & ~(slope > NOISE * eps)  # gamma = 0 among them, and size = 0
-            lost = running & (eps * growth * _largest(x) > norm)
+            lost = running & (rounding > norm)
             inconsistent = lost & (bottom < math.sqrt(eps)) & (phibar > 0.25 * bottom_phi)
             codes = torch.where(lost, CONTINUE, codes)
             codes = torch.where(flat | inconsistent, int(Status.SINGULAR), codes)
-            x = select(inconsistent, bottom_x, x)
+            x = select(flat | inconsistent, bottom_x, x)
             running = running & ~(flat | lost)
             gamma = torch.hypot(gbar, beta)
             c, s = gbar / gamma, beta / gamma
@@ -156,9 +158,4 @@ class Minres(KrylovSolver):
                 f"the preconditioner of {type(self).__name__} must be symmetric positive definite: it gave "
                 "<r, M^-1 r> <= 0. Use the absolute value of what it approximates."
             )
-        return Correction(x, codes, steps, norm, curvature)
-
-
-def _largest(vector: torch.Tensor) -> torch.Tensor:
-    """Largest magnitude per lane, in float64."""
-    return vector.abs().amax(-1).double()
+        return Correction(x, codes, steps, norm, curvature, growth)

@@ -90,6 +90,6 @@ class NormalEquations(LinearSolver):
             codes = torch.where(ended & (norm > 0.5 * size), int(Status.SINGULAR), codes)
             lost = ~slope.isfinite() | (found.codes == int(Status.NONFINITE))
             codes = torch.where(lost, int(Status.NONFINITE), codes)
-            return Correction(value, codes, found.steps, norm)
+            return Correction(value, codes, found.steps, norm, growth=torch.where(steep, slope / size, 0.0))
 
         return refine(operator, rhs, limits, correct, f"Normal equations by {type(self.solver).__name__}")

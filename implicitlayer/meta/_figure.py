@@ -77,7 +77,7 @@ def plot_episode(
     predicted = probabilities.argmax(1)
     num_shots = support.shape[0] // num_ways
     size, gap, split = support.shape[-1], 8, 20
-    axes.set_title("One test episode after adaptation: predicted class and its probability", fontsize=10, loc="left")
+    axes.set_title("One test episode: predicted class, probability", fontsize=10, loc="left")
     num_columns = math.ceil(len(labels) / num_ways)
     for row in range(num_ways):
         top = row * (size + 2 * gap)

@@ -199,7 +199,7 @@ def test_frozen_weights_and_buffers_stay_without_gradient() -> None:
     assert all(p.grad is not None and float(p.grad.norm()) > 0 for p in net[2].parameters())  # type: ignore[index]
 
 
-def test_a_tensor_that_only_a_custom_function_reads_is_right_or_refused_by_name() -> None:
+def test_a_tensor_that_only_a_custom_function_reads_gets_its_gradient() -> None:
     a = positive(3, seed=1).requires_grad_()
 
     class Times(torch.autograd.Function):
@@ -222,10 +222,5 @@ def test_a_tensor_that_only_a_custom_function_reads_is_right_or_refused_by_name(
         lambda x, t: (Times.apply(x**4 / 4, a) - t * x).sum(), lambda f, x, t: (t / a.detach()) ** (1 / 3)
     )
     t = positive(3, seed=2)
-    try:
-        x = layer(torch.ones(3, dtype=F64), t)
-        (gradient,) = torch.autograd.grad(x.sum(), a)
-    except il.ClosureError as error:
-        assert "shape (3,)" in str(error) or "(3,)" in str(error)
-    else:
-        compare(gradient, torch.autograd.grad(explicit(a, t).sum(), a)[0])
+    (gradient,) = torch.autograd.grad(layer(torch.ones(3, dtype=F64), t).sum(), a)
+    compare(gradient, torch.autograd.grad(explicit(a, t).sum(), a)[0])

@@ -102,8 +102,7 @@ def test_one_learned_strength_per_tensor_gets_its_gradient() -> None:
 
 def test_learned_strengths_of_every_kind_are_seen_by_finite_differences() -> None:
     """Neither a tensor, nor a parameter, nor a number made from one, falls into the branch of plain numbers."""
-    theta, (weight, offset) = randn(N, seed=3), (t.detach() for t in data())
-    weight, offset = list((weight, offset))
+    theta, (weight, offset) = randn(N, seed=3), [t.detach() for t in data()]
 
     def response(strength: Tensor) -> Tensor:
         return (newton(il.proximal(loss, strength), theta, theta, weight, offset) ** 2).sum()

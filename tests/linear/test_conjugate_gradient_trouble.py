@@ -56,7 +56,7 @@ def test_singular_matrix_is_an_error_where_the_right_hand_side_is_outside_its_ra
         assert not solution.status.ok
         with pytest.raises(il.LinearSolveError):
             solution.enforce("warn")
-    with pytest.raises(il.SingularError, match="zero to working precision.*outside its range"):
+    with pytest.raises(il.SingularError, match=r"zero to working precision.*outside its range"):
         il.ConjugateGradient()(diagonal(1.0, 0.0), torch.tensor([0.0, 1.0], dtype=F64)).enforce("warn")
 
 

@@ -1,5 +1,6 @@
 """What every linear solver promises, whatever its method: true residuals, lanes, scale, zero, empty, messages."""
 
+import inspect
 import math
 from typing import Any
 
@@ -95,7 +96,8 @@ def test_a_right_hand_side_outside_the_range_is_never_success(
     b = b + null * torch.copysign(b.norm(), null @ b)  # at least half of b is outside the range
     solution = SOLVERS[name](matrix, b)
     assert not solution.status.ok
-    assert float(solution.relative_residual) > 0.4
+    if solution.status.usable:
+        assert float(solution.relative_residual) > 0.4  # and not less by the rounding of a huge A u
 
 
 @pytest.mark.parametrize("name", SOLVERS)
@@ -305,3 +307,18 @@ def test_the_operators_metric_is_the_default_preconditioner(kind: Any) -> None:
 def test_solvers_are_hashable_and_comparable_as_settings() -> None:
     assert il.Gmres(restart=3) == il.Gmres(restart=3) != il.Gmres(restart=4)
     assert len({il.Minres(), il.Minres(), il.Bicgstab(), il.NormalEquations(), il.Dense(), il.Neumann(3)}) == 5
+
+
+@pytest.mark.parametrize("kind", KRYLOV)
+@pytest.mark.parametrize("settings", [{}, {"max_steps": 5}], ids=["tolerance", "steps"])
+def test_asking_rarely_whether_a_lane_runs_changes_no_bit(
+    kind: Any, settings: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # what happens on an accelerator: up to seven steps are made after the last lane has finished
+    matrices, b = mixed_batch()
+    often = kind(**settings)(matrices, b)
+    rarely = lambda running, step: step % 8 != 0 or bool(running.any())  # noqa: E731
+    monkeypatch.setattr(inspect.getmodule(kind), "any_runs", rarely)
+    solution = kind(**settings)(matrices, b)
+    assert torch.equal(solution.value, often.value) and torch.equal(solution.codes, often.codes)
+    assert torch.equal(solution.steps, often.steps) and torch.equal(solution.residual_norm, often.residual_norm)

@@ -111,6 +111,38 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path: Path) -> None
         assert torch.equal(a, b)
 
 
+def few_shot_trainer(run_dir: Path) -> il.meta.Trainer:
+    images = torch.randint(256, (12, 6, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    classes = il.fewshot.ImageClasses(images, [f"class {k}" for k in range(12)])
+    sampler = il.fewshot.EpisodeSampler(classes, num_ways=3, num_query=2, rotations="augment", seed=4)
+    network = il.fewshot.conv4(3, num_filters=4)
+    theta = {name: leaf.requires_grad_() for name, leaf in network.init(torch.Generator().manual_seed(0)).items()}
+
+    def task_loss(params: Any, batch: Any) -> torch.Tensor:
+        return il.fewshot.task_cross_entropy(network(params, batch[0]), batch[1])
+
+    method = il.meta.iMAML(task_loss, il.solvers.GradientDescent(step_size=0.1, max_steps=2), strength=0.5)
+    optimizer = torch.optim.Adam(theta.values(), lr=1e-2)
+    return il.meta.Trainer(
+        method, theta, sampler, optimizer, max_steps=8, run_dir=run_dir, checkpoint_steps=3, show_progress=False
+    )
+
+
+def test_few_shot_training_resumes_bit_for_bit(tmp_path: Path) -> None:
+    straight = few_shot_trainer(tmp_path / "straight")
+    straight.fit()
+    part = few_shot_trainer(tmp_path / "part")
+    while part.step < 3:
+        part._train_step()
+    part.save()
+    part._train_step()  # lost
+    resumed = few_shot_trainer(tmp_path / "part")
+    assert resumed.resume() and resumed.step == 3
+    resumed.fit()
+    assert comparable(resumed.history) == comparable(straight.history)
+    assert all(torch.equal(leaf, resumed.theta[name]) for name, leaf in straight.theta.items())
+
+
 KILLED_RUN = """
 import sys, time
 from pathlib import Path

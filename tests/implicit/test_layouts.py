@@ -1,0 +1,118 @@
+"""Memory layouts and kinds of tensors: strided, transposed, expanded, with an offset, parameters, leaves in inference."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from references import F64, randn, relative_error
+from torch import Tensor
+from torch.func import grad, hessian, jacfwd, jvp, vmap
+
+import implicitlayer as il
+
+# Views of 3 x 4 values in some storage, none of them plain.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "strided": lambda s: s.reshape(-1)[: 3 * 4 * 2 : 2].view(3, 4),
+    "transposed": lambda s: s.reshape(-1)[:12].view(4, 3).T,
+    "expanded": lambda s: s.reshape(-1)[:4].expand(3, 4),
+    "broadcast rows": lambda s: s.reshape(-1)[:3, None].expand(3, 4),
+    "offset": lambda s: s.reshape(-1)[7:19].view(3, 4),
+    "flipped": lambda s: s.reshape(-1)[:12].view(3, 4).flip(0),
+}
+
+
+def storage() -> Tensor:
+    return randn(30, seed=1).abs() + 0.5
+
+
+def cube_root(init: Tensor, a: Tensor, t: Tensor) -> Tensor:
+    layer = il.argmin(
+        lambda x, a, t: (a * x**4 / 4 - t * x).sum(),
+        lambda f, x, a, t: (t / a) ** (1 / 3),
+        linear_solver=il.ConjugateGradient(rtol=1e-13),
+    )
+    return layer(init, a, t)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_gradients_do_not_depend_on_the_layout_of_theta_and_init(layout: str) -> None:
+    view, other = LAYOUTS[layout], randn(3, 4, seed=2).abs() + 0.5
+
+    def outer(function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda s: (
+            (function(view(s), other, view(s)) ** 2 * other).sum() + (function(view(s), view(s), other) ** 3).sum()
+        )
+
+    def explicit(init: Tensor, a: Tensor, t: Tensor) -> Tensor:
+        return (t / a) ** (1 / 3)
+
+    s, tangent = storage(), randn(30, seed=3)
+    leaf = s.clone().requires_grad_()
+    expected = grad(outer(explicit))(s)
+    assert relative_error(torch.autograd.grad(outer(cube_root)(leaf), leaf)[0], expected) < 1e-10
+    assert relative_error(grad(outer(cube_root))(s), expected) < 1e-10
+    _, pushed = jvp(outer(cube_root), (s,), (tangent,))
+    assert float(pushed) == pytest.approx(float(expected @ tangent), rel=1e-9)
+    lanes = torch.stack([s, 2 * s], dim=1)  # lanes in the last dimension
+    got = vmap(grad(outer(cube_root)), in_dims=1)(lanes)
+    assert relative_error(got, torch.stack([expected, grad(outer(explicit))(2 * s)])) < 1e-10
+    second, expected_second = hessian(outer(cube_root))(s), hessian(outer(explicit))(s)
+    assert relative_error(second, expected_second) < 1e-8
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_cotangent_of_any_layout_is_right(layout: str) -> None:
+    a, t = randn(3, 4, seed=4).abs() + 0.5, (randn(3, 4, seed=5).abs() + 0.5).requires_grad_()
+    v = LAYOUTS[layout](storage())
+    (got,) = torch.autograd.grad(cube_root(torch.ones(3, 4, dtype=F64), a, t), t, v)
+    (expected,) = torch.autograd.grad((t / a) ** (1 / 3), t, v)
+    assert relative_error(got, expected) < 1e-10
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_solver_may_answer_in_any_layout(layout: str) -> None:
+    answer = LAYOUTS[layout](storage())
+    t = (answer**2).detach().clone().requires_grad_()
+    x = il.argmin(lambda x, t: ((x**2 - t) ** 2).sum(), lambda f, x, t: answer)(torch.ones(3, 4, dtype=F64), t)
+    (gradient,) = torch.autograd.grad(x.sum(), t)
+    assert torch.equal(x, answer) and relative_error(gradient, 0.5 / answer) < 1e-8  # condition below 100
+    x.detach().mul_(2)  # the answer is a copy, with memory of its own for every entry
+    assert torch.equal(answer, LAYOUTS[layout](storage()))
+
+
+def log_layer(t: Any) -> Tensor:
+    return il.argmin(lambda x, t: (x.exp() - t * x).sum(), lambda f, x, t: t.log())(torch.zeros_like(t), t)
+
+
+def test_parameters_buffers_and_tensors_made_in_inference_mode_are_thetas() -> None:
+    parameter = torch.nn.Parameter(torch.full((2,), 2.0, dtype=F64))
+    log_layer(parameter).sum().backward()
+    assert parameter.grad is not None and torch.allclose(parameter.grad, torch.full((2,), 0.5, dtype=F64))
+    with torch.inference_mode():
+        made = torch.full((2,), 2.0, dtype=F64)
+    scale = torch.tensor(3.0, dtype=F64, requires_grad=True)
+    layer = il.argmin(lambda x, m, s: (x.exp() - m * s * x).sum(), lambda f, x, m, s: (m * s).log())
+    (gradient,) = torch.autograd.grad(layer(torch.zeros(2, dtype=F64), made, scale).sum(), scale)
+    assert float(gradient) == pytest.approx(2 / 3, rel=1e-10)
+
+
+def test_an_init_that_requires_a_gradient_gets_none() -> None:
+    init, t = torch.zeros(2, dtype=F64, requires_grad=True), torch.tensor([1.0, 2.0], dtype=F64)
+    layer = il.argmin(lambda x, t: (x.exp() - t * x).sum(), lambda f, x, t: t.log())
+    x = layer(init, t)
+    assert not x.requires_grad or torch.autograd.grad(x.sum(), init, allow_unused=True)[0] is None
+    assert torch.equal(jacfwd(lambda i: layer(i, t))(init.detach()), torch.zeros(2, 2, dtype=F64))
+
+
+def test_mixed_dtypes_of_unknowns_get_gradients_of_their_own_dtype() -> None:
+    t = {"a": torch.tensor([1.0, 2.0], dtype=F64, requires_grad=True), "b": torch.tensor([3.0], requires_grad=True)}
+    layer = il.argmin(
+        lambda x, t: 0.5 * ((x["a"] - t["a"] ** 2) ** 2).sum() + 0.5 * ((x["b"] - t["b"] ** 2) ** 2).sum(),
+        lambda f, x, t: {"a": t["a"] ** 2, "b": t["b"] ** 2},
+    )
+    x = layer({"a": torch.zeros(2, dtype=F64), "b": torch.zeros(1)}, t)
+    assert x["a"].dtype == F64 and x["b"].dtype == torch.float32
+    (x["a"].sum() + x["b"].sum()).backward()
+    assert t["a"].grad is not None and torch.allclose(t["a"].grad, 2 * t["a"].detach(), rtol=1e-6)
+    assert t["b"].grad is not None and torch.allclose(t["b"].grad, 2 * t["b"].detach(), rtol=1e-5)
