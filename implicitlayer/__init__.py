@@ -20,7 +20,7 @@ from implicitlayer._errors import (
     UnsupportedTransformError,
 )
 from implicitlayer._records import BackwardRecord, ForwardRecord, diagnostics
-from implicitlayer._solution import LinearSolution, SolverResult
+from implicitlayer._solution import LinearSolution, RecordingSolver, SolverResult
 from implicitlayer._status import Status
 from implicitlayer.implicit import (
     ArgminLayer,
@@ -86,6 +86,7 @@ __all__ = [
     "Nystrom",
     "ObjectiveError",
     "Proximal",
+    "RecordingSolver",
     "SingularError",
     "SolverOutputError",
     "SolverResult",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from implicitlayer._status import Status
 from implicitlayer._tree import name_lanes
 from implicitlayer._types import OnFailure
 
-__all__ = ["LinearSolution", "SolverResult"]
+__all__ = ["LinearSolution", "RecordingSolver", "SolverResult"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,3 +125,17 @@ class SolverResult:
     num_steps: int | None = None
     message: str = ""
     aux: Any = field(default=None)
+
+
+class RecordingSolver:
+    """Base class of inner solvers that tell how they ended: a subclass defines ``run``, layers call it.
+
+    ``solver(objective, init, *theta)`` returns the bare value, so a subclass is a solver like any other callable.
+    """
+
+    def run(self, objective: Callable[..., Any], init: Any, *theta: Any) -> SolverResult:
+        """Solve, and return the value with status and step count."""
+        raise NotImplementedError
+
+    def __call__(self, objective: Callable[..., Any], init: Any, *theta: Any) -> Any:
+        return self.run(objective, init, *theta).value

@@ -13,7 +13,7 @@ import torch
 
 from implicitlayer._errors import NonFiniteError, SolverOutputError, StationarityError, StationarityWarning
 from implicitlayer._records import ForwardRecord, emit
-from implicitlayer._solution import SolverResult
+from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._surroundings import out_of_inference, plain_surroundings
 from implicitlayer._tree import TreeSpec, flatten_with_names, name_lanes, ravel, unflatten, unravel
 from implicitlayer._types import FlatFunction, Leaves
@@ -138,7 +138,7 @@ def _summed(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
 def _run(calling: Calling, objective: Callable[..., Any], init: Leaves, theta: Leaves) -> SolverResult:
     """Call the solver; copies of ``init`` protect the caller's tensors from solvers that work in place."""
     start = unflatten([t.clone() for t in init], calling.x_spec)
-    run = getattr(calling.solver, "run", calling.solver)
+    run = calling.solver.run if isinstance(calling.solver, RecordingSolver) else calling.solver
     answer = run(objective, start, *calling.rebuild_theta(theta))
     aux = None
     if calling.solver_has_aux and not isinstance(answer, SolverResult):

@@ -13,6 +13,7 @@ from implicitlayer._capture import announce, derivatives_possible, find_closed_o
 from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
 from implicitlayer._flat import Signature, flat_function, flat_parts
 from implicitlayer._records import Record
+from implicitlayer._surroundings import out_of_inference
 from implicitlayer._tree import flatten, flatten_with_names, unflatten
 from implicitlayer._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.implicit._forward import Calling
@@ -129,7 +130,7 @@ class ImplicitLayer:
             matrix=(self.curvature, float(self.damping)),
             listener=records.append,
         )
-        solution = unflatten(ImplicitArgmin.apply(spec, *x, *tensors, *hidden), x_spec)
+        solution = unflatten(ImplicitArgmin.apply(spec, *out_of_inference([*x, *tensors, *hidden])), x_spec)
         if self.solver_has_aux:
             return solution, spec.aux[0] if len(spec.aux) == 1 else list(spec.aux)
         return solution

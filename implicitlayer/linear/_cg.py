@@ -21,6 +21,9 @@ __all__ = ["ConjugateGradient"]
 _NOISE = 16
 # The recursive residual drifts from the true one; up to this factor above the tolerance counts as reached.
 _SLACK = 10.0
+# On a positive-definite matrix the residual grows by sqrt(cond) at most: beyond this a truncated solve is no choice but
+# a step along an almost flat direction, and its value has no digit of the solution.
+_BLOWN_UP = 1e3
 # On an accelerator the test "is any lane still running" is a host synchronisation: make it this rarely.
 _STEPS_BETWEEN_SYNCS = 8
 
@@ -138,7 +141,10 @@ class ConjugateGradient(LinearSolver):
     ) -> LinearSolution:
         residual, codes = run.residual_norm, run.codes
         relative = torch.where(norm > 0, residual / norm, torch.zeros_like(norm))
-        if self.has_tolerance:
+        if not self.has_tolerance:
+            blown_up = (codes == int(Status.STEP_LIMIT)) & (relative > _BLOWN_UP)
+            codes = torch.where(blown_up, int(Status.DIVERGED), codes)
+        else:
             reached = residual <= _SLACK * tolerance
             stuck = (codes == int(Status.CONVERGED)) & ~reached
             codes = torch.where(stuck, int(Status.STAGNATED), codes)

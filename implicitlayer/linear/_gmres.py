@@ -34,15 +34,17 @@ from implicitlayer.linear._preconditioners import Precondition
 
 __all__ = ["Gmres"]
 
+_FIRST_VECTORS = 15  # room made at the start of a cycle
+
 
 @dataclass(frozen=True)
 class Gmres(KrylovSolver):
     """Solve ``A u = b`` for any square A from products ``A v`` alone, with the smallest residual per step.
 
     Stops a lane when ``||b - A u||_2 <= max(rtol ||b||_2, atol)``, on the true residual, recomputed at every restart.
-    Each cycle of ``restart`` steps keeps ``restart + 1`` vectors; a cycle that does not lower the residual ends the
-    lane with status STAGNATED (more restarts would repeat it: raise ``restart``). If the vectors are exhausted with a
-    residual left, the status is SINGULAR.
+    A cycle keeps one vector per step, ``restart`` at most; one that does not lower the residual ends the lane with
+    status STAGNATED (more restarts would repeat it: raise ``restart``). If the vectors are exhausted with a residual
+    left, the status is SINGULAR.
 
     Args:
         rtol: relative tolerance; default 1e-10 (float64), 1e-5 (float32), if ``max_steps`` is not given alone.
@@ -50,7 +52,7 @@ class Gmres(KrylovSolver):
         max_steps: limit of steps (products); default ten times the number of unknowns of one lane.
         preconditioner: ``v -> approximately A^-1 v`` on flat vectors [*lanes, n], from the right; or a
             :class:`Jacobi` or :class:`Nystrom`, built from the operator. Default: the operator's diagonal metric.
-        restart: steps of one cycle, at least 1; never more than n are made.
+        restart: steps of one cycle, at least 1; never more than n are made, so that small systems are solved in full.
 
     Raises:
         ValueError: a negative tolerance or step limit, a restart below 1.
@@ -67,7 +69,7 @@ class Gmres(KrylovSolver):
         ([2.0, -1.0], 'CONVERGED', 2)
     """
 
-    restart: int = 50
+    restart: int = 100
 
     method: ClassVar[str] = "GMRES"
 
@@ -89,7 +91,7 @@ class Gmres(KrylovSolver):
         rank = torch.zeros_like(codes)  # columns of R that the lane uses
         top = growth = torch.zeros_like(beta)  # largest entries of R; largest ||A v|| / ||v||
         curvature = torch.full_like(beta, math.inf)
-        basis = r.new_zeros(size + 1, *lanes, n)
+        basis = r.new_zeros(min(size, _FIRST_VECTORS) + 1, *lanes, n)
         basis[0] = select(running, times(1 / beta, r))
         rotation = torch.eye(size + 1, dtype=beta.dtype, device=r.device).repeat(*lanes, 1, 1)
         triangle = torch.zeros_like(rotation)
@@ -135,8 +137,11 @@ class Gmres(KrylovSolver):
             reached = running & (norm <= start.stop)
             codes = torch.where(reached, int(Status.CONVERGED), codes)
             running = running & ~reached
+            if k + 1 == len(basis):  # most solves end before a full cycle: grow by doubling
+                basis = torch.cat([basis, torch.zeros_like(basis)])[: size + 1]
             basis[k + 1] = select(running, times(1 / torch.where(after > 0, after, 1.0), w))
         codes = torch.where((codes == CONTINUE) & (steps >= start.steps_left), LIMIT, codes)
+        size = min(size, len(basis))
         value = _combine(basis[:size], triangle[..., :size, :size], beta.unsqueeze(-1) * rotation[..., :size, 0], rank)
         return Correction(precondition(value), codes, steps, norm, curvature, growth)
 

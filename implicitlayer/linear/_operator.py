@@ -39,6 +39,7 @@ class FlatOperator:
         return self.matvec(vector)
 
     def precondition(self, vector: torch.Tensor) -> torch.Tensor:
+        """The inverse metric times a vector [*lanes, n]; the vector itself without one."""
         return vector if self.inverse_metric is None else vector * self.inverse_metric
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from implicitlayer._solution import SolverResult
+from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
 from implicitlayer._tree import flatten, unflatten
 
@@ -17,7 +17,7 @@ __all__ = ["GradientDescent"]
 
 
 @dataclass(frozen=True)
-class GradientDescent:
+class GradientDescent(RecordingSolver):
     """``x <- x - step_size * grad objective(x)``, a fixed number of steps and/or until the gradient is small.
 
     Stops a lane when ``||g||_2 <= max(atol, rtol * ||g at init||_2)``; without a tolerance it makes exactly
@@ -53,9 +53,6 @@ class GradientDescent:
         for name in ("max_steps", "rtol", "atol"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be non-negative.")
-
-    def __call__(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> Any:
-        return self.run(objective, init, *theta).value
 
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         """The same, with status and step count."""

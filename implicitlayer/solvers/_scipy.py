@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from implicitlayer._solution import SolverResult
+from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
 from implicitlayer._tree import flatten, ravel, unflatten, unravel
 
@@ -18,7 +18,7 @@ _DERIVATIVE_FREE = ("nelder-mead", "powell", "cobyla", "cobyqa")
 _NEEDS_HESSIAN = ("newton-cg", "trust-ncg", "trust-krylov", "trust-constr")
 
 
-class SciPyMinimize:
+class SciPyMinimize(RecordingSolver):
     """Minimise with ``scipy.optimize.minimize``, in float64 on the CPU, gradients from autograd.
 
     Derivative-free methods (Nelder-Mead, Powell, COBYLA, COBYQA) see values only. Methods that use Hessian-vector
@@ -50,9 +50,6 @@ class SciPyMinimize:
         **settings: Any,
     ) -> None:
         self.method, self.tol, self.options, self.settings = method, tol, dict(options or {}), settings
-
-    def __call__(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> Any:
-        return self.run(objective, init, *theta).value
 
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         """The same, with status, step count and SciPy's message; ``aux`` is SciPy's ``OptimizeResult``."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from implicitlayer._solution import SolverResult
+from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
 from implicitlayer._tree import flatten, unflatten
 
@@ -17,7 +17,7 @@ __all__ = ["TorchOptimizer"]
 _ENTRYWISE = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "ASGD", "Rprop")
 
 
-class TorchOptimizer:
+class TorchOptimizer(RecordingSolver):
     """Minimise with a ``torch.optim`` optimizer, made anew for every solve.
 
     Stops when the norm of the gradient over all unknowns is at most ``max(atol, rtol * norm at init)``, else after
@@ -61,9 +61,6 @@ class TorchOptimizer:
     def batched(self) -> bool:
         known = getattr(torch.optim, getattr(self.optimizer, "__name__", ""), None) is self.optimizer
         return known and self.optimizer.__name__ in _ENTRYWISE and self.rtol == 0 and self.atol == 0
-
-    def __call__(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> Any:
-        return self.run(objective, init, *theta).value
 
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         """The same, with status and step count."""

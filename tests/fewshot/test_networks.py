@@ -95,6 +95,15 @@ def test_batch_of_tasks_equals_loop_over_tasks(shared: bool) -> None:
     torch.testing.assert_close(ours, torch.autograd.grad(loop @ weights, list(leaves.values())), **EXACT)
 
 
+def test_many_tasks_go_through_in_parts_with_one_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    params, images, labels = problem(TINY, 5, 4)
+    whole = torch.func.grad(total_loss)(params, images, labels)
+    logits = TINY(params, images)
+    monkeypatch.setattr("implicitlayer.fewshot._networks._MAX_ACTIVATION", 4 * 25 * 3 * 2)  # two tasks at once
+    torch.testing.assert_close(TINY(params, images), logits, **EXACT)
+    torch.testing.assert_close(torch.func.grad(total_loss)(params, images, labels), whole, **EXACT)
+
+
 def test_tasks_do_not_see_each_other() -> None:
     network = conv4(5, num_filters=8)
     params, images, _ = problem(network, 2, 5)

@@ -210,7 +210,9 @@ def test_real_omniglot_is_complete_and_right() -> None:
     assert [data.num_classes for data in splits.values()] == [1100, 100, 423]
     for data in splits.values():
         images = data.images.float() / 255
-        assert images.mean((2, 3)).min() > 0.005 and images.mean((2, 3)).max() < 0.3  # none blank, none inverted
+        assert (
+            images.mean((2, 3)).min() > 0.002 and images.mean((2, 3)).max() < 0.3
+        )  # blank: 0; one dot of Braille: 0.0025
     # No drawing of a class in one split is a drawing of another split, byte for byte.
     digests = [{drawing.numpy().tobytes() for drawing in data.images.flatten(0, 1)} for data in splits.values()]
     assert digests[0].isdisjoint(digests[2]) and digests[1].isdisjoint(digests[2]) and digests[0].isdisjoint(digests[1])

@@ -169,11 +169,9 @@ def test_nested_lanes_are_independent_systems(name: str) -> None:
     assert torch.equal(nested.value.reshape(6, 14), flat.value) and torch.equal(nested.codes.flatten(), flat.codes)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
-def test_every_lane_has_its_own_step_limit(name: str) -> None:
+@pytest.mark.parametrize("name", ["minres", "gmres", "normal equations"])
+def test_every_lane_stops_at_its_own_step(name: str) -> None:
     # lane i has i + 1 distinct eigenvalues, so a Krylov method needs i + 1 steps in exact arithmetic
-    if name in ("dense", "bicgstab"):
-        pytest.skip("makes another number of products")
     rows = [torch.tensor([1.0 + (j % (i + 1)) for j in range(6)], dtype=F64) for i in range(4)]
     solution = SOLVERS[name](torch.stack([torch.diag(row) for row in rows]), randn(4, 6, seed=8))
     assert solution.steps.tolist() == [1, 2, 3, 4] and solution.num_steps == 4
