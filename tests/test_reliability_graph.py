@@ -344,7 +344,9 @@ def test_row_28_a_copied_or_pickled_layer_gives_the_same_gradient(duplicate: Any
     assert relative_error(got, expected) < 1e-9
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # dynamo looks at it
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # dynamo looks at it
 def test_row_28_a_compiled_model_that_holds_the_layer_is_equal() -> None:
     weight = leaf(3, seed=5)
     layer = log_layer()

@@ -17,8 +17,8 @@
 # NOTE [inconsistent systems]: with b outside the range of a singular A, that second number falls to about
 # sqrt(eps) ||A|| ||r|| (x is then a least-squares solution) and grows again by rounding, while x runs off along the
 # null space. So x is kept at the bottom. Where eps ||A|| ||x|| exceeds the residual, the recurrence has lost it: if the
-# residual has hardly fallen since the bottom the system is inconsistent, else it is ill-conditioned, and a new round
-# may go on.
+# residual, as long as it could be trusted, has hardly fallen since the bottom, the system is inconsistent; else it is
+# ill-conditioned, and a new round may go on.
 
 from __future__ import annotations
 
@@ -103,6 +103,7 @@ class Minres(KrylovSolver):
         dbar, epsilon, c, s, size = zero, zero, zero - 1, zero, zero
         beta_old = zero
         curvature = zero + math.inf
+        trusted_phi = phibar
         bottom_x, bottom, bottom_phi, growth = x, zero + math.sqrt(eps), phibar, zero
         for step in range(start.max_steps):
             running = running & (steps < start.steps_left)
@@ -132,8 +133,9 @@ class Minres(KrylovSolver):
             bottom, bottom_phi = torch.where(lower, slope, bottom), torch.where(lower, phibar, bottom_phi)
             bottom_x = select(lower, x, bottom_x)
             flat = running & ~(slope > NOISE * eps)  # gamma = 0 among them, and size = 0
+            trusted_phi = torch.where(running & (rounding <= eps**0.25 * norm), phibar, trusted_phi)
             lost = running & (rounding > norm)
-            inconsistent = lost & (bottom < math.sqrt(eps)) & (phibar > 0.25 * bottom_phi)
+            inconsistent = lost & (bottom < math.sqrt(eps)) & (trusted_phi > 0.25 * bottom_phi)
             codes = torch.where(lost, CONTINUE, codes)
             codes = torch.where(flat | inconsistent, int(Status.SINGULAR), codes)
             x = select(flat | inconsistent, bottom_x, x)

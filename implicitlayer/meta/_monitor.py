@@ -87,7 +87,7 @@ class Progress:
             return
         if "inner_diverged" in record:
             self._trouble = trouble(record)
-        words = f" step {record['step']}, loss {record['loss']:.3f}"
+        words = f"step {record['step']}, loss {record['loss']:.3f}"
         words += f", accuracy {record['accuracy']:.1%}" if "accuracy" in record else ""
         words += f" [{self._trouble}]" if self._trouble else ""
         if self._bar is not None:
@@ -95,7 +95,7 @@ class Progress:
             self._bar.update(min(self._UNITS, int(done * self._UNITS)) - self._bar.n)
         elif done - self._line_at >= 0.05 or done >= 1.0:
             self._line_at = done
-            print(f"{self._name} {done:4.0%}{words}", file=sys.stderr, flush=True)
+            print(f"{self._name} {done:4.0%} {words}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the last state on the screen."""

@@ -240,3 +240,11 @@ def test_a_scalar_objective_in_a_batch_is_refused_with_both_shapes() -> None:
     layer = il.argmin(lambda x, t: ((x - t) ** 2).sum(), lambda f, x, t: t, batch_dims=1)
     with pytest.raises(il.ObjectiveError, match=r"one value per lane: expected shape \(4,\), got \(\)"):
         layer(torch.zeros(4, 1, dtype=F64), theta[1][:4, :1])
+
+
+def test_a_batch_of_no_lanes_is_no_trouble() -> None:
+    t = torch.zeros(0, 2, dtype=F64, requires_grad=True)
+    for solver in (lambda f, x, t: t.log(), il.solvers.GradientDescent(0.1, max_steps=5, rtol=1e-6)):
+        x = il.argmin(lambda x, t: (x.exp() - t * x).sum(-1), solver, batch_dims=1)(torch.zeros(0, 2, dtype=F64), t)
+        (gradient,) = torch.autograd.grad(x.sum(), t)
+        assert x.shape == gradient.shape == (0, 2)

@@ -77,6 +77,23 @@ def test_the_absolute_tolerance_is_on_the_gradient_norm() -> None:
     assert result.num_steps == 3 and result.status is Status.CONVERGED  # norms 5, 2.5, 1.25, 0.625
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(F64, 1e-250), (F64, 1e250), (torch.float32, 1e-30), (torch.float32, 1e30)]
+)
+def test_the_relative_tolerance_survives_any_scale(dtype: torch.dtype, scale: float) -> None:
+    """The squares of these gradients are 0 or infinite."""
+    target = (scale * randn(3, seed=5)).to(dtype)
+    solver = TorchOptimizer(torch.optim.SGD, max_steps=100, rtol=1e-4, lr=0.5)
+    result = solver.run(lambda x: 0.5 * ((x - target) ** 2).sum(), torch.zeros(3, dtype=dtype))
+    assert result.status is Status.CONVERGED and result.num_steps == 14  # 2^-14 < 1e-4
+
+
+def test_a_diverged_solve_is_never_called_converged() -> None:
+    solver = TorchOptimizer(torch.optim.SGD, max_steps=3000, rtol=1e-4, lr=3.0)
+    result = solver.run(lambda x: 0.5 * ((x - 1) ** 2).sum(), torch.zeros(3, dtype=F64))
+    assert result.status is not None and not result.status.ok
+
+
 def test_pytrees_come_back_in_their_structure_and_init_is_untouched() -> None:
     init = {"w": torch.zeros(2, 2, dtype=F64), "b": [torch.tensor(1.0, dtype=F64)]}
     before = {"w": init["w"].clone(), "b": [init["b"][0].clone()]}

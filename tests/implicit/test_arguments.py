@@ -1,0 +1,140 @@
+"""Misuse of the layer is an error with the argument, its value, the rule and the remedy; and the layer's records."""
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+from references import F64, randn
+from torch import Tensor
+
+import implicitlayer as il
+
+
+def objective(x: Tensor, t: Tensor) -> Tensor:
+    return (x.exp() - t * x).sum()
+
+
+def solver(f: Any, x: Tensor, t: Tensor) -> Tensor:
+    return t.log()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"on_failure": "panic"}, ValueError, r"on_failure='panic' must be one of \('raise', 'warn', 'ignore'\)"),
+        ({"stationarity_rtol": -1.0}, ValueError, r"stationarity_rtol=-1.0 must be non-negative, or None to switch"),
+        ({"stationarity_rtol": float("nan")}, ValueError, "stationarity_rtol=nan must be non-negative"),
+        ({"polish": -1}, ValueError, "polish=-1 must be non-negative"),
+        ({"batch_dims": -1}, ValueError, "batch_dims=-1 must be non-negative"),
+        ({"linear_solver": "cg"}, TypeError, "linear_solver must be callable, got str"),
+    ],
+)
+def test_bad_settings_are_refused_by_name_value_and_rule(
+    settings: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        il.argmin(objective, solver, **settings)
+
+
+def test_objective_and_solver_must_be_callable() -> None:
+    with pytest.raises(TypeError, match=r"callable, got Tensor"):
+        il.argmin(torch.zeros(2), solver)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="solver must be callable, got str"):
+        il.argmin(objective, "BFGS")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("init", "error", "message"),
+    [
+        ([], ValueError, "init has no leaves"),
+        ({"a": 1.0}, TypeError, r"init leaf x\['a'\] is float; the unknowns must be tensors. Use torch.as_tensor"),
+        (torch.zeros(2, dtype=torch.int64), TypeError, r"init leaf x has dtype torch.int64.*floating. Use .double\(\)"),
+        (torch.zeros(2, dtype=torch.complex64), TypeError, r"init leaf x is complex"),
+    ],
+)
+def test_an_init_that_is_no_unknown_is_refused(init: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        il.argmin(objective, solver)(init, torch.ones(2, dtype=F64))
+
+
+def test_a_linear_solver_that_returns_something_else_is_refused() -> None:
+    t = torch.ones(2, dtype=F64, requires_grad=True)
+    x = il.argmin(objective, solver, linear_solver=lambda operator, rhs: (rhs, 3))(torch.zeros(2, dtype=F64), t)
+    with pytest.raises(TypeError, match=r"must return il.LinearSolution or a tensor of the shape of rhs \(2,\), got"):
+        torch.autograd.grad(x.sum(), t)
+
+
+def test_a_linear_solver_of_the_users_own_is_checked_by_its_residual() -> None:
+    t = torch.tensor([0.5, 4.0], dtype=F64, requires_grad=True)
+
+    def run(linear_solver: Any) -> Tensor:
+        return il.argmin(objective, solver, linear_solver=linear_solver)(torch.zeros(2, dtype=F64), t)
+
+    def dense(operator: Any, rhs: Tensor) -> Tensor:  # knows that the matrix is diagonal
+        return rhs / operator(torch.ones_like(rhs))
+
+    (gradient,) = torch.autograd.grad(run(dense).sum(), t)
+    assert torch.allclose(gradient, 1 / t.detach(), rtol=1e-14)
+    with pytest.warns(il.ConvergenceWarning, match="stopped falling"):
+        torch.autograd.grad(run(lambda a, b: 0.9 * dense(a, b)).sum(), t)
+    with pytest.raises(il.NotConvergedError):
+        torch.autograd.grad(run(lambda a, b: -dense(a, b)).sum(), t)
+    with pytest.raises(il.NonFiniteError):
+        torch.autograd.grad(run(lambda a, b: b * float("nan")).sum(), t)
+
+
+# ------------------------------------------------------------------------------------------------------------ records
+
+
+def test_diagnostics_hold_one_record_per_forward_and_per_linear_solve() -> None:
+    t = torch.tensor([0.5, 4.0], dtype=F64, requires_grad=True)
+    layer = il.argmin(objective, il.solvers.SciPyMinimize("BFGS", options={"gtol": 1e-9}))
+    with il.diagnostics() as records:
+        x = layer(torch.zeros(2, dtype=F64), t)
+        (g,) = torch.autograd.grad(x.sum(), t, create_graph=True)
+        torch.autograd.grad(g.sum(), t)
+    forward, first, *higher = records
+    assert isinstance(forward, il.ForwardRecord) and isinstance(first, il.BackwardRecord)
+    assert forward.solver_status is il.Status.CONVERGED and forward.num_steps is not None and forward.num_steps > 0
+    assert forward.stationarity_norm is not None and float(forward.stationarity_norm) <= 2e-9
+    assert first.kind == "backward" and first.solution.num_steps == 2  # two distinct eigenvalues, 0.5 and 4
+    assert 0.5 <= float(first.solution.smallest_curvature) <= 4
+    # the second derivative solves once for the change of the matrix and once for that of the solution
+    assert sorted(r.kind for r in higher if isinstance(r, il.BackwardRecord)) == ["backward", "higher-order backward"]
+    assert layer.records == records and layer.last_record is records[-1]
+    assert "forward: gradient norm" in str(forward) and "backward: Conjugate gradient converged, 2 steps" in str(first)
+
+
+def test_diagnostics_stop_at_the_end_of_the_block_and_nest() -> None:
+    layer, t = il.argmin(objective, solver), torch.ones(2, dtype=F64)
+    with il.diagnostics() as outer:
+        with il.diagnostics() as inner:
+            layer(torch.zeros(2, dtype=F64), t)
+        layer(torch.zeros(2, dtype=F64), t)
+    layer(torch.zeros(2, dtype=F64), t)
+    assert len(inner) == 1 and len(outer) == 2
+
+
+def test_diagnostics_hear_of_other_threads_and_survive_an_error() -> None:
+    t = torch.ones(2, dtype=F64)
+    with il.diagnostics() as records:
+        thread = threading.Thread(target=lambda: il.argmin(objective, solver)(torch.zeros(2, dtype=F64), t))
+        thread.start()
+        thread.join()
+    assert len(records) == 1
+    with pytest.raises(KeyError), il.diagnostics() as cut:
+        raise KeyError
+    il.argmin(objective, solver)(torch.zeros(2, dtype=F64), t)
+    assert cut == []
+
+
+def test_records_of_a_batch_have_lanes() -> None:
+    t = randn(3, 2, seed=1).abs() + 0.5
+    with il.diagnostics() as records:
+        torch.func.vmap(torch.func.grad(lambda t: il.argmin(objective, solver)(torch.zeros(2, dtype=F64), t).sum()))(t)
+    forward, backward = records
+    assert isinstance(forward, il.ForwardRecord) and isinstance(backward, il.BackwardRecord)
+    assert forward.stationarity_norm is not None and forward.stationarity_norm.shape == (3,)
+    assert backward.solution.codes.shape == backward.solution.steps.shape == (3,) and backward.solution.value is None
+    assert "over (3,) lanes" in str(backward)

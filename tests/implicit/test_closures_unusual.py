@@ -1,0 +1,117 @@
+"""Objectives that read tensors in unusual ways: on another branch, in C++, under transforms of their own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from references import F64, newton, randn, relative_error
+from torch import Tensor
+from torch.func import grad, hessian, jacrev, vmap
+
+import implicitlayer as il
+
+TIGHT = il.ConjugateGradient(rtol=1e-13)
+
+
+def positive(*shape: int, seed: int) -> Tensor:
+    return randn(*shape, seed=seed).abs() + 0.5
+
+
+def explicit(a: Tensor, t: Tensor) -> Tensor:
+    return (t / a) ** (1 / 3)
+
+
+def scalar(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda a, t: (function(a, t) ** 2).sum()
+
+
+def compare(got: Any, expected: Any) -> None:
+    got, expected = torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(expected)
+    for g, e in zip(got, expected, strict=True):
+        assert g.shape == e.shape and relative_error(g, e) < 1e-8  # second order at rtol 1e-13, condition below 20
+
+
+def test_a_tensor_read_only_on_another_branch_is_differentiated_or_refused_by_name() -> None:
+    """At init the objective takes the branch without w; at the solution it reads w."""
+    w = positive(3, seed=1).requires_grad_()
+
+    def objective(x: Tensor) -> Tensor:
+        return ((x - w**2) ** 2).sum() if float(x.detach().sum()) > 0 else ((x - 1) ** 2).sum()
+
+    refused = False
+    try:
+        x = il.argmin(objective, lambda f, x: w.detach() ** 2)(torch.zeros(3, dtype=F64))
+        (x.sum() + 0 * w.sum()).backward()
+    except il.ClosureError:
+        refused = True
+    assert refused or (w.grad is not None and torch.allclose(w.grad, 2 * w.detach(), rtol=1e-9))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+def test_weights_of_a_traced_module_are_differentiated_or_refused_by_name() -> None:
+    """Their weights are read in C++, where no torch function sees them."""
+    net = torch.nn.Linear(2, 1, bias=False).double()
+    traced = torch.jit.trace(net, torch.zeros(2, dtype=F64))
+
+    def objective(x: Tensor) -> Tensor:
+        return ((x - 1) ** 2).sum() + traced(x).sum()  # x = 1 - w / 2
+
+    refused = False
+    try:
+        x = il.argmin(objective, lambda f, x: 1 - net.weight.detach()[0] / 2)(torch.zeros(2, dtype=F64))
+        (x.sum() + 0 * net.weight.sum()).backward()
+    except il.ClosureError:
+        refused = True
+    gradient = net.weight.grad
+    assert refused or (gradient is not None and torch.allclose(gradient, torch.full((1, 2), -0.5, dtype=F64)))
+
+
+@pytest.mark.parametrize("closed_over", [False, True])
+def test_vmap_inside_the_objective_is_fine(closed_over: bool) -> None:
+    a, t = positive(3, seed=1), positive(3, seed=2)
+
+    def run(a: Tensor, t: Tensor) -> Tensor:
+        def objective(x: Tensor, a: Tensor, t: Tensor) -> Tensor:
+            return torch.vmap(lambda x, a, t: a * x**4 / 4 - t * x)(x, a, t).sum()
+
+        def closing(x: Tensor) -> Tensor:
+            return (
+                torch.vmap(lambda i: torch.vmap(lambda x, t: a[i] * x**4 / 4 - t * x)(x, t))(torch.arange(3))
+                .diagonal()
+                .sum()
+            )
+
+        if closed_over:
+            return il.argmin(closing, newton, linear_solver=TIGHT, on_failure="ignore")(torch.ones_like(t))
+        solver = lambda f, x, a, t: (t / a) ** (1 / 3)  # noqa: E731
+        return il.argmin(objective, solver, linear_solver=TIGHT)(torch.ones_like(t), a, t)
+
+    leaves = [s.clone().requires_grad_() for s in (a, t)]
+    expected = jacrev(lambda a, t: explicit(a, t).sum(), argnums=(0, 1))(a, t)
+    compare(torch.autograd.grad(run(*leaves).sum(), leaves), expected)
+    if not closed_over:
+        compare(grad(lambda a, t: run(a, t).sum(), argnums=(0, 1))(a, t), expected)
+        compare(hessian(scalar(run))(a, t), hessian(scalar(explicit))(a, t))
+        lanes = (torch.stack([a, t]), torch.stack([t, a]))
+        compare(vmap(grad(scalar(run)))(*lanes), vmap(grad(scalar(explicit)))(*lanes))
+
+
+def test_functional_gradients_inside_the_objective_are_fine() -> None:
+    """A gradient penalty: |grad_y (a y^3 / 3) - t|^2 at y = x."""
+    a, t = positive(3, seed=1), positive(3, seed=2)
+
+    def run(a: Tensor, t: Tensor) -> Tensor:
+        def objective(x: Tensor) -> Tensor:
+            return ((grad(lambda y: (a * y**3 / 3).sum())(x) - t) ** 2).sum()
+
+        return il.argmin(objective, lambda f, x: (t.detach() / a.detach()).sqrt(), linear_solver=TIGHT)(
+            torch.ones_like(t)
+        )
+
+    def direct(a: Tensor, t: Tensor) -> Tensor:
+        return (t / a).sqrt()
+
+    leaves = [s.clone().requires_grad_() for s in (a, t)]
+    compare(torch.autograd.grad(run(*leaves).sum(), leaves), jacrev(lambda a, t: direct(a, t).sum(), (0, 1))(a, t))
