@@ -15,6 +15,8 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from implicitlayer._errors import ClosureError
+
 
 def needs_derivative(tensor: torch.Tensor) -> bool:
     """Whether a derivative with respect to ``tensor`` may be asked for, or a transform has wrapped it."""
@@ -81,22 +83,97 @@ class _Finder(TorchFunctionMode):
         super().__init__()
         self.known = {id(tensor): tensor for tensor in known}
         self.outside: list[torch.Tensor] = []
+        self.level = torch._C._functorch.maybe_current_level() or 0
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         entering: list[torch.Tensor] = []
         _tensors_in(args, entering)
         if kwargs:
             _tensors_in(kwargs, entering)
+        if func is torch.nn.functional.batch_norm:
+            _refuse_running_statistics(*args, **(kwargs or {}))
         for tensor in entering:
             if id(tensor) not in self.known:
                 self.known[id(tensor)] = tensor
-                self.outside.append(tensor)
+                self.meet(tensor)
         result = func(*args, **(kwargs or {}))
         leaving: list[torch.Tensor] = []
         _tensors_in(result, leaving)
         for tensor in leaving:
             self.known.setdefault(id(tensor), tensor)
         return result
+
+    def meet(self, tensor: torch.Tensor) -> None:
+        """A tensor from outside, or one that a transform inside the function has wrapped."""
+        core = torch._C._functorch
+        if core.maybe_get_level(tensor) <= self.level:
+            self.outside.append(tensor)
+            return
+        inside = tensor
+        while core.maybe_get_level(tensor) > self.level:
+            tensor = core.get_unwrapped(tensor)
+        if id(tensor) not in self.known and needs_derivative(tensor):
+            raise ClosureError(
+                f"the objective hands a closed-over tensor of shape {tuple(tensor.shape)} that requires a gradient to "
+                f"a transform of its own (where it arrives with shape {tuple(inside.shape)}). Pass it to the layer as "
+                "one more theta."
+            )
+
+
+def _refuse_running_statistics(
+    input: torch.Tensor,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> None:
+    if training and running_mean is not None:
+        raise ClosureError(
+            "the objective holds a BatchNorm in train mode that writes its running statistics at every evaluation: "
+            "solutions would depend on how often the solver evaluated it, and no transform can run it. Use "
+            "track_running_stats=False (batch statistics) or .eval() (frozen running statistics)."
+        )
+
+
+def refuse_hidden_tensors(
+    function: Callable[[list[torch.Tensor], list[torch.Tensor]], list[torch.Tensor]],
+    x: list[torch.Tensor],
+    theta: list[torch.Tensor],
+) -> None:
+    """Raise if ``function(x, theta)`` depends on a tensor that requires a gradient and is not an argument.
+
+    Catches what the finder cannot see: a tensor read on a branch that was not taken at ``init``, or by a scripted
+    module or an extension. Inside a torch.func level the arguments' own graph is on that level, so whatever graph the
+    value has outside of it comes from elsewhere.
+    """
+    with torch.enable_grad():
+        vjp: Callable[..., Any] = torch.func.vjp  # torch annotates its results as two or three values
+        values, _ = vjp(lambda x_: function(x_, theta), x)
+    for value in values:
+        if value.requires_grad:
+            raise ClosureError(
+                f"the objective reads a closed-over tensor{_first_leaf(value)} that requires a gradient, in a way that "
+                "could not be followed (a branch not taken at init, a scripted or traced module, an extension). Pass "
+                "it to the layer as one more theta."
+            )
+
+
+def _first_leaf(value: torch.Tensor) -> str:
+    """`` of shape ...`` of a leaf of the graph of ``value``, for messages."""
+    stack, seen = [value.grad_fn], {value.grad_fn}
+    while stack:
+        node = stack.pop()
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            return f" of shape {tuple(leaf.shape)}"
+        for child, _ in node.next_functions if node is not None else ():
+            if child not in seen:
+                seen.add(child)
+                stack.append(child)
+    return ""
 
 
 class _Substitute(TorchFunctionMode):

@@ -32,7 +32,7 @@ class Settings:
     num_query: int = 15
     inner_steps: int = 16
     cg_steps: int = 5
-    step_size: float = 0.1
+    step_size: float = 0.02  # 0.1 overshoots from an untrained start, and curvature turns negative in some tasks
     strength: float = 2.0
 
 

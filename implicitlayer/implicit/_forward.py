@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from implicitlayer._capture import refuse_hidden_tensors
 from implicitlayer._errors import NonFiniteError, SolverOutputError, StationarityError, StationarityWarning
 from implicitlayer._records import ForwardRecord, emit
 from implicitlayer._solution import RecordingSolver, SolverResult
@@ -69,6 +70,9 @@ def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
         x = [torch.stack([lane[i] for lane in checked]).reshape(leaf.shape) for i, leaf in enumerate(init)]
     aux = [result.aux for result, _ in results]
     spec.aux[:] = aux if lanes else aux[:1]
+
+    if spec.differentiable:
+        refuse_hidden_tensors(residual.outputs, x, [t.detach() for t in theta])
 
     measured: Stationarity | None = None
     polished = 0
@@ -189,7 +193,8 @@ def _check_finite(answers: list[Leaves], spec: LayerSpec, init: Leaves) -> None:
     """Row "solver returns NaN or Inf": name the leaf and the lane."""
     for i, name in enumerate(spec.calling.x_names):
         leaf = torch.stack([answer[i] for answer in answers]) if len(answers) > 1 else answers[0][i]
-        finite = leaf.isfinite().reshape((*init[i].shape[: spec.residual.lane_dims], -1)).all(-1)
+        lanes, size = init[i].shape[: spec.residual.lane_dims], init[i].shape[spec.residual.lane_dims :].numel()
+        finite = leaf.isfinite().reshape((*lanes, size)).all(-1)
         if not bool(finite.all()):
             raise NonFiniteError(
                 f"the solver returned NaN or Inf in {name}{name_lanes(~finite)}: it diverged or failed. Check its step "

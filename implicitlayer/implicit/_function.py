@@ -27,6 +27,7 @@ class LayerSpec:
     num_x: int
     linear_solver: Callable[..., Any]
     on_failure: OnFailure = "warn"
+    differentiable: bool = True
     stationarity_rtol: float | None = 1e-3
     polish: int = 0
     matrix: Matrix = ("hessian", 0.0)

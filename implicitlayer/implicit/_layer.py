@@ -125,6 +125,7 @@ class ImplicitLayer:
             num_x=len(x),
             linear_solver=self.linear_solver,
             on_failure=self.on_failure,
+            differentiable=differentiable,
             stationarity_rtol=self.stationarity_rtol if wanted else None,
             polish=self.polish,
             matrix=(self.curvature, float(self.damping)),

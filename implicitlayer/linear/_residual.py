@@ -73,6 +73,10 @@ class Residual:
             )
         return values
 
+    def outputs(self, x: Leaves, theta: Leaves) -> Leaves:
+        """What ``function`` returns for all lanes: the value of the objective, or the residuals."""
+        return [self.values(x, theta)] if self.is_gradient else self(x, theta)
+
     def __call__(self, x: Leaves, theta: Leaves) -> Leaves:
         """F(x, theta), leaves like x."""
         if self.is_gradient:

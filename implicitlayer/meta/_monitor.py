@@ -56,11 +56,12 @@ class Progress:
         done: share of the budget that is already used, 0...1 (after a resume).
         name: shown in front.
         show: False keeps silent.
+        leave: whether the bar stays on the screen at the end.
     """
 
     _UNITS = 1000
 
-    def __init__(self, done: float, *, name: str = "", show: bool = True) -> None:
+    def __init__(self, done: float, *, name: str = "", show: bool = True, leave: bool = True) -> None:
         self._bar: Any = None
         self._line_at = done
         self._name = name
@@ -76,6 +77,7 @@ class Progress:
             total=self._UNITS,
             initial=int(done * self._UNITS),
             desc=name,
+            leave=leave,
             bar_format="{desc} {percentage:3.0f}% |{bar}| ETA {remaining}{postfix}",
             mininterval=0.2 if sys.stderr.isatty() else 15.0,  # a log file gets a line now and then
             dynamic_ncols=True,

@@ -142,18 +142,22 @@ class Trainer:
         self.load_state_dict(load_checkpoint(self.checkpoint_path))
         return True
 
-    def fit(self) -> list[dict[str, Any]]:
+    def fit(self, *, until: float = 1.0) -> list[dict[str, Any]]:
         """Train until the budget is used; Ctrl-C finishes the step, saves, and raises ``KeyboardInterrupt``.
+
+        Args:
+            until: stop (and save) at this share of the budget, 0...1; a later call goes on. So several trainers can
+                take turns, and whatever else slows the machine down slows them all.
 
         Returns:
             The history, one record per step: loss, accuracy, gradient norm, seconds, and now and then the state of the
             inner problem and the validation accuracy.
         """
-        progress = Progress(self.done, name=self.name, show=self.show_progress)
+        progress = Progress(self.done, name=self.name, show=self.show_progress, leave=until >= 1.0)
         saved_at, saved_step = time.perf_counter(), self.step
         try:
             with StopRequest() as stop:
-                while self.done < 1.0:
+                while self.done < until:
                     record = self._train_step()
                     progress.update(self.done, record)
                     late = time.perf_counter() - saved_at >= self.checkpoint_seconds
