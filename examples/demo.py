@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Threads that wait for work shall sleep. By default they spin, and beside other work a step takes up to ten times as long.
+# Threads that wait shall sleep: by default they spin, and beside other work a step then takes up to ten times as long.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch

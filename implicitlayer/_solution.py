@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +19,7 @@ from implicitlayer._errors import (
 from implicitlayer._status import Status
 from implicitlayer._tree import name_lanes
 from implicitlayer._types import OnFailure
+from implicitlayer._warn import warn
 
 __all__ = ["LinearSolution", "RecordingSolver", "SolverResult"]
 
@@ -83,7 +83,7 @@ class LinearSolution:
             f"{at(self.relative_residual):.2e}{asked}). {status.help}"
         )
 
-    def enforce(self, on_failure: OnFailure, context: str = "", stacklevel: int = 2) -> None:
+    def enforce(self, on_failure: OnFailure, context: str = "") -> None:
         """Apply the failure policy.
 
         ``"raise"`` makes every failure an error. ``"warn"`` warns where the value still approximates the answer
@@ -99,7 +99,7 @@ class LinearSolution:
         if on_failure == "ignore":
             return
         if on_failure == "warn" and status.usable:
-            warnings.warn(message, ConvergenceWarning, stacklevel=stacklevel + 1)
+            warn(message, ConvergenceWarning)
             return
         error: type[LinearSolveError] = {
             Status.INDEFINITE: IndefiniteError,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,3 +78,20 @@ def name_lanes(bad: torch.Tensor) -> str:
 def finite_lanes(flat: torch.Tensor) -> torch.Tensor:
     """Which lanes of [*lanes, n] hold finite numbers only."""
     return flat.isfinite().all(-1)
+
+
+def leaves_norm(leaves: Sequence[torch.Tensor], lane_dims: int) -> torch.Tensor:
+    """Euclidean norm over all leaves per lane, in float64, safe from overflow and underflow
+    of squares; infinite where a leaf holds NaN.
+    """
+    lanes = leaves[0].shape[:lane_dims]
+    flat = [g.reshape(*lanes, g.shape[lane_dims:].numel()) for g in leaves]
+    largest = [g.abs().amax(-1) if g.numel() else g.new_zeros(lanes) for g in flat]
+    scale = torch.stack([part.double() for part in largest]).amax(0)
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    total = torch.zeros_like(scale)
+    for g in flat:
+        unit = g.double() / scale.unsqueeze(-1)
+        total = total + (unit * unit).sum(-1)
+    norm = scale * total.sqrt()
+    return torch.where(norm.isnan(), math.inf, norm)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._surroundings import out_of_inference, plain_surroundings
 from implicitlayer._tree import TreeSpec, flatten_with_names, name_lanes, ravel, unflatten, unravel
 from implicitlayer._types import FlatFunction, Leaves
+from implicitlayer._warn import warn
 from implicitlayer.implicit._stationarity import Stationarity, newton_step, stationarity
 from implicitlayer.linear._residual import Residual
 
@@ -234,4 +234,4 @@ def _judge(spec: LayerSpec, measured: Stationarity, rtol: float) -> None:
     )
     if spec.on_failure == "raise":
         raise StationarityError(message)
-    warnings.warn(message, StationarityWarning, stacklevel=5)
+    warn(message, StationarityWarning)

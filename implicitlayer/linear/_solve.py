@@ -68,7 +68,7 @@ class LinearSolve(torch.autograd.Function):
         emit(record)
         if spec.listener is not None:
             spec.listener(record)
-        solution.enforce(spec.on_failure, f"{spec.kind} solve: ", stacklevel=2)
+        solution.enforce(spec.on_failure, f"{spec.kind} solve: ")
         return tuple(unravel(solution.value, rhs, lane_dims))
 
     @staticmethod

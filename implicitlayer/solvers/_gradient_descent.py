@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,7 +10,7 @@ import torch
 
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
-from implicitlayer._tree import flatten, unflatten
+from implicitlayer._tree import flatten, leaves_norm, unflatten
 
 __all__ = ["GradientDescent"]
 
@@ -69,7 +68,7 @@ class GradientDescent(RecordingSolver):
         tolerance: torch.Tensor | None = None
         for step in range(self.max_steps + 1):
             gradient, lane_dims = _gradient(objective, x, spec, theta)
-            norm = _lane_norm(gradient, lane_dims)
+            norm = leaves_norm(gradient, lane_dims)
             if tolerance is None:
                 tolerance = torch.clamp(self.rtol * norm, min=self.atol)
             running = norm > tolerance
@@ -92,18 +91,3 @@ def _gradient(
         value = objective(unflatten(points, spec), *theta)
         total = value.sum() if value.ndim else value
         return list(torch.autograd.grad(total, points, materialize_grads=True)), value.ndim
-
-
-def _lane_norm(gradient: list[torch.Tensor], lane_dims: int) -> torch.Tensor:
-    """Euclidean norm over all leaves per lane, safe from overflow and underflow of squares."""
-    lanes = gradient[0].shape[:lane_dims]
-    flat = [g.reshape(*lanes, g.shape[lane_dims:].numel()) for g in gradient]
-    largest = [g.abs().amax(-1) if g.numel() else g.new_zeros(lanes) for g in flat]
-    scale = torch.stack([part.double() for part in largest]).amax(0)
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-    total = torch.zeros_like(scale)
-    for g in flat:
-        unit = g.double() / scale.unsqueeze(-1)
-        total = total + (unit * unit).sum(-1)
-    norm = scale * total.sqrt()
-    return torch.where(norm.isnan(), math.inf, norm)

@@ -9,7 +9,7 @@ import torch
 
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
-from implicitlayer._tree import flatten, unflatten
+from implicitlayer._tree import flatten, leaves_norm, unflatten
 
 __all__ = ["TorchOptimizer"]
 
@@ -81,7 +81,7 @@ class TorchOptimizer(RecordingSolver):
             while True:
                 if self.rtol > 0 or self.atol > 0:
                     closure()
-                    norm = float(torch.cat([leaf.grad.flatten() for leaf in x if leaf.grad is not None]).norm())
+                    norm = float(leaves_norm([leaf.grad for leaf in x if leaf.grad is not None], 0))
                     tolerance = max(self.atol, self.rtol * norm) if tolerance is None else tolerance
                     status = Status.CONVERGED if norm <= tolerance else Status.MAX_STEPS_REACHED
                 if status is Status.CONVERGED or step == self.max_steps:

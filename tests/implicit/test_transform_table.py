@@ -1,4 +1,4 @@
-"""Every transform and its compositions to depth 3, on every kind of layer, against closed forms; writes docs/transforms.md.
+"""Every transform and its compositions to depth 3, on every kind of layer, against closed forms; writes the docs page.
 
 IMPLICITLAYER_WRITE_DOCS=1 python -m pytest tests/implicit/test_transform_table.py    # after a change of the table
 """
