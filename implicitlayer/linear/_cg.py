@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from implicitlayer._solution import LinearSolution
 from implicitlayer._status import Status
 from implicitlayer.linear._operator import FlatOperator, LinearSolver, default_rtol, lane_dot, lane_scale
+from implicitlayer.linear._preconditioners import Precondition, Preconditioner
 
 __all__ = ["ConjugateGradient"]
 
@@ -44,7 +44,8 @@ class ConjugateGradient(LinearSolver):
         rtol: relative tolerance; default 1e-10 (float64), 1e-5 (float32), if ``max_steps`` is not given alone.
         atol: absolute tolerance, in units of b.
         max_steps: limit of steps; default ten times the number of unknowns (in elements) of one lane.
-        preconditioner: ``v -> approximately A^-1 v``, symmetric positive definite, on flat vectors [*lanes, n].
+        preconditioner: ``v -> approximately A^-1 v``, symmetric positive definite, on flat vectors [*lanes, n]; or a
+            :class:`Jacobi` or :class:`Nystrom`, built from the operator. Default: the operator's diagonal metric.
 
     Raises:
         ValueError: a negative tolerance or step limit.
@@ -63,7 +64,7 @@ class ConjugateGradient(LinearSolver):
     rtol: float | None = None
     atol: float = 0.0
     max_steps: int | None = None
-    preconditioner: Callable[[torch.Tensor], torch.Tensor] | None = None
+    preconditioner: Precondition | Preconditioner | None = None
 
     def __post_init__(self) -> None:
         for name, value in (("rtol", self.rtol), ("atol", self.atol)):
@@ -79,7 +80,10 @@ class ConjugateGradient(LinearSolver):
         return self.rtol is not None or self.atol > 0 or self.max_steps is None
 
     def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution:
-        precondition = self.preconditioner or operator.precondition
+        given = self.preconditioner
+        precondition = (given.build(operator, rhs) if isinstance(given, Preconditioner) else given) or (
+            operator.precondition
+        )
         scale = lane_scale(rhs)
         b = rhs / scale
         norm = lane_dot(b, b).sqrt()
@@ -117,7 +121,7 @@ class ConjugateGradient(LinearSolver):
             claims = (run.codes == int(Status.CONVERGED)) & (run.residual_norm > 2 * tolerance)
             running = running & claims & (run.residual_norm < 0.5 * previous) & (run.steps < max_steps)
             previous = run.residual_norm
-        return self._finish(run, norm, scale, tolerance, rtol, touched)
+        return self._finish(run, precondition(b), norm, scale, tolerance, rtol, touched)
 
     def _zero_steps(
         self, value: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor, rtol: float | None
@@ -133,6 +137,7 @@ class ConjugateGradient(LinearSolver):
     def _finish(
         self,
         run: _Run,
+        zero_steps: torch.Tensor,
         norm: torch.Tensor,
         scale: torch.Tensor,
         tolerance: torch.Tensor,
@@ -155,8 +160,10 @@ class ConjugateGradient(LinearSolver):
             soft = (codes == int(Status.STAGNATED)) | (codes == int(Status.MAX_STEPS_REACHED))
             codes = torch.where(soft & reached, int(Status.CONVERGED), codes)
             codes = torch.where(soft & ~(relative < 1), int(Status.DIVERGED), codes)
+        fruitless = (codes > int(Status.STAGNATED)) & ~(relative < 1)
+        value = torch.where(fruitless.unsqueeze(-1), zero_steps, run.value) if bool(fruitless.any()) else run.value
         return LinearSolution(
-            value=run.value * scale,
+            value=value * scale,
             codes=codes,
             steps=run.steps,
             residual_norm=residual * scale[..., 0],
@@ -184,13 +191,12 @@ class _Run:
     largest: torch.Tensor | None = None
 
 
-Precondition = Callable[[torch.Tensor], torch.Tensor]
-
 # NOTE [p'Dp for nothing]: directions are D-orthogonal to the new z (D: the preconditioner's matrix, z = D^-1 r), so
 # p_new' D p_new = r_new' z_new + beta^2 p' D p. The curvature p'Ap / p'Dp that the checks need costs no inner product.
 
-# NOTE [a lane that fails at once]: negative curvature in the very first direction leaves no iterate at all; the value
-# is then the answer of zero steps, D^-1 b (first-order MAML in iMAML), never a step along a direction of descent.
+# NOTE [a lane that fails]: a lane that met negative curvature keeps its last iterate, if that has lowered the residual.
+# If not (it failed in its first direction, or stepped far along an almost flat one), its value is the answer of zero
+# steps, D^-1 b (first-order MAML in iMAML): what on_failure="ignore" then passes on is a descent direction of size b.
 
 
 def _iterate_single(
@@ -225,11 +231,9 @@ def _iterate_single(
         smallest, largest = min(smallest, curvature), max(largest, curvature)
         if curvature <= floor * largest:
             code = Status.SINGULAR if curvature >= -floor * largest else Status.INDEFINITE
-            if steps == 1:
-                x = z
             break
         alpha = rz / pap
-        x = x + alpha * p
+        x = x.add(p, alpha=alpha)
         r.sub_(ap, alpha=alpha)
         z = precondition(r)
         rz_new = lane_dot(r, z).item()
@@ -245,6 +249,18 @@ def _iterate_single(
     run.codes = torch.full_like(run.codes, int(code))
     run.residual_norm = torch.full_like(run.residual_norm, rnorm)
     run.smallest, run.largest = torch.full_like(tolerance, smallest), torch.full_like(tolerance, largest)
+
+
+class _Keep:
+    """Picks the new vectors of running lanes and the old ones of all others."""
+
+    def __init__(self, running: torch.Tensor) -> None:
+        # asking whether all lanes run is free on the CPU only, and saves a pass over every vector there
+        self.all = running.device.type == "cpu" and bool(running.all())
+        self.here = running.unsqueeze(-1)
+
+    def __call__(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        return new if self.all else torch.where(self.here, new, old)
 
 
 def _iterate_lanes(
@@ -289,13 +305,11 @@ def _iterate_lanes(
         codes = torch.where(flat, int(Status.SINGULAR), codes)
         codes = torch.where(down, int(Status.INDEFINITE), codes)
         codes = torch.where(running & ~finite, int(Status.NONFINITE), codes)
-        failed = flat | down
-        x = torch.where((failed & (steps == 1)).unsqueeze(-1), z, x)
-        running = seen & ~failed
-        here = running.unsqueeze(-1)
+        running = seen & ~(flat | down)
+        keep = _Keep(running)
         alpha = torch.where(running, rz / pap, 0.0).to(x.dtype).unsqueeze(-1)
-        x = torch.where(here, x + alpha * p, x)
-        r = torch.where(here, r - alpha * ap, r)
+        x = keep(torch.addcmul(x, alpha, p), x)
+        r = keep(torch.addcmul(r, alpha, ap, value=-1), r)
         z = precondition(r)
         rz_new = lane_dot(r, z)
         rnorm = torch.where(running, (lane_dot(r, r) if preconditioned else rz_new).sqrt(), rnorm)
@@ -305,6 +319,6 @@ def _iterate_lanes(
         beta = torch.where(running, rz_new / rz, 0.0)
         pdp = torch.where(running, rz_new + beta * beta * pdp, pdp)
         rz = torch.where(running, rz_new, rz)
-        p = torch.where(running.unsqueeze(-1), z + beta.to(x.dtype).unsqueeze(-1) * p, p)
+        p = _Keep(running)(torch.addcmul(z, beta.to(x.dtype).unsqueeze(-1), p), p)
     run.value, run.residual, run.steps, run.codes = x, r, steps, codes
     run.residual_norm, run.smallest, run.largest = rnorm, smallest, largest

@@ -49,6 +49,9 @@ def trouble(numbers: dict[str, Any]) -> str:
     return "; ".join(words)
 
 
+_BAR = "{desc} {percentage:3.0f}% |{bar}|"
+
+
 class Progress:
     """A bar with loss, accuracy and time left: tqdm where it is installed, a line now and then where it is not.
 
@@ -78,7 +81,7 @@ class Progress:
             initial=int(done * self._UNITS),
             desc=name,
             leave=leave,
-            bar_format="{desc} {percentage:3.0f}% |{bar}| ETA {remaining}{postfix}",
+            bar_format=_BAR,
             mininterval=0.2 if sys.stderr.isatty() else 15.0,  # a log file gets a line now and then
             dynamic_ncols=True,
         )
@@ -89,11 +92,12 @@ class Progress:
             return
         if "inner_diverged" in record:
             self._trouble = trouble(record)
-        words = f"step {record['step']}, loss {record['loss']:.3f}"
+        left = round(record["seconds"] * (1 - done) / max(done, 1e-9))
+        words = f"ETA {left // 60}:{left % 60:02d}, step {record['step']}, loss {record['loss']:.3f}"
         words += f", accuracy {record['accuracy']:.1%}" if "accuracy" in record else ""
         words += f" [{self._trouble}]" if self._trouble else ""
         if self._bar is not None:
-            self._bar.set_postfix_str(words, refresh=False)
+            self._bar.bar_format = f"{_BAR} {words}"
             self._bar.update(min(self._UNITS, int(done * self._UNITS)) - self._bar.n)
         elif done - self._line_at >= 0.05 or done >= 1.0:
             self._line_at = done

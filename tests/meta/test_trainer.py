@@ -240,10 +240,10 @@ def test_a_meta_gradient_that_is_not_finite_stops_the_run() -> None:
 
 def test_progress_shows_loss_accuracy_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     progress = Progress(0.0, name="iMAML")
-    progress.update(1.0, {"step": 5, "loss": 0.25, "accuracy": 0.5, "inner_diverged": 0.5})
+    progress.update(0.25, {"step": 5, "seconds": 30.0, "loss": 0.25, "accuracy": 0.5, "inner_diverged": 0.5})
     progress.close()
     shown = capsys.readouterr().err
-    for words in ("iMAML", "ETA", "100%", "step 5, loss 0.250, accuracy 50.0%", "inner problem diverges on 50%"):
+    for words in ("iMAML", "ETA 1:30", "25%", "step 5, loss 0.250, accuracy 50.0%", "inner problem diverges on 50%"):
         assert words in shown
 
 
