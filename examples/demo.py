@@ -28,7 +28,7 @@ import implicitlayer as il
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """All there is to set; tuned on the validation classes of Omniglot, the test classes were never looked at."""
+    """All there is to set; chosen on the validation classes of Omniglot (docs/meta_learning.md)."""
 
     num_ways: int = 5  # classes in a task
     num_shots: int = 1  # labelled pictures of each

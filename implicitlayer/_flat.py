@@ -37,6 +37,12 @@ class Signature:
         rebuilt: tuple[Any, ...] = unflatten(filled, self.spec)
         return rebuilt
 
+    @property
+    def first(self) -> Any:
+        """The first argument, with whatever stands for its tensors."""
+        args: tuple[Any, ...] = unflatten(list(self.leaves), self.spec)
+        return args[0]
+
     def without_tensors(self) -> Signature:
         """The same structure holding no tensor: functions that outlive the call must not keep data alive."""
         return Signature(self.spec, tuple(_SLOT if isinstance(x, torch.Tensor) else x for x in self.leaves))
@@ -52,11 +58,15 @@ class Parts:
     Attributes:
         metric: ``(x leaves, theta leaves) -> leaves`` broadcastable to x: a positive diagonal close to the Hessian.
         model, loss: where the objective is ``loss(model(x, theta), theta)``.
+        coupling: the terms of the objective through which the first ``num_coupled`` theta leaves act; no other term
+            reads them.
     """
 
     metric: FlatFunction | None = None
     model: FlatFunction | None = None
     loss: FlatFunction | None = None
+    coupling: FlatFunction | None = None
+    num_coupled: int = 0
 
 
 NO_PARTS = Parts()
@@ -93,11 +103,14 @@ def _like_x(value: Any, x: Leaves, x_spec: TreeSpec) -> Leaves:
     return list(leaves)
 
 
-def flat_parts(function: Callable[..., Any], x_spec: TreeSpec, signature: Signature, hidden: Leaves) -> Parts:
+def flat_parts(
+    function: Callable[..., Any], x_spec: TreeSpec, signature: Signature, hidden: Leaves, lane_dims: int = 0
+) -> Parts:
     """What an objective tells about itself besides its value, on flat lists.
 
     NOTE [objectives with parts]: an objective may have the methods ``curvature_metric(x, *theta)``, a positive
-    diagonal close to its Hessian, in the structure of x; and ``as_composite()``, a :class:`Composite` or None.
+    diagonal close to its Hessian, in the structure of x; ``as_composite()``, a :class:`Composite` or None; and
+    ``coupling(lane_dims)``, a function ``(x, first theta) -> value per lane``: the terms that read the first theta.
     """
     slots = signature.without_tensors()
 
@@ -128,4 +141,17 @@ def flat_parts(function: Callable[..., Any], x_spec: TreeSpec, signature: Signat
             return value
 
         model, loss = flat_model, flat_loss
-    return Parts(metric, model, loss)
+    coupling: FlatFunction | None = None
+    num_coupled = 0
+    if hasattr(function, "coupling"):
+        coupling_of = function.coupling(lane_dims)
+        num_coupled = sum(isinstance(leaf, torch.Tensor) for leaf in flatten(slots.first)[0])
+
+        def flat_coupling(x: Leaves, theta: Leaves) -> torch.Tensor:
+            first = slots.rebuild(theta)[0]
+            values = theta[len(theta) - len(hidden) :]
+            value: torch.Tensor = call_with(coupling_of, hidden, values, (unflatten(x, x_spec), first))
+            return value
+
+        coupling = flat_coupling
+    return Parts(metric, model, loss, coupling, num_coupled)

@@ -104,7 +104,7 @@ class ImplicitLayer:
             function=_minus_identity(function) if self.kind == "fixed_point" else function,
             is_gradient=self.kind == "argmin",
             lane_dims_of_function=self.batch_dims,
-            parts=flat_parts(self.function, x_spec, signature, hidden),
+            parts=flat_parts(self.function, x_spec, signature, hidden, self.batch_dims),
         )
         calling = Calling(
             solver=self.solver,

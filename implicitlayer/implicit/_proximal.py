@@ -34,6 +34,16 @@ class Proximal:
                 value = value + (0.5 * strength) * lane_reduce(d * d, value.ndim)
         return value
 
+    def coupling(self, lane_dims: int) -> Callable[[Any, Any], torch.Tensor]:
+        """The penalty alone, the only term that reads theta: see NOTE [objectives with parts]."""
+
+        def penalty(phi: Any, theta: Any) -> torch.Tensor:
+            lanes = flatten(phi)[0][0]
+            zero = lanes.new_zeros(lanes.shape[:lane_dims])
+            return self._with_penalty(zero, _difference(phi, theta, lane_dims))
+
+        return penalty
+
     def curvature_metric(self, phi: Any, theta: Any, *data: Any) -> Any:
         """The known part of the curvature, diagonal: the Hessian in phi is ``H + strength``.
 

@@ -41,7 +41,8 @@ def implicit_vjp(
     spec = SolveSpec(Jacobian(residual, len(x), True, *matrix), len(x), **how)
     with plain_surroundings(x):
         u = solve(spec, cotangent, [*x, *theta])
-        pulled = pull_tensors(lambda t: residual(x, t), theta, needed, u)
+        source = residual.seen_by(needed)
+        pulled = pull_tensors(lambda t: source(x, t), theta, needed, u)
     return [None if t is None else -t for t in pulled]
 
 

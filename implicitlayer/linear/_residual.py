@@ -73,6 +73,12 @@ class Residual:
             )
         return values
 
+    def seen_by(self, needed: Sequence[bool]) -> Residual:
+        """The same equation for derivatives in the ``needed`` theta leaves, without terms that read none of them."""
+        if self.parts.coupling is None or any(needed[self.parts.num_coupled :]):
+            return self
+        return replace(self, function=self.parts.coupling)
+
     def outputs(self, x: Leaves, theta: Leaves) -> Leaves:
         """What ``function`` returns for all lanes: the value of the objective, or the residuals."""
         return [self.values(x, theta)] if self.is_gradient else self(x, theta)
