@@ -87,12 +87,27 @@ def hessian_operator(
     return HessianOperator(family, [*leaves, *signature.tensors, *hidden], x_spec)
 
 
+@dataclass(frozen=True)
+class _Form:
+    """Shape, dtype and device of a leaf; a tensor in its place would belong to the transform that made it."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def zeros(self) -> torch.Tensor:
+        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
+
+    def with_lanes(self, lanes: torch.Size) -> torch.Tensor:
+        return torch.empty((), dtype=self.dtype, device=self.device).expand((*lanes, *self.shape))
+
+
 @dataclass(frozen=True, eq=False)
 class _LinearFunction:
     """The family u -> function(u, tensors), linear in u."""
 
     function: FlatFunction
-    like: Leaves
+    like: tuple[_Form, ...]
     transposed: bool = False
     symmetric: bool = False
     levels: tuple[tuple[tuple[bool, ...], str], ...] = ()
@@ -114,7 +129,7 @@ class _LinearFunction:
         return list(self._over_lanes(self._pull if self.transposed else self.function)(list(u), list(tensors)))
 
     def _pull(self, u: Leaves, tensors: Leaves) -> Leaves:
-        zeros = [torch.zeros_like(leaf) for leaf in self.like]
+        zeros = [form.zeros() for form in self.like]
         return pullback(lambda u_: list(self.function(u_, tensors)), zeros, u)
 
     def _over_lanes(self, function: FlatFunction) -> FlatFunction:
@@ -127,8 +142,7 @@ class _LinearFunction:
     def linearize(self, tensors: Leaves) -> FlatOperator:
         def product_of(family: _LinearFunction) -> Callable[[torch.Tensor], torch.Tensor]:
             def matvec(vector: torch.Tensor) -> torch.Tensor:
-                lanes = vector.shape[:-1]
-                like = [leaf.expand(*lanes, *leaf.shape) for leaf in self.like]
+                like = [form.with_lanes(vector.shape[:-1]) for form in self.like]
                 with torch.no_grad():
                     return ravel(family.product(unravel(vector, like, self.lane_dims), tensors), self.lane_dims)
 
@@ -170,7 +184,7 @@ def linear_solve(
     """
     solver = solver if solver is not None else ConjugateGradient()
     leaves, spec = flatten(rhs)
-    like = [torch.empty((), dtype=leaf.dtype, device=leaf.device).expand(leaf.shape) for leaf in leaves]
+    like = tuple(_Form(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
     family: OperatorFamily
     if isinstance(operator, HessianOperator):
         if spec != operator.structure:

@@ -1,0 +1,233 @@
+"""il.linear_solve: the derivative of a solve is a solve, whatever the operator is given as."""
+
+# All systems have condition below 10 (symmetric ones I + S S' / n, others 2 I + W with ||W|| = 0.9) and are solved at
+# rtol 1e-13: first derivatives agree with those of torch.linalg.solve to 1e-12, second ones to 1e-11.
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from references import F64, randn, relative_error
+from torch import Tensor
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
+
+import implicitlayer as il
+
+N = 4
+CG, GMRES = il.ConjugateGradient(rtol=1e-13), il.Gmres(rtol=1e-13)
+
+
+def matrix_of(s: Tensor, symmetric: bool) -> Tensor:
+    """A smooth function of s, so that every change of s keeps the matrix symmetric where it has to be."""
+    eye = torch.eye(N, dtype=F64)
+    return eye + s @ s.mT / N if symmetric else 2 * eye + 0.2 * torch.tanh(s)
+
+
+def explicit(s: Tensor, b: Tensor, symmetric: bool) -> Tensor:
+    return torch.linalg.solve(matrix_of(s, symmetric), b)
+
+
+def as_matrix(s: Tensor, b: Tensor, symmetric: bool) -> Tensor:
+    solver = CG if symmetric else GMRES
+    solution: Tensor = il.linear_solve(matrix_of(s, symmetric), b, solver, symmetric=symmetric)
+    return solution
+
+
+def as_function(s: Tensor, b: Tensor, symmetric: bool) -> Tensor:
+    solver = CG if symmetric else GMRES
+    solution: Tensor = il.linear_solve(lambda u, s: matrix_of(s, symmetric) @ u, b, solver, s, symmetric=symmetric)
+    return solution
+
+
+def as_closure(s: Tensor, b: Tensor, symmetric: bool) -> Tensor:
+    solver = CG if symmetric else GMRES
+    solution: Tensor = il.linear_solve(lambda u: matrix_of(s, symmetric) @ u, b, solver, symmetric=symmetric)
+    return solution
+
+
+def as_hessian(s: Tensor, b: Tensor, symmetric: bool) -> Tensor:
+    """A is the Hessian of x'Ax/2 + sum x^4 at 0."""
+    operator = il.hessian_operator(lambda x, s: 0.5 * x @ matrix_of(s, True) @ x + (x**4).sum(), torch.zeros_like(b), s)
+    solution: Tensor = il.linear_solve(operator, b, CG)
+    return solution
+
+
+Solve = Callable[[Tensor, Tensor, bool], Tensor]
+CASES: dict[str, tuple[Solve, bool]] = {
+    "matrix, symmetric": (as_matrix, True),
+    "function, symmetric": (as_function, True),
+    "closure, symmetric": (as_closure, True),
+    "hessian operator": (as_hessian, True),
+    "matrix": (as_matrix, False),
+    "function": (as_function, False),
+    "closure": (as_closure, False),
+}
+cases = pytest.mark.parametrize(("solve", "symmetric"), CASES.values(), ids=CASES)
+
+
+def inputs(*lanes: int) -> tuple[Tensor, Tensor]:
+    return randn(*lanes, N, N, seed=1), randn(*lanes, N, seed=2)
+
+
+def compare(got: Any, expected: Any, tolerance: float = 1e-12) -> None:
+    got, expected = torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(expected)
+    for g, e in zip(got, expected, strict=True):
+        assert g.shape == e.shape and relative_error(g, e) < tolerance
+
+
+@cases
+def test_values_and_both_modes_are_those_of_the_dense_solve(solve: Solve, symmetric: bool) -> None:
+    s, b = inputs()
+    compare(solve(s, b, symmetric), explicit(s, b, symmetric))
+    for transform in (jacrev, jacfwd):
+        compare(
+            transform(solve, argnums=(0, 1))(s, b, symmetric), transform(explicit, argnums=(0, 1))(s, b, symmetric)
+        )
+
+
+@cases
+def test_gradcheck_holds_in_both_modes_and_orders(solve: Solve, symmetric: bool) -> None:
+    s, b = (t.requires_grad_() for t in inputs())
+    run = lambda s, b: solve(s, b, symmetric)  # noqa: E731
+    # eps = 1e-6 and solves good to 1e-12: differences are good to 1e-6 / 10 (rtol 1e-13 of numbers below 1)
+    assert torch.autograd.gradcheck(run, (s, b), atol=1e-6, rtol=0, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(run, (s, b), atol=1e-6, rtol=0, check_fwd_over_rev=True)
+
+
+@cases
+def test_second_derivatives_and_their_lanes_are_those_of_the_dense_solve(solve: Solve, symmetric: bool) -> None:
+    def scalar(function: Solve) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda s, b: (function(s, b, symmetric) ** 3).sum()
+
+    s, b = inputs(2)
+    # lane by lane: torch's own vmap(hessian) of torch.linalg.solve is wrong by orders of magnitude (torch 2.13)
+    expected = torch.stack([hessian(scalar(explicit))(*lane) for lane in zip(s, b, strict=True)])
+    compare(vmap(hessian(scalar(solve)))(s, b), expected, 1e-11)
+    compare(torch.stack([hessian(scalar(solve))(*lane) for lane in zip(s, b, strict=True)]), expected, 1e-11)
+    outer = lambda f: lambda s: (vmap(grad(scalar(f)))(s, b) ** 2).sum()  # noqa: E731
+    looped = lambda s: sum((grad(scalar(explicit))(*lane) ** 2).sum() for lane in zip(s, b, strict=True))  # noqa: E731
+    compare(grad(outer(solve))(s), grad(looped)(s), 1e-11)
+
+
+@cases
+@pytest.mark.parametrize("in_dims", [(0, 0), (0, None), (None, 0), (2, 1), (-1, -1)], ids=str)
+def test_vmap_over_any_arguments_and_dimensions_equals_a_loop(
+    in_dims: tuple[int | None, int | None], solve: Solve, symmetric: bool
+) -> None:
+    s, b = inputs(3)
+    lanes = [(s[0] if in_dims[0] is None else s[i], b[0] if in_dims[1] is None else b[i]) for i in range(3)]
+    args = [t[0] if dim is None else t.movedim(0, dim) for t, dim in zip((s, b), in_dims, strict=True)]
+    run = lambda s, b: solve(s, b, symmetric)  # noqa: E731
+    compare(vmap(run, in_dims=in_dims)(*args), torch.stack([explicit(*lane, symmetric) for lane in lanes]))
+    tangent = randn(N, seed=3)
+    push = lambda f: lambda s, b: jvp(lambda b: f(s, b, symmetric), (b,), (tangent,))[1]  # noqa: E731
+    compare(vmap(push(solve), in_dims=in_dims)(*args), torch.stack([push(explicit)(*lane) for lane in lanes]))
+    pull = lambda f: grad(lambda s, b: (f(s, b, symmetric) ** 2).sum())  # noqa: E731
+    compare(vmap(pull(solve), in_dims=in_dims)(*args), torch.stack([pull(explicit)(*lane) for lane in lanes]))
+
+
+def test_nested_lanes_equal_the_dense_solve() -> None:
+    s, b = inputs(2, 3)
+    got = vmap(vmap(lambda s, b: as_matrix(s, b, False)))(s, b)
+    compare(got, torch.stack([torch.stack([explicit(s[i, j], b[i, j], False) for j in range(3)]) for i in range(2)]))
+
+
+def test_the_transpose_is_solved_for_only_where_the_operator_is_not_symmetric() -> None:
+    """theta_bar of b is A^-T v; told that A is symmetric, a solve uses A again."""
+    matrix, v = matrix_of(randn(N, N, seed=1), False), randn(N, seed=3)
+    b = randn(N, seed=2).requires_grad_()
+    for symmetric, right in ((False, matrix.T), (True, matrix)):
+        u = il.linear_solve(matrix, b, GMRES, symmetric=symmetric)
+        compare(torch.autograd.grad(u, b, v)[0], torch.linalg.solve(right, v))
+    assert relative_error(torch.linalg.solve(matrix, v), torch.linalg.solve(matrix.T, v)) > 1e-2
+
+
+def test_pytrees_in_give_pytrees_out() -> None:
+    diagonal = torch.tensor([2.0, 4.0, 8.0], dtype=F64, requires_grad=True)
+    rhs = {"a": torch.ones((), dtype=F64), "b": [torch.ones(2, dtype=F64)]}
+    solution = il.linear_solve(
+        lambda u, d, word: {"a": d[0] * u["a"], "b": [d[1:] * u["b"][0]]}, rhs, None, diagonal, "a word"
+    )
+    compare([solution["a"], solution["b"][0]], [diagonal[0] ** -1, diagonal[1:] ** -1])
+    (solution["a"] + solution["b"][0].sum()).backward()
+    compare(diagonal.grad, -(diagonal.detach() ** -2))
+
+
+# ------------------------------------------------------------------------------------------------------------ truncated
+
+
+def test_a_truncated_solve_has_the_derivative_of_the_system_not_of_its_steps() -> None:
+    """u_k by k steps, then b_bar = A^-1 v (again k steps) and A_bar = -b_bar u_k': products are counted."""
+    s, b = inputs()
+    matrix, v = matrix_of(4 * s, True), randn(N, seed=3)
+    for steps in (1, 2, 3):
+        count = [0]
+
+        def product(u: Tensor, a: Tensor, count: list[int] = count) -> Tensor:
+            count[0] += 1
+            return a @ u
+
+        a, rhs = matrix.clone().requires_grad_(), b.clone().requires_grad_()
+        truncated = il.ConjugateGradient(max_steps=steps)
+        u = il.linear_solve(product, rhs, truncated, a)
+        forward = count[0]
+        a_bar, b_bar = torch.autograd.grad(u, (a, rhs), v)
+        with torch.no_grad():
+            u_k, w_k = truncated(matrix, b).value, truncated(matrix, v).value
+        compare([u, b_bar, a_bar], [u_k, w_k, -torch.outer(w_k, u_k)])  # rounding only
+        assert relative_error(u, torch.linalg.solve(matrix, b)) > 1e-3  # it is truncated indeed
+        # one product finds closed-over tensors; backward makes the steps again and one pull-back to a
+        assert forward <= steps + 2 and count[0] - forward <= steps + 2
+
+
+def test_the_graph_of_a_solve_is_one_node_whatever_the_number_of_steps() -> None:
+    s, b = inputs()
+    for solver in (il.ConjugateGradient(max_steps=1), CG):
+        u = il.linear_solve(matrix_of(s, True).requires_grad_(), b, solver)
+        assert type(u.grad_fn).__name__ == "LinearSolveBackward"
+        assert {type(node).__name__ for node, _ in u.grad_fn.next_functions if node is not None} == {"AccumulateGrad"}
+
+
+def test_a_zero_cotangent_costs_no_product_and_gives_zero() -> None:
+    matrix = matrix_of(randn(N, N, seed=1), True).requires_grad_()
+    u = il.linear_solve(matrix, randn(N, seed=2), CG)
+    with il.diagnostics() as records:
+        (gradient,) = torch.autograd.grad(u, matrix, torch.zeros(N, dtype=F64))
+    assert not gradient.any() and records[0].solution.num_steps == 0  # type: ignore[union-attr]
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize("shape", [(3, 3, 3), (3, 4), (4, 4), (3,)], ids=str)
+def test_a_matrix_that_does_not_fit_is_an_error_with_both_shapes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"a matrix \[n, n\] needs a right-hand side \[n\], got \(.*\) and \(3,\)"):
+        il.linear_solve(torch.ones(shape, dtype=F64), torch.ones(3, dtype=F64))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [(lambda u: u[:2], r"expected shapes \[\(3,\)\], got \[\(2,\)\]"), (lambda u: (u, u), r"got \[\(3,\), \(3,\)\]")],
+    ids=["shape", "structure"],
+)
+def test_a_function_that_does_not_map_the_space_into_itself_is_an_error(change: Any, message: str) -> None:
+    with pytest.raises(il.ObjectiveError, match=message):
+        il.linear_solve(change, torch.ones(3, dtype=F64))
+
+
+def test_failures_follow_the_policy_and_name_the_linear_solve() -> None:
+    b, saddle = torch.ones(2, dtype=F64), torch.diag(torch.tensor([1.0, -2.0], dtype=F64))
+    with pytest.raises(il.IndefiniteError, match=r"linear solve: Conjugate gradients? met p'Ap/p'p = -0\.5 <= 0"):
+        il.linear_solve(saddle, b)
+    with pytest.raises(il.SingularError):
+        il.linear_solve(torch.diag(torch.tensor([1.0, 0.0], dtype=F64)), b, il.Minres())
+    hard, slow = torch.diag(torch.tensor([1.0, 3.0], dtype=F64)), il.ConjugateGradient(rtol=1e-10, max_steps=1)
+    with pytest.warns(il.ConvergenceWarning, match=r"linear solve: .*after 1 steps"):
+        il.linear_solve(hard, b, slow)
+    with pytest.raises(il.NotConvergedError):
+        il.linear_solve(hard, b, slow, on_failure="raise")
+    assert il.linear_solve(hard, b, slow, on_failure="ignore").isfinite().all()
+    with pytest.raises(il.NonFiniteError, match="right-hand side of the linear solve"):
+        il.linear_solve(hard, b * torch.nan)
+    compare(il.linear_solve(saddle, b, il.Minres()), torch.tensor([1.0, -0.5], dtype=F64))
