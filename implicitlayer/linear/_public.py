@@ -55,6 +55,9 @@ class HessianOperator:
         leaves, spec = flatten(vector)
         if spec != self.structure:
             raise ValueError(f"the vector must have the structure of x: expected {self.structure}, got {spec}.")
+        shapes, expected = [tuple(v.shape) for v in leaves], [tuple(t.shape) for t in self.tensors[: len(leaves)]]
+        if shapes != expected:
+            raise ValueError(f"the vector must have the shapes of x: expected {expected}, got {shapes}.")
         return unflatten(self.family.product(leaves, self.tensors), self.structure)
 
 

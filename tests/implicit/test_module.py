@@ -1,0 +1,202 @@
+"""il.ArgminLayer: a module like any other, and objectives that are modules, BatchNorm among them."""
+
+# Newton is exact to 1e-15; linear solves at the default rtol of 1e-10, systems of condition below 50: 1e-8.
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from references import F64, central_differences, newton, randn, relative_error
+from torch import Tensor, nn
+from torch.func import functional_call, grad, hessian, vmap
+
+import implicitlayer as il
+
+TOLERANCE = 1e-8
+
+
+class Energy(nn.Module):
+    """softplus(net x) + 1/2 ||x - t||^2, strongly convex in x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 4, dtype=F64)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return nn.functional.softplus(self.net(x)).sum() + 0.5 * ((x - t) ** 2).sum()
+
+
+def quadratic(x: Tensor, t: Tensor) -> Tensor:
+    return ((x - t) ** 2).sum() + (x**2).sum()
+
+
+def halve(objective: Any, x: Tensor, t: Tensor) -> Tensor:
+    """The minimiser of ``quadratic``."""
+    return t / 2
+
+
+def energy_layer(**settings: Any) -> il.ArgminLayer:
+    return il.ArgminLayer(Energy(), newton, init=torch.zeros(3, dtype=F64), **settings)
+
+
+def energy_solution(weight: Tensor, bias: Tensor, t: Tensor) -> Tensor:
+    """The same solution without the layer and without the module."""
+    objective = lambda x, t: nn.functional.softplus(weight @ x + bias).sum() + 0.5 * ((x - t) ** 2).sum()  # noqa: E731
+    return newton(objective, torch.zeros(3, dtype=F64), t)
+
+
+def check_energy_gradients(layer: il.ArgminLayer) -> None:
+    """Gradients of the weights and of t against finite differences."""
+    t, v = randn(3, seed=1).requires_grad_(), randn(3, seed=2)
+    layer.zero_grad()
+    (layer(t) @ v).backward()
+    weight, bias = (p.detach() for p in (layer.objective.net.weight, layer.objective.net.bias))
+    responses: list[tuple[Tensor, Callable[[Tensor], Tensor]]] = [
+        (layer.objective.net.weight, lambda w: energy_solution(w, bias, t.detach()) @ v),
+        (layer.objective.net.bias, lambda b: energy_solution(weight, b, t.detach()) @ v),
+        (t, lambda t: energy_solution(weight, bias, t) @ v),
+    ]
+    for tensor, response in responses:
+        assert tensor.grad is not None
+        # h = 1e-5: truncation 1e-10, rounding 1e-15 / 1e-5
+        assert float((tensor.grad - central_differences(response, tensor, 1e-5)).abs().max()) < TOLERANCE
+
+
+def test_the_weights_of_an_objective_that_is_a_module_get_their_gradients() -> None:
+    check_energy_gradients(energy_layer())
+
+
+def test_parameters_buffers_and_state_dict_hold_the_objective_and_init() -> None:
+    layer = energy_layer()
+    assert [name for name, _ in layer.named_parameters()] == ["objective.net.weight", "objective.net.bias"]
+    assert [name for name, _ in layer.named_buffers()] == ["init"]
+    other, t = energy_layer(), randn(3, seed=1)
+    assert relative_error(other(t), layer(t)) > 1e-3
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(t), layer(t))
+    check_energy_gradients(other)
+
+
+def test_to_moves_weights_and_init_to_another_dtype() -> None:
+    layer = energy_layer().to(torch.float32)
+    assert {p.dtype for p in [*layer.parameters(), *layer.buffers()]} == {torch.float32}
+    t = randn(3, seed=1, dtype=torch.float32).requires_grad_()
+    layer.double()
+    x = layer(t.double())
+    x.sum().backward()
+    assert x.dtype == F64 and t.grad is not None and t.grad.dtype == torch.float32
+    single = il.ArgminLayer(quadratic, halve, init=torch.zeros(3, dtype=F64)).float()
+    assert single(t).dtype == torch.float32
+
+
+DUPLICATES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
+    "torch.save": lambda layer: _saved_and_loaded(layer),
+}
+
+
+def _saved_and_loaded(layer: il.ArgminLayer) -> Any:
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("duplicate", DUPLICATES)
+def test_a_copy_is_equal_and_has_weights_of_its_own(duplicate: str) -> None:
+    layer, t = energy_layer(linear_solver=il.ConjugateGradient(rtol=1e-12)), randn(3, seed=1)
+    before = layer(t)
+    other = DUPLICATES[duplicate](layer)
+    assert torch.equal(other(t), before)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(2)
+    assert torch.equal(layer(t), before)  # the original did not move
+    assert relative_error(other(t), before) > 1e-3  # and the copy solves with its own weights
+    check_energy_gradients(other)
+    assert all(p.grad is None for p in layer.parameters())
+
+
+def test_init_may_be_a_buffer_a_function_of_theta_a_pytree_or_the_first_argument() -> None:
+    seen: list[Any] = []
+
+    def remember(objective: Any, x: Any, t: Any) -> Any:
+        seen.append(x)
+        return t / 2 if isinstance(x, Tensor) else {"x": t / 2}
+
+    t = torch.ones(2, dtype=F64)
+    buffer, start = torch.full((2,), 7.0, dtype=F64), torch.full((2,), 9.0, dtype=F64)
+    il.ArgminLayer(quadratic, remember, init=buffer)(t)
+    il.ArgminLayer(quadratic, remember, init=lambda t: 3 * t)(t)
+    il.ArgminLayer(quadratic, remember)(start, t)
+    il.ArgminLayer(lambda x, t: quadratic(x["x"], t), remember, init={"x": start})(t)
+    for got, value in zip([*seen[:3], seen[3]["x"]], (7.0, 3.0, 9.0, 9.0), strict=True):
+        assert torch.equal(got, torch.full((2,), value, dtype=F64))
+    assert torch.equal(buffer, torch.full((2,), 7.0, dtype=F64))
+    with pytest.raises(TypeError, match=r"forward\(init, \*theta\) needs init: none was stored"):
+        il.ArgminLayer(quadratic, remember)()
+
+
+def test_a_function_for_init_gives_theta_no_gradient() -> None:
+    t = randn(3, seed=1).requires_grad_()
+    il.ArgminLayer(quadratic, halve, init=lambda t: 100 * t)(t).sum().backward()
+    assert t.grad is not None and relative_error(t.grad, torch.full((3,), 0.5, dtype=F64)) < 1e-12
+
+
+def test_settings_and_records_are_those_of_the_layer() -> None:
+    layer = il.ArgminLayer(quadratic, lambda f, x, t: t / 2 + 0.1, init=torch.zeros_like, polish=1)
+    assert layer.records == [] and layer.last_record is None
+    t = randn(3, seed=1).requires_grad_()
+    assert relative_error(layer(t), t / 2) < 1e-12  # one Newton step solves a quadratic problem
+    layer(t).sum().backward()
+    assert [type(r) for r in layer.records] == [il.ForwardRecord, il.BackwardRecord]
+    assert layer.last_record is layer.records[1]
+    with pytest.raises(ValueError, match="polish=-1 must be non-negative"):
+        il.ArgminLayer(quadratic, halve, polish=-1)
+
+
+def test_in_a_sequential_model_one_step_of_training_changes_all_weights_and_lowers_the_loss() -> None:
+    model = nn.Sequential(nn.Linear(2, 3, dtype=F64), energy_layer(), nn.Linear(3, 1, dtype=F64))
+    data, target = randn(2, seed=3), torch.ones(1, dtype=F64)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    before = [p.detach().clone() for p in model.parameters()]
+    losses = []
+    for _ in range(2):
+        loss = ((model(data) - target) ** 2).sum()
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert len(before) == 6 and losses[1] < losses[0]
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
+def test_functional_call_around_the_layer_differentiates_the_weights_that_it_was_given() -> None:
+    """backward comes after functional_call has put the module's own weights back."""
+    layer, given, t = energy_layer(), energy_layer(), randn(3, seed=1)
+    weights = {name: p.detach().clone().requires_grad_() for name, p in given.named_parameters()}
+    x = functional_call(layer, weights, (t,))
+    assert torch.equal(x, given(t))
+    got = torch.autograd.grad((x**2).sum(), list(weights.values()))
+    for g, e in zip(got, torch.autograd.grad((given(t) ** 2).sum(), list(given.parameters())), strict=True):
+        assert relative_error(g, e) < TOLERANCE
+
+
+def test_an_ensemble_of_modules_by_functional_call_and_vmap_equals_a_loop() -> None:
+    layers, t = [energy_layer() for _ in range(3)], randn(3, seed=1)
+    stacked, buffers = torch.func.stack_module_state(layers)  # type: ignore[arg-type]
+
+    def loss(weights: Any, buffers: Any) -> Tensor:
+        return (functional_call(layers[0], (weights, buffers), (t,)) ** 2).sum()
+
+    got = vmap(grad(loss))({k: p.detach() for k, p in stacked.items()}, buffers)
+    for i, layer in enumerate(layers):
+        weights = list(layer.parameters())
+        expected = torch.autograd.grad((layer(t) ** 2).sum(), weights)
+        for (name, _), e in zip(layer.named_parameters(), expected, strict=True):
+            assert relative_error(got[name][i], e) < TOLERANCE

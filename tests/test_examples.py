@@ -1,0 +1,44 @@
+"""Every script of examples/ runs to its end in the smoke setting; each checks its own numbers. No times are asserted."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+ELSEWHERE = {"demo.py"}  # tests/meta/test_demo.py runs it and looks at all that it writes
+SCRIPTS = sorted(p.relative_to(EXAMPLES).as_posix() for p in EXAMPLES.rglob("*.py") if not p.name.startswith("_"))
+
+
+def run(script: str, *arguments: str, cwd: Path) -> str:
+    """What the script prints; run from another folder, so that no path in it may lean on the current one."""
+    environment = {name: value for name, value in os.environ.items() if name != "IMPLICITLAYER_DATA"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(EXAMPLES / script), "--smoke", *arguments]
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s not in ELSEWHERE])
+def test_the_script_runs_to_its_end_and_prints_something(script: str, tmp_path: Path) -> None:
+    if script == "benchmarks/meta_gradient.py":
+        pytest.importorskip("matplotlib")  # renders glyphs
+        pytest.importorskip("PIL")
+    shown = run(script, cwd=tmp_path)
+    assert shown.strip()
+    if script == "benchmarks/meta_gradient.py":  # without its rival the table goes on, and says so
+        installed = importlib.util.find_spec("torchopt") is not None
+        assert ("left out: not installed" in shown) is not installed
+        assert ("\nTorchOpt " in shown) is installed
+
+
+def test_every_script_is_run_by_this_file_or_named_as_run_elsewhere() -> None:
+    assert "demo.py" in SCRIPTS and "benchmarks/vmapped_layer.py" in SCRIPTS
+    assert set(SCRIPTS) >= ELSEWHERE
+    assert "examples/demo.py" in (ROOT / "tests" / "meta" / "test_demo.py").read_text()
