@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from implicitlayer._errors import ClosureError
+from implicitlayer._normalisation import PLAIN
 
 
 def needs_derivative(tensor: torch.Tensor) -> bool:
@@ -30,7 +31,13 @@ def derivatives_possible() -> bool:
     return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def find_closed_over(function: Callable[..., Any], args: tuple[Any, ...]) -> list[torch.Tensor]:
+class ClosedOver(list[torch.Tensor]):
+    """Closed-over tensors that need a derivative, and whether the function calls a normalisation of torch."""
+
+    normalises: bool = False
+
+
+def find_closed_over(function: Callable[..., Any], args: tuple[Any, ...]) -> ClosedOver:
     """Tensors that ``function(*args)`` reads from outside and that need a derivative, in order of first use.
 
     It is run on aliases of the tensors in ``args``, so that a tensor that is an argument and closed over as well is
@@ -38,20 +45,50 @@ def find_closed_over(function: Callable[..., Any], args: tuple[Any, ...]) -> lis
     """
     leaves = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
     aliases = {id(leaf): leaf.view_as(leaf) for leaf in leaves}
-    finder = _Finder(list(aliases.values()))
-    with torch.no_grad(), finder:
-        function(*pytree.tree_map(lambda leaf: aliases.get(id(leaf), leaf), args))
-    return [tensor for tensor in finder.outside if needs_derivative(tensor)]
+    aliased = pytree.tree_map(lambda leaf: aliases.get(id(leaf), leaf), args)
+
+    def run() -> _Finder:
+        finder = _Finder(list(aliases.values()))
+        with torch.no_grad(), finder:
+            function(*aliased)
+        return finder
+
+    first = run()
+    found = ClosedOver(tensor for tensor in first.outside if needs_derivative(tensor))
+    found.normalises = first.normalises
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in found):
+        # A vmap inside the function hands its results out unseen. They are new tensors in a second run, while those
+        # from outside are the same (the first run's are alive, so no id is used twice).
+        again = {id(tensor) for tensor in run().outside}
+        found[:] = [tensor for tensor in found if id(tensor) in again]
+    return found
 
 
 def call_with(
-    function: Callable[..., Any], originals: Sequence[torch.Tensor], values: Sequence[torch.Tensor], args: Sequence[Any]
+    function: Callable[..., Any],
+    originals: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    args: Sequence[Any],
+    *,
+    reads_all: bool = False,
 ) -> Any:
-    """``function(*args)`` with every read of ``originals[i]`` answered by ``values[i]``."""
-    if not originals:
+    """``function(*args)`` with every read of ``originals[i]`` answered by ``values[i]``.
+
+    With ``reads_all``, an original that is never read is an error: the function reads something else in its place, and
+    its value and gradient would be wrong without a word.
+    """
+    if not originals and not getattr(originals, "normalises", False):
         return function(*args)
-    with _Substitute(originals, values):
-        return function(*args)
+    with _Substitute(originals, values) as mode:
+        result = function(*args)
+    if reads_all and mode.unmet:
+        raise ClosureError(
+            f"the objective no longer reads a closed-over tensor of shape {next(iter(mode.unmet.values()))} that it "
+            "read when the layer was called: module weights that were swapped for the call only (as "
+            "torch.func.functional_call does), or a branch. Pass the tensor to the layer as one more theta, or use "
+            "il.ArgminLayer, which keeps the weights of the call."
+        )
+    return result
 
 
 def announce(tensor: Any) -> Any:
@@ -84,14 +121,18 @@ class _Finder(TorchFunctionMode):
         self.known = {id(tensor): tensor for tensor in known}
         self.outside: list[torch.Tensor] = []
         self.level = torch._C._functorch.maybe_current_level() or 0
+        self.normalises = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         entering: list[torch.Tensor] = []
         _tensors_in(args, entering)
         if kwargs:
             _tensors_in(kwargs, entering)
-        if func is torch.nn.functional.batch_norm:
-            _refuse_running_statistics(*args, **(kwargs or {}))
+        if func in PLAIN:
+            self.normalises = True
+            PLAIN[func](*args, **(kwargs or {}))  # for its checks
+        if func is torch.Tensor.add_ and id(args[0]) not in self.known and not args[0].is_floating_point():
+            return args[0]  # a counter (BatchNorm has one): this run does not count, and transforms forbid the write
         for tensor in entering:
             if id(tensor) not in self.known:
                 self.known[id(tensor)] = tensor
@@ -118,24 +159,6 @@ class _Finder(TorchFunctionMode):
                 f"a transform of its own (where it arrives with shape {tuple(inside.shape)}). Pass it to the layer as "
                 "one more theta."
             )
-
-
-def _refuse_running_statistics(
-    input: torch.Tensor,
-    running_mean: torch.Tensor | None,
-    running_var: torch.Tensor | None,
-    weight: Any = None,
-    bias: Any = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> None:
-    if training and running_mean is not None:
-        raise ClosureError(
-            "the objective holds a BatchNorm in train mode that writes its running statistics at every evaluation: "
-            "solutions would depend on how often the solver evaluated it, and no transform can run it. Use "
-            "track_running_stats=False (batch statistics) or .eval() (frozen running statistics)."
-        )
 
 
 def refuse_hidden_tensors(
@@ -177,12 +200,16 @@ def _first_leaf(value: torch.Tensor) -> str:
 
 
 class _Substitute(TorchFunctionMode):
+    """Swaps the values of closed-over tensors in, and plain operations for torch's normalisations."""
+
     def __init__(self, originals: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
         super().__init__()
         self.values = {id(old): new for old, new in zip(originals, values, strict=True)}
+        self.unmet = {id(old): tuple(old.shape) for old in originals}
 
     def swap(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
+            self.unmet.pop(id(value), None)
             return self.values.get(id(value), value)
         if isinstance(value, (list, tuple)):
             items = [self.swap(item) for item in value]
@@ -194,4 +221,5 @@ class _Substitute(TorchFunctionMode):
         return value
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*self.swap(args), **(self.swap(kwargs) if kwargs else {}))
+        args, kwargs = self.swap(args), (self.swap(kwargs) if kwargs else {})
+        return PLAIN.get(func, func)(*args, **kwargs)

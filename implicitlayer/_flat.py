@@ -84,7 +84,7 @@ def flat_function(
     def flat(x: Leaves, theta: Leaves) -> Any:
         args = (unflatten(x, x_spec), *slots.rebuild(theta))
         values = theta[len(theta) - len(hidden) :]
-        value = call_with(function, hidden, values, args)
+        value = call_with(function, hidden, values, args, reads_all=True)
         return value if scalar else _like_x(value, x, x_spec)
 
     return flat

@@ -1,13 +1,17 @@
-"""What surrounds a call must not leak into the solve: saved-tensor hooks, autocast, inference mode."""
+"""What surrounds a call must not leak into the solve: saved-tensor hooks, autocast, inference mode, compilers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import ParamSpec, TypeVar
 
 import torch
 
 _hooks = torch._C._autograd
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @contextmanager
@@ -36,3 +40,16 @@ def plain_surroundings(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
 def out_of_inference(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copies that autograd can record of tensors made in inference mode; the others as they are."""
     return [t.clone() if t.is_inference() else t for t in tensors]
+
+
+def outside_compiled_code(function: Callable[P, R]) -> Callable[P, R]:
+    """A graph break around ``function`` in code compiled by torch.compile: solvers are black boxes to it too."""
+    uncompiled: Callable[P, R] = torch._compile._disable_dynamo(function)  # does not import the compiler by itself
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            return uncompiled(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call

@@ -1,4 +1,4 @@
-"""Every script of examples/ runs to its end in the smoke setting; each checks its own numbers. No times are asserted."""
+"""Every script of examples/ runs to its end in the smoke setting; each checks its own numbers. Times are not tested."""
 
 import importlib.util
 import os

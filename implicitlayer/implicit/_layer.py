@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch.utils import _pytree as pytree
 
-from implicitlayer._capture import announce, derivatives_possible, find_closed_over, needs_derivative
+from implicitlayer._capture import ClosedOver, announce, derivatives_possible, find_closed_over, needs_derivative
 from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
 from implicitlayer._flat import Signature, flat_function, flat_parts
 from implicitlayer._records import Record
-from implicitlayer._surroundings import out_of_inference
+from implicitlayer._surroundings import out_of_inference, outside_compiled_code
 from implicitlayer._tree import flatten, flatten_with_names, unflatten
-from implicitlayer._types import FlatFunction, Leaves, OnFailure
+from implicitlayer._types import FlatFunction, OnFailure
 from implicitlayer.implicit._forward import Calling
 from implicitlayer.implicit._function import ImplicitArgmin, LayerSpec
 from implicitlayer.linear._jacobian import Curvature
@@ -66,11 +66,15 @@ class ImplicitLayer:
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be non-negative.")
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "records": []}  # records belong to calls, not to the layer
+
     @property
     def last_record(self) -> Record | None:
         """The latest diagnostics record, None before the first call."""
         return self.records[-1] if self.records else None
 
+    @outside_compiled_code
     def __call__(self, init: Any, *theta: Any) -> Any:
         """Solve from ``init`` at ``theta`` and return x, in the structure of ``init``.
 
@@ -80,11 +84,6 @@ class ImplicitLayer:
             theta: pytrees. Floating tensors are differentiated; integer and bool tensors, numbers and other objects
                 are passed through.
         """
-        if torch.compiler.is_compiling():
-            return _outside_compiled_code(self, init, theta)
-        return self._call(init, theta)
-
-    def _call(self, init: Any, theta: tuple[Any, ...]) -> Any:
         _refuse_forward_over_forward()
         x, x_names = flatten_with_names(init, "x")
         _check_init(x, x_names, self.batch_dims)
@@ -93,7 +92,7 @@ class ImplicitLayer:
         signature = Signature.of(theta)
         tensors = signature.tensors
         user_function = _without_aux(self.function) if self.objective_has_aux else self.function
-        hidden: Leaves = []
+        hidden = ClosedOver()
         differentiable = derivatives_possible()
         if differentiable:
             hidden = find_closed_over(user_function, (init, *theta))
@@ -174,12 +173,6 @@ def _check_init(leaves: Sequence[Any], names: Sequence[str], batch_dims: int) ->
                 f"with batch_dims={batch_dims} every leaf of init needs the same {batch_dims} leading dimensions: "
                 f"{name} has shape {tuple(leaf.shape)}, {names[0]} {tuple(leaves[0].shape)}."
             )
-
-
-@torch._compile._disable_dynamo
-def _outside_compiled_code(layer: ImplicitLayer, init: Any, theta: tuple[Any, ...]) -> Any:
-    """A graph break around the whole layer: the solver is a black box to the compiler too."""
-    return layer._call(init, theta)
 
 
 def _refuse_complex(tensors: Sequence[torch.Tensor]) -> None:

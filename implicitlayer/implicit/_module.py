@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,9 +23,12 @@ class ArgminLayer(nn.Module):
     ``state_dict()``, move with ``.to()``, and get gradients. The layer pickles and copies if the objective, solver and
     ``init`` do (module-level functions and classes, no lambdas).
 
-    BatchNorm inside an objective: batch statistics (``track_running_stats=False``, or ``train()`` mode with the
-    running statistics updated by every evaluation, which a solver should not do) and frozen running statistics
-    (``eval()`` mode) both differentiate; under ``vmap`` torch refuses modules that write running statistics.
+    The weights of a call are kept for its backward, whatever happens to the module in between
+    (``torch.func.functional_call``, ensembles by ``vmap``).
+
+    BatchNorm inside an objective: batch statistics (``track_running_stats=False``) and frozen running statistics
+    (``eval()`` mode) differentiate under every transform; in train mode running statistics would be written at every
+    evaluation of the solver, which is an error.
 
     Args:
         objective, solver: as in :func:`argmin`.
@@ -70,12 +74,24 @@ class ArgminLayer(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         """x for ``theta``."""
-        if self.init is None:
+        # a layer of this call's own: threads may call at once, and the weights of a call go with its graph
+        layer = replace(self._layer, function=self._with_weights_of_now())
+        init = self.init
+        if init is None:
             if not args:
                 raise TypeError("forward(init, *theta) needs init: none was stored in the layer.")
-            return self._layer(*args)
-        init = self.init
-        if callable(init) and not isinstance(init, torch.Tensor):
+            init, *args = args  # type: ignore[assignment]
+        elif callable(init) and not isinstance(init, torch.Tensor):
             with torch.no_grad():
                 init = init(*args)
-        return self._layer(init, *args)
+        solution = layer(init, *args)
+        self._layer.records = layer.records
+        return solution
+
+    def _with_weights_of_now(self) -> Callable[..., Any]:
+        objective = self.objective
+        # an objective that knows its parts (see NOTE [objectives with parts]) is used as it is
+        if not isinstance(objective, nn.Module) or hasattr(objective, "as_composite"):
+            return objective
+        weights = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
+        return lambda x, *theta: torch.func.functional_call(objective, weights, (x, *theta))

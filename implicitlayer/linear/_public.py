@@ -10,6 +10,7 @@ import torch
 
 from implicitlayer._capture import find_closed_over
 from implicitlayer._flat import Signature, flat_function, flat_parts
+from implicitlayer._surroundings import outside_compiled_code, plain_surroundings
 from implicitlayer._tree import TreeSpec, flatten, ravel, unflatten, unravel
 from implicitlayer._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.linear._cg import ConjugateGradient
@@ -21,6 +22,7 @@ from implicitlayer.linear._solve import SolveSpec, solve
 __all__ = ["HessianOperator", "hessian_operator", "hvp", "linear_solve"]
 
 
+@outside_compiled_code
 def hvp(objective: Callable[..., torch.Tensor], x: Any, vector: Any, *theta: Any) -> Any:
     """Hessian-vector product ``d^2 objective / dx^2 (x, *theta) vector``, differentiable in everything.
 
@@ -51,16 +53,24 @@ class HessianOperator:
     tensors: Leaves
     structure: TreeSpec
 
-    def __call__(self, vector: Any) -> Any:
+    def check(self, vector: Any, name: str) -> Leaves:
+        """The leaves of ``vector``, or an error if it has not the structure and shapes of x."""
         leaves, spec = flatten(vector)
         if spec != self.structure:
-            raise ValueError(f"the vector must have the structure of x: expected {self.structure}, got {spec}.")
+            raise ValueError(f"{name} must have the structure of x: expected {self.structure}, got {spec}.")
         shapes, expected = [tuple(v.shape) for v in leaves], [tuple(t.shape) for t in self.tensors[: len(leaves)]]
         if shapes != expected:
-            raise ValueError(f"the vector must have the shapes of x: expected {expected}, got {shapes}.")
-        return unflatten(self.family.product(leaves, self.tensors), self.structure)
+            raise ValueError(f"{name} must have the shapes of x: expected {expected}, got {shapes}.")
+        return leaves
+
+    @outside_compiled_code
+    def __call__(self, vector: Any) -> Any:
+        leaves = self.check(vector, "the vector")
+        with plain_surroundings(leaves):
+            return unflatten(self.family.product(leaves, self.tensors), self.structure)
 
 
+@outside_compiled_code
 def hessian_operator(
     objective: Callable[..., torch.Tensor], x: Any, *theta: Any, curvature: Curvature = "hessian", damping: float = 0.0
 ) -> HessianOperator:
@@ -155,6 +165,7 @@ class _LinearFunction:
         return FlatOperator(product_of(self), other, symmetric=self.symmetric)
 
 
+@outside_compiled_code
 def linear_solve(
     operator: Any,
     rhs: Any,
@@ -190,8 +201,7 @@ def linear_solve(
     like = tuple(_Form(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
     family: OperatorFamily
     if isinstance(operator, HessianOperator):
-        if spec != operator.structure:
-            raise ValueError(f"rhs must have the structure of x: expected {operator.structure}, got {spec}.")
+        operator.check(rhs, "rhs")
         family, parameters = operator.family, operator.tensors
     elif isinstance(operator, torch.Tensor):
         if operator.ndim != 2 or operator.shape[0] != operator.shape[1] or operator.shape[:1] != leaves[0].shape:

@@ -72,7 +72,10 @@ def test_where_the_data_are_fitted_the_gradient_is_exact_for_any_model() -> None
     """x^3 = t has residual zero: the neglected term vanishes, and dx/dt = 1 / (3 x^2)."""
     t = torch.tensor([1.0, 8.0, 27.0], dtype=F64)
     layer = il.argmin(
-        il.least_squares(lambda x, t: x**3 - t), lambda f, x, t: t ** (1 / 3), linear_solver=CG, curvature="gauss_newton"
+        il.least_squares(lambda x, t: x**3 - t),
+        lambda f, x, t: t ** (1 / 3),
+        linear_solver=CG,
+        curvature="gauss_newton",
     )
     assert relative_error(gradient_of(layer, t, torch.ones(3, dtype=F64)), t ** (-2 / 3) / 3) < 1e-11
 
@@ -136,7 +139,7 @@ def test_damping_turns_an_indefinite_hessian_into_a_usable_one() -> None:
     assert relative_error(got, torch.tensor([0.2, 1.0], dtype=F64)) < 1e-11
 
 
-# ----------------------------------------------------------------------------------------------- proximal and transforms
+# ---------------------------------------------------------------------------------------------- proximal and transforms
 
 
 @pytest.mark.parametrize("strength", [0.7, [0.5, 1.0, 2.0]], ids=["one number", "one per entry"])
@@ -175,7 +178,9 @@ def ridge(t: Tensor) -> Tensor:
 
 def ridge_layer(t: Tensor) -> Tensor:
     layer = il.argmin(
-        il.composite(lambda y, t: 0.5 * (y[0] ** 2).sum() + 0.5 * (y[1] ** 2).sum(), lambda x, t: (MIXING @ (t.exp() * x) - T, x)),
+        il.composite(
+            lambda y, t: 0.5 * (y[0] ** 2).sum() + 0.5 * (y[1] ** 2).sum(), lambda x, t: (MIXING @ (t.exp() * x) - T, x)
+        ),
         lambda f, x, t: ridge(t),
         linear_solver=CG,
         curvature="gauss_newton",

@@ -12,7 +12,6 @@ import pytest
 import torch
 from references import F64, central_differences, newton, randn, relative_error
 from torch import Tensor, nn
-from torch.func import functional_call, grad, hessian, vmap
 
 import implicitlayer as il
 
@@ -176,27 +175,36 @@ def test_in_a_sequential_model_one_step_of_training_changes_all_weights_and_lowe
     assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
 
 
-def test_functional_call_around_the_layer_differentiates_the_weights_that_it_was_given() -> None:
-    """backward comes after functional_call has put the module's own weights back."""
-    layer, given, t = energy_layer(), energy_layer(), randn(3, seed=1)
-    weights = {name: p.detach().clone().requires_grad_() for name, p in given.named_parameters()}
-    x = functional_call(layer, weights, (t,))
-    assert torch.equal(x, given(t))
-    got = torch.autograd.grad((x**2).sum(), list(weights.values()))
-    for g, e in zip(got, torch.autograd.grad((given(t) ** 2).sum(), list(given.parameters())), strict=True):
-        assert relative_error(g, e) < TOLERANCE
+def test_copying_a_layer_leaves_its_records_alone() -> None:
+    layer = energy_layer()
+    layer(randn(3, seed=1))
+    before = list(layer.records)
+    copy.deepcopy(layer)
+    assert len(before) == 1 and layer.records == before
 
 
-def test_an_ensemble_of_modules_by_functional_call_and_vmap_equals_a_loop() -> None:
-    layers, t = [energy_layer() for _ in range(3)], randn(3, seed=1)
-    stacked, buffers = torch.func.stack_module_state(layers)  # type: ignore[arg-type]
+class Misfit(nn.Module):
+    """An objective that is a module and knows its parts: 1/2 ||scale x^2 - t||^2, at a point where it is not convex."""
 
-    def loss(weights: Any, buffers: Any) -> Tensor:
-        return (functional_call(layers[0], (weights, buffers), (t,)) ** 2).sum()
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0, dtype=F64))
 
-    got = vmap(grad(loss))({k: p.detach() for k, p in stacked.items()}, buffers)
-    for i, layer in enumerate(layers):
-        weights = list(layer.parameters())
-        expected = torch.autograd.grad((layer(t) ** 2).sum(), weights)
-        for (name, _), e in zip(layer.named_parameters(), expected, strict=True):
-            assert relative_error(got[name][i], e) < TOLERANCE
+    def residuals(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.scale * x**2 - t
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return 0.5 * (self.residuals(x, t) ** 2).sum()
+
+    def as_composite(self) -> il.Composite:
+        return il.least_squares(self.residuals)
+
+
+def test_a_module_that_knows_its_parts_can_have_gauss_newton_curvature() -> None:
+    """At x = 0.1, t = 1: d^2 f / dt dx = -2 x and J'J = 4 x^2, so dx/dt = 1 / (2 x) = 5; the Hessian is negative."""
+    t = torch.ones(1, dtype=F64, requires_grad=True)
+    layer = il.ArgminLayer(
+        Misfit(), lambda f, x, t: 0.1 * t, init=torch.zeros_like, curvature="gauss_newton", stationarity_rtol=None
+    )
+    layer(t).sum().backward()
+    assert t.grad is not None and relative_error(t.grad, torch.full((1,), 5.0, dtype=F64)) < TOLERANCE

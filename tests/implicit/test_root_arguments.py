@@ -2,6 +2,7 @@
 
 # Accuracy: linear solves at the default rtol of 1e-10, all systems here have condition below 5: errors below 1e-9.
 
+import itertools
 import warnings
 from typing import Any
 
@@ -134,7 +135,7 @@ def test_polish_squares_the_error_of_a_nonlinear_root_at_every_step() -> None:
         x = il.root(cubic, rough, polish=k, on_failure="ignore")(torch.ones_like(t), t)
         errors.append(float((x - t ** (1 / 3)).detach().norm()))
     # Newton on x^3 = t: e' = e^2 / x to first order, x >= 1
-    for before, after in zip(errors, errors[1:], strict=False):
+    for before, after in itertools.pairwise(errors):
         assert after <= 1.1 * before**2 + 1e-14
     assert errors[3] < 1e-14 < errors[0]
 

@@ -1,7 +1,8 @@
 """il.hvp and il.hessian_operator against dense Hessians: pytrees, damping, Gauss-Newton, derivatives, refusals."""
 
-# Products are exact: agreement to rounding (1e-13). Systems have condition below 20 and are solved at rtol 1e-13: 1e-11.
+# Products are exact: agreement to rounding (1e-13). Systems have condition below 20, solved at rtol 1e-13: 1e-11.
 
+import re
 from typing import Any
 
 import pytest
@@ -145,9 +146,9 @@ def test_a_vector_of_another_structure_is_an_error_with_both_structures(use: str
 @pytest.mark.parametrize("use", ["product", "solve"])
 def test_a_vector_of_another_shape_is_an_error_and_never_broadcast(use: str) -> None:
     operator = il.hessian_operator(lambda x: (x**4).sum(), torch.ones(3, dtype=F64))
-    for shape in ((1,), (), (2, 3)):
-        with pytest.raises((ValueError, RuntimeError), match="shape|size"):
-            vector = torch.ones(shape, dtype=F64)
+    for shape in ((1,), (), (2, 3), (1, 3)):
+        vector = torch.ones(shape, dtype=F64)
+        with pytest.raises(ValueError, match=rf"expected .*\(3,\).*got .*{re.escape(str(shape))}"):
             operator(vector) if use == "product" else il.linear_solve(operator, vector)
 
 

@@ -14,7 +14,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
 import implicitlayer as il
 
-N = 4
+N = 3
 CG, GMRES = il.ConjugateGradient(rtol=1e-13), il.Gmres(rtol=1e-13)
 
 
@@ -81,9 +81,7 @@ def test_values_and_both_modes_are_those_of_the_dense_solve(solve: Solve, symmet
     s, b = inputs()
     compare(solve(s, b, symmetric), explicit(s, b, symmetric))
     for transform in (jacrev, jacfwd):
-        compare(
-            transform(solve, argnums=(0, 1))(s, b, symmetric), transform(explicit, argnums=(0, 1))(s, b, symmetric)
-        )
+        compare(transform(solve, argnums=(0, 1))(s, b, symmetric), transform(explicit, argnums=(0, 1))(s, b, symmetric))
 
 
 @cases
@@ -161,7 +159,7 @@ def test_a_truncated_solve_has_the_derivative_of_the_system_not_of_its_steps() -
     """u_k by k steps, then b_bar = A^-1 v (again k steps) and A_bar = -b_bar u_k': products are counted."""
     s, b = inputs()
     matrix, v = matrix_of(4 * s, True), randn(N, seed=3)
-    for steps in (1, 2, 3):
+    for steps in (1, 2):
         count = [0]
 
         def product(u: Tensor, a: Tensor, count: list[int] = count) -> Tensor:
