@@ -12,7 +12,8 @@ import torch
 
 from implicitlayer._solution import LinearSolution
 from implicitlayer._status import Status
-from implicitlayer.linear._operator import FlatOperator, LinearSolver, default_rtol, lane_dot, lane_scale
+from implicitlayer.linear._common import Limits
+from implicitlayer.linear._operator import FlatOperator, LinearSolver, lane_dot, lane_scale
 from implicitlayer.linear._preconditioners import Precondition, Preconditioner
 
 __all__ = ["ConjugateGradient"]
@@ -67,17 +68,17 @@ class ConjugateGradient(LinearSolver):
     preconditioner: Precondition | Preconditioner | None = None
 
     def __post_init__(self) -> None:
-        for name, value in (("rtol", self.rtol), ("atol", self.atol)):
-            if value is not None and not value >= 0:
-                raise ValueError(
-                    f"{name}={value} must be non-negative. For a fixed number of steps pass max_steps only."
-                )
-        if self.max_steps is not None and self.max_steps < 0:
-            raise ValueError(f"max_steps={self.max_steps} must be non-negative. Zero steps return the right-hand side.")
+        self.limits  # noqa: B018  checks the arguments
+
+    @property
+    def limits(self) -> Limits:
+        """The three arguments that say when to stop."""
+        return Limits(self.rtol, self.atol, self.max_steps)
 
     @property
     def has_tolerance(self) -> bool:
-        return self.rtol is not None or self.atol > 0 or self.max_steps is None
+        """Whether a tolerance was asked for; with ``max_steps`` alone, none was."""
+        return self.limits.has_tolerance
 
     def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution:
         given = self.preconditioner
@@ -87,10 +88,9 @@ class ConjugateGradient(LinearSolver):
         scale = lane_scale(rhs)
         b = rhs / scale
         norm = lane_dot(b, b).sqrt()
-        rtol: float | None = None
+        rtol = self.limits.relative(rhs.dtype)
         tolerance = torch.zeros_like(norm)
-        if self.has_tolerance:
-            rtol = self.rtol if self.rtol is not None else (0.0 if self.atol > 0 else default_rtol(rhs.dtype))
+        if rtol is not None:
             tolerance = torch.maximum(rtol * norm, self.atol / scale[..., 0].double())
         if self.max_steps == 0:
             return self._zero_steps(precondition(b) * scale, norm, scale, rtol)
