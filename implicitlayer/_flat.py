@@ -124,7 +124,10 @@ def flat_parts(
         metric_of = function.curvature_metric
 
         def flat_metric(x: Leaves, theta: Leaves) -> Leaves:
-            return [leaf.detach() for leaf in flatten(call(metric_of, unflatten(x, x_spec), theta))[0]]
+            # one number for all leaves stays one tensor
+            detached: dict[int, torch.Tensor] = {}
+            leaves = flatten(call(metric_of, unflatten(x, x_spec), theta))[0]
+            return [detached.setdefault(id(leaf), leaf.detach()) for leaf in leaves]
 
         metric = flat_metric
     composite = function.as_composite() if hasattr(function, "as_composite") else None
