@@ -31,10 +31,42 @@ def derivatives_possible() -> bool:
     return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+# NOTE [constants]: a backward runs the function again, perhaps long after the call. A closure then reads what its names
+# mean by that time: in a loop over data sets, the last one. So the tensors from outside that need no derivative are
+# remembered with their versions, and a later run that does not read them, or finds them changed, is an error. Those
+# that the first run after the finder's does not meet were made by the function itself (torch.from_numpy is not seen).
+
+
 class ClosedOver(list[torch.Tensor]):
-    """Closed-over tensors that need a derivative, and whether the function calls a normalisation of torch."""
+    """Closed-over tensors that need a derivative.
+
+    Attributes:
+        normalises: whether the function calls a normalisation of torch.
+        constants: all other tensors from outside, with their versions; see NOTE [constants].
+        settled: whether a second run has confirmed the constants.
+    """
 
     normalises: bool = False
+    constants: tuple[tuple[torch.Tensor, int], ...] = ()
+    settled: bool = False
+
+    def settle(self, met: set[int]) -> None:
+        """Keep the constants that a second run has met."""
+        self.constants = tuple((tensor, version) for tensor, version in self.constants if id(tensor) in met)
+        self.settled = True
+
+    def check_constants(self, met: set[int]) -> None:
+        """Raise if a later run did not meet a constant, or met it changed."""
+        for tensor, version in self.constants:
+            changed = tensor._version != version
+            if changed or id(tensor) not in met:
+                raise ClosureError(
+                    f"since the layer was called, a tensor of shape {tuple(tensor.shape)} that the objective closes "
+                    "over "
+                    + ("was changed in place" if changed else "was replaced by another one, or is read no longer")
+                    + ": the gradient would be that of another problem. Pass it to the layer as one more theta (a "
+                    "closure in a loop reads the data of the last round by the time of backward)."
+                )
 
 
 def find_closed_over(function: Callable[..., Any], args: tuple[Any, ...]) -> ClosedOver:
@@ -56,6 +88,7 @@ def find_closed_over(function: Callable[..., Any], args: tuple[Any, ...]) -> Clo
     first = run()
     found = ClosedOver(tensor for tensor in first.outside if needs_derivative(tensor))
     found.normalises = first.normalises
+    found.constants = tuple((t, t._version) for t in first.outside if not needs_derivative(t) and not t.is_inference())
     if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in found):
         # A vmap inside the function hands its results out unseen. They are new tensors in a second run, while those
         # from outside are the same (the first run's are alive, so no id is used twice).
@@ -77,10 +110,15 @@ def call_with(
     With ``reads_all``, an original that is never read is an error: the function reads something else in its place, and
     its value and gradient would be wrong without a word.
     """
-    if not originals and not getattr(originals, "normalises", False):
+    closed = originals if isinstance(originals, ClosedOver) else ClosedOver(originals)
+    if not closed and not closed.normalises and not closed.constants:
         return function(*args)
-    with _Substitute(originals, values) as mode:
+    with _Substitute(originals, values, closed.constants) as mode:
         result = function(*args)
+    if reads_all and closed.settled:
+        closed.check_constants(mode.met)
+    elif reads_all:
+        closed.settle(mode.met)
     if reads_all and mode.unmet:
         raise ClosureError(
             f"the objective no longer reads a closed-over tensor of shape {next(iter(mode.unmet.values()))} that it "
@@ -202,14 +240,23 @@ def _first_leaf(value: torch.Tensor) -> str:
 class _Substitute(TorchFunctionMode):
     """Swaps the values of closed-over tensors in, and plain operations for torch's normalisations."""
 
-    def __init__(self, originals: Sequence[torch.Tensor], values: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        originals: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        constants: Sequence[tuple[torch.Tensor, int]] = (),
+    ) -> None:
         super().__init__()
+        self.constants = {id(tensor) for tensor, _ in constants}
+        self.met: set[int] = set()
         self.values = {id(old): new for old, new in zip(originals, values, strict=True)}
         self.unmet = {id(old): tuple(old.shape) for old in originals}
 
     def swap(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             self.unmet.pop(id(value), None)
+            if id(value) in self.constants:
+                self.met.add(id(value))
             return self.values.get(id(value), value)
         if isinstance(value, (list, tuple)):
             items = [self.swap(item) for item in value]

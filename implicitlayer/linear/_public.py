@@ -15,6 +15,7 @@ from implicitlayer._tree import TreeSpec, flatten, ravel, unflatten, unravel
 from implicitlayer._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.linear._jacobian import Curvature, Jacobian, OperatorFamily
+from implicitlayer.linear._minres import Minres
 from implicitlayer.linear._operator import FlatOperator
 from implicitlayer.linear._residual import Residual, pullback
 from implicitlayer.linear._solve import SolveSpec, solve
@@ -171,7 +172,7 @@ def linear_solve(
     rhs: Any,
     solver: Callable[..., Any] | None = None,
     *tensors: Any,
-    symmetric: bool = True,
+    symmetric: bool | None = None,
     on_failure: OnFailure = "warn",
 ) -> Any:
     """u with ``operator u = rhs``, differentiable in ``rhs`` and in the operator, to every order and in both modes.
@@ -185,7 +186,8 @@ def linear_solve(
         rhs: tensor [n], or a pytree for a function.
         solver: a linear solver; default :class:`ConjugateGradient`, which needs a symmetric positive-definite system.
         tensors: pytrees that the function depends on.
-        symmetric: whether A = A'; False makes reverse mode solve with the transpose, and needs a solver for it.
+        symmetric: whether A = A'. False makes reverse mode solve with the transpose, which is right for every A.
+            Default: True for :class:`ConjugateGradient` and :class:`Minres`, which need it; False for all others.
         on_failure: as in :func:`argmin`.
 
     Example:
@@ -197,6 +199,8 @@ def linear_solve(
         [-0.25, -0.0625]
     """
     solver = solver if solver is not None else ConjugateGradient()
+    if symmetric is None:
+        symmetric = isinstance(solver, (ConjugateGradient, Minres))
     leaves, spec = flatten(rhs)
     like = tuple(_Form(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
     family: OperatorFamily

@@ -1,0 +1,69 @@
+"""Tensors that an objective closes over and that need no gradient: read again by backward, so watched."""
+
+import pytest
+import torch
+from references import F64, randn
+from torch import Tensor
+
+import implicitlayer as il
+
+START = torch.zeros(3, dtype=F64)
+
+
+def ridge(matrix: Tensor, b: Tensor, a: Tensor) -> Tensor:
+    return torch.linalg.solve(matrix.T @ matrix + a * torch.eye(3, dtype=F64), matrix.T @ b)
+
+
+def test_a_closure_over_the_data_of_a_loop_is_refused_and_data_as_theta_is_right() -> None:
+    a = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    data = [(randn(n, 3, seed=n), randn(n, seed=n + 1)) for n in (4, 5, 6)]
+    closing, passing = torch.zeros((), dtype=F64), torch.zeros((), dtype=F64)
+    for matrix, b in data:
+        late = il.argmin(
+            lambda x, a: ((matrix @ x - b) ** 2).sum() + a * (x**2).sum(),  # noqa: B023  the mistake under test
+            lambda f, x, a, matrix=matrix, b=b: ridge(matrix, b, a),
+        )
+        closing = closing + (late(START, a) ** 2).sum()
+        layer = il.argmin(
+            lambda x, a, m, b: ((m @ x - b) ** 2).sum() + a * (x**2).sum(), lambda f, x, a, m, b: ridge(m, b, a)
+        )
+        passing = passing + (layer(START, a, matrix, b) ** 2).sum()
+    with pytest.raises(il.ClosureError, match="was replaced by another one"):
+        torch.autograd.grad(closing, a)
+    explicit = sum((ridge(m, b, a) ** 2).sum() for m, b in data)
+    # systems of condition below 100, solved at rtol 1e-10
+    torch.testing.assert_close(torch.autograd.grad(passing, a), torch.autograd.grad(explicit, a), rtol=1e-8, atol=0)
+
+
+def test_a_closed_over_tensor_that_was_changed_in_place_is_refused() -> None:
+    a, matrix = torch.tensor(0.5, dtype=F64, requires_grad=True), torch.eye(3, dtype=F64)
+    layer = il.argmin(
+        lambda x, a: ((matrix @ x - 1) ** 2).sum() + a * (x**2).sum(),
+        lambda f, x, a: torch.ones(3, dtype=F64) / (1 + a),
+    )
+    x = layer(START, a)
+    (gradient,) = torch.autograd.grad(x.sum(), a, retain_graph=True)
+    assert abs(gradient.item() + 3 / 1.5**2) < 1e-12  # d/da of 3 / (1 + a)
+    matrix.mul_(5)
+    with pytest.raises(il.ClosureError, match="was changed in place"):
+        torch.autograd.grad(x.sum(), a)
+
+
+def test_tensors_that_the_objective_makes_anew_are_no_constants() -> None:
+    array = torch.ones(3, dtype=F64).numpy()
+    a = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    layer = il.argmin(
+        lambda x, a: ((torch.from_numpy(array) * x - 1) ** 2).sum() + a * (x**2).sum(),
+        lambda f, x, a: torch.ones(3, dtype=F64) / (1 + a),
+    )
+    (gradient,) = torch.autograd.grad(layer(START, a).sum(), a)
+    assert abs(gradient.item() + 3 / 1.5**2) < 1e-12
+
+
+def test_a_matrix_that_is_not_symmetric_is_transposed_in_reverse_without_being_told() -> None:
+    matrix = torch.tensor([[1.0, 2.0], [0.0, 3.0]], dtype=F64, requires_grad=True)
+    ones = torch.ones(2, dtype=F64)
+    for solver in (il.Gmres(), il.Dense(), il.Bicgstab()):
+        (got,) = torch.autograd.grad(il.linear_solve(matrix, ones, solver).sum(), matrix)
+        (expected,) = torch.autograd.grad(torch.linalg.solve(matrix, ones).sum(), matrix)
+        torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-10)
