@@ -83,6 +83,17 @@ class Trainer:
             raise ValueError("Give a budget: max_steps, max_minutes, or both (the first one reached ends the run).")
         if self.tasks_per_step < 1:
             raise ValueError(f"tasks_per_step={self.tasks_per_step} must be positive.")
+        missing = [name for name in ("sample", "state_dict", "load_state_dict") if not hasattr(self.sampler, name)]
+        if missing:
+            raise TypeError(f"the sampler needs the methods {missing}: a checkpoint keeps its position.")
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        learned = [p for p in [*flatten(self.theta)[0], *self.method.parameters()] if p.requires_grad]
+        left_out = sum(id(p) not in held for p in learned)
+        if left_out:
+            raise ValueError(
+                f"the optimizer does not hold {left_out} of the {len(learned)} tensors that require a gradient. Build "
+                "it from the leaves of theta and method.parameters(), or freeze what is not to be learned."
+            )
         self._rates = [group["lr"] for group in self.optimizer.param_groups]
 
     @property
@@ -153,6 +164,11 @@ class Trainer:
             The history, one record per step: loss, accuracy, gradient norm, seconds, and now and then the state of the
             inner problem and the validation accuracy.
         """
+        if self.step == 0 and self.checkpoint_path is not None and self.checkpoint_path.exists():
+            raise FileExistsError(
+                f"{self.checkpoint_path} holds a run already. Call resume() before fit() to go on with it, or give "
+                "another run_dir."
+            )
         progress = Progress(self.done, name=self.name, show=self.show_progress, leave=until >= 1.0)
         saved_at, saved_step = time.perf_counter(), self.step
         try:

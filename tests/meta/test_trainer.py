@@ -266,3 +266,24 @@ def test_misuse_is_told_with_its_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="other settings"):
         trainer.load_state_dict(state)
     assert not trainer.resume()
+
+
+def test_a_run_folder_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    make_trainer(tmp_path, max_steps=3).fit()
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    with pytest.raises(FileExistsError, match=r"Call resume\(\) before fit\(\)"):
+        make_trainer(tmp_path, max_steps=3).fit()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_an_optimizer_of_other_tensors_is_refused() -> None:
+    trainer = make_trainer(None, max_steps=1)
+    other = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+    with pytest.raises(ValueError, match="the optimizer does not hold"):
+        il.meta.Trainer(trainer.method, trainer.theta, trainer.sampler, other, max_steps=1)
+
+
+def test_a_sampler_that_cannot_be_resumed_is_refused_at_the_start() -> None:
+    trainer = make_trainer(None, max_steps=1)
+    with pytest.raises(TypeError, match="the sampler needs the methods"):
+        il.meta.Trainer(trainer.method, trainer.theta, object(), trainer.optimizer, max_steps=1)
