@@ -113,8 +113,3 @@ def emit(record: Record) -> None:
     with _lock:
         for listener in _listeners:
             listener.append(record)
-
-
-def listening() -> bool:
-    """Whether anybody collects records now."""
-    return bool(_listeners)

@@ -34,11 +34,6 @@ def flatten_with_names(tree: Any, root: str) -> tuple[list[Any], list[str]]:
     return [leaf for _, leaf in pairs], [root + pytree.keystr(path) for path, _ in pairs]
 
 
-def is_floating(leaf: Any) -> bool:
-    """Whether ``leaf`` is a real floating tensor, the only kind that is differentiated."""
-    return isinstance(leaf, torch.Tensor) and leaf.is_floating_point()
-
-
 def lane_reduce(values: torch.Tensor, lane_dims: int) -> torch.Tensor:
     """Sum of all but the first ``lane_dims`` dimensions; works for 0-d and empty tensors."""
     if lane_dims == 0:

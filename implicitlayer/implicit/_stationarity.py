@@ -16,6 +16,7 @@ import torch
 from implicitlayer._errors import NonFiniteError
 from implicitlayer._tree import finite_lanes, name_lanes, ravel, unravel
 from implicitlayer._types import Leaves
+from implicitlayer.linear._common import lane_norm
 from implicitlayer.linear._jacobian import Jacobian
 from implicitlayer.linear._operator import lane_dot, lane_scale
 from implicitlayer.linear._residual import Residual
@@ -58,9 +59,9 @@ def stationarity(residual: Residual, x: Leaves, theta: Leaves, init: Leaves) -> 
             )
             product = ravel(pulled, lane_dims)
     squared = lane_dot(unit, unit)
-    distance = torch.where(squared > 0, squared / _norm(product) * scale[..., 0], 0.0)
+    distance = torch.where(squared > 0, squared / lane_norm(product) * scale[..., 0], 0.0)
     at, start = ravel(x, lane_dims), ravel(init, lane_dims)
-    size = torch.maximum(_norm(at), _norm(at - start))
+    size = torch.maximum(lane_norm(at), lane_norm(at - start))
     noise = _NOISE * torch.finfo(at.dtype).eps * max(at.shape[-1], 1) ** 0.5
     return Stationarity(gradient, squared.sqrt() * scale[..., 0], distance, distance / size.clamp_min(noise))
 
@@ -72,9 +73,3 @@ def newton_step(
     operator = Jacobian(residual, len(x), transposed=False).linearize([*x, *theta])
     value: torch.Tensor = linear_solver(operator, gradient).value
     return value
-
-
-def _norm(vector: torch.Tensor) -> torch.Tensor:
-    scale = lane_scale(vector)
-    unit = vector / scale
-    return lane_dot(unit, unit).sqrt() * scale[..., 0]

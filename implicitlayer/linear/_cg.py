@@ -12,21 +12,15 @@ import torch
 
 from implicitlayer._solution import LinearSolution
 from implicitlayer._status import Status
-from implicitlayer.linear._common import Limits
+from implicitlayer.linear._common import NOISE, SLACK, STEPS_BETWEEN_SYNCS, Limits
 from implicitlayer.linear._operator import FlatOperator, LinearSolver, lane_dot, lane_scale
 from implicitlayer.linear._preconditioners import Precondition, Preconditioner
 
 __all__ = ["ConjugateGradient"]
 
-# A curvature below this many eps of the largest one seen is rounding noise of the product, not a sign.
-_NOISE = 16
-# The recursive residual drifts from the true one; up to this factor above the tolerance counts as reached.
-_SLACK = 10.0
 # On a positive-definite matrix the residual grows by sqrt(cond) at most: beyond this a truncated solve is no choice but
 # a step along an almost flat direction, and its value has no digit of the solution.
 _BLOWN_UP = 1e3
-# On an accelerator the test "is any lane still running" is a host synchronisation: make it this rarely.
-_STEPS_BETWEEN_SYNCS = 8
 
 
 @dataclass(frozen=True)
@@ -150,7 +144,7 @@ class ConjugateGradient(LinearSolver):
             blown_up = (codes == int(Status.STEP_LIMIT)) & (relative > _BLOWN_UP)
             codes = torch.where(blown_up, int(Status.DIVERGED), codes)
         else:
-            reached = residual <= _SLACK * tolerance
+            reached = residual <= SLACK * tolerance
             stuck = (codes == int(Status.CONVERGED)) & ~reached
             codes = torch.where(stuck, int(Status.STAGNATED), codes)
             # A flat direction that was met after the residual had fallen is where rounding takes over; met before
@@ -216,7 +210,7 @@ def _iterate_single(
     tol, steps = tolerance.item(), int(run.steps)
     smallest = math.inf if run.smallest is None else run.smallest.item()
     largest = 0.0 if run.largest is None else run.largest.item()
-    floor = _NOISE * torch.finfo(x.dtype).eps
+    floor = NOISE * torch.finfo(x.dtype).eps
     preconditioned = z is not r
     code = limit
     rnorm = run.residual_norm.item()
@@ -283,11 +277,11 @@ def _iterate_lanes(
     rz = pdp = lane_dot(r, z)
     smallest = torch.full_like(tolerance, math.inf) if run.smallest is None else run.smallest
     largest = torch.zeros_like(tolerance) if run.largest is None else run.largest
-    floor = _NOISE * torch.finfo(x.dtype).eps
+    floor = NOISE * torch.finfo(x.dtype).eps
     preconditioned = z is not r
     codes = torch.where(running, int(limit), run.codes)
     rnorm, steps = run.residual_norm, run.steps
-    sync = 1 if x.device.type == "cpu" else _STEPS_BETWEEN_SYNCS
+    sync = 1 if x.device.type == "cpu" else STEPS_BETWEEN_SYNCS
     for step in range(max_steps):
         if step % sync == 0 and not bool(running.any()):
             break

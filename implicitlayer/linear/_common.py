@@ -21,11 +21,11 @@ CONTINUE = -1
 # A number below this many eps of the size of what it was computed from is rounding noise.
 NOISE = 16
 # The recursive residual drifts from the true one; up to this factor above the tolerance counts as reached.
-_SLACK = 10.0
+SLACK = 10.0
 # A round that lowers the residual by less than this has stalled: one digit more would take 2300 such rounds.
 _LEAST_FALL = 1e-3
 # On an accelerator the test "is any lane still running" is a host synchronisation: make it this rarely.
-_STEPS_BETWEEN_SYNCS = 8
+STEPS_BETWEEN_SYNCS = 8
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def largest(vector: torch.Tensor) -> torch.Tensor:
 
 def any_runs(running: torch.Tensor, step: int) -> bool:
     """Whether a lane still runs; on an accelerator asked only now and then."""
-    every = 1 if running.device.type == "cpu" else _STEPS_BETWEEN_SYNCS
+    every = 1 if running.device.type == "cpu" else STEPS_BETWEEN_SYNCS
     return step % every != 0 or bool(running.any())
 
 
@@ -199,7 +199,7 @@ def refine(
     relative = torch.where(initial > 0, norm / initial, torch.zeros_like(initial))
     if limits.has_tolerance:
         rounding = eps * growth * lane_norm(x) / torch.where(initial > 0, initial, 1.0)
-        codes = _judge(codes, norm <= _SLACK * tolerance, relative, rounding, math.sqrt(eps))
+        codes = _judge(codes, norm <= SLACK * tolerance, relative, rounding, math.sqrt(eps))
     return LinearSolution(
         value=x * scale,
         codes=codes,
