@@ -69,8 +69,12 @@ class ClosedOver(list[torch.Tensor]):
                 )
 
 
-def find_closed_over(function: Callable[..., Any], args: tuple[Any, ...]) -> ClosedOver:
+def find_closed_over(
+    function: Callable[..., Any], args: tuple[Any, ...], check: Callable[[Any], object] | None = None
+) -> ClosedOver:
     """Tensors that ``function(*args)`` reads from outside and that need a derivative, in order of first use.
+
+    What the function returns is handed to ``check``, so that nonsense is found before a long solve.
 
     It is run on aliases of the tensors in ``args``, so that a tensor that is an argument and closed over as well is
     told apart: the second reading is found.
@@ -82,10 +86,13 @@ def find_closed_over(function: Callable[..., Any], args: tuple[Any, ...]) -> Clo
     def run() -> _Finder:
         finder = _Finder(list(aliases.values()))
         with torch.no_grad(), finder:
-            function(*aliased)
+            values.append(function(*aliased))
         return finder
 
+    values: list[Any] = []
     first = run()
+    if check is not None:
+        check(values[0])
     found = ClosedOver(tensor for tensor in first.outside if needs_derivative(tensor))
     found.normalises = first.normalises
     found.constants = tuple((t, t._version) for t in first.outside if not needs_derivative(t) and not t.is_inference())

@@ -51,6 +51,10 @@ class StationarityError(ImplicitLayerError, ArithmeticError):
     """The solver's answer is not a stationary point of the objective (raised with ``on_failure="raise"``)."""
 
 
+class NotRecordedError(ImplicitLayerError, RuntimeError):
+    """A record was asked for a number that it was not made to hold."""
+
+
 class ImplicitLayerWarning(UserWarning):
     """Base class of every warning of this library."""
 

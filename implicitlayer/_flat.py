@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,12 +85,12 @@ def flat_function(
         args = (unflatten(x, x_spec), *slots.rebuild(theta))
         values = theta[len(theta) - len(hidden) :]
         value = call_with(function, hidden, values, args, reads_all=True)
-        return value if scalar else _like_x(value, x, x_spec)
+        return value if scalar else like_x(value, x, x_spec)
 
     return flat
 
 
-def _like_x(value: Any, x: Leaves, x_spec: TreeSpec) -> Leaves:
+def like_x(value: Any, x: Sequence[torch.Tensor], x_spec: TreeSpec) -> Leaves:
     """Leaves of a residual, checked to be one equation per unknown."""
     leaves, spec = flatten(value)
     expected = [tuple(t.shape) for t in x]

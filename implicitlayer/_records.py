@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
+from implicitlayer._errors import NotRecordedError
 from implicitlayer._solution import LinearSolution
 from implicitlayer._status import Status
+from implicitlayer._tree import name_lanes
 
-__all__ = ["BackwardRecord", "ForwardRecord", "Record", "diagnostics"]
+__all__ = ["BackwardRecord", "ForwardRecord", "GradientError", "Record", "diagnostics"]
 
 # A backward pass may run on one of autograd's own threads, so the listeners are shared by all threads.
-_listeners: list[list[Record]] = []
+_listeners: list[tuple[list[Record], bool]] = []
 _lock = threading.Lock()
 
 
@@ -25,11 +28,12 @@ class ForwardRecord:
 
     Attributes:
         stationarity_norm: tensor [*lanes], Euclidean norm of the gradient of the objective (or of the residual) at
-            the returned point; None if the check was off.
-        estimated_distance: tensor [*lanes], estimate of the distance to the exact solution.
-        relative_distance: the same over ``max(||x||, ||x - init||)``.
+            the returned point; None if the check was off (outside of il.diagnostics()) or no derivative was wanted.
+        estimated_distance: tensor [*lanes], estimate from below of the distance to the exact solution.
+        relative_distance: the same over ``max(||x||, ||x - init||)``: the stationarity free of every scale.
         solver_status, num_steps: as the solver told them, else None.
         num_polish_steps: Newton steps made after the solver.
+        rtol: the relative distance that the layer allows; None if it allows any.
     """
 
     stationarity_norm: torch.Tensor | None
@@ -38,9 +42,18 @@ class ForwardRecord:
     solver_status: Status | None
     num_steps: int | None
     num_polish_steps: int = 0
+    rtol: float | None = None
+
+    @property
+    def stationary(self) -> bool | None:
+        """Whether every lane is as close to its solution as the layer asks; None if that was not checked."""
+        if self.relative_distance is None or self.rtol is None:
+            return None
+        return bool((self.relative_distance <= self.rtol).all())
 
     def __str__(self) -> str:
-        solver = "" if self.num_steps is None else f", {self.num_steps} solver steps"
+        solver = "" if self.num_steps is None else f", {_steps(self.num_steps, 'solver ')}"
+        solver += f", {_steps(self.num_polish_steps, 'polish ')}" if self.num_polish_steps else ""
         if self.stationarity_norm is None or self.relative_distance is None:
             return f"forward: stationarity not checked{solver}"
         return (
@@ -48,27 +61,153 @@ class ForwardRecord:
             f"{_span(self.relative_distance)}{solver}"
         )
 
-
-@dataclass(frozen=True, eq=False)
-class BackwardRecord:
-    """What one linear solve behind a derivative met. ``solution`` holds all numbers (without the value)."""
-
-    kind: str
-    solution: LinearSolution
-
-    @property
-    def status(self) -> Status:
-        return self.solution.status
-
-    def __str__(self) -> str:
-        s = self.solution
+    def explain(self) -> str:
+        """Two sentences: what was found, and what to do about it."""
+        if self.relative_distance is None:
+            return (
+                "Whether the solver's answer is stationary was not checked: the check is off, or no gradient was "
+                "asked for. Leave stationarity_rtol at its default and call the layer with a theta that requires a "
+                "gradient."
+            )
+        if self.stationary is None or self.rtol is None:
+            return (
+                f"The solver's answer is at an estimated relative distance of {_span(self.relative_distance)} from the "
+                "solution. The layer does not judge that (stationarity_rtol=None): the gradient carries an error of "
+                "that order."
+            )
+        numbers = f"estimated relative distance to the solution {_span(self.relative_distance)}, allowed {self.rtol:g}"
+        if self.stationary:
+            return f"The solver's answer is stationary ({numbers}). There is nothing to do."
+        bad = name_lanes(~(self.relative_distance <= self.rtol))
         return (
-            f"{self.kind}: {s.method} {s.status.name.lower()}, {s.num_steps} steps, relative residual "
-            f"{_span(s.relative_residual)}, smallest curvature {_span(s.smallest_curvature)}"
+            f"The solver's answer is not stationary{bad} ({numbers}), and the gradient carries an error of that order. "
+            "Solve the inner problem more tightly, or pass polish=1 for a Newton step after the solver."
         )
 
 
+@dataclass(frozen=True, eq=False)
+class GradientError:
+    """How far a computed gradient is from the exact one, ``||g - g*||``, lane by lane, for the cotangent as given.
+
+    The gradient is that of all theta leaves together; a theta that lanes share adds up their errors.
+
+    Attributes:
+        total: tensor [*lanes], bound or estimate of the error (Euclidean norm).
+        inner: the part that the inexact inner solve (x is not x*) has in it.
+        linear: the part of the inexact linear solve.
+        distance: tensor [*lanes], bound or estimate of ``||x - x*||``.
+        relative: ``total / ||g||``.
+        rigorous: whether ``total`` is a bound under the assumptions given to the layer (up to rounding), or an
+            estimate.
+        note: what it rests on, and what a bound would need.
+    """
+
+    total: torch.Tensor
+    inner: torch.Tensor
+    linear: torch.Tensor
+    distance: torch.Tensor
+    relative: torch.Tensor
+    rigorous: bool
+    note: str = ""
+
+    def __float__(self) -> float:
+        """That of the worst lane."""
+        return float(self.total.max()) if self.total.numel() else 0.0
+
+    def __str__(self) -> str:
+        kind, sign = ("bound", "<=") if self.rigorous else ("estimate", "about")
+        return (
+            f"gradient error {sign} {_span(self.total)}, relative {_span(self.relative)} ({kind}; inner solve "
+            f"{_span(self.inner)}, linear solve {_span(self.linear)})"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class BackwardRecord:
+    """What one linear solve behind a derivative met.
+
+    Attributes:
+        kind: which derivative the solve was for: ``backward``, ``forward-mode``, ``higher-order ...``, ``linear``.
+        solution: all its numbers, lane by lane (without the value).
+    """
+
+    kind: str
+    solution: LinearSolution
+    certificate: Callable[[], GradientError] | None = None
+
+    @property
+    def status(self) -> Status:
+        """How the solve ended; of a batch, that of its worst lane."""
+        return self.solution.status
+
+    @cached_property
+    def gradient_error(self) -> GradientError:
+        """How far the gradient made of this solve is from the exact one.
+
+        A rigorous bound if the layer was given :class:`Assumptions`, else an estimate; it says which. Computed when
+        first asked for, with a few solves more for an estimate, from tensors that the record holds: only records of
+        reverse-mode derivatives taken inside ``il.diagnostics()`` have it.
+
+        Raises:
+            NotRecordedError: any other record.
+
+        Source: Rajeswaran et al. 2019 (arXiv:1909.04630), Lemma 3.
+        """
+        if self.certificate is None:
+            raise NotRecordedError(
+                f"this record (of a {self.kind} solve) keeps no tensors to judge the gradient by. Run forward and "
+                "backward inside `with il.diagnostics() as records:` and ask a record of kind 'backward' there."
+            )
+        return self.certificate()
+
+    @property
+    def solution_error(self) -> torch.Tensor:
+        """Tensor [*lanes], estimate of ``||u - A^-1 b||``: residual norm over smallest Ritz value, at no product.
+
+        NaN without Ritz values, infinite where the smallest is not positive. In the norm of the preconditioner's
+        units, where there is one.
+        """
+        low, _ = self.solution.ritz_values
+        return torch.where(low > 0, self.solution.residual_norm / low, torch.where(low.isnan(), low, torch.inf))
+
+    def __str__(self) -> str:
+        s = self.solution
+        remedy = f", {s.remedy}" if s.remedy else ""
+        condition = (
+            "" if bool(s.condition_estimate.isnan().all()) else f", condition about {_span(s.condition_estimate)}"
+        )
+        return (
+            f"{self.kind}: {s.method} {s.status.name.lower()}, {_steps(s.num_steps)}, relative residual "
+            f"{_span(s.relative_residual)}, smallest curvature {_span(s.smallest_curvature)}{condition}{remedy}"
+        )
+
+    def explain(self) -> str:
+        """Two sentences: what was found, and what to do about it."""
+        s = self.solution
+        if s.remedy:
+            changed = "" if s.damping is None and "Gauss" not in s.remedy else ", so the gradient is a biased one"
+            return (
+                f"Negative curvature was met, and the {self.kind} solve was {s.remedy}{changed}. If a minimum is "
+                "meant, solve the inner problem more tightly: a minimum has no negative curvature."
+            )
+        if s.status is Status.STEP_LIMIT:
+            return (
+                f"The {self.kind} solve made the {_steps(s.num_steps)} that were asked for; its relative residual is "
+                f"{_span(s.relative_residual)}. Give a tolerance in place of max_steps alone for a converged solve."
+            )
+        if s.status.ok:
+            return (
+                f"The {self.kind} solve converged in {_steps(s.num_steps)} to a relative residual of "
+                f"{_span(s.relative_residual)}. There is nothing to do."
+            )
+        return f"The {self.kind} solve failed. {s.describe()}"
+
+
 Record = ForwardRecord | BackwardRecord
+
+
+def _steps(count: int, kind: str = "") -> str:
+    return f"{count} {kind}step{'' if count == 1 else 's'}"
 
 
 def _span(values: torch.Tensor) -> str:
@@ -83,10 +222,14 @@ def _span(values: torch.Tensor) -> str:
 def diagnostics() -> Iterator[list[Record]]:
     """Collect one record per forward solve and one per linear solve made inside the block (by any thread).
 
+    A :class:`ForwardRecord` holds the norm of the gradient at the returned point, the estimated distance to the
+    solution and the solver's own count; a :class:`BackwardRecord` the status, steps, residual, smallest curvature,
+    Ritz values and condition estimate, and the gradient's error on demand. Printing one is readable; ``explain()``
+    says what is wrong and what to do. A backward record holds x, theta and the solution of its system, as long as it
+    is held.
+
     Yields:
-        The list that fills up. A :class:`ForwardRecord` holds the norm of the gradient at the returned point, the
-        estimated distance to the solution and the solver's own count; a :class:`BackwardRecord` holds the status,
-        the steps, the residual and the smallest curvature seen.
+        The list that fills up.
 
     Example:
         >>> import torch, implicitlayer as il
@@ -96,20 +239,36 @@ def diagnostics() -> Iterator[list[Record]]:
         ...     layer(torch.zeros(3, dtype=torch.float64), theta).sum().backward()
         >>> records[1].status.name, records[1].solution.num_steps
         ('CONVERGED', 1)
+        >>> print(records[1].explain())
+        The backward solve converged in 1 step to a relative residual of 0.00e+00. There is nothing to do.
+        >>> float(records[1].gradient_error) < 1e-12
+        True
     """
+    with collect(in_depth=True) as records:
+        yield records
+
+
+@contextmanager
+def collect(in_depth: bool) -> Iterator[list[Record]]:
+    """The same; without ``in_depth`` records hold only what the layers measure anyway, and no tensors."""
     records: list[Record] = []
     with _lock:
-        _listeners.append(records)
+        _listeners.append((records, in_depth))
     try:
         yield records
     finally:
         with _lock:
             # by identity: two empty lists are equal
-            _listeners[:] = [listener for listener in _listeners if listener is not records]
+            _listeners[:] = [entry for entry in _listeners if entry[0] is not records]
+
+
+def listening_in_depth() -> bool:
+    """Whether anybody wants all that can be measured."""
+    return any(in_depth for _, in_depth in _listeners)
 
 
 def emit(record: Record) -> None:
     """Hand ``record`` to every listener."""
     with _lock:
-        for listener in _listeners:
-            listener.append(record)
+        for records, _ in _listeners:
+            records.append(record)

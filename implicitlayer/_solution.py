@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from implicitlayer._errors import (
     NotConvergedError,
     SingularError,
 )
+from implicitlayer._ritz import RitzValues
 from implicitlayer._status import Status
 from implicitlayer._tree import name_lanes
 from implicitlayer._types import OnFailure
@@ -39,6 +41,10 @@ class LinearSolution:
             without one); +inf where no product was made.
         residual_is_true: whether the residual was recomputed from the value.
         method: name of the linear solver.
+        rtol: relative tolerance asked for; None where only a number of steps was.
+        ritz: the coefficients behind the Ritz values; None where the solver has none.
+        remedy: what was done about negative curvature, in words; empty where nothing was.
+        damping: tensor [*lanes], added to the matrix by that remedy; None where nothing was.
     """
 
     value: Any
@@ -50,6 +56,30 @@ class LinearSolution:
     residual_is_true: bool
     method: str
     rtol: float | None = None
+    ritz: RitzValues | None = None
+    remedy: str = ""
+    damping: torch.Tensor | None = None
+
+    @property
+    def ritz_values(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Smallest and largest Ritz value, tensors [*lanes]: estimates, from inside, of the ends of the spectrum.
+
+        Of A; with a preconditioner M (a proximal objective's strength is one), of M^-1 A. From the coefficients of
+        conjugate gradients, at no further product; NaN where there are none (other solvers, no step made).
+        """
+        if self.ritz is None:
+            unknown = torch.full_like(self.relative_residual, math.nan)
+            return unknown, unknown
+        return self.ritz.extremes(self.relative_residual)
+
+    @property
+    def condition_estimate(self) -> torch.Tensor:
+        """Tensor [*lanes], largest over smallest Ritz value: a lower estimate of the condition number.
+
+        Infinite where the smallest is not positive; NaN where there are no Ritz values.
+        """
+        low, high = self.ritz_values
+        return torch.where(low > 0, high / low, torch.where(low.isnan(), math.nan, math.inf))
 
     @property
     def status(self) -> Status:
@@ -71,13 +101,19 @@ class LinearSolution:
         def at(values: torch.Tensor) -> Any:
             return values[pick].item() if values.numel() else 0
 
+        curvature = at(self.smallest_curvature)
+        known = self.smallest_curvature.numel() > 0 and math.isfinite(curvature)
         what = {
-            Status.INDEFINITE: f"met p'Ap/p'p = {at(self.smallest_curvature):.3g} <= 0",
-            Status.SINGULAR: f"met p'Ap/p'p = {at(self.smallest_curvature):.3g}, zero to working precision,",
+            Status.INDEFINITE: f"met p'Ap/p'p = {curvature:.3g} <= 0",
+            Status.SINGULAR: f"met p'Ap/p'p = {curvature:.3g}, zero to working precision,"
+            if known
+            else "found the matrix singular to working precision",
             Status.NONFINITE: "met NaN or Inf in a Hessian-vector product",
         }.get(status, f"ended with status {status.name.lower()}")
         asked = "" if self.rtol is None else f", rtol {self.rtol:.1e}"
         kind = "true" if self.residual_is_true else "recursive"
+        if self.remedy:
+            what += f" ({self.remedy})"
         return (
             f"{self.method} {what}{lane} after {at(self.steps)} steps ({kind} relative residual "
             f"{at(self.relative_residual):.2e}{asked}). {status.help}"

@@ -18,17 +18,18 @@ class Status(enum.IntEnum):
 
     CONVERGED = 0
     STEP_LIMIT = 1
-    MAX_STEPS_REACHED = 2
-    STAGNATED = 3
-    SINGULAR = 4
-    INDEFINITE = 5
-    DIVERGED = 6
-    NONFINITE = 7
+    TRUNCATED = 2
+    MAX_STEPS_REACHED = 3
+    STAGNATED = 4
+    SINGULAR = 5
+    INDEFINITE = 6
+    DIVERGED = 7
+    NONFINITE = 8
 
     @property
     def ok(self) -> bool:
-        """Whether this is success. A step limit that was asked for without a tolerance is a choice, not a failure."""
-        return self <= Status.STEP_LIMIT
+        """Whether this is success. What was asked for is a choice, not a failure: a step limit, a truncation."""
+        return self <= Status.TRUNCATED
 
     @property
     def usable(self) -> bool:
@@ -44,6 +45,7 @@ class Status(enum.IntEnum):
 _HELP = {
     Status.CONVERGED: "The requested tolerance was reached.",
     Status.STEP_LIMIT: "All requested steps were made; no tolerance was asked for.",
+    Status.TRUNCATED: "Negative curvature was met, and the iteration was cut off before it, as asked for.",
     Status.MAX_STEPS_REACHED: (
         "The step limit came before the tolerance. Raise max_steps, loosen rtol, precondition, or ask for a fixed "
         "number of steps (max_steps alone) if a truncated solve is what you want."

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 from implicitlayer._types import OnFailure
+from implicitlayer.implicit._certificate import Assumptions
 from implicitlayer.implicit._layer import ImplicitLayer
 from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.linear._gmres import Gmres
 from implicitlayer.linear._jacobian import Curvature
+from implicitlayer.linear._repair import NegativeCurvature
 
 __all__ = ["argmin", "fixed_point", "root"]
 
@@ -27,6 +29,8 @@ def argmin(
     batch_dims: int = 0,
     curvature: Curvature = "hessian",
     damping: float = 0.0,
+    negative_curvature: NegativeCurvature = "raise",
+    assumptions: Assumptions | None = None,
 ) -> ImplicitLayer:
     """A differentiable layer ``(init, *theta) -> argmin_x objective(x, *theta)`` around any solver.
 
@@ -56,6 +60,12 @@ def argmin(
         curvature: the matrix of the linear solve: ``"hessian"``, or ``"gauss_newton"`` for an objective made by
             :func:`composite` or :func:`least_squares` (see there for what that costs in exactness).
         damping: added to the diagonal of that matrix, in units of curvature; biases the gradient towards zero.
+        negative_curvature: what conjugate gradients do where they meet negative curvature. ``"raise"``: a failure, as
+            ``on_failure`` says. ``"truncate"``: keep the iterate before it (Steihaug). ``"damp"``: solve again with
+            twice the magnitude of the smallest Ritz value on the diagonal. ``"minres"``: solve again with
+            :class:`Minres`, exact. ``"gauss_newton"``: solve again with the Gauss-Newton matrix. The record says
+            what was done; a second derivative through ``"damp"`` or ``"gauss_newton"`` is an error.
+        assumptions: constants of the problem that make ``record.gradient_error`` a rigorous bound.
 
     Returns:
         The layer, a callable. The result is differentiable in every floating tensor of every theta; ``init`` gets no
@@ -88,6 +98,8 @@ def argmin(
         batch_dims,
         curvature,
         damping,
+        negative_curvature,
+        assumptions,
     )
 
 
@@ -102,6 +114,7 @@ def root(
     stationarity_rtol: float | None = 1e-3,
     polish: int = 0,
     batch_dims: int = 0,
+    assumptions: Assumptions | None = None,
 ) -> ImplicitLayer:
     """A differentiable layer ``(init, *theta) -> x`` with ``residual(x, *theta) = 0``.
 
@@ -112,8 +125,8 @@ def root(
         residual: ``residual(x, *theta)`` in plain torch code, one equation per unknown, in the structure of x.
         solver: any callable ``solver(residual, init, *theta) -> x``.
         linear_solver: for systems that need not be symmetric; default :class:`Gmres`.
-        solver_has_aux, objective_has_aux, on_failure, stationarity_rtol, polish, batch_dims: as in :func:`argmin`
-            ("objective" is the residual; with ``batch_dims`` it returns leaves with the lanes of x).
+        solver_has_aux, objective_has_aux, on_failure, stationarity_rtol, polish, batch_dims, assumptions: as in
+            :func:`argmin` ("objective" is the residual; with ``batch_dims`` it returns leaves with the lanes of x).
 
     Example:
         >>> import torch, implicitlayer as il
@@ -134,6 +147,7 @@ def root(
         stationarity_rtol,
         polish,
         batch_dims,
+        assumptions=assumptions,
     )
 
 
@@ -148,6 +162,7 @@ def fixed_point(
     stationarity_rtol: float | None = 1e-3,
     polish: int = 0,
     batch_dims: int = 0,
+    assumptions: Assumptions | None = None,
 ) -> ImplicitLayer:
     """A differentiable layer ``(init, *theta) -> x`` with ``x = map(x, *theta)``.
 
@@ -159,7 +174,8 @@ def fixed_point(
         map: ``map(x, *theta)`` in plain torch code, in the structure of x.
         solver: any callable ``solver(map, init, *theta) -> x``.
         linear_solver: default :class:`Gmres`.
-        solver_has_aux, objective_has_aux, on_failure, stationarity_rtol, polish, batch_dims: as in :func:`argmin`.
+        solver_has_aux, objective_has_aux, on_failure, stationarity_rtol, polish, batch_dims, assumptions: as in
+            :func:`argmin`.
 
     Example:
         >>> import torch, implicitlayer as il
@@ -184,4 +200,5 @@ def fixed_point(
         stationarity_rtol,
         polish,
         batch_dims,
+        assumptions=assumptions,
     )

@@ -12,7 +12,7 @@ import torch
 
 from implicitlayer._capture import refuse_hidden_tensors
 from implicitlayer._errors import NonFiniteError, SolverOutputError, StationarityError, StationarityWarning
-from implicitlayer._records import ForwardRecord, emit
+from implicitlayer._records import ForwardRecord, emit, listening_in_depth
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._surroundings import out_of_inference, plain_surroundings
 from implicitlayer._tree import TreeSpec, flatten_with_names, name_lanes, ravel, unflatten, unravel
@@ -76,7 +76,7 @@ def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
 
     measured: Stationarity | None = None
     polished = 0
-    if spec.stationarity_rtol is not None or spec.polish:
+    if spec.stationarity_rtol is not None or spec.polish or (spec.wanted and listening_in_depth()):
         measured = stationarity(residual, x, theta, init)
         while polished < spec.polish:
             step = newton_step(residual, x, theta, measured.gradient, spec.linear_solver)
@@ -212,6 +212,7 @@ def _record(spec: LayerSpec, results: Sequence[SolverResult], measured: Stationa
         solver_status=max(statuses) if statuses else None,
         num_steps=max(counts) if counts else None,
         num_polish_steps=polished,
+        rtol=spec.stationarity_rtol,
     )
     emit(record)
     if spec.listener is not None:

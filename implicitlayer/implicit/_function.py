@@ -10,8 +10,10 @@ import torch
 
 from implicitlayer._records import BackwardRecord, ForwardRecord
 from implicitlayer._types import Leaves, OnFailure
+from implicitlayer.implicit._certificate import Assumptions
 from implicitlayer.implicit._forward import Calling, solve_forward
 from implicitlayer.implicit._rules import Matrix, implicit_jvp, implicit_vjp
+from implicitlayer.linear._repair import NegativeCurvature
 from implicitlayer.linear._residual import Residual
 from implicitlayer.linear._solve import alive, fill, lanes_first, over_batched_vectors
 
@@ -28,9 +30,12 @@ class LayerSpec:
     linear_solver: Callable[..., Any]
     on_failure: OnFailure = "warn"
     differentiable: bool = True
+    wanted: bool = True  # whether something that was given needs a derivative
     stationarity_rtol: float | None = 1e-3
     polish: int = 0
     matrix: Matrix = ("hessian", 0.0)
+    negative_curvature: NegativeCurvature = "raise"
+    assumptions: Assumptions | None = None
     listener: Callable[[ForwardRecord | BackwardRecord], None] | None = None
     aux: list[Any] = field(default_factory=list)
 
@@ -41,6 +46,8 @@ class LayerSpec:
             "matrix": self.matrix,
             "solver": self.linear_solver,
             "on_failure": self.on_failure,
+            "negative_curvature": self.negative_curvature,
+            "assumptions": self.assumptions,
             "listener": self.listener,
         }
 

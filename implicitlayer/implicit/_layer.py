@@ -11,15 +11,17 @@ from torch.utils import _pytree as pytree
 
 from implicitlayer._capture import ClosedOver, announce, derivatives_possible, find_closed_over, needs_derivative
 from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
-from implicitlayer._flat import Signature, flat_function, flat_parts
+from implicitlayer._flat import Signature, flat_function, flat_parts, like_x
 from implicitlayer._records import Record
 from implicitlayer._surroundings import out_of_inference, outside_compiled_code
-from implicitlayer._tree import flatten, flatten_with_names, unflatten
+from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, unflatten
 from implicitlayer._types import FlatFunction, OnFailure
+from implicitlayer.implicit._certificate import Assumptions
 from implicitlayer.implicit._forward import Calling
 from implicitlayer.implicit._function import ImplicitArgmin, LayerSpec
 from implicitlayer.linear._jacobian import Curvature
-from implicitlayer.linear._residual import Residual
+from implicitlayer.linear._repair import POLICIES, NegativeCurvature
+from implicitlayer.linear._residual import Residual, check_value
 
 __all__ = ["ImplicitLayer"]
 
@@ -48,6 +50,8 @@ class ImplicitLayer:
     batch_dims: int
     curvature: Curvature = "hessian"
     damping: float = 0.0
+    negative_curvature: NegativeCurvature = "raise"
+    assumptions: Assumptions | None = None
 
     def __post_init__(self) -> None:
         self.records: list[Record] = []
@@ -62,6 +66,10 @@ class ImplicitLayer:
             )
         if self.curvature not in ("hessian", "gauss_newton"):
             raise ValueError(f"curvature={self.curvature!r} must be 'hessian' or 'gauss_newton'.")
+        if self.negative_curvature not in POLICIES:
+            raise ValueError(f"negative_curvature={self.negative_curvature!r} must be one of {POLICIES}.")
+        if not isinstance(self.assumptions, Assumptions | None):
+            raise TypeError(f"assumptions must be il.Assumptions(...), got {type(self.assumptions).__name__}.")
         for name in ("polish", "batch_dims", "damping"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be non-negative.")
@@ -95,7 +103,8 @@ class ImplicitLayer:
         hidden = ClosedOver()
         differentiable = derivatives_possible()
         if differentiable:
-            hidden = find_closed_over(user_function, (init, *theta))
+            # the function is run for this anyway: what is wrong with its value is said before the solver starts
+            hidden = find_closed_over(user_function, (init, *theta), lambda value: self._check_value(value, x, x_spec))
             _refuse_complex([*tensors, *hidden])
         wanted = differentiable and (bool(hidden) or any(needs_derivative(t) for t in tensors))
         function = flat_function(user_function, x_spec, signature, hidden, self.kind == "argmin")
@@ -125,15 +134,24 @@ class ImplicitLayer:
             linear_solver=self.linear_solver,
             on_failure=self.on_failure,
             differentiable=differentiable,
+            wanted=wanted,
             stationarity_rtol=self.stationarity_rtol if wanted else None,
             polish=self.polish,
             matrix=(self.curvature, float(self.damping)),
+            negative_curvature=self.negative_curvature,
+            assumptions=self.assumptions,
             listener=records.append,
         )
         solution = unflatten(ImplicitArgmin.apply(spec, *out_of_inference([*x, *tensors, *hidden])), x_spec)
         if self.solver_has_aux:
             return solution, spec.aux[0] if len(spec.aux) == 1 else list(spec.aux)
         return solution
+
+    def _check_value(self, value: Any, x: Sequence[torch.Tensor], x_spec: TreeSpec) -> None:
+        if self.kind == "argmin":
+            check_value(value, x[0].shape[: self.batch_dims], self.batch_dims > 0)
+        else:
+            like_x(value, x, x_spec)
 
 
 def _minus_identity(function: FlatFunction) -> FlatFunction:

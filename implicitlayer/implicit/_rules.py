@@ -10,12 +10,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from implicitlayer._surroundings import plain_surroundings
 from implicitlayer._types import Leaves
+from implicitlayer.implicit._certificate import Assumptions, gradient_error
 from implicitlayer.linear._jacobian import Curvature, Jacobian, pull_tensors, push_tensors
 from implicitlayer.linear._residual import Residual
 from implicitlayer.linear._solve import SolveSpec, solve
@@ -31,14 +33,16 @@ def implicit_vjp(
     cotangent: Leaves,
     needed: tuple[bool, ...],
     matrix: Matrix = _HESSIAN,
+    assumptions: Assumptions | None = None,
     **how: Any,
 ) -> list[torch.Tensor | None]:
     """Cotangents of the theta leaves that are ``needed``, from the cotangent of x.
 
-    ``matrix``: what stands for dF/dx, as (curvature, damping). ``how``: solver, on_failure, kind and listener of the
-    linear solve.
+    ``matrix``: what stands for dF/dx, as (curvature, damping). ``how``: solver, on_failure, negative_curvature, kind
+    and listener of the linear solve.
     """
-    spec = SolveSpec(Jacobian(residual, len(x), True, *matrix), len(x), **how)
+    certify = partial(gradient_error, assumptions, tuple(needed))
+    spec = SolveSpec(Jacobian(residual, len(x), True, *matrix), len(x), certify=certify, **how)
     with plain_surroundings(x):
         u = solve(spec, cotangent, [*x, *theta])
         source = residual.seen_by(needed)
@@ -52,6 +56,7 @@ def implicit_jvp(
     theta: Leaves,
     tangents: Sequence[torch.Tensor | None],
     matrix: Matrix = _HESSIAN,
+    assumptions: Assumptions | None = None,
     **how: Any,
 ) -> Leaves | None:
     """Tangents of x from those of the theta leaves; None if no theta leaf has one."""

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from implicitlayer._ritz import RitzValues
 from implicitlayer._solution import LinearSolution
 from implicitlayer._status import Status
 from implicitlayer.linear._common import NOISE, SLACK, STEPS_BETWEEN_SYNCS, Limits
@@ -166,6 +167,7 @@ class ConjugateGradient(LinearSolver):
             residual_is_true=self.has_tolerance and touched,
             method=_NAME,
             rtol=rtol,
+            ritz=run.ritz,
         )
 
 
@@ -183,6 +185,7 @@ class _Run:
     residual_norm: torch.Tensor
     smallest: torch.Tensor | None = None
     largest: torch.Tensor | None = None
+    ritz: RitzValues = field(default_factory=RitzValues)
 
 
 # NOTE [p'Dp for nothing]: directions are D-orthogonal to the new z (D: the preconditioner's matrix, z = D^-1 r), so
@@ -214,6 +217,7 @@ def _iterate_single(
     preconditioned = z is not r
     code = limit
     rnorm = run.residual_norm.item()
+    pivots, betas = run.ritz.new_round()
     while steps < max_steps:
         ap = operator(p)
         pap = lane_dot(p, ap).item()
@@ -223,6 +227,7 @@ def _iterate_single(
             break
         curvature = pap / pdp
         smallest, largest = min(smallest, curvature), max(largest, curvature)
+        pivots.append(pap / rz)
         if curvature <= floor * largest:
             code = Status.SINGULAR if curvature >= -floor * largest else Status.INDEFINITE
             break
@@ -236,6 +241,7 @@ def _iterate_single(
             code = Status.CONVERGED
             break
         beta = rz_new / rz
+        betas.append(beta)
         rz, pdp = rz_new, rz_new + beta * beta * pdp
         p.mul_(beta).add_(z)
     run.value, run.residual = x, r
@@ -282,6 +288,7 @@ def _iterate_lanes(
     codes = torch.where(running, int(limit), run.codes)
     rnorm, steps = run.residual_norm, run.steps
     sync = 1 if x.device.type == "cpu" else STEPS_BETWEEN_SYNCS
+    pivots, betas = run.ritz.new_round()
     for step in range(max_steps):
         if step % sync == 0 and not bool(running.any()):
             break
@@ -292,6 +299,7 @@ def _iterate_lanes(
         curvature = pap / pdp
         finite = curvature.isfinite()
         seen = running & finite
+        pivots.append(torch.where(seen, pap / rz, math.nan))
         smallest = torch.where(seen, torch.minimum(smallest, curvature), smallest)
         largest = torch.where(seen, torch.maximum(largest, curvature), largest)
         flat = seen & (curvature <= floor * largest)
@@ -311,6 +319,7 @@ def _iterate_lanes(
         codes = torch.where(reached, int(Status.CONVERGED), codes)
         running = running & ~reached
         beta = torch.where(running, rz_new / rz, 0.0)
+        betas.append(torch.where(running, beta, math.nan))
         pdp = torch.where(running, rz_new + beta * beta * pdp, pdp)
         rz = torch.where(running, rz_new, rz)
         p = _Keep(running)(torch.addcmul(z, beta.to(x.dtype).unsqueeze(-1), p), p)

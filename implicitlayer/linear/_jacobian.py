@@ -44,6 +44,10 @@ class OperatorFamily(Protocol):
         """The flat operator at plain tensors."""
         ...
 
+    def gauss_newton(self, tensors: Leaves) -> FlatOperator:
+        """The same with the Gauss-Newton matrix, where there is one."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Jacobian:
@@ -82,6 +86,10 @@ class Jacobian:
         else:
             product = pushforward(lambda x_: self.residual(x_, theta), x, u, like=x)
         return [p + self.damping * v for p, v in zip(product, u, strict=True)] if self.damping else list(product)
+
+    def gauss_newton(self, tensors: Leaves) -> FlatOperator:
+        """The flat operator with the Gauss-Newton matrix in place of the Hessian."""
+        return replace(self, curvature="gauss_newton").linearize(tensors)
 
     def linearize(self, tensors: Leaves) -> FlatOperator:
         """The flat operator at plain tensors, its graph built at the first product and kept for all others."""

@@ -17,6 +17,7 @@ from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.linear._jacobian import Curvature, Jacobian, OperatorFamily
 from implicitlayer.linear._minres import Minres
 from implicitlayer.linear._operator import FlatOperator
+from implicitlayer.linear._repair import POLICIES, NegativeCurvature
 from implicitlayer.linear._residual import Residual, pullback
 from implicitlayer.linear._solve import SolveSpec, solve
 
@@ -153,6 +154,12 @@ class _LinearFunction:
             )
         return function
 
+    def gauss_newton(self, tensors: Leaves) -> FlatOperator:
+        raise ValueError(
+            'negative_curvature="gauss_newton" needs il.hessian_operator of an objective made by il.composite or '
+            "il.least_squares; a matrix or linear function has no Gauss-Newton matrix."
+        )
+
     def linearize(self, tensors: Leaves) -> FlatOperator:
         def product_of(family: _LinearFunction) -> Callable[[torch.Tensor], torch.Tensor]:
             def matvec(vector: torch.Tensor) -> torch.Tensor:
@@ -174,6 +181,7 @@ def linear_solve(
     *tensors: Any,
     symmetric: bool | None = None,
     on_failure: OnFailure = "warn",
+    negative_curvature: NegativeCurvature = "raise",
 ) -> Any:
     """u with ``operator u = rhs``, differentiable in ``rhs`` and in the operator, to every order and in both modes.
 
@@ -188,7 +196,7 @@ def linear_solve(
         tensors: pytrees that the function depends on.
         symmetric: whether A = A'. False makes reverse mode solve with the transpose, which is right for every A.
             Default: True for :class:`ConjugateGradient` and :class:`Minres`, which need it; False for all others.
-        on_failure: as in :func:`argmin`.
+        on_failure, negative_curvature: as in :func:`argmin`.
 
     Example:
         >>> import torch, implicitlayer as il
@@ -198,6 +206,8 @@ def linear_solve(
         >>> a.grad.tolist()  # d(1/a)/da = -1/a^2
         [-0.25, -0.0625]
     """
+    if negative_curvature not in POLICIES:
+        raise ValueError(f"negative_curvature={negative_curvature!r} must be one of {POLICIES}.")
     solver = solver if solver is not None else ConjugateGradient()
     if symmetric is None:
         symmetric = isinstance(solver, (ConjugateGradient, Minres))
@@ -219,7 +229,7 @@ def linear_solve(
         signature = Signature.of(tensors)
         parameters = [*signature.tensors, *hidden]
         family = _LinearFunction(flat_function(operator, spec, signature, hidden, False), like, symmetric=symmetric)
-    how = SolveSpec(family, len(leaves), solver, on_failure, kind="linear")
+    how = SolveSpec(family, len(leaves), solver, on_failure, kind="linear", negative_curvature=negative_curvature)
     return unflatten(solve(how, leaves, parameters), spec)
 
 

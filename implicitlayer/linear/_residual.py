@@ -58,19 +58,8 @@ class Residual:
 
     def values(self, x: Leaves, theta: Leaves) -> torch.Tensor:
         """The objective of every lane, [*lanes]; only for gradients."""
-        values = self.over_lanes(self.function)(x, theta)
-        lanes = x[0].shape[: self.lane_dims]
-        if not isinstance(values, torch.Tensor) or not values.is_floating_point():
-            kind = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
-            hint = " If it returns (value, aux), pass objective_has_aux=True." if isinstance(values, tuple) else ""
-            raise ObjectiveError(f"the objective must return a real floating tensor, got {kind}.{hint}")
-        if values.shape != lanes:
-            expected = "a 0-d tensor" if not self.lane_dims_of_function else "one value per lane"
-            raise ObjectiveError(
-                f"the objective must return {expected}: expected shape {tuple(lanes)}, got {tuple(values.shape)}. "
-                "Sum or average over the data inside the objective"
-                + ("." if self.lane_dims_of_function else "; for independent problems in one call pass batch_dims=1.")
-            )
+        values: torch.Tensor = self.over_lanes(self.function)(x, theta)
+        check_value(values, x[0].shape[: self.lane_dims], self.lane_dims_of_function > 0)
         return values
 
     def seen_by(self, needed: Sequence[bool]) -> Residual:
@@ -121,6 +110,25 @@ class Residual:
                 "torch operations on x, without .detach(), .item(), .numpy() or torch.no_grad()."
             )
         return list(torch.autograd.grad(value, x, create_graph=True, materialize_grads=True))
+
+
+def check_value(values: Any, lanes: torch.Size, has_lanes: bool) -> None:
+    """Raise unless ``values`` is what an objective may return: one floating number (per lane)."""
+    if not isinstance(values, torch.Tensor) or not values.is_floating_point():
+        kind = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
+        hint = ""
+        if isinstance(values, tuple):
+            hint = " If it returns (value, aux), pass objective_has_aux=True."
+        elif not isinstance(values, torch.Tensor):
+            hint = " Write it in torch operations: NumPy and Python numbers have no gradient."
+        raise ObjectiveError(f"the objective must return a real floating tensor, got {kind}.{hint}")
+    if values.shape != lanes:
+        expected = "one value per lane" if has_lanes else "a 0-d tensor"
+        raise ObjectiveError(
+            f"the objective must return {expected}: expected shape {tuple(lanes)}, got {tuple(values.shape)}. "
+            "Sum or average over the data inside the objective"
+            + ("." if has_lanes else "; for independent problems in one call pass batch_dims=1.")
+        )
 
 
 # NOTE [one pull-back]: <J'w, .> as the gradient of <f, w>. A pull-back from torch.func.vjp, called after its level is

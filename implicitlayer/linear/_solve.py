@@ -11,19 +11,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from implicitlayer._errors import NonFiniteError
-from implicitlayer._records import BackwardRecord, emit
+from implicitlayer._errors import NonFiniteError, UnsupportedTransformError
+from implicitlayer._records import BackwardRecord, GradientError, emit, listening_in_depth
 from implicitlayer._solution import LinearSolution
 from implicitlayer._surroundings import plain_surroundings
 from implicitlayer._tree import finite_lanes, name_lanes, ravel, unravel
 from implicitlayer._types import Leaves, OnFailure
 from implicitlayer.linear._jacobian import OperatorFamily, pull_tensors, push_tensors
 from implicitlayer.linear._operator import FlatOperator, wrap_value
+from implicitlayer.linear._repair import CHANGES_THE_SYSTEM, NegativeCurvature, repair
+
+# (operator family, its tensors, u leaves, right-hand side leaves) -> how far the derivative made of u is from exact
+Certify = Callable[[OperatorFamily, Leaves, Leaves, Leaves], GradientError]
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +41,21 @@ class SolveSpec:
     on_failure: OnFailure = "warn"
     kind: str = "backward"
     listener: Callable[[BackwardRecord], None] | None = None
+    negative_curvature: NegativeCurvature = "raise"
+    certify: Certify | None = None
+    changed: list[str] = field(default_factory=list)  # what a remedy made of the system, told by forward
+
+    def derivative(self, transposed: bool) -> SolveSpec:
+        """The spec of the solve behind a derivative of this one."""
+        if self.changed:
+            raise UnsupportedTransformError(
+                f"the {self.kind} solve was {self.changed[0]}: it solved another system, and its derivative would not "
+                "be that of the gradient. For second derivatives use a fixed damping=, curvature=, or "
+                'negative_curvature="minres".'
+            )
+        kind = self.kind if self.kind.startswith("higher-order") else f"higher-order {self.kind}"
+        operator = self.operator.transpose() if transposed else self.operator
+        return replace(self, operator=operator, kind=kind, certify=None, changed=[])
 
 
 def solve(spec: SolveSpec, rhs: Leaves, tensors: Leaves) -> Leaves:
@@ -64,12 +84,20 @@ class LinearSolve(torch.autograd.Function):
             )
         operator = spec.operator.linearize(parameters)
         solution = wrap_value(operator, flat, spec.solver(operator, flat), type(spec.solver).__name__)
-        record = BackwardRecord(spec.kind, replace(solution, value=None))
+        policy = spec.negative_curvature
+        solution = repair(policy, spec.solver, operator, lambda: spec.operator.gauss_newton(parameters), flat, solution)
+        if solution.remedy and policy in CHANGES_THE_SYSTEM:
+            spec.changed.append(solution.remedy)
+        u = unravel(solution.value, rhs, lane_dims)
+        certificate = None
+        if spec.certify is not None and listening_in_depth():  # it holds tensors, for as long as the record is held
+            certificate = partial(spec.certify, spec.operator, parameters, u, list(rhs))
+        record = BackwardRecord(spec.kind, replace(solution, value=None), certificate)
         emit(record)
         if spec.listener is not None:
             spec.listener(record)
         solution.enforce(spec.on_failure, f"{spec.kind} solve: ")
-        return tuple(unravel(solution.value, rhs, lane_dims))
+        return tuple(u)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -87,7 +115,7 @@ class LinearSolve(torch.autograd.Function):
         u, tensors = list(saved[:k]), list(saved[k:])
         if all(c is None for c in cotangents):
             return (None,) * (1 + k + len(tensors))
-        transposed = replace(spec, operator=spec.operator.transpose(), kind=_higher(spec.kind))
+        transposed = spec.derivative(transposed=True)
         needed = ctx.needs_input_grad[1 + k :]
 
         cotangents = alive(cotangents)
@@ -112,7 +140,7 @@ class LinearSolve(torch.autograd.Function):
             change = push_tensors(lambda t: spec.operator.product(u, t), tensors, vectors[k:], like=u)
             if change is not None:
                 rhs = [b - c for b, c in zip(rhs, change, strict=True)]
-            return solve(replace(spec, kind=_higher(spec.kind)), rhs, tensors)
+            return solve(spec.derivative(transposed=False), rhs, tensors)
 
         with plain_surroundings(tensors):
             return tuple(over_batched_vectors(rule, tangents))
@@ -125,10 +153,6 @@ class LinearSolve(torch.autograd.Function):
         moved, has = lanes_first(tensors, dims, forced, info.batch_size)
         lifted = replace(spec, operator=spec.operator.with_level(has[k:], info.randomness))
         return LinearSolve.apply(lifted, *moved), (0,) * k
-
-
-def _higher(kind: str) -> str:
-    return kind if kind.startswith("higher-order") else f"higher-order {kind}"
 
 
 def alive(tensors: Sequence[Any]) -> tuple[Any, ...]:

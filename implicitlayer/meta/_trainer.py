@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from implicitlayer._errors import NonFiniteError
-from implicitlayer._records import diagnostics
+from implicitlayer._records import collect
 from implicitlayer._tree import flatten
 from implicitlayer._types import PyTree
 from implicitlayer.meta._checkpoint import load_checkpoint, save_checkpoint, save_json_lines
@@ -203,7 +203,7 @@ class Trainer:
             for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
                 group["lr"] = rate * self.learning_rate(done_before)
         support, query = self.split(self.sampler.sample(self.tasks_per_step))
-        with diagnostics() as records:
+        with collect(in_depth=False) as records:
             self.optimizer.zero_grad(set_to_none=True)
             phi = self.method.adapt(self.theta, support)
             losses = self.method.query_losses(self.theta, phi, query)
