@@ -1,5 +1,8 @@
 """Put an optimizer inside a PyTorch model: differentiable argmin layers around any solver, and implicit MAML."""
 
+import importlib
+import typing
+
 from implicitlayer import fewshot as fewshot
 from implicitlayer import meta as meta
 from implicitlayer import solvers as solvers
@@ -12,6 +15,7 @@ from implicitlayer._errors import (
     LinearSolveError,
     NonFiniteError,
     NotConvergedError,
+    NotRecordedError,
     ObjectiveError,
     SingularError,
     SolverOutputError,
@@ -19,17 +23,20 @@ from implicitlayer._errors import (
     StationarityWarning,
     UnsupportedTransformError,
 )
-from implicitlayer._records import BackwardRecord, ForwardRecord, diagnostics
+from implicitlayer._records import BackwardRecord, ForwardRecord, GradientError, diagnostics
 from implicitlayer._solution import LinearSolution, RecordingSolver, SolverResult
 from implicitlayer._status import Status
 from implicitlayer.implicit import (
     ArgminLayer,
+    Assumptions,
     Composite,
+    GradientExplanation,
     ImplicitArgmin,
     ImplicitLayer,
     Proximal,
     argmin,
     composite,
+    explain_gradient,
     fixed_point,
     least_squares,
     proximal,
@@ -54,10 +61,14 @@ from implicitlayer.linear import (
     linear_solve,
 )
 
+if typing.TYPE_CHECKING:
+    from implicitlayer import testing as testing
+
 __version__ = "0.1.0"
 
 __all__ = [
     "ArgminLayer",
+    "Assumptions",
     "BackwardRecord",
     "Bicgstab",
     "ClosureError",
@@ -68,6 +79,8 @@ __all__ = [
     "FlatOperator",
     "ForwardRecord",
     "Gmres",
+    "GradientError",
+    "GradientExplanation",
     "HessianOperator",
     "ImplicitArgmin",
     "ImplicitLayer",
@@ -83,6 +96,7 @@ __all__ = [
     "NonFiniteError",
     "NormalEquations",
     "NotConvergedError",
+    "NotRecordedError",
     "Nystrom",
     "ObjectiveError",
     "Proximal",
@@ -98,6 +112,7 @@ __all__ = [
     "argmin",
     "composite",
     "diagnostics",
+    "explain_gradient",
     "fewshot",
     "fixed_point",
     "hessian_operator",
@@ -108,4 +123,11 @@ __all__ = [
     "proximal",
     "root",
     "solvers",
+    "testing",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name == "testing":  # imported when first used: it needs Hypothesis, an extra
+        return importlib.import_module("implicitlayer.testing")
+    raise AttributeError(f"module 'implicitlayer' has no attribute {name!r}")

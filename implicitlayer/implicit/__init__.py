@@ -1,7 +1,9 @@
 """Differentiation through solutions: rules, the Function, and the layers built on it."""
 
 from implicitlayer.implicit._argmin import argmin, fixed_point, root
+from implicitlayer.implicit._certificate import Assumptions
 from implicitlayer.implicit._composite import Composite, composite, least_squares
+from implicitlayer.implicit._explain import GradientExplanation, explain_gradient
 from implicitlayer.implicit._function import ImplicitArgmin
 from implicitlayer.implicit._layer import ImplicitLayer
 from implicitlayer.implicit._module import ArgminLayer
@@ -9,12 +11,15 @@ from implicitlayer.implicit._proximal import Proximal, proximal
 
 __all__ = [
     "ArgminLayer",
+    "Assumptions",
     "Composite",
+    "GradientExplanation",
     "ImplicitArgmin",
     "ImplicitLayer",
     "Proximal",
     "argmin",
     "composite",
+    "explain_gradient",
     "fixed_point",
     "least_squares",
     "proximal",
