@@ -88,6 +88,7 @@ def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
     _record(spec, [result for result, _ in results], measured, polished)
     if measured is not None and spec.stationarity_rtol is not None:
         _judge(spec, measured, spec.stationarity_rtol)
+        spec.watch[:] = [measured.watch(spec.stationarity_rtol)]
     return x
 
 

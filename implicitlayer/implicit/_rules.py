@@ -18,7 +18,7 @@ import torch
 from implicitlayer._surroundings import plain_surroundings
 from implicitlayer._types import Leaves
 from implicitlayer.implicit._certificate import Assumptions, gradient_error
-from implicitlayer.linear._jacobian import Curvature, Jacobian, pull_tensors, push_tensors
+from implicitlayer.linear._jacobian import Curvature, Jacobian, Watch, pull_tensors, push_tensors
 from implicitlayer.linear._residual import Residual
 from implicitlayer.linear._solve import SolveSpec, solve
 
@@ -34,15 +34,16 @@ def implicit_vjp(
     needed: tuple[bool, ...],
     matrix: Matrix = _HESSIAN,
     assumptions: Assumptions | None = None,
+    watch: Watch | None = None,
     **how: Any,
 ) -> list[torch.Tensor | None]:
     """Cotangents of the theta leaves that are ``needed``, from the cotangent of x.
 
-    ``matrix``: what stands for dF/dx, as (curvature, damping). ``how``: solver, on_failure, negative_curvature, kind
+    ``matrix``: what stands for dF/dx, as (curvature, damping). ``watch`` sees F(x, theta) on the way. ``how``: solver, on_failure, negative_curvature, kind
     and listener of the linear solve.
     """
     certify = partial(gradient_error, assumptions, tuple(needed))
-    spec = SolveSpec(Jacobian(residual, len(x), True, *matrix), len(x), certify=certify, **how)
+    spec = SolveSpec(Jacobian(residual, len(x), True, *matrix, watch), len(x), certify=certify, **how)
     with plain_surroundings(x):
         u = solve(spec, cotangent, [*x, *theta])
         source = residual.seen_by(needed)
@@ -57,6 +58,7 @@ def implicit_jvp(
     tangents: Sequence[torch.Tensor | None],
     matrix: Matrix = _HESSIAN,
     assumptions: Assumptions | None = None,
+    watch: Watch | None = None,
     **how: Any,
 ) -> Leaves | None:
     """Tangents of x from those of the theta leaves; None if no theta leaf has one."""
@@ -64,5 +66,5 @@ def implicit_jvp(
         change = push_tensors(lambda t: residual(x, t), theta, tangents, like=x)
         if change is None:
             return None
-        spec = SolveSpec(Jacobian(residual, len(x), False, *matrix), len(x), **how)
+        spec = SolveSpec(Jacobian(residual, len(x), False, *matrix, watch), len(x), **how)
         return solve(spec, [-c for c in change], [*x, *theta])

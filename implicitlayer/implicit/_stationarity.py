@@ -13,26 +13,57 @@ from typing import Any
 
 import torch
 
-from implicitlayer._errors import NonFiniteError
+from implicitlayer._errors import ClosureError, NonFiniteError
 from implicitlayer._tree import finite_lanes, name_lanes, ravel, unravel
 from implicitlayer._types import Leaves
 from implicitlayer.linear._common import lane_norm
-from implicitlayer.linear._jacobian import Jacobian
+from implicitlayer.linear._jacobian import Jacobian, Watch
 from implicitlayer.linear._operator import lane_dot, lane_scale
 from implicitlayer.linear._residual import Residual
+
+# NOTE [a changed objective]: a backward runs the objective again, and tensors that it closes over are watched, but not
+# Python numbers, NumPy arrays or a random state. F(x) comes for free with the linearisation. If it has grown, and the
+# point is now further from a solution than the call allowed (by the same lower bound: no false alarm), the objective is
+# not that of the call.
 
 # Below this many eps (times the square root of n) a distance is rounding, even where x and init are both zero.
 _NOISE = 1e3
 
 
+# The gradient must have grown by this factor between call and backward before it is looked at more closely.
+_GROWN = 10.0
+
+
 @dataclass(frozen=True, eq=False)
 class Stationarity:
-    """F(x) [*lanes, n] and per lane its norm, the estimated distance to the solution, and that over the scale of x."""
+    """F(x) [*lanes, n] and per lane its norm, the estimated distance to the solution, that over the scale of x, and that scale."""
 
     gradient: torch.Tensor
     norm: torch.Tensor
     distance: torch.Tensor
     relative: torch.Tensor
+    size: torch.Tensor
+
+    def watch(self, rtol: float) -> Watch:
+        """What refuses a backward whose F(x) is no longer that of the call; see NOTE [a changed objective]."""
+        if self.norm.numel() == 0:
+            return lambda residual, x, theta, value: None
+        norm, allowed = float(self.norm.max()), float(torch.maximum(rtol * self.size, 2 * self.distance).max())
+
+        def watch(residual: Residual, x: Leaves, theta: Leaves, value: torch.Tensor) -> None:
+            if value.numel() == 0 or float(lane_norm(value).max()) <= _GROWN * norm:
+                return
+            now = stationarity(residual, x, theta, x)
+            if float(now.distance.max()) > allowed:
+                raise ClosureError(
+                    "since the layer was called, the objective has changed: at the solution its gradient (the "
+                    f"residual) had norm {norm:.3g}, and now has {float(now.norm.max()):.3g}. The gradient would be "
+                    "that of another problem. A number or array that the objective closes over has changed (pass it "
+                    "to the layer as one more theta), or the objective is random (dropout: call .eval(), or draw the "
+                    "mask once and pass it as a theta)."
+                )
+
+        return watch
 
 
 def stationarity(residual: Residual, x: Leaves, theta: Leaves, init: Leaves) -> Stationarity:
@@ -63,7 +94,8 @@ def stationarity(residual: Residual, x: Leaves, theta: Leaves, init: Leaves) -> 
     at, start = ravel(x, lane_dims), ravel(init, lane_dims)
     size = torch.maximum(lane_norm(at), lane_norm(at - start))
     noise = _NOISE * torch.finfo(at.dtype).eps * max(at.shape[-1], 1) ** 0.5
-    return Stationarity(gradient, squared.sqrt() * scale[..., 0], distance, distance / size.clamp_min(noise))
+    size = size.clamp_min(noise)
+    return Stationarity(gradient, squared.sqrt() * scale[..., 0], distance, distance / size, size)
 
 
 def newton_step(

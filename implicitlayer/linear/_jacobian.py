@@ -14,6 +14,7 @@ from implicitlayer.linear._operator import FlatOperator
 from implicitlayer.linear._residual import Residual, pullback, pushforward, vjp
 
 Curvature = Literal["hessian", "gauss_newton"]
+Watch = Callable[[Residual, Leaves, Leaves, torch.Tensor], None]
 
 
 class OperatorFamily(Protocol):
@@ -61,6 +62,7 @@ class Jacobian:
     transposed: bool = True
     curvature: Curvature = "hessian"
     damping: float = 0.0
+    watch: Watch | None = None  # sees F(x, theta), flat, whenever a solve linearises
 
     @property
     def lane_dims(self) -> int:
@@ -102,7 +104,9 @@ class Jacobian:
                 if self.curvature == "gauss_newton":
                     product = self.residual.gauss_newton(x, theta)
                 else:
-                    _, pull_all = vjp(lambda x_: self.residual.kept_graph_gradient(x_, theta), list(x))
+                    value, pull_all = vjp(lambda x_: self.residual.kept_graph_gradient(x_, theta), list(x))
+                    if self.watch is not None:
+                        self.watch(self.residual, x, theta, ravel([leaf.detach() for leaf in value], lane_dims))
                     product = lambda u: pull_all(u)[0]  # noqa: E731
                 kept.append(product)
             with torch.no_grad():

@@ -67,3 +67,54 @@ def test_a_matrix_that_is_not_symmetric_is_transposed_in_reverse_without_being_t
         (got,) = torch.autograd.grad(il.linear_solve(matrix, ones, solver).sum(), matrix)
         (expected,) = torch.autograd.grad(torch.linalg.solve(matrix, ones).sum(), matrix)
         torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_a_number_that_changed_since_the_call_is_an_error_in_backward() -> None:
+    numbers = {"strength": 1.0}
+
+    def objective(x: Tensor, t: Tensor) -> Tensor:
+        return ((x - t) ** 2).sum() + numbers["strength"] * (x**2).sum()
+
+    layer = il.argmin(objective, lambda f, x, t: t / (1 + numbers["strength"]))
+    t = torch.ones(3, dtype=F64, requires_grad=True)
+    x = layer(torch.zeros(3, dtype=F64), t)
+    numbers["strength"] = 9.0
+    with pytest.raises(il.ClosureError, match="the objective has changed: at the solution its gradient"):
+        x.sum().backward()
+    # the same number again: right, x = t / 2
+    x = layer(torch.zeros(3, dtype=F64), t)
+    x.sum().backward()
+    assert t.grad is not None and torch.allclose(t.grad, torch.full((3,), 0.1, dtype=F64), rtol=1e-12)
+
+
+def test_a_number_that_changed_is_found_in_roots_and_under_vmap() -> None:
+    numbers = {"shift": 0.0}
+    layer = il.root(lambda x, a: x**3 - a - numbers["shift"], lambda r, x, a: (a + numbers["shift"]) ** (1 / 3))
+    a = torch.tensor([1.0, 8.0], dtype=F64, requires_grad=True)
+    x = torch.func.vmap(lambda a: layer(torch.ones((), dtype=F64), a))(a)
+    numbers["shift"] = 1.0
+    with pytest.raises(il.ClosureError, match="the objective has changed"):
+        x.sum().backward()
+
+
+def test_an_objective_that_draws_random_numbers_is_not_passed_over() -> None:
+    """A solver that converges on a mask of its own: backward draws another one."""
+
+    def objective(x: Tensor, t: Tensor) -> Tensor:
+        return (torch.nn.functional.dropout(x - t, 0.5) ** 2).sum() + (x**2).sum()
+
+    layer = il.argmin(objective, il.solvers.GradientDescent(step_size=0.1, max_steps=200), on_failure="raise")
+    t = torch.ones(20, dtype=F64, requires_grad=True)
+    with pytest.raises((il.ClosureError, il.StationarityError)):
+        layer(torch.zeros(20, dtype=F64), t).sum().backward()
+
+
+def test_rounding_between_call_and_backward_is_no_change() -> None:
+    """An exact solver leaves a gradient of zero or rounding; under vmap it is rounded otherwise."""
+    weight = torch.randn(40, 6, dtype=F64)
+    layer = il.argmin(
+        lambda x, b: ((weight @ x - b) ** 2).sum(), lambda f, x, b: torch.linalg.lstsq(weight, b).solution
+    )
+    b = torch.randn(5, 40, dtype=F64)
+    jacobians = torch.func.vmap(torch.func.jacrev(lambda b: layer(torch.zeros(6, dtype=F64), b)))(b)
+    assert torch.allclose(jacobians, torch.linalg.pinv(weight).expand(5, 6, 40), atol=1e-9)
