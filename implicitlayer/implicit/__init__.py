@@ -6,17 +6,19 @@ from implicitlayer.implicit._composite import Composite, composite, least_square
 from implicitlayer.implicit._explain import GradientExplanation, explain_gradient
 from implicitlayer.implicit._function import ImplicitArgmin
 from implicitlayer.implicit._layer import ImplicitLayer
-from implicitlayer.implicit._module import ArgminLayer
+from implicitlayer.implicit._module import ArgminLayer, FixedPointLayer, RootLayer
 from implicitlayer.implicit._proximal import Proximal, proximal
 
 __all__ = [
     "ArgminLayer",
     "Assumptions",
     "Composite",
+    "FixedPointLayer",
     "GradientExplanation",
     "ImplicitArgmin",
     "ImplicitLayer",
     "Proximal",
+    "RootLayer",
     "argmin",
     "composite",
     "explain_gradient",

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from implicitlayer._records import Record
-from implicitlayer.implicit._argmin import argmin
+from implicitlayer.implicit._argmin import argmin, fixed_point, root
 from implicitlayer.implicit._layer import ImplicitLayer
 
-__all__ = ["ArgminLayer"]
+__all__ = ["ArgminLayer", "FixedPointLayer", "RootLayer"]
 
 
 class ArgminLayer(nn.Module):
@@ -46,6 +46,8 @@ class ArgminLayer(nn.Module):
         torch.Size([2])
     """
 
+    _facade: ClassVar[Callable[..., ImplicitLayer]] = staticmethod(argmin)
+
     def __init__(
         self,
         objective: Callable[..., Any],
@@ -56,7 +58,7 @@ class ArgminLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.objective = objective
-        self._layer: ImplicitLayer = argmin(objective, solver, **settings)
+        self._layer: ImplicitLayer = self._facade(objective, solver, **settings)
         if isinstance(init, torch.Tensor):
             self.register_buffer("init", init)
         else:
@@ -95,3 +97,42 @@ class ArgminLayer(nn.Module):
             return objective
         weights = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
         return lambda x, *theta: torch.func.functional_call(objective, weights, (x, *theta))
+
+
+class RootLayer(ArgminLayer):
+    """:func:`root` as a module; the residual stands in the place of :class:`ArgminLayer`'s objective.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> layer = il.RootLayer(lambda x, a: x**3 - a, lambda r, x, a: a ** (1 / 3), init=torch.ones_like)
+        >>> layer(torch.tensor([8.0, 27.0], dtype=torch.float64)).tolist()
+        [2.0, 3.0]
+    """
+
+    _facade = staticmethod(root)
+
+
+class FixedPointLayer(ArgminLayer):
+    """:func:`fixed_point` as a module: a deep equilibrium model where the map is an ``nn.Module``.
+
+    Source: Bai, Kolter, Koltun, Deep Equilibrium Models, NeurIPS 2019.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> class Cell(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.linear = torch.nn.Linear(2, 2)
+        ...     def forward(self, z, u):
+        ...         return 0.1 * torch.tanh(self.linear(z)) + u
+        >>> def iterate(map, z, u):
+        ...     for _ in range(30):
+        ...         z = map(z, u)
+        ...     return z
+        >>> model = il.FixedPointLayer(Cell(), iterate, init=torch.zeros_like)
+        >>> model(torch.ones(2)).sum().backward()
+        >>> model.objective.linear.weight.grad is not None
+        True
+    """
+
+    _facade = staticmethod(fixed_point)

@@ -39,8 +39,8 @@ def implicit_vjp(
 ) -> list[torch.Tensor | None]:
     """Cotangents of the theta leaves that are ``needed``, from the cotangent of x.
 
-    ``matrix``: what stands for dF/dx, as (curvature, damping). ``watch`` sees F(x, theta) on the way. ``how``: solver, on_failure, negative_curvature, kind
-    and listener of the linear solve.
+    ``matrix``: what stands for dF/dx, as (curvature, damping). ``watch`` sees F(x, theta) on the way. ``how``: solver,
+    on_failure, negative_curvature, kind and listener of the linear solve.
     """
     certify = partial(gradient_error, assumptions, tuple(needed))
     spec = SolveSpec(Jacobian(residual, len(x), True, *matrix, watch), len(x), certify=certify, **how)

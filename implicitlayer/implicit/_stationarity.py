@@ -36,7 +36,7 @@ _GROWN = 10.0
 
 @dataclass(frozen=True, eq=False)
 class Stationarity:
-    """F(x) [*lanes, n] and per lane its norm, the estimated distance to the solution, that over the scale of x, and that scale."""
+    """F(x) [*lanes, n]; per lane its norm, the estimated distance to the solution, its ratio to the size, the size."""
 
     gradient: torch.Tensor
     norm: torch.Tensor
