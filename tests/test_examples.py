@@ -1,6 +1,7 @@
 """Every script of examples/ runs to its end in the smoke setting; each checks its own numbers. Times are not tested."""
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -30,12 +31,26 @@ def test_the_script_runs_to_its_end_and_prints_something(script: str, tmp_path: 
     if script == "benchmarks/meta_gradient.py":
         pytest.importorskip("matplotlib")  # renders glyphs
         pytest.importorskip("PIL")
+    if script == "theory.py":
+        pytest.importorskip("matplotlib")
+        pytest.importorskip("tqdm")
     shown = run(script, cwd=tmp_path)
     assert shown.strip()
+    if script == "theory.py":
+        written = json.loads((tmp_path / "runs" / "theory" / "results.json").read_text())
+        assert "\n".join(written["table"]) in shown and (tmp_path / "runs" / "theory" / "theory.png").exists()
     if script == "benchmarks/meta_gradient.py":  # without its rival the table goes on, and says so
         installed = importlib.util.find_spec("torchopt") is not None
         assert ("left out: not installed" in shown) is not installed
         assert ("\nTorchOpt " in shown) is installed
+
+
+def test_the_page_on_the_theory_shows_the_numbers_of_the_committed_run() -> None:
+    results = json.loads((EXAMPLES / "theory" / "results.json").read_text())
+    page = (ROOT / "docs" / "theory.md").read_text()
+    assert results["about"]["smoke"] is False
+    assert "\n".join(results["table"]) in page  # as the script printed it
+    assert all(f"* {remark}" in page for remark in results["remarks"])
 
 
 def test_every_script_is_run_by_this_file_or_named_as_run_elsewhere() -> None:
