@@ -63,6 +63,7 @@ class Parts:
     """
 
     metric: FlatFunction | None = None
+    metric_matrix: FlatFunction | None = None
     model: FlatFunction | None = None
     loss: FlatFunction | None = None
     coupling: FlatFunction | None = None
@@ -109,7 +110,8 @@ def flat_parts(
     """What an objective tells about itself besides its value, on flat lists.
 
     NOTE [objectives with parts]: an objective may have the methods ``curvature_metric(x, *theta)``, a positive
-    diagonal close to its Hessian, in the structure of x; ``as_composite()``, a :class:`Composite` or None; and
+    diagonal close to its Hessian, in the structure of x, or None; ``curvature_matrix(x, *theta)``, the same as a full
+    matrix [n, n], or None; ``as_composite()``, a :class:`Composite` or None; and
     ``coupling(lane_dims)``, a function ``(x, first theta) -> value per lane``: the terms that read the first theta.
     """
     slots = signature.without_tensors()
@@ -118,6 +120,7 @@ def flat_parts(
         return call_with(method, hidden, theta[len(theta) - len(hidden) :], (first, *slots.rebuild(theta)))
 
     metric: FlatFunction | None = None
+    metric_matrix: FlatFunction | None = None
     model: FlatFunction | None = None
     loss: FlatFunction | None = None
     if hasattr(function, "curvature_metric"):
@@ -126,10 +129,19 @@ def flat_parts(
         def flat_metric(x: Leaves, theta: Leaves) -> Leaves:
             # one number for all leaves stays one tensor
             detached: dict[int, torch.Tensor] = {}
-            leaves = flatten(call(metric_of, unflatten(x, x_spec), theta))[0]
+            diagonal = call(metric_of, unflatten(x, x_spec), theta)
+            leaves = [] if diagonal is None else flatten(diagonal)[0]
             return [detached.setdefault(id(leaf), leaf.detach()) for leaf in leaves]
 
         metric = flat_metric
+    if hasattr(function, "curvature_matrix"):
+        matrix_of = function.curvature_matrix
+
+        def flat_matrix(x: Leaves, theta: Leaves) -> Leaves:
+            matrix = call(matrix_of, unflatten(x, x_spec), theta)
+            return [] if matrix is None else [matrix.detach()]
+
+        metric_matrix = flat_matrix
     composite = function.as_composite() if hasattr(function, "as_composite") else None
     if composite is not None:
         outputs_spec: list[TreeSpec] = []  # known once the model has run, which it does before the loss
@@ -157,4 +169,4 @@ def flat_parts(
             return value
 
         coupling = flat_coupling
-    return Parts(metric, model, loss, coupling, num_coupled)
+    return Parts(metric, metric_matrix, model, loss, coupling, num_coupled)

@@ -8,6 +8,7 @@ from implicitlayer.implicit._function import ImplicitArgmin
 from implicitlayer.implicit._layer import ImplicitLayer
 from implicitlayer.implicit._module import ArgminLayer, FixedPointLayer, RootLayer
 from implicitlayer.implicit._proximal import Proximal, proximal
+from implicitlayer.implicit._strengths import LearnedStrength, MatrixStrength, OperatorStrength
 
 __all__ = [
     "ArgminLayer",
@@ -17,6 +18,9 @@ __all__ = [
     "GradientExplanation",
     "ImplicitArgmin",
     "ImplicitLayer",
+    "LearnedStrength",
+    "MatrixStrength",
+    "OperatorStrength",
     "Proximal",
     "RootLayer",
     "argmin",

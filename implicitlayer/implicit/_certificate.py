@@ -207,12 +207,9 @@ def _bound(given: Assumptions, point: _Point, r: torch.Tensor) -> GradientError:
     residual_norm = lane_norm(r) + _rounding(point, r)
     distance = lane_norm(point.stationarity) / mu
     mixed_bound, mixed_lipschitz = given.mixed_bound, given.mixed_lipschitz
-    metric = point.residual.parts.metric
-    if metric is not None and not any(point.needed[point.residual.parts.num_coupled :]):
-        # x enters the proximal term by 1/2 |x - theta|^2_Lambda: the mixed derivative is -Lambda
-        strengths = point.residual.over_lanes(metric)(point.x, point.theta)
-        known = max((float(s.max()) for s in strengths if s.numel()), default=0.0)
-        mixed_bound = known if mixed_bound is None else mixed_bound
+    strength = _known_strength(point)
+    if strength is not None:
+        mixed_bound = strength if mixed_bound is None else mixed_bound
         mixed_lipschitz = 0.0 if mixed_lipschitz is None else mixed_lipschitz
     lipschitz = given.hessian_lipschitz
     missing = ["mixed_bound"] if mixed_bound is None else []
@@ -238,6 +235,18 @@ def _bound(given: Assumptions, point: _Point, r: torch.Tensor) -> GradientError:
         rigorous=True,
         note="a bound under the layer's il.Assumptions, up to rounding",
     )
+
+
+def _known_strength(point: _Point) -> float | None:
+    """||Lambda|| where theta acts through a proximal term 1/2 |x - theta|^2_Lambda alone: the mixed derivative."""
+    parts, over_lanes = point.residual.parts, point.residual.over_lanes
+    if parts.coupling is None or any(point.needed[parts.num_coupled :]):
+        return None
+    matrix = over_lanes(parts.metric_matrix)(point.x, point.theta) if parts.metric_matrix is not None else []
+    if matrix:
+        return float(torch.linalg.matrix_norm(matrix[0].double(), 2).max())
+    diagonal = over_lanes(parts.metric)(point.x, point.theta) if parts.metric is not None else []
+    return max((float(leaf.max()) for leaf in diagonal if leaf.numel()), default=None)
 
 
 def _rounding(point: _Point, r: torch.Tensor) -> torch.Tensor:

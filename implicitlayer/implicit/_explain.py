@@ -21,7 +21,7 @@ from implicitlayer.implicit._explain_leaves import (
 )
 from implicitlayer.implicit._explain_probe import Problem, closed_over_tensors, layer_failures, probe, quietly
 from implicitlayer.implicit._explain_verdicts import WORDS, Verdict, verdict_of, verdict_of_unknown
-from implicitlayer.implicit._layer import ImplicitLayer, _check_init, _without_aux
+from implicitlayer.implicit._layer import ImplicitLayer, check_init, without_aux
 from implicitlayer.implicit._module import ArgminLayer
 
 __all__ = ["GradientExplanation", "GradientLeaf", "explain_gradient"]
@@ -67,7 +67,7 @@ def explain_gradient(layer: ImplicitLayer | ArgminLayer, /, *args: Any) -> Gradi
             "explain. Call it outside, with plain tensors that require a gradient."
         )
     x, x_names = flatten_with_names(init, "x")
-    _check_init(x, x_names, settings.batch_dims)
+    check_init(x, x_names, settings.batch_dims)
     notes = _mode_notes()
     with torch.inference_mode(False), torch.enable_grad(), plain_surroundings(x), quietly():
         problem = _problem(settings, function, init, theta)
@@ -125,7 +125,7 @@ def _module_arguments(layer: ArgminLayer, args: tuple[Any, ...]) -> tuple[Any, t
 
 
 def _problem(settings: ImplicitLayer, function: Any, init: Any, theta: tuple[Any, ...]) -> Problem:
-    user_function = _without_aux(function) if settings.objective_has_aux else function
+    user_function = without_aux(function) if settings.objective_has_aux else function
     x, x_spec = flatten(init)
     signature = Signature.of(theta)
     closed = closed_over_tensors(user_function, (init, *theta))

@@ -10,8 +10,11 @@ import torch
 
 from implicitlayer._tree import flatten, flatten_with_names, lane_reduce, unflatten
 from implicitlayer.implicit._composite import Composite
+from implicitlayer.implicit._strengths import MatrixStrength, OperatorStrength
 
 __all__ = ["Proximal", "proximal"]
+
+_KNOWN = (MatrixStrength, OperatorStrength)
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +30,9 @@ class Proximal:
 
     def _with_penalty(self, value: torch.Tensor, difference: Any) -> torch.Tensor:
         """``value`` + 1/2 ||difference||^2_strength, per lane of ``value``."""
+        known = self._strength
+        if isinstance(known, _KNOWN):
+            return value + 0.5 * known.quadratic(difference, value.ndim)
         for strength, d in zip(self._strengths(difference), flatten(difference)[0], strict=True):
             if _has_entries(strength):
                 value = value + 0.5 * lane_reduce(strength * d * d, value.ndim)
@@ -50,10 +56,13 @@ class Proximal:
         It makes conjugate gradients work on (I + H / strength), its own well-conditioned form, with the cotangent
         itself as the answer of zero steps (first-order MAML).
         """
+        known = self._strength
+        if isinstance(known, _KNOWN):
+            return None
         leaves, spec = flatten(phi)
         like = leaves[0]
-        if not isinstance(self.strength, (dict, list, tuple)) and not _has_entries(self.strength):
-            shared = torch.as_tensor(self.strength, dtype=like.dtype, device=like.device)
+        if not isinstance(known, (dict, list, tuple)) and not _has_entries(known):
+            shared = torch.as_tensor(known, dtype=like.dtype, device=like.device)
             return unflatten([shared] * len(leaves), spec)
         return unflatten(
             [
@@ -62,6 +71,11 @@ class Proximal:
             ],
             spec,
         )
+
+    def curvature_matrix(self, phi: Any, theta: Any, *data: Any) -> torch.Tensor | None:
+        """The same where it is a full matrix, [n, n]; else None."""
+        known = self._strength
+        return known.dense() if isinstance(known, MatrixStrength) else None
 
     def as_composite(self) -> Composite | None:
         """The proximal term has no model to linearise: it joins the loss with phi - theta among the outputs."""
@@ -73,10 +87,15 @@ class Proximal:
             lambda phi, theta, *data: (inner.model(phi, *data), _difference(phi, theta, None)),
         )
 
+    @property
+    def _strength(self) -> Any:
+        return self.strength() if callable(self.strength) else self.strength
+
     def _strengths(self, phi: Any) -> list[Any]:
-        if isinstance(self.strength, (dict, list, tuple)):
-            return _leaves_like(self.strength, phi, "strength must be one number or have")
-        return [self.strength] * len(flatten(phi)[0])
+        known = self._strength
+        if isinstance(known, (dict, list, tuple)):
+            return _leaves_like(known, phi, "strength must be one number or have")
+        return [known] * len(flatten(phi)[0])
 
 
 def _difference(phi: Any, theta: Any, lane_dims: int | None) -> Any:
@@ -121,7 +140,9 @@ def proximal(loss: Callable[..., torch.Tensor], strength: Any) -> Proximal:
         loss: ``loss(phi, *data) -> 0-d tensor``, or one value per lane, [*lanes], in a layer with ``batch_dims``.
         strength: the strength lambda >= 0 of the regulariser, in units of the curvature of ``loss``: a number or 0-d
             tensor; a tensor that broadcasts to every leaf of phi (one strength per entry); or a pytree like phi of
-            these (one strength per tensor). A tensor that requires a gradient gets one: strength can be learned.
+            these (one strength per tensor); a :class:`MatrixStrength` or :class:`OperatorStrength`. A tensor that
+            requires a gradient gets one: strength can be learned. A callable without arguments, such as
+            :class:`LearnedStrength`, is asked at every evaluation.
 
     Returns:
         A callable objective for :func:`argmin`; ``theta`` has the structure of ``phi``, with or without its lanes.
@@ -140,7 +161,7 @@ def proximal(loss: Callable[..., torch.Tensor], strength: Any) -> Proximal:
         >>> theta.grad.tolist()
         [0.75, 0.75]
     """
-    for leaf in flatten(strength)[0]:
+    for leaf in [] if callable(strength) or isinstance(strength, _KNOWN) else flatten(strength)[0]:
         if not isinstance(leaf, (int, float, torch.Tensor)) or isinstance(leaf, bool):
             raise ValueError(f"strength must be a number or a tensor, got {type(leaf).__name__}.")
         wrapped = isinstance(leaf, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf)

@@ -121,7 +121,8 @@ class Jacobian:
             return flat + self.damping * vector if self.damping else flat
 
         if self.residual.is_gradient:
-            return FlatOperator(pull, pull, symmetric=True, inverse_metric=self._inverse_metric(x, theta))
+            diagonal, factor = self._inverse_metric(x, theta), self._metric_factor(x, theta)
+            return FlatOperator(pull, pull, symmetric=True, inverse_metric=diagonal, metric_factor=factor)
         first, second = (pull, push) if self.transposed else (push, pull)
         return FlatOperator(first, second, symmetric=False)
 
@@ -129,12 +130,31 @@ class Jacobian:
         if self.residual.parts.metric is None:
             return None
         leaves = self.residual.over_lanes(self.residual.parts.metric)(x, theta)
+        if not leaves:
+            return None
         lane_dims = self.lane_dims
         if all(leaf.ndim <= lane_dims for leaf in leaves) and all(leaf is leaves[0] for leaf in leaves):
             flat = leaves[0].expand(x[0].shape[:lane_dims]).unsqueeze(-1)
         else:
             flat = ravel([_as_lanes(leaf, like, lane_dims) for leaf, like in zip(leaves, x, strict=True)], lane_dims)
         return torch.where(flat > 0, 1 / flat, torch.ones_like(flat)).to(x[0].dtype)
+
+
+    def _metric_factor(self, x: Leaves, theta: Leaves) -> torch.Tensor | None:
+        """The Cholesky factor of a metric that is a full matrix; None where it is not positive definite."""
+        if self.residual.parts.metric_matrix is None:
+            return None
+        found = self.residual.over_lanes(self.residual.parts.metric_matrix)(x, theta)
+        if not found:
+            return None
+        matrix = found[0].to(x[0].dtype)
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        pivots = factor.diagonal(dim1=-2, dim2=-1) ** 2
+        # a semidefinite one has pivots of rounding: its inverse would be noise
+        regular = bool((info == 0).all()) and bool(
+            (pivots.amin(-1) > 1e3 * torch.finfo(matrix.dtype).eps * pivots.amax(-1)).all()
+        )
+        return factor if regular else None
 
 
 def _as_lanes(leaf: torch.Tensor, like: torch.Tensor, lane_dims: int) -> torch.Tensor:

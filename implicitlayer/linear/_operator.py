@@ -28,19 +28,29 @@ class FlatOperator:
         symmetric: whether A = A' is known.
         inverse_metric: [*lanes, n] or [*lanes, 1], the inverse of a diagonal positive D that is close to A; used as a
             preconditioner and as the answer of zero steps. None is the identity.
+        metric_factor: [*lanes, n, n] or [n, n], the Cholesky factor of a full matrix D in its place.
     """
 
     matvec: Product
     transpose_matvec: Product | None = None
     symmetric: bool = True
     inverse_metric: torch.Tensor | None = None
+    metric_factor: torch.Tensor | None = None
 
     def __call__(self, vector: torch.Tensor) -> torch.Tensor:
         return self.matvec(vector)
 
     def precondition(self, vector: torch.Tensor) -> torch.Tensor:
         """The inverse metric times a vector [*lanes, n]; the vector itself without one."""
+        if self.metric_factor is not None:
+            return torch.cholesky_solve(vector.unsqueeze(-1), self.metric_factor)[..., 0]
         return vector if self.inverse_metric is None else vector * self.inverse_metric
+
+    def metric(self, vector: torch.Tensor) -> torch.Tensor:
+        """The metric times a vector [*lanes, n]; the vector itself without one."""
+        if self.metric_factor is not None:
+            return (self.metric_factor @ (self.metric_factor.mT @ vector.unsqueeze(-1)))[..., 0]
+        return vector if self.inverse_metric is None else vector / self.inverse_metric
 
 
 class LinearSolver:

@@ -84,9 +84,7 @@ def _damped(operator: FlatOperator, sigma: torch.Tensor) -> FlatOperator:
     """A + sigma M, with M the metric."""
 
     def matvec(vector: torch.Tensor) -> torch.Tensor:
-        inverse = operator.inverse_metric
-        scaled = vector if inverse is None else vector / inverse
-        return operator(vector) + sigma.to(vector.dtype).unsqueeze(-1) * scaled
+        return operator(vector) + sigma.to(vector.dtype).unsqueeze(-1) * operator.metric(vector)
 
     return replace(operator, matvec=matvec, transpose_matvec=matvec)
 

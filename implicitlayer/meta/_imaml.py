@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from implicitlayer._types import InnerSolver, OnFailure, PyTree
-from implicitlayer.implicit import Proximal, argmin, proximal
+from implicitlayer.implicit import MatrixStrength, Proximal, argmin, proximal
 from implicitlayer.linear import ConjugateGradient
 from implicitlayer.meta._method import MetaMethod, Strength, TaskLoss, learnable, num_tasks, one_per_task
 
@@ -26,9 +26,10 @@ class iMAML(MetaMethod):
     Args:
         task_loss: ``task_loss(params, batch) -> [B]``, one loss per task.
         inner_solver: any solver of the library, or a callable ``solver(objective, init, *theta) -> x``.
-        strength: proximal strength λ > 0; a number, a tensor or a pytree with one entry per leaf of theta. A tensor
-            that requires a gradient gets one, so the strength can be learned; a callable without arguments (such as an
-            ``nn.Module`` that returns a softplus) is asked at every call and can keep it positive.
+        strength: proximal strength λ > 0; a number, a tensor or a pytree with one entry per leaf of theta, or a
+            :class:`MatrixStrength`. A tensor that requires a gradient gets one, so the strength can be learned; a
+            callable without arguments (such as :class:`LearnedStrength`) is asked at every call and can keep it
+            positive.
         linear_solver: for the meta-gradient; the paper uses 5 CG steps.
         on_failure: what negative curvature and missed tolerances do: "ignore" (the trainer still shows them), "warn" or
             "raise". A truncated inner solve is this method's normal state, so its stationarity is not judged unless
@@ -86,6 +87,8 @@ class iMAML(MetaMethod):
         """The tensors of a learned strength."""
         if isinstance(self.strength, torch.nn.Module):
             return list(self.strength.parameters())
+        if isinstance(self.strength, MatrixStrength):
+            return learnable(self.strength.tensors)
         return learnable(self.strength)
 
     def _objective(self) -> Proximal:
