@@ -1,6 +1,7 @@
 """Differentiation through solutions: rules, the Function, and the layers built on it."""
 
 from implicitlayer.implicit._argmin import argmin, fixed_point, root
+from implicitlayer.implicit._bregman import Bregman, bregman
 from implicitlayer.implicit._certificate import Assumptions
 from implicitlayer.implicit._composite import Composite, composite, least_squares
 from implicitlayer.implicit._explain import GradientExplanation, explain_gradient
@@ -13,6 +14,7 @@ from implicitlayer.implicit._strengths import LearnedStrength, MatrixStrength, O
 __all__ = [
     "ArgminLayer",
     "Assumptions",
+    "Bregman",
     "Composite",
     "FixedPointLayer",
     "GradientExplanation",
@@ -24,6 +26,7 @@ __all__ = [
     "Proximal",
     "RootLayer",
     "argmin",
+    "bregman",
     "composite",
     "explain_gradient",
     "fixed_point",

@@ -23,9 +23,12 @@ class Proximal:
 
     loss: Callable[..., torch.Tensor]
     strength: Any
+    divergence: Callable[[Any, Any], torch.Tensor] | None = None
 
     def __call__(self, phi: Any, theta: Any, *data: Any) -> torch.Tensor:
         value = self.loss(phi, *data)
+        if self.divergence is not None:
+            return value + self._strength * self.divergence(phi, theta)
         return self._with_penalty(value, _difference(phi, theta, value.ndim))
 
     def _with_penalty(self, value: torch.Tensor, difference: Any) -> torch.Tensor:
@@ -44,6 +47,8 @@ class Proximal:
         """The penalty alone, the only term that reads theta: see NOTE [objectives with parts]."""
 
         def penalty(phi: Any, theta: Any) -> torch.Tensor:
+            if self.divergence is not None:
+                return self._strength * self.divergence(phi, theta)
             lanes = flatten(phi)[0][0]
             zero = lanes.new_zeros(lanes.shape[:lane_dims])
             return self._with_penalty(zero, _difference(phi, theta, lane_dims))
@@ -57,7 +62,7 @@ class Proximal:
         itself as the answer of zero steps (first-order MAML).
         """
         known = self._strength
-        if isinstance(known, _KNOWN):
+        if isinstance(known, _KNOWN) or self.divergence is not None:
             return None
         leaves, spec = flatten(phi)
         like = leaves[0]
@@ -80,7 +85,7 @@ class Proximal:
     def as_composite(self) -> Composite | None:
         """The proximal term has no model to linearise: it joins the loss with phi - theta among the outputs."""
         inner = self.loss.as_composite() if hasattr(self.loss, "as_composite") else None
-        if inner is None:
+        if inner is None or self.divergence is not None:
             return None
         return Composite(
             lambda outputs, theta, *data: self._with_penalty(inner.loss(outputs[0], *data), outputs[1]),
@@ -130,7 +135,9 @@ def _has_entries(strength: Any) -> bool:
     return isinstance(strength, torch.Tensor) and strength.ndim > 0
 
 
-def proximal(loss: Callable[..., torch.Tensor], strength: Any) -> Proximal:
+def proximal(
+    loss: Callable[..., torch.Tensor], strength: Any, *, divergence: Callable[[Any, Any], torch.Tensor] | None = None
+) -> Proximal:
     """The objective ``G(phi, theta, *data) = loss(phi, *data) + 1/2 ||phi - theta||^2_strength``.
 
     Its argmin is the inner problem of implicit MAML; the gradient in theta is g with (I + H / strength) g = v, where H
@@ -143,12 +150,15 @@ def proximal(loss: Callable[..., torch.Tensor], strength: Any) -> Proximal:
             these (one strength per tensor); a :class:`MatrixStrength` or :class:`OperatorStrength`. A tensor that
             requires a gradient gets one: strength can be learned. A callable without arguments, such as
             :class:`LearnedStrength`, is asked at every evaluation.
+        divergence: ``divergence(phi, theta) -> 0-d tensor`` (or one per lane), in place of ``1/2 ||phi - theta||^2``,
+            such as :func:`bregman`; the strength is then one number. The linear solve has no metric then: zero steps of
+            conjugate gradients are not first-order MAML.
 
     Returns:
         A callable objective for :func:`argmin`; ``theta`` has the structure of ``phi``, with or without its lanes.
 
     Raises:
-        ValueError: a negative or NaN strength, a strength that is no number.
+        ValueError: a negative or NaN strength, a strength that is no number (one number, with a divergence).
 
     Source: Rajeswaran et al. 2019 (arXiv:1909.04630), eq. 3 and Lemma 1.
 
@@ -167,4 +177,6 @@ def proximal(loss: Callable[..., torch.Tensor], strength: Any) -> Proximal:
         wrapped = isinstance(leaf, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf)
         if not wrapped and not bool((torch.as_tensor(leaf) >= 0).all()):
             raise ValueError(f"strength={leaf} must be non-negative: a negative one rewards distance from theta.")
-    return Proximal(loss, strength)
+    if divergence is not None and (isinstance(strength, (*_KNOWN, dict, list, tuple)) or _has_entries(strength)):
+        raise ValueError("with a divergence the strength must be one number: it weighs the divergence as a whole.")
+    return Proximal(loss, strength, divergence)
