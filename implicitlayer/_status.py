@@ -20,11 +20,12 @@ class Status(enum.IntEnum):
     STEP_LIMIT = 1
     TRUNCATED = 2
     MAX_STEPS_REACHED = 3
-    STAGNATED = 4
-    SINGULAR = 5
-    INDEFINITE = 6
-    DIVERGED = 7
-    NONFINITE = 8
+    ILL_CONDITIONED = 4
+    STAGNATED = 5
+    SINGULAR = 6
+    INDEFINITE = 7
+    DIVERGED = 8
+    NONFINITE = 9
 
     @property
     def ok(self) -> bool:
@@ -50,13 +51,17 @@ _HELP = {
         "The step limit came before the tolerance. Raise max_steps, loosen rtol, precondition, or ask for a fixed "
         "number of steps (max_steps alone) if a truncated solve is what you want."
     ),
+    Status.ILL_CONDITIONED: (
+        "The tolerance was reached, but the matrix is so ill-conditioned (by its Ritz values) that a residual this small "
+        "still leaves an error above 10 %. Use float64 or a smaller rtol, precondition, or add damping."
+    ),
     Status.STAGNATED: (
         "The true residual stopped falling above the tolerance: the problem is too ill-conditioned for this dtype. "
         "Use float64, add damping, or loosen rtol."
     ),
     Status.SINGULAR: (
-        "The matrix is singular to working precision and the right-hand side has a part outside its range, so the "
-        "solution is not a differentiable function of theta. Add regularisation or damping, or remove the free "
+        "The matrix is singular to working precision and the right-hand side has a part outside its range (or the "
+        "iteration broke down on it), so the solution is not a differentiable function of theta. Add regularisation or damping, or remove the free "
         "direction from the unknowns."
     ),
     Status.INDEFINITE: (

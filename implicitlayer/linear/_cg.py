@@ -13,11 +13,16 @@ import torch
 from implicitlayer._ritz import RitzValues
 from implicitlayer._solution import LinearSolution
 from implicitlayer._status import Status
-from implicitlayer.linear._common import NOISE, SLACK, STEPS_BETWEEN_SYNCS, Limits
+from implicitlayer.linear._common import NOISE, SLACK, STEPS_BETWEEN_SYNCS, Limits, lane_norm
 from implicitlayer.linear._operator import FlatOperator, LinearSolver, lane_dot, lane_scale
 from implicitlayer.linear._preconditioners import Precondition, Preconditioner
 
 __all__ = ["ConjugateGradient"]
+
+# NOTE [a small residual is no small error]: ||u - A^-1 b|| <= ||r|| / (smallest eigenvalue). The smallest Ritz value
+# estimates that eigenvalue at no product. Where the estimated error is above a tenth of u, the answer is reported, although
+# the residual is as small as asked for.
+_WRONG = 0.1
 
 # On a positive-definite matrix the residual grows by sqrt(cond) at most: beyond this a truncated solve is no choice but
 # a step along an almost flat direction, and its value has no digit of the solution.
@@ -116,7 +121,28 @@ class ConjugateGradient(LinearSolver):
             claims = (run.codes == int(Status.CONVERGED)) & (run.residual_norm > 2 * tolerance)
             running = running & claims & (run.residual_norm < 0.5 * previous) & (run.steps < max_steps)
             previous = run.residual_norm
+        if touched and self.has_tolerance:
+            run.codes = self._ill_conditioned(run, operator, norm)
         return self._finish(run, precondition(b), norm, scale, tolerance, rtol, touched)
+
+    def _ill_conditioned(self, run: _Run, operator: FlatOperator, norm: torch.Tensor) -> torch.Tensor:
+        """The codes; see NOTE [a small residual is no small error]."""
+        inverse = operator.inverse_metric
+        plain = inverse is None or inverse.shape[-1] == 1
+        if self.preconditioner is not None or operator.metric_factor is not None or not plain or run.smallest is None:
+            return run.codes
+        unit = 1.0 if inverse is None else 1 / inverse[..., 0].double()
+        residual, size = run.residual_norm / unit, lane_norm(run.value)
+        suspicious = (run.codes == int(Status.CONVERGED)) & (residual > 1e-3 * run.smallest * size)
+        if not bool(suspicious.any()):
+            return run.codes
+        low, high = run.ritz.extremes(norm)
+        wrong = suspicious & (residual > _WRONG * low * size)
+        if (
+            self.rtol is not None or self.atol > 0
+        ):  # a loose tolerance of the user's own is a choice, up to rounding's part
+            wrong = wrong & (torch.finfo(run.value.dtype).eps * high > 0.01 * low)
+        return torch.where(wrong, int(Status.ILL_CONDITIONED), run.codes)
 
     def _zero_steps(
         self, value: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor, rtol: float | None
@@ -152,6 +178,7 @@ class ConjugateGradient(LinearSolver):
             # that, the right-hand side is outside the range.
             flat = codes == int(Status.SINGULAR)
             codes = torch.where(flat & (relative < 0.1), int(Status.STAGNATED), codes)
+            codes = torch.where((codes == int(Status.ILL_CONDITIONED)) & ~reached, int(Status.STAGNATED), codes)
             soft = (codes == int(Status.STAGNATED)) | (codes == int(Status.MAX_STEPS_REACHED))
             codes = torch.where(soft & reached, int(Status.CONVERGED), codes)
             codes = torch.where(soft & ~(relative < 1), int(Status.DIVERGED), codes)

@@ -101,16 +101,18 @@ def factorise(
     size = matrix.abs().amax((-2, -1), keepdim=True)
     size = torch.where(size > 0, size, 1.0)
     matrix = matrix / size  # no overflow inside the factorisations
-    cholesky = False
+    # each lane has the factorisation that fits it, whatever the others are
+    definite = torch.zeros(finite.shape, dtype=torch.bool, device=matrix.device)
+    pivots = torch.ones(matrix.shape[:-1], dtype=matrix.dtype, device=matrix.device)
     if symmetric:
         matrix = (matrix + matrix.mT) / 2
-        factor, info = torch.linalg.cholesky_ex(matrix)
-        cholesky = bool((info == 0).all())
-    if cholesky:
-        pivots = factor.diagonal(dim1=-2, dim2=-1) ** 2
-    else:
-        factor, permutation, _ = torch.linalg.lu_factor_ex(matrix)
-        pivots = factor.diagonal(dim1=-2, dim2=-1).abs()
+        cholesky, info = torch.linalg.cholesky_ex(matrix)
+        definite = info == 0
+        pivots = cholesky.diagonal(dim1=-2, dim2=-1) ** 2
+    some_lu = not bool(definite.all())
+    if some_lu:
+        lu, permutation, _ = torch.linalg.lu_factor_ex(matrix)
+        pivots = torch.where(definite.unsqueeze(-1), pivots, lu.diagonal(dim1=-2, dim2=-1).abs())
     singular = pivots.amin(-1) <= _SUSPICIOUS * noise * pivots.amax(-1)
     left, values, right = torch.linalg.svd(matrix[singular])
     kept = values > noise * values[..., :1]
@@ -123,7 +125,9 @@ def factorise(
 
     def solve(rhs: torch.Tensor) -> torch.Tensor:
         b = rhs.unsqueeze(-1)
-        value = torch.cholesky_solve(b, factor) if cholesky else torch.linalg.lu_solve(factor, permutation, b)
+        value = torch.linalg.lu_solve(lu, permutation, b) if some_lu else b
+        if bool(definite.any()):
+            value = torch.where(definite[..., None, None], torch.cholesky_solve(b, cholesky), value)
         value[singular] = pseudo_inverse @ b[singular]
         return select(finite, (value / size)[..., 0])
 

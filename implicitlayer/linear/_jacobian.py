@@ -139,7 +139,6 @@ class Jacobian:
             flat = ravel([_as_lanes(leaf, like, lane_dims) for leaf, like in zip(leaves, x, strict=True)], lane_dims)
         return torch.where(flat > 0, 1 / flat, torch.ones_like(flat)).to(x[0].dtype)
 
-
     def _metric_factor(self, x: Leaves, theta: Leaves) -> torch.Tensor | None:
         """The Cholesky factor of a metric that is a full matrix; None where it is not positive definite."""
         if self.residual.parts.metric_matrix is None:

@@ -10,7 +10,7 @@ import torch
 
 from implicitlayer._solution import LinearSolution
 from implicitlayer._status import Status
-from implicitlayer.linear._common import Limits, lane_norm, select
+from implicitlayer.linear._common import SLACK, Limits, lane_norm, select
 from implicitlayer.linear._operator import FlatOperator, LinearSolver
 
 __all__ = ["WarmStart"]
@@ -108,11 +108,29 @@ class WarmStart(LinearSolver):
             atol = max(rtol, float((limits.atol / unit[live]).min())) if limits.atol > 0 and live.any() else rtol
             solver = replace(solver, rtol=0.0, atol=atol)
         found: LinearSolution = solver.solve(operator, residual / unit.unsqueeze(-1))
-        residual_norm = found.residual_norm * unit
+        value = start + found.value * unit.unsqueeze(-1)
+        if not found.residual_is_true:
+            residual_norm = found.residual_norm * unit
+            return replace(found, value=value, **_residuals(residual_norm, norm), rtol=rtol)
+        # a start far larger than the answer costs digits that the correction cannot see: look at the sum, begin at zero
+        residual_norm = lane_norm(rhs - operator(value))
+        allowed = SLACK * torch.clamp((rtol or 0.0) * norm, min=limits.atol)
+        lost = (found.codes == int(Status.CONVERGED)) & (residual_norm > allowed)
+        if not bool(lost.any()):
+            return replace(found, value=value, **_residuals(residual_norm, norm), rtol=rtol)
+        fresh: LinearSolution = self.solver.solve(operator, select(lost, rhs))
+        residual_norm = torch.where(lost, fresh.residual_norm, residual_norm)
         return replace(
             found,
-            value=start + found.value * unit.unsqueeze(-1),
-            residual_norm=residual_norm,
-            relative_residual=torch.where(norm > 0, residual_norm / norm, torch.zeros_like(norm)),
+            value=select(lost, fresh.value, value),
+            codes=torch.where(lost, fresh.codes, found.codes),
+            steps=found.steps + torch.where(lost, fresh.steps, 0),
+            smallest_curvature=torch.minimum(found.smallest_curvature, fresh.smallest_curvature),
+            **_residuals(residual_norm, norm),
             rtol=rtol,
         )
+
+
+def _residuals(residual_norm: torch.Tensor, norm: torch.Tensor) -> dict[str, torch.Tensor]:
+    relative = torch.where(norm > 0, residual_norm / norm, torch.zeros_like(norm))
+    return {"residual_norm": residual_norm, "relative_residual": relative}
