@@ -1,0 +1,283 @@
+"""``check_argmin_gradients``: every derivative of a layer against references that share nothing with it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from implicitlayer._errors import ImplicitLayerWarning, LinearSolveError, StationarityError, StationarityWarning
+from implicitlayer.implicit._argmin import argmin, fixed_point, root
+from implicitlayer.implicit._layer import ImplicitLayer
+from implicitlayer.testing._differences import DENSE_LIMIT, Accuracy
+from implicitlayer.testing._lanes import check_vmap
+from implicitlayer.testing._modes import SAFE_RTOL, Check, check_jvp, check_vjp
+from implicitlayer.testing._objective import check_objective
+from implicitlayer.testing._references import Equation, Leaves, Wall
+from implicitlayer.testing._report import (
+    COARSE,
+    GradientCheckError,
+    GradientReport,
+    GradientRow,
+    worst_first,
+)
+from implicitlayer.testing._second_order import check_double
+
+__all__ = ["check_argmin_gradients"]
+
+_LAYERS: dict[str, Callable[..., ImplicitLayer]] = {"argmin": argmin, "root": root, "fixed_point": fixed_point}
+_MODES: dict[str, Callable[[Check], None]] = {
+    "vjp": check_vjp,
+    "jvp": check_jvp,
+    "double": check_double,
+    "vmap": check_vmap,
+}
+_MAX_NOTES = 8
+
+
+def check_argmin_gradients(
+    objective: Callable[..., Any],
+    solver: Callable[..., Any],
+    init: Any,
+    *theta: Any,
+    modes: Sequence[str] = ("vjp", "jvp", "double", "vmap"),
+    kind: str = "argmin",
+    rtol: float | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> GradientReport:
+    """Check the derivatives of the layer around ``objective`` and ``solver`` in every floating leaf of theta.
+
+    The references: the dense implicit gradient -B'H^-T v at the solver's own answer, by plain autograd loops (up to
+    200 unknowns); central differences of the solver, whose step follows from its measured error; the adjoint identity;
+    a loop over the lanes of a batch; and differences of the objective itself. No tolerance is guessed: that of a
+    difference is 3 times its measured truncation plus twice the measured error of the solver over the step, that of a
+    dense comparison is what a linear solve with ``rtol`` can do to the gradient of this problem, plus rounding.
+
+    Args:
+        objective, solver, init, theta: as for ``il.argmin`` and the layer that it makes. Integer and bool tensors,
+            numbers and other objects are passed through; what the objective closes over is not checked. theta must not
+            be on the edge of its domain: differences move every entry by up to a tenth of its size.
+        modes: ``"vjp"`` (reverse), ``"jvp"`` (forward), ``"double"`` (gradient of a gradient), ``"vmap"``.
+        kind: ``"argmin"``, ``"root"`` or ``"fixed_point"``; which layer, and what ``objective`` means.
+        rtol: relative residual that the layer's linear solves are allowed; default: that of ``linear_solver``, or
+            1e-10 (float64), 1e-5 (float32).
+        seed: of the random cotangents and directions.
+        settings: further arguments of ``il.argmin`` (``linear_solver``, ``solver_has_aux``, ...).
+
+    Returns:
+        The report, with verdict ``"passed"``, or ``"inconclusive"`` where the solver is too coarse for a comparison to
+        have a digit, or its answer is not stationary. Print it: it says what to do. Warnings become notes of it.
+
+    Raises:
+        GradientCheckError: a derivative is wrong or raised; an AssertionError that carries the report.
+        Exception: what the call of the layer itself raises: a solver's own error, an answer of the wrong shape, NaN.
+        ValueError: an unknown mode or kind, a theta without floating leaves, an init without entries.
+
+    Source: the rule for the step is the classical one for differences of noisy functions; J. J. Moré and S. M. Wild,
+    ACM Trans. Math. Softw. 38 (2012), doi:10.1145/2168773.2168777. Unlike torch.autograd.gradcheck, whose step and
+    tolerance are fixed, both are computed here from what the solver delivers.
+
+    Example:
+        >>> import torch
+        >>> from implicitlayer.testing import check_argmin_gradients
+        >>> t = torch.tensor([2.0, 4.0], dtype=torch.float64)
+        >>> report = check_argmin_gradients(
+        ...     lambda x, t: (torch.exp(x) - t * x).sum(), lambda f, x, t: torch.log(t), torch.zeros_like(t), t
+        ... )
+        >>> report.verdict
+        'passed'
+    """
+    _check_arguments(modes, kind, rtol)
+    function = _value_of(objective) if settings.get("objective_has_aux") else objective
+    equation = Equation.of(function, kind, init, theta)
+    if not equation.theta:
+        raise ValueError(
+            "theta has no floating tensor with entries: there is no derivative to check. Pass what the objective is to "
+            "be differentiated in as theta."
+        )
+    if not equation.num_unknowns:
+        raise ValueError("init has no entries: there is nothing to solve for.")
+    wall = Wall(solver)
+    layer = _LAYERS[kind](objective, wall, **settings)
+
+    seen = _seen_by_solver(function, wall.batched, kind)
+
+    def solved(run: Callable[..., Any], start: Leaves, at: Leaves) -> Leaves:
+        if layer.polish:  # what is differentiated is the polished answer
+            answer = layer(equation.tree(start), *equation.arguments(at))
+        else:
+            answer = run(seen, equation.tree(start), *equation.arguments(at))
+        return equation.leaves(answer[0] if layer.solver_has_aux else answer)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with torch.no_grad():  # what is misuse raises here, as at any call
+            layer(equation.tree(equation.init), *equation.arguments(equation.theta))
+        accuracy = Accuracy.measure(
+            equation,
+            lambda start: solved(wall, start, equation.theta),
+            lambda start: solved(wall.solve, start, equation.theta),
+        )
+        check = Check(
+            equation=equation,
+            layer=layer,
+            wall=wall,
+            answer=lambda at: solved(wall, equation.init, at),
+            accuracy=accuracy,
+            rtol=_allowed(rtol, layer.linear_solver, equation.eps),
+            generator=torch.Generator().manual_seed(seed),
+        )
+        check_objective(check)
+        cause = None
+        for mode in _MODES:
+            if mode in modes:
+                cause = _run(check, mode) or cause
+    stationary = _is_stationary(accuracy, layer.stationarity_rtol, cause, [w.category for w in caught])
+    notes = _notes(check, stationary, settings, caught)
+    return _judge(check, stationary, [*check.notes, *notes], cause)
+
+
+def _check_arguments(modes: Sequence[str], kind: str, rtol: float | None) -> None:
+    if isinstance(modes, str) or not modes or not set(modes) <= set(_MODES):
+        raise ValueError(f"modes={modes!r} must be a non-empty tuple out of {tuple(_MODES)}.")
+    if kind not in _LAYERS:
+        raise ValueError(f"kind={kind!r} must be one of {tuple(_LAYERS)}.")
+    if rtol is not None and not rtol > 0:
+        raise ValueError(f"rtol={rtol} must be positive. For the tolerance of the linear solver leave it out.")
+
+
+def _value_of(objective: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda x, *theta: objective(x, *theta)[0]
+
+
+def _seen_by_solver(function: Callable[..., Any], batched: bool, kind: str) -> Callable[..., Any]:
+    """With one value per lane, a solver that is not batched sees their sum."""
+    if batched or kind != "argmin":
+        return function
+    return lambda x, *theta: function(x, *theta).sum()
+
+
+def _allowed(rtol: float | None, linear_solver: Any, eps: float) -> float:
+    if rtol is None:
+        rtol = getattr(linear_solver, "rtol", None)
+    default = 1e-10 if eps < 1e-12 else 1e-5
+    return SAFE_RTOL * (default if rtol is None else float(rtol))
+
+
+def _run(check: Check, mode: str) -> Exception | None:
+    """One mode; what it raises becomes a failed row."""
+    try:
+        _MODES[mode](check)
+    except Exception as error:  # whatever the layer raises is part of the result
+        kind, nan = type(error).__name__, float("nan")
+        check.rows.append(
+            GradientRow("all leaves", "", mode, "-", nan, nan, float("inf"), 0.0, "failed", f"the layer raised {kind}")
+        )
+        check.notes.append(f"{mode}: {kind}: {error}")
+        return error
+    return None
+
+
+def _is_stationary(
+    accuracy: Accuracy, rtol: float | None, cause: Exception | None, categories: list[type[Warning]]
+) -> bool:
+    if any(issubclass(category, StationarityWarning) for category in categories):
+        return False
+    if isinstance(cause, StationarityError):
+        return False
+    return accuracy.relative <= (1e-3 if rtol is None else max(rtol, 1e-3))
+
+
+def _judge(check: Check, stationary: bool, notes: list[str], cause: Exception | None) -> GradientReport:
+    singular = check.system is not None and not check.system.condition < 0.1 / check.equation.eps
+    rows = []
+    for row in check.rows:
+        excused = not stationary and row.reference in ("differences", "solver") and row.mode != "objective"
+        refused = row.reference == "-" and isinstance(cause, (LinearSolveError, StationarityError))
+        if row.status == "failed" and (excused or (refused and (singular or not stationary))):
+            row = GradientRow(
+                **{**row.__dict__, "status": "inconclusive", "dominating": COARSE if excused else row.dominating}
+            )
+        rows.append(row)
+    open_groups = _groups_without_digit(rows)
+    verdict = "passed" if stationary and not open_groups else "inconclusive"
+    if any(row.status == "failed" for row in rows):
+        verdict = "failed"
+    elif open_groups and stationary:
+        notes.insert(0, _advice(open_groups, rows))
+    accuracy = check.accuracy
+    report = GradientReport(
+        verdict=verdict,  # type: ignore[arg-type]
+        rows=worst_first(rows),
+        notes=tuple(notes),
+        kind=check.equation.kind,
+        num_unknowns=check.equation.num_unknowns,
+        stationarity_norm=accuracy.norm,
+        solver_error=accuracy.error,
+        relative_error=accuracy.relative,
+    )
+    if verdict == "failed":
+        raise GradientCheckError(report) from cause
+    return report
+
+
+def _groups_without_digit(rows: list[GradientRow]) -> list[tuple[str, str, str]]:
+    """(leaf, mode, reference) of which every comparison is without a digit."""
+    groups: dict[tuple[str, str, str], bool] = {}
+    for row in rows:
+        key = (row.leaf, row.mode, row.reference)
+        groups[key] = groups.get(key, True) and row.status == "inconclusive"
+    return [key for key, empty in groups.items() if empty]
+
+
+def _advice(groups: list[tuple[str, str, str]], rows: list[GradientRow]) -> str:
+    reasons = {row.dominating for row in rows if (row.leaf, row.mode, row.reference) in groups}
+    names = ", ".join(sorted({f"{leaf} ({mode}, {reference})" for leaf, mode, reference in groups})[:4])
+    return (
+        f"No digit in {names}{', ...' if len(groups) > 4 else ''}: {', '.join(sorted(reasons))}. A tighter solver, "
+        "polish=1, or float64 makes the comparison sharper."
+    )
+
+
+def _notes(
+    check: Check, stationary: bool, settings: dict[str, Any], caught: list[warnings.WarningMessage]
+) -> list[str]:
+    equation, accuracy, notes = check.equation, check.accuracy, []
+    if not stationary:
+        notes.append(
+            f"The solver's answer is not stationary (‖F‖ = {accuracy.norm:.2e}): the gradient there is that of no "
+            "solution. Solve more tightly, pass polish=1, or check that solver and objective belong together."
+        )
+    if check.system is None:
+        notes.append(
+            f"{equation.num_unknowns} unknowns, more than {DENSE_LIMIT}: no dense reference, and wider tolerances."
+        )
+    elif not check.system.condition < 0.1 / equation.eps:
+        notes.append(
+            "The Jacobian of the stationarity is singular to working precision: x may not be a function of theta."
+        )
+    else:
+        offenders = {row.leaf for row in check.rows if row.status == "failed"}
+        unused = [name for name, mixed in zip(equation.names, check.system.mixed, strict=True) if mixed is None]
+        unused = [name for name in unused if name not in offenders]
+        for name in unused:
+            none = equation.names.index(name) in check.none
+            notes.append(
+                f"{name} is not used by the objective: its gradient is {'None, read as ' if none else ''}zero."
+            )
+    if any(row.status == "failed" and row.mode == "objective" for row in check.rows):
+        notes.append(
+            "Autograd's derivatives of the objective are not those of its values: look for .detach(), .item(), NumPy, "
+            "or a custom autograd.Function. The layer can only be as right as they are."
+        )
+    if settings.get("damping") or settings.get("curvature", "hessian") != "hessian":
+        notes.append("damping and Gauss-Newton curvature change the gradient on purpose: a failure may be just that.")
+    messages = dict.fromkeys(
+        f"{w.category.__name__}: {w.message}" for w in caught if not issubclass(w.category, DeprecationWarning)
+    )
+    ours = [m for m in messages if any(m.startswith(c.__name__) for c in ImplicitLayerWarning.__subclasses__())]
+    others = [m for m in messages if m not in ours]
+    return notes + [f"warned: {m}" for m in [*ours, *others][:_MAX_NOTES]]

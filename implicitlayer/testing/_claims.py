@@ -1,0 +1,268 @@
+"""What a solver says of itself: for which systems or problems it is, and how accurate it promises to be."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from implicitlayer._solution import LinearSolution, RecordingSolver
+from implicitlayer.linear._bicgstab import Bicgstab
+from implicitlayer.linear._cg import ConjugateGradient
+from implicitlayer.linear._minres import Minres
+from implicitlayer.linear._neumann import Neumann
+from implicitlayer.linear._operator import FlatOperator, LinearSolver, default_rtol
+
+__all__ = ["InnerClaim", "LinearClaim", "inner", "linear"]
+
+SYSTEMS = ("positive definite", "symmetric", "general", "contraction")
+
+
+@dataclass(frozen=True, eq=False)
+class LinearClaim:
+    """A linear solver and what it promises; made by :func:`linear`, called as the solver itself."""
+
+    solver: Callable[..., Any]
+    systems: str
+    rtol: float
+    log10_cond: float
+    batched: bool
+    log10_scale: int
+    dtypes: tuple[torch.dtype, ...]
+    limited: Callable[..., Any] | None
+    name: str
+
+    def __call__(self, operator: Any, rhs: Any) -> Any:
+        return self.solver(operator, rhs)
+
+    def __repr__(self) -> str:
+        return f"testing.linear({self.name}, systems={self.systems!r}, rtol={self.rtol:g})"
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether it is for symmetric systems only."""
+        return self.systems in ("positive definite", "symmetric")
+
+    @cached_property
+    def returns_status(self) -> bool:
+        """Whether it returns an ``il.LinearSolution``, found by one solve of ``2 u = 1``; True where that fails."""
+        operator = FlatOperator(lambda v: 2 * v, lambda v: 2 * v)
+        try:
+            return isinstance(self.solver(operator, torch.ones(1, dtype=torch.float64)), LinearSolution)
+        except Exception:
+            return True  # a solver that cannot solve this meets all checks, and fails them
+
+    def allowed(self, dtype: torch.dtype) -> float:
+        """Relative residual that counts as solved: ``rtol``, in float32 at least 1e-4 (ten times the package's)."""
+        return self.rtol if dtype == torch.float64 else max(self.rtol, 10 * default_rtol(dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class InnerClaim:
+    """An inner solver and what it promises; made by :func:`inner`, called as the solver itself."""
+
+    solver: Callable[..., Any]
+    accuracy: float
+    log10_cond: float
+    batched: bool
+    deterministic: bool
+    dtypes: tuple[torch.dtype, ...]
+    name: str
+
+    def __call__(self, objective: Callable[..., Any], init: Any, *theta: Any) -> Any:
+        return self.solver(objective, init, *theta)
+
+    def __repr__(self) -> str:
+        return f"testing.inner({self.name}, accuracy={self.accuracy:g})"
+
+
+def linear(
+    solver: Callable[..., Any],
+    systems: str | None = None,
+    *,
+    rtol: float | None = None,
+    log10_cond: float = 2,
+    batched: bool | None = None,
+    log10_scale: int = 200,
+    dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32),
+    limited: Callable[..., Any] | None = None,
+    name: str | None = None,
+) -> LinearClaim:
+    """Say what a linear solver is for, so that :func:`solver_checks` tests that and no more.
+
+    Args:
+        solver: ``solver(operator, rhs) -> il.LinearSolution`` or a tensor. ``operator(v)`` is ``A v``,
+            ``operator.transpose_matvec(v)`` is ``A' v``; rhs is a tensor [n], or [*lanes, n] if ``batched``.
+        systems: ``"positive definite"``, ``"symmetric"``, ``"general"``, or ``"contraction"``: A = I - J with
+            ``||J||_2 = 1/2``. Default: what the package's own solvers are for, else ``"positive definite"``.
+        rtol: promised ``||b - A u||_2 / ||b||_2`` in float64, positive; in float32 it counts as 1e-4 at least.
+            Default 1e-9, ten times the package's own tolerance.
+        log10_cond: logarithm of the hardest condition number at which that is promised, at least 0.
+        batched: whether independent systems may lie side by side. Default: True for an ``il.LinearSolver``.
+        log10_scale: right-hand sides and matrices may be scaled by 10 to plus and minus this number, 0 to 200
+            (float32: at most 25).
+        dtypes: float64, and float32 if it works in float32.
+        limited: the same solver, stopped after one step. Default: made by itself for a dataclass that has fields
+            ``rtol`` and ``max_steps``.
+        name: for test ids; default its class or function.
+
+    Returns:
+        The claim, an argument for :func:`solver_checks` and :func:`parametrize_with_solver_checks`.
+
+    Raises:
+        TypeError: the solver is not callable.
+        ValueError: an argument outside its range.
+
+    Example:
+        >>> import implicitlayer as il
+        >>> from implicitlayer import testing
+        >>> testing.linear(il.Minres())
+        testing.linear(Minres, systems='symmetric', rtol=1e-09)
+    """
+    _check_callable(solver, "solver(operator, rhs)")
+    systems = _own_systems(solver) if systems is None else systems
+    if systems not in SYSTEMS:
+        raise ValueError(f"systems={systems!r} must be one of {SYSTEMS}.")
+    rtol = 10 * default_rtol(torch.float64) if rtol is None else rtol
+    _check_positive("rtol", rtol, "It is the relative residual that the solver promises.")
+    if not 0 <= log10_scale <= 200:
+        raise ValueError(f"log10_scale={log10_scale!r} must be from 0 to 200. 0 leaves the checks of scale out.")
+    return LinearClaim(
+        solver,
+        systems,
+        rtol,
+        _check_log10_cond(log10_cond),
+        isinstance(solver, LinearSolver) if batched is None else batched,
+        log10_scale,
+        _check_dtypes(dtypes),
+        _one_step(solver, rtol) if limited is None else limited,
+        _name(solver) if name is None else name,
+    )
+
+
+def inner(
+    solver: Callable[..., Any],
+    accuracy: float = 1e-6,
+    *,
+    log10_cond: float = 1,
+    batched: bool | None = None,
+    deterministic: bool = True,
+    dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32),
+    name: str | None = None,
+) -> InnerClaim:
+    """Say what an inner solver promises, so that :func:`solver_checks` tests that and no more.
+
+    The objectives of the checks are quadratic or smooth and strongly convex, with Hessians between
+    ``10^-log10_cond / 2`` and 1: gradient descent with step size 1 converges on all of them.
+
+    Args:
+        solver: ``solver(objective, init, *theta) -> x``.
+        accuracy: promised ``||x - x*||_2 / max(1, ||x*||_2)`` in float64, positive; in float32 it counts as 1e-2 at
+            least, since solvers that compare values of the objective find no more than the square root of eps.
+        log10_cond: logarithm of the hardest condition number at which that is promised, at least 0.
+        batched: whether it takes many problems at once: an objective that returns [*lanes], and leaves of init with
+            these dimensions in front. Default: its attribute ``batched``.
+        deterministic: whether a repeat gives the same bits.
+        dtypes: float64, and float32 if it works in float32.
+        name: for test ids; default its class or function.
+
+    Returns:
+        The claim, an argument for :func:`solver_checks` and :func:`parametrize_with_solver_checks`.
+
+    Raises:
+        TypeError: the solver is not callable.
+        ValueError: an argument outside its range.
+
+    Example:
+        >>> import implicitlayer as il
+        >>> from implicitlayer import testing
+        >>> testing.inner(il.solvers.SciPyMinimize("BFGS"), accuracy=1e-4).batched
+        False
+    """
+    _check_callable(solver, "solver(objective, init, *theta)")
+    _check_positive("accuracy", accuracy, "It is the relative distance to the solution that the solver promises.")
+    return InnerClaim(
+        solver,
+        accuracy,
+        _check_log10_cond(log10_cond),
+        bool(getattr(solver, "batched", False)) if batched is None else batched,
+        deterministic,
+        _check_dtypes(dtypes),
+        _name(solver) if name is None else name,
+    )
+
+
+def claim_of(solver: Any) -> LinearClaim | InnerClaim:
+    """A claim as it is; a bare solver with the defaults of its kind.
+
+    Linear: an ``il.LinearSolver``, or a function of exactly two arguments. Inner: an ``il.RecordingSolver``, or a
+    function that takes three arguments or more, or ``*theta``.
+    """
+    if isinstance(solver, (LinearClaim, InnerClaim)):
+        return solver
+    if isinstance(solver, LinearSolver):
+        return linear(solver)
+    if isinstance(solver, RecordingSolver):
+        return inner(solver)
+    _check_callable(solver, "solver(operator, rhs) or solver(objective, init, *theta)")
+    try:
+        parameters = list(inspect.signature(solver).parameters.values())
+    except ValueError:
+        parameters = []
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters) or len(positional) > 2:
+        return inner(solver)
+    if len(positional) == 2:
+        return linear(solver)
+    raise TypeError(
+        f"solver={solver!r} takes neither (operator, rhs) nor (objective, init, *theta). "
+        "Say what it is by il.testing.linear(solver) or il.testing.inner(solver)."
+    )
+
+
+def _own_systems(solver: Any) -> str:
+    if isinstance(solver, Minres):
+        return "symmetric"
+    if isinstance(solver, (Neumann, Bicgstab)):  # Bi-CGSTAB breaks down where eigenvalues surround zero (rotations)
+        return "contraction"
+    general = isinstance(solver, LinearSolver) and not isinstance(solver, ConjugateGradient)
+    return "general" if general and type(solver).__module__.startswith("implicitlayer.") else "positive definite"
+
+
+def _one_step(solver: Any, rtol: float) -> Callable[..., Any] | None:
+    names = {f.name for f in fields(solver)} if is_dataclass(solver) and not isinstance(solver, type) else set()
+    if not {"rtol", "max_steps"} <= names:
+        return None
+    limited: Callable[..., Any] = replace(solver, rtol=rtol, max_steps=1)
+    return limited
+
+
+def _name(solver: Any) -> str:
+    return str(getattr(solver, "__name__", type(solver).__name__))
+
+
+def _check_callable(solver: Any, call: str) -> None:
+    if not callable(solver):
+        raise TypeError(f"solver={solver!r} must be callable: {call}.")
+
+
+def _check_positive(name: str, value: float, meaning: str) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name}={value!r} must be positive and finite. {meaning}")
+
+
+def _check_log10_cond(log10_cond: float) -> float:
+    if not 0 <= log10_cond <= 12:
+        raise ValueError(f"log10_cond={log10_cond!r} must be from 0 to 12. It is an exponent: 2 is a condition of 100.")
+    return log10_cond
+
+
+def _check_dtypes(dtypes: Sequence[torch.dtype]) -> tuple[torch.dtype, ...]:
+    if torch.float64 not in dtypes or not set(dtypes) <= {torch.float64, torch.float32}:
+        raise ValueError(f"dtypes={dtypes!r} must hold torch.float64, and torch.float32 or nothing else.")
+    return tuple(dtypes)

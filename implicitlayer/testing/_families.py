@@ -1,0 +1,267 @@
+"""Families of problems with known answers, each made from a size, exponents and a seed."""
+
+# n: unknowns, m: rows of a weight. Every `solution` works in float64 on plain formulas, without derivative rules.
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from implicitlayer.testing import _arrays as arrays
+from implicitlayer.testing._problems import ArgminProblem, RootProblem, Theta, dense_solve
+
+__all__ = ["nonconvex_problem", "quadratic_problem", "root_problem", "smooth_convex_problem"]
+
+
+def quadratic_problem(
+    n: int, *, log10_cond: float = 0, log10_scale: float = 0, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> ArgminProblem:
+    """``1/2 x'Ax - b'x`` with theta = (A, b) and the solution ``x = S^-1 b``, S = (A + A')/2.
+
+    A is :func:`spd_matrix` of these arguments, so ``log10_scale`` scales the objective and leaves x; b = A z with a
+    random normal z. The gradient in A is the symmetric matrix ``-(u x' + x u')/2`` with u = S^-1 v.
+
+    Args, errors as in :func:`spd_matrix`.
+
+    Returns:
+        The problem; mu and beta are the ends of the spectrum, rho is 0.
+
+    Example:
+        >>> from implicitlayer import testing
+        >>> problem = testing.quadratic_problem(4, log10_cond=2)
+        >>> problem.mu, problem.beta, problem.rho
+        (0.01, 1.0, 0.0)
+        >>> problem
+        quadratic_problem(4, log10_cond=2, log10_scale=0, seed=0, dtype=torch.float64)
+    """
+    matrix = arrays.spd_matrix(n, log10_cond=log10_cond, log10_scale=log10_scale, seed=seed, dtype=dtype)
+    b = matrix.double() @ arrays.normal_tensor((n,), seed=seed + 7)
+
+    def objective(x: torch.Tensor, matrix: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return 0.5 * x @ (matrix @ x) - b @ x
+
+    def solution(matrix: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        matrix, b = matrix.detach().double(), b.detach().double()
+        unit = matrix.abs().max()  # no overflow inside the factorisation
+        return dense_solve((matrix + matrix.T) / 2 / unit, b / unit)
+
+    scale, cond = arrays.ten_to(log10_scale), arrays.ten_to(log10_cond)
+    return ArgminProblem(
+        objective,
+        torch.zeros(n, dtype=dtype),
+        _leaves(matrix, b.to(dtype)),
+        solution,
+        _recipe("quadratic_problem", n, log10_cond, log10_scale, seed, dtype),
+        mu=scale / cond if n > 1 else scale,
+        beta=scale,
+        rho=0.0,
+    )
+
+
+def smooth_convex_problem(
+    n: int, *, log10_cond: float = 0, log10_scale: float = 0, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> ArgminProblem:
+    """``scale (sum_i softplus(w_i'x + o_i) + 1/2 e^s |x|^2)`` with theta = (W [m, n], o [m], s), m = n + 2.
+
+    Strongly convex, with derivatives of every order and no symmetry: a regularised logistic regression. Its solution
+    is found by dense Newton steps, to rounding.
+
+    Args:
+        n, seed, dtype: as in :func:`spd_matrix`.
+        log10_cond: the ratio beta / mu is ``2 * 10^log10_cond``.
+        log10_scale: logarithm of the factor in front; it is no theta, so the gradients do not depend on it.
+
+    Returns:
+        The problem, with valid bounds mu, beta and rho.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Example:
+        >>> from implicitlayer import testing
+        >>> problem = testing.smooth_convex_problem(4, log10_cond=1)
+        >>> diagonal = problem.dense_jacobian().diagonal()
+        >>> problem.mu <= float(diagonal.min()) <= float(diagonal.max()) <= problem.beta
+        True
+    """
+    # With p = sigmoid(Wx + o) the Hessian is H = scale (W' diag(p (1 - p)) W + e^s I). From 0 < p (1 - p) <= 1/4,
+    #     mu = scale e^s,    beta = scale (e^s + ||W||^2 / 4),
+    # and |d/dt p (1 - p)| <= 1 / (6 sqrt 3) =: c (its maximum, where p = 1/2 +- 1/sqrt 12) gives
+    #     ||H(x) - H(y)|| <= scale ||W||^2 c max_i |w_i'(x - y)| <= scale c ||W||^2 max_i |w_i| |x - y|.
+    # e^s = 10^-cond / 2 and ||W||^2 / 4 = 1 - e^s make beta = scale.
+    arrays.check_matrix(n, log10_cond, log10_scale, seed, dtype)
+    strength = 0.5 * arrays.ten_to(-log10_cond)
+    weight = arrays.normal_tensor((n + 2, n), seed=seed)
+    weight = weight * (2 * math.sqrt(1 - strength) / float(torch.linalg.matrix_norm(weight, 2)))
+    offset, scale = arrays.normal_tensor((n + 2,), seed=seed + 1), arrays.ten_to(log10_scale)
+
+    def objective(
+        x: torch.Tensor, weight: torch.Tensor, offset: torch.Tensor, log_strength: torch.Tensor
+    ) -> torch.Tensor:
+        fit = torch.nn.functional.softplus(weight @ x + offset).sum()
+        return scale * (fit + 0.5 * log_strength.exp() * (x * x).sum())
+
+    def solution(weight: torch.Tensor, offset: torch.Tensor, log_strength: torch.Tensor) -> torch.Tensor:
+        weight, offset, log_strength = (t.detach().double() for t in (weight, offset, log_strength))
+        return _logistic_minimiser(weight, offset, log_strength.exp())
+
+    theta = _leaves(weight.to(dtype), offset.to(dtype), torch.tensor(math.log(strength), dtype=dtype))
+    e_s = float(theta[2].detach().double().exp())
+    size = float(torch.linalg.matrix_norm(theta[0].detach().double(), 2)) ** 2
+    longest = float(theta[0].detach().double().norm(dim=1).max())
+    return ArgminProblem(
+        objective,
+        torch.zeros(n, dtype=dtype),
+        theta,
+        solution,
+        _recipe("smooth_convex_problem", n, log10_cond, log10_scale, seed, dtype),
+        mu=scale * e_s,
+        beta=scale * (e_s + size / 4),
+        rho=scale * size * longest / (6 * math.sqrt(3)),
+    )
+
+
+def nonconvex_problem(
+    n: int, *, log10_cond: float = 0, log10_scale: float = 0, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> ArgminProblem:
+    """``scale (1/4 sum_i e^{d_i} ((Mx)_i^2 - 1)^2 - t'x)`` with theta = (M [n, n], d [n], t [n]).
+
+    In y = Mx these are n double wells, tilted: 3^n stationary points, 2^n of them minima. ``init`` lies in the basin
+    of one of them, and ``solution`` is that nondegenerate minimum; ``saddle`` differs from it in the first well only,
+    where it sits on the barrier (for n = 1 it is a maximum).
+
+    Args:
+        n, seed, dtype: as in :func:`spd_matrix`.
+        log10_cond: logarithm of the ratio of the deepest to the shallowest well; close to that of the condition.
+        log10_scale: logarithm of the factor in front; it is no theta, so the gradients do not depend on it.
+
+    Returns:
+        The problem, without mu, beta and rho: they do not exist globally.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Example:
+        >>> import torch
+        >>> from implicitlayer import testing
+        >>> problem = testing.nonconvex_problem(3)
+        >>> gradient = problem.stationarity(problem.saddle, *problem.theta)
+        >>> bool(gradient.abs().max() < 1e-12), bool((problem.dense_jacobian().diagonal() > 0).all())
+        (True, True)
+    """
+    # The gradient M'(e^d (y^2 - 1) y) - t vanishes where e^{d_i} (y_i^3 - y_i) = q_i with q = M^-T t: one cubic per
+    # well. The tilt below has |q_i| e^{-d_i} <= 0.2 < 2 / (3 sqrt 3) = 0.385, so that all three roots are real and
+    # simple: near -1, 0 and 1, with |3 y^2 - 1| >= 0.86.
+    arrays.check_matrix(n, log10_cond, log10_scale, seed, dtype)
+    scale = arrays.ten_to(log10_scale)
+    depth = arrays.spd_matrix(n, log10_cond=log10_cond, seed=seed)
+    depth = torch.linalg.eigvalsh(depth) if n > 1 else torch.ones(1, dtype=torch.float64)
+    basis = arrays.orthogonal(n, seed + 1)
+    tilt = basis.T @ (depth * 0.2 * torch.tanh(arrays.normal_tensor((n,), seed=seed + 2)))
+    sides = torch.where(arrays.normal_tensor((n,), seed=seed + 3) < 0, -1.0, 1.0).double()
+
+    def objective(x: torch.Tensor, basis: torch.Tensor, log_depth: torch.Tensor, tilt: torch.Tensor) -> torch.Tensor:
+        wells = log_depth.exp() * ((basis @ x) ** 2 - 1) ** 2
+        return scale * (0.25 * wells.sum() - tilt @ x)
+
+    def stationary_point(start: torch.Tensor, *theta: torch.Tensor) -> torch.Tensor:
+        basis, log_depth, tilt = (t.detach().double() for t in theta)
+        q = dense_solve(basis.T, tilt) / log_depth.exp()
+        y = start
+        for _ in range(60):  # Newton on the cubic, quadratic from a start this close
+            y = y - (y**3 - y - q) / (3 * y**2 - 1)
+        return dense_solve(basis, y)
+
+    theta = _leaves(basis.to(dtype), depth.log().to(dtype), tilt.to(dtype))
+    barrier = sides.clone()
+    barrier[0] = 0
+    return ArgminProblem(
+        objective,
+        (basis.T @ (0.9 * sides)).to(dtype),
+        theta,
+        lambda *theta: stationary_point(sides, *theta),
+        _recipe("nonconvex_problem", n, log10_cond, log10_scale, seed, dtype),
+        saddle=stationary_point(barrier, *theta).to(dtype),
+    )
+
+
+def root_problem(
+    n: int, *, log10_cond: float = 0, log10_scale: float = 0, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> RootProblem:
+    """``scale (A x + e^s tanh(x) - b)`` with theta = (A [n, n], b [n], s) and a non-symmetric A.
+
+    e^s is half the smallest singular value of A, so that the zero is unique and the Jacobian
+    ``A + e^s diag(1 - tanh(x)^2)`` has no singular value below that half.
+
+    Args:
+        n, log10_cond, seed, dtype: as in :func:`general_matrix`, which makes A.
+        log10_scale: logarithm of the factor in front; it is no theta, so the gradients do not depend on it.
+
+    Returns:
+        The problem; its solution is found by a contraction and Newton steps, to rounding.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Example:
+        >>> from implicitlayer import testing
+        >>> problem = testing.root_problem(3, log10_cond=2)
+        >>> x = problem.solution(*problem.theta)
+        >>> float(problem.residual(x, *problem.theta).detach().abs().max()) < 1e-14
+        True
+    """
+    scale = arrays.ten_to(log10_scale)
+    arrays.check_matrix(n, log10_cond, log10_scale, seed, dtype)
+    matrix = arrays.general_matrix(n, log10_cond=log10_cond, seed=seed)
+    strength = 0.5 * (arrays.ten_to(-log10_cond) if n > 1 else 1.0)
+    z = arrays.normal_tensor((n,), seed=seed + 7)
+    b = matrix @ z + strength * z.tanh()
+
+    def residual(x: torch.Tensor, matrix: torch.Tensor, b: torch.Tensor, log_strength: torch.Tensor) -> torch.Tensor:
+        return scale * (matrix @ x + log_strength.exp() * x.tanh() - b)
+
+    def solution(matrix: torch.Tensor, b: torch.Tensor, log_strength: torch.Tensor) -> torch.Tensor:
+        matrix, b, log_strength = (t.detach().double() for t in (matrix, b, log_strength))
+        strength = log_strength.exp()
+        x = dense_solve(matrix, b)
+        for _ in range(60):  # x <- A^-1 (b - e^s tanh x) contracts by e^s ||A^-1|| = 1/2
+            x = dense_solve(matrix, b - strength * x.tanh())
+        for _ in range(3):
+            jacobian = matrix + torch.diag(strength * (1 - x.tanh() ** 2))
+            x = x - dense_solve(jacobian, matrix @ x + strength * x.tanh() - b)
+        return x
+
+    theta = _leaves(matrix.to(dtype), b.to(dtype), torch.tensor(math.log(strength), dtype=dtype))
+    recipe = _recipe("root_problem", n, log10_cond, log10_scale, seed, dtype)
+    return RootProblem(residual, torch.zeros(n, dtype=dtype), theta, solution, recipe)
+
+
+def _logistic_minimiser(weight: torch.Tensor, offset: torch.Tensor, strength: torch.Tensor) -> torch.Tensor:
+    """Damped dense Newton on sum softplus(Wx + o) + strength/2 |x|^2, gradient and Hessian written out."""
+
+    def value(x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.softplus(weight @ x + offset).sum() + 0.5 * strength * (x @ x)
+
+    x = weight.new_zeros(weight.shape[1])
+    identity = torch.eye(len(x), dtype=x.dtype)
+    for _ in range(60):
+        p = torch.sigmoid(weight @ x + offset)
+        gradient = weight.T @ p + strength * x
+        hessian = weight.T @ ((p * (1 - p))[:, None] * weight) + strength * identity
+        step = dense_solve(hessian, gradient)
+        length = 1.0
+        while length > 1e-4 and value(x - length * step) > value(x) * (1 + 1e-14):
+            length /= 2
+        x = x - length * step
+        if float(step.norm()) <= 1e-15 * (1 + float(x.norm())):
+            break
+    return x
+
+
+def _leaves(*tensors: torch.Tensor) -> Theta:
+    return tuple(t.detach().clone().requires_grad_() for t in tensors)
+
+
+def _recipe(name: str, n: int, log10_cond: float, log10_scale: float, seed: int, dtype: torch.dtype) -> str:
+    return f"{name}({n}, log10_cond={log10_cond}, log10_scale={log10_scale}, seed={seed}, dtype={dtype})"

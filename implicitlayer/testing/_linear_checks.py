@@ -1,0 +1,256 @@
+"""The conformance checks of linear solvers. Each takes a claim, and raises AssertionError with the numbers."""
+
+# n: unknowns. Residuals are recomputed here, in float64, from the very entries that the solver saw; what the solver
+# says of itself is compared with them and believed in nothing.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from implicitlayer._errors import LinearSolveError
+from implicitlayer._status import Status
+from implicitlayer.linear._public import linear_solve
+from implicitlayer.testing import _arrays as arrays
+from implicitlayer.testing._claims import LinearClaim
+from implicitlayer.testing._linear_systems import (
+    inverse_norm,
+    mixed_batch,
+    powers_of_ten,
+    require,
+    require_lanes_agree,
+    require_residual,
+    require_solved,
+    require_true_claim,
+    right_hand_sides,
+    solution_of,
+    system,
+    value_of,
+)
+
+F64, F32 = torch.float64, torch.float32
+SIZES = (1, 2, 5, 12, 20)
+
+Check = Callable[[LinearClaim], None]
+
+
+def check_solves_random_systems(claim: LinearClaim) -> None:
+    """Every system up to the promised condition is solved, for random and for hard right-hand sides."""
+    conditions = {0.0, claim.log10_cond / 2, claim.log10_cond}
+    for n in SIZES:
+        for log10_cond in sorted(conditions):
+            require_solved(claim, n, log10_cond, F64)
+
+
+def check_solves_in_float32(claim: LinearClaim) -> None:
+    """The same in float32, to a condition of 100 at most."""
+    for n in SIZES:
+        require_solved(claim, n, min(claim.log10_cond, 2.0), F32)
+
+
+def check_shape_and_dtype(claim: LinearClaim) -> None:
+    """The answer has the shape and dtype of the right-hand side and carries no graph."""
+    for dtype in claim.dtypes:
+        for n in (1, 4):
+            b = arrays.normal_tensor((n,), seed=3, dtype=dtype)
+            value = value_of(claim, system(claim, n, 0, 1, dtype), b)
+            require(value.dtype == dtype, claim, f"returned dtype {value.dtype} for a right-hand side of {dtype}")
+            require(not value.requires_grad, claim, "returned a tensor that requires grad")
+
+
+def check_small_right_hand_sides(claim: LinearClaim) -> None:
+    """No unknowns at all, and a 0-d unknown by way of il.linear_solve."""
+    value_of(claim, torch.zeros(0, 0, dtype=F64), torch.zeros(0, dtype=F64))  # of the right shape, or it raises
+    slope = {"positive definite": 4.0, "contraction": 1.25}.get(claim.systems, -4.0)
+    scalar = _by_linear_solve(claim, lambda u: slope * u, torch.tensor(2.0, dtype=F64), symmetric=True)
+    error = abs(float(scalar) * slope / 2 - 1)
+    require(error <= claim.rtol + 1e-15, claim, f"solved {slope} u = 2 with a relative residual of {error:.2e}")
+
+
+def check_zero_right_hand_side(claim: LinearClaim) -> None:
+    """A zero right-hand side gives exactly zero: no 0/0."""
+    for dtype in claim.dtypes:
+        value = value_of(claim, system(claim, 5, 1, 1, dtype), torch.zeros(5, dtype=dtype))
+        require(not bool((value != 0).any()), claim, f"answered a zero right-hand side by {value.tolist()}")
+
+
+def check_linear_in_the_right_hand_side(claim: LinearClaim) -> None:
+    """u(2 b - 3 c) = 2 u(b) - 3 u(c)."""
+    # each solve is off by at most cond * rtol relative to ||b|| / ||A|| (the smallest singular value is 1 / cond)
+    log10_cond = min(1.0, claim.log10_cond)
+    matrix = system(claim, 8, log10_cond, 4, F64)
+    b, c = arrays.normal_tensor((8,), seed=5), arrays.normal_tensor((8,), seed=6)
+    parts = [value_of(claim, matrix, rhs) for rhs in (2 * b - 3 * c, b, c)]
+    error = float((parts[0] - 2 * parts[1] + 3 * parts[2]).norm())
+    size = float((2 * b - 3 * c).norm() + 2 * b.norm() + 3 * c.norm())
+    allowed = inverse_norm(claim, log10_cond) * (claim.rtol + 1e-14) * size
+    require(error <= allowed, claim, f"is not linear in the right-hand side: off by {error:.2e}, {allowed:.2e} allowed")
+
+
+def check_scale_of_the_right_hand_side(claim: LinearClaim) -> None:
+    """A right-hand side of any size is solved to the same relative residual."""
+    for dtype in claim.dtypes:
+        matrix = system(claim, 6, min(1.0, claim.log10_cond), 7, dtype)
+        b = arrays.normal_tensor((6,), seed=8)
+        for power in powers_of_ten(claim, dtype):
+            require_residual(claim, matrix, (b * 10.0**power).to(dtype), f"b scaled by 1e{power}")
+
+
+def check_scale_of_the_matrix(claim: LinearClaim) -> None:
+    """A matrix of any size is solved to the same relative residual."""
+    for dtype in claim.dtypes:
+        b = arrays.normal_tensor((6,), seed=8, dtype=dtype)
+        for power in powers_of_ten(claim, dtype):
+            matrix = system(claim, 6, min(1.0, claim.log10_cond), 7, F64) * 10.0**power
+            require_residual(claim, matrix.to(dtype), b, f"A scaled by 1e{power}")
+
+
+def check_inputs_are_left_alone(claim: LinearClaim) -> None:
+    """Neither the right-hand side nor the matrix is changed in place."""
+    matrix, b = system(claim, 5, 1, 9, F64), arrays.normal_tensor((5,), seed=10)
+    before, versions = (matrix.clone(), b.clone()), (matrix._version, b._version)
+    value_of(claim, matrix, b)
+    for name, now, then in (("the matrix", matrix, before[0]), ("the right-hand side", b, before[1])):
+        require(torch.equal(now, then), claim, f"changed {name} in place")
+    require((matrix._version, b._version) == versions, claim, "wrote to its inputs in place")
+
+
+def check_repeats_are_bitwise_equal(claim: LinearClaim) -> None:
+    """The same system gives the same bits, also after another one was solved."""
+    matrix, b = system(claim, 7, 1, 11, F64), arrays.normal_tensor((7,), seed=12)
+    first = value_of(claim, matrix, b).clone()
+    value_of(claim, system(claim, 7, 0, 13, F64), 3 * b)
+    second = value_of(claim, matrix, b)
+    worst = float((second - first).abs().max())
+    require(torch.equal(first, second), claim, f"gave two answers to one system, {worst:.2e} apart")
+
+
+def check_gradients_of_a_linear_solve(claim: LinearClaim) -> None:
+    """il.linear_solve around it has the gradients A^-T v and -(A^-T v) u'; a general solver also solves with A'."""
+    log10_cond = min(1.0, claim.log10_cond)
+    matrix = system(claim, 6, log10_cond, 14, F64).requires_grad_()
+    b, v = arrays.normal_tensor((6,), seed=15).requires_grad_(), arrays.normal_tensor((6,), seed=16)
+    u = _by_linear_solve(claim, matrix, b, symmetric=claim.symmetric)
+    try:
+        got = torch.autograd.grad(u, (matrix, b), v)
+    except LinearSolveError as failure:
+        raise AssertionError(f"{claim.name} failed inside the backward of il.linear_solve: {failure}") from failure
+    b_bar = torch.linalg.solve(matrix.detach().T, v)
+    right = (-torch.outer(b_bar, torch.linalg.solve(matrix.detach(), b.detach())), b_bar)
+    # two solves, each off by cond * rtol; the outer product carries both
+    allowed = 4 * inverse_norm(claim, log10_cond) * 10**log10_cond * claim.rtol + 1e-12
+    for name, g, r in zip(("the matrix", "the right-hand side"), got, right, strict=True):
+        error = float((g - r).norm() / r.norm())
+        require(
+            error <= allowed, claim, f"gives a gradient in {name} that is off by {error:.2e}, {allowed:.2e} allowed"
+        )
+
+
+def _by_linear_solve(claim: LinearClaim, operator: Any, rhs: torch.Tensor, symmetric: bool) -> torch.Tensor:
+    """il.linear_solve with the solver; its own failures count as failures of the check."""
+    try:
+        u: torch.Tensor = linear_solve(operator, rhs, claim.solver, symmetric=symmetric, on_failure="raise")
+    except LinearSolveError as error:
+        raise AssertionError(f"{claim.name} failed inside il.linear_solve: {error}") from error
+    return u
+
+
+# -------------------------------------------------------------------------------------------------------------- lanes
+
+
+def check_batch_equals_loop(claim: LinearClaim) -> None:
+    """Systems side by side are solved as one by one: also finished, zero and hard ones in one batch."""
+    matrices, b, inverse = mixed_batch(claim)
+    together = value_of(claim, matrices, b)
+    require_lanes_agree(claim, together, matrices, b, inverse, range(len(b)), "in a batch")
+
+
+def check_a_lane_in_trouble_leaves_the_others(claim: LinearClaim) -> None:
+    """NaN in the matrix or the right-hand side of one lane changes no other lane."""
+    for where in ("matrix", "right-hand side"):
+        matrices, b, inverse = mixed_batch(claim)
+        (matrices if where == "matrix" else b)[2] = math.nan
+        together = value_of(claim, matrices, b)
+        others = [i for i in range(len(b)) if i != 2]
+        require_lanes_agree(claim, together, matrices, b, inverse, others, f"beside a lane with NaN in its {where}")
+
+
+# ------------------------------------------------------------------------------------------------------------- status
+
+
+def check_status_tells_the_truth(claim: LinearClaim) -> None:
+    """CONVERGED is said only where the recomputed residual is as promised, however hard the system."""
+    for dtype in claim.dtypes:
+        hardest = (2, 4, 6, 8) if dtype == F32 else (2, 8, 12, 16)
+        for n in (2, 16):
+            for log10_cond in hardest:
+                if claim.systems == "contraction":  # it may fail here, but must say so
+                    matrix = arrays.general_matrix(n, log10_cond=log10_cond, seed=n + 17, dtype=dtype)
+                else:
+                    matrix = system(claim, n, log10_cond, n + 17, dtype)
+                for name, b in right_hand_sides(matrix, 18):
+                    require_true_claim(claim, matrix, b, f"n={n}, condition 1e{log10_cond}, {name} b, {dtype}")
+    if claim.systems == "positive definite":
+        matrix = arrays.indefinite_matrix(6, log10_cond=1, seed=19)
+        require_true_claim(claim, matrix, arrays.normal_tensor((6,), seed=20), "an indefinite matrix")
+
+
+def check_a_singular_system_is_no_success(claim: LinearClaim) -> None:
+    """A right-hand side outside the range of a singular matrix never gives CONVERGED."""
+    kind = {"positive definite": "positive semidefinite", "symmetric": "symmetric"}.get(claim.systems, "general")
+    for n, rank in ((1, 0), (3, 2), (8, 5)):
+        matrix = arrays.singular_matrix(n, rank, kind=kind, seed=n)
+        outside = torch.linalg.svd(matrix)[0][:, -1]  # orthogonal to the range
+        b = arrays.normal_tensor((n,), seed=21)
+        b = b + outside * torch.copysign(b.norm(), outside @ b)  # at least half of it is outside
+        solution = solution_of(claim, matrix, b)
+        require(
+            solution.status is not Status.CONVERGED, claim, f"says CONVERGED for a singular matrix (n={n}, {rank=})"
+        )
+
+
+def check_nan_is_no_success(claim: LinearClaim) -> None:
+    """NaN in the products never gives a status of success."""
+    matrix = system(claim, 4, 0, 22, F64)
+    matrix[1, 2] = math.nan
+    solution = solution_of(claim, matrix, arrays.normal_tensor((4,), seed=23))
+    require(not solution.status.ok, claim, f"says {solution.status.name} although the products hold NaN")
+
+
+def check_a_step_limit_is_no_success(claim: LinearClaim) -> None:
+    """Stopped after one step, it does not say CONVERGED unless it has."""
+    assert claim.limited is not None
+    for seed in range(3):
+        matrix = system(claim, 20, 2, seed + 24, F64)
+        b = arrays.normal_tensor((20,), seed=seed + 25)
+        require_true_claim(claim, matrix, b, "stopped after one step", claim.limited)
+
+
+def linear_checks(claim: LinearClaim) -> Iterator[Check]:
+    """The checks that the claim calls for, simplest first."""
+    yield check_shape_and_dtype
+    yield check_solves_random_systems
+    if F32 in claim.dtypes:
+        yield check_solves_in_float32
+    yield check_small_right_hand_sides
+    yield check_zero_right_hand_side
+    yield check_linear_in_the_right_hand_side
+    if claim.log10_scale:
+        yield check_scale_of_the_right_hand_side
+    if claim.log10_scale and claim.systems != "contraction":  # a scaled contraction is none
+        yield check_scale_of_the_matrix
+    yield check_inputs_are_left_alone
+    yield check_repeats_are_bitwise_equal
+    yield check_gradients_of_a_linear_solve
+    if claim.batched:
+        yield check_batch_equals_loop
+        yield check_a_lane_in_trouble_leaves_the_others
+    if claim.returns_status:  # of a bare tensor the layer recomputes the residual itself
+        yield check_status_tells_the_truth
+        yield check_a_singular_system_is_no_success
+        yield check_nan_is_no_success
+        if claim.limited is not None:
+            yield check_a_step_limit_is_no_success

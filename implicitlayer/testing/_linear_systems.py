@@ -1,0 +1,167 @@
+"""Systems for the checks of linear solvers, and the residuals of their answers, recomputed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from implicitlayer._solution import LinearSolution
+from implicitlayer._status import Status
+from implicitlayer.linear._operator import FlatOperator
+from implicitlayer.testing import _arrays as arrays
+from implicitlayer.testing._claims import LinearClaim
+
+F64 = torch.float64
+
+
+def system(claim: LinearClaim, n: int, log10_cond: float, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    """A system of the claimed kind; contractions have singular values in [1/2, 3/2] whatever ``log10_cond`` says."""
+    if claim.systems == "contraction":
+        jacobian = arrays.normal_tensor((n, n), seed=seed)
+        jacobian = jacobian / float(torch.linalg.matrix_norm(jacobian, 2))
+        return (torch.eye(n, dtype=F64) - 0.5 * jacobian).to(dtype)
+    make = {
+        "positive definite": arrays.spd_matrix,
+        "symmetric": arrays.indefinite_matrix,
+        "general": arrays.general_matrix,
+    }[claim.systems]
+    return make(n, log10_cond=log10_cond, seed=seed, dtype=dtype)
+
+
+def inverse_norm(claim: LinearClaim, log10_cond: float) -> float:
+    """Norm of the inverse of :func:`system`."""
+    return 2.0 if claim.systems == "contraction" else float(10**log10_cond)
+
+
+def operator_of(claim: LinearClaim, matrix: torch.Tensor) -> FlatOperator:
+    """The operator as a layer would hand it to the solver."""
+    return FlatOperator(
+        lambda v: torch.linalg.vecdot(matrix, v.unsqueeze(-2)),
+        lambda v: torch.linalg.vecdot(matrix.mT, v.unsqueeze(-2)),
+        symmetric=claim.symmetric,
+    )
+
+
+def value_of(claim: LinearClaim, matrix: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
+    """The answer of the solver, checked to be a tensor of the right shape."""
+    answer = claim.solver(operator_of(claim, matrix), rhs)
+    value = answer.value if isinstance(answer, LinearSolution) else answer
+    require(isinstance(value, torch.Tensor), claim, f"returned {type(value).__name__}: a tensor is needed")
+    shapes = f"returned shape {tuple(value.shape)} for a right-hand side of shape {tuple(rhs.shape)}"
+    require(value.shape == rhs.shape, claim, shapes)
+    checked: torch.Tensor = value
+    return checked
+
+
+def solution_of(claim: LinearClaim, matrix: torch.Tensor, rhs: torch.Tensor) -> LinearSolution:
+    """The answer of the solver, checked to be a record with a status."""
+    answer = claim.solver(operator_of(claim, matrix), rhs)
+    require(
+        isinstance(answer, LinearSolution), claim, f"returned {type(answer).__name__} in place of il.LinearSolution"
+    )
+    solution: LinearSolution = answer
+    return solution
+
+
+def right_hand_sides(matrix: torch.Tensor, seed: int) -> list[tuple[str, torch.Tensor]]:
+    """Random, and A z for a random z; a random one flatters Krylov methods, whose answer it fills with small modes."""
+    z = arrays.normal_tensor((len(matrix),), seed=seed)
+    return [("random", z.to(matrix.dtype)), ("hard", (matrix.double() @ z).to(matrix.dtype))]
+
+
+def true_residual(matrix: torch.Tensor, value: torch.Tensor, rhs: torch.Tensor) -> tuple[float, float]:
+    """``||b - A u|| / ||b||`` and the rounding of computing A u in the dtype of A, relative to ``||b||``.
+
+    A and b are brought to size one first (by powers of two), so that no scale overflows. A product of length n rounds
+    by at most n eps ||A|| ||u||, and by less than eps ||A|| ||u|| as a rule: the signs of the errors differ. Honest
+    solvers, which compute b - A u in the dtype of A, were found off by up to 0.4 of that; four times it is allowed.
+    """
+    if not bool(value.isfinite().all()):
+        return math.inf, 0.0
+    size_a, size_b = power_of_two(matrix), power_of_two(rhs)
+    a, b, u = matrix.double() / size_a, rhs.double() / size_b, value.double() * size_a / size_b
+    norm = float(b.norm())
+    spectral = float(torch.linalg.matrix_norm(a, 2))
+    rounding = 4 * torch.finfo(matrix.dtype).eps * spectral * float(u.norm()) / norm
+    return float((b - a @ u).norm()) / norm, rounding
+
+
+def power_of_two(tensor: torch.Tensor) -> float:
+    """The power of two below the largest magnitude."""
+    return 2.0 ** math.floor(math.log2(float(tensor.abs().max())))
+
+
+def require_solved(claim: LinearClaim, n: int, log10_cond: float, dtype: torch.dtype) -> None:
+    """Random and hard right-hand sides of one system are solved."""
+    matrix = system(claim, n, log10_cond, n, dtype)
+    for name, b in right_hand_sides(matrix, n + 1):
+        require_residual(claim, matrix, b, f"n={n}, condition 1e{log10_cond:g}, {name} b, {dtype}")
+
+
+def require_residual(claim: LinearClaim, matrix: torch.Tensor, rhs: torch.Tensor, system: str) -> None:
+    """One system is solved to the promised residual."""
+    residual, rounding = true_residual(matrix, value_of(claim, matrix, rhs), rhs)
+    allowed = claim.allowed(matrix.dtype)
+    text = f"left a relative residual of {residual:.2e}, {allowed:.1e} is promised ({system})"
+    require(residual <= allowed + rounding, claim, text)
+
+
+def require_true_claim(
+    claim: LinearClaim,
+    matrix: torch.Tensor,
+    rhs: torch.Tensor,
+    system: str,
+    solver: Callable[..., object] | None = None,
+) -> None:
+    """CONVERGED is not said above the promised residual."""
+    answer = (solver or claim.solver)(operator_of(claim, matrix), rhs)
+    assert isinstance(answer, LinearSolution)
+    if answer.status is Status.CONVERGED:
+        residual, rounding = true_residual(matrix, answer.value, rhs)
+        allowed = claim.allowed(matrix.dtype)
+        text = f"says CONVERGED at a relative residual of {residual:.2e}, {allowed:.1e} is promised ({system})"
+        require(residual <= allowed + rounding, claim, text)
+
+
+def mixed_batch(claim: LinearClaim) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+    """Five systems: random, random with a tiny b, the hardest promised, one solved at once (A = I), one with b = 0."""
+    conditions = [0.0, claim.log10_cond / 2, claim.log10_cond, 0.0, claim.log10_cond / 2]
+    matrices = torch.stack([system(claim, 6, c, 30 + i, F64) for i, c in enumerate(conditions)])
+    if claim.systems != "contraction":
+        matrices[3] = torch.eye(6, dtype=F64)
+    b = arrays.normal_tensor((5, 6), seed=31)
+    b[1] *= 10.0 ** -min(9, claim.log10_scale)  # beside lanes of size one
+    b[4] = 0
+    return matrices, b, [inverse_norm(claim, c) for c in conditions]
+
+
+def require_lanes_agree(
+    claim: LinearClaim,
+    together: torch.Tensor,
+    matrices: torch.Tensor,
+    b: torch.Tensor,
+    inverse: list[float],
+    lanes: Sequence[int],
+    where: str,
+) -> None:
+    """Lanes solved together have the answers that they have alone."""
+    for i in lanes:
+        alone = value_of(claim, matrices[i], b[i])
+        error = float((together[i] - alone).norm())
+        allowed = 2 * inverse[i] * (claim.rtol + 1e-14) * float(b[i].norm())
+        text = f"solves lane {i} {where} otherwise than alone: {error:.2e} apart, {allowed:.2e} allowed"
+        require(error <= allowed, claim, text)
+
+
+def powers_of_ten(claim: LinearClaim, dtype: torch.dtype) -> list[int]:
+    """The exponents of the scales to try."""
+    most = min(claim.log10_scale, arrays.MAX_LOG10_SCALE[dtype])
+    return sorted({sign * power for power in (min(12, most), most) for sign in (-1, 1)})
+
+
+def require(condition: bool, claim: LinearClaim, text: str) -> None:
+    """Raise AssertionError that begins with the name of the solver."""
+    if not condition:
+        raise AssertionError(f"{claim.name} {text}.")

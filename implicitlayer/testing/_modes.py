@@ -1,0 +1,294 @@
+"""What one gradient check holds, and its comparisons in reverse and forward mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from implicitlayer.implicit._layer import ImplicitLayer
+from implicitlayer.testing import _differences as differences
+from implicitlayer.testing._differences import Accuracy, Difference, SolverDifferences, scales
+from implicitlayer.testing._references import DenseSystem, Equation, Leaves, Wall, flat, plain
+from implicitlayer.testing._report import COARSE, LINEAR, ROUNDING, TRUNCATION, GradientRow, compare, entry_of
+
+RANDOM = "a random direction"
+_TINY = 1e-15
+# Room for what a solver reports as rtol: its own residual may be preconditioned or carried along.
+SAFE_RTOL = 10.0
+
+
+@dataclass(eq=False)
+class Check:
+    """One call of ``check_argmin_gradients``: what is compared, with what, and what came out."""
+
+    equation: Equation
+    layer: ImplicitLayer
+    wall: Wall
+    answer: Callable[[Leaves], Leaves]
+    accuracy: Accuracy
+    rtol: float
+    generator: torch.Generator
+    rows: list[GradientRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    pulled: list[torch.Tensor] | None = None
+    none: set[int] = field(default_factory=set)
+
+    @property
+    def system(self) -> DenseSystem | None:
+        return self.accuracy.system
+
+    @cached_property
+    def solver_differences(self) -> SolverDifferences:
+        return SolverDifferences(self.equation, self.answer, self.accuracy)
+
+    def random(self, size: int) -> torch.Tensor:
+        """Random signs, sizes between 1/2 and 1: no entry vanishes by chance."""
+        draw = torch.rand(2, size, dtype=torch.float64, generator=self.generator)
+        return (0.5 + 0.5 * draw[0]) * torch.where(draw[1] < 0.5, -1.0, 1.0)
+
+    @cached_property
+    def cotangents(self) -> list[tuple[str, torch.Tensor]]:
+        """Random, zero, and tiny v; where H is known also the harder v = H'z, whose solution z has no small part."""
+        n = self.equation.num_unknowns
+        vectors = [("", self.random(n)), ("zero cotangent ", torch.zeros(n, dtype=torch.float64))]
+        if not getattr(self.layer.linear_solver, "atol", 0):  # an absolute tolerance is a choice
+            vectors.append(("tiny cotangent ", _TINY * self.random(n)))
+        if self.system is not None and self.system.norm > 0:
+            vectors.append(("hard cotangent ", self.system.matrix.T @ self.random(n) / self.system.norm))
+        return [(name, flat(self.equation.split(v))) for name, v in vectors]  # rounded as the layer sees them
+
+    @cached_property
+    def directions(self) -> list[list[tuple[str, torch.Tensor]]]:
+        """Per leaf: one random direction, and up to two entries, the one of the largest derivative among them."""
+        result = []
+        for j, leaf in enumerate(self.equation.theta):
+            size = scales(leaf)
+            m = len(size)
+            chosen = [(RANDOM if m > 1 else "", size * self.random(m))]
+            if m > 1:
+                weight = size if self.system is None else self.system.vjp(j, self.cotangents[0][1]).abs() * size
+                entries = {int(weight.argmax()), int(torch.randint(m, (), generator=self.generator))}
+                for i in sorted(entries):
+                    unit = torch.zeros_like(size)
+                    unit[i] = size[i]
+                    chosen.append((entry_of(leaf.shape)(i), unit))
+            rounded = [(name, plain(d.to(leaf.dtype))) for name, d in chosen]
+            result.append(rounded)
+        return result
+
+    @cached_property
+    def quotients(self) -> list[list[Difference | None]]:
+        """Differences of the solver along all ``directions``."""
+        return [[self.solver_differences.along({j: d}) for _, d in chosen] for j, chosen in enumerate(self.directions)]
+
+    def call(self, theta: Leaves, init: Leaves | None = None) -> Leaves:
+        """The layer, leaves to leaves."""
+        start = [t.clone() for t in self.equation.init] if init is None else init
+        x = self.layer(self.equation.tree(start), *self.equation.arguments(theta))
+        if self.layer.solver_has_aux:
+            x = x[0]
+        return self.equation.ordered(x)
+
+    def pull(self, x: Leaves, points: Leaves, cotangents: Leaves, **how: Any) -> list[torch.Tensor | None]:
+        """Gradients of the points; None where the layer has none."""
+        attached = [(leaf, c) for leaf, c in zip(x, cotangents, strict=True) if leaf.requires_grad]
+        if not attached:
+            return [None] * len(points)
+        outputs, vectors = zip(*attached, strict=True)
+        return list(torch.autograd.grad(outputs, points, vectors, allow_unused=True, **how))
+
+    def recorded_residual(self) -> float:
+        """The largest relative residual among the solves of the latest call; 0 if there was none."""
+        found = [0.0]
+        for record in self.layer.records:
+            solution = getattr(record, "solution", None)
+            if solution is not None:
+                found.append(float(torch.as_tensor(solution.relative_residual).detach().double().max()))
+        return max(found)
+
+    def natural(self, leaf: int, vector: torch.Tensor | None = None) -> float:
+        """Size of a derivative in this leaf if x moved by its own size where theta does."""
+        size = float(scales(self.equation.theta[leaf]).square().mean().sqrt())
+        return self.accuracy.size * (1.0 if vector is None else float(vector.norm())) / size
+
+    def fuzzy(self, value: float) -> torch.Tensor:
+        """What an unknown condition number, up to rtol^(-1/2), lets a linear solve do to a number of this size."""
+        return torch.tensor(value * (self.rtol + self.equation.eps) ** 0.5, dtype=torch.float64)
+
+
+def filled(gradients: list[torch.Tensor | None], like: Leaves) -> list[torch.Tensor]:
+    """Flat float64 gradients; None counts as zero."""
+    return [plain(torch.zeros_like(t) if g is None else g).reshape(-1) for g, t in zip(gradients, like, strict=True)]
+
+
+def prefixed(label: str, entry: Callable[[int], str]) -> Callable[[int], str]:
+    """Names entries with a label in front."""
+    return lambda i: (label + entry(i)).strip()
+
+
+def total(terms: Iterable[torch.Tensor]) -> torch.Tensor:
+    """Sum of 0-d float64 tensors; 0 for none."""
+    return sum(terms, torch.zeros((), dtype=torch.float64))
+
+
+def check_value(check: Check, x: Leaves) -> None:
+    """The layer returns what the solver returns."""
+    if check.layer.polish:
+        return
+    known = check.accuracy.x
+    size = torch.full_like(known, check.equation.eps * check.accuracy.size)
+    row = compare(
+        "x",
+        check.equation.entry,
+        "value",
+        "solver",
+        known,
+        flat(x),
+        {COARSE: check.accuracy.spread, ROUNDING: size},
+        check.accuracy.size,
+    )
+    check.rows.append(row)
+
+
+def check_vjp(check: Check) -> None:
+    """Reverse mode against the dense gradient, for all entries, and against differences along directions."""
+    equation, system = check.equation, check.system
+    points = [t.clone().requires_grad_() for t in equation.theta]
+    x = check.call(points)
+    check_value(check, x)
+    for number, (kind, v) in enumerate(check.cotangents):
+        gradients = check.pull(x, points, equation.split(v), retain_graph=True)
+        pulled = filled(gradients, points)
+        if number == 0:
+            check.pulled = pulled
+            check.none = {j for j, g in enumerate(gradients) if g is None}
+        residual = check.recorded_residual()
+        for j, (name, got) in enumerate(zip(equation.names, pulled, strict=True)):
+            entry = entry_of(equation.theta[j].shape)
+            solve = explained = None
+            if system is not None:
+                solve, explained = system.vjp_error(j, v, check.rtol), system.vjp_error(j, v, residual, rounding=False)
+                dense = compare(
+                    name,
+                    prefixed(kind, entry),
+                    "vjp",
+                    "dense",
+                    system.vjp(j, v),
+                    got,
+                    {LINEAR: solve},
+                    check.natural(j, v),
+                    explained,
+                )
+                check.rows.append(dense)
+            if number:
+                continue
+            for (label, d), quotient in zip(check.directions[j], check.quotients[j], strict=True):
+                along = torch.dot(got, d)
+                # |v| on each part: errors of the entries of x may all add up
+                linear = check.fuzzy(float((got * d).norm())) if solve is None else (solve * d.abs()).sum()
+                coarse = check.accuracy.coarse_vjp(j, v) * d.abs()
+                add_quotient(check, name, label, "vjp", quotient, along, v, linear, coarse.sum())
+
+
+def check_jvp(check: Check) -> None:
+    """Forward mode against dense and differences, leaf by leaf; then the adjoint identity over all leaves."""
+    equation, system = check.equation, check.system
+    for j, name in enumerate(equation.names):
+        for (label, d), quotient in zip(check.directions[j], check.quotients[j], strict=True):
+            got = push(check, {j: d})
+            linear = check.fuzzy(float(got.norm()))
+            if system is not None:
+                linear = system.jvp_error(j, d, check.rtol)
+                explained = system.jvp_error(j, d, check.recorded_residual(), rounding=False)
+                entry = _entry_along(check, label)
+                expected = system.jacobian(j) @ d
+                check.rows.append(
+                    compare(
+                        name, entry, "jvp", "dense", expected, got, {LINEAR: linear}, check.accuracy.size, explained
+                    )
+                )
+            add_quotient(check, name, label, "jvp", quotient, got, None, linear, check.accuracy.coarse_jvp(j, d))
+    if check.pulled is not None:
+        _check_adjoint(check, check.pulled)
+
+
+def push(check: Check, direction: dict[int, torch.Tensor], at: Leaves | None = None) -> torch.Tensor:
+    """The layer's J t, flat [n]."""
+    base = check.equation.theta if at is None else at
+    moving = list(direction)
+
+    def function(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        theta = [t.clone() for t in base]
+        for j, leaf in zip(moving, leaves, strict=True):
+            theta[j] = leaf
+        return tuple(check.call(theta))
+
+    primals = tuple(base[j].clone() for j in moving)
+    tangents = tuple(direction[j].reshape(p.shape).to(p) for j, p in zip(moving, primals, strict=True))
+    return flat(torch.func.jvp(function, primals, tangents)[1])
+
+
+def _check_adjoint(check: Check, pulled: list[torch.Tensor]) -> None:
+    """<v, J t> = <J'v, t>, which needs no reference."""
+    equation, system, v = check.equation, check.system, check.cotangents[0][1]
+    joint = {j: chosen[0][1] for j, chosen in enumerate(check.directions)}
+    pushed = push(check, joint)
+    left = torch.dot(v, pushed)
+    right = total(torch.dot(pulled[j], d) for j, d in joint.items())
+    tolerance = check.fuzzy(float(v.norm() * pushed.norm()))
+    if system is not None:
+        terms = [
+            torch.dot(system.vjp_error(j, v, check.rtol), d.abs())
+            + torch.dot(system.jvp_error(j, d, check.rtol), v.abs())
+            for j, d in joint.items()
+        ]
+        tolerance = torch.stack(terms).sum() + equation.eps * v.norm() * check.accuracy.size
+    natural = float(v.norm()) * check.accuracy.size
+    check.rows.append(
+        compare("all leaves", lambda i: RANDOM, "jvp", "adjoint", right[None], left[None], {LINEAR: tolerance}, natural)
+    )
+
+
+def add_quotient(
+    check: Check,
+    name: str,
+    label: str,
+    mode: str,
+    quotient: Difference | None,
+    got: torch.Tensor,
+    v: torch.Tensor | None,
+    linear: torch.Tensor,
+    coarse: torch.Tensor,
+) -> None:
+    """The row of a derivative against a difference; projected on the cotangent v in reverse mode."""
+    natural = check.accuracy.size * (1.0 if v is None else float(v.norm()))
+    if quotient is None:
+        nan = float("nan")
+        check.rows.append(
+            GradientRow(name, label, mode, "differences", nan, nan, 0.0, nan, "inconclusive", "the solver fails nearby")
+        )
+        return
+    value, truncation, noise = quotient.value, quotient.truncation, quotient.noise
+    entry = _entry_along(check, label)
+    if v is not None:
+        value, truncation, noise = torch.dot(value, v), torch.dot(truncation, v.abs()), torch.dot(noise, v.abs())
+        value, got, truncation, noise = value[None], got[None], truncation[None], noise[None]
+        entry = lambda i: label  # noqa: E731
+    if check.system is None:
+        coarse = (
+            10 * check.accuracy.relative * value.norm()
+        )  # a derivative moves with x as much as x itself, or ten times
+    parts = {
+        TRUNCATION: differences.SAFE_TRUNCATION * truncation,
+        COARSE: differences.SAFE_NOISE * (noise + coarse),
+        LINEAR: linear,
+    }
+    check.rows.append(compare(name, entry, mode, "differences", value, got, parts, natural, resolved=quotient.resolved))
+
+
+def _entry_along(check: Check, label: str) -> Callable[[int], str]:
+    return lambda i: check.equation.entry(i) + (f" along {label}" if label else "")

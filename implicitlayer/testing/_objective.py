@@ -1,0 +1,82 @@
+"""Whether autograd's derivatives of the objective are those of its values: no solver, no layer."""
+
+# A custom autograd.Function with a wrong backward, a detached theta, a value that goes through NumPy: the layer then
+# differentiates another objective than the one the solver minimises. Three differences tell, each with a step of
+# eps^(1/3), since there is only rounding to compete with:
+#     f along a direction in x, away from the solution (at the solution the gradient is zero, with either sign)
+#     F along a direction in x, against H
+#     F along a direction in every theta leaf, against B
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from implicitlayer.testing import _differences as differences
+from implicitlayer.testing._modes import RANDOM, Check
+from implicitlayer.testing._references import ROUNDINGS, plain
+from implicitlayer.testing._report import ROUNDING, TRUNCATION, compare
+
+
+def check_objective(check: Check) -> None:
+    """Rows of mode "objective"; none above the limit of unknowns."""
+    equation, system, accuracy = check.equation, check.system, check.accuracy
+    if system is None:
+        return
+    step = equation.eps ** (1 / 3)
+    direction = check.random(equation.num_unknowns) * accuracy.size / equation.num_unknowns**0.5
+    small = ROUNDINGS * equation.eps
+    theta_terms = [
+        m.abs() @ plain(t).reshape(-1).abs() for m, t in zip(system.mixed, equation.theta, strict=True) if m is not None
+    ]
+    terms = torch.stack([system.matrix.abs() @ accuracy.x.abs() + system.matrix.abs() @ direction.abs(), *theta_terms])
+    noise = small * terms.sum(0)
+
+    def equation_along_x(h: float) -> tuple[torch.Tensor, torch.Tensor]:
+        return equation.residual_at(equation.split(accuracy.x + h * direction), equation.theta), noise
+
+    _add(check, "x", equation_along_x, system.matrix @ direction, step)
+    for j, name in enumerate(equation.names):
+        d = check.directions[j][0][1]
+
+        def equation_along_theta(h: float, j: int = j, d: torch.Tensor = d) -> tuple[torch.Tensor, torch.Tensor]:
+            return equation.residual_at(accuracy.leaves, check.solver_differences.moved({j: d}, h)), noise
+
+        mixed = system.mixed[j]
+        _add(check, name, equation_along_theta, torch.zeros_like(noise) if mixed is None else mixed @ d, step)
+    if equation.kind == "argmin":
+        away = accuracy.x + 0.1 * direction
+        quadratic = float(away.abs() @ system.matrix.abs() @ away.abs())  # terms that may cancel in f
+
+        def value_along_x(h: float) -> tuple[torch.Tensor, torch.Tensor]:
+            with torch.no_grad():
+                value = plain(
+                    equation.function(
+                        equation.tree(equation.split(away + h * direction)), *equation.arguments(equation.theta)
+                    )
+                ).sum()
+            return value[None], small * (value.abs()[None] + quadratic)
+
+        slope = torch.dot(equation.residual_at(equation.split(away), equation.theta), direction)
+        _add(check, "x (value)", value_along_x, slope[None], step)
+
+
+def _add(check: Check, name: str, sample: differences.Sample, autograd: torch.Tensor, step: float) -> None:
+    try:
+        found = differences.central(sample, step, check.equation.eps, rounds=3)
+    except Exception:  # outside the domain of the objective: nothing to learn there
+        return
+    if found is None or not bool(autograd.isfinite().all()):
+        return
+    parts = {
+        TRUNCATION: differences.SAFE_TRUNCATION * found.truncation,
+        ROUNDING: differences.SAFE_NOISE * found.noise,
+    }
+    entry: Callable[[int], str] = lambda i: RANDOM  # noqa: E731
+    natural = float(autograd.norm()) + float(found.value.norm())
+    row = compare(
+        name, entry, "objective", "differences", found.value, autograd, parts, natural, resolved=found.resolved
+    )
+    if row.status != "inconclusive":  # a derivative too small for the rounding of its values says nothing
+        check.rows.append(row)

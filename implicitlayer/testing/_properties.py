@@ -1,0 +1,351 @@
+"""Properties of a layer that need no reference, one function each, to be called in one's own tests."""
+
+# A layer here is any callable (init, *theta) -> x that is differentiable in theta: one of il.argmin, il.root,
+# il.fixed_point, or a function that uses one. All comparisons are relative to the norm of what is compared over all
+# leaves together, since one leaf may vanish by chance.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from implicitlayer._tree import tree_map
+from implicitlayer.implicit._argmin import argmin, fixed_point, root
+from implicitlayer.implicit._layer import ImplicitLayer
+from implicitlayer.testing._case import Case, Layer, dot, pull
+from implicitlayer.testing._references import F64, Equation, flat
+
+__all__ = [
+    "check_adjoint",
+    "check_batch_equals_loop",
+    "check_dict_order",
+    "check_linear_in_cotangent",
+    "check_repeatable",
+    "check_rotated_unknowns",
+    "check_scaled_objective",
+]
+
+_LAYERS: dict[str, Callable[..., ImplicitLayer]] = {"argmin": argmin, "root": root, "fixed_point": fixed_point}
+_LANES = 3
+
+
+def check_adjoint(layer: Layer, init: Any, *theta: Any, rtol: float | None = None, seed: int = 0) -> None:
+    """Forward and reverse mode are adjoint: <v, J t> = <J'v, t> for random v and t.
+
+    Args:
+        layer: ``(init, *theta) -> x``.
+        init, theta: what it is called with.
+        rtol: allowed difference over ``|v| |J t|``; default 1e-7 (float64), 1e-3 (float32).
+        seed: of v and t.
+
+    Raises:
+        AssertionError: with both numbers.
+        ValueError: a theta without floating tensors.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> from implicitlayer.testing import check_adjoint
+        >>> layer = il.argmin(lambda x, t: ((x - t) ** 2).sum(), lambda f, x, t: t)
+        >>> check_adjoint(layer, torch.zeros(3), torch.ones(3))
+    """
+    case = Case(layer, init, theta, rtol, seed)
+    v, tangents = case.random(case.equation.init), case.random(case.equation.theta)
+    pulled = case.gradients(v)
+    pushed = torch.func.jvp(case.call, tuple(case.equation.theta), tuple(tangents))[1]
+    left, right = dot(v, pushed), dot(pulled, tangents)
+    size = float(flat(v).norm() * flat(pushed).norm())
+    case.require(abs(left - right) <= case.rtol * size, "<v, J t> = <J'v, t>", f"{left:.9g} and {right:.9g}", size)
+
+
+def check_linear_in_cotangent(layer: Layer, init: Any, *theta: Any, rtol: float | None = None, seed: int = 0) -> None:
+    """The gradient is linear in the cotangent: J'(3 a - b) = 3 J'a - J'b, also for b a million times a.
+
+    Args:
+        layer, init, theta, rtol, seed: see :func:`check_adjoint`; rtol over ``3 |J'a| + |J'b|``.
+
+    Raises:
+        AssertionError: naming the leaf, with the numbers.
+        ValueError: a theta without floating tensors.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> from implicitlayer.testing import check_linear_in_cotangent
+        >>> layer = il.argmin(lambda x, t: ((x - t) ** 2).sum(), lambda f, x, t: t)
+        >>> check_linear_in_cotangent(layer, torch.zeros(3), torch.ones(3))
+    """
+    case = Case(layer, init, theta, rtol, seed)
+    for factor in (1.0, 1e6, 1e-6):
+        a = case.random(case.equation.init)
+        b = [factor * t for t in case.random(case.equation.init)]
+        first, second = case.gradients(a), case.gradients(b)
+        together = case.gradients([3 * s - t for s, t in zip(a, b, strict=True)])
+        apart = [3 * s - t for s, t in zip(first, second, strict=True)]
+        size = 3 * float(flat(first).norm()) + float(flat(second).norm())
+        case.compare(together, apart, size, f"J'(3 a - b) = 3 J'a - J'b with |b| = {factor:g} |a|")
+
+
+def check_scaled_objective(
+    objective: Callable[..., Any],
+    solver: Callable[..., Any],
+    init: Any,
+    *theta: Any,
+    factor: float = 1e6,
+    shift: float = 7.0,
+    kind: str = "argmin",
+    rtol: float | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> None:
+    """``factor * f + shift`` has the same solution as f, and the same gradient of it.
+
+    The solver runs once, on f itself; both layers differentiate its answer. With ``kind="root"`` the residual is
+    multiplied (a shift would move the root).
+
+    Args:
+        objective, solver, init, theta, kind, settings: see :func:`check_argmin_gradients`.
+        factor: positive.
+        shift: added to the value.
+        rtol, seed: see :func:`check_adjoint`; rtol over the norm of the gradient.
+
+    Raises:
+        AssertionError: naming the leaf, with the numbers.
+        ValueError: a factor that is not positive, ``kind="fixed_point"``, a theta without floating tensors.
+
+    Example:
+        >>> import torch
+        >>> from implicitlayer.testing import check_scaled_objective
+        >>> check_scaled_objective(lambda x, t: ((x - t) ** 2).sum(), lambda f, x, t: t, torch.zeros(3), torch.ones(3))
+    """
+    if not factor > 0:
+        raise ValueError(f"factor={factor} must be positive: a negative one turns minima into maxima.")
+    if kind not in ("argmin", "root"):
+        raise ValueError(f"kind={kind!r} must be 'argmin' or 'root': a scaled map has other fixed points.")
+    found = _solve(objective, solver, kind, init, theta, settings)
+
+    def scaled(x: Any, *args: Any) -> Any:
+        value = objective(x, *args)
+        if kind == "root":
+            return tree_map(lambda leaf: factor * leaf, value)
+        if settings.get("objective_has_aux"):
+            return factor * value[0] + shift, value[1]
+        return factor * value + shift
+
+    plain_case = Case(_at(objective, found, kind, settings), init, theta, rtol, seed)
+    scaled_case = Case(_at(scaled, found, kind, settings), init, theta, rtol, seed)
+    v = plain_case.random(plain_case.equation.init)
+    expected = plain_case.gradients(v)
+    plain_case.compare(
+        scaled_case.gradients(v), expected, float(flat(expected).norm()), f"f and {factor:g} f + {shift:g}"
+    )
+
+
+def check_rotated_unknowns(
+    objective: Callable[..., Any],
+    solver: Callable[..., Any],
+    init: Any,
+    *theta: Any,
+    kind: str = "argmin",
+    rtol: float | None = None,
+    seed: int = 0,
+    **settings: Any,
+) -> None:
+    """Unknowns y = Q x with a random orthogonal Q: the gradient for the cotangent Q v is that of x for v.
+
+    The solver runs once, on f itself; both layers differentiate its answer.
+
+    Args:
+        objective, solver, init, theta, kind, settings: see :func:`check_argmin_gradients`. All leaves of init need one
+            dtype; ``batch_dims`` and an objective with aux are not taken.
+        rtol, seed: see :func:`check_adjoint`; rtol over the norm of the gradient.
+
+    Raises:
+        AssertionError: naming the leaf, with the numbers.
+        ValueError: ``batch_dims``, leaves of several dtypes, a theta without floating tensors.
+
+    Example:
+        >>> import torch
+        >>> from implicitlayer.testing import check_rotated_unknowns
+        >>> check_rotated_unknowns(lambda x, t: ((x - t) ** 2).sum(), lambda f, x, t: t, torch.zeros(3), torch.ones(3))
+    """
+    equation = Equation.of(objective, kind, init, theta)
+    if settings.get("batch_dims"):
+        raise ValueError("batch_dims must be 0: a rotation mixes the lanes, which are independent problems.")
+    if len({t.dtype for t in equation.init}) != 1:
+        raise ValueError("init has leaves of several dtypes; a rotation mixes them. Cast them to one.")
+    found = _solve(objective, solver, kind, init, theta, settings)
+    dtype, sizes = equation.init[0].dtype, [t.numel() for t in equation.init]
+    draw = torch.randn(sum(sizes), sum(sizes), dtype=F64, generator=torch.Generator().manual_seed(seed))
+    q = torch.linalg.qr(draw)[0].to(equation.init[0])
+
+    def turned_back(y: torch.Tensor) -> Any:
+        parts = torch.split(q.T @ y, sizes)
+        return equation.tree([p.reshape(t.shape) for p, t in zip(parts, equation.init, strict=True)])
+
+    def turn(tree: Any) -> torch.Tensor:
+        values = equation.ordered(tree)
+        turned: torch.Tensor = q @ torch.cat([t.reshape(-1) for t in values])
+        return turned
+
+    def rotated(y: torch.Tensor, *args: Any) -> Any:
+        value = objective(turned_back(y), *args)
+        return value if kind == "argmin" else turn(value)
+
+    v = Case(_at(objective, found, kind, settings), init, theta, rtol, seed)
+    cotangent = v.random(equation.init)
+    expected = v.gradients(cotangent)
+    start = torch.zeros(sum(sizes), dtype=dtype, device=q.device)
+    other = Case(_at(rotated, turn(found), kind, settings), start, theta, rtol, seed)
+    got = other.gradients([turn(equation.tree(cotangent))])
+    v.compare(got, expected, float(flat(expected).norm()), "x and y = Q x")
+
+
+def check_batch_equals_loop(
+    layer: Layer,
+    init: Any,
+    *theta: Any,
+    lanes: Sequence[float] = (1.0, 0.98, 1.03),
+    rtol: float | None = None,
+    seed: int = 0,
+) -> None:
+    """vmap over lanes of theta gives the solutions and gradients of a Python loop over them.
+
+    Args:
+        layer, init, theta: see :func:`check_adjoint`.
+        lanes: factors on every floating theta leaf, one per lane.
+        rtol, seed: see :func:`check_adjoint`; rtol over the norm of all solutions, of all gradients. A solver that
+            declares ``batched = True`` may stop a lane elsewhere than alone: give its accuracy.
+
+    Raises:
+        AssertionError: naming the leaf, with the numbers.
+        ValueError: no lanes, a theta without floating tensors.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> from implicitlayer.testing import check_batch_equals_loop
+        >>> layer = il.argmin(lambda x, t: ((x - t) ** 2).sum(), lambda f, x, t: t)
+        >>> check_batch_equals_loop(layer, torch.zeros(3), torch.ones(3))
+    """
+    if not lanes:
+        raise ValueError("lanes=() must hold at least one factor: without lanes there is nothing to compare.")
+    case = Case(layer, init, theta, rtol, seed)
+    equation = case.equation
+    stacked = [torch.stack([t * factor for factor in lanes]).requires_grad_() for t in equation.theta]
+    cotangents = [case.random(equation.init) for _ in lanes]
+    batch = list(torch.func.vmap(case.call)(*stacked))
+    vectors = [torch.stack([v[i] for v in cotangents]) for i in range(len(equation.init))]
+    got = pull(batch, stacked, vectors)
+    solutions, expected = [], []
+    for factor, v in zip(lanes, cotangents, strict=True):
+        points = [(t * factor).requires_grad_() for t in equation.theta]
+        x = list(case.call(*points))
+        solutions.append([t.detach() for t in x])
+        expected.append(pull(x, points, v))
+    alone = [torch.stack([s[i] for s in solutions]) for i in range(len(equation.init))]
+    case.compare(batch, alone, float(flat(alone).norm()), "solutions of vmap and loop", equation.x_names)
+    loop = [torch.stack([g[j] for g in expected]) for j in range(len(equation.theta))]
+    case.compare(got, loop, float(flat(loop).norm()), "gradients of vmap and loop")
+
+
+def check_repeatable(layer: Layer, init: Any, *theta: Any, seed: int = 0) -> None:
+    """The same call gives the same bits, solution and gradient, and so does a second backward of one call.
+
+    Args:
+        layer, init, theta, seed: see :func:`check_adjoint`. On an accelerator sums may not be repeatable: this is a
+            property of the CPU.
+
+    Raises:
+        AssertionError: naming the leaf, with the largest difference.
+        ValueError: a theta without floating tensors.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> from implicitlayer.testing import check_repeatable
+        >>> layer = il.argmin(lambda x, t: ((x - t) ** 2).sum(), lambda f, x, t: t)
+        >>> check_repeatable(layer, torch.zeros(3), torch.ones(3))
+    """
+    case = Case(layer, init, theta, None, seed)
+    v = case.random(case.equation.init)
+    runs = []
+    for _ in range(2):
+        points = [t.clone().requires_grad_() for t in case.equation.theta]
+        x = list(case.call(*points))
+        runs.append((x, pull(x, points, v), pull(x, points, v)))
+    (x, first, again), (other, second, _) = runs
+    for what, names, left, right in (
+        ("two calls: solution", case.equation.x_names, x, other),
+        ("two calls: gradient", case.equation.names, first, second),
+        ("two backwards of one call", case.equation.names, first, again),
+    ):
+        for name, a, b in zip(names, left, right, strict=True):
+            if not torch.equal(a, b):
+                raise AssertionError(
+                    f"{what} of {name} differs by {float((a - b).detach().abs().max()):.3g}; no bit may."
+                )
+
+
+def check_dict_order(layer: Layer, init: Any, *theta: Any, rtol: float | None = None, seed: int = 0) -> None:
+    """The order of keys in the dictionaries of init and theta does not matter.
+
+    Args:
+        layer, init, theta, rtol, seed: see :func:`check_adjoint`; rtol over the norm of the solution, of the gradient.
+
+    Raises:
+        AssertionError: naming the leaf, with the numbers.
+        ValueError: no dictionary with two keys in init or theta, a theta without floating tensors.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> from implicitlayer.testing import check_dict_order
+        >>> layer = il.argmin(lambda x, t: ((x - t["a"] * t["b"]) ** 2).sum(), lambda f, x, t: t["a"] * t["b"])
+        >>> check_dict_order(layer, torch.zeros(3), {"a": torch.ones(3), "b": torch.ones(3)})
+    """
+    other_init, *other_theta = _reversed((init, *theta))
+    names = Equation.of(layer, "argmin", init, theta)
+    reordered = Equation.of(layer, "argmin", other_init, tuple(other_theta))
+    if (names.x_names, names.names) == (reordered.x_names, reordered.names):
+        raise ValueError("init and theta hold no dictionary with two keys: there is no order to change.")
+    case, other = Case(layer, init, theta, rtol, seed), Case(layer, other_init, tuple(other_theta), rtol, seed)
+    v = case.random(case.equation.init)
+    by_name = dict(zip(case.equation.x_names, v, strict=True))
+    expected, x = case.gradients(v), case.solution
+    got = other.gradients([by_name[name] for name in other.equation.x_names])
+    solutions = dict(zip(other.equation.x_names, other.solution, strict=True))
+    gradients = dict(zip(other.equation.names, got, strict=True))
+    swapped = [solutions[name] for name in case.equation.x_names]
+    case.compare(swapped, x, float(flat(x).norm()), "solutions of two orders of keys", case.equation.x_names)
+    in_order = [gradients[name] for name in case.equation.names]
+    case.compare(in_order, expected, float(flat(expected).norm()), "gradients of two orders of keys")
+
+
+def _solve(
+    objective: Callable[..., Any],
+    solver: Callable[..., Any],
+    kind: str,
+    init: Any,
+    theta: Any,
+    settings: dict[str, Any],
+) -> Any:
+    """The layer's answer, detached."""
+    with torch.no_grad():
+        found = _LAYERS[kind](objective, solver, **settings)(init, *theta)
+    return found[0] if settings.get("solver_has_aux") else found
+
+
+def _at(function: Callable[..., Any], found: Any, kind: str, settings: dict[str, Any]) -> Layer:
+    """The layer whose solver returns ``found``."""
+    kept = {name: value for name, value in settings.items() if name != "solver_has_aux"}
+    layer: Layer = _LAYERS[kind](function, lambda f, init, *theta: found, **kept)
+    return layer
+
+
+def _reversed(tree: Any) -> Any:
+    """The same with the keys of every dictionary in reverse order."""
+    if type(tree) is dict:
+        return {key: _reversed(tree[key]) for key in reversed(tree)}
+    if isinstance(tree, torch.Tensor) or not isinstance(tree, (list, tuple)):
+        return tree
+    if hasattr(tree, "_fields"):
+        return type(tree)(*map(_reversed, tree))
+    return type(tree)(map(_reversed, tree))

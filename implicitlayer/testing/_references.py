@@ -1,0 +1,268 @@
+"""The equation behind a layer, the user's solver behind a wall, and dense derivatives by plain autograd loops."""
+
+# Shares no derivative code with the package: what is checked must not check itself.
+# n: entries of x, m: entries of one theta leaf.
+#
+# With F(x, theta) = 0 the optimality condition, H = dF/dx and B = dF/dtheta: dx/dtheta = J = -H^-1 B.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, tree_map, unflatten
+
+Leaves = list[torch.Tensor]
+F64 = torch.float64
+# Rounding errors of sums and products of some hundred numbers, in eps; a bound with room, not an estimate.
+ROUNDINGS = 100.0
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Detached, float64, on the CPU: where all numbers are compared."""
+    return tensor.detach().cpu().to(F64)
+
+
+@dataclass(frozen=True, eq=False)
+class Equation:
+    """F(x, theta) = 0 in terms of flat lists: the leaves of x, and the floating leaves of theta that are checked."""
+
+    function: Callable[..., Any]
+    kind: str
+    init: Leaves
+    x_spec: TreeSpec
+    x_names: list[str]
+    theta: Leaves
+    names: list[str]
+    all_leaves: list[Any]
+    theta_spec: TreeSpec
+    where: list[int]
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], kind: str, init: Any, theta: tuple[Any, ...]) -> Equation:
+        x, x_names = flatten_with_names(init, "x")
+        leaves, names = flatten_with_names(theta, "theta")
+        leaves = [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        where = [i for i, t in enumerate(leaves) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel()]
+        return cls(
+            function,
+            kind,
+            [t.detach() for t in x],
+            flatten(init)[1],
+            x_names,
+            [leaves[i] for i in where],
+            [names[i] for i in where],
+            leaves,
+            flatten(theta)[1],
+            where,
+        )
+
+    @property
+    def num_unknowns(self) -> int:
+        return sum(t.numel() for t in self.init)
+
+    @property
+    def eps(self) -> float:
+        """The coarsest rounding among x and theta."""
+        return max(torch.finfo(t.dtype).eps for t in [*self.init, *self.theta])
+
+    def arguments(self, theta: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+        """The user's theta with its floating leaves replaced."""
+        leaves = list(self.all_leaves)
+        for i, leaf in zip(self.where, theta, strict=True):
+            leaves[i] = leaf
+        rebuilt: tuple[Any, ...] = unflatten(leaves, self.theta_spec)
+        return rebuilt
+
+    def tree(self, x: Sequence[torch.Tensor]) -> Any:
+        return unflatten(list(x), self.x_spec)
+
+    def ordered(self, tree: Any) -> list[Any]:
+        """Leaves of a tree like x in the order of x, whatever the order of dictionary keys."""
+        values, names = flatten_with_names(tree, "x")
+        by_name = dict(zip(names, values, strict=True))
+        return [by_name[name] for name in self.x_names]
+
+    def leaves(self, answer: Any) -> Leaves:
+        """The solver's answer as detached leaves like x."""
+        return [
+            torch.as_tensor(value).detach().to(device=like.device, dtype=like.dtype).reshape(like.shape)
+            for value, like in zip(self.ordered(answer), self.init, strict=True)
+        ]
+
+    def split(self, flat: torch.Tensor) -> Leaves:
+        """A float64 vector [n] as leaves like x."""
+        parts = torch.split(flat, [t.numel() for t in self.init])
+        return [p.reshape(t.shape).to(t) for p, t in zip(parts, self.init, strict=True)]
+
+    def entry(self, i: int) -> str:
+        """The name of entry i of x."""
+        for name, leaf in zip(self.x_names, self.init, strict=True):
+            if i < leaf.numel():
+                index = [int(k) for k in torch.unravel_index(torch.tensor(i), leaf.shape)] if leaf.ndim else []
+                return name + (str(index) if index else "")
+            i -= leaf.numel()
+        raise IndexError(i)
+
+    def residual(self, x: Leaves, theta: Leaves) -> torch.Tensor:
+        """F, [n] in the dtype of x, with its graph; x must require a gradient."""
+        value = self.function(self.tree(x), *self.arguments(theta))
+        if self.kind == "argmin":
+            total = value.sum()
+            if not total.requires_grad:
+                return torch.cat([torch.zeros_like(t).reshape(-1) for t in x])
+            parts = torch.autograd.grad(total, x, create_graph=True, materialize_grads=True)
+        else:
+            parts = tuple(self.ordered(value))
+            if self.kind == "fixed_point":
+                parts = tuple(a - b for a, b in zip(x, parts, strict=True))
+        return torch.cat([p.reshape(-1) for p in parts])
+
+    def residual_at(self, x: Leaves, theta: Leaves) -> torch.Tensor:
+        """F in float64, without a graph."""
+        with torch.enable_grad():
+            return plain(self.residual([t.detach().requires_grad_() for t in x], theta))
+
+
+def flat(leaves: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Leaves as one float64 vector."""
+    return torch.cat([plain(t).reshape(-1) for t in leaves])
+
+
+class Wall:
+    """The user's solver on detached copies, its answer detached: nothing can be differentiated through it.
+
+    Answers are kept by the values of init and theta, so a layer and its reference share one solve.
+    """
+
+    def __init__(self, solver: Callable[..., Any]) -> None:
+        self.solver = solver
+        self.batched = bool(getattr(solver, "batched", False))
+        self.num_solves = 0
+        self._kept: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, objective: Callable[..., Any], init: Any, *theta: Any) -> Any:
+        key = _key((init, theta))
+        if key not in self._kept:
+            self._kept[key] = self.solve(objective, init, *theta)
+        return tree_map(_cut, self._kept[key])
+
+    def solve(self, objective: Callable[..., Any], init: Any, *theta: Any) -> Any:
+        """One more run of the solver, whatever is kept."""
+        self.num_solves += 1
+        with torch.enable_grad():
+            answer = self.solver(objective, tree_map(_cut, init), *tree_map(_cut, theta))
+        return tree_map(_cut, answer)
+
+
+def _cut(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _key(tree: Any) -> tuple[Any, ...]:
+    tensors = [leaf.detach() for leaf in flatten(tree)[0] if isinstance(leaf, torch.Tensor)]
+    return tuple(
+        (t.dtype, t.shape, t.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()) for t in tensors
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class DenseSystem:
+    """F, H and every B at one point, float64; H inverted once.
+
+    Attributes:
+        residual: F, [n].
+        matrix: H, [n, n].
+        inverse: its inverse, or pseudo-inverse where it is singular to working precision.
+        mixed: B per theta leaf, [n, m]; None for a leaf that F does not read.
+        condition: of H, in the 2-norm.
+        eps: rounding of the dtype that F was computed in.
+    """
+
+    residual: torch.Tensor
+    matrix: torch.Tensor
+    inverse: torch.Tensor
+    mixed: list[torch.Tensor | None]
+    norm: float
+    condition: float
+    eps: float
+    shapes: list[torch.Size]
+
+    @classmethod
+    def at(cls, equation: Equation, x: Leaves, theta: Leaves, mixed: bool = True) -> DenseSystem:
+        """Row by row: one backward per unknown."""
+        x = [t.detach().requires_grad_() for t in x]
+        points = [t.detach().requires_grad_() for t in theta] if mixed else []
+        with torch.enable_grad():
+            residual = equation.residual(x, points if mixed else theta)
+        rows = []
+        used = [False] * len(points)
+        for value in residual:
+            grads: Sequence[torch.Tensor | None] = [None] * (len(x) + len(points))
+            if value.requires_grad:
+                grads = torch.autograd.grad(value, [*x, *points], retain_graph=True, allow_unused=True)
+            used = [u or g is not None for u, g in zip(used, grads[len(x) :], strict=True)]
+            filled = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, [*x, *points], strict=True)]
+            rows.append([plain(g).reshape(-1) for g in filled])
+        matrix = torch.stack([torch.cat(row[: len(x)]) for row in rows])
+        mixed_parts = [torch.stack([row[len(x) + j] for row in rows]) if used[j] else None for j in range(len(points))]
+        values = torch.linalg.svdvals(matrix) if bool(matrix.isfinite().all()) else matrix.new_full((1,), torch.nan)
+        low, high = float(values[-1]), float(values[0])
+        condition = high / low if low > 0 else torch.inf
+        good = condition < 0.1 / torch.finfo(F64).eps
+        inverse = torch.linalg.inv(matrix) if good else torch.linalg.pinv(matrix.nan_to_num(), rtol=1e-12)
+        shapes = [t.shape for t in theta]
+        return cls(plain(residual), matrix, inverse, mixed_parts, high, condition, equation.eps, shapes)
+
+    @property
+    def newton_step(self) -> torch.Tensor:
+        """H^-1 F, [n]: to first order the distance to the solution."""
+        return self.inverse @ self.residual
+
+    def jacobian(self, j: int) -> torch.Tensor:
+        """J of leaf j, [n, m]."""
+        mixed = self.mixed[j]
+        return (
+            self.residual.new_zeros(len(self.residual), self.shapes[j].numel())
+            if mixed is None
+            else -self.inverse @ mixed
+        )
+
+    def vjp(self, j: int, cotangent: torch.Tensor) -> torch.Tensor:
+        """J'v of leaf j, [m]."""
+        mixed = self.mixed[j]
+        if mixed is None:
+            return cotangent.new_zeros(self.shapes[j].numel())
+        return -mixed.T @ (self.inverse.T @ cotangent)
+
+    # A solve H'u = v of residual r gives J'v + J'r, |r| <= rtol |v|. Rounding adds eps |H| |u| to r, and eps |B| |u| to
+    # the product with B', of which the largest column stands for all (a sum may cancel in a small one).
+
+    def vjp_error(self, j: int, cotangent: torch.Tensor, rtol: float, rounding: bool = True) -> torch.Tensor:
+        """What the solve may do to J'v, [m]."""
+        mixed = self.mixed[j]
+        if mixed is None:
+            return cotangent.new_zeros(self.shapes[j].numel())
+        u = float((self.inverse.T @ cotangent).norm())
+        small = ROUNDINGS * self.eps if rounding else 0.0
+        residual = rtol * float(cotangent.norm()) + small * self.norm * u
+        error: torch.Tensor = self.jacobian(j).norm(dim=0) * residual + small * float(mixed.norm(dim=0).max()) * u
+        return error
+
+    # Forward: H dx = -B t with a residual r, |r| <= rtol |B t|, gives an error of H^-1 r.
+
+    def jvp_error(self, j: int, tangent: torch.Tensor, rtol: float, rounding: bool = True) -> torch.Tensor:
+        """What the solve may do to J t, [n]."""
+        mixed = self.mixed[j]
+        if mixed is None:
+            return torch.zeros_like(self.residual)
+        change = mixed @ tangent
+        small = ROUNDINGS * self.eps if rounding else 0.0
+        terms = mixed.abs() @ tangent.abs()
+        dx = float((self.inverse @ change).norm())
+        residual = rtol * float(change.norm()) + small * (self.norm * dx + float(terms.norm()))
+        error: torch.Tensor = self.inverse.norm(dim=1) * residual
+        return error

@@ -1,0 +1,296 @@
+"""Hypothesis strategies: they draw small integers and build everything from them, so failures shrink and print well."""
+
+# A failing example is printed as the call that makes it, such as `spd_matrix(n=2, log10_cond=1, ..., seed=0)`: paste
+# it into a test of its own. Sizes shrink to 1, exponents to 0, seeds to 0.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from hypothesis import strategies as st
+from hypothesis.errors import InvalidArgument
+
+from implicitlayer.testing import _arrays as arrays
+from implicitlayer.testing import _families as families
+from implicitlayer.testing._problems import ArgminProblem, RootProblem
+
+__all__ = [
+    "general_matrices",
+    "indefinite_matrices",
+    "nonconvex_problems",
+    "quadratic_problems",
+    "root_problems",
+    "singular_matrices",
+    "smooth_convex_problems",
+    "spd_matrices",
+]
+
+T = TypeVar("T")
+Ints = int | st.SearchStrategy[int]
+Numbers = float | st.SearchStrategy[int] | st.SearchStrategy[float]
+Dtypes = torch.dtype | st.SearchStrategy[torch.dtype]
+
+SIZES = st.integers(1, 12)
+SMALL_SIZES = st.integers(1, 6)
+CONDITIONS = st.integers(0, 6)
+MILD_CONDITIONS = st.integers(0, 3)
+SEEDS = st.integers(0, 9999)
+
+
+def spd_matrices(
+    *, n: Ints = SIZES, log10_cond: Numbers = CONDITIONS, log10_scale: Numbers = 0, dtype: Dtypes = torch.float64
+) -> st.SearchStrategy[torch.Tensor]:
+    """Strategy of symmetric positive definite matrices with a known spectrum, see :func:`spd_matrix`.
+
+    Args:
+        n: sizes, at least 1; default 1 to 12.
+        log10_cond: logarithms of the condition number, from 0 to 20; default 0 to 6.
+        log10_scale: logarithms of the largest eigenvalue, within 200 of zero (float64) or 25 (float32).
+        dtype: float32 or float64.
+
+        Each is a value or a strategy of values.
+
+    Returns:
+        Strategy of tensors [n, n].
+
+    Raises:
+        hypothesis.errors.InvalidArgument: a value outside its range.
+
+    Example:
+        >>> import torch
+        >>> from hypothesis import given, strategies as st
+        >>> from implicitlayer import testing
+        >>> @given(testing.spd_matrices(n=st.integers(1, 5), log10_cond=2))
+        ... def eigenvalues_are_positive(matrix):
+        ...     assert torch.linalg.eigvalsh(matrix).min() > 0
+        >>> eigenvalues_are_positive()
+    """
+    return _square(arrays.spd_matrix, n, log10_cond, log10_scale, dtype)
+
+
+def indefinite_matrices(
+    *, n: Ints = SIZES, log10_cond: Numbers = CONDITIONS, log10_scale: Numbers = 0, dtype: Dtypes = torch.float64
+) -> st.SearchStrategy[torch.Tensor]:
+    """Strategy of symmetric, nonsingular matrices that are not positive definite, see :func:`indefinite_matrix`.
+
+    Args, returns and errors as in :func:`spd_matrices`.
+
+    Example:
+        >>> import torch
+        >>> from hypothesis import given
+        >>> from implicitlayer import testing
+        >>> @given(testing.indefinite_matrices(log10_cond=1))
+        ... def some_eigenvalue_is_negative(matrix):
+        ...     assert torch.linalg.eigvalsh(matrix).min() < 0
+        >>> some_eigenvalue_is_negative()
+    """
+    return _square(arrays.indefinite_matrix, n, log10_cond, log10_scale, dtype)
+
+
+def general_matrices(
+    *, n: Ints = SIZES, log10_cond: Numbers = CONDITIONS, log10_scale: Numbers = 0, dtype: Dtypes = torch.float64
+) -> st.SearchStrategy[torch.Tensor]:
+    """Strategy of nonsingular matrices that are not symmetric, see :func:`general_matrix`.
+
+    Args, returns and errors as in :func:`spd_matrices`; the condition and the scale are those of the singular values.
+
+    Example:
+        >>> import torch
+        >>> from hypothesis import given
+        >>> from implicitlayer import testing
+        >>> @given(testing.general_matrices(n=3, log10_cond=2))
+        ... def the_condition_is_100(matrix):
+        ...     assert abs(torch.linalg.cond(matrix).item() - 100) < 1e-6
+        >>> the_condition_is_100()
+    """
+    return _square(arrays.general_matrix, n, log10_cond, log10_scale, dtype)
+
+
+def singular_matrices(
+    rank: Ints | None = None,
+    *,
+    n: Ints | None = None,
+    kind: str | st.SearchStrategy[str] = "symmetric",
+    log10_scale: Numbers = 0,
+    dtype: Dtypes = torch.float64,
+) -> st.SearchStrategy[torch.Tensor]:
+    """Strategy of matrices of deficient rank, see :func:`singular_matrix`.
+
+    Args:
+        rank: ranks, at least 0; default any below n.
+        n: sizes, above the rank; default up to 12 more than the rank.
+        kind: ``"positive semidefinite"``, ``"symmetric"`` or ``"general"``.
+        log10_scale, dtype: as in :func:`spd_matrices`.
+
+        Each is a value or a strategy of values; of drawn pairs, those with a rank below n are kept.
+
+    Returns:
+        Strategy of tensors [n, n].
+
+    Raises:
+        hypothesis.errors.InvalidArgument: a value outside its range.
+
+    Example:
+        >>> import torch
+        >>> from hypothesis import given
+        >>> from implicitlayer import testing
+        >>> @given(testing.singular_matrices(2))
+        ... def the_rank_is_2(matrix):
+        ...     assert torch.linalg.matrix_rank(matrix) == 2 < len(matrix)
+        >>> the_rank_is_2()
+    """
+    ranks = st.integers(0, 11) if rank is None else as_strategy(rank, arrays.check_rank)
+    if isinstance(rank, int) and isinstance(n, int):
+        checked(lambda value: arrays.check_rank(value, n), rank)
+    sizes = None if n is None else as_strategy(n, arrays.check_size)
+    kinds = as_strategy(kind, arrays.check_kind)
+    scales, dtypes = _scales_and_dtypes(log10_scale, dtype)
+
+    def of_rank(rank: int) -> st.SearchStrategy[torch.Tensor]:
+        larger = st.integers(rank + 1, rank + 12) if sizes is None else sizes.filter(lambda n: n > rank)
+        return st.builds(
+            arrays.singular_matrix,
+            n=larger,
+            rank=st.just(rank),
+            kind=kinds,
+            log10_scale=scales,
+            seed=SEEDS,
+            dtype=dtypes,
+        )
+
+    if isinstance(n, int):  # no filter, so that n = 1 finds its only rank at once
+        ranks = st.integers(0, n - 1) if rank is None else ranks.filter(lambda rank: rank < n)
+    return ranks.flatmap(of_rank)
+
+
+def quadratic_problems(
+    *, n: Ints = SMALL_SIZES, log10_cond: Numbers = CONDITIONS, log10_scale: Numbers = 0, dtype: Dtypes = torch.float64
+) -> st.SearchStrategy[ArgminProblem]:
+    """Strategy of strongly convex quadratics with theta = (A, b), see :func:`quadratic_problem`.
+
+    Args:
+        n: numbers of unknowns, at least 1; default 1 to 6.
+        log10_cond, log10_scale, dtype: as in :func:`spd_matrices`; the scale is that of the objective.
+
+    Returns:
+        Strategy of :class:`ArgminProblem`.
+
+    Raises:
+        hypothesis.errors.InvalidArgument: a value outside its range.
+
+    Example:
+        >>> from hypothesis import given
+        >>> from implicitlayer import testing
+        >>> @given(testing.quadratic_problems(log10_cond=2))
+        ... def the_gradient_vanishes_at_the_solution(problem):
+        ...     x = problem.solution(*problem.theta)
+        ...     assert problem.stationarity(x, *problem.theta).norm() < 1e-12
+        >>> the_gradient_vanishes_at_the_solution()
+    """
+    return _square(families.quadratic_problem, n, log10_cond, log10_scale, dtype)
+
+
+def smooth_convex_problems(
+    *,
+    n: Ints = SMALL_SIZES,
+    log10_cond: Numbers = MILD_CONDITIONS,
+    log10_scale: Numbers = 0,
+    dtype: Dtypes = torch.float64,
+) -> st.SearchStrategy[ArgminProblem]:
+    """Strategy of regularised softplus losses with theta = (W, o, s), see :func:`smooth_convex_problem`.
+
+    Args, returns and errors as in :func:`quadratic_problems`; default conditions 2 to 2000.
+
+    Example:
+        >>> from hypothesis import given
+        >>> from implicitlayer import testing
+        >>> @given(testing.smooth_convex_problems())
+        ... def the_gradient_vanishes_at_the_solution(problem):
+        ...     x = problem.solution(*problem.theta)
+        ...     assert problem.stationarity(x, *problem.theta).norm() < 1e-12
+        >>> the_gradient_vanishes_at_the_solution()
+    """
+    return _square(families.smooth_convex_problem, n, log10_cond, log10_scale, dtype)
+
+
+def nonconvex_problems(
+    *,
+    n: Ints = SMALL_SIZES,
+    log10_cond: Numbers = MILD_CONDITIONS,
+    log10_scale: Numbers = 0,
+    dtype: Dtypes = torch.float64,
+) -> st.SearchStrategy[ArgminProblem]:
+    """Strategy of tilted double wells with theta = (M, d, t), see :func:`nonconvex_problem`.
+
+    Args, returns and errors as in :func:`quadratic_problems`.
+
+    Example:
+        >>> from hypothesis import given
+        >>> from implicitlayer import testing
+        >>> @given(testing.nonconvex_problems())
+        ... def the_saddle_is_another_point(problem):
+        ...     assert (problem.saddle - problem.solution(*problem.theta)).norm() > 0.5
+        >>> the_saddle_is_another_point()
+    """
+    return _square(families.nonconvex_problem, n, log10_cond, log10_scale, dtype)
+
+
+def root_problems(
+    *,
+    n: Ints = SMALL_SIZES,
+    log10_cond: Numbers = MILD_CONDITIONS,
+    log10_scale: Numbers = 0,
+    dtype: Dtypes = torch.float64,
+) -> st.SearchStrategy[RootProblem]:
+    """Strategy of residuals with a non-symmetric Jacobian and theta = (A, b, s), see :func:`root_problem`.
+
+    Args and errors as in :func:`quadratic_problems`.
+
+    Returns:
+        Strategy of :class:`RootProblem`.
+
+    Example:
+        >>> from hypothesis import given
+        >>> from implicitlayer import testing
+        >>> @given(testing.root_problems())
+        ... def the_residual_vanishes_at_the_solution(problem):
+        ...     x = problem.solution(*problem.theta)
+        ...     assert problem.residual(x, *problem.theta).norm() < 1e-12
+        >>> the_residual_vanishes_at_the_solution()
+    """
+    return _square(families.root_problem, n, log10_cond, log10_scale, dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------- arguments
+
+
+def _square(
+    build: Callable[..., T], n: Ints, log10_cond: Numbers, log10_scale: Numbers, dtype: Dtypes
+) -> st.SearchStrategy[T]:
+    """The strategy of what ``build(n=, log10_cond=, log10_scale=, seed=, dtype=)`` returns, arguments checked now."""
+    sizes, conditions = as_strategy(n, arrays.check_size), as_strategy(log10_cond, arrays.check_log10_cond)
+    scales, dtypes = _scales_and_dtypes(log10_scale, dtype)
+    return st.builds(build, n=sizes, log10_cond=conditions, log10_scale=scales, seed=SEEDS, dtype=dtypes)
+
+
+def _scales_and_dtypes(log10_scale: Numbers, dtype: Dtypes) -> tuple[st.SearchStrategy[Any], st.SearchStrategy[Any]]:
+    dtypes = as_strategy(dtype, arrays.check_dtype)
+    known = dtype if isinstance(dtype, torch.dtype) else None
+    return as_strategy(log10_scale, lambda value: arrays.check_log10_scale(value, known)), dtypes
+
+
+def as_strategy(value: Any, check: Callable[[Any], None]) -> st.SearchStrategy[Any]:
+    """A strategy as it is; a plain value as the strategy of this value, checked when the strategy is made."""
+    if isinstance(value, st.SearchStrategy):
+        return value
+    checked(check, value)
+    return st.just(value)
+
+
+def checked(check: Callable[[Any], None], value: Any) -> None:
+    try:
+        check(value)
+    except ValueError as error:
+        raise InvalidArgument(str(error)) from None

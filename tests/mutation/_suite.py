@@ -1,0 +1,142 @@
+"""The conformance suite that every mutant is put through: problems and checks of ``il.testing``, cheap ones first."""
+
+# Everything is reached through the two modules that are handed in, so that it belongs to the package under test. All
+# problems are solved to rounding and well-conditioned: "inconclusive" counts as a failure here.
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from mutation._layers import F64, NamedCheck, passes, settings_of_layers, structures
+from torch import Tensor
+
+MODES = ("vjp", "jvp", "double", "vmap")
+ROLES = (
+    "leaf",
+    "non-leaf",
+    "view",
+    "parameter",
+    "in a dict",
+    "frozen",
+    "closed over",
+    "same tensor twice",
+    "also init",
+    "beside an unused tensor",
+    "beside an integer tensor",
+    "beside Python numbers",
+)
+
+
+def suite(il: Any, testing: Any) -> Iterator[NamedCheck]:
+    """Pairs (name, check) in their order; ``check()`` raises where the package is wrong."""
+    smooth = testing.smooth_convex_problem(3, log10_cond=1)
+    root = testing.root_problem(3, log10_cond=1)
+    for mode in MODES:
+        yield f"argmin, {mode}", partial(passes, testing, smooth.objective, smooth, modes=(mode,))
+        yield f"root, {mode}", partial(passes, testing, root.residual, root, modes=(mode,), kind="root")
+    yield from roles_and_faults(il, testing)
+    yield from structures(il, testing)
+    yield from settings_of_layers(il, testing)
+    yield from properties(il, testing)
+    yield from solvers(il, testing)
+
+
+# ------------------------------------------------------------------------------------------------- what a user may do
+
+
+def roles_and_faults(il: Any, testing: Any) -> Iterator[NamedCheck]:
+    """Ways to give a theta, and all ways in which a solver misbehaves."""
+    for name in ROLES:
+        yield f"theta role, {name}", partial(right_in_role, il, testing, testing.ThetaRole(name))
+    # the minimum of |x - t|^2 is a theta, so that a solver may return theta itself
+    for fault in testing.faults(lambda f, x, t: t.clone()):
+        yield f"solver that {fault.name}", partial(fault_is_treated_as_said, il, testing, fault)
+
+
+def right_in_role(il: Any, testing: Any, role: Any) -> None:
+    case = role(testing.quadratic_problem(2, log10_cond=1))
+    v = testing.normal_tensor((2,), seed=1)
+    x = il.argmin(case.objective, case.solver)(case.init, *case.theta)
+    got = iter(torch.autograd.grad(x, [t for t in case.inputs if t.requires_grad], v, allow_unused=True))
+    for tensor, right in zip(case.inputs, case.expected(v), strict=True):
+        gradient = next(got) if tensor.requires_grad else None
+        if right is None:
+            assert gradient is None or not gradient.any(), f"{role}: a gradient of {gradient} in place of none"
+        else:
+            # CG to 1e-10 on a condition of 10
+            assert gradient is not None and torch.allclose(gradient, right, rtol=1e-8), f"{role}: {gradient}, {right}"
+
+
+def fault_is_treated_as_said(il: Any, testing: Any, fault: Any) -> None:
+    t = testing.normal_tensor((3,), seed=2).requires_grad_()
+    init, v = torch.zeros(3, dtype=F64), testing.normal_tensor((3,), seed=3)
+    with fault.expected():
+        x = il.argmin(lambda x, t: ((x - t) ** 2).sum(), fault)(init, t)
+        if fault.raises is None and fault.warns is None:  # x = t, so that the gradient is v itself
+            (gradient,) = torch.autograd.grad(x, t, v)
+            assert torch.allclose(gradient, v, rtol=1e-9), f"{fault!r}: gradient {gradient}, right {v}"
+            assert torch.allclose(x, t, rtol=1e-12 + fault.error), f"{fault!r}: {x} in place of {t}"
+            assert x.data_ptr() != t.data_ptr() and not init.any(), f"{fault!r}: shares memory with what was given"
+
+
+# --------------------------------------------------------------------------------------------- properties and solvers
+
+
+def properties(il: Any, testing: Any) -> Iterator[NamedCheck]:
+    """What needs no reference."""
+    smooth = testing.smooth_convex_problem(4, log10_cond=1, seed=1)
+    layer = il.argmin(smooth.objective, smooth.solver)
+    for name in ("adjoint", "linear_in_cotangent", "repeatable", "batch_equals_loop"):
+        yield f"property, {name}", partial(getattr(testing, f"check_{name}"), layer, smooth.init, *smooth.theta)
+    target = testing.normal_tensor((3,), seed=14)
+    gradient = torch.func.grad(lambda t: wells(torch.zeros(3, dtype=F64), t).pow(3).sum())
+    wells = il.argmin(lambda x, t: (torch.cosh(x) - t * x).sum() + 0.5 * x.sum() ** 2, newton)
+    yield (
+        "forward over reverse",
+        partial(testing.check_adjoint, lambda init, t: gradient(t), torch.zeros(3, dtype=F64), target),
+    )
+    for name in ("scaled_objective", "rotated_unknowns"):
+        check = getattr(testing, f"check_{name}")
+        yield f"property, {name}", partial(check, smooth.objective, smooth.solver, smooth.init, *smooth.theta)
+
+
+def newton(f: Any, x: Tensor, t: Tensor) -> Tensor:
+    """Newton steps for cosh(x) - t x + (sum x)^2 / 2, Hessian diag(cosh x) + 1 1'."""
+    for _ in range(20):
+        gradient = torch.sinh(x) - t + x.sum()
+        x = x - torch.linalg.solve(torch.diag(torch.cosh(x)) + torch.ones(len(x), len(x), dtype=F64), gradient)
+    return x
+
+
+def solvers(il: Any, testing: Any) -> Iterator[NamedCheck]:
+    """The package's own solvers against the conformance checks; those that solve many hard systems last."""
+    descent = il.solvers.GradientDescent(step_size=1.0, max_steps=300, atol=1e-6)  # mu >= 1/20: 1e-6 / mu from x*
+    accelerated = il.solvers.AcceleratedGradient(1.0, strong_convexity=0.05, max_steps=200, atol=1e-6)
+    claims = {
+        "ConjugateGradient": il.ConjugateGradient(),
+        "GradientDescent": testing.inner(descent, accuracy=1e-4, dtypes=(F64,)),
+        "AcceleratedGradient": testing.inner(accelerated, accuracy=1e-4, dtypes=(F64,)),
+        "Dense": il.Dense(),
+        "NormalEquations": il.NormalEquations(),
+        "Gmres": il.Gmres(),
+        "Minres": il.Minres(),
+        "Bicgstab": il.Bicgstab(),
+        "Neumann": il.Neumann(60),
+        "WarmStart": testing.linear(il.WarmStart(il.ConjugateGradient()), "positive definite", dtypes=(F64,)),
+    }
+    for solver in (il.ConjugateGradient, il.Gmres, il.Bicgstab):
+        claim = testing.linear(solver(preconditioner=il.Jacobi()), "positive definite")
+        name, check = next(pair for pair in testing.solver_checks(claim) if pair[0] == "solves_random_systems")
+        yield f"{solver.__name__} with a preconditioner, {name}", check
+    slow = []
+    for solver, claim in claims.items():
+        for name, check in testing.solver_checks(claim):
+            entry = (f"{solver}, {name}", check)
+            if name == "status_tells_the_truth":
+                slow.append(entry)
+            elif not (solver == "WarmStart" and name == "repeats_are_bitwise_equal"):  # its steps depend on the past
+                yield entry
+    yield from slow
