@@ -52,8 +52,8 @@ _HELP = {
         "number of steps (max_steps alone) if a truncated solve is what you want."
     ),
     Status.ILL_CONDITIONED: (
-        "The tolerance was reached, but the matrix is so ill-conditioned (by its Ritz values) that a residual this small "
-        "still leaves an error above 10 %. Use float64 or a smaller rtol, precondition, or add damping."
+        "The tolerance was reached, but the matrix is so ill-conditioned (by its Ritz values) that a residual this "
+        "small still leaves an error above 10 %. Use float64 or a smaller rtol, precondition, or add damping."
     ),
     Status.STAGNATED: (
         "The true residual stopped falling above the tolerance: the problem is too ill-conditioned for this dtype. "
@@ -61,8 +61,8 @@ _HELP = {
     ),
     Status.SINGULAR: (
         "The matrix is singular to working precision and the right-hand side has a part outside its range (or the "
-        "iteration broke down on it), so the solution is not a differentiable function of theta. Add regularisation or damping, or remove the free "
-        "direction from the unknowns."
+        "iteration broke down on it), so the solution is not a differentiable function of theta. Add regularisation "
+        "or damping, or remove the free direction from the unknowns."
     ),
     Status.INDEFINITE: (
         "The matrix is not positive definite here. Solve the inner problem more tightly (a minimum has no negative "

@@ -20,8 +20,8 @@ from implicitlayer.linear._preconditioners import Precondition, Preconditioner
 __all__ = ["ConjugateGradient"]
 
 # NOTE [a small residual is no small error]: ||u - A^-1 b|| <= ||r|| / (smallest eigenvalue). The smallest Ritz value
-# estimates that eigenvalue at no product. Where the estimated error is above a tenth of u, the answer is reported, although
-# the residual is as small as asked for.
+# estimates that eigenvalue at no product. Where the estimated error is above a tenth of u, the answer is reported,
+# although the residual is as small as asked for.
 _WRONG = 0.1
 
 # On a positive-definite matrix the residual grows by sqrt(cond) at most: beyond this a truncated solve is no choice but
