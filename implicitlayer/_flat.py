@@ -10,7 +10,7 @@ import torch
 
 from implicitlayer._capture import call_with
 from implicitlayer._errors import ObjectiveError
-from implicitlayer._tree import TreeSpec, flatten, unflatten
+from implicitlayer._tree import TreeSpec, flatten, leaves_in_order, unflatten
 from implicitlayer._types import FlatFunction, Leaves
 
 
@@ -93,10 +93,11 @@ def flat_function(
 
 def like_x(value: Any, x: Sequence[torch.Tensor], x_spec: TreeSpec) -> Leaves:
     """Leaves of a residual, checked to be one equation per unknown."""
-    leaves, spec = flatten(value)
+    leaves = leaves_in_order(value, unflatten(x, x_spec))
     expected = [tuple(t.shape) for t in x]
-    shapes = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf).__name__ for leaf in leaves]
-    if spec != x_spec or shapes != expected:
+    found = flatten(value)[0] if leaves is None else leaves
+    shapes = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf).__name__ for leaf in found]
+    if leaves is None or shapes != expected:
         raise ObjectiveError(
             "the residual must return one equation per unknown, in the structure of x: expected shapes "
             f"{expected}, got {shapes}."

@@ -34,6 +34,22 @@ def flatten_with_names(tree: Any, root: str) -> tuple[list[Any], list[str]]:
     return [leaf for _, leaf in pairs], [root + pytree.keystr(path) for path, _ in pairs]
 
 
+def leaves_in_order(tree: Any, like: Any) -> list[Any] | None:
+    """Leaves of ``tree`` in the order of those of ``like``: keys of dictionaries may come in another one.
+
+    None if the structures differ in more than that.
+    """
+    leaves, spec = flatten(tree)
+    if spec == flatten(like)[1]:
+        return leaves
+    leaves, names = flatten_with_names(tree, "")
+    wanted = flatten_with_names(like, "")[1]
+    if sorted(names) != sorted(wanted):
+        return None
+    by_name = dict(zip(names, leaves, strict=True))
+    return [by_name[key] for key in wanted]
+
+
 def lane_reduce(values: torch.Tensor, lane_dims: int) -> torch.Tensor:
     """Sum of all but the first ``lane_dims`` dimensions; works for 0-d and empty tensors."""
     if lane_dims == 0:
@@ -46,7 +62,7 @@ def ravel(leaves: Sequence[torch.Tensor], lane_dims: int) -> torch.Tensor:
     lanes = leaves[0].shape[:lane_dims]
     if len(leaves) == 1:
         return leaves[0].reshape(*lanes, leaves[0].shape[lane_dims:].numel())
-    return torch.cat([leaf.reshape(*lanes, -1) if leaf.numel() else leaf.new_zeros(*lanes, 0) for leaf in leaves], -1)
+    return torch.cat([leaf.reshape(*lanes, leaf.shape[lane_dims:].numel()) for leaf in leaves], -1)
 
 
 def unravel(flat: torch.Tensor, like: Sequence[torch.Tensor], lane_dims: int) -> list[torch.Tensor]:

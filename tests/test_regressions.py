@@ -250,3 +250,54 @@ def test_a_callable_with_an_unrelated_run_attribute_is_still_called_as_a_solver(
     t = randn(3, seed=14).requires_grad_()
     x = il.argmin(lambda x, t: 0.5 * ((x - t) ** 2).sum(), Solver())(zeros(3), t)
     assert torch.equal(x, t)
+
+
+def test_the_order_of_dictionary_keys_is_irrelevant_in_residuals_and_operators() -> None:
+    a = torch.tensor(2.0, dtype=F64, requires_grad=True)
+    zeros = {"x": torch.zeros((), dtype=F64), "y": torch.zeros((), dtype=F64)}
+    layer = il.root(lambda z, a: {"y": z["y"] - 3 * a, "x": z["x"] - a}, lambda r, z, a: {"y": 3 * a, "x": a})
+    answer = layer(zeros, a)
+    (answer["x"] + 10 * answer["y"]).backward()
+    assert a.grad is not None and float(a.grad) == 31.0
+
+    def objective(z: dict[str, Tensor]) -> Tensor:
+        return z["x"] ** 2 + 2 * z["y"] ** 2
+
+    operator = il.hessian_operator(objective, zeros)
+    rhs = {"y": torch.tensor(4.0, dtype=F64), "x": torch.tensor(6.0, dtype=F64)}
+    assert {k: float(v) for k, v in operator(rhs).items()} == {"x": 12.0, "y": 16.0}
+    solution = il.linear_solve(operator, rhs)
+    assert abs(float(solution["x"]) - 3) < 1e-12 and abs(float(solution["y"]) - 1) < 1e-12
+
+
+def test_a_solver_that_reports_nan_but_returns_its_init_is_not_passed_over() -> None:
+    layer = il.argmin(
+        lambda x, t: ((x - t) ** 2).sum(), il.solvers.GradientDescent(0.5, rtol=1e-8), stationarity_rtol=None
+    )
+    with pytest.raises(il.NonFiniteError, match="met NaN or Inf and says so"):
+        layer(torch.zeros(2, dtype=F64), torch.tensor([float("nan"), 4.0], dtype=F64))
+
+
+def test_a_solver_sees_the_model_of_the_objective_also_under_vmap_and_with_closures() -> None:
+    solver = il.solvers.NewtonCG(curvature="gauss_newton", rtol=1e-10)
+    layer = il.argmin(il.least_squares(lambda x, t: torch.sinh(x) - t), solver)
+    t = torch.tensor([[0.1, 0.2], [0.3, 0.4]], dtype=F64)
+    x = torch.func.vmap(lambda t: layer(torch.zeros(2, dtype=F64), t))(t)
+    assert torch.allclose(x, torch.asinh(t), rtol=1e-9)
+    shift = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    closing = il.argmin(il.least_squares(lambda x: torch.sinh(x) - shift), solver)
+    x = closing(torch.zeros(2, dtype=F64))
+    x.sum().backward()
+    assert shift.grad is not None and abs(float(shift.grad) - 2 / (1 + 0.25) ** 0.5) < 1e-8
+
+
+def test_an_empty_batch_of_several_leaves_has_a_backward() -> None:
+    layer = il.argmin(
+        lambda x, t: ((x["a"] - t) ** 2).sum(-1) + ((x["b"] - 2 * t[..., :1]) ** 2).sum(-1),
+        lambda f, x, t: {"a": t.clone(), "b": 2 * t[..., :1]},
+        batch_dims=1,
+    )
+    t = torch.zeros(0, 3, dtype=F64, requires_grad=True)
+    x = layer({"a": torch.zeros(0, 3, dtype=F64), "b": torch.zeros(0, 1, dtype=F64)}, t)
+    (x["a"].sum() + x["b"].sum()).backward()
+    assert t.grad is not None and t.grad.shape == (0, 3)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from implicitlayer._tree import flatten, flatten_with_names, lane_reduce, unflatten
+from implicitlayer._tree import flatten, lane_reduce, leaves_in_order, unflatten
 from implicitlayer.implicit._composite import Composite
 from implicitlayer.implicit._strengths import MatrixStrength, OperatorStrength
 
@@ -28,8 +28,13 @@ class Proximal:
     def __call__(self, phi: Any, theta: Any, *data: Any) -> torch.Tensor:
         value = self.loss(phi, *data)
         if self.divergence is not None:
-            return value + self._strength * self.divergence(phi, theta)
+            return value + self._divergence(phi, theta)
         return self._with_penalty(value, _difference(phi, theta, value.ndim))
+
+    def _divergence(self, phi: Any, theta: Any) -> torch.Tensor:
+        assert self.divergence is not None
+        weighed: torch.Tensor = self._strength * self.divergence(phi, theta)
+        return weighed
 
     def _with_penalty(self, value: torch.Tensor, difference: Any) -> torch.Tensor:
         """``value`` + 1/2 ||difference||^2_strength, per lane of ``value``."""
@@ -48,7 +53,7 @@ class Proximal:
 
         def penalty(phi: Any, theta: Any) -> torch.Tensor:
             if self.divergence is not None:
-                return self._strength * self.divergence(phi, theta)
+                return self._divergence(phi, theta)
             lanes = flatten(phi)[0][0]
             zero = lanes.new_zeros(lanes.shape[:lane_dims])
             return self._with_penalty(zero, _difference(phi, theta, lane_dims))
@@ -118,17 +123,11 @@ def _difference(phi: Any, theta: Any, lane_dims: int | None) -> Any:
 
 
 def _leaves_like(tree: Any, like: Any, rule: str) -> list[Any]:
-    """Leaves of ``tree`` in the order of those of ``like``; the order of dictionary keys does not matter."""
-    leaves, spec = flatten(tree)
-    expected = flatten(like)[1]
-    if spec == expected:
-        return leaves
-    leaves, names = flatten_with_names(tree, "")
-    wanted = flatten_with_names(like, "")[1]
-    if sorted(names) != sorted(wanted):
-        raise ValueError(f"{rule} the structure of phi: expected {expected}, got {spec}.")
-    by_name = dict(zip(names, leaves, strict=True))
-    return [by_name[key] for key in wanted]
+    """Leaves of ``tree`` in the order of those of ``like``."""
+    leaves = leaves_in_order(tree, like)
+    if leaves is None:
+        raise ValueError(f"{rule} the structure of phi: expected {flatten(like)[1]}, got {flatten(tree)[1]}.")
+    return leaves
 
 
 def _has_entries(strength: Any) -> bool:

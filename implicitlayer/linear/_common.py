@@ -20,8 +20,8 @@ from implicitlayer.linear._preconditioners import Precondition, Preconditioner
 CONTINUE = -1
 # A number below this many eps of the size of what it was computed from is rounding noise.
 NOISE = 16
-# The recursive residual drifts from the true one: up to ten times the tolerance counts as reached. Half of that, because
-# the product that recomputes the residual rounds too.
+# The recursive residual drifts from the true one: up to ten times the tolerance counts as reached. Half of that here,
+# because the product that recomputes the residual rounds too.
 SLACK = 5.0
 # A round that lowers the residual by less than this has stalled: one digit more would take 2300 such rounds.
 _LEAST_FALL = 1e-3

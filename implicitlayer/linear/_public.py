@@ -11,7 +11,7 @@ import torch
 from implicitlayer._capture import find_closed_over
 from implicitlayer._flat import Signature, flat_function, flat_parts
 from implicitlayer._surroundings import outside_compiled_code, plain_surroundings
-from implicitlayer._tree import TreeSpec, flatten, ravel, unflatten, unravel
+from implicitlayer._tree import TreeSpec, flatten, leaves_in_order, ravel, unflatten, unravel
 from implicitlayer._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.linear._jacobian import Curvature, Jacobian, OperatorFamily
@@ -57,9 +57,10 @@ class HessianOperator:
 
     def check(self, vector: Any, name: str) -> Leaves:
         """The leaves of ``vector``, or an error if it has not the structure and shapes of x."""
-        leaves, spec = flatten(vector)
-        if spec != self.structure:
-            raise ValueError(f"{name} must have the structure of x: expected {self.structure}, got {spec}.")
+        leaves = leaves_in_order(vector, unflatten(self.tensors[: self.structure.num_leaves], self.structure))
+        if leaves is None:
+            got = flatten(vector)[1]
+            raise ValueError(f"{name} must have the structure of x: expected {self.structure}, got {got}.")
         shapes, expected = [tuple(v.shape) for v in leaves], [tuple(t.shape) for t in self.tensors[: len(leaves)]]
         if shapes != expected:
             raise ValueError(f"{name} must have the shapes of x: expected {expected}, got {shapes}.")
@@ -215,7 +216,7 @@ def linear_solve(
     like = tuple(_Form(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
     family: OperatorFamily
     if isinstance(operator, HessianOperator):
-        operator.check(rhs, "rhs")
+        leaves, spec = operator.check(rhs, "rhs"), operator.structure
         family, parameters = operator.family, operator.tensors
     elif isinstance(operator, torch.Tensor):
         if operator.ndim != 2 or operator.shape[0] != operator.shape[1] or operator.shape[:1] != leaves[0].shape:

@@ -111,13 +111,25 @@ class WarmStart(LinearSolver):
         value = start + found.value * unit.unsqueeze(-1)
         if not found.residual_is_true:
             residual_norm = found.residual_norm * unit
-            return replace(found, value=value, **_residuals(residual_norm, norm), rtol=rtol)
+            return replace(
+                found,
+                value=value,
+                residual_norm=residual_norm,
+                relative_residual=_relative(residual_norm, norm),
+                rtol=rtol,
+            )
         # a start far larger than the answer costs digits that the correction cannot see: look at the sum, begin at zero
         residual_norm = lane_norm(rhs - operator(value))
         allowed = SLACK * torch.clamp((rtol or 0.0) * norm, min=limits.atol)
         lost = (found.codes == int(Status.CONVERGED)) & (residual_norm > allowed)
         if not bool(lost.any()):
-            return replace(found, value=value, **_residuals(residual_norm, norm), rtol=rtol)
+            return replace(
+                found,
+                value=value,
+                residual_norm=residual_norm,
+                relative_residual=_relative(residual_norm, norm),
+                rtol=rtol,
+            )
         fresh: LinearSolution = self.solver.solve(operator, select(lost, rhs))
         residual_norm = torch.where(lost, fresh.residual_norm, residual_norm)
         return replace(
@@ -126,11 +138,11 @@ class WarmStart(LinearSolver):
             codes=torch.where(lost, fresh.codes, found.codes),
             steps=found.steps + torch.where(lost, fresh.steps, 0),
             smallest_curvature=torch.minimum(found.smallest_curvature, fresh.smallest_curvature),
-            **_residuals(residual_norm, norm),
+            residual_norm=residual_norm,
+            relative_residual=_relative(residual_norm, norm),
             rtol=rtol,
         )
 
 
-def _residuals(residual_norm: torch.Tensor, norm: torch.Tensor) -> dict[str, torch.Tensor]:
-    relative = torch.where(norm > 0, residual_norm / norm, torch.zeros_like(norm))
-    return {"residual_norm": residual_norm, "relative_residual": relative}
+def _relative(residual_norm: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+    return torch.where(norm > 0, residual_norm / norm, torch.zeros_like(norm))
