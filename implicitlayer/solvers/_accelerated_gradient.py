@@ -22,6 +22,8 @@ __all__ = ["AcceleratedGradient"]
 _STEPS_BETWEEN_SYNCS = 8
 _MAX_CHANGES = 40  # of the curvature estimate in one search: 2^40, in the first one 2^2560, beyond any number
 _NOISE = 16  # rounding errors of a sum, in units of eps: a decrease below them cannot be tested
+_DROWNED = 8  # nor can one of a few times their size
+_TURNED = 1e-3  # L may be below the curvature by this much: rounding of the gradient must not double it
 
 
 @dataclass(frozen=True)
@@ -181,13 +183,23 @@ class _Problem:
     ) -> torch.Tensor:
         """The smallest L = estimate * 2^k, k >= 0, with f(y - g/L) <= f(y) - ||g||^2 / (2 L), for every active lane.
 
-        The first search also goes down: its L is within a factor of 2 of the curvature along the gradient.
+        The first search also goes down: its L is within a factor of 2 of the curvature along the gradient. Where that
+        decrease drowns in the rounding of f, the gradient at the new point must not point back in its place, which is
+        the same test for a quadratic: ``<g_new, g> >= 0``.
         """
         slack = _NOISE * torch.finfo(value.dtype).eps * value.double().abs()
 
         def enough(trial: torch.Tensor) -> torch.Tensor:
-            reached = self.value(_add(y, gradient, -1 / trial)).double()
-            return reached <= value.double() - norm * (norm / (2 * trial)) + slack
+            point, decrease = _add(y, gradient, -1 / trial), norm * (norm / (2 * trial))
+            drowned = active & (decrease <= _DROWNED * slack)
+            if not bool(drowned.any()):
+                return self.value(point).double() <= value.double() - decrease + slack
+            reached, slope = self.value_and_gradient(point)
+            unit = torch.where(active, norm, 1.0)
+            turned = torch.zeros_like(norm)
+            for new, old in zip(slope, gradient, strict=True):
+                turned = turned + lane_reduce((new / _like(unit, new)) * (old / _like(unit, old)), value.ndim)
+            return torch.where(drowned, turned >= -_TURNED, reached.double() <= value.double() - decrease + slack)
 
         def grow(estimate: torch.Tensor, factor: float) -> torch.Tensor:
             for _ in range(_MAX_CHANGES):

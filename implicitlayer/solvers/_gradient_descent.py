@@ -1,20 +1,23 @@
-"""Gradient descent with a fixed step size, for one problem or many at once."""
+"""Gradient descent with fixed or searched step sizes, for one problem or many at once."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
 from implicitlayer._tree import flatten, leaves_norm, unflatten
+from implicitlayer.solvers._descent import check_limits, descend, rounds_between_syncs
+from implicitlayer.solvers._line_search import LineSearch
+from implicitlayer.solvers._problem import Problem
+from implicitlayer.solvers._progress import Iteration, Report, reporting
 
 __all__ = ["GradientDescent"]
-
-_STEPS_BETWEEN_SYNCS = 8
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,26 @@ class GradientDescent(RecordingSolver):
     ``max_steps`` steps and never looks at a number (no host synchronisation). Batched: with an objective that returns
     one value per lane, all lanes step together and a finished lane is frozen.
 
+    With ``line_search="armijo"`` every lane has a step size of its own: it is cut back until
+    ``f(x - a g) <= f(x) - 1e-4 a ||g||^2``, and a step that was accepted at once is tried twice as long the next time.
+    A lane that finds no lower point stops, status ``STAGNATED``: with no tolerance that is where rounding errors stop
+    it.
+
     Args:
-        step_size: positive; converges for a convex objective when below 2 / (largest eigenvalue of the Hessian).
+        step_size: positive; converges for a convex objective when below 2 / (largest eigenvalue of the Hessian). With a
+            line search, the first trial: any order of magnitude will do.
         max_steps: limit of steps; without a tolerance, their number.
         rtol, atol: tolerances on the norm of the gradient, see above; both 0 means none.
+        line_search: ``"armijo"``, or None for the fixed step size.
+        callback: called with an :class:`Iteration` at the start and after every step; without a tolerance this costs
+            one more gradient, at the end.
+        progress: show a bar (needs tqdm, extra ``implicitlayer[fewshot]``).
 
     Raises:
-        ValueError: a step size that is not positive, a negative limit or tolerance.
+        ValueError: a step size that is not positive, a negative limit or tolerance, an unknown line search.
+        ImportError: ``progress=True`` without tqdm.
+
+    Source: the line search: Nocedal & Wright, Numerical Optimization, 2006, algorithm 3.1, cut back by interpolation.
 
     Example:
         >>> import torch, implicitlayer as il
@@ -45,34 +61,56 @@ class GradientDescent(RecordingSolver):
     max_steps: int = 1000
     rtol: float = 0.0
     atol: float = 0.0
+    _: KW_ONLY
+    line_search: Literal["armijo"] | None = None
+    callback: Callable[[Iteration], None] | None = None
+    progress: bool = False
 
     batched: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.step_size > 0:
             raise ValueError(f"step_size={self.step_size} must be positive.")
-        for name in ("max_steps", "rtol", "atol"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be non-negative.")
+        check_limits(self)
+        if self.line_search not in (None, "armijo"):
+            raise ValueError(f'line_search={self.line_search!r} must be "armijo" or None, a fixed step size.')
+
+    @property
+    def has_tolerance(self) -> bool:
+        """Whether there is a test besides the number of steps."""
+        return self.rtol > 0 or self.atol > 0
 
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         """The same, with status and step count."""
+        if self.line_search == "armijo":
+            problem = Problem(objective, init, theta)
+            return descend(self, problem, _Growing(problem, self.step_size), math.inf)
         leaves, spec = flatten(init)
         x = [leaf.detach().clone() for leaf in leaves]
-        if self.rtol == 0 and self.atol == 0:
-            for _ in range(self.max_steps):
-                gradient, _ = _gradient(objective, x, spec, theta)
-                torch._foreach_add_(x, gradient, alpha=-self.step_size)
-            return SolverResult(unflatten(x, spec), Status.STEP_LIMIT, self.max_steps)
-        return self._to_tolerance(objective, x, spec, theta)
+        with reporting(self.callback, self.progress, self.max_steps) as report:
+            run = self._to_tolerance if self.has_tolerance else self._fixed_steps
+            return run(objective, x, spec, theta, report)
 
-    def _to_tolerance(self, objective: Callable[..., Any], x: list[Any], spec: Any, theta: Any) -> SolverResult:
+    def _fixed_steps(
+        self, objective: Callable[..., Any], x: list[Any], spec: Any, theta: Any, report: Report | None
+    ) -> SolverResult:
+        for step in range(self.max_steps + (report is not None)):
+            value, gradient = _gradient(objective, x, spec, theta)
+            _tell(report, step, value, gradient, x, spec)
+            if step < self.max_steps:
+                torch._foreach_add_(x, gradient, alpha=-self.step_size)
+        return SolverResult(unflatten(x, spec), Status.STEP_LIMIT, self.max_steps)
+
+    def _to_tolerance(
+        self, objective: Callable[..., Any], x: list[Any], spec: Any, theta: Any, report: Report | None
+    ) -> SolverResult:
         tolerance: torch.Tensor | None = None
         # finished lanes stand still, so asking rarely changes the count only; on an accelerator asking is a host sync
-        every = 1 if x[0].device.type == "cpu" else _STEPS_BETWEEN_SYNCS
+        every = rounds_between_syncs(x[0])
         for step in range(self.max_steps + 1):
-            gradient, lane_dims = _gradient(objective, x, spec, theta)
-            norm = leaves_norm(gradient, lane_dims)
+            value, gradient = _gradient(objective, x, spec, theta)
+            _tell(report, step, value, gradient, x, spec)
+            norm = leaves_norm(gradient, value.ndim)
             if tolerance is None:
                 tolerance = torch.clamp(self.rtol * norm, min=self.atol)
             running = norm > tolerance
@@ -89,10 +127,38 @@ class GradientDescent(RecordingSolver):
 
 def _gradient(
     objective: Callable[..., torch.Tensor], x: list[torch.Tensor], spec: Any, theta: Any
-) -> tuple[list[torch.Tensor], int]:
-    """Gradient of the sum over lanes (lanes are independent) and the number of lane dimensions."""
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Value per lane, and gradient of the sum over lanes (lanes are independent)."""
     with torch.enable_grad():
         points = [leaf.detach().requires_grad_() for leaf in x]
         value = objective(unflatten(points, spec), *theta)
         total = value.sum() if value.ndim else value
-        return list(torch.autograd.grad(total, points, materialize_grads=True)), value.ndim
+        return value.detach(), list(torch.autograd.grad(total, points, materialize_grads=True))
+
+
+def _tell(report: Report | None, step: int, value: torch.Tensor, gradient: Any, x: Any, spec: Any) -> None:
+    if report is not None:  # the copy may be kept: x is changed in place
+        kept = unflatten([leaf.clone() for leaf in x], spec)
+        report(Iteration(step, value, leaves_norm(gradient, value.ndim), kept))
+
+
+class _Growing:
+    """The steepest direction, first tried with the step size that the lane found last, or twice that."""
+
+    def __init__(self, problem: Problem, step_size: float) -> None:
+        self.trial = step_size * problem.unit  # gradients are measured in this unit
+
+    def direction(
+        self, lanes: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """-g and the trial."""
+        return -gradient, self.trial
+
+    def moved(self, lanes: torch.Tensor, step: torch.Tensor, change: torch.Tensor, search: LineSearch) -> None:
+        """Grow again where the first trial was accepted."""
+        following = torch.where(search.trials == 1, 2 * search.step, search.step)
+        self.trial = torch.where(lanes, following, self.trial)
+
+    def forget(self, lanes: torch.Tensor) -> torch.Tensor:
+        """There is no other way down."""
+        return torch.zeros_like(lanes)

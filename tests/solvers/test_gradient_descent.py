@@ -1,5 +1,6 @@
 """Gradient descent: its fixed steps, its stopping test, and many problems at once."""
 
+import itertools
 import math
 from typing import Any
 
@@ -177,6 +178,10 @@ def test_it_works_where_gradients_are_switched_off() -> None:
         ({"step_size": 0.1, "max_steps": -1}, "max_steps=-1 must be non-negative"),
         ({"step_size": 0.1, "rtol": -1e-3}, "rtol=-0.001 must be non-negative"),
         ({"step_size": 0.1, "atol": math.nan}, "atol=nan must be non-negative"),
+        (
+            {"step_size": 0.1, "line_search": "wolfe"},
+            "line_search='wolfe' must be \"armijo\" or None, a fixed step size",
+        ),
     ],
 )
 def test_bad_settings_are_refused_by_name_value_and_rule(settings: dict[str, Any], message: str) -> None:
@@ -187,3 +192,51 @@ def test_bad_settings_are_refused_by_name_value_and_rule(settings: dict[str, Any
 def test_it_says_that_it_takes_all_lanes_at_once() -> None:
     assert GradientDescent(step_size=0.1).batched is True
     assert isinstance(GradientDescent(step_size=0.1), il.solvers.GradientDescent)
+
+
+# ---------------------------------------------------------------------------- line search; more in test_descent.py
+
+
+@pytest.mark.parametrize("step_size", [1e-6, 1.0, 1e6])
+def test_the_line_search_forgives_any_first_step_size(step_size: float) -> None:
+    matrix, b = spd_matrix(6, 1, seed=1), 1e3 * randn(6, seed=2)
+    result = GradientDescent(step_size, rtol=1e-8, line_search="armijo").run(
+        lambda x: 0.5 * x @ matrix @ x - b @ x, torch.zeros(6, dtype=F64)
+    )
+    # condition 10: at a fixed best step about 92 steps; 20 doublings more to cross six decades
+    assert result.status is Status.CONVERGED and result.num_steps is not None and result.num_steps < 300
+
+
+def test_a_step_accepted_at_once_is_tried_twice_as_long_the_next_time() -> None:
+    points: list[float] = []
+    GradientDescent(1e-3, max_steps=4, line_search="armijo", callback=lambda i: points.append(float(i.x)))(
+        lambda x: -x + 1e-9 * x**2, torch.tensor(0.0, dtype=F64)
+    )
+    steps = [after - before for before, after in itertools.pairwise(points)]
+    assert steps == pytest.approx([1e-3, 2e-3, 4e-3, 8e-3], rel=1e-6)
+
+
+def test_a_step_that_leads_up_is_cut_to_the_minimum_along_the_line() -> None:
+    # f = 50 x^2 from 1 with a first trial of 1: the parabola through both values has its minimum at step 1/100
+    result = GradientDescent(1.0, max_steps=1, line_search="armijo").run(
+        lambda x: 50 * x**2, torch.tensor(1.0, dtype=F64)
+    )
+    assert float(result.value) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_no_value_ever_grows_under_the_line_search() -> None:
+    values: list[float] = []
+    GradientDescent(1.0, max_steps=60, line_search="armijo", callback=lambda i: values.append(float(i.value)))(
+        lambda x: (100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2).sum(), torch.tensor([-1.2, 1.0], dtype=F64)
+    )
+    assert len(values) == 61 and all(after < before for before, after in itertools.pairwise(values))
+
+
+def test_each_lane_has_its_own_step_size() -> None:
+    curvature = torch.tensor([1e-3, 1.0, 1e4], dtype=F64)
+    result = GradientDescent(1.0, rtol=1e-10, line_search="armijo").run(
+        lambda x: 0.5 * curvature * ((x - 1) ** 2).sum(-1), torch.zeros(3, 2, dtype=F64)
+    )
+    # one curvature per lane: interpolation finds it in a step or two, doubling needs about ten
+    assert result.status is Status.CONVERGED and result.num_steps is not None and result.num_steps < 40
+    assert torch.allclose(result.value, torch.ones(3, 2, dtype=F64), rtol=1e-9)

@@ -33,6 +33,7 @@ def problem() -> tuple[Tensor, ...]:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.filterwarnings("ignore:delta_grad == 0.0:UserWarning")  # trust-constr's own remark at the solution
+@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply:RuntimeWarning")  # trust-krylov of SciPy 1.17
 def test_every_method_finds_the_minimum_that_newton_finds(method: str) -> None:
     theta = problem()
     result = SciPyMinimize(method, **METHODS[method]).run(smooth_objective, torch.zeros(3, dtype=F64), *theta)

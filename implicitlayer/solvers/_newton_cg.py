@@ -1,0 +1,148 @@
+"""Newton's method with truncated conjugate gradients, for one problem or many at once; no matrix is ever made."""
+
+# Legend: g gradient, B curvature matrix + damping; conjugate gradients on B d = -g: d direction, r residual, p search.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal
+
+import torch
+
+from implicitlayer._solution import SolverResult
+from implicitlayer.linear._operator import lane_dot
+from implicitlayer.solvers._descent import Limited, descend, rounds_between_syncs
+from implicitlayer.solvers._line_search import LineSearch
+from implicitlayer.solvers._problem import Curvature, Problem
+
+__all__ = ["NewtonCG"]
+
+_CURVATURES = {"armijo": math.inf, "wolfe": 0.9}
+
+
+@dataclass(frozen=True)
+class NewtonCG(Limited):
+    """Hessian-free Newton: each direction is an approximate solution of ``(H + damping) d = -g`` by a few products.
+
+    Conjugate gradients start at d = 0 and stop when ``||r|| <= min(1/2, sqrt(||g|| / ||g at init||)) ||g||``, which
+    makes the convergence superlinear, or after exactly ``cg_steps`` products. A direction p of negative curvature cuts
+    them off (Steihaug): what was found so far is the direction, at first ``-g`` times ``g'g / |g'H g|``. Then
+    ``x <- x + a d`` with a from a line search that tries 1 first.
+
+    Stops a lane when ``||g||_2 <= max(atol, rtol * ||g at init||_2)``, or where the line search finds no lower point,
+    status ``STAGNATED``: with no tolerance that is where rounding errors stop it. Batched: with an objective that
+    returns one value per lane, every lane has its own direction and line search, all are evaluated together, and a
+    finished lane is frozen.
+
+    Args:
+        max_steps: limit of steps; each takes a gradient, at times two, and the products of its direction.
+        rtol, atol: tolerances on the norm of the gradient, see above; both 0 means none.
+        cg_steps: products for each direction, at least 1 (5 in iMAML-HF); None: as many as the rule above asks for, at
+            most twice the number of unknowns.
+        curvature: ``"hessian"``, or ``"gauss_newton"`` for an objective made by ``il.least_squares`` or
+            ``il.composite``: never negative for a convex loss.
+        damping: non-negative, added to the diagonal, in units of curvature.
+        line_search: ``"armijo"`` only cuts steps back; ``"wolfe"`` also lengthens them, for starts far from a minimum.
+        callback: called with an :class:`Iteration` at the start and after every step.
+        progress: show a bar (needs tqdm, extra ``implicitlayer[fewshot]``).
+
+    Raises:
+        ValueError: a setting outside its range or none of those listed.
+        ObjectiveError: ``curvature="gauss_newton"`` of an objective that does not tell its model.
+        ImportError: ``progress=True`` without tqdm.
+
+    Source: Nocedal & Wright, Numerical Optimization, 2006, algorithm 7.1; Steihaug 1983 (SIAM J. Numer. Anal. 20);
+    iMAML-HF: Rajeswaran et al. 2019 (arXiv:1909.04630), section 4. Difference to SciPy's Newton-CG: the test of the
+    directions is relative to the first gradient, not to the units of the objective, and products reuse one graph.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> x = il.solvers.NewtonCG(rtol=1e-12)(
+        ...     lambda x, t: (torch.exp(x) - t * x).sum(),
+        ...     torch.zeros(2, dtype=torch.float64),
+        ...     torch.tensor([1.0, 2.0], dtype=torch.float64),
+        ... )
+        >>> [round(v, 9) for v in x.tolist()]  # (0, log 2)
+        [0.0, 0.693147181]
+    """
+
+    max_steps: int = 100
+    _: KW_ONLY
+    cg_steps: int | None = None
+    curvature: Curvature = "hessian"
+    damping: float = 0.0
+    line_search: Literal["armijo", "wolfe"] = "armijo"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.cg_steps is not None and not self.cg_steps >= 1:
+            raise ValueError(f"cg_steps={self.cg_steps} must be at least 1. For no product use GradientDescent.")
+        if not 0 <= self.damping < math.inf:
+            raise ValueError(f"damping={self.damping} must be non-negative and finite.")
+        if self.curvature not in ("hessian", "gauss_newton"):
+            raise ValueError(f'curvature={self.curvature!r} must be "hessian" or "gauss_newton".')
+        if self.line_search not in _CURVATURES:
+            raise ValueError(f'line_search={self.line_search!r} must be "armijo" or "wolfe".')
+
+    def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
+        """The same, with status and step count."""
+        problem = Problem(objective, init, theta, self.curvature)
+        return descend(self, problem, _Truncated(self, problem), _CURVATURES[self.line_search])
+
+
+class _Truncated:
+    """Directions by conjugate gradients on the curvature at the point that was evaluated last."""
+
+    def __init__(self, settings: NewtonCG, problem: Problem) -> None:
+        self.settings, self.problem = settings, problem
+        self.damping = (settings.damping / problem.unit).unsqueeze(-1).to(problem.start.dtype)
+        self.first_norm = problem.norm(problem.first_gradient)
+
+    def direction(
+        self, lanes: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The truncated Newton direction and the first trial 1."""
+        assert self.problem.product is not None
+        eps = torch.finfo(gradient.dtype).eps
+        if self.settings.cg_steps is not None:
+            limit, most = eps * norm, self.settings.cg_steps
+        else:
+            limit, most = (norm / self.first_norm).sqrt().clamp(max=0.5) * norm, 2 * gradient.shape[-1]
+        every = rounds_between_syncs(gradient)
+        r = torch.where(lanes.unsqueeze(-1), -gradient, torch.zeros_like(gradient))
+        d, p = torch.zeros_like(r), r
+        rr = lane_dot(r, r)
+        active = lanes & (rr > 0)
+        for k in range(most):
+            if (k % every == 0 and (k > 0 or every == 1)) and not bool(active.any()):
+                break
+            product = self.problem.product(p) + self.damping * p
+            curvature = lane_dot(p, product)
+            good = active & (curvature > 0) & curvature.isfinite()
+            if k == 0:
+                known = curvature.isfinite() & (curvature != 0)
+                length = torch.where(known, rr / curvature.abs(), 1 / norm)
+                d = torch.where((active & ~good).unsqueeze(-1), _times(length, p), d)
+            here = good.unsqueeze(-1)
+            alpha = rr / curvature
+            d = torch.where(here, d + _times(alpha, p), d)
+            r = torch.where(here, r - _times(alpha, product), r)
+            rr_next = lane_dot(r, r)
+            active = good & (rr_next.sqrt() > limit)
+            p = torch.where(active.unsqueeze(-1), r + _times(rr_next / rr, p), p)
+            rr = rr_next
+        return d, torch.ones_like(norm)
+
+    def moved(self, lanes: torch.Tensor, step: torch.Tensor, change: torch.Tensor, search: LineSearch) -> None:
+        """Every direction is made anew."""
+
+    def forget(self, lanes: torch.Tensor) -> torch.Tensor:
+        """There is nothing to forget."""
+        return torch.zeros_like(lanes)
+
+
+def _times(factor: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """One factor per lane, float64 [*lanes], times [*lanes, n]."""
+    return factor.unsqueeze(-1).to(vector.dtype) * vector

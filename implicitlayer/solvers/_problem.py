@@ -1,0 +1,137 @@
+"""An objective of pytrees as a function of one tensor [*lanes, n], with gradients and curvature products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+
+from implicitlayer._errors import ObjectiveError
+from implicitlayer._tree import flatten, leaves_norm, ravel, unflatten, unravel
+from implicitlayer._types import Leaves
+from implicitlayer.linear._operator import lane_scale
+
+__all__: list[str] = []
+
+Curvature = Literal["hessian", "gauss_newton"]
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Problem:
+    """Values and gradients per lane, in units in which the largest entry of the first gradient is about 1.
+
+    Squares of gradients near 1e-25 vanish in float32 and those near 1e200 overflow in float64, hence the units: a power
+    of 2 per lane, which rounds nothing. Lanes are independent, so the gradient of the sum over them holds each one's.
+
+    Args:
+        objective, init, theta: as a solver gets them.
+        curvature: which products :attr:`product` makes; None for none.
+    """
+
+    def __init__(
+        self, objective: Callable[..., Any], init: Any, theta: tuple[Any, ...], curvature: Curvature | None = None
+    ) -> None:
+        leaves, self._spec = flatten(init)
+        self._objective, self._theta, self._curvature = objective, theta, curvature
+        self._like = [leaf.detach() for leaf in leaves]
+        self._composite = _composite_of(objective) if curvature == "gauss_newton" else None
+        self.product: Product | None = None  # with the curvature at the point evaluated last
+        value, gradient = self._evaluate(self._like)
+        self.lane_dims, self.dtype = value.ndim, value.dtype
+        shapes = [tuple(leaf.shape) for leaf in self._like]
+        if any(shape[: value.ndim] != tuple(value.shape) for shape in shapes):
+            raise ObjectiveError(
+                "the objective must return a 0-d tensor, or one value per lane where every leaf of init has leading "
+                f"dimensions of lanes: it returned shape {tuple(value.shape)} for leaves of shapes {shapes}. Sum or "
+                "average over the data inside the objective."
+            )
+        self.start = ravel(self._like, self.lane_dims).clone()
+        self.first_value, flat = value, ravel(gradient, self.lane_dims)
+        self.scale = lane_scale(flat).log2().floor().exp2()  # [*lanes, 1]
+        self.first_gradient = flat / self.scale
+
+    @property
+    def unit(self) -> torch.Tensor:
+        """[*lanes]: what values and gradients were divided by."""
+        return self.scale.squeeze(-1).double()
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Value, float64 [*lanes], and gradient [*lanes, n], both in units of :attr:`unit`."""
+        value, gradient = self._evaluate(unravel(x, self._like, self.lane_dims))
+        return value.double() / self.unit, ravel(gradient, self.lane_dims) / self.scale
+
+    def norm(self, gradient: torch.Tensor) -> torch.Tensor:
+        """Euclidean norm per lane, float64; infinite where there is a NaN."""
+        return leaves_norm([gradient], self.lane_dims)
+
+    def tree(self, x: torch.Tensor) -> Any:
+        """x in the structure of ``init``."""
+        return unflatten(unravel(x, self._like, self.lane_dims), self._spec)
+
+    def _evaluate(self, leaves: Leaves) -> tuple[torch.Tensor, Leaves]:
+        keep = self._curvature is not None
+        with torch.enable_grad():
+            points = [leaf.detach().requires_grad_() for leaf in leaves]
+            value = self._objective(unflatten(points, self._spec), *self._theta)
+            total = value.sum() if value.ndim else value
+            gradient = torch.autograd.grad(total, points, create_graph=keep, materialize_grads=True)
+            if keep:
+                self.product = self._flat_product(
+                    _pulled(gradient, points) if self._composite is None else self._gauss_newton(points)
+                )
+        return value.detach(), [g.detach() for g in gradient]
+
+    def _flat_product(self, product: Callable[[Leaves], Leaves]) -> Product:
+        def flat(vector: torch.Tensor) -> torch.Tensor:
+            with torch.enable_grad():
+                return ravel(product(unravel(vector, self._like, self.lane_dims)), self.lane_dims) / self.scale
+
+        return flat
+
+    def _gauss_newton(self, points: Leaves) -> Callable[[Leaves], Leaves]:
+        """u -> J' (d^2 loss / d outputs^2) J u, J = d model / dx, from graphs that are built once.
+
+        The pull-back w -> J'w is linear, so the gradient of w -> <J'w, u> is J u, at any w.
+        """
+        assert self._composite is not None
+        tree, spec = flatten(self._composite.model(unflatten(points, self._spec), *self._theta))
+        outputs = list(tree)
+        cut = [leaf.detach().requires_grad_() for leaf in outputs]
+        value = self._composite.loss(unflatten(cut, spec), *self._theta)
+        slopes = torch.autograd.grad(value.sum(), cut, create_graph=True, materialize_grads=True)
+        dummies = [torch.zeros_like(leaf, requires_grad=True) for leaf in outputs]
+        backward = torch.autograd.grad(outputs, points, dummies, create_graph=True, materialize_grads=True)
+        pushed, curved, pulled = _pulled(backward, dummies), _pulled(slopes, cut), _pulled(outputs, points)
+        return lambda u: pulled(curved(pushed(u)))
+
+
+def _pulled(outputs: Any, inputs: Leaves) -> Callable[[Leaves], Leaves]:
+    """w -> (d outputs / d inputs)' w from a graph that is kept; zero for outputs that do not depend on anything."""
+    live = [i for i, output in enumerate(outputs) if output.requires_grad]
+
+    def pull(vectors: Leaves) -> Leaves:
+        if not live:
+            return [torch.zeros_like(leaf) for leaf in inputs]
+        return list(
+            torch.autograd.grad(
+                [outputs[i] for i in live],
+                inputs,
+                [vectors[i] for i in live],
+                retain_graph=True,
+                materialize_grads=True,
+            )
+        )
+
+    return pull
+
+
+def _composite_of(objective: Callable[..., Any]) -> Any:
+    """The loss and the model of an objective that tells them, or an error that says how to."""
+    composite = objective.as_composite() if hasattr(objective, "as_composite") else None
+    if composite is None:
+        raise ObjectiveError(
+            'curvature="gauss_newton" needs an objective that says what its model is: il.least_squares(residuals) or '
+            'il.composite(loss, model). With any other, use curvature="hessian".'
+        )
+    return composite

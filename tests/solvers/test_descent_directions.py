@@ -1,0 +1,48 @@
+"""The shared loop of the line-search solvers when a method's direction is of no use."""
+
+import math
+from typing import Any
+
+import torch
+from references import F64
+from torch import Tensor
+
+from implicitlayer import Status
+from implicitlayer.solvers import LBFGS
+from implicitlayer.solvers._descent import descend
+from implicitlayer.solvers._problem import Problem
+
+
+class Fixed:
+    """A method with one direction until it is told to forget, then the steepest."""
+
+    def __init__(self, direction: Tensor) -> None:
+        self.first, self.forgotten = direction, torch.tensor(False)
+
+    def direction(self, lanes: Tensor, gradient: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.where(self.forgotten, -gradient, self.first), torch.ones_like(norm)
+
+    def moved(self, lanes: Tensor, step: Tensor, change: Tensor, search: Any) -> None: ...
+
+    def forget(self, lanes: Tensor) -> Tensor:
+        again, self.forgotten = lanes & ~self.forgotten, self.forgotten | lanes
+        return again
+
+
+def half_plane(x: Tensor) -> Tensor:
+    """(x1 - 1)^2 / 2, undefined where x0 < 0."""
+    return torch.where(x[0] < 0, math.nan, 0.5 * (x[1] - 1) ** 2)
+
+
+def test_a_direction_that_leads_nowhere_is_given_up_once() -> None:
+    method = Fixed(torch.tensor([-1.0, 1.0], dtype=F64))  # downhill, and undefined at every step
+    result = descend(LBFGS(rtol=1e-9), Problem(half_plane, torch.zeros(2, dtype=F64), ()), method, 0.9)
+    assert bool(method.forgotten) and result.status is Status.CONVERGED
+    assert torch.allclose(result.value, torch.tensor([0.0, 1.0], dtype=F64), atol=1e-8)
+
+
+def test_an_uphill_direction_is_replaced_by_the_steepest() -> None:
+    for direction in ([0.0, -1.0], [0.0, 0.0], [math.nan, 1.0]):
+        method = Fixed(torch.tensor(direction, dtype=F64))
+        result = descend(LBFGS(rtol=1e-9), Problem(half_plane, torch.zeros(2, dtype=F64), ()), method, 0.9)
+        assert not bool(method.forgotten) and result.status is Status.CONVERGED
