@@ -5,13 +5,18 @@ import typing
 
 from implicitlayer import fewshot as fewshot
 from implicitlayer import meta as meta
+from implicitlayer import sets as sets
 from implicitlayer import solvers as solvers
+from implicitlayer._active_set import ActiveSet
 from implicitlayer._errors import (
     ClosureError,
     ConvergenceWarning,
     ImplicitLayerError,
     ImplicitLayerWarning,
     IndefiniteError,
+    InfeasibleError,
+    KinkError,
+    KinkWarning,
     LinearSolveError,
     NonFiniteError,
     NotConvergedError,
@@ -21,27 +26,38 @@ from implicitlayer._errors import (
     SolverOutputError,
     StationarityError,
     StationarityWarning,
+    UnboundedError,
     UnsupportedTransformError,
 )
 from implicitlayer._records import BackwardRecord, ForwardRecord, GradientError, diagnostics
 from implicitlayer._solution import LinearSolution, RecordingSolver, SolverResult
 from implicitlayer._status import Status
 from implicitlayer.implicit import (
+    ActiveConstraints,
     ArgminLayer,
     Assumptions,
+    Bregman,
     Composite,
+    ConstrainedLayer,
     FixedPointLayer,
     GradientExplanation,
     ImplicitArgmin,
     ImplicitLayer,
+    LearnedStrength,
+    MatrixStrength,
+    Multipliers,
+    OperatorStrength,
     Proximal,
     RootLayer,
     argmin,
+    bregman,
     composite,
+    constrained_argmin,
     explain_gradient,
     fixed_point,
     least_squares,
     proximal,
+    qp,
     root,
 )
 from implicitlayer.linear import (
@@ -62,6 +78,8 @@ from implicitlayer.linear import (
     hvp,
     linear_solve,
 )
+from implicitlayer.sets._regularizers import L1, ElasticNet, GroupL1
+from implicitlayer.sets._user import Prox
 
 if typing.TYPE_CHECKING:
     from implicitlayer import testing as testing
@@ -69,32 +87,45 @@ if typing.TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "L1",
+    "ActiveConstraints",
+    "ActiveSet",
     "ArgminLayer",
     "Assumptions",
     "BackwardRecord",
     "Bicgstab",
+    "Bregman",
     "ClosureError",
     "Composite",
     "ConjugateGradient",
+    "ConstrainedLayer",
     "ConvergenceWarning",
     "Dense",
+    "ElasticNet",
     "FixedPointLayer",
     "FlatOperator",
     "ForwardRecord",
     "Gmres",
     "GradientError",
     "GradientExplanation",
+    "GroupL1",
     "HessianOperator",
     "ImplicitArgmin",
     "ImplicitLayer",
     "ImplicitLayerError",
     "ImplicitLayerWarning",
     "IndefiniteError",
+    "InfeasibleError",
     "Jacobi",
+    "KinkError",
+    "KinkWarning",
+    "LearnedStrength",
     "LinearSolution",
     "LinearSolveError",
     "LinearSolver",
+    "MatrixStrength",
     "Minres",
+    "Multipliers",
     "Neumann",
     "NonFiniteError",
     "NormalEquations",
@@ -102,6 +133,8 @@ __all__ = [
     "NotRecordedError",
     "Nystrom",
     "ObjectiveError",
+    "OperatorStrength",
+    "Prox",
     "Proximal",
     "RecordingSolver",
     "RootLayer",
@@ -111,10 +144,13 @@ __all__ = [
     "StationarityError",
     "StationarityWarning",
     "Status",
+    "UnboundedError",
     "UnsupportedTransformError",
     "WarmStart",
     "argmin",
+    "bregman",
     "composite",
+    "constrained_argmin",
     "diagnostics",
     "explain_gradient",
     "fewshot",
@@ -125,7 +161,9 @@ __all__ = [
     "linear_solve",
     "meta",
     "proximal",
+    "qp",
     "root",
+    "sets",
     "solvers",
     "testing",
 ]

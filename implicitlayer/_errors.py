@@ -51,6 +51,18 @@ class StationarityError(ImplicitLayerError, ArithmeticError):
     """The solver's answer is not a stationary point of the objective (raised with ``on_failure="raise"``)."""
 
 
+class InfeasibleError(ImplicitLayerError, ArithmeticError):
+    """The solver's answer lies outside of the set that the layer minimises over."""
+
+
+class KinkError(ImplicitLayerError, ArithmeticError):
+    """The solution sits at a kink, where its derivative is one-sided (raised with ``on_failure="raise"``)."""
+
+
+class UnboundedError(ImplicitLayerError, ArithmeticError):
+    """The objective has no smallest value inside the constraints."""
+
+
 class NotRecordedError(ImplicitLayerError, RuntimeError):
     """A record was asked for a number that it was not made to hold."""
 
@@ -65,3 +77,7 @@ class ConvergenceWarning(ImplicitLayerWarning):
 
 class StationarityWarning(ImplicitLayerWarning):
     """The solver's answer is not stationary; the gradient is that of another point."""
+
+
+class KinkWarning(ImplicitLayerWarning):
+    """The solution sits at a kink: its derivative is that of one side."""

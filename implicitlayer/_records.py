@@ -10,6 +10,7 @@ from functools import cached_property
 
 import torch
 
+from implicitlayer._active_set import ActiveSet
 from implicitlayer._errors import NotRecordedError
 from implicitlayer._solution import LinearSolution
 from implicitlayer._status import Status
@@ -34,6 +35,8 @@ class ForwardRecord:
         solver_status, num_steps: as the solver told them, else None.
         num_polish_steps: Newton steps made after the solver.
         rtol: the relative distance that the layer allows; None if it allows any.
+        active_set: which constraints are active and where the solution has a kink; None for a layer without a
+            constraint or regularizer.
     """
 
     stationarity_norm: torch.Tensor | None
@@ -43,6 +46,7 @@ class ForwardRecord:
     num_steps: int | None
     num_polish_steps: int = 0
     rtol: float | None = None
+    active_set: ActiveSet | None = None
 
     @property
     def stationary(self) -> bool | None:
@@ -54,6 +58,7 @@ class ForwardRecord:
     def __str__(self) -> str:
         solver = "" if self.num_steps is None else f", {_steps(self.num_steps, 'solver ')}"
         solver += f", {_steps(self.num_polish_steps, 'polish ')}" if self.num_polish_steps else ""
+        solver += f", {self.active_set}" if self.active_set is not None else ""
         if self.stationarity_norm is None or self.relative_distance is None:
             return f"forward: stationarity not checked{solver}"
         return (

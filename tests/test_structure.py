@@ -20,11 +20,14 @@ PACKAGE = ROOT / "implicitlayer"
 LAYERS = {
     "base": {"base"},
     "linear": {"base", "linear"},
-    "implicit": {"base", "linear", "implicit"},
-    "solvers": {"base", "linear", "solvers"},  # never implicit: a solver does not know how its answer is differentiated
+    "sets": {"base", "sets"},
+    "implicit": {"base", "linear", "sets", "implicit"},
+    # solvers never import implicit: a solver does not know how its answer is differentiated
+    "solvers": {"base", "linear", "sets", "solvers"},
     "fewshot": {"base", "fewshot"},
-    "meta": {"base", "linear", "implicit", "solvers", "meta"},
-    "testing": {"base", "linear", "implicit", "solvers", "fewshot", "meta", "testing"},  # and nobody imports testing
+    "meta": {"base", "linear", "sets", "implicit", "solvers", "meta"},
+    # and nobody imports testing
+    "testing": {"base", "linear", "sets", "implicit", "solvers", "fewshot", "meta", "testing"},
 }
 MAX_LINES = 400
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from implicitlayer._types import OnFailure
 from implicitlayer.implicit._certificate import Assumptions
+from implicitlayer.implicit._constrained import ProxLayer
 from implicitlayer.implicit._layer import ImplicitLayer
 from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.linear._gmres import Gmres
@@ -31,6 +32,9 @@ def argmin(
     damping: float = 0.0,
     negative_curvature: NegativeCurvature = "raise",
     assumptions: Assumptions | None = None,
+    constraint: Any = None,
+    regularizer: Any = None,
+    step_size: float | None = None,
 ) -> ImplicitLayer:
     """A differentiable layer ``(init, *theta) -> argmin_x objective(x, *theta)`` around any solver.
 
@@ -66,6 +70,12 @@ def argmin(
             :class:`Minres`, exact. ``"gauss_newton"``: solve again with the Gauss-Newton matrix. The record says
             what was done; a second derivative through ``"damp"`` or ``"gauss_newton"`` is an error.
         assumptions: constants of the problem that make ``record.gradient_error`` a rigorous bound.
+        constraint: a set that x is confined to (``il.sets``), a pytree of sets, or a function of theta that returns
+            one. The solver still sees the objective alone, and knows the set by itself. Its data are differentiated.
+        regularizer: a convex term r(x) that is added to the objective and need not be smooth (:class:`L1`,
+            :class:`GroupL1`, :class:`ElasticNet`, :class:`Prox`), in the same forms.
+        step_size: eta of the equation ``x = prox(x - eta grad f(x))`` that a layer with either of these differentiates;
+            in units of 1 / curvature, None estimates it. No derivative depends on it, the linear solve's speed does.
 
     Returns:
         The layer, a callable. The result is differentiable in every floating tensor of every theta; ``init`` gets no
@@ -85,6 +95,33 @@ def argmin(
         >>> t.grad.tolist()
         [0.5, 0.25]
     """
+    if constraint is not None or regularizer is not None:
+        if constraint is not None and regularizer is not None:
+            raise ValueError(
+                "constraint and regularizer cannot be given together: the proximal operator of a sum is not made of "
+                "those of its parts. Give a pytree of both kinds for different parts of x, or il.Prox of the sum."
+            )
+        return ProxLayer(
+            objective,
+            solver,
+            linear_solver if linear_solver is not None else Gmres(),
+            "argmin",
+            solver_has_aux,
+            objective_has_aux,
+            on_failure,
+            stationarity_rtol,
+            polish,
+            batch_dims,
+            curvature,
+            damping,
+            negative_curvature,
+            assumptions,
+            terms=regularizer if constraint is None else constraint,
+            terms_name="regularizer" if constraint is None else "constraint",
+            step_size=step_size,
+        )
+    if step_size is not None:
+        raise ValueError(f"step_size={step_size} needs a constraint or a regularizer: nothing else uses it.")
     return ImplicitLayer(
         objective,
         solver,

@@ -11,6 +11,7 @@ from implicitlayer._errors import UnsupportedTransformError
 from implicitlayer._flat import Signature
 from implicitlayer._surroundings import plain_surroundings
 from implicitlayer._tree import flatten, flatten_with_names
+from implicitlayer.implicit._constrained import ProxLayer
 from implicitlayer.implicit._explain_leaves import (
     GradientExplanation,
     GradientLeaf,
@@ -61,6 +62,9 @@ def explain_gradient(layer: ImplicitLayer | ArgminLayer, /, *args: Any) -> Gradi
         x (float32, shape (), requires_grad=False): in order.
     """
     settings, function, init, theta = _resolve(layer, args)
+    if isinstance(settings, ProxLayer):
+        settings = settings.as_root(function)
+        function = settings.function
     if torch._C._are_functorch_transforms_active():
         raise UnsupportedTransformError(
             "explain_gradient was called inside a torch.func transform, whose tensors have no requires_grad to "

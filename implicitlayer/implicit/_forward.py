@@ -10,14 +10,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from implicitlayer._active_set import ActiveSet
 from implicitlayer._capture import refuse_hidden_tensors
 from implicitlayer._errors import NonFiniteError, SolverOutputError, StationarityError, StationarityWarning
 from implicitlayer._records import ForwardRecord, emit, listening_in_depth
 from implicitlayer._solution import RecordingSolver, SolverResult
+from implicitlayer._status import Status
 from implicitlayer._surroundings import out_of_inference, plain_surroundings
 from implicitlayer._tree import TreeSpec, flatten_with_names, name_lanes, ravel, unflatten, unravel
-from implicitlayer._types import FlatFunction, Leaves
+from implicitlayer._types import FlatFunction, Leaves, OnFailure
 from implicitlayer._warn import warn
+from implicitlayer.implicit._composite import Composite
 from implicitlayer.implicit._stationarity import Stationarity, newton_step, stationarity
 from implicitlayer.linear._residual import Residual
 
@@ -30,7 +33,8 @@ class Calling:
     """How the user's solver is called: the structures that flat lists of tensors stand for.
 
     ``rebuild_theta`` turns theta leaves into the user's arguments (closed-over ones at the end are left out);
-    ``flatten_theta`` is its inverse, with the given closed-over leaves appended.
+    ``flatten_theta`` is its inverse, with the given closed-over leaves appended. ``gives_value``: the solver sees an
+    objective, one number per lane, not a residual or a map. ``constraints``: of a layer over a set.
     """
 
     solver: Callable[..., Any]
@@ -42,6 +46,25 @@ class Calling:
     num_theta: int
     flat_function: FlatFunction
     user_function: Callable[..., Any] | None
+    gives_value: bool = True
+    constraints: Constraints | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Constraints:
+    """What a layer over a set, or with a regulariser, adds to the forward solve.
+
+    Attributes:
+        terms: the user's set or regulariser, to be recognised by a solver that was given the same.
+        prox: ``([*y leaves, step], theta leaves) -> leaves``, for one lane of every level.
+        examine: ``(residual, x leaves, theta leaves) -> ActiveSet``, of all lanes.
+        judge: applies the failure policy to what was found.
+    """
+
+    terms: Any
+    prox: FlatFunction
+    examine: Callable[[Residual, Leaves, Leaves], ActiveSet]
+    judge: Callable[[ActiveSet, OnFailure], None]
 
 
 def solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
@@ -65,6 +88,11 @@ def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
             )
     checked = [_check_answer(result.value, spec.calling, like) for result, like in results]
     _check_finite(checked, spec, init)
+    if any(result.status is Status.NONFINITE for result, _ in results):
+        raise NonFiniteError(
+            "the solver met NaN or Inf and says so, although the point that it returned is finite. Check theta for "
+            "NaN, and that the objective is finite and differentiable at init and where a step leads."
+        )
     x = checked[0]
     if lanes:
         x = [torch.stack([lane[i] for lane in checked]).reshape(leaf.shape) for i, leaf in enumerate(init)]
@@ -85,7 +113,11 @@ def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
             if not bool((after.norm < measured.norm).all()):
                 break
             x, measured, polished = better, after, polished + 1
-    _record(spec, [result for result, _ in results], measured, polished)
+    constraints = spec.calling.constraints
+    active_set = None if constraints is None or not spec.wanted else constraints.examine(residual, x, theta)
+    _record(spec, [result for result, _ in results], measured, polished, active_set)
+    if constraints is not None and active_set is not None:
+        constraints.judge(active_set, spec.on_failure)
     if measured is not None and spec.stationarity_rtol is not None:
         _judge(spec, measured, spec.stationarity_rtol)
         spec.watch[:] = [measured.watch(spec.stationarity_rtol)]
@@ -99,11 +131,11 @@ def _call_solver(spec: LayerSpec, init: Leaves, theta: Leaves) -> tuple[list[tup
     batched = bool(getattr(calling.solver, "batched", False))
     if not residual.levels and not hidden and calling.user_function is not None:
         objective = calling.user_function
-        if residual.is_gradient and residual.lane_dims_of_function and not batched:
+        if calling.gives_value and residual.lane_dims_of_function and not batched:
             objective = _summed(objective)
         return [(_run(calling, objective, init, explicit), init)], False
     if not residual.levels or batched:
-        objective = _objective_of_leaves(calling, residual, hidden, sum_lanes=not batched)
+        objective = SeenFunction(calling, residual, hidden, batched)
         return [(_run(calling, objective, init, explicit), init)], False
     # NOTE [lane by lane]: a black box sees one problem at a time, as it would in a Python loop.
     single = Residual(residual.function, residual.is_gradient, residual.lane_dims_of_function, parts=residual.parts)
@@ -115,25 +147,56 @@ def _call_solver(spec: LayerSpec, init: Leaves, theta: Leaves) -> tuple[list[tup
             lane_theta.append(tensor[picks])
         lane_init = [t[lane] for t in init]
         explicit, hidden = lane_theta[: calling.num_theta], lane_theta[calling.num_theta :]
-        objective = _objective_of_leaves(calling, single, hidden, sum_lanes=True)
+        objective = SeenFunction(calling, single, hidden, batched=False)
         results.append((_run(calling, objective, lane_init, explicit), lane_init))
     return results, True
 
 
-def _objective_of_leaves(
-    calling: Calling, residual: Residual, hidden: Leaves, sum_lanes: bool
-) -> Callable[..., torch.Tensor]:
-    """The objective on the user's structures, for solvers: lanes vectorised, closed-over values filled in."""
-    function = residual.over_lanes(calling.flat_function)
+class SeenFunction:
+    """The objective (residual, map) as a solver sees it: lanes vectorised, closed-over values filled in.
 
-    def objective(x: Any, *theta: Any) -> Any:
+    Attributes:
+        lane_dims: leading dimensions of every leaf that the solver may treat as independent problems.
+        terms: the set or regulariser of the layer, None without one.
+    """
+
+    def __init__(self, calling: Calling, residual: Residual, hidden: Leaves, batched: bool) -> None:
+        self._calling, self._residual, self._hidden, self._batched = calling, residual, hidden, batched
+        self._function = residual.over_lanes(calling.flat_function)
+        self.lane_dims = residual.lane_dims if batched else 0
+        self.terms = None if calling.constraints is None else calling.constraints.terms
+
+    def __call__(self, x: Any, *theta: Any) -> Any:
         leaves, _ = torch.utils._pytree.tree_flatten(x)
-        value = function(leaves, calling.flatten_theta(theta, hidden))
-        if not residual.is_gradient:
-            return unflatten(value, calling.x_spec)
-        return value.sum() if sum_lanes and value.ndim else value
+        value = self._function(leaves, self._calling.flatten_theta(theta, self._hidden))
+        if not self._calling.gives_value:
+            return unflatten(value, self._calling.x_spec)
+        return value.sum() if not self._batched and value.ndim else value
 
-    return objective
+    def as_composite(self) -> Composite | None:
+        """The model and loss of an objective that tells them, on flat lists of leaves; see implicitlayer._flat."""
+        parts, over_lanes = self._residual.parts, self._residual.over_lanes
+        if parts.model is None or parts.loss is None:
+            return None
+        model, loss = over_lanes(parts.model), over_lanes(parts.loss)
+
+        def values(outputs: Any, *theta: Any) -> torch.Tensor:
+            value: torch.Tensor = loss(outputs, self._calling.flatten_theta(theta, self._hidden))
+            return value.sum() if not self._batched and value.ndim else value
+
+        def outputs_of(x: Any, *theta: Any) -> Any:
+            leaves, _ = torch.utils._pytree.tree_flatten(x)
+            return model(leaves, self._calling.flatten_theta(theta, self._hidden))
+
+        return Composite(values, outputs_of)
+
+    def prox(self, y: Any, step: torch.Tensor, *theta: Any) -> Any:
+        """The proximal operator of the layer's set or regulariser, lane by lane; ``step`` is 0-d or [*lanes]."""
+        assert self._calling.constraints is not None
+        leaves, spec = torch.utils._pytree.tree_flatten(y)
+        steps = step.expand(leaves[0].shape[: self._residual.lane_dims])
+        prox = self._residual.over_lanes(self._calling.constraints.prox)
+        return unflatten(prox([*leaves, steps], self._calling.flatten_theta(theta, self._hidden)), spec)
 
 
 def _summed(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -203,7 +266,13 @@ def _check_finite(answers: list[Leaves], spec: LayerSpec, init: Leaves) -> None:
             )
 
 
-def _record(spec: LayerSpec, results: Sequence[SolverResult], measured: Stationarity | None, polished: int) -> None:
+def _record(
+    spec: LayerSpec,
+    results: Sequence[SolverResult],
+    measured: Stationarity | None,
+    polished: int,
+    active_set: ActiveSet | None,
+) -> None:
     statuses = [r.status for r in results if r.status is not None]
     counts = [r.num_steps for r in results if r.num_steps is not None]
     record = ForwardRecord(
@@ -214,6 +283,7 @@ def _record(spec: LayerSpec, results: Sequence[SolverResult], measured: Stationa
         num_steps=max(counts) if counts else None,
         num_polish_steps=polished,
         rtol=spec.stationarity_rtol,
+        active_set=active_set,
     )
     emit(record)
     if spec.listener is not None:

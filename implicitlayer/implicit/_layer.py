@@ -17,7 +17,7 @@ from implicitlayer._surroundings import out_of_inference, outside_compiled_code
 from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, unflatten
 from implicitlayer._types import FlatFunction, OnFailure
 from implicitlayer.implicit._certificate import Assumptions
-from implicitlayer.implicit._forward import Calling
+from implicitlayer.implicit._forward import Calling, Constraints
 from implicitlayer.implicit._function import ImplicitArgmin, LayerSpec
 from implicitlayer.linear._jacobian import Curvature
 from implicitlayer.linear._repair import POLICIES, NegativeCurvature
@@ -94,26 +94,22 @@ class ImplicitLayer:
         """
         _refuse_forward_over_forward()
         x, x_names = flatten_with_names(init, "x")
-        _check_init(x, x_names, self.batch_dims)
+        check_init(x, x_names, self.batch_dims)
         x_spec = flatten(init)[1]
         theta = pytree.tree_map(announce, theta)
         signature = Signature.of(theta)
         tensors = signature.tensors
-        user_function = _without_aux(self.function) if self.objective_has_aux else self.function
+        user_function = without_aux(self.function) if self.objective_has_aux else self.function
         hidden = ClosedOver()
         differentiable = derivatives_possible()
         if differentiable:
             # the function is run for this anyway: what is wrong with its value is said before the solver starts
-            hidden = find_closed_over(user_function, (init, *theta), lambda value: self._check_value(value, x, x_spec))
+            hidden = find_closed_over(
+                self._read(user_function), (init, *theta), lambda value: self._check_value(value, x, x_spec)
+            )
             _refuse_complex([*tensors, *hidden])
         wanted = differentiable and (bool(hidden) or any(needs_derivative(t) for t in tensors))
-        function = flat_function(user_function, x_spec, signature, hidden, self.kind == "argmin")
-        residual = Residual(
-            function=_minus_identity(function) if self.kind == "fixed_point" else function,
-            is_gradient=self.kind == "argmin",
-            lane_dims_of_function=self.batch_dims,
-            parts=flat_parts(self.function, x_spec, signature, hidden, self.batch_dims),
-        )
+        function, residual, constraints = self._equation(user_function, x_spec, signature, hidden)
         calling = Calling(
             solver=self.solver,
             solver_has_aux=self.solver_has_aux,
@@ -123,7 +119,9 @@ class ImplicitLayer:
             flatten_theta=lambda args, extra: [*Signature.of(args).tensors, *extra],
             num_theta=len(tensors),
             flat_function=function,
-            user_function=None if hidden else user_function,
+            user_function=None if hidden or constraints is not None else user_function,
+            gives_value=self.kind == "argmin",
+            constraints=constraints,
         )
         records: list[Record] = []
         self.records = records
@@ -147,6 +145,23 @@ class ImplicitLayer:
             return solution, spec.aux[0] if len(spec.aux) == 1 else list(spec.aux)
         return solution
 
+    def _read(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What is run to find closed-over tensors."""
+        return function
+
+    def _equation(
+        self, user_function: Callable[..., Any], x_spec: TreeSpec, signature: Signature, hidden: ClosedOver
+    ) -> tuple[FlatFunction, Residual, Constraints | None]:
+        """What the solver sees, the equation that is differentiated, and what constraints add."""
+        function = flat_function(user_function, x_spec, signature, hidden, self.kind == "argmin")
+        residual = Residual(
+            function=_minus_identity(function) if self.kind == "fixed_point" else function,
+            is_gradient=self.kind == "argmin",
+            lane_dims_of_function=self.batch_dims,
+            parts=flat_parts(self.function, x_spec, signature, hidden, self.batch_dims),
+        )
+        return function, residual, None
+
     def _check_value(self, value: Any, x: Sequence[torch.Tensor], x_spec: TreeSpec) -> None:
         if self.kind == "argmin":
             check_value(value, x[0].shape[: self.batch_dims], self.batch_dims > 0)
@@ -159,7 +174,7 @@ def _minus_identity(function: FlatFunction) -> FlatFunction:
     return lambda x, theta: [a - b for a, b in zip(x, function(x, theta), strict=True)]
 
 
-def _without_aux(function: Callable[..., Any]) -> Callable[..., Any]:
+def without_aux(function: Callable[..., Any]) -> Callable[..., Any]:
     def value_only(x: Any, *theta: Any) -> Any:
         result = function(x, *theta)
         if not isinstance(result, tuple) or len(result) != 2:
@@ -171,7 +186,7 @@ def _without_aux(function: Callable[..., Any]) -> Callable[..., Any]:
     return value_only
 
 
-def _check_init(leaves: Sequence[Any], names: Sequence[str], batch_dims: int) -> None:
+def check_init(leaves: Sequence[Any], names: Sequence[str], batch_dims: int) -> None:
     if not leaves:
         raise ValueError("init has no leaves: pass a tensor or a pytree of tensors.")
     for leaf, name in zip(leaves, names, strict=True):

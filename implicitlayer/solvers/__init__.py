@@ -1,7 +1,32 @@
 """Inner solvers that obey the solver protocol ``solver(objective, init, *theta) -> x``."""
 
+from implicitlayer.solvers._accelerated_gradient import AcceleratedGradient
+from implicitlayer.solvers._anderson import AndersonAcceleration
 from implicitlayer.solvers._gradient_descent import GradientDescent
+from implicitlayer.solvers._interior_point import OSQP, Clarabel, InteriorPoint
+from implicitlayer.solvers._lbfgs import LBFGS
+from implicitlayer.solvers._newton_cg import NewtonCG
+from implicitlayer.solvers._newton_root import Broyden, Newton
+from implicitlayer.solvers._progress import Iteration
+from implicitlayer.solvers._projected_gradient import ProjectedGradient
+from implicitlayer.solvers._proximal_gradient import ProximalGradient
 from implicitlayer.solvers._scipy import SciPyMinimize
 from implicitlayer.solvers._torch_optimizer import TorchOptimizer
 
-__all__ = ["GradientDescent", "SciPyMinimize", "TorchOptimizer"]
+__all__ = [
+    "LBFGS",
+    "OSQP",
+    "AcceleratedGradient",
+    "AndersonAcceleration",
+    "Broyden",
+    "Clarabel",
+    "GradientDescent",
+    "InteriorPoint",
+    "Iteration",
+    "Newton",
+    "NewtonCG",
+    "ProjectedGradient",
+    "ProximalGradient",
+    "SciPyMinimize",
+    "TorchOptimizer",
+]

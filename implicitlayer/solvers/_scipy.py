@@ -11,6 +11,7 @@ import torch
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
 from implicitlayer._tree import flatten, ravel, unflatten, unravel
+from implicitlayer.solvers._scipy_limits import bounds_of_layer, constraints_of_layer, refuse_hidden_limits
 
 __all__ = ["SciPyMinimize"]
 
@@ -24,6 +25,12 @@ class SciPyMinimize(RecordingSolver):
     Derivative-free methods (Nelder-Mead, Powell, COBYLA, COBYQA) see values only. Methods that use Hessian-vector
     products (Newton-CG, trust-ncg, trust-krylov, trust-constr) get them from autograd.
 
+    In a layer with ``constraint=il.sets.Box(lower, upper)`` (or ``NonNegative``, or one per part of x) the bounds come
+    from there; in one of ``il.constrained_argmin``, the equations and inequalities (SLSQP, trust-constr, COBYLA,
+    COBYQA), unless ``constraints`` are given here. In an unconstrained layer, bounds and constraints that are given
+    here are SciPy's alone: the layer would take an answer that rests on them for a bad solution, so that is an error.
+    Where none of them holds the answer, they are harmless.
+
     Args:
         method: as in SciPy.
         tol: as in SciPy; the meaning depends on the method.
@@ -32,6 +39,9 @@ class SciPyMinimize(RecordingSolver):
 
     Raises:
         ImportError: SciPy is missing; ``pip install "implicitlayer[scipy]"``.
+        StationarityError: in a layer, an answer that rests on bounds or constraints that only this solver knows.
+        TypeError, ValueError: a layer's constraint that is no box, a method without bounds or without constraints,
+            bounds from both sides.
 
     Example:
         >>> import torch, implicitlayer as il
@@ -53,6 +63,16 @@ class SciPyMinimize(RecordingSolver):
 
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         """The same, with status, step count and SciPy's message; ``aux`` is SciPy's ``OptimizeResult``."""
+        result = self._minimize(objective, init, *theta)
+        if not hasattr(objective, "inequality_vector"):  # il.constrained_argmin judges the answer itself
+            refuse_hidden_limits(result.aux.x, self.settings, self.method)
+        return result
+
+    def __call__(self, objective: Callable[..., Any], init: Any, *theta: Any) -> Any:
+        """Outside of a layer there is nothing to differentiate, and an answer may rest on SciPy's own bounds."""
+        return self._minimize(objective, init, *theta).value
+
+    def _minimize(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         try:
             from scipy import optimize
         except ImportError as error:
@@ -89,6 +109,17 @@ class SciPyMinimize(RecordingSolver):
                 return float(objective(unflatten(points(flat), spec), *theta))
 
         settings = dict(self.settings)
+        bounds = bounds_of_layer(objective, self.method, init, theta)
+        if bounds is not None:
+            if settings.get("bounds") is not None:
+                raise ValueError(
+                    "bounds= of SciPyMinimize beside constraint= of the layer: which one? Leave out bounds=."
+                )
+            settings["bounds"] = bounds
+        if settings.get("constraints") is None:
+            constraints = constraints_of_layer(objective, self.method, leaves, spec, theta)
+            if constraints:
+                settings["constraints"] = constraints
         with_gradient = self.method.lower() not in _DERIVATIVE_FREE
         if self.method.lower() in _NEEDS_HESSIAN:
             settings.setdefault("hessp", hessian_product)

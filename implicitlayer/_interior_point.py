@@ -1,0 +1,343 @@
+"""A primal-dual interior-point method for dense convex quadratic programs, many at a time."""
+
+# Legend: n unknowns, e equations, m inequalities, B lanes (independent programs).
+#     minimise 1/2 x'Qx + p'x   subject to   A x = b,   G x + s = h,   s >= 0;   multipliers y of the equations, z >= 0.
+# Conditions of optimality, as residuals:
+#     r_x = Q x + p + A'y + G'z,   r_y = A x - b,   r_s = G x + s - h,   s_i z_i = 0.
+# Newton's step for s_i z_i = t_i instead of zero, with r_c = s z - t and W = diag(z / s):
+#     ds = -r_s - G dx,     dz = W G dx + (z r_s - r_c) / s,
+#     [Q + G'W G   A'] [dx]   [-r_x - G'((z r_s - r_c) / s)]
+#     [A           0 ] [dy] = [-r_y                        ]
+# Mehrotra: a step for t = 0 tells how much of the mean mu = s'z / m can be removed, sigma = (mu_affine / mu)^3; the
+# second step, with the same factors, aims at t = sigma mu - a^2 ds dz of the first, where a is the length that the
+# first could have. (With ds dz itself, as in the paper, about one random program in a hundred runs in a cycle of short
+# steps.)
+#
+# NOTE [certificates]: let v = A'y + G'z and t = -(b'y + h'z) > 0 with z >= 0. For every feasible x and its s = h - Gx,
+# b'y + h'z = x'v + s'z >= -||x|| ||v||, so ||x|| >= t / ||v||: no feasible point is smaller. Likewise let
+# d be a direction with p'd < 0. With any optimal (x, y, z), -p'd = d'Qx + y'Ad + z'Gd
+# <= ||Qd|| ||x|| + ||y|| ||Ad|| + ||z||_1 max(Gd)+: a solution would have to be as large as the ratio of the two sides.
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["ProgramStatus", "QuadraticSolution", "interior_point"]
+
+_FARTHEST = 1e8  # solutions this many times larger than the data suggest do not exist
+_FAR = 1e4  # the same for a lane that has found no solution either
+_TO_BOUNDARY = 0.995  # part of the way to the boundary that a step may go
+_SHIFT = 1e-13  # on the diagonals, relative to entries of size 1: keeps the factors of singular systems finite
+_NEARLY = 1e-6  # a lane that ends below this error has a solution: rounding stopped it, or the step limit
+_PATIENCE = 8  # steps without an improvement after which a lane has reached what rounding allows
+
+
+class ProgramStatus(enum.IntEnum):
+    """How a quadratic program ended; ``help`` says what to do about it."""
+
+    SOLVED = 0
+    MAX_STEPS_REACHED = 1
+    INFEASIBLE = 2
+    UNBOUNDED = 3
+    NONFINITE = 4
+
+    @property
+    def help(self) -> str:
+        """One or two sentences: what happened and what to do."""
+        return _HELP[self]
+
+
+_HELP = {
+    ProgramStatus.SOLVED: "The optimality conditions hold to the tolerance.",
+    ProgramStatus.MAX_STEPS_REACHED: (
+        "The optimality conditions do not hold to the tolerance. Scale the data (entries of very different size), "
+        "remove redundant constraints, raise max_steps, or pass another solver."
+    ),
+    ProgramStatus.INFEASIBLE: (
+        "No x satisfies all constraints. Loosen h, check signs (G x <= h) and that A x = b can hold."
+    ),
+    ProgramStatus.UNBOUNDED: (
+        "The objective falls without end inside the constraints. Bound x, or make Q positive definite."
+    ),
+    ProgramStatus.NONFINITE: (
+        "The data hold NaN or Inf. Leave a constraint out in place of giving it an infinite bound."
+    ),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class QuadraticSolution:
+    """Solutions of quadratic programs and how each lane ended.
+
+    Attributes:
+        x: [*lanes, n].
+        equality: y, [*lanes, e], multipliers of ``A x = b``.
+        inequality: z >= 0, [*lanes, m], multipliers of ``G x <= h``.
+        codes: int [*lanes], a :class:`ProgramStatus` per lane.
+        steps: int [*lanes], factorisations used.
+        error: [*lanes], largest violation of an optimality condition, relative to the size of its terms.
+    """
+
+    x: torch.Tensor
+    equality: torch.Tensor
+    inequality: torch.Tensor
+    codes: torch.Tensor
+    steps: torch.Tensor
+    error: torch.Tensor
+
+
+Data = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def interior_point(data: Data, rtol: float = 1e-9, max_steps: int = 60) -> QuadraticSolution:
+    """Solve every lane of ``data``: Q [*lanes, n, n], p [*lanes, n], A [*lanes, e, n], b, G [*lanes, m, n], h; float64.
+
+    A lane is frozen when all conditions hold to ``rtol`` of the size of their terms, when a certificate shows that it
+    has no solution, or when rounding stops its progress; the others go on.
+    """
+    lanes = data[1].shape[:-1]
+    flat: Data = tuple(t.reshape(lanes.numel(), *t.shape[len(lanes) :]) for t in data)  # type: ignore[assignment]
+    finite = torch.stack([t.isfinite().flatten(1).all(-1) for t in flat]).all(0)
+    unit, program = _normalise(tuple(torch.where(_like(finite, t), t, 0.0) for t in flat))  # type: ignore[arg-type]
+    found = _iterate(program, rtol, max_steps)
+    codes = found.codes
+    lost = (codes == int(ProgramStatus.MAX_STEPS_REACHED)) & (found.error > _NEARLY)
+    if bool(lost.any()):
+        codes = codes.clone()
+        codes[lost] = _why(tuple(t[lost] for t in program), rtol, max_steps)  # type: ignore[arg-type]
+    x, y, z = unit.restore(found.x, found.equality, found.inequality)
+    codes = torch.where(finite, codes, int(ProgramStatus.NONFINITE))
+    parts = (x, y, z, codes, found.steps, found.error)
+    return QuadraticSolution(*(t.reshape((*lanes, *t.shape[1:])) for t in parts))
+
+
+def _like(mask: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    return mask.reshape(-1, *[1] * (tensor.ndim - 1))
+
+
+def _largest(tensor: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude per lane, [B]; zero where there are no entries."""
+    flat = tensor.flatten(1)
+    return flat.abs().amax(-1) if flat.shape[-1] else flat.new_zeros(flat.shape[0])
+
+
+@dataclass(frozen=True, eq=False)
+class _Unit:
+    """x = size x~, rows divided by their norms, the objective by ``cost``: no scale of the data matters."""
+
+    size: torch.Tensor
+    cost: torch.Tensor
+    rows_equality: torch.Tensor
+    rows_inequality: torch.Tensor
+
+    def restore(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        size, cost = self.size[:, None], self.cost[:, None]
+        return x * size, y * cost / (size * self.rows_equality), z * cost / (size * self.rows_inequality)
+
+
+def _normalise(data: Data) -> tuple[_Unit, Data]:
+    Q, p, A, b, G, h = data
+    Q = (Q + Q.mT) / 2
+    rows = [torch.linalg.vector_norm(t, dim=-1) for t in (A, G)]
+    equality, inequality = (torch.where(r > 0, r, 1.0) for r in rows)
+    A, b, G, h = A / equality[..., None], b / equality, G / inequality[..., None], h / inequality
+    largest_q, largest_p = _largest(Q), _largest(p)
+    size = torch.maximum(_largest(b), _largest(h))
+    without = torch.where((largest_q > 0) & (largest_p > 0), largest_p / largest_q, 1.0)
+    size = torch.where(size > 0, size, torch.where(without > 0, without, 1.0))
+    Q, p = Q * (size**2)[:, None, None], p * size[:, None]
+    cost = torch.maximum(_largest(Q), _largest(p))
+    cost = torch.where(cost > 0, cost, 1.0)
+    unit = _Unit(size, cost, equality, inequality)
+    return unit, (Q / cost[:, None, None], p / cost[:, None], A, b / size[:, None], G, h / size[:, None])
+
+
+@dataclass(frozen=True, eq=False)
+class _Point:
+    x: torch.Tensor
+    y: torch.Tensor
+    z: torch.Tensor
+    s: torch.Tensor
+
+    def moved(self, step: _Point, length: torch.Tensor) -> _Point:
+        a = length[:, None]
+        return _Point(self.x + a * step.x, self.y + a * step.y, self.z + a * step.z, self.s + a * step.s)
+
+    def where(self, mask: torch.Tensor, other: _Point) -> _Point:
+        pairs = zip((self.x, self.y, self.z, self.s), (other.x, other.y, other.z, other.s), strict=True)
+        return _Point(*(torch.where(mask[:, None], a, b) for a, b in pairs))
+
+
+def _times(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    return (matrix @ vector[..., None])[..., 0]
+
+
+def _iterate(data: Data, rtol: float, max_steps: int) -> QuadraticSolution:
+    _, p, _, b, _, h = data
+    lanes, m = p.shape[0], h.shape[-1]
+    ones = torch.ones_like(h)
+    start = _Newton(data, ones).solve(p, -b, -h, torch.zeros_like(h), ones, ones)
+    # The start minimises 1/2 x'Qx + p'x + 1/2 ||s||^2 under the equations; its s = -z is then moved inside.
+    slack = -start.z
+    point = _Point(start.x, start.y, _inside(-slack), _inside(slack))
+    best, best_error = point, torch.full_like(p[:, 0], torch.inf)
+    codes = torch.full((lanes,), int(ProgramStatus.MAX_STEPS_REACHED), device=p.device)
+    steps, since = torch.zeros_like(codes), torch.zeros_like(codes)
+    running = torch.ones_like(codes, dtype=torch.bool)
+    for step in range(max_steps + 1):
+        r_x, r_y, r_s, error = _residuals(data, point)
+        better = running & (error < best_error)
+        best, best_error = point.where(better, best), torch.where(better, error, best_error)
+        since = torch.where(better, 0, since + 1)
+        infeasible, unbounded = _certificates(data, point)
+        codes = torch.where(running & unbounded, int(ProgramStatus.UNBOUNDED), codes)
+        codes = torch.where(running & infeasible, int(ProgramStatus.INFEASIBLE), codes)
+        codes = torch.where(running & (error <= rtol), int(ProgramStatus.SOLVED), codes)
+        running = running & (error > rtol) & ~infeasible & ~unbounded & (since < _PATIENCE)
+        if step == max_steps or not bool(running.any()):
+            break
+        newton = _Newton(data, point.z / point.s)
+        product = point.s * point.z
+        first = newton.solve(r_x, r_y, r_s, product, point.z, point.s)
+        mean = product.sum(-1) / max(m, 1)
+        length = _length(point, first, 1.0)
+        moved = point.moved(first, length)
+        sigma = ((moved.s * moved.z).sum(-1) / max(m, 1) / torch.where(mean > 0, mean, 1.0)) ** 3
+        target = product + (length**2)[:, None] * first.s * first.z - (sigma.clamp(0, 1) * mean)[:, None]
+        second = newton.solve(r_x, r_y, r_s, target, point.z, point.s)
+        point = point.moved(second, _length(point, second, _TO_BOUNDARY)).where(running, point)
+        steps = torch.where(running, steps + 1, steps)
+    return QuadraticSolution(best.x, best.y, best.z, codes, steps, best_error)
+
+
+def _inside(values: torch.Tensor) -> torch.Tensor:
+    """The vector moved by one number per lane until all entries are positive, if they are not."""
+    if not values.shape[-1]:
+        return values
+    lowest = values.amin(-1, keepdim=True)
+    return torch.where(lowest > 1e-3, values, values - lowest + 1.0)
+
+
+def _length(point: _Point, step: _Point, part: float) -> torch.Tensor:
+    """Largest step of at most 1 that goes ``part`` of the way to the boundary of s, z >= 0."""
+    values, changes = torch.cat([point.s, point.z], -1), torch.cat([step.s, step.z], -1)
+    if not values.shape[-1]:
+        return point.x.new_ones(point.x.shape[0])
+    ratio = torch.where(changes < 0, -values / torch.where(changes < 0, changes, -1.0), torch.inf)
+    return (part * ratio.amin(-1)).clamp(max=1.0)
+
+
+def _residuals(data: Data, at: _Point) -> tuple[torch.Tensor, ...]:
+    """r_x, r_y, r_s, and the largest violation relative to the size of the terms."""
+    Q, p, A, b, G, h = data
+    Qx, Ay, Gz, Ax, Gx = _times(Q, at.x), _times(A.mT, at.y), _times(G.mT, at.z), _times(A, at.x), _times(G, at.x)
+    r_x, r_y, r_s = Qx + p + Ay + Gz, Ax - b, Gx + at.s - h
+    gap = (at.s * at.z).sum(-1)
+    value = torch.stack([(at.x * Qx).sum(-1), (p * at.x).sum(-1), (b * at.y).sum(-1), (h * at.z).sum(-1)]).abs().amax(0)
+
+    def relative(residual: torch.Tensor, *terms: torch.Tensor) -> torch.Tensor:
+        return residual / (torch.stack([_largest(t) for t in terms]).amax(0) + 1e-3)
+
+    errors = [
+        relative(_largest(r_x), Qx, p, Ay, Gz),
+        relative(_largest(r_y), Ax, b),
+        relative(_largest(r_s), Gx, h),
+        gap / (value + 1e-3),
+    ]
+    return r_x, r_y, r_s, torch.stack(errors).amax(0).nan_to_num(torch.inf)
+
+
+def _certificates(data: Data, at: _Point, farthest: float = _FARTHEST) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lanes that are infeasible, lanes that are unbounded; see NOTE [certificates]."""
+    Q, p, A, b, G, h = data
+    by, hz = b * at.y, h * at.z
+    t = -(by.sum(-1) + hz.sum(-1))
+    sure = t > 1e-8 * (by.abs().sum(-1) + hz.abs().sum(-1))
+    v = torch.linalg.vector_norm(_times(A.mT, at.y) + _times(G.mT, at.z), dim=-1)
+    infeasible = (t > farthest * v) & sure
+    slope = -(p * at.x).sum(-1)
+    against = torch.stack(
+        [_largest(_times(Q, at.x)), _largest(_times(A, at.x)), _largest(_times(G, at.x).clamp(min=0))]
+    )
+    steep = slope > 1e-8 * (p * at.x).abs().sum(-1)
+    unbounded = (slope > farthest * against.amax(0)) & steep
+    return infeasible, unbounded
+
+
+def _why(data: Data, rtol: float, max_steps: int) -> torch.Tensor:
+    """Codes of lanes that did not come near a solution: two programs that have one tell if there is a certificate.
+
+    The smallest violation, min v + tiny ||x||^2 / 2 under A x - b in [-v, v], G x - h <= v, v >= 0, has multipliers
+    that prove that no x is feasible, if none is. The steepest direction, min p'd under Q d = 0, A d = 0, G d <= 0 and
+    -1 <= d <= 1, shows whether the objective falls for ever.
+    """
+    Q, p, A, b, G, h = data
+    lanes, n, e, m = p.shape[0], p.shape[-1], b.shape[-1], h.shape[-1]
+    column, zero, one = p.new_ones(lanes, 1), p.new_zeros(lanes, n), torch.eye(n, dtype=p.dtype, device=p.device)
+    rows = torch.cat([A, -A, G, p.new_zeros(lanes, 1, n)], -2)
+    relaxed: Data = (
+        torch.diag_embed(torch.cat([zero + 1e-10, 0 * column], -1)),
+        torch.cat([zero, column], -1),
+        p.new_zeros(lanes, 0, n + 1),
+        p.new_zeros(lanes, 0),
+        torch.cat([rows, -p.new_ones(lanes, 2 * e + m + 1, 1)], -1),
+        torch.cat([b, -b, h, 0 * column], -1),
+    )
+    z = _iterate(relaxed, rtol, max_steps).inequality
+    proof = _Point(zero, z[:, :e] - z[:, e : 2 * e], z[:, 2 * e : 2 * e + m], torch.zeros_like(h))
+    infeasible, _ = _certificates(data, proof, _FAR)
+    box = one.expand(lanes, n, n)
+    falling: Data = (
+        torch.zeros_like(Q),
+        p,
+        torch.cat([Q, A], -2),
+        p.new_zeros(lanes, n + e),
+        torch.cat([G, box, -box], -2),
+        torch.cat([torch.zeros_like(h), p.new_ones(lanes, 2 * n)], -1),
+    )
+    direction = _iterate(falling, rtol, max_steps).x
+    _, unbounded = _certificates(
+        data, _Point(direction, torch.zeros_like(b), torch.zeros_like(h), torch.zeros_like(h)), _FAR
+    )
+    codes = torch.where(unbounded, int(ProgramStatus.UNBOUNDED), int(ProgramStatus.MAX_STEPS_REACHED))
+    return torch.where(infeasible, int(ProgramStatus.INFEASIBLE), codes)
+
+
+class _Newton:
+    """The factors of one step's matrix and solves with them."""
+
+    def __init__(self, data: Data, weights: torch.Tensor) -> None:
+        Q, p, A, _, G, _ = data
+        self.A, self.G, self.n = A, G, p.shape[-1]
+        matrix = Q + G.mT @ (weights[..., None] * G)
+        shift = torch.diag_embed(torch.full_like(p, _SHIFT))
+        self.cholesky = False
+        if not A.shape[-2]:
+            self.factor, info = torch.linalg.cholesky_ex(matrix + shift)
+            self.cholesky = bool((info == 0).all())
+        if not self.cholesky:
+            below = torch.diag_embed(A.new_full(A.shape[:-1], -_SHIFT))
+            full = torch.cat([torch.cat([matrix + shift, A.mT], -1), torch.cat([A, below], -1)], -2)
+            self.factor, self.pivots, _ = torch.linalg.lu_factor_ex(full)
+
+    def solve(
+        self,
+        r_x: torch.Tensor,
+        r_y: torch.Tensor,
+        r_s: torch.Tensor,
+        r_c: torch.Tensor,
+        z: torch.Tensor,
+        s: torch.Tensor,
+    ) -> _Point:
+        shifted = (z * r_s - r_c) / s
+        rhs = torch.cat([-r_x - _times(self.G.mT, shifted), -r_y], -1)[..., None]
+        if self.cholesky:
+            found = torch.cholesky_solve(rhs, self.factor)[..., 0]
+        else:
+            found = torch.linalg.lu_solve(self.factor, self.pivots, rhs)[..., 0]
+        dx, dy = found[:, : self.n], found[:, self.n :]
+        Gdx = _times(self.G, dx)
+        return _Point(dx, dy, z / s * Gdx + shifted, -r_s - Gdx)

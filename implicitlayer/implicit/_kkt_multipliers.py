@@ -1,0 +1,63 @@
+"""Multipliers of a solution that came without them: least squares on the stationarity condition, some non-negative."""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["multipliers"]
+
+
+def multipliers(
+    gradient: torch.Tensor, rows_h: torch.Tensor, rows_g: torch.Tensor, near: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(lambda, mu) minimising ``||gradient + rows_h' lambda + rows_g' mu||`` with mu >= 0, and mu = 0 unless near.
+
+    One problem: gradient [n], rows_h [e, n], rows_g [m, n], near bool [m]. Of several lambda the smallest is taken.
+    """
+    # Rows of length one: what is fitted does not depend on the units of a constraint.
+    h_norms, g_norms = (torch.linalg.vector_norm(rows, dim=-1) for rows in (rows_h, rows_g))
+    h_norms, g_norms = torch.where(h_norms > 0, h_norms, 1.0), torch.where(g_norms > 0, g_norms, 1.0)
+    equations = (rows_h / h_norms[:, None]).mT
+    forces = (rows_g / g_norms[:, None])[near].mT
+    inverse = torch.linalg.pinv(equations) if equations.shape[-1] else equations.mT
+    project = lambda v: v - equations @ (inverse @ v)  # noqa: E731  (the part that no lambda can balance)
+    mu = torch.zeros_like(g_norms)
+    mu[near] = nonnegative_least_squares(project(forces), -project(gradient))
+    lam = -inverse @ (gradient + forces @ mu[near])
+    return lam / h_norms, mu / g_norms
+
+
+def nonnegative_least_squares(matrix: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
+    """u >= 0 minimising ``||matrix u - rhs||``; matrix [n, k], rhs [n].
+
+    Source: C. L. Lawson and R. J. Hanson, Solving Least Squares Problems (1974), chapter 23. A column whose entry comes
+    out non-positive when it is let in is left out for good: rounding would let it in again and again.
+    """
+    k = matrix.shape[-1]
+    u = rhs.new_zeros(k)
+    if not k:
+        return u
+    inside = torch.zeros(k, dtype=torch.bool, device=rhs.device)
+    barred = torch.zeros_like(inside)
+    noise = 16 * (k + matrix.shape[0]) * torch.finfo(rhs.dtype).eps * torch.linalg.vector_norm(rhs)
+    for _ in range(3 * k):
+        pull = torch.where(inside | barred, -torch.inf, matrix.mT @ (rhs - matrix @ u))
+        newest = int(pull.argmax())
+        if not pull[newest] > noise:
+            break
+        inside[newest] = True
+        for _ in range(k):
+            fit = torch.zeros_like(u)
+            fit[inside] = torch.linalg.pinv(matrix[:, inside]) @ rhs
+            negative = inside & (fit <= 0)
+            if not bool(negative.any()):
+                u = fit
+                break
+            if bool(negative[newest]) and u[newest] == 0:
+                inside[newest], barred[newest] = False, True
+                break
+            part = (u[negative] / (u[negative] - fit[negative])).min()
+            u = u + part * (fit - u)
+            inside &= u > noise * torch.finfo(rhs.dtype).eps
+            u = torch.where(inside, u, 0.0)
+    return u

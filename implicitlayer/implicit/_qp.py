@@ -1,0 +1,192 @@
+"""``il.qp``: convex quadratic programs as a layer, many at a time, differentiable in all their data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from implicitlayer._surroundings import outside_compiled_code
+from implicitlayer._types import OnFailure
+from implicitlayer.implicit._kkt import AtKink, KktLayer, Multipliers
+from implicitlayer.implicit._kkt_active import Tolerances
+from implicitlayer.implicit._kkt_lagrangian import Unknowns
+from implicitlayer.implicit._kkt_linear import KktSolver
+from implicitlayer.implicit._qp_solve import QuadraticSolver
+
+__all__ = ["qp"]
+
+# How many dimensions of each argument belong to one program.
+_RANKS = {"Q": 2, "p": 1, "A": 2, "b": 1, "G": 2, "h": 1}
+
+
+@outside_compiled_code
+def qp(
+    Q: torch.Tensor,
+    p: torch.Tensor,
+    A: torch.Tensor | None = None,
+    b: torch.Tensor | None = None,
+    G: torch.Tensor | None = None,
+    h: torch.Tensor | None = None,
+    *,
+    solver: Callable[..., Any] | None = None,
+    linear_solver: Callable[..., Any] | None = None,
+    return_multipliers: bool = False,
+    on_failure: OnFailure = "warn",
+    active_rtol: float = 1e-8,
+    at_kink: AtKink = "inactive",
+) -> Any:
+    """The x that minimises ``1/2 x'Qx + p'x`` subject to ``A x = b`` and ``G x <= h``, differentiable in all six.
+
+    Solved by an interior-point method, then exactly for the active inequalities as equations (one factorisation, which
+    the derivatives use again). Derivatives are those of the conditions of optimality with that active set, to every
+    order and in both modes; where an inequality is at its border with a zero multiplier the solution has a kink, and
+    they are those of one side. What is known of the solve is in :func:`diagnostics` (``record.active_set``).
+
+    Args:
+        Q: [*batch, n, n], symmetric positive semidefinite (its symmetric part is used); p: [*batch, n].
+        A: [*batch, e, n], b: [*batch, e]; both or neither.
+        G: [*batch, m, n], h: [*batch, m]; both or neither. Entries are finite: leave a missing bound out.
+            Leading dimensions are broadcast: an argument without them is shared by all programs, and its gradient is
+            the sum over them.
+        solver: ``solver(Q, p, A, b, G, h) -> x`` or ``(x, (y, z))`` with multipliers y of the equations and z >= 0 of
+        the
+            inequalities; called program by program, or once with all of them if it declares ``batched = True``.
+            Default: the interior-point method of :class:`il.solvers.InteriorPoint`.
+        linear_solver: of the derivatives; default a dense symmetric indefinite solve.
+        return_multipliers: return ``(x, Multipliers(equality, inequality))``, all differentiable.
+        on_failure: ``"warn"``, ``"raise"`` or ``"ignore"``, as in :func:`constrained_argmin`. A program without a
+            solution is an error under every policy.
+        active_rtol: distance from a border, relative to the size of x, and force of a border, relative to the terms of
+            the gradient, that count as zero.
+        at_kink: what an inequality at a kink counts as for derivatives: ``"inactive"`` or ``"active"``.
+
+    Returns:
+        x [*batch, n].
+
+    Raises:
+        InfeasibleError, UnboundedError: no x satisfies the constraints; the objective has no smallest value.
+        IndefiniteError: Q is not positive semidefinite. NotConvergedError: no answer to 1e-6.
+        NonFiniteError: NaN or Inf in the data. All of these name the lanes.
+
+    Source: B. Amos and J. Z. Kolter, OptNet, ICML 2017 (arXiv:1703.00443). Difference from qpth: the active set is
+    taken to be exact in place of the interior point's last scaling, shared arguments sum their gradients, programs
+    without a solution are errors, kinks are told, all orders of derivative.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> point = torch.tensor([0.9, 0.7, -2.0], dtype=torch.float64, requires_grad=True)
+        >>> eye, ones = torch.eye(3).double(), torch.ones(1, 3).double()
+        >>> x = il.qp(eye, -point, ones, ones[:, 0], -eye, torch.zeros(3).double())  # projection onto the simplex
+        >>> [round(v, 12) for v in x.tolist()]
+        [0.6, 0.4, 0.0]
+        >>> x[0].backward()  # the mean of the support is taken off
+        >>> [round(v, 12) + 0.0 for v in point.grad.tolist()]
+        [0.5, -0.5, 0.0]
+    """
+    batch, (Q, p, A, b, G, h) = _checked({"Q": Q, "p": p, "A": A, "b": b, "G": G, "h": h})
+    tolerances = Tolerances(stationarity_rtol=1e-6, active_rtol=active_rtol)
+    if at_kink not in ("inactive", "active"):
+        raise ValueError(f"at_kink={at_kink!r} must be 'inactive' or 'active'.")
+    n, e, m = p.shape[-1], b.shape[-1], h.shape[-1]
+    solve = QuadraticSolver(solver, tolerances, at_kink == "active", on_failure)
+    layer = KktLayer(
+        _scalar,
+        solve,
+        linear_solver if linear_solver is not None else KktSolver(n, e, m, prepared=solve.prepared),
+        "argmin",
+        False,
+        False,
+        on_failure,
+        None,
+        0,
+        len(batch),
+        found=solve.found,
+        tolerances=tolerances,
+    )
+    zeros = [torch.zeros(*batch, k, dtype=p.dtype, device=p.device) for k in (n, e, m)]
+    start = Unknowns(zeros[0], zeros[1], zeros[2], torch.ones_like(zeros[2]))
+    z = layer(start, *_on_all_levels((Q, p, A, b, G, h)))
+    return (z.x, Multipliers(z.equality, z.inequality)) if return_multipliers else z.x
+
+
+def _scalar(
+    z: Unknowns, Q: torch.Tensor, p: torch.Tensor, A: torch.Tensor, b: torch.Tensor, G: torch.Tensor, h: torch.Tensor
+) -> torch.Tensor:
+    """The scalar of the layer, one number per program; NOTE [the scalar] in ``_kkt_lagrangian``."""
+    held = z.held.detach()
+    x = z.x[..., None]
+    value: torch.Tensor = (z.x * (0.5 * (Q @ x)[..., 0] + p)).sum(-1)
+    if A.shape[-2]:
+        value = value + (z.equality * ((A @ x)[..., 0] - b)).sum(-1)
+    if G.shape[-2]:
+        value = value + (held * z.inequality * ((G @ x)[..., 0] - h)).sum(-1)
+        value = value - 0.5 * ((1 - held) * z.inequality * z.inequality).sum(-1)
+        value = value + 0.5 * ((z.held - held) * (z.held - held)).sum(-1)
+    return value
+
+
+def _checked(given: dict[str, torch.Tensor | None]) -> tuple[torch.Size, tuple[torch.Tensor, ...]]:
+    """The batch dimensions, and all six with as many leading dimensions (of size one where they are shared)."""
+    for name, tensor in given.items():
+        if tensor is None and name not in ("Q", "p"):
+            continue
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a real floating tensor, got {kind}. Use torch.as_tensor(..., dtype=...).")
+    Q, p = given["Q"], given["p"]
+    assert Q is not None and p is not None
+    for matrix, vector in (("A", "b"), ("G", "h")):
+        if (given[matrix] is None) != (given[vector] is None):
+            raise ValueError(f"{matrix} and {vector} belong together: give both or neither.")
+        if given[matrix] is None:
+            given = {**given, matrix: p.new_zeros(0, p.shape[-1] if p.ndim else 0), vector: p.new_zeros(0)}
+    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
+    for name, tensor in tensors.items():
+        if tensor.dtype != p.dtype or tensor.device != p.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}, but p is {p.dtype} on {p.device}. Bring all arguments "
+                "to one dtype and device; float64 is recommended."
+            )
+        if tensor.ndim < _RANKS[name]:
+            raise ValueError(
+                f"{name} needs {_RANKS[name]} dimensions after those of the batch, got shape {_shape(tensor)}."
+            )
+    n = p.shape[-1]
+    if not n:
+        raise ValueError(f"p must have at least one entry per program, got shape {_shape(p)}.")
+    expected = {"Q": (n, n), "A": (tensors["b"].shape[-1], n), "G": (tensors["h"].shape[-1], n)}
+    for name, shape in expected.items():
+        if tensors[name].shape[-2:] != shape:
+            raise ValueError(
+                f"{name} must end in dimensions {shape} to fit p and its right-hand side, got shape "
+                f"{_shape(tensors[name])} with p {_shape(p)}."
+            )
+    leading = {name: tensor.shape[: tensor.ndim - _RANKS[name]] for name, tensor in tensors.items()}
+    try:
+        batch = torch.broadcast_shapes(*leading.values())
+    except RuntimeError:
+        shapes = {name: tuple(shape) for name, shape in leading.items()}
+        raise ValueError(f"the batch dimensions do not fit together: {shapes}. They are broadcast.") from None
+    k = len(batch)
+    return batch, tuple(
+        tensor.reshape(*[1] * (k - len(leading[name])), *tensor.shape) for name, tensor in tensors.items()
+    )
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def _on_all_levels(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors, each with the lanes of every vmap level that one of them has.
+
+    The solver sees the data with the lanes of all levels in front; it could not tell which level a lane belongs to if
+    an argument had some of them only.
+    """
+    if not torch._C._are_functorch_transforms_active():
+        return list(tensors)
+    zeros = [torch.zeros_like(t.detach().reshape(-1)[:1]).sum() for t in tensors]
+    zero = torch.stack(zeros).sum()
+    return [t + zero for t in tensors]

@@ -1,0 +1,109 @@
+"""Bounds on every entry."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from implicitlayer._tree import flatten, unflatten
+from implicitlayer._types import Leaves
+from implicitlayer.sets._term import ProximalTerm, check_entries, is_plain, joined, norm_of, spread
+
+__all__ = ["Box", "NonNegative"]
+
+
+@dataclass(frozen=True, eq=False)
+class Box(ProximalTerm):
+    """``lower <= x <= upper``, entry by entry.
+
+    The projection clamps; its derivative is 1 in x at a free entry, and 1 in the bound at an entry on that bound.
+
+    Args:
+        lower, upper: numbers, tensors that broadcast to every leaf of x, or pytrees like x of these, in units of x;
+            infinite where there is no bound. Equal bounds fix an entry. Tensors that require a gradient get one.
+
+    Raises:
+        ValueError: NaN, a lower bound above its upper one, a shape that does not broadcast to x.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> il.sets.Box(0.0, 1.0).project(torch.tensor([-1.0, 0.5, 3.0])).tolist()
+        [0.0, 0.5, 1.0]
+    """
+
+    lower: Any = -math.inf
+    upper: Any = math.inf
+
+    def __post_init__(self) -> None:
+        for name in ("lower", "upper"):
+            check_entries(getattr(self, name), name, "a number. Use infinity where there is no bound", _is_number)
+        below, above = flatten(self.lower)[0], flatten(self.upper)[0]
+        if len(below) == len(above):
+            for a, b in zip(below, above, strict=True):
+                if is_plain(a) and is_plain(b) and bool((torch.as_tensor(a) > torch.as_tensor(b)).any()):
+                    raise ValueError(f"lower={a} must not be above upper={b}: the box is empty.")
+
+    def _bounds(self, x: Any) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        lower, upper = spread(self.lower, x, "lower"), spread(self.upper, x, "upper")
+        return list(zip(flatten(x)[0], lower, upper, strict=True))
+
+    def project(self, y: Any, lane_dims: int = 0) -> Any:
+        """The nearest point of the box, in the structure of y."""
+        leaves = [torch.where(v <= lo, lo, torch.where(v >= hi, hi, v)) for v, lo, hi in self._bounds(y)]
+        return unflatten(leaves, flatten(y)[1])
+
+    def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
+        """The projection."""
+        return self.project(y, lane_dims)
+
+    def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
+        """Entries on a bound, and how far y is from changing sides; fixed entries have no kink."""
+        held: Leaves = []
+        margins: Leaves = []
+        for v, lo, hi in self._bounds(y):
+            held.append((v <= lo) | (v >= hi))
+            margins.append(torch.where(lo == hi, torch.inf, torch.minimum((v - lo).abs(), (v - hi).abs())))
+        spec = flatten(y)[1]
+        return unflatten(held, spec), unflatten(margins, spec)
+
+    def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
+        """Euclidean distance from the box, [*lanes]."""
+        over = [torch.relu(lo - v) + torch.relu(v - hi) for v, lo, hi in self._bounds(x)]
+        return norm_of(joined(over, lane_dims))
+
+
+@dataclass(frozen=True, eq=False)
+class NonNegative(ProximalTerm):
+    """``x >= 0``, entry by entry.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> il.sets.NonNegative().project(torch.tensor([-1.0, 0.5])).tolist()
+        [0.0, 0.5]
+    """
+
+    def project(self, y: Any, lane_dims: int = 0) -> Any:
+        """The positive part, in the structure of y."""
+        return _POSITIVE.project(y, lane_dims)
+
+    def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
+        """The projection."""
+        return _POSITIVE.project(y, lane_dims)
+
+    def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
+        """Entries at zero, and how far y is from zero."""
+        return _POSITIVE.activity(y, step, lane_dims)
+
+    def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
+        """Norm of the negative part, [*lanes]."""
+        return _POSITIVE.violation(x, lane_dims)
+
+
+def _is_number(tensor: torch.Tensor) -> torch.Tensor:
+    return ~tensor.isnan()
+
+
+_POSITIVE = Box(0.0, math.inf)

@@ -1,0 +1,214 @@
+"""What sets and non-smooth regularisers have in common: a proximal operator, and terms for parts of a pytree."""
+
+# NOTE [proximal terms]: prox_s(y) = argmin_x  s r(x) + 1/2 ||x - y||^2. For a set, r is 0 inside and infinite outside,
+# and the prox is the projection, whatever s. Every prox is plain torch code that branches on values, so that autograd's
+# derivative of it is an element of its generalised Jacobian: the branch that was taken is the piece that is
+# differentiated. On the border of two pieces (a kink) the constrained side is taken.
+#
+# Lanes: the first ``lane_dims`` dimensions of every leaf enumerate independent problems; a term acts on each alone.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, ravel, tree_map, unflatten, unravel
+from implicitlayer._types import Leaves
+
+__all__ = ["PerPart", "ProximalTerm", "resolve"]
+
+
+class ProximalTerm:
+    """A set, or a convex term added to the objective, known by its proximal operator.
+
+    x and y are pytrees whose leaves have the same ``lane_dims`` leading lane dimensions; ``step`` has shape [*lanes].
+    """
+
+    def bind(self, theta: tuple[Any, ...]) -> ProximalTerm:
+        """The term at these thetas; itself, unless it is a function of them."""
+        return self
+
+    def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
+        """``argmin_x step * r(x) + 1/2 ||x - y||^2``, in the structure of y."""
+        raise NotImplementedError
+
+    def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
+        """What the term does at y = x - step * gradient: (mask of entries that it holds, distance of y from a kink).
+
+        Both in the structure of y. The distance is infinite where there is no kink, NaN where it is not known.
+        """
+        held = tree_map(lambda a, b: a != b, y, self.prox(y, step, lane_dims))
+        return held, tree_map(lambda a: torch.full_like(a, torch.nan), y)
+
+    def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
+        """How far x is from the set, tensor [*lanes]; zero for a term without constraints."""
+        lanes = flatten(x)[0][0]
+        zeros: torch.Tensor = lanes.new_zeros(lanes.shape[:lane_dims])
+        return zeros
+
+
+@dataclass(frozen=True, eq=False)
+class PerPart(ProximalTerm):
+    """One term for each part of the unknowns: a pytree of terms whose leaves stand for subtrees of x."""
+
+    terms: tuple[ProximalTerm | None, ...]
+    spec: TreeSpec
+
+    def bind(self, theta: tuple[Any, ...]) -> ProximalTerm:
+        """Every part at these thetas."""
+        return PerPart(tuple(None if t is None else t.bind(theta) for t in self.terms), self.spec)
+
+    def _parts(self, x: Any) -> list[Any]:
+        try:
+            parts: list[Any] = self.spec.flatten_up_to(x)
+        except ValueError as error:
+            raise ValueError(
+                f"a pytree of constraints must have the structure of x from the top down, got {self.spec} for x of "
+                f"structure {flatten(x)[1]}. Give every part of x an entry, None where it is free."
+            ) from error
+        return parts
+
+    def _join(self, parts: list[Any], x: Any) -> Any:
+        return unflatten(leaves_like(pytree.tree_unflatten(parts, self.spec), x, "the parts"), flatten(x)[1])
+
+    def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
+        """Each part by its own term."""
+        parts = zip(self.terms, self._parts(y), strict=True)
+        return self._join([p if t is None else t.prox(p, step, lane_dims) for t, p in parts], y)
+
+    def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
+        """Each part by its own term."""
+        held, margins = [], []
+        for term, part in zip(self.terms, self._parts(y), strict=True):
+            both = free(part) if term is None else term.activity(part, step, lane_dims)
+            held.append(both[0])
+            margins.append(both[1])
+        return self._join(held, y), self._join(margins, y)
+
+    def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
+        """The parts together."""
+        total = ProximalTerm.violation(self, x, lane_dims)
+        for term, part in zip(self.terms, self._parts(x), strict=True):
+            total = total if term is None else torch.hypot(total, term.violation(part, lane_dims))
+        return total
+
+
+def resolve(terms: Any, theta: tuple[Any, ...], name: str = "constraint") -> ProximalTerm:
+    """The term that ``terms`` stands for at ``theta``: a term, a pytree of terms and None, or a function of theta."""
+    if isinstance(terms, ProximalTerm):
+        return terms.bind(theta)
+    if callable(terms) and not isinstance(terms, type):
+        return resolve(terms(*theta), theta, name)
+    leaves, spec = flatten(terms)
+    wrong = [leaf for leaf in leaves if leaf is not None and not isinstance(leaf, ProximalTerm)]
+    if wrong or not leaves or all(leaf is None for leaf in leaves):
+        shown = wrong[0] if wrong else terms
+        shown = shown.__name__ if isinstance(shown, type) else type(shown).__name__
+        raise TypeError(
+            f"{name} must be a set or regulariser (such as il.sets.Box(0, 1) or il.L1(0.1)), a pytree of them, or a "
+            f"function of theta that returns one; got {shown}. Wrap a projection of your own in il.sets.Projection, a "
+            "proximal operator in il.Prox."
+        )
+    return PerPart(tuple(leaves), spec).bind(theta)
+
+
+def free(x: Any) -> tuple[Any, Any]:
+    """The activity of no term at all."""
+    return (
+        tree_map(lambda a: torch.zeros_like(a, dtype=torch.bool), x),
+        tree_map(lambda a: torch.full_like(a, torch.inf), x),
+    )
+
+
+def leaves_like(tree: Any, like: Any, name: str) -> list[Any]:
+    """Leaves of ``tree`` in the order of those of ``like``; the order of dictionary keys does not matter."""
+    leaves, spec = flatten(tree)
+    expected = flatten(like)[1]
+    if spec == expected:
+        return leaves
+    leaves, names = flatten_with_names(tree, "")
+    wanted = flatten_with_names(like, "")[1]
+    if sorted(names) != sorted(wanted):
+        raise ValueError(f"{name} must be one tensor or number, or have the structure of x: {expected}, got {spec}.")
+    by_name = dict(zip(names, leaves, strict=True))
+    return [by_name[key] for key in wanted]
+
+
+def spread(value: Any, x: Any, name: str) -> Leaves:
+    """One tensor per leaf of x that broadcasts to it: from one number or tensor for all, or a pytree like x."""
+    leaves = flatten(x)[0]
+    values = leaves_like(value, x, name) if isinstance(value, (dict, list, tuple)) else [value] * len(leaves)
+    result = []
+    for entry, leaf in zip(values, leaves, strict=True):
+        tensor = number_like(entry, leaf)
+        if tensor.ndim > leaf.ndim or any(
+            a not in (1, b) for a, b in zip(tensor.shape[::-1], leaf.shape[::-1], strict=False)
+        ):
+            raise ValueError(
+                f"{name} of shape {tuple(tensor.shape)} does not broadcast to a leaf of x of shape "
+                f"{tuple(leaf.shape)}. Give one number, or one per entry."
+            )
+        result.append(tensor)
+    return result
+
+
+def per_lane(value: Any, like: torch.Tensor, lane_dims: int, name: str) -> torch.Tensor:
+    """A number for the whole problem: 0-d, or one per lane, as a tensor of dtype like ``like``."""
+    tensor = number_like(value, like)
+    if tensor.ndim and tensor.shape != like.shape[:lane_dims]:
+        raise ValueError(
+            f"{name} of shape {tuple(tensor.shape)} must be one number, or one per lane: shape "
+            f"{tuple(like.shape[:lane_dims])}."
+        )
+    return tensor
+
+
+def number_like(value: Any, like: torch.Tensor) -> torch.Tensor:
+    """``value`` as a tensor with dtype and device of ``like``; a tensor keeps its graph."""
+    if isinstance(value, torch.Tensor):
+        return value.to(like.device, like.dtype)  # as_tensor would hide it from the finder of closed-over tensors
+    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+
+
+def expand_like(value: Any, leaf: torch.Tensor) -> torch.Tensor:
+    """A number, or one per lane [*lanes], as [*lanes, 1, ...], to be combined with a leaf."""
+    tensor = number_like(value, leaf)
+    return tensor.reshape((*tensor.shape, *[1] * (leaf.ndim - tensor.ndim))) if tensor.ndim else tensor
+
+
+def joined(x: Any, lane_dims: int) -> torch.Tensor:
+    """All entries of one problem as a vector: [*lanes, n]."""
+    return ravel(flatten(x)[0], lane_dims)
+
+
+def parted(flat: torch.Tensor, x: Any, lane_dims: int) -> Any:
+    """Inverse of :func:`joined`; the dtype of ``flat`` is kept."""
+    leaves, spec = flatten(x)
+    return unflatten([part.to(flat.dtype) for part in unravel(flat, leaves, lane_dims)], spec)
+
+
+def norm_of(vector: torch.Tensor, dim: Any = -1, keepdim: bool = False) -> torch.Tensor:
+    """Euclidean norm along ``dim`` whose derivative at zero is zero, not NaN."""
+    squared = (vector * vector).sum(dim, keepdim=keepdim)
+    positive = squared > 0
+    return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)
+
+
+def is_plain(value: Any) -> bool:
+    """Whether the numbers of ``value`` can be looked at: no transform has wrapped it."""
+    return not (isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value))
+
+
+def check_entries(value: Any, name: str, rule: str, holds: Any) -> None:
+    """Raise ValueError unless ``holds(tensor)`` is true of every entry that can be looked at."""
+    for leaf in flatten(value)[0]:
+        if not is_plain(leaf):
+            continue
+        tensor = leaf if isinstance(leaf, torch.Tensor) else torch.as_tensor(leaf)
+        if not bool(holds(tensor).all()):
+            shown = leaf if tensor.ndim == 0 else f"{tensor[~holds(tensor)][0].item()} (an entry of it)"
+            shown = shown.item() if isinstance(shown, torch.Tensor) else shown
+            raise ValueError(f"{name}={shown} must be {rule}.")

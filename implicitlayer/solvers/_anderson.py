@@ -1,0 +1,133 @@
+"""Anderson acceleration of fixed-point iterations, one problem or many at once."""
+
+# Legend: g(x) the map, f = g(x) - x, per lane; dX, dF the last changes of x and f as columns. With gamma the
+# least-squares solution of dF gamma = f and beta the mixing,
+#     x_new = x + beta f - (dX + beta dF) gamma:
+# the point whose linearised residual is smallest among those that the last steps span, and beta of that residual.
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from implicitlayer._solution import RecordingSolver, SolverResult
+from implicitlayer.solvers._progress import Iteration, reporting
+from implicitlayer.solvers._root_problem import RootProblem, check_limits
+
+__all__ = ["AndersonAcceleration"]
+
+_RIDGE = 1e-14  # on columns of length 1: just enough for a Cholesky factor of parallel ones
+_GROWTH = 10.0  # of the residual over the best so far, after which a lane forgets its history
+
+
+@dataclass(frozen=True)
+class AndersonAcceleration(RecordingSolver):
+    """Anderson's acceleration of ``x <- map(x)``: the plain iteration, extrapolated from its last few steps.
+
+    Converges where the plain iteration is slow, and often where it does not converge; on linear maps it is GMRES as
+    long as the memory lasts. Stops a lane when ``||map(x) - x||_2 <= max(atol, rtol * that at init)``, and returns that
+    x. A lane whose residual grows tenfold over its best goes back to that best point and starts a new history. Batched.
+
+    Args:
+        memory: steps that are remembered, 0 for the plain iteration.
+        mixing: beta, in (0, 1]: below 1 damps a map that overshoots.
+        max_steps: limit of steps.
+        rtol, atol: tolerances on the norm of ``map(x) - x``.
+        batch_dims: leading dimensions of init that enumerate independent problems; a layer knows them by itself.
+        callback: called with an :class:`Iteration` at the start and after every step; ``value`` and ``gradient_norm``
+            are the norm of ``map(x) - x``.
+        progress: show a bar (needs tqdm).
+
+    Raises:
+        ValueError: a negative limit, memory or tolerance; a mixing outside of (0, 1].
+
+    Source: D. G. Anderson, J. ACM 12 (1965); H. F. Walker and P. Ni, SIAM J. Numer. Anal. 49 (2011), type II.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> x = il.solvers.AndersonAcceleration()(torch.cos, torch.ones(1, dtype=torch.float64))
+        >>> round(x.item(), 10)  # cos x = x
+        0.7390851332
+    """
+
+    _: KW_ONLY
+    memory: int = 5
+    mixing: float = 1.0
+    max_steps: int = 500
+    rtol: float = 1e-12
+    atol: float = 0.0
+    batch_dims: int = 0
+    callback: Callable[[Iteration], None] | None = None
+    progress: bool = False
+
+    batched: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+        if self.memory < 0:
+            raise ValueError(f"memory={self.memory} must be non-negative. 0 is the plain iteration.")
+        if not 0 < self.mixing <= 1:
+            raise ValueError(f"mixing={self.mixing} must be above 0 and at most 1.")
+
+    def run(self, map: Callable[..., Any], init: Any, *theta: Any) -> SolverResult:
+        """The same, with status and step count."""
+        problem = RootProblem(map, init, theta, self.batch_dims)
+        x = best = problem.start
+        f = best_f = problem(x) - x
+        norm = best_norm = problem.norm(f)
+        tolerance = torch.clamp(self.rtol * norm, min=self.atol)
+        changes_x: list[torch.Tensor] = []
+        changes_f: list[torch.Tensor] = []
+        step = 0
+        with reporting(self.callback, self.progress, self.max_steps) as report:
+            problem.tell(report, 0, norm, x)
+            while bool((running := (best_norm > tolerance) & best_norm.isfinite()).any()) and step < self.max_steps:
+                moved = x + self.mixing * f
+                if changes_f:
+                    gamma = _least_squares(torch.stack(changes_f, -1), f)
+                    both = torch.stack(changes_x, -1) + self.mixing * torch.stack(changes_f, -1)
+                    moved = moved - (both @ gamma.unsqueeze(-1))[..., 0]
+                x_new = torch.where(running.unsqueeze(-1), moved, x)
+                f_new = torch.where(running.unsqueeze(-1), problem(x_new) - x_new, f)
+                norm = problem.norm(f_new)
+                step += 1
+                problem.tell(report, step, norm, x_new)
+                lost = running & ~(norm <= _GROWTH * best_norm)
+                # a lane that has lost its way, or has arrived, leaves columns of zeros, which nothing is made of
+                keep = (running & ~lost).unsqueeze(-1)
+                changes_x.append(torch.where(keep, x_new - x, 0.0))
+                changes_f.append(torch.where(keep, f_new - f, 0.0))
+                del changes_x[: -self.memory or None], changes_f[: -self.memory or None]
+                if bool(lost.any()):
+                    kept = ~lost.unsqueeze(-1)
+                    changes_x = [torch.where(kept, c, 0.0) for c in changes_x]
+                    changes_f = [torch.where(kept, c, 0.0) for c in changes_f]
+                    if self.memory:
+                        x_new = torch.where(kept, x_new, best + self.mixing * best_f)
+                        f_new = torch.where(kept, f_new, problem(x_new) - x_new)
+                        norm = problem.norm(f_new)
+                better = running & (norm < best_norm)
+                best = torch.where(better.unsqueeze(-1), x_new, best)
+                best_f = torch.where(better.unsqueeze(-1), f_new, best_f)
+                best_norm = torch.where(better, norm, best_norm)
+                x, f = x_new, f_new
+        return problem.result(best, best_norm, best_norm <= tolerance, False, step)
+
+
+def _least_squares(columns: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """gamma [*lanes, m] with ``columns @ gamma`` nearest to ``target``, by the normal equations of unit columns."""
+    sizes = columns.norm(dim=-2)
+    safe = torch.where(sizes > 0, sizes, 1.0)
+    unit = columns / safe.unsqueeze(-2)
+    gram = (unit.mT @ unit).double()
+    gram = gram + _RIDGE * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    gram = gram + torch.diag_embed((sizes == 0).double())
+    projections = (unit.mT @ target.unsqueeze(-1)).double()
+    values, basis = torch.linalg.eigh(torch.where(gram.isfinite(), gram, 0.0))
+    inverse = torch.where(values > _RIDGE, 1 / values.clamp_min(_RIDGE), 0.0)
+    gamma = basis @ (inverse.unsqueeze(-1) * (basis.mT @ projections))
+    coefficients: torch.Tensor = gamma[..., 0].to(target.dtype) / safe
+    return coefficients

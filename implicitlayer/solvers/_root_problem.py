@@ -1,0 +1,113 @@
+"""A residual or map of pytrees as a function of one tensor [*lanes, n], and what the solvers of roots share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from implicitlayer._errors import ObjectiveError
+from implicitlayer._flat import like_x
+from implicitlayer._solution import SolverResult
+from implicitlayer._status import Status
+from implicitlayer._tree import flatten, leaves_norm, ravel, unflatten, unravel
+from implicitlayer._types import Leaves
+from implicitlayer.linear._jacobian import Jacobian
+from implicitlayer.linear._operator import FlatOperator
+from implicitlayer.linear._residual import Residual
+from implicitlayer.solvers._progress import Iteration, Report
+
+__all__: list[str] = []
+
+
+class RootProblem:
+    """``function(x, *theta)`` on vectors; lanes as the layer says, or ``batch_dims`` where no layer is involved."""
+
+    def __init__(self, function: Callable[..., Any], init: Any, theta: tuple[Any, ...], batch_dims: int) -> None:
+        leaves, self._spec = flatten(init)
+        self._like = [leaf.detach() for leaf in leaves]
+        self._function, self._theta = function, theta
+        self.lane_dims: int = getattr(function, "lane_dims", batch_dims)
+        lanes = self._like[0].shape[: self.lane_dims]
+        if any(leaf.shape[: self.lane_dims] != lanes or leaf.ndim < self.lane_dims for leaf in self._like):
+            raise ObjectiveError(
+                f"with batch_dims={self.lane_dims} every leaf of init needs the same {self.lane_dims} leading "
+                f"dimensions, got shapes {[tuple(leaf.shape) for leaf in self._like]}."
+            )
+        self.start = ravel(self._like, self.lane_dims).clone()
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The function's value, detached, [*lanes, n]."""
+        with torch.enable_grad():  # it may use autograd inside
+            leaves = self._leaves(unravel(x, self._like, self.lane_dims), [])
+        return ravel([leaf.detach() for leaf in leaves], self.lane_dims)
+
+    def _leaves(self, x: Leaves, _: Leaves) -> Leaves:
+        return like_x(self._function(unflatten(x, self._spec), *self._theta), x, self._spec)
+
+    def norm(self, x: torch.Tensor) -> torch.Tensor:
+        """Euclidean norm per lane, float64; infinite where there is a NaN."""
+        return leaves_norm([x], self.lane_dims)
+
+    def jacobian(self, x: torch.Tensor) -> FlatOperator:
+        """The derivative at x as an operator on [*lanes, n]."""
+        residual = Residual(self._leaves, is_gradient=False, lane_dims_of_function=self.lane_dims)
+        at = unravel(x, self._like, self.lane_dims)
+        return Jacobian(residual, len(at), transposed=False).linearize(at)
+
+    def tree(self, x: torch.Tensor) -> Any:
+        """x in the structure of ``init``."""
+        return unflatten(unravel(x, self._like, self.lane_dims), self._spec)
+
+    def tell(self, report: Report | None, step: int, norm: torch.Tensor, x: torch.Tensor) -> None:
+        """One call of the callback."""
+        if report is not None:
+            report(Iteration(step, norm, norm, self.tree(x.clone())))
+
+    def result(
+        self, x: torch.Tensor, norm: torch.Tensor, reached: torch.Tensor, gave_up: bool, steps: int
+    ) -> SolverResult:
+        """The answer, with the status of the worst lane."""
+        status = Status.STAGNATED if gave_up else Status.MAX_STEPS_REACHED
+        if bool(reached.all()):
+            status = Status.CONVERGED
+        if not bool(norm.isfinite().all()):
+            status = Status.NONFINITE
+        return SolverResult(self.tree(x), status, steps)
+
+
+def line_search(
+    problem: RootProblem,
+    x: torch.Tensor,
+    value: torch.Tensor,
+    direction: torch.Tensor,
+    running: torch.Tensor,
+    max_halvings: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, F(x) and whether ``||F(x + t d)|| <= (1 - 1e-4 t) ||F(x)||`` was met by a t = 1, 1/2, 1/4, ...
+
+    ``max_halvings``: int [*lanes].
+    """
+    before = problem.norm(value)
+    t = torch.ones_like(before)
+    searching, found = running, torch.zeros_like(running)
+    halvings = 0
+    while bool(searching.any()):
+        trial = x + torch.where(searching, t, 0.0).to(x.dtype).unsqueeze(-1) * direction
+        trial = torch.where(searching.unsqueeze(-1), trial, x)
+        after = problem(trial)
+        better = searching & (problem.norm(after) <= (1 - 1e-4 * t) * before)
+        x = torch.where(better.unsqueeze(-1), trial, x)
+        value = torch.where(better.unsqueeze(-1), after, value)
+        found, searching = found | better, searching & ~better & (halvings < max_halvings)
+        halvings += 1
+        t = torch.where(searching, t / 2, t)
+    return x, value, found
+
+
+def check_limits(solver: Any) -> None:
+    """Raise ValueError for negative limits and tolerances."""
+    for name in ("max_steps", "rtol", "atol", "batch_dims"):
+        if not getattr(solver, name) >= 0:
+            raise ValueError(f"{name}={getattr(solver, name)} must be non-negative.")
