@@ -3,6 +3,8 @@
 #   make demo               train iMAML on the embedded Glyphs characters, a table and a picture at the end (minutes)
 #   make demo DATA=<dir>    the same on Omniglot: <dir> holds images_background.zip and images_evaluation.zip, or their extracted folders
 #   make test               all tests         make test ARGS="-k conjugate -x"
+#   make test-thorough      more than 10,000 random problems with known answers, the figures as a table (3 to 10 minutes)
+#                           ARGS="--minutes 3", ARGS="--family root --seed 7"; tables in runs/thorough/
 #   make lint               formatting, lint, types
 #   make bench              the benchmarks of examples/benchmarks/
 #   make clean              remove the environment
@@ -25,7 +27,7 @@ PYTHON  ?= $(shell $(find_python))
 BIN := $(VENV)/bin
 RUN := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test test-thorough lint format bench clean
 help:
 	@sed -n '1,/PIP_FLAGS/s/^# \{0,1\}//p' Makefile
 
@@ -48,6 +50,9 @@ demo: $(VENV)/with-examples
 
 test: $(VENV)/with-dev
 	$(RUN) "$(BIN)/python" -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+test-thorough: $(VENV)/with-dev
+	$(RUN) "$(BIN)/python" -m tests.thorough $(ARGS)
 
 lint: $(VENV)/with-dev
 	"$(BIN)/ruff" format --check .
