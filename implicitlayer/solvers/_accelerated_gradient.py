@@ -16,6 +16,7 @@ from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
 from implicitlayer._tree import flatten, lane_reduce, leaves_norm, unflatten
 from implicitlayer._types import Leaves
+from implicitlayer.solvers._progress import Iteration, Report, reporting
 
 __all__ = ["AcceleratedGradient"]
 
@@ -50,6 +51,9 @@ class AcceleratedGradient(RecordingSolver):
         max_steps: limit of steps; without a tolerance, their number.
         rtol, atol: tolerances on the norm of the gradient, see above; both 0 means none.
 
+    Also ``callback`` (given an :class:`Iteration`, at the extrapolated point where the gradient is taken) and
+    ``progress`` (a bar).
+
     Raises:
         ValueError: a constant that is not positive and finite, mu above beta, a negative limit or tolerance.
 
@@ -72,6 +76,8 @@ class AcceleratedGradient(RecordingSolver):
     max_steps: int = 1000
     rtol: float = 0.0
     atol: float = 0.0
+    callback: Callable[[Iteration], None] | None = None
+    progress: bool = False
 
     batched: ClassVar[bool] = True
 
@@ -92,6 +98,12 @@ class AcceleratedGradient(RecordingSolver):
 
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         """The same, with status and step count."""
+        with reporting(self.callback, self.progress, self.max_steps) as report:
+            return self._run(objective, init, theta, report)
+
+    def _run(
+        self, objective: Callable[..., torch.Tensor], init: Any, theta: tuple[Any, ...], report: Report | None
+    ) -> SolverResult:
         leaves, spec = flatten(init)
         problem = _Problem(objective, spec, theta)
         x = [leaf.detach().clone() for leaf in leaves]
@@ -105,7 +117,10 @@ class AcceleratedGradient(RecordingSolver):
         every = 1 if x[0].device.type == "cpu" else _STEPS_BETWEEN_SYNCS
         for step in range(self.max_steps + has_tolerance):
             value, gradient = problem.value_and_gradient(y)
-            norm = leaves_norm(gradient, value.ndim) if has_tolerance or self.smoothness is None else value
+            needed = has_tolerance or self.smoothness is None or report is not None
+            norm = leaves_norm(gradient, value.ndim) if needed else value
+            if report is not None:
+                report(Iteration(step, value, norm, unflatten([leaf.clone() for leaf in y], spec)))
             if has_tolerance:
                 tolerance = torch.clamp(self.rtol * norm, min=self.atol) if tolerance is None else tolerance
                 running = norm > tolerance

@@ -353,3 +353,18 @@ def test_bad_settings_are_refused_by_name_value_and_rule(settings: dict[str, Any
 def test_it_says_that_it_takes_all_lanes_at_once() -> None:
     assert AcceleratedGradient().batched is True
     assert isinstance(AcceleratedGradient(1.0), il.solvers.AcceleratedGradient)
+
+
+def test_the_callback_sees_every_gradient_up_to_the_answer_and_changes_nothing() -> None:
+    curvature = torch.tensor([1.0, 100.0], dtype=torch.float64)
+    seen: list[il.solvers.Iteration] = []
+    for settings in ({"smoothness": 100.0, "strong_convexity": 1.0}, {}):
+        plain = il.solvers.AcceleratedGradient(rtol=1e-10, **settings)  # type: ignore[arg-type]
+        watched = il.solvers.AcceleratedGradient(rtol=1e-10, callback=seen.append, **settings)  # type: ignore[arg-type]
+        init = torch.zeros(2, dtype=torch.float64)
+        result = watched.run(lambda x: (0.5 * curvature * (x - 3) ** 2).sum(), init)
+        assert torch.equal(result.value, plain(lambda x: (0.5 * curvature * (x - 3) ** 2).sum(), init))
+        assert [i.step for i in seen] == list(range((result.num_steps or 0) + 1))
+        assert torch.equal(seen[0].x, init) and torch.equal(seen[-1].x, result.value)
+        assert float(seen[-1].gradient_norm) == float((curvature * (result.value - 3)).norm())
+        seen.clear()
