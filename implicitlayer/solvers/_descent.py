@@ -24,6 +24,13 @@ __all__: list[str] = []
 
 _ROUNDS_BETWEEN_SYNCS = 8
 
+# NOTE [rounding]: where rounding is all that is left, steps go on being accepted, each after a long search. A lane whose
+# value has not fallen by more than its rounding errors, nor its gradient below the least so far, for so many steps has
+# stalled. A search of many trials counts for more. (Chance alone sets a record in the k-th of random numbers with
+# probability 1/k; a slow but steady descent sets one at every step.)
+_PATIENCE = 20
+_LONG_SEARCH = 10
+
 
 def rounds_between_syncs(x: torch.Tensor) -> int:
     """How often to ask whether any lane is still running: on an accelerator the answer is a host synchronisation."""
@@ -92,6 +99,8 @@ class _Descent:
         self.steps = torch.zeros_like(self.norm, dtype=torch.int64)
         self.finite = self.norm.isfinite() & self.value.isfinite()
         self.stalled = torch.zeros_like(self.finite)
+        self.least_norm, self.least_value = self.norm, self.value
+        self.idle = torch.zeros_like(self.norm)
         self.search = LineSearch(self.norm, torch.finfo(problem.dtype).eps, curvature)
         self.direction = torch.zeros_like(self.x)
 
@@ -126,12 +135,22 @@ class _Descent:
             self.norm = torch.where(accepted, self.problem.norm(gradient), self.norm)
             self.steps = self.steps + accepted
             retrying = self.method.forget(failed) & failed
-            self.stalled = self.stalled | (failed & ~retrying)
+            self.stalled = self.stalled | (failed & ~retrying) | self._idle(accepted)
             running = self.running
             if self.report is not None and bool(accepted.any()):
                 self._tell()
             turning = (accepted | retrying) & running
         return self._result()
+
+    def _idle(self, accepted: torch.Tensor) -> torch.Tensor:
+        """Lanes that only move by rounding errors; see NOTE [rounding]."""
+        lower = self.value < self.least_value - self.search.noise(self.least_value)
+        gained = lower | (self.norm < self.least_norm)
+        self.least_value = torch.where(accepted & lower, self.value, self.least_value)
+        self.least_norm = torch.where(accepted, torch.minimum(self.norm, self.least_norm), self.least_norm)
+        weight = torch.where(self.search.trials >= _LONG_SEARCH, _PATIENCE / 4, 1.0)
+        self.idle = torch.where(accepted, torch.where(gained, 0.0, self.idle + weight), self.idle)
+        return accepted & (self.idle >= _PATIENCE)
 
     def _turn(self, lanes: torch.Tensor) -> None:
         """New directions and searches in these lanes: the method's, or the steepest one where that leads uphill."""

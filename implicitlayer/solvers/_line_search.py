@@ -60,6 +60,10 @@ class LineSearch:
         self.high = _where(lanes, (unknown, unknown, unknown), self.high)
         self.settling = self.settling & ~lanes
 
+    def noise(self, value: torch.Tensor) -> torch.Tensor:
+        """What rounding may do to a value of this size."""
+        return _NOISE * self.eps * value.abs()
+
     def advance(self, value: torch.Tensor, slope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Value and slope at the trial ``step``; returns the lanes that accept it and those that give up, [*lanes].
 
@@ -69,7 +73,7 @@ class LineSearch:
         low, high = self.low, self.high
         self.trials = self.trials + 1
         finite = value.isfinite() & slope.isfinite()
-        noise = _NOISE * self.eps * self.value.abs()
+        noise = self.noise(self.value)
         by_value = (value < self.value) & (value <= self.value + DECREASE * self.step * self.slope)
         by_slope = ((value - self.value).abs() <= noise) & (slope <= (2 * DECREASE - 1) * self.slope)
         # a step cut back until nothing changes proves nothing: its slope must have moved, too
