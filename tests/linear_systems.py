@@ -1,13 +1,18 @@
-"""Random systems for the tests of linear solvers, drawn from small integers so that a failure shrinks."""
+"""Random systems of il.testing for the tests of linear solvers, each with its right-hand side; counted products."""
 
 import torch
 from hypothesis import strategies as st
-from references import F64, generator, orthogonal, randn, spd_matrix
+from references import F64, randn
 from torch import Tensor
 
 import implicitlayer as il
+from implicitlayer import testing
 
-KINDS = ("positive definite", "indefinite", "general")
+MATRICES = {
+    "positive definite": testing.spd_matrices,
+    "indefinite": testing.indefinite_matrices,
+    "general": testing.general_matrices,
+}
 
 # Solvers of any square system, and of the symmetric ones only; each with its default tolerance.
 GENERAL: dict[str, il.LinearSolver] = {
@@ -39,20 +44,13 @@ class Counted:
 
 
 def indefinite_matrix(n: int, log10_cond: float, seed: int) -> Tensor:
-    """Symmetric, |eigenvalues| log-uniform over [10^-log10_cond, 1], with random signs."""
-    return _from_spectrum(n, 10 ** (-log10_cond * _exponents(n, seed)) * randn(n, seed=seed + 5).sign(), seed)
+    """That of il.testing, by position."""
+    return testing.indefinite_matrix(n, log10_cond=log10_cond, seed=seed)
 
 
 def general_matrix(n: int, log10_cond: float, seed: int) -> Tensor:
-    """Not symmetric, singular values log-uniform over [10^-log10_cond, 1]; eigenvalues anywhere in the disc."""
-    return (orthogonal(n, seed + 2) * 10 ** (-log10_cond * _exponents(n, seed))) @ orthogonal(n, seed + 3).T
-
-
-def singular_matrix(n: int, rank: int, seed: int) -> Tensor:
-    """Symmetric of this rank, the other |eigenvalues| between 0.1 and 1, with random signs."""
-    values = (0.1 + 0.9 * torch.rand(n, dtype=F64, generator=generator(seed))) * randn(n, seed=seed + 5).sign()
-    values[rank:] = 0
-    return _from_spectrum(n, values, seed)
+    """That of il.testing, by position."""
+    return testing.general_matrix(n, log10_cond=log10_cond, seed=seed)
 
 
 def contraction(n: int, seed: int, radius: float = 0.5) -> Tensor:
@@ -61,13 +59,14 @@ def contraction(n: int, seed: int, radius: float = 0.5) -> Tensor:
     return torch.eye(n, dtype=F64) - radius * jacobian / torch.linalg.matrix_norm(jacobian, 2)
 
 
-def matrix_of(kind: str, n: int, log10_cond: float, seed: int) -> Tensor:
-    make = {"positive definite": spd_matrix, "indefinite": indefinite_matrix, "general": general_matrix}[kind]
-    return make(n, log10_cond, seed)
+def systems(kind: str, n: int = 24, log10_cond: int = 6) -> st.SearchStrategy[tuple[Tensor, Tensor]]:
+    """Matrices of a kind up to this size and condition, each with a random right-hand side."""
+    drawn = MATRICES[kind](n=st.integers(1, n), log10_cond=st.integers(0, log10_cond))
+    return st.tuples(drawn, seeds()).map(lambda pair: (pair[0], randn(len(pair[0]), seed=pair[1])))
 
 
-def sizes(largest: int = 24) -> st.SearchStrategy[int]:
-    return st.integers(1, largest)
+def condition(matrix: Tensor) -> float:
+    return float(torch.linalg.cond(matrix))
 
 
 def seeds() -> st.SearchStrategy[int]:
@@ -78,17 +77,3 @@ def true_relative_residual(matrix: Tensor, value: Tensor, rhs: Tensor) -> float:
     """Computed in float64 from the very entries that the solver saw."""
     residual = rhs.double() - matrix.double() @ value.double()
     return float(residual.norm() / rhs.double().norm())
-
-
-def _exponents(n: int, seed: int) -> Tensor:
-    exponents = torch.rand(n, dtype=F64, generator=generator(seed))
-    exponents[0] = 0
-    if n > 1:
-        exponents[-1] = 1
-    return exponents
-
-
-def _from_spectrum(n: int, values: Tensor, seed: int) -> Tensor:
-    basis = orthogonal(n, seed + 1)
-    matrix = (basis * values) @ basis.T
-    return (matrix + matrix.T) / 2

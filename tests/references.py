@@ -1,12 +1,15 @@
 """Independent answers for the tests: dense implicit gradients by plain loops, finite differences, an exact solver."""
 
-# n: unknowns, m: entries of one theta. Nothing here uses the package or vmap: a reference shares no code with its test.
+# n: unknowns, m: entries of one theta. No answer here uses the package or vmap, il.testing included: a reference shares
+# no code with its test.
 
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from implicitlayer import testing
 
 Tensor = torch.Tensor
 F64 = torch.float64
@@ -29,14 +32,8 @@ def orthogonal(n: int, seed: int) -> Tensor:
 
 
 def spd_matrix(n: int, log10_cond: float, seed: int) -> Tensor:
-    """Symmetric, eigenvalues spread log-uniformly over [10^-log10_cond, 1], both ends taken where n > 1."""
-    exponents = torch.rand(n, dtype=F64, generator=generator(seed))
-    exponents[0] = 0
-    if n > 1:
-        exponents[-1] = 1
-    basis = orthogonal(n, seed + 1)
-    matrix = (basis * 10 ** (-log10_cond * exponents)) @ basis.T
-    return (matrix + matrix.T) / 2
+    """That of il.testing: symmetric, eigenvalues spread log-uniformly over [10^-log10_cond, 1]."""
+    return testing.spd_matrix(n, log10_cond=log10_cond, seed=seed)
 
 
 def dense_hessian(objective: Callable[..., Tensor], x: Tensor, theta: Sequence[Tensor]) -> Tensor:

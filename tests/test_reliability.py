@@ -13,6 +13,7 @@ from references import F64, newton, orthogonal, randn, relative_error, spd_matri
 from torch import Tensor
 
 import implicitlayer as il
+from implicitlayer import testing
 
 
 def quadratic(x: Tensor, matrix: Tensor, b: Tensor) -> Tensor:
@@ -55,6 +56,16 @@ def test_row_01_solver_raises() -> None:
         with pytest.raises(Refusal, match="no feasible point") as caught:
             call()
         assert caught.value is original
+
+
+# The first five rows in short, by the list of il.testing; the tests below look at messages, policies and numbers.
+FAULTS = [fault for fault in testing.faults(lambda f, x, t: t.clone()) if fault.raises or fault.warns]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.name)
+def test_row_01_to_05_what_is_no_answer_is_said_by_name(fault: testing.Fault) -> None:
+    with fault.expected():
+        tracking(fault)(zeros(3), leaf(3))
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])

@@ -56,6 +56,8 @@ class TextbookCG:
     always_converged: bool = False
     lanes_together: bool = False  # one step length for all lanes
     first_lane_stops: bool = False
+    moves_finished: bool = False  # lanes go on as long as any lane runs
+    ignores_curvature: bool = False
     method: ClassVar[str] = "textbook CG"
 
     def __call__(self, operator: il.FlatOperator, rhs: Tensor) -> il.LinearSolution:
@@ -72,11 +74,15 @@ class TextbookCG:
         norm = dot(b, b).sqrt()
         rtol = max(self.rtol or 0.0, 0.0 if rhs.dtype == F64 else 1e-5)
         goal = torch.maximum(rtol * norm, torch.tensor(self.atol, dtype=b.dtype))
+        indefinite = torch.zeros_like(norm, dtype=torch.bool)
         for _ in range(self.max_steps or 10 * b.shape[-1]):
-            running = dot(r, r).sqrt() > goal
+            running = (dot(r, r).sqrt() > goal) & ~indefinite
             if not running.any() or (self.first_lane_stops and not running.reshape(-1)[0]):
                 break
             q = operator(p)
+            if not self.ignores_curvature:
+                indefinite = indefinite | (running & (dot(p, q) <= 0))
+            running = (dot(r, r) > 0 if self.moves_finished else running) & ~indefinite
             alpha = torch.where(running, dot(r, r) / dot(p, q), 0.0)
             before, x = x, torch.where(running, x + alpha * p, x)
             r_new = torch.where(running, r - alpha * q, r)
@@ -88,6 +94,7 @@ class TextbookCG:
         fine = true <= 10 * goal[..., 0] if not self.always_converged else torch.ones(true.shape, dtype=torch.bool)
         codes = torch.where(fine, int(il.Status.CONVERGED), int(il.Status.MAX_STEPS_REACHED))
         codes = torch.where(true.isfinite() | self.always_converged, codes, int(il.Status.NONFINITE))
+        codes = torch.where(indefinite[..., 0] & ~fine, int(il.Status.INDEFINITE), codes)
         residual = true * scale[..., 0]
         return il.LinearSolution(
             x * scale,
@@ -164,6 +171,17 @@ def never_empty(operator: Any, rhs: Tensor) -> Tensor:
     return dense(operator, rhs) if rhs.amax() > -math.inf else rhs
 
 
+@dataclass(frozen=True)
+class PreconditionsTheAnswer:
+    """Returns M^-1 u in place of u."""
+
+    preconditioner: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, operator: Any, rhs: Tensor) -> Tensor:
+        answer = dense(operator, rhs)
+        return self.preconditioner(answer) if self.preconditioner else answer
+
+
 class KeepsItsFactors:
     """Factorises the first matrix of each size that it meets, and uses the factors for ever."""
 
@@ -195,6 +213,11 @@ def adds_all_lanes(operator: Any, rhs: Tensor) -> il.LinearSolution:
 def says_converged(operator: Any, rhs: Tensor) -> il.LinearSolution:
     solution = il.ConjugateGradient()(operator, rhs)
     return replace(solution, codes=torch.zeros_like(solution.codes))
+
+
+def never_content(operator: Any, rhs: Tensor) -> il.LinearSolution:
+    solution = il.Dense()(operator, rhs)
+    return replace(solution, codes=torch.full_like(solution.codes, int(il.Status.STAGNATED)))
 
 
 def pinv_converged(operator: Any, rhs: Tensor) -> il.LinearSolution:
@@ -289,6 +312,21 @@ class MixesLanes:
             if value.ndim:
                 gradients = tuple(g.mean(0, keepdim=True).expand(g.shape) for g in gradients)
             x = pytree.tree_unflatten([a.detach() - g for a, g in zip(leaves, gradients, strict=True)], spec)
+        return x
+
+
+class NeverFreezes:
+    """Gradient descent on many problems, all of which go on until the last has finished."""
+
+    batched = True
+
+    def __call__(self, objective: Callable[..., Tensor], init: Tensor, *theta: Any) -> Tensor:
+        gradient, x = torch.func.grad(lambda x: objective(x, *theta).sum()), init
+        for _ in range(400):
+            g = gradient(x)
+            if bool((g.norm(dim=-1) <= 1e-8).all()):
+                break
+            x = x - g
         return x
 
 

@@ -36,7 +36,7 @@ from implicitlayer.testing._properties import (
     check_scaled_objective,
 )
 from implicitlayer.testing._report import GradientCheckError, GradientReport, GradientRow
-from implicitlayer.testing._roles import RoleCase, ThetaRole, theta_roles
+from implicitlayer.testing._roles import RoleCase, ThetaRole, roles, theta_roles
 from implicitlayer.testing._strategies import (
     general_matrices,
     indefinite_matrices,
@@ -89,6 +89,7 @@ __all__ = [
     "quadratic_problem",
     "quadratic_problems",
     "relayout",
+    "roles",
     "root_problem",
     "root_problems",
     "singular_matrices",

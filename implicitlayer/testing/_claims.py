@@ -32,9 +32,11 @@ class LinearClaim:
     rtol: float
     log10_cond: float
     batched: bool
+    deterministic: bool
     log10_scale: int
     dtypes: tuple[torch.dtype, ...]
     limited: Callable[..., Any] | None
+    preconditioned: Callable[..., Any] | None
     name: str
 
     def __call__(self, operator: Any, rhs: Any) -> Any:
@@ -88,6 +90,7 @@ def linear(
     rtol: float | None = None,
     log10_cond: float = 2,
     batched: bool | None = None,
+    deterministic: bool = True,
     log10_scale: int = 200,
     dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32),
     limited: Callable[..., Any] | None = None,
@@ -104,11 +107,13 @@ def linear(
             Default 1e-9, ten times the package's own tolerance.
         log10_cond: logarithm of the hardest condition number at which that is promised, at least 0.
         batched: whether independent systems may lie side by side. Default: True for an ``il.LinearSolver``.
+        deterministic: whether a repeat gives the same bits; not so for a solver that starts at its last answer.
         log10_scale: right-hand sides and matrices may be scaled by 10 to plus and minus this number, 0 to 200
             (float32: at most 25).
         dtypes: float64, and float32 if it works in float32.
         limited: the same solver, stopped after one step. Default: made by itself for a dataclass that has fields
-            ``rtol`` and ``max_steps``.
+            ``rtol`` and ``max_steps``. (A dataclass with a field ``preconditioner`` that is None is also tested with
+            a diagonal one.)
         name: for test ids; default its class or function.
 
     Returns:
@@ -138,9 +143,11 @@ def linear(
         rtol,
         _check_log10_cond(log10_cond),
         isinstance(solver, LinearSolver) if batched is None else batched,
+        deterministic,
         log10_scale,
         _check_dtypes(dtypes),
         _one_step(solver, rtol) if limited is None else limited,
+        _preconditioned(solver),
         _name(solver) if name is None else name,
     )
 
@@ -235,11 +242,29 @@ def _own_systems(solver: Any) -> str:
 
 
 def _one_step(solver: Any, rtol: float) -> Callable[..., Any] | None:
-    names = {f.name for f in fields(solver)} if is_dataclass(solver) and not isinstance(solver, type) else set()
-    if not {"rtol", "max_steps"} <= names:
+    if not {"rtol", "max_steps"} <= _settings(solver):
         return None
     limited: Callable[..., Any] = replace(solver, rtol=rtol, max_steps=1)
     return limited
+
+
+def _preconditioned(solver: Any) -> Callable[..., Any] | None:
+    if "preconditioner" not in _settings(solver) or solver.preconditioner is not None:
+        return None
+    other: Callable[..., Any] = replace(solver, preconditioner=_weights)
+    return other
+
+
+def _weights(vector: torch.Tensor) -> torch.Tensor:
+    """A preconditioner: any positive definite matrix will do, and a diagonal one changes no condition much."""
+    size = vector.shape[-1]
+    return vector * torch.linspace(0.5, 2.0, size, dtype=vector.dtype, device=vector.device)
+
+
+def _settings(solver: Any) -> set[str]:
+    """The fields of a dataclass that its ``__init__`` takes."""
+    known = is_dataclass(solver) and not isinstance(solver, type)
+    return {f.name for f in fields(solver) if f.init} if known else set()
 
 
 def _name(solver: Any) -> str:

@@ -225,10 +225,3 @@ class SolverDifferences:
             return flat(leaves), newton.abs() + floor
 
         return central(sample, self.first_step(direction), self.equation.eps)
-
-
-def scales(leaf: torch.Tensor) -> torch.Tensor:
-    """The size of each entry of theta, flat: |theta|, not below a hundredth of the leaf's own; 1 for a zero leaf."""
-    values = plain(leaf).reshape(-1).abs()
-    size = float(values.square().mean().sqrt())
-    return values.clamp_min(0.01 * size) if size > 0 else torch.ones_like(values)

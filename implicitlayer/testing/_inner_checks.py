@@ -147,6 +147,23 @@ def check_batch_equals_loop(claim: InnerClaim) -> None:
         _require(apart <= allowed, claim, text)
 
 
+def check_a_finished_lane_is_frozen(claim: InnerClaim) -> None:
+    """The answer of a lane is bitwise the same whether its neighbours finish before it or long after it."""
+    conditions = [0.0, claim.log10_cond / 3, 0.0, claim.log10_cond]  # neighbour, the lane itself, two neighbours
+    make = families.smooth_convex_problem
+    problems = [make(3, log10_cond=c, seed=55 + i) for i, c in enumerate(conditions)]
+    stacked = [torch.stack([t.detach() for t in leaves]) for leaves in zip(*(p.theta for p in problems), strict=True)]
+    done = torch.stack([p.solution(*p.theta) for p in problems])
+    done[1] = 0
+    far = 10 * arrays.normal_tensor((4, 3), seed=59)
+    far[1] = 0
+    over_lanes = torch.func.vmap(problems[0].objective)
+    early, late = (_solve(claim, over_lanes, init, *(t.clone() for t in stacked))[0][1] for init in (done, far))
+    apart = float((early - late).norm())
+    text = f"gave one lane of a batch two answers, {apart:.2e} apart, as its neighbours finished early or late"
+    _require(torch.equal(early, late), claim, text)
+
+
 def inner_checks(claim: InnerClaim) -> Iterator[Check]:
     """The checks that the claim calls for, simplest first."""
     yield check_minimises_quadratics
@@ -163,6 +180,8 @@ def inner_checks(claim: InnerClaim) -> Iterator[Check]:
     yield check_a_layer_under_vmap
     if claim.batched:
         yield check_batch_equals_loop
+        if claim.deterministic:
+            yield check_a_finished_lane_is_frozen
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers

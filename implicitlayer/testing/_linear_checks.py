@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,12 +17,15 @@ from implicitlayer._status import Status
 from implicitlayer.linear._public import linear_solve
 from implicitlayer.testing import _arrays as arrays
 from implicitlayer.testing._claims import LinearClaim
+from implicitlayer.testing._linear_lanes import (
+    check_a_finished_lane_is_frozen,
+    check_a_lane_in_trouble_leaves_the_others,
+    check_batch_equals_loop,
+)
 from implicitlayer.testing._linear_systems import (
     inverse_norm,
-    mixed_batch,
     powers_of_ten,
     require,
-    require_lanes_agree,
     require_residual,
     require_solved,
     require_true_claim,
@@ -49,6 +53,14 @@ def check_solves_in_float32(claim: LinearClaim) -> None:
     """The same in float32, to a condition of 100 at most."""
     for n in SIZES:
         require_solved(claim, n, min(claim.log10_cond, 2.0), F32)
+
+
+def check_solves_with_a_preconditioner(claim: LinearClaim) -> None:
+    """The same solver with a positive definite preconditioner (a diagonal from 1/2 to 2) solves the same systems."""
+    assert claim.preconditioned is not None
+    other = replace(claim, solver=claim.preconditioned, name=f"{claim.name} with a preconditioner")
+    for n in (1, 5, 12):
+        require_solved(other, n, claim.log10_cond, F64)
 
 
 def check_shape_and_dtype(claim: LinearClaim) -> None:
@@ -158,34 +170,14 @@ def _by_linear_solve(claim: LinearClaim, operator: Any, rhs: torch.Tensor, symme
     return u
 
 
-# -------------------------------------------------------------------------------------------------------------- lanes
-
-
-def check_batch_equals_loop(claim: LinearClaim) -> None:
-    """Systems side by side are solved as one by one: also finished, zero and hard ones in one batch."""
-    matrices, b, inverse = mixed_batch(claim)
-    together = value_of(claim, matrices, b)
-    require_lanes_agree(claim, together, matrices, b, inverse, range(len(b)), "in a batch")
-
-
-def check_a_lane_in_trouble_leaves_the_others(claim: LinearClaim) -> None:
-    """NaN in the matrix or the right-hand side of one lane changes no other lane."""
-    for where in ("matrix", "right-hand side"):
-        matrices, b, inverse = mixed_batch(claim)
-        (matrices if where == "matrix" else b)[2] = math.nan
-        together = value_of(claim, matrices, b)
-        others = [i for i in range(len(b)) if i != 2]
-        require_lanes_agree(claim, together, matrices, b, inverse, others, f"beside a lane with NaN in its {where}")
-
-
 # ------------------------------------------------------------------------------------------------------------- status
 
 
 def check_status_tells_the_truth(claim: LinearClaim) -> None:
     """CONVERGED is said only where the recomputed residual is as promised, however hard the system."""
     for dtype in claim.dtypes:
-        hardest = (2, 4, 6, 8) if dtype == F32 else (2, 8, 12, 16)
-        for n in (2, 16):
+        hardest = (2, 4, 6, 8) if dtype == F32 else (2, 8, 10, 12, 16)
+        for n in (2, 8, 16):
             for log10_cond in hardest:
                 if claim.systems == "contraction":  # it may fail here, but must say so
                     matrix = arrays.general_matrix(n, log10_cond=log10_cond, seed=n + 17, dtype=dtype)
@@ -196,6 +188,14 @@ def check_status_tells_the_truth(claim: LinearClaim) -> None:
     if claim.systems == "positive definite":
         matrix = arrays.indefinite_matrix(6, log10_cond=1, seed=19)
         require_true_claim(claim, matrix, arrays.normal_tensor((6,), seed=20), "an indefinite matrix")
+
+
+def check_an_easy_system_is_a_success(claim: LinearClaim) -> None:
+    """A system of condition 10 at most ends with a status of success: caution alone is no virtue."""
+    for n in (1, 8):
+        matrix, b = system(claim, n, min(1.0, claim.log10_cond), 29, F64), arrays.normal_tensor((n,), seed=30)
+        solution = solution_of(claim, matrix, b)
+        require(solution.status.ok, claim, f"says {solution.status.name} for an easy system ({n=})")
 
 
 def check_a_singular_system_is_no_success(claim: LinearClaim) -> None:
@@ -210,6 +210,29 @@ def check_a_singular_system_is_no_success(claim: LinearClaim) -> None:
         require(
             solution.status is not Status.CONVERGED, claim, f"says CONVERGED for a singular matrix (n={n}, {rank=})"
         )
+
+
+def check_an_indefinite_system_is_no_success(claim: LinearClaim) -> None:
+    """A solver for positive definite systems never reports success on one that is not, alone or in a lane."""
+    negative = -arrays.spd_matrix(6, log10_cond=1, seed=26)
+    indefinite = arrays.indefinite_matrix(6, log10_cond=1, seed=27)
+    # along the eigenvector of the most negative eigenvalue -1, so that the first curvature b'Ab is it
+    worst = torch.linalg.eigh(indefinite)[1][:, 0]
+    b = arrays.normal_tensor((6,), seed=28)
+    systems = [
+        (torch.tensor([[-4.0]], dtype=F64), torch.tensor([2.0], dtype=F64), "-4 u = 2"),
+        (negative, b, "a negative definite matrix"),
+        (indefinite, worst, "an indefinite matrix and b along negative curvature"),
+    ]
+    remedy = "If it is for such systems too, say so: systems='symmetric' or 'general'"
+    for matrix, rhs, what in systems:
+        status = solution_of(claim, matrix, rhs).status
+        require(not status.ok, claim, f"says {status.name} for {what}. {remedy}")
+    if claim.batched:
+        together = solution_of(claim, torch.stack([-negative, negative, indefinite]), torch.stack([b, b, worst]))
+        for lane, (_, _, what) in enumerate(systems[1:], start=1):
+            status = Status(int(together.codes[lane]))
+            require(not status.ok, claim, f"says {status.name} for {what} in lane {lane} of a batch. {remedy}")
 
 
 def check_nan_is_no_success(claim: LinearClaim) -> None:
@@ -242,15 +265,23 @@ def linear_checks(claim: LinearClaim) -> Iterator[Check]:
         yield check_scale_of_the_right_hand_side
     if claim.log10_scale and claim.systems != "contraction":  # a scaled contraction is none
         yield check_scale_of_the_matrix
+    if claim.preconditioned is not None:
+        yield check_solves_with_a_preconditioner
     yield check_inputs_are_left_alone
-    yield check_repeats_are_bitwise_equal
+    if claim.deterministic:
+        yield check_repeats_are_bitwise_equal
     yield check_gradients_of_a_linear_solve
     if claim.batched:
         yield check_batch_equals_loop
         yield check_a_lane_in_trouble_leaves_the_others
+        if claim.deterministic:
+            yield check_a_finished_lane_is_frozen
     if claim.returns_status:  # of a bare tensor the layer recomputes the residual itself
         yield check_status_tells_the_truth
+        yield check_an_easy_system_is_a_success
         yield check_a_singular_system_is_no_success
+        if claim.systems == "positive definite":
+            yield check_an_indefinite_system_is_no_success
         yield check_nan_is_no_success
         if claim.limited is not None:
             yield check_a_step_limit_is_no_success

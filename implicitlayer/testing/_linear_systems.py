@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 
@@ -14,6 +14,8 @@ from implicitlayer.testing import _arrays as arrays
 from implicitlayer.testing._claims import LinearClaim
 
 F64 = torch.float64
+# A hundred times eps ||A|| ||u|| (true_residual returns four times that), in so many entries that luck is out.
+_PLAIN, _SOME = 400.0, 8
 
 
 def system(claim: LinearClaim, n: int, log10_cond: float, seed: int, dtype: torch.dtype) -> torch.Tensor:
@@ -115,44 +117,20 @@ def require_true_claim(
     system: str,
     solver: Callable[..., object] | None = None,
 ) -> None:
-    """CONVERGED is not said above the promised residual."""
+    """CONVERGED is not said above the promised residual.
+
+    Rounding is no excuse where it is so large that the solver's own residual must have shown it: honest ones, each
+    entry of which is off by a tenth of eps ||A|| ||u|| at least as a rule, then say that they stagnated.
+    """
     answer = (solver or claim.solver)(operator_of(claim, matrix), rhs)
     assert isinstance(answer, LinearSolution)
     if answer.status is Status.CONVERGED:
         residual, rounding = true_residual(matrix, answer.value, rhs)
         allowed = claim.allowed(matrix.dtype)
+        if rounding > _PLAIN * allowed and rhs.shape[-1] >= _SOME:
+            rounding = 0.0
         text = f"says CONVERGED at a relative residual of {residual:.2e}, {allowed:.1e} is promised ({system})"
         require(residual <= allowed + rounding, claim, text)
-
-
-def mixed_batch(claim: LinearClaim) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
-    """Five systems: random, random with a tiny b, the hardest promised, one solved at once (A = I), one with b = 0."""
-    conditions = [0.0, claim.log10_cond / 2, claim.log10_cond, 0.0, claim.log10_cond / 2]
-    matrices = torch.stack([system(claim, 6, c, 30 + i, F64) for i, c in enumerate(conditions)])
-    if claim.systems != "contraction":
-        matrices[3] = torch.eye(6, dtype=F64)
-    b = arrays.normal_tensor((5, 6), seed=31)
-    b[1] *= 10.0 ** -min(9, claim.log10_scale)  # beside lanes of size one
-    b[4] = 0
-    return matrices, b, [inverse_norm(claim, c) for c in conditions]
-
-
-def require_lanes_agree(
-    claim: LinearClaim,
-    together: torch.Tensor,
-    matrices: torch.Tensor,
-    b: torch.Tensor,
-    inverse: list[float],
-    lanes: Sequence[int],
-    where: str,
-) -> None:
-    """Lanes solved together have the answers that they have alone."""
-    for i in lanes:
-        alone = value_of(claim, matrices[i], b[i])
-        error = float((together[i] - alone).norm())
-        allowed = 2 * inverse[i] * (claim.rtol + 1e-14) * float(b[i].norm())
-        text = f"solves lane {i} {where} otherwise than alone: {error:.2e} apart, {allowed:.2e} allowed"
-        require(error <= allowed, claim, text)
 
 
 def powers_of_ten(claim: LinearClaim, dtype: torch.dtype) -> list[int]:

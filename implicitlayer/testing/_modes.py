@@ -11,8 +11,8 @@ import torch
 
 from implicitlayer.implicit._layer import ImplicitLayer
 from implicitlayer.testing import _differences as differences
-from implicitlayer.testing._differences import Accuracy, Difference, SolverDifferences, scales
-from implicitlayer.testing._references import DenseSystem, Equation, Leaves, Wall, flat, plain
+from implicitlayer.testing._differences import Accuracy, Difference, SolverDifferences
+from implicitlayer.testing._references import DenseSystem, Equation, Leaves, Wall, flat, plain, scales
 from implicitlayer.testing._report import COARSE, LINEAR, ROUNDING, TRUNCATION, GradientRow, compare, entry_of
 
 RANDOM = "a random direction"

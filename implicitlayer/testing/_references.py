@@ -19,11 +19,20 @@ Leaves = list[torch.Tensor]
 F64 = torch.float64
 # Rounding errors of sums and products of some hundred numbers, in eps; a bound with room, not an estimate.
 ROUNDINGS = 100.0
+# The same for the few terms of one entry of B.
+FEW_ROUNDINGS = 10.0
 
 
 def plain(tensor: torch.Tensor) -> torch.Tensor:
     """Detached, float64, on the CPU: where all numbers are compared."""
     return tensor.detach().cpu().to(F64)
+
+
+def scales(leaf: torch.Tensor) -> torch.Tensor:
+    """The size of each entry of theta, flat: |theta|, not below a hundredth of the leaf's own; 1 for a zero leaf."""
+    values = plain(leaf).reshape(-1).abs()
+    size = float(values.square().mean().sqrt())
+    return values.clamp_min(0.01 * size) if size > 0 else torch.ones_like(values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,6 +188,7 @@ class DenseSystem:
         inverse: its inverse, or pseudo-inverse where it is singular to working precision.
         mixed: B per theta leaf, [n, m]; None for a leaf that F does not read.
         condition: of H, in the 2-norm.
+        terms: per theta leaf the size of the terms that B is the sum of, see NOTE [cancelled terms].
         eps: rounding of the dtype that F was computed in.
     """
 
@@ -190,6 +200,7 @@ class DenseSystem:
     condition: float
     eps: float
     shapes: list[torch.Size]
+    terms: list[float]
 
     @classmethod
     def at(cls, equation: Equation, x: Leaves, theta: Leaves, mixed: bool = True) -> DenseSystem:
@@ -214,8 +225,11 @@ class DenseSystem:
         condition = high / low if low > 0 else torch.inf
         good = condition < 0.1 / torch.finfo(F64).eps
         inverse = torch.linalg.inv(matrix) if good else torch.linalg.pinv(matrix.nan_to_num(), rtol=1e-12)
+        start, end = flat(equation.init), flat(x)
+        size = max(float(end.norm()), float((end - start).norm())) or 1.0
+        terms = [high * size / float(scales(t).square().mean().sqrt()) for t in points]
         shapes = [t.shape for t in theta]
-        return cls(plain(residual), matrix, inverse, mixed_parts, high, condition, equation.eps, shapes)
+        return cls(plain(residual), matrix, inverse, mixed_parts, high, condition, equation.eps, shapes, terms)
 
     @property
     def newton_step(self) -> torch.Tensor:
@@ -240,6 +254,10 @@ class DenseSystem:
 
     # A solve H'u = v of residual r gives J'v + J'r, |r| <= rtol |v|. Rounding adds eps |H| |u| to r, and eps |B| |u| to
     # the product with B', of which the largest column stands for all (a sum may cancel in a small one).
+    #
+    # NOTE [cancelled terms] All of B may be zero by cancellation: scaling the objective moves no minimiser. Its entries
+    # are then what rounding has left of their terms. These are about |H| |x| / |theta|, the change of F when x moves
+    # by its own size where theta does.
 
     def vjp_error(self, j: int, cotangent: torch.Tensor, rtol: float, rounding: bool = True) -> torch.Tensor:
         """What the solve may do to J'v, [m]."""
@@ -249,7 +267,9 @@ class DenseSystem:
         u = float((self.inverse.T @ cotangent).norm())
         small = ROUNDINGS * self.eps if rounding else 0.0
         residual = rtol * float(cotangent.norm()) + small * self.norm * u
-        error: torch.Tensor = self.jacobian(j).norm(dim=0) * residual + small * float(mixed.norm(dim=0).max()) * u
+        cancelled = FEW_ROUNDINGS * self.eps * self.terms[j] if rounding else 0.0
+        product = max(small * float(mixed.norm(dim=0).max()), cancelled) * u
+        error: torch.Tensor = self.jacobian(j).norm(dim=0) * residual + product
         return error
 
     # Forward: H dx = -B t with a residual r, |r| <= rtol |B t|, gives an error of H^-1 r.
@@ -262,7 +282,9 @@ class DenseSystem:
         change = mixed @ tangent
         small = ROUNDINGS * self.eps if rounding else 0.0
         terms = mixed.abs() @ tangent.abs()
+        cancelled = FEW_ROUNDINGS * self.eps * self.terms[j] * float(tangent.norm()) if rounding else 0.0
         dx = float((self.inverse @ change).norm())
-        residual = rtol * float(change.norm()) + small * (self.norm * dx + float(terms.norm()))
+        product = max(small * float(terms.norm()), cancelled)
+        residual = rtol * float(change.norm()) + small * self.norm * dx + product
         error: torch.Tensor = self.inverse.norm(dim=1) * residual
         return error

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from implicitlayer.testing._problems import _Problem
 
-__all__ = ["RoleCase", "ThetaRole", "theta_roles"]
+__all__ = ["RoleCase", "ThetaRole", "roles", "theta_roles"]
 
 Gradients = list[torch.Tensor | None]
 
@@ -75,6 +75,20 @@ class ThetaRole:
         return _ROLES[self.name](problem)
 
 
+def roles() -> list[ThetaRole]:
+    """Every way in which a theta can be given to a layer, simplest first.
+
+    Returns:
+        The roles, those that :func:`theta_roles` draws from.
+
+    Example:
+        >>> from implicitlayer import testing
+        >>> [role.name for role in testing.roles()][:3]
+        ['leaf', 'non-leaf', 'view']
+    """
+    return [ThetaRole(name) for name in _ROLES]
+
+
 def theta_roles() -> st.SearchStrategy[ThetaRole]:
     """Strategy of the ways in which a theta can be given to a layer, simplest first.
 
@@ -103,7 +117,7 @@ def theta_roles() -> st.SearchStrategy[ThetaRole]:
         ...             assert torch.allclose(gradient, right, rtol=1e-8)
         >>> gradients_are_right_in_every_role()
     """
-    return st.sampled_from([ThetaRole(name) for name in _ROLES])
+    return st.sampled_from(roles())
 
 
 # -------------------------------------------------------------------------------------------------------------- roles

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from implicitlayer.testing import _differences as differences
-from implicitlayer.testing._differences import Difference, scales
+from implicitlayer.testing._differences import Difference
 from implicitlayer.testing._modes import RANDOM, SAFE_RTOL, Check, add_quotient, filled, total
-from implicitlayer.testing._references import ROUNDINGS, DenseSystem, Leaves, flat, plain
+from implicitlayer.testing._references import ROUNDINGS, DenseSystem, Leaves, flat, plain, scales
 from implicitlayer.testing._report import COARSE, LINEAR, TRUNCATION, compare
 
 _SECOND_ORDER_LEAVES = 8

@@ -3,9 +3,9 @@
 import scipy.sparse.linalg
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
-from linear_systems import Counted, contraction, seeds
-from references import F64, randn, relative_error, spd_matrix
+from linear_systems import Counted, condition, contraction, systems
+from references import F64, randn, relative_error
+from torch import Tensor
 
 import implicitlayer as il
 from implicitlayer import Status
@@ -20,12 +20,12 @@ def test_each_iterate_agrees_with_scipy() -> None:
         assert relative_error(ours.value, torch.from_numpy(reference)) <= 1e-11
 
 
-@given(n=st.integers(1, 30), log10_cond=st.integers(0, 2), seed=seeds())
-def test_positive_definite_solutions_equal_the_dense_ones(n: int, log10_cond: int, seed: int) -> None:
-    matrix, b = spd_matrix(n, log10_cond, seed), randn(n, seed=seed + 9)
+@given(system=systems("positive definite", 30, log10_cond=2))
+def test_positive_definite_solutions_equal_the_dense_ones(system: tuple[Tensor, Tensor]) -> None:
+    matrix, b = system
     solution = il.Bicgstab()(matrix, b)
     assert solution.status is Status.CONVERGED
-    assert relative_error(solution.value, torch.linalg.solve(matrix, b)) <= 1e-9 * 10**log10_cond
+    assert relative_error(solution.value, torch.linalg.solve(matrix, b)) <= 1e-9 * condition(matrix)
 
 
 def test_a_step_is_one_product() -> None:

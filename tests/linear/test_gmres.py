@@ -4,8 +4,7 @@ import pytest
 import scipy.sparse.linalg
 import torch
 from hypothesis import given
-from hypothesis import strategies as st
-from linear_systems import Counted, contraction, general_matrix, seeds
+from linear_systems import Counted, condition, contraction, general_matrix, systems
 from references import F64, randn, relative_error
 from torch import Tensor
 
@@ -13,12 +12,12 @@ import implicitlayer as il
 from implicitlayer import Status
 
 
-@given(n=st.integers(1, 30), log10_cond=st.integers(0, 4), seed=seeds())
-def test_solutions_equal_the_dense_ones_within_n_steps(n: int, log10_cond: int, seed: int) -> None:
-    matrix, b = general_matrix(n, log10_cond, seed), randn(n, seed=seed + 9)
+@given(system=systems("general", 30, log10_cond=4))
+def test_solutions_equal_the_dense_ones_within_n_steps(system: tuple[Tensor, Tensor]) -> None:
+    matrix, b = system
     solution = il.Gmres()(matrix, b)
-    assert solution.status is Status.CONVERGED and solution.num_steps <= n
-    assert relative_error(solution.value, torch.linalg.solve(matrix, b)) <= 1e-9 * 10**log10_cond
+    assert solution.status is Status.CONVERGED and solution.num_steps <= len(b)
+    assert relative_error(solution.value, torch.linalg.solve(matrix, b)) <= 1e-9 * condition(matrix)
 
 
 def test_each_truncated_solve_has_the_smallest_residual_of_its_krylov_space() -> None:

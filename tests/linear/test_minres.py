@@ -5,12 +5,12 @@ import scipy.sparse.linalg
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from linear_systems import indefinite_matrix, seeds, singular_matrix
+from linear_systems import condition, indefinite_matrix, seeds, systems
 from references import F64, randn, relative_error, spd_matrix
 from torch import Tensor
 
 import implicitlayer as il
-from implicitlayer import Status
+from implicitlayer import Status, testing
 
 
 def smallest_residual(matrix: Tensor, b: Tensor, num_steps: int) -> Tensor:
@@ -32,13 +32,13 @@ def test_each_truncated_solve_has_the_smallest_residual_of_its_krylov_space() ->
         assert relative_error(solution.value, smallest_residual(matrix, b, steps)) <= 1e-12
 
 
-@given(n=st.integers(1, 30), log10_cond=st.integers(0, 3), seed=seeds())
-def test_indefinite_solutions_equal_the_dense_ones(n: int, log10_cond: int, seed: int) -> None:
-    matrix, b = indefinite_matrix(n, log10_cond, seed), randn(n, seed=seed + 9)
+@given(system=systems("indefinite", 30, log10_cond=3))
+def test_indefinite_solutions_equal_the_dense_ones(system: tuple[Tensor, Tensor]) -> None:
+    matrix, b = system
     solution = il.Minres()(matrix, b)
     assert solution.status is Status.CONVERGED
     # error <= 10 rtol ||b|| ||A^-1||, and ||u|| >= ||b||
-    assert relative_error(solution.value, torch.linalg.solve(matrix, b)) <= 1e-9 * 10**log10_cond
+    assert relative_error(solution.value, torch.linalg.solve(matrix, b)) <= 1e-9 * condition(matrix)
 
 
 def test_solution_agrees_with_scipy() -> None:
@@ -48,11 +48,9 @@ def test_solution_agrees_with_scipy() -> None:
     assert relative_error(il.Minres()(matrix, b).value, torch.from_numpy(reference)) <= 1e-7  # 10 rtol * condition
 
 
-@given(n=st.integers(2, 25), seed=seeds(), data=st.data())
-def test_an_inconsistent_system_ends_singular_at_the_least_squares_residual(
-    n: int, seed: int, data: st.DataObject
-) -> None:
-    matrix, b = singular_matrix(n, data.draw(st.integers(1, n - 1)), seed), randn(n, seed=seed + 9)
+@given(matrix=testing.singular_matrices(st.integers(1, 15)), seed=seeds())
+def test_an_inconsistent_system_ends_singular_at_the_least_squares_residual(matrix: Tensor, seed: int) -> None:
+    b = randn(len(matrix), seed=seed)
     values, vectors = torch.linalg.eigh(matrix)
     null = vectors[:, values.abs() < 1e-8]
     outside = float((null.T @ b).norm() / b.norm())  # the part of b that no u can reach

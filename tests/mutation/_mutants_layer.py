@@ -223,8 +223,8 @@ LAYER_MUTANTS = [
     Mutant(
         "leaves joined in reverse order",
         "_tree.py",
-        "leaf.new_zeros(*lanes, 0) for leaf in leaves], -1)",
-        "leaf.new_zeros(*lanes, 0) for leaf in reversed(leaves)], -1)",
+        "leaf.shape[lane_dims:].numel()) for leaf in leaves], -1)",
+        "leaf.shape[lane_dims:].numel()) for leaf in reversed(leaves)], -1)",
         "cotangents of one leaf end in another",
         near="pytrees",
     ),

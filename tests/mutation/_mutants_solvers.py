@@ -42,8 +42,8 @@ SOLVER_MUTANTS = [
     Mutant(
         "CG stops a thousand times too early",
         CG,
-        "if rnorm <= tol:",
-        "if rnorm <= 1e3 * tol:",
+        "tol, steps = tolerance.item(), int(run.steps)",
+        "tol, steps = 1e4 * tolerance.item(), int(run.steps)",
         "residuals of 1e-7 where 1e-10 was asked for",
         near="ConjugateGradient",
     ),
@@ -69,7 +69,7 @@ SOLVER_MUTANTS = [
         "if curvature <= floor * largest:",
         "if curvature == 0.0:",
         "a singular or indefinite matrix is solved as if it were positive definite",
-        near="saddle point, refused",
+        near="truncated ConjugateGradient",
     ),
     Mutant(
         "CG with lanes does not look at the curvature",
@@ -77,7 +77,7 @@ SOLVER_MUTANTS = [
         "running = seen & ~(flat | down)",
         "running, codes = seen, torch.where(seen, int(limit), codes)",
         "the same in batches",
-        near="saddle point, refused",
+        near="truncated ConjugateGradient",
     ),
     Mutant(
         "CG believes its recursive residual",
@@ -85,7 +85,7 @@ SOLVER_MUTANTS = [
         "            if not self.has_tolerance:\n                break",
         "            break",
         "CONVERGED is said where the true residual has stopped falling",
-        near="WarmStart, status",
+        near="ConjugateGradient, status",
     ),
     Mutant(
         "CG lets one failed lane stop all",
@@ -149,7 +149,7 @@ SOLVER_MUTANTS = [
         "return Correction(precondition(value), codes",
         "return Correction(value, codes",
         "M u in place of u",
-        near="Gmres with",
+        near="Gmres, solves_with",
     ),
     Mutant(
         "MINRES with the wrong sign in its reflection",
@@ -173,7 +173,7 @@ SOLVER_MUTANTS = [
         "p - times(omega, v)))",
         "p))",
         "p = r + beta p",
-        near="Bicgstab",
+        near="Bicgstab, positive",
     ),
     Mutant(
         "Bi-CGSTAB counts its smoothing step in the residual only",
@@ -181,7 +181,7 @@ SOLVER_MUTANTS = [
         "x = select(running, x + times(omega, s_hat), x)",
         "x = select(running, x, x)",
         "x and r belong to different systems",
-        near="Bicgstab",
+        near="Bicgstab, positive",
     ),
     Mutant(
         "dense solves make the matrix by rows",
@@ -216,12 +216,20 @@ SOLVER_MUTANTS = [
         near="Neumann",
     ),
     Mutant(
-        "a warm start is not added back",
+        "a warm start believes the residual of its correction",
         "linear/_warm_start.py",
-        "value=start + found.value * unit.unsqueeze(-1),",
-        "value=found.value * unit.unsqueeze(-1),",
-        "the second solve of a shape",
-        near="WarmStart",
+        "(found.codes == int(Status.CONVERGED)) & (residual_norm > allowed)",
+        "(found.codes == int(Status.CONVERGED)) & (residual_norm < 0)",
+        "a start far larger than the answer costs digits that nobody reports",
+        near="WarmStart, status",
+    ),
+    Mutant(
+        "a warm start that failed keeps its old answer",
+        "linear/_warm_start.py",
+        "value=select(lost, fresh.value, value),",
+        "value=value,",
+        "the status and the residual are those of another answer",
+        near="WarmStart, status",
     ),
     Mutant(
         "repair keeps the failed lanes",
@@ -262,5 +270,30 @@ SOLVER_MUTANTS = [
         "if (last or step % every == 0) and not bool(running.all()):",
         "all other lanes are left unfinished",
         near="AcceleratedGradient, batch",
+    ),
+    Mutant(
+        "gradient descent moves its finished lanes",
+        DESCENT,
+        "torch.where(here, g, torch.zeros_like(g))",
+        "g",
+        "the answer of a lane depends on how long its neighbours run",
+        near="GradientDescent, a_finished",
+    ),
+    Mutant(
+        "accelerated gradients move their finished lanes",
+        "solvers/_accelerated_gradient.py",
+        "x, y = _where(running, x_new, x), _where(running, y_new, y)",
+        "x, y = x_new, y_new",
+        "the answer of a lane depends on how long its neighbours run",
+        near="AcceleratedGradient, a_finished",
+    ),
+    Mutant(
+        "CG with lanes moves its finished lanes",
+        CG,
+        "alpha = torch.where(running, rz / pap, 0.0).to(x.dtype).unsqueeze(-1)\n"
+        "        x = keep(torch.addcmul(x, alpha, p), x)",
+        "alpha = (rz / pap).to(x.dtype).unsqueeze(-1)\n        x = torch.addcmul(x, alpha, p)",
+        "the answer of a lane depends on how long its neighbours run",
+        near="ConjugateGradient, a_finished",
     ),
 ]

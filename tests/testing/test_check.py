@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from references import F64, newton, randn, smooth_objective, spd_matrix
+from references import F64, newton, randn
 from torch import Tensor
 
 import implicitlayer as il
@@ -264,33 +262,6 @@ def test_an_unused_leaf_is_named() -> None:
     )
     assert report.verdict == "passed"
     assert any(note.startswith("theta[1]['w'] is not used by the objective") for note in report.notes)
-
-
-@settings(max_examples=4)
-@given(n=st.integers(1, 5), seed=st.integers(0, 10_000), log10_cond=st.integers(0, 5))
-def test_no_false_alarm_on_random_quadratics(n: int, seed: int, log10_cond: int) -> None:
-    def objective(x: Tensor, m: Tensor, b: Tensor) -> Tensor:
-        return 0.5 * x @ m @ x - b @ x
-
-    def solver(f: Any, x: Tensor, m: Tensor, b: Tensor) -> Tensor:
-        return torch.linalg.solve((m + m.T) / 2, b)
-
-    matrix = spd_matrix(n, log10_cond, seed)
-    report = check_argmin_gradients(
-        objective, solver, torch.zeros(n, dtype=F64), matrix, randn(n, seed=seed), seed=seed
-    )
-    assert report.verdict in ("passed", "inconclusive")
-    if log10_cond <= 2:
-        assert report.verdict == "passed"
-
-
-@settings(max_examples=4)
-@given(n=st.integers(1, 5), seed=st.integers(0, 10_000), log_tol=st.integers(-9, -2))
-def test_no_false_alarm_with_a_coarse_solver(n: int, seed: int, log_tol: int) -> None:
-    solver = il.solvers.SciPyMinimize("BFGS", options={"gtol": 10.0**log_tol})
-    theta = (randn(4, n, seed=seed), randn(4, seed=seed + 1), torch.tensor(-0.5, dtype=F64))
-    report = check_argmin_gradients(smooth_objective, solver, torch.zeros(n, dtype=F64), *theta, seed=seed)
-    assert report.verdict in ("passed", "inconclusive")
 
 
 def test_the_same_seed_gives_the_same_report() -> None:

@@ -24,42 +24,6 @@ from user_solvers import (
 import implicitlayer as il
 from implicitlayer import testing
 
-SGD = il.solvers.TorchOptimizer(torch.optim.SGD, max_steps=200, lr=1.0)  # 0.95^200 = 4e-5
-LBFGS = il.solvers.TorchOptimizer(
-    torch.optim.LBFGS, max_steps=20, line_search_fn="strong_wolfe", tolerance_grad=1e-12, tolerance_change=1e-16
-)
-
-
-@testing.parametrize_with_solver_checks(
-    [
-        il.ConjugateGradient(),
-        il.Minres(),
-        il.Gmres(),
-        il.Bicgstab(),
-        il.NormalEquations(),
-        il.Dense(),
-        il.Neumann(40),  # 0.5^40 = 1e-12
-        testing.linear(il.ConjugateGradient(preconditioner=il.Jacobi()), name="CG with Jacobi"),
-        testing.inner(
-            il.solvers.GradientDescent(1.0, max_steps=400, rtol=1e-10), name="GradientDescent to a tolerance"
-        ),
-        il.solvers.GradientDescent(1.0, max_steps=400),
-        testing.inner(SGD, accuracy=1e-3, name="SGD"),
-        testing.inner(LBFGS, name="LBFGS"),
-    ]
-)
-def test_the_solvers_of_the_package_conform(solver: Any, check: Callable[[Any], None]) -> None:
-    check(solver)
-
-
-@pytest.mark.parametrize("method", ["BFGS", "L-BFGS-B", "Newton-CG"])
-def test_scipy_minimize_conforms(method: str) -> None:
-    pytest.importorskip("scipy")
-    # BFGS and L-BFGS-B stop where values of the objective differ by rounding: the square root of eps, 1e-8
-    for _, check in testing.solver_checks(testing.inner(il.solvers.SciPyMinimize(method, tol=1e-12), accuracy=1e-5)):
-        check()
-
-
 # ----------------------------------------------------------------------------------------- right solvers from elsewhere
 
 
@@ -96,10 +60,26 @@ def test_checks_that_are_not_claimed_are_left_out() -> None:
     assert "a_step_limit_is_no_success" in names(
         testing.linear(il.Dense(), limited=il.ConjugateGradient(1e-9, max_steps=1))
     )
-    inner = names(il.solvers.GradientDescent(1.0))
+    lanes = {"repeats_are_bitwise_equal", "a_finished_lane_is_frozen"}
+    assert lanes <= set(everything) and not lanes & set(names(testing.linear(il.Gmres(), deterministic=False)))
+    assert "a_finished_lane_is_frozen" not in names(testing.linear(il.Gmres(), batched=False))
+    definite = "an_indefinite_system_is_no_success"
+    assert definite in names(il.ConjugateGradient()) and definite not in everything and definite not in bare
+    descent = il.solvers.GradientDescent(1.0)
+    inner = names(descent)
     assert "batch_equals_loop" in inner and "batch_equals_loop" not in names(dense_newton)
-    assert "repeats_are_bitwise_equal" not in names(testing.inner(dense_newton, deterministic=False))
+    assert lanes <= set(inner) and not lanes & set(names(testing.inner(descent, deterministic=False)))
     assert "minimises_in_float32" not in names(testing.inner(dense_newton, dtypes=[torch.float64]))
+
+
+def test_a_preconditioner_is_tried_where_there_is_a_field_for_one_that_is_empty() -> None:
+    name = "solves_with_a_preconditioner"
+    assert name in names(il.Gmres()) and name not in names(il.Dense()) and name not in names(dense)
+    assert name not in names(il.Gmres(preconditioner=il.Jacobi()))
+    made = testing.linear(il.Minres()).preconditioned
+    assert isinstance(made, il.Minres) and made.preconditioner is not None
+    halves = made.preconditioner(torch.ones(4, dtype=F64))  # type: ignore[operator]
+    assert halves.tolist() == [0.5, 1.0, 1.5, 2.0]
 
 
 def test_the_kind_of_a_bare_solver_is_told_from_its_class_or_arguments() -> None:

@@ -10,6 +10,8 @@ from user_solvers import (
     CallsItemOnLanes,
     KeepsItsFactors,
     MixesLanes,
+    NeverFreezes,
+    PreconditionsTheAnswer,
     WarmStarts,
     a_column,
     adds_all_lanes,
@@ -26,6 +28,7 @@ from user_solvers import (
     loses_its_last_leaf,
     nan_on_zero,
     needs_a_leaf,
+    never_content,
     never_empty,
     only_the_first_theta,
     overwrites_init,
@@ -76,6 +79,24 @@ BROKEN_LINEAR: list[tuple[str, Any, str, str]] = [
     ),
     ("CG that stops with its first lane", cg(first_lane_stops=True), "batch_equals_loop", "in a batch otherwise"),
     (
+        "CG that goes on with finished lanes",
+        cg(moves_finished=True),
+        "a_finished_lane_is_frozen",
+        "gave one lane of a batch two answers, .* apart, as its neighbours finished early or late",
+    ),
+    (
+        "CG that does not look at the curvature",
+        cg(ignores_curvature=True),
+        "an_indefinite_system_is_no_success",
+        r"says CONVERGED for -4 u = 2\. If it is for such systems too, say so: systems='symmetric' or 'general'",
+    ),
+    (
+        "a preconditioner applied to the answer",
+        claim(PreconditionsTheAnswer(), "general"),
+        "solves_with_a_preconditioner",
+        "PreconditionsTheAnswer with a preconditioner left a relative residual",
+    ),
+    (
         "every lane gets the mean",
         claim(batched_mean, batched=True),
         "batch_equals_loop",
@@ -93,6 +114,7 @@ BROKEN_LINEAR: list[tuple[str, Any, str, str]] = [
         "status_tells_the_truth",
         "an indefinite matrix|says CONVERGED",
     ),
+    ("never a success", claim(never_content, "general"), "an_easy_system_is_a_success", "says STAGNATED for an easy"),
     ("least squares as a success", claim(pinv_converged), "a_singular_system_is_no_success", "for a singular matrix"),
     ("solves with the transpose", claim(transposed, "general"), "solves_random_systems", "left a relative residual"),
     (
@@ -158,6 +180,13 @@ def test_a_solver_that_fails_without_unknowns_is_caught() -> None:
         dict(testing.solver_checks(claim(never_empty)))["small_right_hand_sides"]()
 
 
+def test_negative_curvature_that_only_lanes_overlook_is_caught() -> None:
+    one, many = cg().solver, cg(ignores_curvature=True).solver
+    mixed = claim(lambda operator, rhs: (one if rhs.ndim == 1 else many)(operator, rhs), batched=True)
+    with pytest.raises(AssertionError, match="says CONVERGED for a negative definite matrix in lane 1 of a batch"):
+        dict(testing.solver_checks(mixed))["an_indefinite_system_is_no_success"]()
+
+
 def test_a_singular_system_with_a_false_status_is_caught() -> None:
     with pytest.raises(AssertionError, match=r"says CONVERGED for a singular matrix \(n=1, rank=0\)"):
         dict(testing.solver_checks(claim(says_converged)))["a_singular_system_is_no_success"]()
@@ -179,6 +208,7 @@ BROKEN_INNER: list[tuple[Any, str, str]] = [
     (WarmStarts(), "repeats_are_bitwise_equal", "gave two answers to one problem"),
     (needs_a_leaf, "the_graph_of_init_is_ignored", "left a gradient behind in the tensor that init was made from"),
     (reads_the_graph, "the_graph_of_init_is_ignored", "gives another answer"),
+    (NeverFreezes(), "a_finished_lane_is_frozen", "gave one lane of a batch two answers, .* neighbours finished"),
     (MixesLanes(), "batch_equals_loop", "of a batch otherwise than alone"),
     (MixesLanes(), "a_layer_under_vmap", "lane 0|away from the minimiser"),
 ]

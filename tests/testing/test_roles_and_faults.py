@@ -48,9 +48,9 @@ def check_role(case: testing.RoleCase, layer: Callable[..., Tensor], v: Tensor) 
             assert gradient is not None and float((gradient - expected).norm()) <= 1e-7 * size
 
 
-@pytest.mark.parametrize("name", ROLES)
-def test_layers_are_right_in_every_role_of_theta(name: str) -> None:
-    role, v = testing.ThetaRole(name), testing.normal_tensor((3,), seed=1)
+@pytest.mark.parametrize("role", testing.roles(), ids=lambda role: role.name)
+def test_layers_are_right_in_every_role_of_theta(role: testing.ThetaRole) -> None:
+    v = testing.normal_tensor((3,), seed=1)
     for make in (testing.quadratic_problem, testing.smooth_convex_problem):
         case = role(make(3, log10_cond=1, seed=2))
         check_role(case, il.argmin(case.objective, case.solver), v)
@@ -58,7 +58,8 @@ def test_layers_are_right_in_every_role_of_theta(name: str) -> None:
     check_role(case, il.root(case.objective, case.solver), v)
 
 
-def test_every_role_is_drawn_and_says_what_it_is() -> None:
+def test_every_role_is_listed_and_drawn_and_says_what_it_is() -> None:
+    assert [role.name for role in testing.roles()] == ROLES
     for name in ROLES:
         role = find(testing.theta_roles(), lambda role, name=name: role.name == name, settings=QUICK)
         assert repr(role) == f"ThetaRole({name!r})" and role.description.endswith(".")
