@@ -94,7 +94,8 @@ class ForwardRecord:
 class GradientError:
     """How far a computed gradient is from the exact one, ``||g - g*||``, lane by lane, for the cotangent as given.
 
-    The gradient is that of all theta leaves together; a theta that lanes share adds up their errors.
+    The gradient is that of all theta leaves together. ``float(error)`` is the sum over the lanes, which bounds the
+    error of a theta that they share, and that of all together where each has its own.
 
     Attributes:
         total: tensor [*lanes], bound or estimate of the error (Euclidean norm).
@@ -116,14 +117,15 @@ class GradientError:
     note: str = ""
 
     def __float__(self) -> float:
-        """That of the worst lane."""
-        return float(self.total.max()) if self.total.numel() else 0.0
+        """That of all lanes together, at most: the sum."""
+        return float(self.total.sum()) if self.total.numel() else 0.0
 
     def __str__(self) -> str:
         kind, sign = ("bound", "<=") if self.rigorous else ("estimate", "about")
         return (
             f"gradient error {sign} {_span(self.total)}, relative {_span(self.relative)} ({kind}; inner solve "
             f"{_span(self.inner)}, linear solve {_span(self.linear)})"
+            + (f"; of all lanes together {sign} {float(self):.2e}" if self.total.ndim else "")
         )
 
 
@@ -189,6 +191,8 @@ class BackwardRecord:
     def explain(self) -> str:
         """Two sentences: what was found, and what to do about it."""
         s = self.solution
+        if not s.status.ok:
+            return f"The {self.kind} solve failed. {s.describe()}"
         if s.remedy:
             changed = "" if s.damping is None and "Gauss" not in s.remedy else ", so the gradient is a biased one"
             return (
@@ -200,12 +204,10 @@ class BackwardRecord:
                 f"The {self.kind} solve made the {_steps(s.num_steps)} that were asked for; its relative residual is "
                 f"{_span(s.relative_residual)}. Give a tolerance in place of max_steps alone for a converged solve."
             )
-        if s.status.ok:
-            return (
-                f"The {self.kind} solve converged in {_steps(s.num_steps)} to a relative residual of "
-                f"{_span(s.relative_residual)}. There is nothing to do."
-            )
-        return f"The {self.kind} solve failed. {s.describe()}"
+        return (
+            f"The {self.kind} solve converged in {_steps(s.num_steps)} to a relative residual of "
+            f"{_span(s.relative_residual)}. There is nothing to do."
+        )
 
 
 Record = ForwardRecord | BackwardRecord

@@ -102,7 +102,7 @@ class LinearSolution:
             return values[pick].item() if values.numel() else 0
 
         curvature = at(self.smallest_curvature)
-        known = self.smallest_curvature.numel() > 0 and math.isfinite(curvature)
+        known = self.smallest_curvature.numel() > 0 and math.isfinite(curvature) and not self.remedy
         what = {
             Status.INDEFINITE: f"met p'Ap/p'p = {curvature:.3g} <= 0",
             Status.SINGULAR: f"met p'Ap/p'p = {curvature:.3g}, zero to working precision,"

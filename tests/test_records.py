@@ -159,3 +159,17 @@ def test_collecting_without_depth_measures_nothing_more_and_holds_no_tensors() -
         tracking(stationarity_rtol=None)(torch.zeros(3, dtype=F64), leaf(3)).sum().backward()
     assert isinstance(records[0], il.ForwardRecord) and records[0].stationarity_norm is None
     assert isinstance(records[1], il.BackwardRecord) and records[1].certificate is None
+
+
+def test_explain_does_not_hide_a_remedy_that_failed() -> None:
+    matrix = torch.diag(torch.tensor([-1.0, 0.0, 2.0], dtype=F64))
+    layer = il.argmin(
+        lambda x, b: 0.5 * x @ matrix @ x - b @ x,
+        lambda f, x, b: torch.zeros_like(b),
+        negative_curvature="minres",
+        on_failure="ignore",
+    )
+    _, backward = records_of(layer, leaf(3))
+    assert backward.status is il.Status.SINGULAR
+    text = backward.explain()
+    assert "failed" in text and "found the matrix singular" in text and "solved again by MINRES" in text

@@ -68,7 +68,7 @@ def argmin(
             ``on_failure`` says. ``"truncate"``: keep the iterate before it (Steihaug). ``"damp"``: solve again with
             twice the magnitude of the smallest Ritz value on the diagonal. ``"minres"``: solve again with
             :class:`Minres`, exact. ``"gauss_newton"``: solve again with the Gauss-Newton matrix. The record says
-            what was done; a second derivative through ``"damp"`` or ``"gauss_newton"`` is an error.
+            what was done; a second derivative through what solved another system is an error.
         assumptions: constants of the problem that make ``record.gradient_error`` a rigorous bound.
         constraint: a set that x is confined to (``il.sets``), a pytree of sets, or a function of theta that returns
             one. The solver still sees the objective alone, and knows the set by itself. Its data are differentiated.

@@ -23,8 +23,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -89,15 +91,15 @@ class Assumptions:
     mixed_lipschitz: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.strong_convexity > 0:
+        if not 0 < self.strong_convexity < math.inf:
             raise ValueError(
-                f"strong_convexity={self.strong_convexity} must be positive: without it there is no bound. Leave the "
-                "assumptions out for an estimate."
+                f"strong_convexity={self.strong_convexity} must be positive and finite: without it there is no "
+                "bound. Leave the assumptions out for an estimate."
             )
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is not None and not value >= 0:
-                raise ValueError(f"{field.name}={value} must be non-negative.")
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{field.name}={value} must be non-negative and finite.")
 
 
 def gradient_error(
@@ -135,6 +137,13 @@ class _Point:
         self.matrix = transposed.linearize(tensors)
         self.jacobian = replace(family, transposed=False).linearize(tensors)
         self.applied = self.matrix(ravel(u, self.lane_dims))
+        self.identities = [(t.data_ptr() or id(t), t.shape, t.stride()) for t in self.theta]
+
+    @property
+    def multiplicity(self) -> int:
+        """How often the same tensor stands among the thetas that are needed, at most."""
+        counted = Counter(key for key, needed in zip(self.identities, self.needed, strict=True) if needed)
+        return max(counted.values(), default=1)
 
     @property
     def stationarity(self) -> torch.Tensor:
@@ -151,7 +160,13 @@ class _Point:
         pulled = pull_tensors(
             lambda t: self.residual(self.x, t), self.theta, self.needed, unravel(vector, self.x, self.lane_dims)
         )
-        return [leaf.detach() for leaf in pulled if leaf is not None]
+        # one tensor given as two thetas has one gradient, the sum
+        gradients: dict[Any, torch.Tensor] = {}
+        for index, leaf in enumerate(pulled):
+            if leaf is not None:
+                key = self.identities[index]
+                gradients[key] = leaf.detach() + gradients[key] if key in gradients else leaf.detach()
+        return list(gradients.values())
 
     def mixed_norm(self, of: Callable[[torch.Tensor], Leaves]) -> torch.Tensor:
         """Norm per lane of what ``of(mask)`` sends into theta, one lane at a time: lanes may share a theta."""
@@ -226,6 +241,9 @@ def _bound(given: Assumptions, point: _Point, r: torch.Tensor) -> GradientError:
     size = point.gradient_norm
     # an exact inner solve has no inner part, whatever the constants
     inner = torch.where(distance > 0, slope * distance, 0.0)
+    # the constants are for the stacked gradients; where one tensor stands in k places, its gradient is their sum
+    repeated = point.multiplicity**0.5
+    inner, linear = repeated * inner, repeated * linear
     return GradientError(
         total=inner + linear,
         inner=inner,

@@ -21,7 +21,7 @@ from implicitlayer._tree import TreeSpec, flatten_with_names, name_lanes, ravel,
 from implicitlayer._types import FlatFunction, Leaves, OnFailure
 from implicitlayer._warn import warn
 from implicitlayer.implicit._composite import Composite
-from implicitlayer.implicit._stationarity import Stationarity, newton_step, stationarity
+from implicitlayer.implicit._stationarity import Stationarity, is_rounding, newton_step, stationarity
 from implicitlayer.linear._residual import Residual
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
     if constraints is not None and active_set is not None:
         constraints.judge(active_set, spec.on_failure)
     if measured is not None and spec.stationarity_rtol is not None:
-        _judge(spec, measured, spec.stationarity_rtol)
+        _judge(spec, measured, spec.stationarity_rtol, x, theta)
         spec.watch[:] = [measured.watch(spec.stationarity_rtol)]
     return x
 
@@ -290,10 +290,13 @@ def _record(
         spec.listener(record)
 
 
-def _judge(spec: LayerSpec, measured: Stationarity, rtol: float) -> None:
+def _judge(spec: LayerSpec, measured: Stationarity, rtol: float, x: Leaves, theta: Leaves) -> None:
     """Row "answer not stationary": the implicit gradient there is that of no minimum."""
     bad = measured.relative > rtol
     if spec.on_failure == "ignore" or not bool(bad.any()):
+        return
+    bad = bad & ~is_rounding(measured, spec.residual, x, theta)
+    if not bool(bad.any()):
         return
     pick = tuple(bad.nonzero()[0].tolist())
     what = "gradient of the objective" if spec.residual.is_gradient else "residual"

@@ -174,8 +174,10 @@ def proximal(
         if not isinstance(leaf, (int, float, torch.Tensor)) or isinstance(leaf, bool):
             raise ValueError(f"strength must be a number or a tensor, got {type(leaf).__name__}.")
         wrapped = isinstance(leaf, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf)
-        if not wrapped and not bool((torch.as_tensor(leaf) >= 0).all()):
-            raise ValueError(f"strength={leaf} must be non-negative: a negative one rewards distance from theta.")
+        if not wrapped and not bool(((torch.as_tensor(leaf) >= 0) & (torch.as_tensor(leaf) < torch.inf)).all()):
+            raise ValueError(
+                f"strength={leaf} must be non-negative and finite: a negative one rewards distance from theta."
+            )
     if divergence is not None and (isinstance(strength, (*_KNOWN, dict, list, tuple)) or _has_entries(strength)):
         raise ValueError("with a divergence the strength must be one number: it weighs the divergence as a whole.")
     return Proximal(loss, strength, divergence)

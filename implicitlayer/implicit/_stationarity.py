@@ -46,24 +46,59 @@ class Stationarity:
 
     def watch(self, rtol: float) -> Watch:
         """What refuses a backward whose F(x) is no longer that of the call; see NOTE [a changed objective]."""
-        if self.norm.numel() == 0:
-            return lambda residual, x, theta, value: None
-        norm, allowed = float(self.norm.max()), float(torch.maximum(rtol * self.size, 2 * self.distance).max())
+        norm, allowed = self.norm, torch.maximum(rtol * self.size, 2 * self.distance)
 
         def watch(residual: Residual, x: Leaves, theta: Leaves, value: torch.Tensor) -> None:
-            if value.numel() == 0 or float(lane_norm(value).max()) <= _GROWN * norm:
-                return
+            found = lane_norm(value) if value.shape[-1] else value.new_zeros(value.shape[:-1])
+            if found.shape[found.ndim - norm.ndim :] != norm.shape or not bool((found > _GROWN * norm).any()):
+                return  # levels of a transform come first, so that the call's lanes are the last ones
             now = stationarity(residual, x, theta, x)
-            if float(now.distance.max()) > allowed:
-                raise ClosureError(
-                    "since the layer was called, the objective has changed: at the solution its gradient (the "
-                    f"residual) had norm {norm:.3g}, and now has {float(now.norm.max()):.3g}. The gradient would be "
-                    "that of another problem. A number or array that the objective closes over has changed (pass it "
-                    "to the layer as one more theta), or the objective is random (dropout: call .eval(), or draw the "
-                    "mask once and pass it as a theta)."
-                )
+            moved = (now.distance > allowed) & (now.norm > _GROWN * norm)
+            if not bool(moved.any()) or not bool((moved & ~is_rounding(now, residual, x, theta)).any()):
+                return
+            pick = tuple(moved.nonzero()[0].tolist())
+            before = norm.expand(now.norm.shape)[pick].item()
+            raise ClosureError(
+                f"since the layer was called, the objective has changed{name_lanes(moved)}: at the solution its "
+                f"gradient (the residual) had norm {before:.3g}, and now has {now.norm[pick].item():.3g}. The gradient "
+                "would be that of another problem. A number or array that the objective closes over has changed (pass "
+                "it to the layer as one more theta), or the objective is random (dropout: call .eval(), or draw the "
+                "mask once and pass it as a theta)."
+            )
 
         return watch
+
+
+# NOTE [rounding of F]: at a solution F is a sum of terms that cancel, and what is left of them is rounding: a few eps
+# of the size of the terms. Changing every entry of theta by a relative h of random sign changes F by h times that size.
+# So a norm below a few eps of it is no sign of a distance: the answer is exact for data that differ by rounding.
+_ROUNDINGS = 16.0
+_DRAWS = 4
+
+
+def is_rounding(at: Stationarity, residual: Residual, x: Leaves, theta: Leaves) -> torch.Tensor:
+    """Lanes, bool [*lanes], whose F(x) is rounding error only; a few more gradients."""
+    eps = torch.finfo(at.gradient.dtype).eps
+    h = eps**0.5
+
+    def changed(leaf: torch.Tensor, draw: int) -> torch.Tensor:
+        if not leaf.is_floating_point() or not leaf.numel():
+            return leaf
+        # the golden angle gives signs without a period, and leaves the random state alone
+        phase = torch.arange(leaf.numel(), device=leaf.device, dtype=torch.float64) * 2.399963
+        signs = torch.where(torch.cos((1 + draw) * phase + draw) >= 0, 1.0, -1.0).reshape(leaf.shape)
+        turned: torch.Tensor = leaf.detach() * (1 + h * signs.to(leaf.dtype))
+        return turned
+
+    size = torch.zeros_like(at.norm)
+    for draw in range(_DRAWS):  # one choice of signs may cancel by chance
+        with torch.enable_grad():
+            points = [t.detach().requires_grad_() for t in x]
+            moved = residual.kept_graph_gradient(points, [changed(t, draw) for t in theta])
+            flat = ravel([leaf.detach() for leaf in moved], residual.lane_dims)
+        size = torch.maximum(size, lane_norm(flat - at.gradient) / h)
+    rounding: torch.Tensor = at.norm <= _ROUNDINGS * eps * size
+    return rounding
 
 
 def stationarity(residual: Residual, x: Leaves, theta: Leaves, init: Leaves) -> Stationarity:

@@ -50,10 +50,14 @@ class MatrixStrength:
         given = [t for t in (self.matrix, self.factor) if t is not None]
         if len(given) != 1 or not isinstance(given[0], torch.Tensor) or given[0].ndim != 2:
             raise ValueError("give one tensor: a matrix [n, n], or factor= [n, k] for the matrix L L'.")
+        if not given[0].is_floating_point():
+            raise ValueError(f"a strength must be floating, got {given[0].dtype}. Use .double().")
         matrix = self.matrix
         if matrix is None or torch._C._functorch.is_functorch_wrapped_tensor(matrix):
             return
         matrix = matrix.detach()
+        if not bool(matrix.isfinite().all()):
+            raise ValueError("matrix holds NaN or Inf; a strength is finite.")
         if matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"matrix has shape {tuple(matrix.shape)}; a strength is square, [n, n].")
         size = float(matrix.abs().max()) if matrix.numel() else 0.0
@@ -78,13 +82,14 @@ class MatrixStrength:
         """``d' Lambda d`` per lane, [*lanes]."""
         d = _entries(difference, lane_dims, len(self.tensors[0]))
         if self.factor is not None:
-            part = d @ self.factor
+            part = d @ self.factor.to(d.dtype)
             return (part * part).sum(-1)
-        return (d * (d @ self.dense())).sum(-1)
+        return (d * (d @ self.dense().to(d.dtype))).sum(-1)
 
     def dense(self) -> torch.Tensor:
         """Lambda, [n, n]."""
-        return self.factor @ self.factor.mT if self.factor is not None else self.tensors[0]
+        # a copy: only what enters an operation can be replaced where a layer feeds closed-over tensors back
+        return self.factor @ self.factor.mT if self.factor is not None else self.tensors[0].clone()
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,8 +165,10 @@ class LearnedStrength(nn.Module):
         leaves, self._spec = flatten(initial)
         tensors = [torch.as_tensor(leaf).detach() for leaf in leaves]
         tensors = [t if t.is_floating_point() else t.to(torch.get_default_dtype()) for t in tensors]
-        if not tensors or not all(bool((t > 0).all()) for t in tensors):
-            raise ValueError(f"initial={initial} must be positive: a learned strength starts above zero and stays so.")
+        if not tensors or not all(bool(((t > 0) & t.isfinite()).all()) for t in tensors):
+            raise ValueError(
+                f"initial={initial} must be positive and finite: a learned strength starts above zero and stays so."
+            )
         # softplus(r) = t  <=>  r = log(e^t - 1) = t + log(1 - e^-t)
         self.raw = nn.ParameterList([nn.Parameter(t + torch.log(-torch.expm1(-t))) for t in tensors])
 

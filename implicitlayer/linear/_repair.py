@@ -27,7 +27,7 @@ from implicitlayer.linear._operator import FlatOperator
 NegativeCurvature = Literal["raise", "truncate", "damp", "minres", "gauss_newton"]
 POLICIES = ("raise", "truncate", "damp", "minres", "gauss_newton")
 # The solution of another system: its derivative is not that of A^-1 b.
-CHANGES_THE_SYSTEM = ("damp", "gauss_newton")
+CHANGES_THE_SYSTEM = ("truncate", "damp", "gauss_newton")
 
 _MOST_DAMPINGS = 20
 
@@ -54,9 +54,9 @@ def repair(
     masked = select(failed, rhs)  # a lane with a zero right-hand side makes no step
     if policy == "minres":
         limits = {name: getattr(solver, name) for name in ("rtol", "atol", "max_steps") if hasattr(solver, name)}
-        return _merge(solution, Minres(**limits)(operator, masked), failed, "MINRES after negative curvature")
+        return _merge(solution, Minres(**limits)(operator, masked), failed, "solved again by MINRES after negative curvature")
     other = solver(gauss_newton(), masked)
-    return _merge(solution, other, failed, "Gauss-Newton matrix after negative curvature")
+    return _merge(solution, other, failed, "solved again with the Gauss-Newton matrix after negative curvature")
 
 
 def _damp(

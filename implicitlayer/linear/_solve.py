@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
-from implicitlayer._errors import NonFiniteError, UnsupportedTransformError
+from implicitlayer._errors import NonFiniteError, NotRecordedError, UnsupportedTransformError
 from implicitlayer._records import BackwardRecord, GradientError, emit, listening_in_depth
 from implicitlayer._solution import LinearSolution
+from implicitlayer._status import Status
 from implicitlayer._surroundings import plain_surroundings
 from implicitlayer._tree import finite_lanes, name_lanes, ravel, unravel
 from implicitlayer._types import Leaves, OnFailure
@@ -29,6 +30,13 @@ from implicitlayer.linear._repair import CHANGES_THE_SYSTEM, NegativeCurvature, 
 
 # (operator family, its tensors, u leaves, right-hand side leaves) -> how far the derivative made of u is from exact
 Certify = Callable[[OperatorFamily, Leaves, Leaves, Leaves], GradientError]
+
+
+_HIGHER = "higher-order"
+_OTHER_SYSTEM = (
+    "the {kind} solve {what}: what was asked for there solves another system, and a derivative through it would not be "
+    'that of the gradient. For second derivatives use a fixed damping=, curvature=, or negative_curvature="minres".'
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,15 +53,16 @@ class SolveSpec:
     certify: Certify | None = None
     changed: list[str] = field(default_factory=list)  # what a remedy made of the system, told by forward
 
+    @property
+    def of_derivative(self) -> bool:
+        """Whether this is the solve behind a derivative of a solve."""
+        return self.kind.startswith(_HIGHER)
+
     def derivative(self, transposed: bool) -> SolveSpec:
         """The spec of the solve behind a derivative of this one."""
         if self.changed:
-            raise UnsupportedTransformError(
-                f"the {self.kind} solve was {self.changed[0]}: it solved another system, and its derivative would not "
-                "be that of the gradient. For second derivatives use a fixed damping=, curvature=, or "
-                'negative_curvature="minres".'
-            )
-        kind = self.kind if self.kind.startswith("higher-order") else f"higher-order {self.kind}"
+            raise UnsupportedTransformError(_OTHER_SYSTEM.format(kind=self.kind, what=f"was {self.changed[0]}"))
+        kind = self.kind if self.of_derivative else f"{_HIGHER} {self.kind}"
         operator = self.operator.transpose() if transposed else self.operator
         return replace(self, operator=operator, kind=kind, certify=None, changed=[])
 
@@ -85,13 +94,19 @@ class LinearSolve(torch.autograd.Function):
         operator = spec.operator.linearize(parameters)
         solution = wrap_value(operator, flat, spec.solver(operator, flat), type(spec.solver).__name__)
         policy = spec.negative_curvature
+        if (
+            spec.of_derivative
+            and policy in CHANGES_THE_SYSTEM
+            and bool((solution.codes == int(Status.INDEFINITE)).any())
+        ):
+            raise UnsupportedTransformError(_OTHER_SYSTEM.format(kind=spec.kind, what="met negative curvature"))
         solution = repair(policy, spec.solver, operator, lambda: spec.operator.gauss_newton(parameters), flat, solution)
         if solution.remedy and policy in CHANGES_THE_SYSTEM:
             spec.changed.append(solution.remedy)
         u = unravel(solution.value, rhs, lane_dims)
         certificate = None
         if spec.certify is not None and listening_in_depth():  # it holds tensors, for as long as the record is held
-            certificate = partial(spec.certify, spec.operator, parameters, u, list(rhs))
+            certificate = _while_unchanged(parameters, partial(spec.certify, spec.operator, parameters, u, list(rhs)))
         record = BackwardRecord(spec.kind, replace(solution, value=None), certificate)
         emit(record)
         if spec.listener is not None:
@@ -153,6 +168,22 @@ class LinearSolve(torch.autograd.Function):
         moved, has = lanes_first(tensors, dims, forced, info.batch_size)
         lifted = replace(spec, operator=spec.operator.with_level(has[k:], info.randomness))
         return LinearSolve.apply(lifted, *moved), (0,) * k
+
+
+def _while_unchanged(tensors: Leaves, certify: Callable[[], GradientError]) -> Callable[[], GradientError]:
+    """``certify``, as long as nobody has written into the tensors that it reads."""
+    versions = [None if t.is_inference() else t._version for t in tensors]
+
+    def checked() -> GradientError:
+        for tensor, version in zip(tensors, versions, strict=True):
+            if version is not None and tensor._version != version:
+                raise NotRecordedError(
+                    f"a tensor of shape {tuple(tensor.shape)} was changed in place since the solve (an optimizer step?): "
+                    "the gradient's error would be that of another problem. Read record.gradient_error before that."
+                )
+        return certify()
+
+    return checked
 
 
 def alive(tensors: Sequence[Any]) -> tuple[Any, ...]:

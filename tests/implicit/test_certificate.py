@@ -266,6 +266,7 @@ def test_a_record_outside_of_diagnostics_says_how_to_get_it() -> None:
     ("constants", "message"),
     [
         ({"strong_convexity": 0.0}, "strong_convexity=0.0 must be positive"),
+        ({"strong_convexity": float("inf")}, "strong_convexity=inf must be positive and finite"),
         ({"strong_convexity": float("nan")}, "strong_convexity=nan must be positive"),
         ({"strong_convexity": 1.0, "mixed_bound": -1.0}, "mixed_bound=-1.0 must be non-negative"),
     ],
@@ -278,3 +279,52 @@ def test_constants_that_make_no_sense_are_an_error(constants: dict[str, float], 
 def test_assumptions_of_another_type_are_an_error() -> None:
     with pytest.raises(TypeError, match=r"assumptions must be il\.Assumptions"):
         il.argmin(lambda x: x, lambda f, x: x, assumptions=2.0)  # type: ignore[arg-type]
+
+
+def test_an_optimizer_step_between_backward_and_reading_is_an_error_and_not_another_number() -> None:
+    p = torch.nn.Parameter(torch.tensor([1.0, 2.0], dtype=F64))
+    layer = il.argmin(lambda x, t: 0.5 * ((x - t) ** 2).sum(), lambda f, x, t: 1.1 * t, on_failure="ignore")
+    with il.diagnostics() as records:
+        layer(torch.zeros(2, dtype=F64), p).sum().backward()
+    torch.optim.SGD([p], lr=0.1).step()
+    with pytest.raises(il.NotRecordedError, match="changed in place since the solve"):
+        records[1].gradient_error  # type: ignore[union-attr]  # noqa: B018
+
+
+def test_the_bound_of_all_lanes_together_holds_for_a_theta_that_they_share() -> None:
+    t, v = torch.ones(3, dtype=F64, requires_grad=True), torch.ones(8, 3, dtype=F64)
+
+    def short(operator: Any, rhs: Tensor) -> Tensor:
+        return 0.9 * rhs  # A = I: a residual of a tenth
+
+    layer = il.argmin(
+        lambda x, t: 0.5 * ((x - t) ** 2).sum(-1),
+        lambda f, x, t: t.expand(8, 3).clone(),
+        batch_dims=1,
+        linear_solver=short,
+        on_failure="ignore",
+        assumptions=il.Assumptions(1.0, hessian_lipschitz=0.0, mixed_bound=1.0, mixed_lipschitz=0.0),
+    )
+    with il.diagnostics() as records:
+        (gradient,) = torch.autograd.grad(layer(torch.zeros(8, 3, dtype=F64), t), t, v)
+    error = records[1].gradient_error  # type: ignore[union-attr]
+    assert error.rigorous and float(error) >= float((gradient - 8).norm()) > float(error.total.max())
+    assert "of all lanes together <=" in str(error)
+
+
+def test_one_tensor_given_twice_has_the_error_of_the_sum() -> None:
+    t = torch.tensor([1.0, 2.0], dtype=F64, requires_grad=True)
+    for assumptions in (None, il.Assumptions(1.0, hessian_lipschitz=0.0, mixed_bound=2**0.5, mixed_lipschitz=0.0)):
+        layer = il.argmin(
+            lambda x, a, b: 0.5 * (x * x).sum() - (a + b) @ x,
+            lambda f, x, a, b: a + b,
+            linear_solver=lambda operator, rhs: 0.9 * rhs,
+            on_failure="ignore",
+            assumptions=assumptions,
+        )
+        with il.diagnostics() as records:
+            (gradient,) = torch.autograd.grad(layer(torch.zeros(2, dtype=F64), t, t).sum(), t)
+        true = float((gradient - 2).norm())
+        error = records[1].gradient_error  # type: ignore[union-attr]
+        assert float(error) >= true * (1 - 1e-9)
+        assert error.rigorous or float(error) <= true * 1.01

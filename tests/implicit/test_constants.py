@@ -1,5 +1,6 @@
 """Tensors that an objective closes over and that need no gradient: read again by backward, so watched."""
 
+import numpy as np
 import pytest
 import torch
 from references import F64, randn
@@ -118,3 +119,45 @@ def test_rounding_between_call_and_backward_is_no_change() -> None:
     b = torch.randn(5, 40, dtype=F64)
     jacobians = torch.func.vmap(torch.func.jacrev(lambda b: layer(torch.zeros(6, dtype=F64), b)))(b)
     assert torch.allclose(jacobians, torch.linalg.pinv(weight).expand(5, 6, 40), atol=1e-9)
+
+
+@pytest.mark.parametrize("by_vmap", [False, True])
+def test_a_change_in_a_small_lane_does_not_hide_behind_a_large_one(by_vmap: bool) -> None:
+    factors = np.array([1.0, 1.0])
+    if by_vmap:
+        single = il.argmin(
+            lambda x, t, k: 0.5 * ((x - t * factors[0] * k) ** 2).sum(), lambda f, x, t, k: t * factors[0] * k
+        )
+        t = torch.tensor([[1e4], [1.0]], dtype=F64, requires_grad=True)
+        keep = torch.tensor([0.0, 1.0], dtype=F64)  # the large lane stays at zero curvature of the change
+        x = torch.func.vmap(lambda t, k: single(torch.zeros(1, dtype=F64), t, k))(t, keep)
+        factors[0] = 1.01
+    else:
+        layer = il.argmin(
+            lambda x, t: 0.5 * ((x - t * torch.from_numpy(factors.copy())[:, None]) ** 2).sum(-1),
+            lambda f, x, t: t * torch.from_numpy(factors.copy())[:, None],
+            batch_dims=1,
+        )
+        t = torch.tensor([[1e4], [1.0]], dtype=F64, requires_grad=True)
+        x = layer(torch.zeros(2, 1, dtype=F64), t)
+        factors[1] = 5.0
+    with pytest.raises(il.ClosureError, match=r"has changed in lane 1 of \(2,\)"):
+        x.sum().backward()
+
+
+def test_an_exact_answer_of_zero_from_a_start_at_zero_is_no_false_alarm() -> None:
+    """What is left of F is rounding, large beside eps: the data are of size 1e3 and cancel."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        y = 1e3 * torch.randn(200, dtype=F64, generator=generator)
+        y = (y - y.mean()).requires_grad_()
+        layer = il.argmin(
+            lambda x, y: 0.5 * ((y - x) ** 2).mean(), lambda f, x, y: torch.zeros_like(x), on_failure="raise"
+        )
+        (gradient,) = torch.autograd.grad(layer(torch.zeros((), dtype=F64), y), y)
+        assert torch.allclose(gradient, torch.full_like(y, 1 / 200), rtol=1e-9)
+    with pytest.raises(il.StationarityError):  # an answer that is off by far less than the data is still seen
+        layer = il.argmin(
+            lambda x, y: 0.5 * ((y - x) ** 2).mean(), lambda f, x, y: torch.full_like(x, 1e-8), on_failure="raise"
+        )
+        layer(torch.zeros((), dtype=F64), y)

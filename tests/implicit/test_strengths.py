@@ -188,6 +188,8 @@ def test_imaml_learns_a_matrix() -> None:
         ({"matrix": FACTOR}, r"shape \(5, 3\); a strength is square"),
         ({"matrix": randn(N, N, seed=0)}, "not symmetric"),
         ({"matrix": -MATRIX}, "has the eigenvalue -"),
+        ({"matrix": MATRIX * float("nan")}, "holds NaN or Inf"),
+        ({"matrix": torch.ones(2, 2, dtype=torch.int64)}, r"must be floating, got torch\.int64"),
     ],
 )
 def test_matrices_that_are_no_strength_are_refused(arguments: dict[str, Tensor], message: str) -> None:
@@ -196,9 +198,40 @@ def test_matrices_that_are_no_strength_are_refused(arguments: dict[str, Tensor],
 
 
 def test_learned_strengths_that_cannot_start_are_refused() -> None:
-    with pytest.raises(ValueError, match="must be positive: a learned strength starts above zero"):
+    with pytest.raises(ValueError, match="must be positive and finite: a learned strength starts above zero"):
         il.LearnedStrength(torch.tensor([1.0, 0.0]))
     with pytest.raises(ValueError, match="not positive definite"):
         il.LearnedStrength(il.MatrixStrength(FACTOR @ FACTOR.T))
     with pytest.raises(ValueError, match="must return the structure and shapes of phi - theta"):
         il.proximal(lambda phi: phi.sum(), il.OperatorStrength(lambda d: d.sum()))(torch.ones(2), torch.zeros(2))
+
+
+def test_a_matrix_of_another_precision_is_cast() -> None:
+    phi, theta = randn(N, seed=2), randn(N, seed=3)
+    for strength in (il.MatrixStrength(MATRIX.float()), il.MatrixStrength(factor=FACTOR.float())):
+        d, matrix = phi - theta, strength.dense().double()
+        value = il.proximal(lambda phi: 0 * phi.sum(), strength)(phi, theta)
+        assert torch.allclose(value, 0.5 * d @ matrix @ d, rtol=1e-5)
+
+
+def test_transforms_in_the_matrix_itself_are_right() -> None:
+    """phi = (I + Lambda)^-1 (c + Lambda c) = c for theta = c; so vary theta: phi = (I + Lambda)^-1 (c + 2 Lambda c)."""
+    c = torch.tensor([1.0, 2.0], dtype=F64)
+    matrix = torch.tensor([[1.0, 0.2], [0.2, 2.0]], dtype=F64)
+    eye = torch.eye(2, dtype=F64)
+
+    def loss(matrix: Tensor) -> Tensor:
+        objective = il.proximal(lambda phi: 0.5 * phi @ phi - c @ phi, il.MatrixStrength(matrix))
+        layer = il.argmin(objective, newton, linear_solver=TIGHT)
+        return (layer(0 * c, 2 * c) ** 2).sum()  # type: ignore[no-any-return]
+
+    def written_out(matrix: Tensor) -> Tensor:
+        symmetric = (matrix + matrix.T) / 2
+        return (torch.linalg.solve(eye + symmetric, c + 2 * symmetric @ c) ** 2).sum()
+
+    for transform in (torch.func.grad, torch.func.jacfwd, torch.func.hessian):
+        assert torch.allclose(transform(loss)(matrix), transform(written_out)(matrix), rtol=1e-8, atol=1e-10)
+    lanes = torch.stack([matrix, 2 * matrix])
+    assert torch.allclose(
+        torch.func.vmap(torch.func.grad(loss))(lanes), torch.stack([torch.func.grad(written_out)(m) for m in lanes])
+    )

@@ -52,7 +52,7 @@ def test_minres_gives_the_exact_gradient_at_a_saddle(n: int, log10_cond: int, se
     # rtol 1e-10 times a condition of up to 1e3
     assert relative_error(gradient, torch.linalg.solve(matrix, v)) < 1e-6
     met = float(record.solution.smallest_curvature) < 0
-    assert record.solution.remedy == ("MINRES after negative curvature" if met else "")
+    assert record.solution.remedy == ("solved again by MINRES after negative curvature" if met else "")
     assert record.status is il.Status.CONVERGED
 
 
@@ -114,7 +114,7 @@ def test_gauss_newton_takes_over_where_the_hessian_fails() -> None:
         (gradient,) = torch.autograd.grad(layer(torch.ones(2, dtype=F64), t).sum(), t)
     assert torch.allclose(gradient, 0.5 * point / point**2, rtol=1e-10)
     assert isinstance(records[-1], il.BackwardRecord)
-    assert records[-1].solution.remedy == "Gauss-Newton matrix after negative curvature"
+    assert records[-1].solution.remedy == "solved again with the Gauss-Newton matrix after negative curvature"
     assert "biased" in records[-1].explain()
 
 
@@ -151,7 +151,7 @@ def test_lanes_that_met_none_keep_their_bits(policy: Any) -> None:
     assert relative_error(together[1:2], alone) < 1e-8  # the one lane, to the tolerance of its solve
 
 
-@pytest.mark.parametrize("policy", ["damp", "gauss_newton"])
+@pytest.mark.parametrize("policy", ["truncate", "damp", "gauss_newton"])
 def test_a_second_derivative_through_another_system_is_an_error(policy: Any) -> None:
     objective = il.least_squares(lambda x, t: 0.5 * (x**2 - t))
     t = torch.tensor([4.0, 6.0], dtype=F64, requires_grad=True)
@@ -159,7 +159,7 @@ def test_a_second_derivative_through_another_system_is_an_error(policy: Any) -> 
         objective, lambda f, x, t: torch.ones(2, dtype=F64), negative_curvature=policy, stationarity_rtol=None
     )
     (gradient,) = torch.autograd.grad(layer(torch.ones(2, dtype=F64), t).sum(), t, create_graph=True)
-    with pytest.raises(il.UnsupportedTransformError, match="solved another system"):
+    with pytest.raises(il.UnsupportedTransformError, match="solves another system"):
         gradient.sum().backward()
 
 
@@ -212,3 +212,31 @@ def test_a_vanishing_damping_is_not_reported_where_there_was_no_trouble() -> Non
     )
     assert record.solution.remedy == "" and record.solution.damping is None
     assert math.isfinite(float(record.solution.condition_estimate))
+
+
+@pytest.mark.parametrize("policy", ["truncate", "damp", "gauss_newton"])
+def test_a_second_derivative_whose_own_solve_meets_negative_curvature_is_an_error(policy: Any) -> None:
+    """The first solve has a zero cotangent and meets none: the second would be repaired without a word."""
+    curvature = torch.tensor([-1.0, 3.0], dtype=F64)
+    residuals = il.composite(  # loss 1/2 o'Do + sum x^4/4, so that there is a Gauss-Newton matrix to ask for
+        lambda o, t: 0.5 * (curvature * o * o).sum() + 0.25 * (o**4).sum() - t @ o, lambda x, t: x + 0.1 * x**3
+    )
+    layer = il.argmin(
+        residuals, lambda f, x, t: torch.zeros(2, dtype=F64), negative_curvature=policy, on_failure="ignore"
+    )
+    zeros = torch.zeros(2, dtype=F64)
+    with pytest.raises(il.UnsupportedTransformError, match="met negative curvature"):
+        torch.func.hessian(lambda t: layer(zeros, t).sum().square())(zeros)
+
+
+def test_the_same_second_derivative_by_minres_is_right() -> None:
+    """x = t / D to first order at t = 0: the Hessian of (sum x)^2 is 2 (1/D)(1/D)'."""
+    curvature = torch.tensor([-1.0, 3.0], dtype=F64)
+    layer = il.argmin(
+        lambda x, t: 0.25 * (x**4).sum() + 0.5 * (curvature * x * x).sum() - t @ x,
+        lambda f, x, t: torch.zeros(2, dtype=F64),
+        negative_curvature="minres",
+    )
+    zeros = torch.zeros(2, dtype=F64)
+    hessian = torch.func.hessian(lambda t: layer(zeros, t).sum().square())(zeros)
+    assert torch.allclose(hessian, 2 * torch.outer(1 / curvature, 1 / curvature), rtol=1e-9)
