@@ -15,7 +15,7 @@ import torch
 
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer.solvers._progress import Iteration, reporting
-from implicitlayer.solvers._root_problem import RootProblem, check_limits
+from implicitlayer.solvers._root_problem import RootProblem, check_limits, reachable
 
 __all__ = ["AndersonAcceleration"]
 
@@ -35,7 +35,7 @@ class AndersonAcceleration(RecordingSolver):
         memory: steps that are remembered, 0 for the plain iteration.
         mixing: beta, in (0, 1]: below 1 damps a map that overshoots.
         max_steps: limit of steps.
-        rtol, atol: tolerances on the norm of ``map(x) - x``.
+        rtol, atol: tolerances on the norm of ``map(x) - x``; an rtol below four eps of the dtype counts as that.
         batch_dims: leading dimensions of init that enumerate independent problems; a layer knows them by itself.
         callback: called with an :class:`Iteration` at the start and after every step; ``value`` and ``gradient_norm``
             are the norm of ``map(x) - x``.
@@ -78,7 +78,7 @@ class AndersonAcceleration(RecordingSolver):
         x = best = problem.start
         f = best_f = problem(x) - x
         norm = best_norm = problem.norm(f)
-        tolerance = torch.clamp(self.rtol * norm, min=self.atol)
+        tolerance = torch.clamp(reachable(self.rtol, x) * norm, min=self.atol)
         changes_x: list[torch.Tensor] = []
         changes_f: list[torch.Tensor] = []
         step = 0

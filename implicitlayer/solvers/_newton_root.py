@@ -16,7 +16,7 @@ from implicitlayer._solution import LinearSolution, RecordingSolver, SolverResul
 from implicitlayer.linear._dense import Dense
 from implicitlayer.linear._operator import FlatOperator, lane_dot
 from implicitlayer.solvers._progress import Iteration, reporting
-from implicitlayer.solvers._root_problem import RootProblem, check_limits, line_search
+from implicitlayer.solvers._root_problem import RootProblem, check_limits, line_search, reachable
 
 __all__ = ["Broyden", "Newton"]
 
@@ -35,7 +35,8 @@ class Newton(RecordingSolver):
         linear_solver: for ``J d = -F``: :class:`Dense` (default) materialises J, n products per step; a Krylov solver
             such as :class:`Gmres` makes an inexact Newton method for many unknowns.
         max_steps: limit of steps.
-        rtol, atol: tolerances on the norm of the residual; both 0 run until it cannot be lowered.
+        rtol, atol: tolerances on the norm of the residual; both 0 run until it cannot be lowered. An rtol below four
+            eps of the dtype counts as that.
         batch_dims: leading dimensions of init that enumerate independent problems; a layer knows them by itself.
         callback: called with an :class:`Iteration` at the start and after every step; ``value`` and ``gradient_norm``
             are the norm of the residual.
@@ -76,7 +77,7 @@ class Newton(RecordingSolver):
         x = problem.start
         value = problem(x)
         norm = problem.norm(value)
-        tolerance = torch.clamp(self.rtol * norm, min=self.atol)
+        tolerance = torch.clamp(reachable(self.rtol, x) * norm, min=self.atol)
         gave_up = torch.zeros_like(norm, dtype=torch.bool)
         limit = torch.full_like(norm, _MAX_HALVINGS)
         step = 0
@@ -137,7 +138,7 @@ class Broyden(RecordingSolver):
         x = problem.start
         value = problem(x)
         norm = problem.norm(value)
-        tolerance = torch.clamp(self.rtol * norm, min=self.atol)
+        tolerance = torch.clamp(reachable(self.rtol, x) * norm, min=self.atol)
         gave_up = torch.zeros_like(norm, dtype=torch.bool)
         fresh = torch.ones_like(gave_up)
         inverse: torch.Tensor | None = None

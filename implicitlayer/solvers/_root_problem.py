@@ -106,6 +106,11 @@ def line_search(
     return x, value, found
 
 
+def reachable(rtol: float, x: torch.Tensor) -> float:
+    """``rtol``, or where it is below the rounding of this dtype four eps; 0 stays 0, no tolerance."""
+    return max(rtol, 4 * torch.finfo(x.dtype).eps) if rtol > 0 else 0.0
+
+
 def check_limits(solver: Any) -> None:
     """Raise ValueError for negative limits and tolerances."""
     for name in ("max_steps", "rtol", "atol", "batch_dims"):

@@ -128,3 +128,9 @@ def test_leaves_without_the_lanes_are_refused() -> None:
         AndersonAcceleration(batch_dims=1)(lambda x: x, init)
     with pytest.raises(il.ObjectiveError, match="one equation per unknown"):
         AndersonAcceleration()(lambda x: x[:1], torch.zeros(2))
+
+
+def test_a_default_tolerance_below_the_rounding_of_float32_is_no_reason_to_go_on() -> None:
+    matrix = 0.4 * torch.eye(6) + 0.05 * torch.ones(6, 6)
+    result = il.solvers.AndersonAcceleration().run(lambda x: torch.tanh(matrix @ x) + 1, torch.zeros(6))
+    assert result.status is il.Status.CONVERGED and result.num_steps is not None and result.num_steps < 50
