@@ -16,6 +16,7 @@ from implicitlayer.linear._operator import FlatOperator, LinearSolver
 
 __all__ = ["Dense"]
 
+_CHUNK = 64  # products made side by side: their intermediate results are in memory together
 # A smallest pivot below this many times the noise makes the singular values be computed.
 _SUSPICIOUS = 1e4
 
@@ -77,12 +78,19 @@ class Dense(LinearSolver):
 
 def materialise(operator: FlatOperator, like: torch.Tensor) -> torch.Tensor:
     """The matrices [*lanes, n, n] of an operator, in float64, by n products; ``like`` [*lanes, n]."""
-    columns = []
-    for i in range(like.shape[-1]):
-        unit = torch.zeros_like(like)
-        unit[..., i] = 1
-        columns.append(operator(unit).double())
-    return torch.stack(columns, -1)
+    n = like.shape[-1]
+    units = torch.eye(n, dtype=like.dtype, device=like.device).reshape(n, *[1] * (like.ndim - 1), n)
+    units = units.expand(n, *like.shape).contiguous()
+    # the first product alone: an operator that builds its graph at first use must not build it inside vmap
+    columns = [operator(units[i]) for i in range(min(n, 1))]
+    if n > 1:
+        try:
+            columns += list(torch.vmap(operator, chunk_size=_CHUNK)(units[1:]))
+        except RuntimeError:  # a product that vmap cannot follow (NumPy inside, data-dependent code): one by one
+            columns += [operator(unit) for unit in units[1:]]
+    return (
+        torch.stack([column.double() for column in columns], -1) if columns else like.new_zeros(*like.shape, 0).double()
+    )
 
 
 def factorise(

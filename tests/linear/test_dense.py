@@ -21,10 +21,18 @@ def test_solutions_are_backward_stable(system: tuple[Tensor, Tensor]) -> None:
     assert float((b - matrix @ solution.value).norm()) <= 10 * len(b) * 2.2e-16 * float(solution.value.norm())
 
 
-def test_one_product_per_unknown_serves_all_lanes() -> None:
+def test_one_product_per_unknown_serves_all_lanes_and_they_are_made_side_by_side() -> None:
     counted = Counted(torch.stack([spd_matrix(6, 1, seed=i) for i in range(4)]))
     solution = il.Dense()(counted.operator(symmetric=True), randn(4, 6, seed=5))
-    assert counted.num_products == 6 + 1 and solution.steps.tolist() == [6] * 4  # and the residual
+    assert (
+        counted.num_products == 3 and solution.steps.tolist() == [6] * 4
+    )  # the first, all others at once, the residual
+
+
+def test_a_product_that_vmap_cannot_follow_is_made_one_by_one() -> None:
+    matrix, b = spd_matrix(6, 1, seed=0), randn(6, seed=5)
+    solution = il.Dense()(lambda v: torch.from_numpy(matrix.numpy() @ v.numpy()), b)
+    assert torch.allclose(solution.value, torch.linalg.solve(matrix, b), rtol=1e-12)
 
 
 def test_a_symmetric_operator_that_is_not_positive_definite_is_solved_by_lu() -> None:
