@@ -88,9 +88,9 @@ def materialise(operator: FlatOperator, like: torch.Tensor) -> torch.Tensor:
             columns += list(torch.vmap(operator, chunk_size=_CHUNK)(units[1:]))
         except RuntimeError:  # a product that vmap cannot follow (NumPy inside, data-dependent code): one by one
             columns += [operator(unit) for unit in units[1:]]
-    return (
-        torch.stack([column.double() for column in columns], -1) if columns else like.new_zeros(*like.shape, 0).double()
-    )
+    if not columns:
+        return like.new_zeros(*like.shape, 0).double()
+    return torch.stack(columns, -1).double()
 
 
 def factorise(

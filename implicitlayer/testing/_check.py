@@ -9,9 +9,11 @@ from typing import Any
 import torch
 
 from implicitlayer._errors import ImplicitLayerWarning, LinearSolveError, StationarityError, StationarityWarning
+from implicitlayer._solution import SolverResult
 from implicitlayer.implicit._argmin import argmin, fixed_point, root
 from implicitlayer.implicit._layer import ImplicitLayer
 from implicitlayer.testing._differences import DENSE_LIMIT, Accuracy
+from implicitlayer.testing._follows import check_followed
 from implicitlayer.testing._lanes import check_vmap
 from implicitlayer.testing._modes import SAFE_RTOL, Check, check_jvp, check_vjp
 from implicitlayer.testing._objective import check_objective
@@ -34,6 +36,7 @@ _MODES: dict[str, Callable[[Check], None]] = {
     "double": check_double,
     "vmap": check_vmap,
 }
+_DIFFERENCES = {"vjp", "jvp", "double"}  # the modes that need differences of the solver
 _MAX_NOTES = 8
 
 
@@ -65,16 +68,19 @@ def check_argmin_gradients(
         rtol: relative residual that the layer's linear solves are allowed; default: that of ``linear_solver``, or
             1e-10 (float64), 1e-5 (float32).
         seed: of the random cotangents and directions.
-        settings: further arguments of ``il.argmin`` (``linear_solver``, ``solver_has_aux``, ...).
+        settings: further arguments of ``il.argmin`` (``linear_solver``, ``solver_has_aux``, ...), except
+            ``constraint`` and ``regularizer``: the references are those of grad f = 0.
 
     Returns:
         The report, with verdict ``"passed"``, or ``"inconclusive"`` where the solver is too coarse for a comparison to
         have a digit, or its answer is not stationary. Print it: it says what to do. Warnings become notes of it.
 
     Raises:
-        GradientCheckError: a derivative is wrong or raised; an AssertionError that carries the report.
+        GradientCheckError: a derivative is wrong or raised, or the solver does not follow a theta; an AssertionError
+            that carries the report.
         Exception: what the call of the layer itself raises: a solver's own error, an answer of the wrong shape, NaN.
-        ValueError: an unknown mode or kind, a theta without floating leaves, an init without entries.
+        ValueError: an unknown mode or kind, a theta without floating leaves, an init without entries, a constraint or
+            a regularizer.
 
     Source: the rule for the step is the classical one for differences of noisy functions; J. J. Moré and S. M. Wild,
     ACM Trans. Math. Softw. 38 (2012), doi:10.1145/2168773.2168777. Unlike torch.autograd.gradcheck, whose step and
@@ -91,6 +97,7 @@ def check_argmin_gradients(
         'passed'
     """
     _check_arguments(modes, kind, rtol)
+    _refuse_terms(settings)
     function = _value_of(objective) if settings.get("objective_has_aux") else objective
     equation = Equation.of(function, kind, init, theta)
     if not equation.theta:
@@ -110,6 +117,8 @@ def check_argmin_gradients(
             answer = layer(equation.tree(start), *equation.arguments(at))
         else:
             answer = run(seen, equation.tree(start), *equation.arguments(at))
+        if isinstance(answer, SolverResult):
+            return equation.leaves(answer.value)
         return equation.leaves(answer[0] if layer.solver_has_aux else answer)
 
     with warnings.catch_warnings(record=True) as caught:
@@ -126,6 +135,7 @@ def check_argmin_gradients(
             layer=layer,
             wall=wall,
             answer=lambda at: solved(wall, equation.init, at),
+            restarted=lambda start: solved(wall, start, equation.theta),
             accuracy=accuracy,
             rtol=_allowed(rtol, layer.linear_solver, equation.eps),
             generator=torch.Generator().manual_seed(seed),
@@ -135,9 +145,10 @@ def check_argmin_gradients(
         for mode in _MODES:
             if mode in modes:
                 cause = _run(check, mode) or cause
+        followed = check_followed(check) if set(modes) & _DIFFERENCES else []
     stationary = _is_stationary(accuracy, layer.stationarity_rtol, cause, [w.category for w in caught])
-    notes = _notes(check, stationary, settings, caught)
-    return _judge(check, stationary, [*check.notes, *notes], cause)
+    notes = [*followed, *_notes(check, stationary, settings), *check.notes, *_warned(caught)]
+    return _judge(check, stationary, notes, cause)
 
 
 def _check_arguments(modes: Sequence[str], kind: str, rtol: float | None) -> None:
@@ -147,6 +158,18 @@ def _check_arguments(modes: Sequence[str], kind: str, rtol: float | None) -> Non
         raise ValueError(f"kind={kind!r} must be one of {tuple(_LAYERS)}.")
     if rtol is not None and not rtol > 0:
         raise ValueError(f"rtol={rtol} must be positive. For the tolerance of the linear solver leave it out.")
+
+
+def _refuse_terms(settings: dict[str, Any]) -> None:
+    """The references here are of grad f = 0, which is not the equation of a layer with a constraint."""
+    for name in ("constraint", "regularizer"):
+        if settings.get(name) is not None:
+            raise ValueError(
+                f"{name}={settings[name]!r} cannot be checked here: the references are those of grad f(x) = 0, which "
+                "does not hold at a kink or on an edge. For the layer itself use il.testing.check_adjoint, "
+                "il.testing.check_linear_in_cotangent and il.testing.check_batch_equals_loop; without the "
+                f"{name} this function checks the smooth objective."
+            )
 
 
 def _value_of(objective: Callable[..., Any]) -> Callable[..., Any]:
@@ -229,6 +252,8 @@ def _groups_without_digit(rows: list[GradientRow]) -> list[tuple[str, str, str]]
     groups: dict[tuple[str, str, str], bool] = {}
     for row in rows:
         key = (row.leaf, row.mode, row.reference)
+        if row.mode == "objective":  # the objective is checked where it can be; the layer has rows of its own
+            continue
         groups[key] = groups.get(key, True) and row.status == "inconclusive"
     return [key for key, empty in groups.items() if empty]
 
@@ -242,9 +267,7 @@ def _advice(groups: list[tuple[str, str, str]], rows: list[GradientRow]) -> str:
     )
 
 
-def _notes(
-    check: Check, stationary: bool, settings: dict[str, Any], caught: list[warnings.WarningMessage]
-) -> list[str]:
+def _notes(check: Check, stationary: bool, settings: dict[str, Any]) -> list[str]:
     equation, accuracy, notes = check.equation, check.accuracy, []
     if not stationary:
         notes.append(
@@ -275,9 +298,14 @@ def _notes(
         )
     if settings.get("damping") or settings.get("curvature", "hessian") != "hessian":
         notes.append("damping and Gauss-Newton curvature change the gradient on purpose: a failure may be just that.")
+    return notes
+
+
+def _warned(caught: list[warnings.WarningMessage]) -> list[str]:
+    """What was warned, warnings of the package first."""
     messages = dict.fromkeys(
         f"{w.category.__name__}: {w.message}" for w in caught if not issubclass(w.category, DeprecationWarning)
     )
     ours = [m for m in messages if any(m.startswith(c.__name__) for c in ImplicitLayerWarning.__subclasses__())]
     others = [m for m in messages if m not in ours]
-    return notes + [f"warned: {m}" for m in [*ours, *others][:_MAX_NOTES]]
+    return [f"warned: {m}" for m in [*ours, *others][:_MAX_NOTES]]

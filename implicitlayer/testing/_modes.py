@@ -23,12 +23,16 @@ SAFE_RTOL = 10.0
 
 @dataclass(eq=False)
 class Check:
-    """One call of ``check_argmin_gradients``: what is compared, with what, and what came out."""
+    """One call of ``check_argmin_gradients``: what is compared, with what, and what came out.
+
+    ``answer(theta)`` solves from init, ``restarted(start)`` at theta.
+    """
 
     equation: Equation
     layer: ImplicitLayer
     wall: Wall
     answer: Callable[[Leaves], Leaves]
+    restarted: Callable[[Leaves], Leaves]
     accuracy: Accuracy
     rtol: float
     generator: torch.Generator
@@ -204,7 +208,7 @@ def check_jvp(check: Check) -> None:
             if system is not None:
                 linear = system.jvp_error(j, d, check.rtol)
                 explained = system.jvp_error(j, d, check.recorded_residual(), rounding=False)
-                entry = _entry_along(check, label)
+                entry = entry_along(check, label)
                 expected = system.jacobian(j) @ d
                 check.rows.append(
                     compare(
@@ -273,7 +277,7 @@ def add_quotient(
         )
         return
     value, truncation, noise = quotient.value, quotient.truncation, quotient.noise
-    entry = _entry_along(check, label)
+    entry = entry_along(check, label)
     if v is not None:
         value, truncation, noise = torch.dot(value, v), torch.dot(truncation, v.abs()), torch.dot(noise, v.abs())
         value, got, truncation, noise = value[None], got[None], truncation[None], noise[None]
@@ -290,5 +294,6 @@ def add_quotient(
     check.rows.append(compare(name, entry, mode, "differences", value, got, parts, natural, resolved=quotient.resolved))
 
 
-def _entry_along(check: Check, label: str) -> Callable[[int], str]:
+def entry_along(check: Check, label: str) -> Callable[[int], str]:
+    """Names entry i of x, moved along a direction of theta."""
     return lambda i: check.equation.entry(i) + (f" along {label}" if label else "")

@@ -8,11 +8,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from implicitlayer._solution import SolverResult
 from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, tree_map, unflatten
 
 Leaves = list[torch.Tensor]
@@ -157,18 +158,25 @@ class Wall:
         key = _key((init, theta))
         if key not in self._kept:
             self._kept[key] = self.solve(objective, init, *theta)
-        return tree_map(_cut, self._kept[key])
+        return _cut_answer(self._kept[key])
 
     def solve(self, objective: Callable[..., Any], init: Any, *theta: Any) -> Any:
         """One more run of the solver, whatever is kept."""
         self.num_solves += 1
         with torch.enable_grad():
             answer = self.solver(objective, tree_map(_cut, init), *tree_map(_cut, theta))
-        return tree_map(_cut, answer)
+        return _cut_answer(answer)
 
 
 def _cut(leaf: Any) -> Any:
     return leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
+
+
+def _cut_answer(answer: Any) -> Any:
+    """A solver's answer with its tensors detached; a SolverResult is no pytree, so its parts are."""
+    if isinstance(answer, SolverResult):
+        return replace(answer, value=tree_map(_cut, answer.value), aux=tree_map(_cut, answer.aux))
+    return tree_map(_cut, answer)
 
 
 def _key(tree: Any) -> tuple[Any, ...]:

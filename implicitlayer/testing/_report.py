@@ -34,7 +34,7 @@ class GradientRow:
         leaf: name of the theta leaf, such as ``theta[1]['w']``.
         entry: which entry of it (reverse mode) or of x (forward mode), or the direction of a difference.
         mode: ``"vjp"``, ``"jvp"``, ``"double"``, ``"vmap"``; ``"value"`` for the answer itself, ``"objective"`` for
-            autograd's derivatives of the objective.
+            autograd's derivatives of the objective, ``"solver"`` for an answer that does not follow theta.
         reference: ``"dense"``, ``"differences"``, ``"adjoint"``, ``"loop"`` or ``"solver"``.
         expected, got: the two numbers, in units of x over theta.
         error: ``|got - expected|``.
@@ -140,8 +140,18 @@ class GradientCheckError(AssertionError):
 
 
 def worst_first(rows: list[GradientRow]) -> tuple[GradientRow, ...]:
-    """Failed rows, then inconclusive ones, then the rest, each by error over tolerance."""
-    return tuple(sorted(rows, key=lambda row: (_SEVERITY[row.status], -row.ratio)))
+    """Failed rows, then inconclusive ones, then the rest; causes first, then by error over tolerance.
+
+    A wrong objective or solver is why the other rows fail. That the layer raised is the last thing to look at: its
+    message, torch's as a rule, speaks of where it broke and not of why.
+    """
+    return tuple(sorted(rows, key=lambda row: (_SEVERITY[row.status], _rank(row), -row.ratio)))
+
+
+def _rank(row: GradientRow) -> int:
+    if row.status == "failed" and row.mode in ("objective", "solver"):
+        return 0
+    return 2 if row.reference == "-" else 1
 
 
 def compare(

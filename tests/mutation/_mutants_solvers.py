@@ -186,8 +186,8 @@ SOLVER_MUTANTS = [
     Mutant(
         "dense solves make the matrix by rows",
         "linear/_dense.py",
-        "return torch.stack(columns, -1)",
-        "return torch.stack(columns, -2)",
+        "return torch.stack(columns, -1).double()",
+        "return torch.stack(columns, -2).double()",
         "A' in place of A",
         near="Dense",
     ),

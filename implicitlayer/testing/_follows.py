@@ -1,0 +1,139 @@
+"""Whether the solver follows theta: an answer can be right at theta alone, if the solver ignores an input."""
+
+# NOTE [follows] N(h) = H^-1 F(x(h), theta + h d) is to first order the distance from the answer at theta + h d to the
+# solution there. A solver that ignores d returns x(h) = x and has N(h) = -h J d: its error grows with h from nothing.
+# A coarse solver looks the same where it is exact by chance, so three more things are asked:
+#     exact at theta    its error e there is far below |h J d|
+#     not by its init   it is as exact from another init, at the same theta
+#     not by a grid     the answer stays where it is from |h| = 0.001 to |h| = 0.1
+# An answer that moves, but with N(h) above a fiftieth of h J d at all these h, is that of another problem, or of one
+# that is stated on fewer theta (symmetric matrices): inconclusive.
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from implicitlayer.testing._differences import SAFE_NOISE, Difference
+from implicitlayer.testing._modes import Check, entry_along
+from implicitlayer.testing._references import DenseSystem, Leaves, flat, scales
+from implicitlayer.testing._report import GradientRow, Status, entry_of
+
+_STEPS = (1e-3, -1e-3, 0.1, -0.1)
+_FAR = 100.0  # what "far below" means
+_ASTRAY = 0.02
+_STUCK = 0.1  # of h J d: at h = 0.1 terms of second order take some of N away
+_STILL = 1e-6  # in units of h J d: the movement of an answer that does not move
+_RESTART = 0.1
+_MAX_ENTRIES = 32
+_MAX_ROWS = 4
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """The entry of x that should move most along one direction of theta."""
+
+    label: str
+    status: Status
+    entry: int
+    expected: float
+    got: float
+    tolerance: float
+
+    def row(self, check: Check, name: str) -> GradientRow:
+        why = f"the solver does not follow {name}" if self.status == "failed" else "the solver follows another problem"
+        numbers = (self.expected, self.got, abs(self.got - self.expected), self.tolerance)
+        entry = entry_along(check, self.label)(self.entry)
+        return GradientRow(name, entry, "solver", "dense", *numbers, self.status, why)
+
+
+def check_followed(check: Check) -> list[str]:
+    """Rows of mode "solver" for leaves that the solver does not follow, and notes that name them. See NOTE [follows].
+
+    Costs no solve unless the differences of the solver are as uncertain as the derivative itself.
+    """
+    system, notes = check.system, []
+    if system is None or not system.condition < 0.1 / check.equation.eps:
+        return []
+    error: float | None = None
+    for j, name in enumerate(check.equation.names):
+        chosen = zip(check.directions[j], check.quotients[j], strict=True)
+        if not any(_suspect(system, j, d, quotient) for (_, d), quotient in chosen):
+            continue
+        error = _error_at_theta(check, system) if error is None else error
+        whole = _follow(check, system, j, error, *check.directions[j][0])
+        found = [whole]
+        if whole is None or whole.status == "inconclusive":
+            single = [_follow(check, system, j, error, label, d) for label, d in _entries(check, j)]
+            found = [one for one in single if one is not None and one.status == "failed"] or [whole]
+        kept = [one for one in found if one is not None][:_MAX_ROWS]
+        check.rows += [one.row(check, name) for one in kept]
+        if any(one.status == "failed" for one in kept):
+            where = "" if kept[0] is whole else f" in {', '.join(one.label for one in kept)}"
+            notes.append(
+                f"The solver does not follow {name}{where}: its answer is exact at theta, and stays the same where "
+                "theta moves and it is a solution no more. The solver ignores that argument, closes over a value of "
+                "it, or reads a part of it only, such as one triangle of a symmetric matrix (let it symmetrise)."
+            )
+    return notes
+
+
+def _suspect(system: DenseSystem, j: int, d: torch.Tensor, quotient: Difference | None) -> bool:
+    speed = float((system.jacobian(j) @ d).norm())
+    return quotient is not None and speed > 0 and float(quotient.noise.norm()) >= _ASTRAY * speed
+
+
+def _entries(check: Check, j: int) -> list[tuple[str, torch.Tensor]]:
+    """All entries of a small leaf, one at a time; of a large one those that were chosen."""
+    size = scales(check.equation.theta[j])
+    if not 1 < len(size) <= _MAX_ENTRIES:
+        return check.directions[j][1:]
+    name = entry_of(check.equation.theta[j].shape)
+    return [(name(i), row) for i, row in enumerate(torch.diag(size))]
+
+
+def _distance(check: Check, system: DenseSystem, x: Leaves, theta: Leaves) -> torch.Tensor:
+    return system.inverse @ check.equation.residual_at(x, theta)
+
+
+def _error_at_theta(check: Check, system: DenseSystem) -> float:
+    """The larger of the errors from init and from another one, in units of x; infinite where the solver fails there."""
+    accuracy, equation = check.accuracy, check.equation
+    shift = _RESTART * accuracy.size * check.random(equation.num_unknowns) / equation.num_unknowns**0.5
+    for start in (flat(equation.init) + shift, flat(equation.init) - shift, flat(equation.init) + shift.abs()):
+        try:
+            error = float(_distance(check, system, check.restarted(equation.split(start)), equation.theta).norm())
+        except Exception:  # the start may be outside the domain of the objective: another one is tried
+            continue
+        if math.isfinite(error):
+            return max(error, accuracy.error)
+    return math.inf
+
+
+def _follow(check: Check, system: DenseSystem, j: int, known: float, label: str, d: torch.Tensor) -> _Finding | None:
+    """What is wrong along d, given the error at theta; None where nothing is, or where nothing can be said."""
+    accuracy, velocity = check.accuracy, system.jacobian(j) @ d
+    speed = float(velocity.norm())
+    unit = 1 / max(speed / accuracy.size, 1.0)  # x moves by a tenth of its size at most, see NOTE [step]
+    if not _FAR * known <= min(abs(h) for h in _STEPS) * unit * speed:
+        return None
+    entry = int(velocity.abs().argmax())
+    moved, still = 0.0, True
+    for h in _STEPS:
+        theta, expected = check.solver_differences.moved({j: d}, h * unit), abs(h) * unit * speed
+        try:
+            leaves = check.answer(theta)
+            error = float(_distance(check, system, leaves, theta).norm())
+        except Exception:  # any solver may refuse a theta nearby, with any error
+            return None
+        change = flat(leaves) - accuracy.x
+        if not error >= _ASTRAY * expected:
+            return None
+        still = still and error >= _STUCK * expected and float(change.norm()) <= _STILL * expected + 2 * known
+        if h == _STEPS[0]:
+            moved = float(change[entry]) / (h * unit)
+    tolerance = SAFE_NOISE * known / (_STEPS[0] * unit)
+    status: Status = "failed" if still else "inconclusive"
+    return _Finding(label, status, entry, float(velocity[entry]), moved, tolerance)
