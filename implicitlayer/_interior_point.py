@@ -17,6 +17,8 @@
 # b'y + h'z = x'v + s'z >= -||x|| ||v||, so ||x|| >= t / ||v||: no feasible point is smaller. Likewise let
 # d be a direction with p'd < 0. With any optimal (x, y, z), -p'd = d'Qx + y'Ad + z'Gd
 # <= ||Qd|| ||x|| + ||y|| ||Ad|| + ||z||_1 max(Gd)+: a solution would have to be as large as the ratio of the two sides.
+# How large a solution can be is a guess from the data, though. So a lane whose Q is positive definite is never called
+# unbounded, and a lane that is not solved is tried again with the other guess: |b| and |h| first, then |p| / |Q| too.
 
 from __future__ import annotations
 
@@ -25,12 +27,13 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["ProgramStatus", "QuadraticSolution", "interior_point"]
+from implicitlayer._interior_point_step import Data, Newton, Point, times
+
+__all__ = ["Data", "ProgramStatus", "QuadraticSolution", "interior_point"]
 
 _FARTHEST = 1e8  # solutions this many times larger than the data suggest do not exist
 _FAR = 1e4  # the same for a lane that has found no solution either
 _TO_BOUNDARY = 0.995  # part of the way to the boundary that a step may go
-_SHIFT = 1e-13  # on the diagonals, relative to entries of size 1: keeps the factors of singular systems finite
 _NEARLY = 1e-6  # a lane that ends below this error has a solution: rounding stopped it, or the step limit
 _PATIENCE = 8  # steps without an improvement after which a lane has reached what rounding allows
 
@@ -89,9 +92,6 @@ class QuadraticSolution:
     error: torch.Tensor
 
 
-Data = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-
 def interior_point(data: Data, rtol: float = 1e-9, max_steps: int = 60) -> QuadraticSolution:
     """Solve every lane of ``data``: Q [*lanes, n, n], p [*lanes, n], A [*lanes, e, n], b, G [*lanes, m, n], h; float64.
 
@@ -101,17 +101,45 @@ def interior_point(data: Data, rtol: float = 1e-9, max_steps: int = 60) -> Quadr
     lanes = data[1].shape[:-1]
     flat: Data = tuple(t.reshape(lanes.numel(), *t.shape[len(lanes) :]) for t in data)  # type: ignore[assignment]
     finite = torch.stack([t.isfinite().flatten(1).all(-1) for t in flat]).all(0)
-    unit, program = _normalise(tuple(torch.where(_like(finite, t), t, 0.0) for t in flat))  # type: ignore[arg-type]
+    flat = tuple(torch.where(_like(finite, t), t, 0.0) for t in flat)  # type: ignore[assignment]
+    by_borders, by_objective = _sizes(flat)
+    found = _solve(flat, by_borders, rtol, max_steps)
+    failed = (found.codes == int(ProgramStatus.UNBOUNDED)) | (
+        (found.codes == int(ProgramStatus.MAX_STEPS_REACHED)) & (found.error > _NEARLY)
+    )
+    again = (failed & (by_objective > by_borders)).nonzero()[:, 0]
+    if len(again):
+        other = _solve(tuple(t[again] for t in flat), by_objective[again], rtol, max_steps)  # type: ignore[arg-type]
+        solved = (other.codes == int(ProgramStatus.SOLVED)) | (other.error <= _NEARLY)
+        for name in QuadraticSolution.__dataclass_fields__:
+            getattr(found, name)[again[solved]] = getattr(other, name)[solved]
+    parts = (found.x, found.equality, found.inequality, torch.where(finite, found.codes, int(ProgramStatus.NONFINITE)))
+    return QuadraticSolution(*(t.reshape((*lanes, *t.shape[1:])) for t in (*parts, found.steps, found.error)))
+
+
+def _solve(data: Data, size: torch.Tensor, rtol: float, max_steps: int) -> QuadraticSolution:
+    """Solve lanes [B] of finite data, whose solutions are taken to be of this size."""
+    unit, program = _normalise(data, size)
     found = _iterate(program, rtol, max_steps)
-    codes = found.codes
+    codes = found.codes.clone()
     lost = (codes == int(ProgramStatus.MAX_STEPS_REACHED)) & (found.error > _NEARLY)
     if bool(lost.any()):
-        codes = codes.clone()
         codes[lost] = _why(tuple(t[lost] for t in program), rtol, max_steps)  # type: ignore[arg-type]
     x, y, z = unit.restore(found.x, found.equality, found.inequality)
-    codes = torch.where(finite, codes, int(ProgramStatus.NONFINITE))
-    parts = (x, y, z, codes, found.steps, found.error)
-    return QuadraticSolution(*(t.reshape((*lanes, *t.shape[1:])) for t in parts))
+    return QuadraticSolution(x, y, z, codes, found.steps.clone(), found.error.clone())
+
+
+def _sizes(data: Data) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two guesses of the size of x, [B]: from the distances of the borders alone, and from the objective too."""
+    Q, p, A, b, G, h = data
+    norms = [torch.linalg.vector_norm(t, dim=-1) for t in (A, G)]
+    right = torch.cat([t / torch.where(r > 0, r, 1.0) for t, r in zip((b, h), norms, strict=True)], -1)
+    borders, largest_q, largest_p = _largest(right), _largest(Q), _largest(p)
+    objective = torch.where((largest_q > 0) & (largest_p > 0), largest_p / largest_q, 0.0)
+    objective = torch.where(objective.isfinite(), objective, 0.0)
+    both = torch.maximum(borders, objective)
+    both = torch.where(both > 0, both, 1.0)
+    return torch.where(borders > 0, borders, both), both
 
 
 def _like(mask: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
@@ -138,16 +166,12 @@ class _Unit:
         return x * size, y * cost / (size * self.rows_equality), z * cost / (size * self.rows_inequality)
 
 
-def _normalise(data: Data) -> tuple[_Unit, Data]:
+def _normalise(data: Data, size: torch.Tensor) -> tuple[_Unit, Data]:
     Q, p, A, b, G, h = data
     Q = (Q + Q.mT) / 2
     rows = [torch.linalg.vector_norm(t, dim=-1) for t in (A, G)]
     equality, inequality = (torch.where(r > 0, r, 1.0) for r in rows)
     A, b, G, h = A / equality[..., None], b / equality, G / inequality[..., None], h / inequality
-    largest_q, largest_p = _largest(Q), _largest(p)
-    size = torch.maximum(_largest(b), _largest(h))
-    without = torch.where((largest_q > 0) & (largest_p > 0), largest_p / largest_q, 1.0)
-    size = torch.where(size > 0, size, torch.where(without > 0, without, 1.0))
     Q, p = Q * (size**2)[:, None, None], p * size[:, None]
     cost = torch.maximum(_largest(Q), _largest(p))
     cost = torch.where(cost > 0, cost, 1.0)
@@ -155,51 +179,34 @@ def _normalise(data: Data) -> tuple[_Unit, Data]:
     return unit, (Q / cost[:, None, None], p / cost[:, None], A, b / size[:, None], G, h / size[:, None])
 
 
-@dataclass(frozen=True, eq=False)
-class _Point:
-    x: torch.Tensor
-    y: torch.Tensor
-    z: torch.Tensor
-    s: torch.Tensor
-
-    def moved(self, step: _Point, length: torch.Tensor) -> _Point:
-        a = length[:, None]
-        return _Point(self.x + a * step.x, self.y + a * step.y, self.z + a * step.z, self.s + a * step.s)
-
-    def where(self, mask: torch.Tensor, other: _Point) -> _Point:
-        pairs = zip((self.x, self.y, self.z, self.s), (other.x, other.y, other.z, other.s), strict=True)
-        return _Point(*(torch.where(mask[:, None], a, b) for a, b in pairs))
-
-
-def _times(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    return (matrix @ vector[..., None])[..., 0]
-
-
 def _iterate(data: Data, rtol: float, max_steps: int) -> QuadraticSolution:
-    _, p, _, b, _, h = data
+    Q, p, _, b, _, h = data
     lanes, m = p.shape[0], h.shape[-1]
+    bounded = _definite(Q)
     ones = torch.ones_like(h)
-    start = _Newton(data, ones).solve(p, -b, -h, torch.zeros_like(h), ones, ones)
+    start = Newton(data, ones).solve(p, -b, -h, torch.zeros_like(h), ones, ones)
     # The start minimises 1/2 x'Qx + p'x + 1/2 ||s||^2 under the equations; its s = -z is then moved inside.
     slack = -start.z
-    point = _Point(start.x, start.y, _inside(-slack), _inside(slack))
+    point = Point(start.x, start.y, _inside(-slack), _inside(slack))
     best, best_error = point, torch.full_like(p[:, 0], torch.inf)
     codes = torch.full((lanes,), int(ProgramStatus.MAX_STEPS_REACHED), device=p.device)
     steps, since = torch.zeros_like(codes), torch.zeros_like(codes)
     running = torch.ones_like(codes, dtype=torch.bool)
     for step in range(max_steps + 1):
-        r_x, r_y, r_s, error = _residuals(data, point)
+        known = _Products.of(data, point)
+        r_x, r_y, r_s, error = _residuals(data, point, known)
         better = running & (error < best_error)
         best, best_error = point.where(better, best), torch.where(better, error, best_error)
         since = torch.where(better, 0, since + 1)
-        infeasible, unbounded = _certificates(data, point)
+        infeasible, unbounded = _certificates(data, point, known)
+        unbounded = unbounded & ~bounded
         codes = torch.where(running & unbounded, int(ProgramStatus.UNBOUNDED), codes)
         codes = torch.where(running & infeasible, int(ProgramStatus.INFEASIBLE), codes)
         codes = torch.where(running & (error <= rtol), int(ProgramStatus.SOLVED), codes)
         running = running & (error > rtol) & ~infeasible & ~unbounded & (since < _PATIENCE)
         if step == max_steps or not bool(running.any()):
             break
-        newton = _Newton(data, point.z / point.s)
+        newton = Newton(data, point.z / point.s)
         product = point.s * point.z
         first = newton.solve(r_x, r_y, r_s, product, point.z, point.s)
         mean = product.sum(-1) / max(m, 1)
@@ -213,6 +220,14 @@ def _iterate(data: Data, rtol: float, max_steps: int) -> QuadraticSolution:
     return QuadraticSolution(best.x, best.y, best.z, codes, steps, best_error)
 
 
+def _definite(Q: torch.Tensor) -> torch.Tensor:
+    """Lanes whose Q is positive definite beyond rounding: their objective has a smallest value."""
+    noise = 1e2 * Q.shape[-1] * torch.finfo(Q.dtype).eps * _largest(Q)
+    _, info = torch.linalg.cholesky_ex(Q - torch.diag_embed(noise[:, None].expand(Q.shape[:-1])))
+    definite: torch.Tensor = (info == 0) & (noise > 0)
+    return definite
+
+
 def _inside(values: torch.Tensor) -> torch.Tensor:
     """The vector moved by one number per lane until all entries are positive, if they are not."""
     if not values.shape[-1]:
@@ -221,7 +236,7 @@ def _inside(values: torch.Tensor) -> torch.Tensor:
     return torch.where(lowest > 1e-3, values, values - lowest + 1.0)
 
 
-def _length(point: _Point, step: _Point, part: float) -> torch.Tensor:
+def _length(point: Point, step: Point, part: float) -> torch.Tensor:
     """Largest step of at most 1 that goes ``part`` of the way to the boundary of s, z >= 0."""
     values, changes = torch.cat([point.s, point.z], -1), torch.cat([step.s, step.z], -1)
     if not values.shape[-1]:
@@ -230,10 +245,26 @@ def _length(point: _Point, step: _Point, part: float) -> torch.Tensor:
     return (part * ratio.amin(-1)).clamp(max=1.0)
 
 
-def _residuals(data: Data, at: _Point) -> tuple[torch.Tensor, ...]:
+@dataclass(frozen=True, eq=False)
+class _Products:
+    """What residuals and certificates share: Q x, A'y, G'z, A x, G x."""
+
+    Qx: torch.Tensor
+    Ay: torch.Tensor
+    Gz: torch.Tensor
+    Ax: torch.Tensor
+    Gx: torch.Tensor
+
+    @classmethod
+    def of(cls, data: Data, at: Point) -> _Products:
+        Q, _, A, _, G, _ = data
+        return cls(times(Q, at.x), times(A.mT, at.y), times(G.mT, at.z), times(A, at.x), times(G, at.x))
+
+
+def _residuals(data: Data, at: Point, known: _Products) -> tuple[torch.Tensor, ...]:
     """r_x, r_y, r_s, and the largest violation relative to the size of the terms."""
-    Q, p, A, b, G, h = data
-    Qx, Ay, Gz, Ax, Gx = _times(Q, at.x), _times(A.mT, at.y), _times(G.mT, at.z), _times(A, at.x), _times(G, at.x)
+    _, p, _, b, _, h = data
+    Qx, Ay, Gz, Ax, Gx = known.Qx, known.Ay, known.Gz, known.Ax, known.Gx
     r_x, r_y, r_s = Qx + p + Ay + Gz, Ax - b, Gx + at.s - h
     gap = (at.s * at.z).sum(-1)
     value = torch.stack([(at.x * Qx).sum(-1), (p * at.x).sum(-1), (b * at.y).sum(-1), (h * at.z).sum(-1)]).abs().amax(0)
@@ -250,18 +281,18 @@ def _residuals(data: Data, at: _Point) -> tuple[torch.Tensor, ...]:
     return r_x, r_y, r_s, torch.stack(errors).amax(0).nan_to_num(torch.inf)
 
 
-def _certificates(data: Data, at: _Point, farthest: float = _FARTHEST) -> tuple[torch.Tensor, torch.Tensor]:
+def _certificates(
+    data: Data, at: Point, known: _Products, farthest: float = _FARTHEST
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Lanes that are infeasible, lanes that are unbounded; see NOTE [certificates]."""
-    Q, p, A, b, G, h = data
+    _, p, _, b, _, h = data
     by, hz = b * at.y, h * at.z
     t = -(by.sum(-1) + hz.sum(-1))
     sure = t > 1e-8 * (by.abs().sum(-1) + hz.abs().sum(-1))
-    v = torch.linalg.vector_norm(_times(A.mT, at.y) + _times(G.mT, at.z), dim=-1)
+    v = torch.linalg.vector_norm(known.Ay + known.Gz, dim=-1)
     infeasible = (t > farthest * v) & sure
     slope = -(p * at.x).sum(-1)
-    against = torch.stack(
-        [_largest(_times(Q, at.x)), _largest(_times(A, at.x)), _largest(_times(G, at.x).clamp(min=0))]
-    )
+    against = torch.stack([_largest(known.Qx), _largest(known.Ax), _largest(known.Gx.clamp(min=0))])
     steep = slope > 1e-8 * (p * at.x).abs().sum(-1)
     unbounded = (slope > farthest * against.amax(0)) & steep
     return infeasible, unbounded
@@ -287,8 +318,8 @@ def _why(data: Data, rtol: float, max_steps: int) -> torch.Tensor:
         torch.cat([b, -b, h, 0 * column], -1),
     )
     z = _iterate(relaxed, rtol, max_steps).inequality
-    proof = _Point(zero, z[:, :e] - z[:, e : 2 * e], z[:, 2 * e : 2 * e + m], torch.zeros_like(h))
-    infeasible, _ = _certificates(data, proof, _FAR)
+    proof = Point(zero, z[:, :e] - z[:, e : 2 * e], z[:, 2 * e : 2 * e + m], torch.zeros_like(h))
+    infeasible, _ = _certificates(data, proof, _Products.of(data, proof), _FAR)
     box = one.expand(lanes, n, n)
     falling: Data = (
         torch.zeros_like(Q),
@@ -299,45 +330,8 @@ def _why(data: Data, rtol: float, max_steps: int) -> torch.Tensor:
         torch.cat([torch.zeros_like(h), p.new_ones(lanes, 2 * n)], -1),
     )
     direction = _iterate(falling, rtol, max_steps).x
-    _, unbounded = _certificates(
-        data, _Point(direction, torch.zeros_like(b), torch.zeros_like(h), torch.zeros_like(h)), _FAR
-    )
+    ray = Point(direction, torch.zeros_like(b), torch.zeros_like(h), torch.zeros_like(h))
+    _, unbounded = _certificates(data, ray, _Products.of(data, ray), _FAR)
+    unbounded = unbounded & ~_definite(Q)
     codes = torch.where(unbounded, int(ProgramStatus.UNBOUNDED), int(ProgramStatus.MAX_STEPS_REACHED))
     return torch.where(infeasible, int(ProgramStatus.INFEASIBLE), codes)
-
-
-class _Newton:
-    """The factors of one step's matrix and solves with them."""
-
-    def __init__(self, data: Data, weights: torch.Tensor) -> None:
-        Q, p, A, _, G, _ = data
-        self.A, self.G, self.n = A, G, p.shape[-1]
-        matrix = Q + G.mT @ (weights[..., None] * G)
-        shift = torch.diag_embed(torch.full_like(p, _SHIFT))
-        self.cholesky = False
-        if not A.shape[-2]:
-            self.factor, info = torch.linalg.cholesky_ex(matrix + shift)
-            self.cholesky = bool((info == 0).all())
-        if not self.cholesky:
-            below = torch.diag_embed(A.new_full(A.shape[:-1], -_SHIFT))
-            full = torch.cat([torch.cat([matrix + shift, A.mT], -1), torch.cat([A, below], -1)], -2)
-            self.factor, self.pivots, _ = torch.linalg.lu_factor_ex(full)
-
-    def solve(
-        self,
-        r_x: torch.Tensor,
-        r_y: torch.Tensor,
-        r_s: torch.Tensor,
-        r_c: torch.Tensor,
-        z: torch.Tensor,
-        s: torch.Tensor,
-    ) -> _Point:
-        shifted = (z * r_s - r_c) / s
-        rhs = torch.cat([-r_x - _times(self.G.mT, shifted), -r_y], -1)[..., None]
-        if self.cholesky:
-            found = torch.cholesky_solve(rhs, self.factor)[..., 0]
-        else:
-            found = torch.linalg.lu_solve(self.factor, self.pivots, rhs)[..., 0]
-        dx, dy = found[:, : self.n], found[:, self.n :]
-        Gdx = _times(self.G, dx)
-        return _Point(dx, dy, z / s * Gdx + shifted, -r_s - Gdx)

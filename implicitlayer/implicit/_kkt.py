@@ -15,15 +15,15 @@ from implicitlayer._flat import Signature
 from implicitlayer._records import Record
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._surroundings import outside_compiled_code
-from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, ravel, unflatten, unravel
+from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, unflatten
 from implicitlayer._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.implicit._forward import Constraints, _check_leaf
 from implicitlayer.implicit._kkt_active import ActiveConstraints, Conditions, Tolerances, stacked
 from implicitlayer.implicit._kkt_lagrangian import ConstrainedProblem, Form, Lagrangian, Unknowns
 from implicitlayer.implicit._kkt_linear import KktSolver
 from implicitlayer.implicit._kkt_multipliers import multipliers as fitted
+from implicitlayer.implicit._kkt_point import PointOfProblem
 from implicitlayer.implicit._layer import ImplicitLayer, check_init
-from implicitlayer.linear._jacobian import Jacobian
 from implicitlayer.linear._residual import Residual
 
 __all__ = ["ConstrainedLayer", "Multipliers", "constrained_argmin"]
@@ -77,15 +77,16 @@ def constrained_argmin(
             least squares, non-negative where they must be.
         return_multipliers: the layer returns ``(x, Multipliers)``, all of it differentiable.
         linear_solver: for the symmetric indefinite system; default a dense solve that checks that the point is a
-        minimum
-            (n + 1 products, n the number of entries of x). :class:`Minres` for large problems, without that check.
+            minimum (n + 1 products, n the number of entries of x). :class:`Minres` for large problems, without that
+            check.
         on_failure: ``"warn"``: outside of the constraints is an error; not stationary and at a kink are warnings.
             ``"raise"``: all are errors. ``"ignore"``: none is. Linear solves as in :func:`argmin`.
         stationarity_rtol: allowed remainder of the gradient of the Lagrangian, relative to ||grad f|| + ||H x||, and
             allowed distance from the constraints, relative to the size of x. None judges neither.
         active_rtol: an inequality is at its border if x is nearer to it than this times the size of x, and active if
-        its
-            force mu ||grad g|| is above this times ||grad f|| + ||H x||. Not below the accuracy of the solver.
+            its force mu ||grad g|| is above this times ||grad f|| + ||H x||. Not below the accuracy of the solver. One
+            that is not active is at a kink too if its border is within twice the error of x that the remaining gradient
+            implies.
         at_kink: what an inequality at a kink counts as for derivatives.
         polish: Newton steps on the conditions of optimality after the solver, kept where they bring it nearer.
 
@@ -250,7 +251,7 @@ class _Finder:
         answer = (solver.run if isinstance(solver, RecordingSolver) else solver)(problem, start.x, *theta)
         result = answer if isinstance(answer, SolverResult) else SolverResult(answer)
         x, given = self._read(result.value, before)
-        point = _Point(problem, spec, theta, before)
+        point = PointOfProblem(problem, spec, theta, before)
         conditions = point.conditions(x)
         y, z = self._multipliers(given, conditions)
         for _ in range(self.layer.polish):
@@ -261,16 +262,21 @@ class _Finder:
             x, y, z = better
             conditions = point.conditions(x)
         active, held = self._classify(conditions, y, z)
+        rtol = self.layer.tolerances.stationarity_rtol
+        if rtol is not None and bool(
+            active.stationarity <= rtol
+        ):  # how far an answer is off that is none, nobody knows
+            active, held = self._classify(conditions, y, z, point.error(x, active.equality, active.inequality))
         self.found.append(active)
         like = before[0]
         rest = [t.to(like.dtype) for t in (active.equality, torch.where(held, active.inequality, 0.0), held)]
         return SolverResult(Unknowns(unflatten(x, spec), *rest), result.status, result.num_steps, result.message)
 
     def _classify(
-        self, conditions: Conditions, y: torch.Tensor, z: torch.Tensor
+        self, conditions: Conditions, y: torch.Tensor, z: torch.Tensor, wrong_by: torch.Tensor | None = None
     ) -> tuple[ActiveConstraints, torch.Tensor]:
         layer = self.layer
-        return conditions.active_set(y, z, layer.tolerances.active_rtol, layer.at_kink == "active")
+        return conditions.active_set(y, z, layer.tolerances.active_rtol, layer.at_kink == "active", wrong_by)
 
     def _read(self, answer: Any, like: Leaves) -> tuple[Leaves, tuple[Any, Any]]:
         """x leaves and what the solver gave as multipliers."""
@@ -325,64 +331,3 @@ class _Finder:
         if not bool(vector.isfinite().all()):
             raise NonFiniteError(f"the solver returned NaN or Inf in the multipliers of {form.name}.")
         return vector
-
-
-@dataclass(frozen=True, eq=False)
-class _Point:
-    """One problem, to be looked at where its solver ended."""
-
-    problem: ConstrainedProblem
-    spec: TreeSpec
-    theta: tuple[Any, ...]
-    init: Leaves
-
-    def conditions(self, x: Leaves) -> Conditions:
-        """The terms of the optimality conditions at x."""
-        points = [leaf.detach().requires_grad_() for leaf in x]
-        with torch.enable_grad():
-            value = self.problem(unflatten(points, self.spec), *self.theta)
-            gradient = self._grad(value, points, create_graph=True)
-            slope = ravel(gradient, 0)
-            product = [torch.zeros_like(p) for p in points]
-            if slope.requires_grad:
-                direction = ravel([p.detach() for p in points], 0)
-                product = self._grad((slope * direction).sum(), points, create_graph=False)
-        h, rows_h = self.problem.rows(0, x, self.spec, self.theta)
-        g, rows_g = self.problem.rows(1, x, self.spec, self.theta)
-        flat, start = ravel(x, 0).double(), ravel(self.init, 0).double()
-        found = Conditions(
-            flat, flat - start, slope.detach().double(), ravel(product, 0).double(), h, rows_h, g, rows_g,
-            torch.finfo(x[0].dtype).eps,
-        )  # fmt: skip
-        if not all(bool(t.isfinite().all()) for t in (found.gradient, found.h, rows_h, found.g, rows_g)):
-            raise NonFiniteError(
-                "the objective, a constraint or one of their gradients holds NaN or Inf at the solver's answer. Check "
-                "theta for NaN, and that the functions are differentiable there."
-            )
-        return found
-
-    @staticmethod
-    def _grad(value: torch.Tensor, points: Leaves, create_graph: bool) -> Leaves:
-        if not value.requires_grad:
-            return [torch.zeros_like(p) for p in points]
-        return list(torch.autograd.grad(value, points, create_graph=create_graph, materialize_grads=True))
-
-    def newton_step(
-        self, x: Leaves, y: torch.Tensor, z: torch.Tensor, held: torch.Tensor
-    ) -> tuple[Leaves, torch.Tensor, torch.Tensor] | None:
-        """x and multipliers after a Newton step on the conditions with this active set; None if it is no better."""
-        dtype = x[0].dtype
-        at = [*x, *(t.to(dtype) for t in (y, z, held))]
-        spec = flatten(Unknowns(unflatten(x, self.spec), y, z, held))[1]
-        residual = Residual(lambda leaves, theta: self.problem.scalar(unflatten(leaves, spec), *self.theta), True)
-        with torch.enable_grad():
-            slope = ravel(residual(at, []), 0)
-            operator = Jacobian(residual, len(at), transposed=False).linearize(at)
-            solver = KktSolver(ravel(x, 0).numel(), y.numel(), z.numel())
-            solution = solver(operator, slope)
-            moved = unravel(ravel(at, 0) - solution.value, at, 0)
-            after = ravel(residual(moved, []), 0)
-        if not solution.status.usable or not after.norm() < slope.norm():
-            return None
-        k = len(x)
-        return moved[:k], moved[k].double(), moved[k + 1].double()

@@ -6,6 +6,9 @@
 # NOTE [scales]: constraints come in any unit. -g_i / ||J_i|| is the distance of x from the border of constraint i, to
 # first order, and is compared with the size of x; mu_i ||J_i|| is the force of the border, and is compared with
 # ||grad f|| + ||H x||, the size of the terms of the gradient. Neither depends on the units of the constraint.
+# Where x is zero nothing is small relative to it. So distances below a tiny part of the reach count as zero too. The
+# reach is the length that the data know without x: how far the gradient would move x if no constraint held it, but not
+# beyond the borders, if one of them is away from the origin (an almost linear objective would move x without end).
 
 from __future__ import annotations
 
@@ -23,6 +26,7 @@ from implicitlayer._warn import warn
 __all__ = ["ActiveConstraints", "Tolerances"]
 
 _NOISE = 1e3  # below this many eps of everything a distance is rounding
+_ABSOLUTE = 1e-12  # below this part of the reach a distance is zero, or 16 eps of it where that is more
 
 
 @dataclass(frozen=True)
@@ -31,10 +35,10 @@ class Tolerances:
 
     Args:
         stationarity_rtol: allowed norm of the gradient of the Lagrangian, relative to ``||grad f|| + ||H x||``; also
-        the
-            allowed distance from the constraints, relative to the size of x. None: neither is judged.
+            the allowed distance from the constraints, relative to the size of x. None: neither is judged.
         active_rtol: a constraint whose border is nearer than this, relative to the size of x, is at its border; it is
             active if its force, relative to the size of the terms of the gradient, is above this too, else at a kink.
+            Distances that are zero relative to the data (NOTE [scales]) are zero where x is, too.
     """
 
     stationarity_rtol: float | None = 1e-3
@@ -126,7 +130,8 @@ class Conditions:
     """The terms of the optimality conditions at x, lane by lane, in float64.
 
     ``x``, ``away`` (x - init), ``gradient`` and ``curved`` (H x) are [*lanes, n], ``h`` [*lanes, e], ``rows_h``
-    [*lanes, e, n], ``g`` [*lanes, m], ``rows_g`` [*lanes, m, n].
+    [*lanes, e, n], ``g`` [*lanes, m], ``rows_g`` [*lanes, m, n]. ``pull`` [*lanes] is the distance that the gradient
+    would move x without constraints, zero where nobody knows.
     """
 
     x: torch.Tensor
@@ -138,6 +143,7 @@ class Conditions:
     g: torch.Tensor
     rows_g: torch.Tensor
     eps: float
+    pull: torch.Tensor
 
     @property
     def size(self) -> torch.Tensor:
@@ -150,6 +156,16 @@ class Conditions:
         """||grad f|| + ||H x||: the size of the terms of the gradient."""
         return _norm(self.gradient) + _norm(self.curved)
 
+    @property
+    def reach(self) -> torch.Tensor:
+        """A length of the data, [*lanes]: NOTE [scales]."""
+        pairs = ((self.h, self.rows_h), (self.g, self.rows_g))
+        offsets = torch.cat([_over(_times(rows, self.x) - values, _norm(rows)).abs() for values, rows in pairs], -1)
+        # a border through the origin, to rounding, tells no length
+        offsets = torch.where(offsets.isfinite() & (offsets > 1e-10 * _norm(self.x)[..., None]), offsets, 0.0)
+        farthest = offsets.amax(-1) if offsets.shape[-1] else torch.zeros_like(self.pull)
+        return torch.where(farthest > 0, torch.minimum(self.pull, farthest), self.pull)
+
     def border_distance(self) -> torch.Tensor:
         """Signed distance of x from the border of each inequality, positive inside, [*lanes, m]."""
         return _over(-self.g, _norm(self.rows_g))
@@ -159,18 +175,39 @@ class Conditions:
         return self.border_distance() <= self._tolerance(active_rtol)[..., None]
 
     def _tolerance(self, active_rtol: float) -> torch.Tensor:
-        return active_rtol * self.size
+        return torch.maximum(active_rtol * self.size, self._zero())
+
+    def _zero(self) -> torch.Tensor:
+        return max(_ABSOLUTE, 16 * self.eps) * self.reach
 
     def active_set(
-        self, equality: torch.Tensor, inequality: torch.Tensor, active_rtol: float, hold_kinks: bool
+        self,
+        equality: torch.Tensor,
+        inequality: torch.Tensor,
+        active_rtol: float,
+        hold_kinks: bool,
+        wrong_by: torch.Tensor | None = None,
+        undecided: torch.Tensor | None = None,
     ) -> tuple[ActiveConstraints, torch.Tensor]:
-        """What is active under these multipliers, and the mask [*lanes, m] of what is to hold as an equation."""
+        """What is active under these multipliers, and the mask [*lanes, m] of what is to hold as an equation.
+
+        An inequality that is not active is at a kink too if its border is within twice the error of x, ``wrong_by``
+        [*lanes], or if it is ``undecided`` [*lanes, m].
+        """
         tolerance = self._tolerance(active_rtol)
         distance = self.border_distance()
         near = distance <= tolerance[..., None]
         force = inequality * _norm(self.rows_g)
         active = near & (force > active_rtol * self.scale[..., None])
-        kinks = near & ~active
+        kinks = near
+        if wrong_by is not None:
+            tolerance = torch.maximum(tolerance, 2 * wrong_by)
+            kinks = kinks | (distance <= tolerance[..., None])
+        if undecided is not None:
+            active, kinks = active & ~undecided, kinks | undecided
+            farthest = torch.where(undecided, distance, 0.0)
+            tolerance = torch.maximum(tolerance, farthest.amax(-1) if farthest.shape[-1] else tolerance)
+        kinks = kinks & ~active
         kept = torch.where(active, inequality, 0.0)
         slope = self.gradient + _pull(self.rows_h, equality) + _pull(self.rows_g, kept)
         relative = torch.where(self.scale > 0, _norm(slope) / torch.where(self.scale > 0, self.scale, 1.0), 0.0)
@@ -185,7 +222,7 @@ class Conditions:
             kinks_known=True,
             tolerance=tolerance,
             violation=violation,
-            relative_violation=violation / self.size,
+            relative_violation=torch.where(violation <= self._zero(), 0.0, violation / self.size),
             equality=equality,
             inequality=kept,
             stationarity=relative,
@@ -211,6 +248,17 @@ class Conditions:
         return independent
 
 
+def length_of_step(slope: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
+    """||H^-1 slope|| as far as the product ``H slope`` tells; zero where it shows no curvature.
+
+    (v'v)^2 <= v'Hv v'H^-1 v <= v'Hv ||v|| ||H^-1 v|| for a positive definite H, so it is never too large.
+    """
+    norm, curvature = _norm(slope), (slope * product).sum(-1).abs()
+    curved = curvature > 0
+    step = norm * (norm * norm / torch.where(curved, curvature, 1.0))
+    return torch.where(curved & step.isfinite(), step, 0.0)
+
+
 def stacked(found: list[ActiveConstraints], lanes: torch.Size) -> ActiveConstraints:
     """The active sets of single problems, in the order of their lanes, as one."""
 
@@ -231,6 +279,10 @@ def _over(values: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     """values / norms; without a gradient the border is infinitely far, or here if the value is zero."""
     infinite = torch.where(values == 0, 0.0, values.sign() * math.inf)
     return torch.where(norms > 0, values / torch.where(norms > 0, norms, 1.0), infinite)
+
+
+def _times(rows: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
+    return (rows @ vectors[..., None])[..., 0]
 
 
 def _pull(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -39,10 +39,12 @@ def qp(
 ) -> Any:
     """The x that minimises ``1/2 x'Qx + p'x`` subject to ``A x = b`` and ``G x <= h``, differentiable in all six.
 
-    Solved by an interior-point method, then exactly for the active inequalities as equations (one factorisation, which
-    the derivatives use again). Derivatives are those of the conditions of optimality with that active set, to every
-    order and in both modes; where an inequality is at its border with a zero multiplier the solution has a kink, and
-    they are those of one side. What is known of the solve is in :func:`diagnostics` (``record.active_set``).
+    Solved by an interior-point method, then exactly: a few linear solves with inequalities as equations look for the
+    active set for which all conditions of optimality hold to rounding (the derivatives use the factors again). An
+    inequality for which that is not decided counts as a kink. Derivatives are those of the conditions of optimality
+    with that active set, to every order and in both modes; where an inequality is at its border with a zero multiplier
+    the solution has a kink, and they are those of one side. What is known of the solve is in :func:`diagnostics`
+    (``record.active_set``).
 
     Args:
         Q: [*batch, n, n], symmetric positive semidefinite (its symmetric part is used); p: [*batch, n].
@@ -51,9 +53,9 @@ def qp(
             Leading dimensions are broadcast: an argument without them is shared by all programs, and its gradient is
             the sum over them.
         solver: ``solver(Q, p, A, b, G, h) -> x`` or ``(x, (y, z))`` with multipliers y of the equations and z >= 0 of
-        the
-            inequalities; called program by program, or once with all of them if it declares ``batched = True``.
-            Default: the interior-point method of :class:`il.solvers.InteriorPoint`.
+            the inequalities; called program by program, or once with all of them if it declares ``batched = True``. An
+            answer whose conditions of optimality hold to 1e-2 of their terms is made exact, a worse one is judged as it
+            is. Default: the interior-point method of :class:`il.solvers.InteriorPoint`.
         linear_solver: of the derivatives; default a dense symmetric indefinite solve.
         return_multipliers: return ``(x, Multipliers(equality, inequality))``, all differentiable.
         on_failure: ``"warn"``, ``"raise"`` or ``"ignore"``, as in :func:`constrained_argmin`. A program without a
@@ -66,7 +68,8 @@ def qp(
         x [*batch, n].
 
     Raises:
-        InfeasibleError, UnboundedError: no x satisfies the constraints; the objective has no smallest value.
+        InfeasibleError, UnboundedError: no x satisfies the constraints (to 1e-6 of the size of x: contradictions below
+            that are not noticed); the objective has no smallest value.
         IndefiniteError: Q is not positive semidefinite. NotConvergedError: no answer to 1e-6.
         NonFiniteError: NaN or Inf in the data. All of these name the lanes.
 

@@ -23,13 +23,14 @@ from implicitlayer._solution import SolverResult
 from implicitlayer._status import Status
 from implicitlayer._tree import name_lanes
 from implicitlayer._types import OnFailure
-from implicitlayer.implicit._kkt_active import ActiveConstraints, Conditions, Tolerances
+from implicitlayer.implicit._kkt_active import ActiveConstraints, Tolerances
 from implicitlayer.implicit._kkt_lagrangian import Unknowns
 from implicitlayer.implicit._kkt_linear import KktFactors, KktMatrices
 from implicitlayer.implicit._kkt_multipliers import multipliers
+from implicitlayer.implicit._qp_exact import ENOUGH, TIGHT, Exact, conditions, error_of_x, exact, undecided, violation
 
-_CORRECTIONS = 2  # solves with the factors of the active set: the second repairs the rounding of the first
-_ENOUGH = 1e-6  # an answer whose conditions hold to this is one
+_NEAR = 1e-2  # a user's answer whose conditions hold to this is corrected; a worse one is judged as it is
+_TIGHTEST = 1e-14  # no more than rounding allows: the interior point goes on while it improves
 
 
 @dataclass(eq=False)
@@ -51,15 +52,21 @@ class QuadraticSolver:
         Q, p, A, b, G, h = full
         program: Data = ((Q + Q.mT) / 2, p, A, b, G, h)
         answer = self._answer(program)
-        solution, factors, guess = self._exact(program, answer)
-        active, held = self._conditions(program, solution.x, start.x.dtype).active_set(
-            solution.equality, solution.inequality, self.tolerances.active_rtol, self.hold_kinks
+        found, doubtful = self._exact(program, answer)
+        solution = found.solution
+        active, held = conditions(program, solution.x, start.x.dtype).active_set(
+            solution.equality,
+            solution.inequality,
+            self.tolerances.active_rtol,
+            self.hold_kinks,
+            wrong_by=error_of_x(program, solution),
+            undecided=doubtful,
         )
         self._refuse(solution, active)
         self.found.append(active)
         rows, mask = torch.cat([A, G], -2), torch.cat([torch.ones_like(b), held.double()], -1)
-        same = bool((held == guess).all())
-        self.prepared.append(factors if same else KktMatrices(program[0], rows, mask))
+        same = bool((held == found.held).all())
+        self.prepared.append(found.factors if same else KktMatrices(program[0], rows, mask))
         rest = (active.equality, torch.where(held, active.inequality, 0.0), held)
         z = Unknowns(*(t.to(start.x.dtype) for t in (solution.x, *rest)))
         return SolverResult(z, Status.CONVERGED, int(solution.steps.max()) if solution.steps.numel() else 0)
@@ -102,69 +109,49 @@ class QuadraticSolver:
         return QuadraticSolution(x, y, z, codes, torch.zeros_like(codes), torch.zeros(lanes, dtype=p.dtype))
 
     def _fitted(self, program: Data, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        conditions = self._conditions(program, x, x.dtype)
-        near = conditions.near(max(self.tolerances.active_rtol, 1e-5))
+        at = conditions(program, x, x.dtype)
+        near = at.near(max(self.tolerances.active_rtol, 1e-5))
         lanes = x.shape[:-1]
         if not lanes:
-            return multipliers(conditions.gradient, conditions.rows_h, conditions.rows_g, near)
+            return multipliers(at.gradient, at.rows_h, at.rows_g, near)
         pairs = []
         for lane in itertools.product(*(range(size) for size in lanes)):
-            parts = (conditions.gradient, conditions.rows_h, conditions.rows_g, near)
+            parts = (at.gradient, at.rows_h, at.rows_g, near)
             pairs.append(multipliers(*(t[lane] for t in parts)))
         y, z = (torch.stack(parts) for parts in zip(*pairs, strict=True))
         return y.reshape(*lanes, -1), z.reshape(*lanes, -1)
 
-    def _conditions(self, program: Data, x: torch.Tensor, dtype: torch.dtype) -> Conditions:
-        Q, p, A, b, G, h = program
-        Qx = _times(Q, x)
-        eps = torch.finfo(dtype).eps
-        return Conditions(x, x, Qx + p, Qx, _times(A, x) - b, A, _times(G, x) - h, G, eps)
+    def _exact(self, program: Data, answer: QuadraticSolution) -> tuple[Exact, torch.Tensor]:
+        """The solution next to the answer, and the mask of inequalities that stay undecided."""
+        before = violation(program, answer)
+        # The library's own answer is a place to start from; a user's is corrected, but not replaced by another one.
+        near = torch.ones_like(before, dtype=torch.bool) if self.solver is None else before <= _NEAR
+        found = exact(program, answer, near)
+        rough = near & ~(found.error <= TIGHT)
+        if self.solver is None:
+            rough = rough & (answer.codes != int(ProgramStatus.NONFINITE))
+            if bool(rough.any()):
+                found = self._again(program, found, rough)
+            # what satisfies the conditions is a solution, whatever the interior point made of the program
+            codes = torch.where(found.error <= TIGHT, int(ProgramStatus.SOLVED), answer.codes)
+            found = replace(found, solution=replace(found.solution, codes=codes))
+        doubtful = near & ~(found.error <= TIGHT)
+        solution = replace(found.solution, error=found.error)
+        either = undecided(program, answer) | undecided(program, solution)
+        return replace(found, solution=solution), either & doubtful[..., None]
 
-    def _exact(self, program: Data, answer: QuadraticSolution) -> tuple[QuadraticSolution, KktFactors, torch.Tensor]:
-        """The solution with the inequalities as equations whose force is larger than their distance; kept if nearer."""
-        Q, p, A, b, G, h = program
-        x, y, z = answer.x, answer.equality, answer.inequality
-        before = self._conditions(program, x, x.dtype)
-        norms = torch.linalg.vector_norm(G, dim=-1)
-        scale = torch.where(before.scale > 0, before.scale, 1.0)
-        guess = z * norms / scale[..., None] > before.border_distance() / before.size[..., None]
-        held = guess.to(p.dtype)
-        mask = torch.cat([torch.ones_like(b), held], -1)
-        eps = torch.finfo(p.dtype).eps
-        factors = KktFactors(KktMatrices(Q, torch.cat([A, G], -2), mask), eps)
-        new_x, new_y, new_z = x, y, z * held
-        for _ in range(_CORRECTIONS):
-            slope = _times(Q, new_x) + p + _times(A.mT, new_y) + _times(G.mT, new_z)
-            off = torch.cat([slope, _times(A, new_x) - b, held * (_times(G, new_x) - h)], -1)
-            step = factors.solve(off[..., None])[..., 0]
-            dx, dy, dz = step.split([p.shape[-1], b.shape[-1], h.shape[-1]], -1)
-            new_x, new_y, new_z = new_x - dx, new_y - dy, new_z - dz
-        moved = replace(answer, x=new_x, equality=new_y, inequality=new_z)
-        better = self._error(program, moved) <= self._error(program, answer)
-        parts = {
-            name: torch.where(better[..., None], getattr(moved, name), getattr(answer, name))
-            for name in ("x", "equality", "inequality")
-        }
-        found = replace(answer, **parts)
-        return replace(found, error=self._error(program, found)), factors, guess
-
-    def _error(self, program: Data, at: QuadraticSolution) -> torch.Tensor:
-        """The largest violation of a condition of optimality, each relative to the size of its terms, [*lanes]."""
-        *_, A, _, G, _ = program
-        where = self._conditions(program, at.x, at.x.dtype)
-        z = at.inequality.clamp(min=0)
-        slope = where.gradient + _times(A.mT, at.equality) + _times(G.mT, z)
-        scale = torch.where(where.scale > 0, where.scale, 1.0)
-        force = z * torch.linalg.vector_norm(G, dim=-1) / scale[..., None]
-        distance = where.border_distance() / where.size[..., None]
-        norms = torch.linalg.vector_norm(A, dim=-1)
-        equations = (where.h / torch.where(norms > 0, norms, 1.0)).abs() / where.size[..., None]
-        slack = torch.minimum(force, distance.clamp(min=0))  # complementarity: one of the two is zero
-        all_of_them = torch.cat(
-            [(torch.linalg.vector_norm(slope, dim=-1) / scale)[..., None], equations, (-distance).clamp(min=0), slack],
-            -1,
-        )
-        return all_of_them.amax(-1).nan_to_num(torch.inf)
+    def _again(self, program: Data, found: Exact, rough: torch.Tensor) -> Exact:
+        """Lanes whose active set was not found, from a point that is as near to the solution as rounding allows."""
+        some: Data = tuple(t[rough] for t in program)  # type: ignore[assignment]
+        answer = interior_point(some, _TIGHTEST)
+        other = exact(some, answer, torch.ones_like(answer.error, dtype=torch.bool))
+        better = other.error < found.error[rough]
+        parts = {name: getattr(found.solution, name).clone() for name in ("x", "equality", "inequality")}
+        error = found.error.clone()
+        for name, part in parts.items():
+            part[rough] = torch.where(better[:, None], getattr(other.solution, name), part[rough])
+        error[rough] = torch.where(better, other.error, error[rough])
+        return replace(found, solution=replace(found.solution, **parts), error=error)
 
     def _refuse(self, solution: QuadraticSolution, active: ActiveConstraints) -> None:
         """A program without a solution is an error, named by its lanes."""
@@ -179,20 +166,16 @@ class QuadraticSolver:
             if bool(bad.any()):
                 what = status.name.lower() if status is not ProgramStatus.NONFINITE else "not finite"
                 raise error(f"the quadratic program is {what}{name_lanes(bad)}. {status.help}")
-        bad = ~(solution.error <= _ENOUGH)
+        bad = ~(solution.error <= ENOUGH)
         if self.solver is None and self.on_failure != "ignore" and bool(bad.any()):
             worst = float(solution.error[bad].max())
             raise NotConvergedError(
                 f"the quadratic program was not solved{name_lanes(bad)}: after {int(solution.steps.max())} "
                 f"interior-point steps a condition of optimality is violated by {worst:.1e} of its terms (allowed "
-                f"{_ENOUGH:.0e}). "
+                f"{ENOUGH:.0e}). "
                 f"{ProgramStatus.MAX_STEPS_REACHED.help}",
                 solution,
             )
-
-
-def _times(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    return (matrix @ vector[..., None])[..., 0]
 
 
 def _as_tensor(value: Any, like: torch.Tensor, name: str) -> torch.Tensor:

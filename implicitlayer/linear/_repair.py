@@ -54,7 +54,9 @@ def repair(
     masked = select(failed, rhs)  # a lane with a zero right-hand side makes no step
     if policy == "minres":
         limits = {name: getattr(solver, name) for name in ("rtol", "atol", "max_steps") if hasattr(solver, name)}
-        return _merge(solution, Minres(**limits)(operator, masked), failed, "solved again by MINRES after negative curvature")
+        return _merge(
+            solution, Minres(**limits)(operator, masked), failed, "solved again by MINRES after negative curvature"
+        )
     other = solver(gauss_newton(), masked)
     return _merge(solution, other, failed, "solved again with the Gauss-Newton matrix after negative curvature")
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from implicitlayer._tree import flatten, tree_map, unflatten
-from implicitlayer.sets._term import ProximalTerm, joined, norm_of, number_like, parted
+from implicitlayer.sets._term import ProximalTerm, check_entries, joined, norm_of, number_like, parted
 
 __all__ = ["Affine"]
 
@@ -27,7 +27,7 @@ class Affine(ProximalTerm):
             rank of A does not change nearby (full rank).
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, entries that are not finite.
 
     Example:
         >>> import torch, implicitlayer as il
@@ -47,6 +47,9 @@ class Affine(ProximalTerm):
                 "matrix of one row."
             )
 
+        for name in ("A", "b"):
+            check_entries(getattr(self, name), name, "finite", torch.isfinite)
+
     def _data(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         a, b = number_like(self.A, x), number_like(self.b, x)
         if a.shape[-1] != x.shape[-1]:
@@ -58,7 +61,10 @@ class Affine(ProximalTerm):
         flat = joined(y, lane_dims)
         a, b = self._data(flat)
         missing = (a @ flat.unsqueeze(-1))[..., 0] - b
-        return parted(flat - (torch.linalg.pinv(a) @ missing.unsqueeze(-1))[..., 0], y, lane_dims)
+        # torch refuses NaN in a pseudo-inverse, of every lane; behind a transform it is ``missing`` that carries it on
+        known = a.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+        inverse = torch.linalg.pinv(torch.where(known, a, 0.0))
+        return parted(flat - (inverse @ missing.unsqueeze(-1))[..., 0], y, lane_dims)
 
     def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
         """The projection."""

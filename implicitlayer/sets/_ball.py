@@ -8,7 +8,17 @@ from typing import Any
 import torch
 
 from implicitlayer._tree import flatten, unflatten
-from implicitlayer.sets._term import ProximalTerm, check_entries, joined, norm_of, parted, per_lane, spread
+from implicitlayer.sets._term import (
+    ProximalTerm,
+    check_entries,
+    joined,
+    norm_in_units,
+    norm_of,
+    parted,
+    per_lane,
+    spread,
+    unit_of,
+)
 
 __all__ = ["Ball"]
 
@@ -23,7 +33,7 @@ class Ball(ProximalTerm):
             Tensors that require a gradient get one.
 
     Raises:
-        ValueError: a negative or NaN radius; a center that does not broadcast to x.
+        ValueError: a negative or NaN radius; a center that is not finite or does not broadcast to x.
 
     Example:
         >>> import torch, implicitlayer as il
@@ -36,6 +46,7 @@ class Ball(ProximalTerm):
 
     def __post_init__(self) -> None:
         check_entries(self.radius, "radius", "non-negative", lambda t: t >= 0)
+        check_entries(self.center, "center", "finite", torch.isfinite)
 
     def _offset(self, x: Any, lane_dims: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Center and x - center [*lanes, n], the norm of the latter and the radius [*lanes, 1]."""
@@ -50,10 +61,13 @@ class Ball(ProximalTerm):
     def project(self, y: Any, lane_dims: int = 0) -> Any:
         """The nearest point of the ball, in the structure of y."""
         center, offset, norm, radius = self._offset(y, lane_dims)
-        outside = norm >= radius
-        # the untaken branch must not divide by zero: its NaN would reach the gradient through torch.where
-        scaled = center + offset * (radius / torch.where(outside & (norm > 0), norm, 1.0))
-        return parted(torch.where(outside, scaled, offset + center), y, lane_dims)
+        inside = norm < radius
+        # The direction is made of numbers near 1: the norm itself may overflow. The untaken branch must not divide by
+        # zero: its NaN would reach the gradient through torch.where.
+        unit = unit_of(offset)
+        length = norm_in_units(offset / unit)
+        direction = offset / unit / torch.where(inside | (length == 0), 1.0, length)
+        return parted(torch.where(inside, offset + center, center + radius * direction), y, lane_dims)
 
     def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
         """The projection."""

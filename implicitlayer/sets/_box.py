@@ -52,7 +52,10 @@ class Box(ProximalTerm):
 
     def project(self, y: Any, lane_dims: int = 0) -> Any:
         """The nearest point of the box, in the structure of y."""
-        leaves = [torch.where(v <= lo, lo, torch.where(v >= hi, hi, v)) for v, lo, hi in self._bounds(y)]
+        leaves = [
+            torch.where(lo.isnan() | hi.isnan(), torch.nan, torch.where(v <= lo, lo, torch.where(v >= hi, hi, v)))
+            for v, lo, hi in self._bounds(y)
+        ]
         return unflatten(leaves, flatten(y)[1])
 
     def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:

@@ -188,8 +188,8 @@ class GroupL1(Regularizer):
         leaves = []
         for v, norm, s in self._norms(y, lane_dims):
             t = expand_like(step, v) * s
-            kept = (norm > t) | (t == 0)
-            factor = torch.where(kept, 1 - t / torch.where(kept & (norm > 0), norm, 1.0), 0.0)
+            held = (norm <= t) & (t > 0)
+            factor = torch.where(held, 0.0, 1 - t / torch.where(held | (norm == 0), 1.0, norm))
             leaves.append(factor * v)
         return unflatten(leaves, flatten(y)[1])
 
@@ -214,7 +214,8 @@ class GroupL1(Regularizer):
 
 def _soft(y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """The soft threshold; entries with t = 0 pass as they are."""
-    return torch.where(y > t, y - t, torch.where(y < -t, y + t, torch.where(t == 0, y, 0.0)))
+    held = (y.abs() <= t) & (t > 0) & y.isfinite()
+    return torch.where(y > t, y - t, torch.where(y < -t, y + t, torch.where(held, 0.0, y + 0 * t)))
 
 
 def _total(parts: Leaves) -> torch.Tensor:

@@ -2,7 +2,8 @@
 
 # The projection of y is (y - tau)+ with tau such that the entries add up to the total. With S the support and k its
 # size, tau = (sum_S y - total) / k: on S, dx = dy - mean_S(dy) + dtotal / k, elsewhere dx = 0. S is found by sorting:
-# the k largest entries belong to it while y_(k) > (y_(1) + ... + y_(k) - total) / k.
+# the k largest entries belong to it while y_(k) > (y_(1) + ... + y_(k) - total) / k. A number added to all entries of y
+# changes nothing, so the largest is taken off first: the sums then hold the total and not the offset.
 
 from __future__ import annotations
 
@@ -49,6 +50,8 @@ class Simplex(ProximalTerm):
         """y - tau along the last dimension."""
         total = per_lane(self.total, y, lane_dims, "total")
         total = total.reshape((*total.shape, *[1] * (y.ndim - total.ndim)))
+        if y.shape[-1]:
+            y = y - y.detach().amax(-1, keepdim=True)
         with torch.no_grad():
             ordered = y.sort(-1, descending=True).values
             count = torch.arange(1, y.shape[-1] + 1, device=y.device, dtype=y.dtype)
@@ -74,7 +77,7 @@ class Simplex(ProximalTerm):
 
         def nearest(v: torch.Tensor) -> torch.Tensor:
             z = self._shifted(v, lane_dims)
-            return torch.where(z > 0, z, 0.0)
+            return torch.where(z <= 0, 0.0, z)
 
         return self._along(y, lane_dims, nearest)
 
@@ -86,6 +89,11 @@ class Simplex(ProximalTerm):
         """Entries at zero (the sum is always active), and how far each is from joining or leaving them."""
         held = self._along(y, lane_dims, lambda v: self._shifted(v, lane_dims).to(v.dtype) <= 0)
         return held, self._along(y, lane_dims, lambda v: self._shifted(v, lane_dims).abs())
+
+    def magnitude(self, y: Any, lane_dims: int = 0) -> torch.Tensor:
+        """Without what is common to all entries, which has no effect."""
+        shifted = self._along(y, lane_dims, lambda v: self._shifted(v, lane_dims))
+        return super().magnitude(shifted, lane_dims)
 
     def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
         """Norm of the negative part together with the error of the sum spread over the entries, [*lanes]."""

@@ -5,6 +5,10 @@
 # derivative of it is an element of its generalised Jacobian: the branch that was taken is the piece that is
 # differentiated. On the border of two pieces (a kink) the constrained side is taken.
 #
+# NOTE [NaN stays]: a comparison with NaN is false, so a prox must name the entries that it holds, never those that it
+# lets go: NaN in y or in the data then falls through to a branch that keeps it, and the checks behind it fire. An
+# infinite y is a point far out: sets with bounds clamp it, all others return NaN or Inf.
+#
 # Lanes: the first ``lane_dims`` dimensions of every leaf enumerate independent problems; a term acts on each alone.
 
 from __future__ import annotations
@@ -42,6 +46,10 @@ class ProximalTerm:
         """
         held = tree_map(lambda a, b: a != b, y, self.prox(y, step, lane_dims))
         return held, tree_map(lambda a: torch.full_like(a, torch.nan), y)
+
+    def magnitude(self, y: Any, lane_dims: int = 0) -> torch.Tensor:
+        """The size of y that distances from kinks are compared with, tensor [*lanes]: its largest entry."""
+        return largest_of(joined(y, lane_dims))
 
     def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
         """How far x is from the set, tensor [*lanes]; zero for a term without constraints."""
@@ -87,6 +95,11 @@ class PerPart(ProximalTerm):
             held.append(both[0])
             margins.append(both[1])
         return self._join(held, y), self._join(margins, y)
+
+    def magnitude(self, y: Any, lane_dims: int = 0) -> torch.Tensor:
+        """That of the largest part."""
+        parts = zip(self.terms, self._parts(y), strict=True)
+        return torch.stack([(t or ProximalTerm()).magnitude(p, lane_dims) for t, p in parts]).amax(0)
 
     def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
         """The parts together."""
@@ -191,10 +204,31 @@ def parted(flat: torch.Tensor, x: Any, lane_dims: int) -> Any:
 
 
 def norm_of(vector: torch.Tensor, dim: Any = -1, keepdim: bool = False) -> torch.Tensor:
-    """Euclidean norm along ``dim`` whose derivative at zero is zero, not NaN."""
-    squared = (vector * vector).sum(dim, keepdim=keepdim)
-    positive = squared > 0
-    return torch.where(positive, torch.where(positive, squared, 1.0).sqrt(), 0.0)
+    """Euclidean norm along ``dim`` whose derivative at zero is zero, not NaN; no square over- or underflows."""
+    unit = unit_of(vector, dim)
+    norm = norm_in_units(vector / unit, dim) * unit
+    return norm if keepdim else norm.sum(dim)  # of one entry
+
+
+def largest_of(flat: torch.Tensor) -> torch.Tensor:
+    """Largest magnitude along the last dimension; 0 of nothing."""
+    return flat.abs().amax(-1) if flat.shape[-1] else flat.new_zeros(flat.shape[:-1])
+
+
+def unit_of(vector: torch.Tensor, dim: Any = -1) -> torch.Tensor:
+    """A power of two, which rounds nothing, near the largest magnitude along ``dim`` (kept): a constant."""
+    if vector.numel() == 0:
+        return torch.ones_like(vector.detach().sum(dim, keepdim=True))
+    largest = vector.detach().abs().amax(dim, keepdim=True)
+    known = (largest > 0) & largest.isfinite()
+    return torch.where(known, torch.where(known, largest, 1.0).log2().floor().exp2(), 1.0)
+
+
+def norm_in_units(vector: torch.Tensor, dim: Any = -1) -> torch.Tensor:
+    """The norm along ``dim`` (kept) of a vector whose largest entry is about 1."""
+    squared = (vector * vector).sum(dim, keepdim=True)
+    zero = squared == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, squared).sqrt())
 
 
 def is_plain(value: Any) -> bool:

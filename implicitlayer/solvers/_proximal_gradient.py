@@ -18,6 +18,7 @@ from implicitlayer._status import Status
 from implicitlayer._tree import flatten, lane_reduce, leaves_norm, unflatten
 from implicitlayer._types import Leaves
 from implicitlayer.sets._term import expand_like, resolve
+from implicitlayer.solvers._inputs import check_attached, check_num_steps, check_unknowns
 from implicitlayer.solvers._progress import Iteration, reporting
 
 __all__ = ["ProximalGradient"]
@@ -51,6 +52,8 @@ class ProximalGradient(RecordingSolver):
 
     Raises:
         ValueError: no term at all, a step size that is not positive, a negative limit or tolerance.
+        TypeError: unknowns that are no floating tensors, a limit of steps that is no integer.
+        ObjectiveError: an objective whose gradient autograd cannot see.
 
     Source: A. Beck and M. Teboulle, SIAM J. Imaging Sci. 2 (2009); restarts: O'Donoghue & Candes 2015
     (arXiv:1204.3982), the gradient scheme. Difference: where a decrease drowns in rounding, L is tested by gradients.
@@ -79,6 +82,7 @@ class ProximalGradient(RecordingSolver):
         for name in ("max_steps", "rtol", "atol"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be non-negative.")
+        check_num_steps(self.max_steps)
         if self.regularizer is not None and not callable(self.regularizer):
             resolve(self.regularizer, (), "regularizer")
 
@@ -90,6 +94,7 @@ class ProximalGradient(RecordingSolver):
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         """The same, with status and step count."""
         leaves, spec = flatten(init)
+        check_unknowns(leaves)
         prox = self._prox(objective, spec, theta)
         has_tolerance = self.rtol > 0 or self.atol > 0
         x = [leaf.detach().clone() for leaf in leaves]
@@ -129,9 +134,10 @@ class ProximalGradient(RecordingSolver):
                     if not bool(running.any()):
                         status = Status.CONVERGED if bool(norm.isfinite().all()) else Status.NONFINITE
                         return SolverResult(unflatten(x, spec), status, step)
-        return SolverResult(
-            unflatten(x, spec), Status.MAX_STEPS_REACHED if has_tolerance else Status.STEP_LIMIT, self.max_steps
-        )
+        status = Status.MAX_STEPS_REACHED if has_tolerance else Status.STEP_LIMIT
+        if not all(bool(leaf.isfinite().all()) for leaf in x):
+            status = Status.NONFINITE
+        return SolverResult(unflatten(x, spec), status, self.max_steps)
 
     def _prox(self, objective: Callable[..., Any], spec: Any, theta: tuple[Any, ...]) -> Prox:
         """The layer's own operator where the term is the layer's: it knows lanes and closed-over tensors."""
@@ -163,6 +169,7 @@ def _value_and_gradient(
     with torch.enable_grad():
         points = x if create_graph else [leaf.detach().requires_grad_() for leaf in x]
         value = objective(unflatten(points, spec), *theta)
+        check_attached(value)
         total = value.sum() if value.ndim else value
         gradient = torch.autograd.grad(total, points, create_graph=create_graph, materialize_grads=True)
     return value.detach(), list(gradient)

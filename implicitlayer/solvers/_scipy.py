@@ -11,12 +11,15 @@ import torch
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
 from implicitlayer._tree import flatten, ravel, unflatten, unravel
+from implicitlayer.solvers._inputs import check_attached, check_unknowns
 from implicitlayer.solvers._scipy_limits import bounds_of_layer, constraints_of_layer, refuse_hidden_limits
 
 __all__ = ["SciPyMinimize"]
 
 _DERIVATIVE_FREE = ("nelder-mead", "powell", "cobyla", "cobyqa")
 _NEEDS_HESSIAN = ("newton-cg", "trust-ncg", "trust-krylov", "trust-constr")
+# Their status 2: the line search found no lower point ("precision loss", "abnormal"); 3 of the first three: NaN.
+_LINE_SEARCH = ("bfgs", "cg", "newton-cg", "l-bfgs-b")
 
 
 class SciPyMinimize(RecordingSolver):
@@ -78,6 +81,8 @@ class SciPyMinimize(RecordingSolver):
         except ImportError as error:
             raise ImportError('SciPyMinimize needs SciPy: pip install "implicitlayer[scipy]".') from error
         leaves, spec = flatten(init)
+        check_unknowns(leaves)
+        first: list[float] = []  # the objective at init; NaN beside it where its gradient is not finite
 
         def points(flat: np.ndarray) -> list[torch.Tensor]:
             x = unravel(torch.from_numpy(np.array(flat, dtype=np.float64)).to(leaves[0].device), leaves, 0)
@@ -90,8 +95,12 @@ class SciPyMinimize(RecordingSolver):
             with torch.enable_grad():
                 x = points(flat)
                 value = objective(unflatten(x, spec), *theta)
+                check_attached(value, single=True)
                 gradient = torch.autograd.grad(value, x, materialize_grads=True)
-            return float(value.detach()), to_numpy(gradient)
+            number, flat_gradient = float(value.detach()), to_numpy(gradient)
+            if not first:
+                first.extend([number, 0.0 if np.isfinite(flat_gradient).all() else np.nan])
+            return number, flat_gradient
 
         def hessian_product(flat: np.ndarray, direction: np.ndarray) -> np.ndarray:
             with torch.enable_grad():
@@ -106,7 +115,10 @@ class SciPyMinimize(RecordingSolver):
 
         def value_only(flat: np.ndarray) -> float:
             with torch.no_grad():
-                return float(objective(unflatten(points(flat), spec), *theta))
+                number = float(objective(unflatten(points(flat), spec), *theta))
+            if not first:
+                first.append(number)
+            return number
 
         settings = dict(self.settings)
         bounds = bounds_of_layer(objective, self.method, init, theta)
@@ -133,5 +145,17 @@ class SciPyMinimize(RecordingSolver):
             **settings,
         )
         value = unflatten([leaf.detach() for leaf in points(result.x)], spec)
-        status = Status.CONVERGED if result.success else Status.MAX_STEPS_REACHED
-        return SolverResult(value, status, int(result.get("nit", 0)), str(result.message), aux=result)
+        return SolverResult(
+            value, self._status(result, first), int(result.get("nit", 0)), str(result.message), aux=result
+        )
+
+    def _status(self, result: Any, first: list[float]) -> Status:
+        """SciPy's own, but that its methods go on after NaN or Inf at the start and may call anything converged."""
+        numbers = [*first, *np.atleast_1d(result.fun), *np.ravel(result.x)]
+        if not np.isfinite(np.asarray(numbers, dtype=np.float64)).all():
+            return Status.NONFINITE
+        if result.success:
+            return Status.CONVERGED
+        if self.method.lower() in _LINE_SEARCH and result.status == 2:
+            return Status.STAGNATED
+        return Status.MAX_STEPS_REACHED

@@ -10,6 +10,7 @@ import torch
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
 from implicitlayer._tree import flatten, leaves_norm, unflatten
+from implicitlayer.solvers._inputs import check_attached, check_num_steps, check_unknowns
 
 __all__ = ["TorchOptimizer"]
 
@@ -21,7 +22,8 @@ class TorchOptimizer(RecordingSolver):
     """Minimise with a ``torch.optim`` optimizer, made anew for every solve.
 
     Stops when the norm of the gradient over all unknowns is at most ``max(atol, rtol * norm at init)``, else after
-    ``max_steps`` calls of ``step``. Optimizers that need a closure (LBFGS) get one.
+    ``max_steps`` calls of ``step``; with NaN or Inf in x at the end the status is ``NONFINITE``. Optimizers that need a
+    closure (LBFGS) get one.
 
     Args:
         optimizer: the class, such as ``torch.optim.Adam``, or a function of the parameter list.
@@ -54,6 +56,7 @@ class TorchOptimizer(RecordingSolver):
         for name, value in (("max_steps", max_steps), ("rtol", rtol), ("atol", atol)):
             if not value >= 0:
                 raise ValueError(f"{name}={value} must be non-negative.")
+        check_num_steps(max_steps)
         self.optimizer, self.settings = optimizer, settings
         self.max_steps, self.rtol, self.atol = max_steps, rtol, atol
 
@@ -65,11 +68,14 @@ class TorchOptimizer(RecordingSolver):
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         """The same, with status and step count."""
         leaves, spec = flatten(init)
+        check_unknowns(leaves)
         x = [leaf.detach().clone().requires_grad_() for leaf in leaves]
         optimizer = self.optimizer(x, **self.settings)
 
         def closure() -> torch.Tensor:
-            value = objective(unflatten(x, spec), *theta).sum()
+            value = objective(unflatten(x, spec), *theta)
+            check_attached(value)
+            value = value.sum()
             # never .backward(): it would also fill .grad of module weights that the objective closes over
             for leaf, gradient in zip(x, torch.autograd.grad(value, x, materialize_grads=True), strict=True):
                 leaf.grad = gradient
@@ -88,4 +94,6 @@ class TorchOptimizer(RecordingSolver):
                     break
                 optimizer.step(closure)  # type: ignore[arg-type]  # torch itself documents closures returning tensors
                 step += 1
+        if not all(bool(leaf.isfinite().all()) for leaf in x):
+            status = Status.NONFINITE
         return SolverResult(unflatten([leaf.detach() for leaf in x], spec), status, step)

@@ -254,7 +254,7 @@ def test_the_order_of_dictionary_keys_is_irrelevant() -> None:
 
 @pytest.mark.parametrize("strength", [-1.0, torch.tensor([1.0, -1e-3]), {"w": 1.0, "b": -2}, float("nan")])
 def test_a_negative_strength_is_refused(strength: Any) -> None:
-    with pytest.raises(ValueError, match="must be non-negative: a negative one rewards distance from theta"):
+    with pytest.raises(ValueError, match="must be non-negative and finite: a negative one rewards distance from theta"):
         il.proximal(loss, strength)
 
 

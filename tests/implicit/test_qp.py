@@ -296,7 +296,8 @@ def test_programs_without_a_solution_are_named_errors_with_their_lanes() -> None
         ({"solver": lambda *data: (data[1], 1)}, il.SolverOutputError, r"must return x or \(x, \(y, z\)\)"),
         ({"solver": lambda *data: data[0]}, il.SolverOutputError, "x with shape"),
         ({"solver": lambda *data: data[1] * torch.nan}, il.NonFiniteError, "NaN or Inf in x"),
-        ({"solver": InteriorPoint(max_steps=1), "on_failure": "raise"}, il.StationarityError, "optimality conditions"),
+        ({"solver": InteriorPoint(max_steps=1)}, InfeasibleError, "does not satisfy the constraints"),
+        ({"solver": InteriorPoint(max_steps=3), "on_failure": "raise"}, il.StationarityError, "optimality conditions"),
     ],
 )
 def test_misuse_is_an_error_that_says_so(changed: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -116,6 +116,17 @@ def test_unbounded_lanes_are_those_where_highs_finds_a_falling_direction() -> No
     assert (codes == int(ProgramStatus.UNBOUNDED)).tolist() == falling
 
 
+def test_a_strictly_convex_lane_is_never_unbounded_whatever_its_borders_say() -> None:
+    # borders at 1e-9 of the minimiser of the objective, which is x = (1, 0) or, in the last lane, does not exist
+    Q, p = torch.eye(2, dtype=F64).repeat(3, 1, 1), torch.tensor([-1.0, 0.0], dtype=F64).expand(3, 2)
+    Q[2, 0, 0] = 0
+    G, h = torch.tensor([[0.0, 1.0]], dtype=F64).expand(3, 1, 2), torch.full((3, 1), 1e-9, dtype=F64)
+    none = torch.zeros(3, 0, 2, dtype=F64), torch.zeros(3, 0, dtype=F64)
+    solution = interior_point((Q, p, *none, G, h))
+    assert solution.codes.tolist() == [0, 0, int(ProgramStatus.UNBOUNDED)]
+    assert torch.allclose(solution.x[:2], torch.tensor([1.0, 0.0], dtype=F64), atol=1e-7)  # rtol 1e-9
+
+
 def test_a_bad_lane_leaves_the_others_untouched() -> None:
     data = programs(3, 4, 1, 5, seed=17)
     plain = interior_point(data)

@@ -151,3 +151,20 @@ def test_a_solver_with_a_term_of_its_own_serves_any_layer_lane_by_lane() -> None
 @testing.parametrize_with_solver_checks([ProximalGradient(Box(), rtol=1e-10, max_steps=5000)])
 def test_without_bounds_it_conforms_to_the_solver_protocol(solver: Any, check: Any) -> None:
     check(solver)
+
+
+@pytest.mark.parametrize("settings", [{}, {"rtol": 1e-9}])
+def test_steps_that_are_too_long_end_as_nonfinite_and_never_as_a_step_limit(settings: dict[str, Any]) -> None:
+    solver = ProximalGradient(il.L1(0.1), step_size=1e3, max_steps=900, **settings)
+    result = solver.run(lambda x: 0.5 * ((x - 3) ** 2).sum(), torch.zeros(2, dtype=F64))
+    assert result.status is Status.NONFINITE
+    assert not result.value.isfinite().all()
+
+
+def test_nan_in_theta_is_nonfinite_and_not_a_zero_of_the_lasso() -> None:
+    t = torch.tensor([1.0, float("nan"), 3.0], dtype=F64)
+    result = ProximalGradient(il.L1(0.5), rtol=1e-9).run(
+        lambda x, t: 0.5 * ((x - t) ** 2).sum(), torch.zeros(3, dtype=F64), t
+    )
+    assert result.status is Status.NONFINITE
+    assert result.value[1].isnan()

@@ -103,3 +103,33 @@ def test_without_scipy_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(ImportError, match=r'SciPyMinimize needs SciPy: pip install "implicitlayer\[scipy\]"'):
         SciPyMinimize()(lambda x: (x**2).sum(), torch.ones(2, dtype=F64))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # SciPy's own arithmetic with NaN
+@pytest.mark.parametrize("method", ["L-BFGS-B", "BFGS", "Nelder-Mead"])
+def test_nan_at_the_start_is_never_called_converged(method: str) -> None:
+    result = SciPyMinimize(method).run(lambda x: x.log().sum(), torch.full((2,), -1.0, dtype=F64))
+    assert result.status is Status.NONFINITE
+
+
+def test_nan_in_the_gradient_at_the_start_is_never_called_converged() -> None:
+    result = SciPyMinimize("L-BFGS-B").run(lambda x: x.square().sum().sqrt() + x.sum(), torch.zeros(2, dtype=F64))
+    assert result.status is Status.NONFINITE
+
+
+def test_an_objective_that_is_not_finite_somewhere_on_the_way_may_converge() -> None:
+    # -log x - log(1 - x / 3) is NaN outside of (0, 3); its minimum is 1.5
+    result = SciPyMinimize("Nelder-Mead", tol=1e-9).run(
+        lambda x: -(x.log() + (1 - x / 3).log()).sum(), torch.full((1,), 0.1, dtype=F64)
+    )
+    assert result.status is Status.CONVERGED
+    assert float(result.value) == pytest.approx(1.5, abs=1e-6)
+
+
+def test_a_line_search_that_finds_no_lower_point_has_stagnated() -> None:
+    # the gradient that autograd sees has the wrong sign, so that no step along it goes down
+    result = SciPyMinimize("BFGS").run(
+        lambda x: ((x.detach() ** 2) - x + x.detach()).sum(), torch.full((2,), 1.0, dtype=F64)
+    )
+    assert result.message == "Desired error not necessarily achieved due to precision loss."
+    assert result.status is Status.STAGNATED

@@ -179,3 +179,12 @@ def test_an_optimizer_that_was_already_made_is_refused() -> None:
     made = torch.optim.SGD([torch.zeros(2, requires_grad=True)], lr=0.1)
     with pytest.raises(TypeError, match=r"optimizer must be a class or function, got SGD\. Pass it uncalled\."):
         TorchOptimizer(made, max_steps=1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("settings", [{}, {"rtol": 1e-4}])
+def test_a_solve_that_ended_in_nan_says_so(settings: dict[str, Any]) -> None:
+    # the error grows by -2 per step: beyond 1e308 after 1024 of them, and Inf - Inf is NaN
+    solver = TorchOptimizer(torch.optim.SGD, max_steps=1100, lr=3.0, **settings)
+    result = solver.run(lambda x: 0.5 * ((x - 1) ** 2).sum(), torch.zeros(3, dtype=F64))
+    assert result.status is Status.NONFINITE
+    assert not result.value.isfinite().any()
