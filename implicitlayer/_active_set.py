@@ -23,7 +23,7 @@ class ActiveSet:
         kinks_known: False if a projection or prox of the user's own is involved, whose kinks cannot be told.
         tolerance: tensor [*lanes], the distance to a kink, in units of x, that counts as being there.
         violation: tensor [*lanes], distance of x from the constraints.
-        relative_violation: the same over the largest magnitude of x.
+        relative_violation: the same over the size of x (or of the step that was projected, where x is near zero).
     """
 
     active: Any

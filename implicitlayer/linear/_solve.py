@@ -178,8 +178,8 @@ def _while_unchanged(tensors: Leaves, certify: Callable[[], GradientError]) -> C
         for tensor, version in zip(tensors, versions, strict=True):
             if version is not None and tensor._version != version:
                 raise NotRecordedError(
-                    f"a tensor of shape {tuple(tensor.shape)} was changed in place since the solve (an optimizer step?): "
-                    "the gradient's error would be that of another problem. Read record.gradient_error before that."
+                    f"a tensor of shape {tuple(tensor.shape)} was changed in place since the solve (an optimizer "
+                    "step?): the gradient's error would be that of another problem. Read record.gradient_error before."
                 )
         return certify()
 
