@@ -25,9 +25,9 @@ __all__: list[str] = []
 _ROUNDS_BETWEEN_SYNCS = 8
 
 # NOTE [rounding]: where rounding is all that is left, steps go on being accepted, each after a long search. A lane
-# whose value has not fallen by more than its rounding errors, nor its gradient below the least so far, for so many steps
-# has stalled. A search of many trials counts for more. (Chance alone sets a record in the k-th of random numbers with
-# probability 1/k; a slow but steady descent sets one at every step.)
+# whose value has not fallen by more than its rounding errors, nor its gradient below the least so far, for so many
+# steps has stalled. A search of many trials counts for more. (Chance alone sets a record in the k-th of random numbers
+# with probability 1/k; a slow but steady descent sets one at every step.)
 _PATIENCE = 20
 _LONG_SEARCH = 10
 
