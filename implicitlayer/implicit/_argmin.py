@@ -95,48 +95,31 @@ def argmin(
         >>> t.grad.tolist()
         [0.5, 0.25]
     """
-    if constraint is not None or regularizer is not None:
-        if constraint is not None and regularizer is not None:
-            raise ValueError(
-                "constraint and regularizer cannot be given together: the proximal operator of a sum is not made of "
-                "those of its parts. Give a pytree of both kinds for different parts of x, or il.Prox of the sum."
-            )
-        return ProxLayer(
-            objective,
-            solver,
-            linear_solver if linear_solver is not None else Gmres(),
-            "argmin",
-            solver_has_aux,
-            objective_has_aux,
-            on_failure,
-            stationarity_rtol,
-            polish,
-            batch_dims,
-            curvature,
-            damping,
-            negative_curvature,
-            assumptions,
-            terms=regularizer if constraint is None else constraint,
-            terms_name="regularizer" if constraint is None else "constraint",
-            step_size=step_size,
+    settings: dict[str, Any] = {
+        "kind": "argmin",
+        "solver_has_aux": solver_has_aux,
+        "objective_has_aux": objective_has_aux,
+        "on_failure": on_failure,
+        "stationarity_rtol": stationarity_rtol,
+        "polish": polish,
+        "batch_dims": batch_dims,
+        "curvature": curvature,
+        "damping": damping,
+        "negative_curvature": negative_curvature,
+        "assumptions": assumptions,
+    }
+    if constraint is None and regularizer is None:
+        if step_size is not None:
+            raise ValueError(f"step_size={step_size} needs a constraint or a regularizer: nothing else uses it.")
+        return ImplicitLayer(objective, solver, linear_solver or ConjugateGradient(), **settings)
+    if constraint is not None and regularizer is not None:
+        raise ValueError(
+            "constraint and regularizer cannot be given together: the proximal operator of a sum is not made of "
+            "those of its parts. Give a pytree of both kinds for different parts of x, or il.Prox of the sum."
         )
-    if step_size is not None:
-        raise ValueError(f"step_size={step_size} needs a constraint or a regularizer: nothing else uses it.")
-    return ImplicitLayer(
-        objective,
-        solver,
-        linear_solver if linear_solver is not None else ConjugateGradient(),
-        "argmin",
-        solver_has_aux,
-        objective_has_aux,
-        on_failure,
-        stationarity_rtol,
-        polish,
-        batch_dims,
-        curvature,
-        damping,
-        negative_curvature,
-        assumptions,
+    terms, name = (regularizer, "regularizer") if constraint is None else (constraint, "constraint")
+    return ProxLayer(
+        objective, solver, linear_solver or Gmres(), **settings, terms=terms, terms_name=name, step_size=step_size
     )
 
 

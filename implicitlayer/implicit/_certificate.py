@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -135,7 +135,8 @@ class _Point:
         self.lane_dims = family.lane_dims
         transposed: Jacobian = family if family.residual.is_gradient else replace(family, transposed=True)
         self.matrix = transposed.linearize(tensors)
-        self.jacobian = replace(family, transposed=False).linearize(tensors)
+        symmetric = family.residual.is_gradient  # then one linearisation serves both
+        self.jacobian = self.matrix if symmetric else replace(family, transposed=False).linearize(tensors)
         self.applied = self.matrix(ravel(u, self.lane_dims))
         self.identities = [(t.data_ptr() or id(t), t.shape, t.stride()) for t in self.theta]
 
@@ -168,21 +169,23 @@ class _Point:
                 gradients[key] = leaf.detach() + gradients[key] if key in gradients else leaf.detach()
         return list(gradients.values())
 
-    def mixed_norm(self, of: Callable[[torch.Tensor], Leaves]) -> torch.Tensor:
-        """Norm per lane of what ``of(mask)`` sends into theta, one lane at a time: lanes may share a theta."""
+    def lane_masks(self) -> Iterator[torch.Tensor]:
+        """One mask [*lanes] per lane: lanes may share a theta, so what each sends into it is asked for alone."""
         lanes = self.x[0].shape[: self.lane_dims]
-        norms = torch.zeros(lanes.numel(), dtype=torch.float64, device=self.x[0].device)
         for lane in range(lanes.numel()):
-            mask = torch.zeros(lanes.numel(), dtype=torch.bool, device=norms.device)
+            mask = torch.zeros(lanes.numel(), dtype=torch.bool, device=self.x[0].device)
             mask[lane] = True
-            leaves = of(mask.reshape(lanes))
-            norms[lane] = leaves_norm(leaves, 0) if leaves else 0.0
-        return norms.reshape(lanes)
+            yield mask.reshape(lanes)
+
+    def per_lane(self, norms: list[torch.Tensor]) -> torch.Tensor:
+        """Numbers of all lanes, in their order, as [*lanes] float64."""
+        lanes = self.x[0].shape[: self.lane_dims]
+        return torch.stack(norms).reshape(lanes) if norms else self.x[0].new_zeros(lanes, dtype=torch.float64)
 
     @property
     def gradient_norm(self) -> torch.Tensor:
         u = ravel(self.u, self.lane_dims)
-        return self.mixed_norm(lambda mask: self.mixed(select(mask, u)))
+        return self.per_lane([_norm(self.mixed(select(mask, u))) for mask in self.lane_masks()])
 
 
 def _estimate(point: _Point, r: torch.Tensor, reason: str) -> GradientError:
@@ -193,22 +196,23 @@ def _estimate(point: _Point, r: torch.Tensor, reason: str) -> GradientError:
     e2, solved2 = _roughly(there.matrix, point.applied - there.applied, point.residual.is_gradient)
     u = ravel(point.u, point.lane_dims)
 
-    def inner(mask: torch.Tensor) -> Leaves:
-        new = there.mixed(select(mask, e2 + u))
-        return [a - b for a, b in zip(new, point.mixed(select(mask, u)), strict=True)]
-
-    def both(mask: torch.Tensor) -> Leaves:
-        new = there.mixed(select(mask, e1 + e2 + u))
-        return [a - b for a, b in zip(new, point.mixed(select(mask, u)), strict=True)]
-
-    size = point.gradient_norm
+    # M' is linear: three pull-backs per lane make all four norms
+    sizes, inners, linears, totals = [], [], [], []
+    for mask in point.lane_masks():
+        here = point.mixed(select(mask, u))
+        linear = there.mixed(select(mask, e1))
+        inner = [a - b for a, b in zip(there.mixed(select(mask, e2 + u)), here, strict=True)]
+        sizes.append(_norm(here))
+        inners.append(_norm(inner))
+        linears.append(_norm(linear))
+        totals.append(_norm([a + b for a, b in zip(linear, inner, strict=True)]))
+    size = point.per_lane(sizes)
     known = solved & solved1 & solved2
-    floor = eps * size  # what rounding alone does
-    total = point.mixed_norm(both) + floor
+    total = point.per_lane(totals) + eps * size  # what rounding alone does
     return GradientError(
         total=torch.where(known, total, math.inf),
-        inner=torch.where(known, point.mixed_norm(inner), math.inf),
-        linear=torch.where(known, point.mixed_norm(lambda mask: there.mixed(select(mask, e1))), math.inf),
+        inner=torch.where(known, point.per_lane(inners), math.inf),
+        linear=torch.where(known, point.per_lane(linears), math.inf),
         distance=torch.where(solved, lane_norm(step), math.inf),
         relative=torch.where(known, total / torch.where(size > 0, size, 1.0), math.inf),
         rigorous=False,
@@ -265,6 +269,11 @@ def _known_strength(point: _Point) -> float | None:
         return float(torch.linalg.matrix_norm(matrix[0].double(), 2).max())
     diagonal = over_lanes(parts.metric)(point.x, point.theta) if parts.metric is not None else []
     return max((float(leaf.max()) for leaf in diagonal if leaf.numel()), default=None)
+
+
+def _norm(leaves: Leaves) -> torch.Tensor:
+    """Euclidean norm of all leaves together, 0-d float64."""
+    return leaves_norm(leaves, 0) if leaves else torch.zeros((), dtype=torch.float64)
 
 
 def _rounding(point: _Point, r: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -133,7 +134,7 @@ class ConjugateGradient(LinearSolver):
             previous = run.residual_norm
         if touched and self.has_tolerance:
             run.codes = self._ill_conditioned(run, unit, norm)
-        return self._finish(run, precondition(b), norm, scale, tolerance, rtol, touched)
+        return self._finish(run, lambda: precondition(b), norm, scale, tolerance, rtol, touched)
 
     def _unit(self, operator: FlatOperator) -> float | torch.Tensor | None:
         """What curvatures p'Ap / p'Mp are to be multiplied with to be those of A; None where M is no number."""
@@ -173,7 +174,7 @@ class ConjugateGradient(LinearSolver):
     def _finish(
         self,
         run: _Run,
-        zero_steps: torch.Tensor,
+        zero_steps: Callable[[], torch.Tensor],
         norm: torch.Tensor,
         scale: torch.Tensor,
         tolerance: torch.Tensor,
@@ -198,7 +199,7 @@ class ConjugateGradient(LinearSolver):
             codes = torch.where(soft & reached, int(Status.CONVERGED), codes)
             codes = torch.where(soft & ~(relative < 1), int(Status.DIVERGED), codes)
         fruitless = (codes > int(Status.STAGNATED)) & ~(relative < 1)
-        value = torch.where(fruitless.unsqueeze(-1), zero_steps, run.value) if bool(fruitless.any()) else run.value
+        value = torch.where(fruitless.unsqueeze(-1), zero_steps(), run.value) if bool(fruitless.any()) else run.value
         return LinearSolution(
             value=value * scale,
             codes=codes,

@@ -108,41 +108,21 @@ class WarmStart(LinearSolver):
             atol = max(rtol, float((limits.atol / unit[live]).min())) if limits.atol > 0 and live.any() else rtol
             solver = replace(solver, rtol=0.0, atol=atol)
         found: LinearSolution = solver.solve(operator, residual / unit.unsqueeze(-1))
-        value = start + found.value * unit.unsqueeze(-1)
-        if not found.residual_is_true:
-            residual_norm = found.residual_norm * unit
-            return replace(
-                found,
-                value=value,
-                residual_norm=residual_norm,
-                relative_residual=_relative(residual_norm, norm),
-                rtol=rtol,
-            )
-        # a start far larger than the answer costs digits that the correction cannot see: look at the sum, begin at zero
-        residual_norm = lane_norm(rhs - operator(value))
-        allowed = SLACK * torch.clamp((rtol or 0.0) * norm, min=limits.atol)
-        lost = (found.codes == int(Status.CONVERGED)) & (residual_norm > allowed)
-        if not bool(lost.any()):
-            return replace(
-                found,
-                value=value,
-                residual_norm=residual_norm,
-                relative_residual=_relative(residual_norm, norm),
-                rtol=rtol,
-            )
-        fresh: LinearSolution = self.solver.solve(operator, select(lost, rhs))
-        residual_norm = torch.where(lost, fresh.residual_norm, residual_norm)
-        return replace(
-            found,
-            value=select(lost, fresh.value, value),
-            codes=torch.where(lost, fresh.codes, found.codes),
-            steps=found.steps + torch.where(lost, fresh.steps, 0),
-            smallest_curvature=torch.minimum(found.smallest_curvature, fresh.smallest_curvature),
-            residual_norm=residual_norm,
-            relative_residual=_relative(residual_norm, norm),
-            rtol=rtol,
-        )
-
-
-def _relative(residual_norm: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
-    return torch.where(norm > 0, residual_norm / norm, torch.zeros_like(norm))
+        value, residual_norm = start + found.value * unit.unsqueeze(-1), found.residual_norm * unit
+        if found.residual_is_true:
+            # a start far larger than the answer costs digits that the correction cannot see: look at the sum
+            residual_norm = lane_norm(rhs - operator(value))
+            allowed = SLACK * torch.clamp((rtol or 0.0) * norm, min=limits.atol)
+            lost = (found.codes == int(Status.CONVERGED)) & (residual_norm > allowed)
+            if bool(lost.any()):  # and begin at zero
+                fresh: LinearSolution = self.solver.solve(operator, select(lost, rhs))
+                value = select(lost, fresh.value, value)
+                residual_norm = torch.where(lost, fresh.residual_norm, residual_norm)
+                found = replace(
+                    found,
+                    codes=torch.where(lost, fresh.codes, found.codes),
+                    steps=found.steps + torch.where(lost, fresh.steps, 0),
+                    smallest_curvature=torch.minimum(found.smallest_curvature, fresh.smallest_curvature),
+                )
+        relative = torch.where(norm > 0, residual_norm / norm, torch.zeros_like(norm))
+        return replace(found, value=value, residual_norm=residual_norm, relative_residual=relative, rtol=rtol)

@@ -16,11 +16,13 @@ from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
 from implicitlayer._tree import flatten, lane_reduce, leaves_norm, unflatten
 from implicitlayer._types import Leaves
+from implicitlayer.solvers._descent import rounds_between_syncs
+from implicitlayer.solvers._inputs import check_limits
+from implicitlayer.solvers._leaves import choose, lanes_like, value_and_gradient
 from implicitlayer.solvers._progress import Iteration, Report, reporting
 
 __all__ = ["AcceleratedGradient"]
 
-_STEPS_BETWEEN_SYNCS = 8
 _MAX_CHANGES = 40  # of the curvature estimate in one search: 2^40, in the first one 2^2560, beyond any number
 _NOISE = 16  # rounding errors of a sum, in units of eps: a decrease below them cannot be tested
 _DROWNED = 8  # nor can one of a few times their size
@@ -92,9 +94,7 @@ class AcceleratedGradient(RecordingSolver):
                 f"strong_convexity={mu} must be at most smoothness={beta}: they bound the smallest and the largest "
                 "eigenvalue of the same Hessian. Have they been exchanged?"
             )
-        for name in ("max_steps", "rtol", "atol"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be non-negative.")
+        check_limits(self)
 
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         """The same, with status and step count."""
@@ -114,7 +114,7 @@ class AcceleratedGradient(RecordingSolver):
         tolerance: torch.Tensor | None = None
         running: torch.Tensor | None = None
         # finished lanes stand still, so asking rarely changes the count only; on an accelerator asking is a host sync
-        every = 1 if x[0].device.type == "cpu" else _STEPS_BETWEEN_SYNCS
+        every = rounds_between_syncs(x[0])
         for step in range(self.max_steps + has_tolerance):
             value, gradient = problem.value_and_gradient(y)
             needed = has_tolerance or self.smoothness is None or report is not None
@@ -180,11 +180,7 @@ class _Problem:
             return self.objective(unflatten(x, self.spec), *self.theta).detach()
 
     def value_and_gradient(self, x: Leaves) -> tuple[torch.Tensor, Leaves]:
-        with torch.enable_grad():
-            points = [leaf.detach().requires_grad_() for leaf in x]
-            value = self.objective(unflatten(points, self.spec), *self.theta)
-            total = value.sum() if value.ndim else value
-            return value.detach(), list(torch.autograd.grad(total, points, materialize_grads=True))
+        return value_and_gradient(self.objective, x, self.spec, self.theta)
 
     def search(
         self,
@@ -242,8 +238,8 @@ class _Problem:
 
 
 def _like(per_lane: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
-    """[*lanes] as [*lanes, 1, ...], to be multiplied with a leaf."""
-    return per_lane.reshape((*per_lane.shape, *[1] * (leaf.ndim - per_lane.ndim))).to(leaf.dtype)
+    """[*lanes] as [*lanes, 1, ...] in the leaf's dtype, to be multiplied with it."""
+    return lanes_like(per_lane, leaf).to(leaf.dtype)
 
 
 def _add(x: Leaves, direction: Leaves, factor: float | torch.Tensor) -> Leaves:
@@ -255,7 +251,4 @@ def _add(x: Leaves, direction: Leaves, factor: float | torch.Tensor) -> Leaves:
 
 def _where(running: torch.Tensor | None, new: Leaves, old: Leaves) -> Leaves:
     """The new leaves of running lanes and the old ones of all others; all are new where no mask is kept."""
-    if running is None:
-        return new
-    mask = [running.reshape((*running.shape, *[1] * (a.ndim - running.ndim))) for a in new]
-    return [torch.where(m, a, b) for m, a, b in zip(mask, new, old, strict=True)]
+    return new if running is None else choose(running, new, old)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from implicitlayer._solution import RecordingSolver, SolverResult
-from implicitlayer.solvers._progress import Iteration, reporting
-from implicitlayer.solvers._root_problem import RootProblem, check_limits, reachable
+from implicitlayer._solution import SolverResult
+from implicitlayer.solvers._progress import reporting
+from implicitlayer.solvers._root_problem import RootProblem, RootSolver
 
 __all__ = ["AndersonAcceleration"]
 
@@ -24,7 +24,7 @@ _GROWTH = 10.0  # of the residual over the best so far, after which a lane forge
 
 
 @dataclass(frozen=True)
-class AndersonAcceleration(RecordingSolver):
+class AndersonAcceleration(RootSolver):
     """Anderson's acceleration of ``x <- map(x)``: the plain iteration, extrapolated from its last few steps.
 
     Converges where the plain iteration is slow, and often where it does not converge; on linear maps it is GMRES as
@@ -57,16 +57,9 @@ class AndersonAcceleration(RecordingSolver):
     memory: int = 5
     mixing: float = 1.0
     max_steps: int = 500
-    rtol: float = 1e-12
-    atol: float = 0.0
-    batch_dims: int = 0
-    callback: Callable[[Iteration], None] | None = None
-    progress: bool = False
-
-    batched: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_limits(self)
+        super().__post_init__()
         if self.memory < 0:
             raise ValueError(f"memory={self.memory} must be non-negative. 0 is the plain iteration.")
         if not 0 < self.mixing <= 1:
@@ -78,7 +71,7 @@ class AndersonAcceleration(RecordingSolver):
         x = best = problem.start
         f = best_f = problem(x) - x
         norm = best_norm = problem.norm(f)
-        tolerance = torch.clamp(reachable(self.rtol, x) * norm, min=self.atol)
+        tolerance = self.tolerance(norm, x.dtype)
         changes_x: list[torch.Tensor] = []
         changes_f: list[torch.Tensor] = []
         step = 0

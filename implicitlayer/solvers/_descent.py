@@ -15,14 +15,14 @@ import torch
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
 from implicitlayer._tree import name_lanes
+from implicitlayer.linear._common import STEPS_BETWEEN_SYNCS
 from implicitlayer.linear._operator import lane_dot
+from implicitlayer.solvers._inputs import check_limits
 from implicitlayer.solvers._line_search import LineSearch
 from implicitlayer.solvers._problem import Problem
 from implicitlayer.solvers._progress import Iteration, Report, reporting
 
 __all__: list[str] = []
-
-_ROUNDS_BETWEEN_SYNCS = 8
 
 # NOTE [rounding]: where rounding is all that is left, steps go on being accepted, each after a long search. A lane
 # whose value has not fallen by more than its rounding errors, nor its gradient below the least so far, for so many
@@ -34,7 +34,7 @@ _LONG_SEARCH = 10
 
 def rounds_between_syncs(x: torch.Tensor) -> int:
     """How often to ask whether any lane is still running: on an accelerator the answer is a host synchronisation."""
-    return 1 if x.device.type == "cpu" else _ROUNDS_BETWEEN_SYNCS
+    return 1 if x.device.type == "cpu" else STEPS_BETWEEN_SYNCS
 
 
 class Method(Protocol):
@@ -72,13 +72,6 @@ class Limited(RecordingSolver):
     def has_tolerance(self) -> bool:
         """Whether there is a test besides the number of steps."""
         return self.rtol > 0 or self.atol > 0
-
-
-def check_limits(solver: Any) -> None:
-    """Refuse negative limits."""
-    for name in ("max_steps", "rtol", "atol"):
-        if not getattr(solver, name) >= 0:
-            raise ValueError(f"{name}={getattr(solver, name)} must be non-negative.")
 
 
 def descend(settings: Any, problem: Problem, method: Method, curvature: float) -> SolverResult:

@@ -12,7 +12,9 @@ import torch
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
 from implicitlayer._tree import flatten, leaves_norm, unflatten
-from implicitlayer.solvers._descent import check_limits, descend, rounds_between_syncs
+from implicitlayer.solvers._descent import descend, rounds_between_syncs
+from implicitlayer.solvers._inputs import check_limits
+from implicitlayer.solvers._leaves import lanes_like, value_and_gradient
 from implicitlayer.solvers._line_search import LineSearch
 from implicitlayer.solvers._problem import Problem
 from implicitlayer.solvers._progress import Iteration, Report, reporting
@@ -95,7 +97,7 @@ class GradientDescent(RecordingSolver):
         self, objective: Callable[..., Any], x: list[Any], spec: Any, theta: Any, report: Report | None
     ) -> SolverResult:
         for step in range(self.max_steps + (report is not None)):
-            value, gradient = _gradient(objective, x, spec, theta)
+            value, gradient = value_and_gradient(objective, x, spec, theta)
             _tell(report, step, value, gradient, x, spec)
             if step < self.max_steps:
                 torch._foreach_add_(x, gradient, alpha=-self.step_size)
@@ -108,7 +110,7 @@ class GradientDescent(RecordingSolver):
         # finished lanes stand still, so asking rarely changes the count only; on an accelerator asking is a host sync
         every = rounds_between_syncs(x[0])
         for step in range(self.max_steps + 1):
-            value, gradient = _gradient(objective, x, spec, theta)
+            value, gradient = value_and_gradient(objective, x, spec, theta)
             _tell(report, step, value, gradient, x, spec)
             norm = leaves_norm(gradient, value.ndim)
             if tolerance is None:
@@ -119,21 +121,10 @@ class GradientDescent(RecordingSolver):
                 return SolverResult(unflatten(x, spec), status, step)
             if step < self.max_steps:
                 for leaf, g in zip(x, gradient, strict=True):
-                    here = running.reshape((*running.shape, *[1] * (leaf.ndim - running.ndim)))
+                    here = lanes_like(running, leaf)
                     leaf.sub_(torch.where(here, g, torch.zeros_like(g)), alpha=self.step_size)
         status = Status.MAX_STEPS_REACHED if bool(running.any()) else Status.CONVERGED
         return SolverResult(unflatten(x, spec), status, self.max_steps)
-
-
-def _gradient(
-    objective: Callable[..., torch.Tensor], x: list[torch.Tensor], spec: Any, theta: Any
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Value per lane, and gradient of the sum over lanes (lanes are independent)."""
-    with torch.enable_grad():
-        points = [leaf.detach().requires_grad_() for leaf in x]
-        value = objective(unflatten(points, spec), *theta)
-        total = value.sum() if value.ndim else value
-        return value.detach(), list(torch.autograd.grad(total, points, materialize_grads=True))
 
 
 def _tell(report: Report | None, step: int, value: torch.Tensor, gradient: Any, x: Any, spec: Any) -> None:

@@ -26,6 +26,13 @@ def check_num_steps(max_steps: Any) -> None:
         raise TypeError(f"max_steps={max_steps!r} must be an integer: it counts steps.")
 
 
+def check_limits(solver: Any) -> None:
+    """Raise ValueError for a negative limit or tolerance among those that the solver has."""
+    for name in ("max_steps", "rtol", "atol", "batch_dims"):
+        if not getattr(solver, name, 0) >= 0:
+            raise ValueError(f"{name}={getattr(solver, name)} must be non-negative.")
+
+
 def check_attached(value: Any, single: bool = False) -> None:
     """Raise ObjectiveError unless autograd can see how ``value`` depends on x (``single``: and it is one number)."""
     if not isinstance(value, torch.Tensor):

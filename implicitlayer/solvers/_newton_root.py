@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
-from implicitlayer._solution import LinearSolution, RecordingSolver, SolverResult
-from implicitlayer.linear._dense import Dense
+from implicitlayer._solution import LinearSolution, SolverResult
+from implicitlayer.linear._dense import Dense, materialise
 from implicitlayer.linear._operator import FlatOperator, lane_dot
-from implicitlayer.solvers._progress import Iteration, reporting
-from implicitlayer.solvers._root_problem import RootProblem, check_limits, line_search, reachable
+from implicitlayer.solvers._progress import reporting
+from implicitlayer.solvers._root_problem import RootProblem, RootSolver, line_search
 
 __all__ = ["Broyden", "Newton"]
 
@@ -25,7 +25,7 @@ _FEW_HALVINGS = 4  # with an old matrix: a new Jacobian is the better cure
 
 
 @dataclass(frozen=True)
-class Newton(RecordingSolver):
+class Newton(RootSolver):
     """Newton's method for ``residual(x) = 0``, with a backtracking line search on the norm of the residual.
 
     Stops a lane when ``||F(x)||_2 <= max(atol, rtol * ||F(init)||_2)``, after ``max_steps`` steps, or where no step
@@ -58,16 +58,9 @@ class Newton(RecordingSolver):
     _: KW_ONLY
     linear_solver: Callable[[FlatOperator, torch.Tensor], LinearSolution] = field(default_factory=Dense)
     max_steps: int = 50
-    rtol: float = 1e-12
-    atol: float = 0.0
-    batch_dims: int = 0
-    callback: Callable[[Iteration], None] | None = None
-    progress: bool = False
-
-    batched: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_limits(self)
+        super().__post_init__()
         if not callable(self.linear_solver):
             raise TypeError(f"linear_solver must be callable, got {type(self.linear_solver).__name__}.")
 
@@ -77,7 +70,7 @@ class Newton(RecordingSolver):
         x = problem.start
         value = problem(x)
         norm = problem.norm(value)
-        tolerance = torch.clamp(reachable(self.rtol, x) * norm, min=self.atol)
+        tolerance = self.tolerance(norm, x.dtype)
         gave_up = torch.zeros_like(norm, dtype=torch.bool)
         limit = torch.full_like(norm, _MAX_HALVINGS)
         step = 0
@@ -97,7 +90,7 @@ class Newton(RecordingSolver):
 
 
 @dataclass(frozen=True)
-class Broyden(RecordingSolver):
+class Broyden(RootSolver):
     """Broyden's good method for ``residual(x) = 0``: one Jacobian at the start, rank-one updates from then on.
 
     Stops as :class:`Newton`. Where a step does not lower the residual, the lane gets a new Jacobian; where that does
@@ -119,26 +112,13 @@ class Broyden(RecordingSolver):
         1.414213562373
     """
 
-    _: KW_ONLY
-    max_steps: int = 200
-    rtol: float = 1e-12
-    atol: float = 0.0
-    batch_dims: int = 0
-    callback: Callable[[Iteration], None] | None = None
-    progress: bool = False
-
-    batched: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_limits(self)
-
     def run(self, residual: Callable[..., Any], init: Any, *theta: Any) -> SolverResult:
         """The same, with status and step count."""
         problem = RootProblem(residual, init, theta, self.batch_dims)
         x = problem.start
         value = problem(x)
         norm = problem.norm(value)
-        tolerance = torch.clamp(reachable(self.rtol, x) * norm, min=self.atol)
+        tolerance = self.tolerance(norm, x.dtype)
         gave_up = torch.zeros_like(norm, dtype=torch.bool)
         fresh = torch.ones_like(gave_up)
         inverse: torch.Tensor | None = None
@@ -169,13 +149,8 @@ class Broyden(RecordingSolver):
 
 def _inverse_jacobian(problem: RootProblem, x: torch.Tensor) -> torch.Tensor:
     """J^-1 [*lanes, n, n], NaN where it is singular."""
-    n = x.shape[-1]
-    operator = problem.jacobian(x)
-    unit = torch.eye(n, dtype=x.dtype, device=x.device)
-    columns = [operator(unit[i].expand(x.shape).contiguous()) for i in range(n)]
-    jacobian = torch.stack(columns, -1) if columns else x.new_zeros(*x.shape, 0)
-    inverse, info = torch.linalg.inv_ex(jacobian)
-    return torch.where((info == 0)[..., None, None], inverse, torch.nan)
+    inverse, info = torch.linalg.inv_ex(materialise(problem.jacobian(x), x))
+    return torch.where((info == 0)[..., None, None], inverse, torch.nan).to(x.dtype)
 
 
 def _update(inverse: torch.Tensor, s: torch.Tensor, y: torch.Tensor, where: torch.Tensor) -> torch.Tensor:

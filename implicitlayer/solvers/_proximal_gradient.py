@@ -18,7 +18,8 @@ from implicitlayer._status import Status
 from implicitlayer._tree import flatten, lane_reduce, leaves_norm, unflatten
 from implicitlayer._types import Leaves
 from implicitlayer.sets._term import expand_like, resolve
-from implicitlayer.solvers._inputs import check_attached, check_num_steps, check_unknowns
+from implicitlayer.solvers._inputs import check_limits, check_num_steps, check_unknowns
+from implicitlayer.solvers._leaves import choose, value_and_gradient
 from implicitlayer.solvers._progress import Iteration, reporting
 
 __all__ = ["ProximalGradient"]
@@ -79,9 +80,7 @@ class ProximalGradient(RecordingSolver):
     def __post_init__(self) -> None:
         if self.step_size is not None and not 0 < self.step_size < math.inf:
             raise ValueError(f"step_size={self.step_size} must be positive and finite. Leave it out to have it found.")
-        for name in ("max_steps", "rtol", "atol"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be non-negative.")
+        check_limits(self)
         check_num_steps(self.max_steps)
         if self.regularizer is not None and not callable(self.regularizer):
             resolve(self.regularizer, (), "regularizer")
@@ -99,7 +98,7 @@ class ProximalGradient(RecordingSolver):
         has_tolerance = self.rtol > 0 or self.atol > 0
         x = [leaf.detach().clone() for leaf in leaves]
         z = x
-        value, slope = _value_and_gradient(objective, z, spec, theta)
+        value, slope = value_and_gradient(objective, z, spec, theta)
         lane_dims = value.ndim
         if self.step_size is None:
             curvature = _curvature_along(objective, z, slope, spec, theta, lane_dims)
@@ -111,10 +110,10 @@ class ProximalGradient(RecordingSolver):
         with reporting(self.callback, self.progress, self.max_steps) as report:
             for step in range(1, self.max_steps + 1):
                 if step > 1:
-                    value, slope = _value_and_gradient(objective, z, spec, theta)
+                    value, slope = value_and_gradient(objective, z, spec, theta)
                 new = _stepped(prox, z, slope, curvature)
                 if self.step_size is None:
-                    at = lambda p: _value_and_gradient(objective, p, spec, theta)  # noqa: E731
+                    at = lambda p: value_and_gradient(objective, p, spec, theta)  # noqa: E731
                     curvature, new = _backtrack(at, prox, z, value, slope, curvature, new, running)
                 norm = curvature * leaves_norm(_minus(z, new), lane_dims)
                 if report is not None:
@@ -128,7 +127,7 @@ class ProximalGradient(RecordingSolver):
                 momentum = torch.where(uphill, 0.0, (t - 1) / t_next) if self.accelerated else torch.zeros_like(t)
                 t = torch.where(uphill, 1.0, t_next)
                 z_new = [a + expand_like(momentum, a) * d for a, d in zip(new, change, strict=True)]
-                x, z = _choose(running, new, x), _choose(running, z_new, z)
+                x, z = choose(running, new, x), choose(running, z_new, z)
                 if has_tolerance:
                     running = running & (norm > tolerance)
                     if not bool(running.any()):
@@ -162,25 +161,12 @@ class ProximalGradient(RecordingSolver):
         return apply
 
 
-def _value_and_gradient(
-    objective: Callable[..., Any], x: Leaves, spec: Any, theta: Any, create_graph: bool = False
-) -> tuple[torch.Tensor, Leaves]:
-    """Value per lane, and gradient of the sum over lanes (lanes are independent)."""
-    with torch.enable_grad():
-        points = x if create_graph else [leaf.detach().requires_grad_() for leaf in x]
-        value = objective(unflatten(points, spec), *theta)
-        check_attached(value)
-        total = value.sum() if value.ndim else value
-        gradient = torch.autograd.grad(total, points, create_graph=create_graph, materialize_grads=True)
-    return value.detach(), list(gradient)
-
-
 def _curvature_along(
     objective: Callable[..., Any], x: Leaves, slope: Leaves, spec: Any, theta: Any, lane_dims: int
 ) -> torch.Tensor:
     """``||H g|| / ||g||`` per lane, a first guess of L that is never too large; 1 where that says nothing."""
     points = [leaf.detach().requires_grad_() for leaf in x]
-    _, gradient = _value_and_gradient(objective, points, spec, theta, create_graph=True)
+    _, gradient = value_and_gradient(objective, points, spec, theta, create_graph=True)
     size = leaves_norm(slope, lane_dims)
     unit = [g / expand_like(torch.where(size > 0, size, 1.0), g) for g in slope]
     product: Leaves = [torch.zeros_like(leaf) for leaf in x]
@@ -225,7 +211,7 @@ def _backtrack(
         if not bool(short.any()):
             break
         curvature = torch.where(short, 2 * curvature, curvature)
-        new = _choose(short, _stepped(prox, z, slope, curvature), new)
+        new = choose(short, _stepped(prox, z, slope, curvature), new)
     return curvature, new
 
 
@@ -240,9 +226,3 @@ def _minus(a: Leaves, b: Leaves) -> Leaves:
 def _dot(a: Leaves, b: Leaves, lane_dims: int) -> torch.Tensor:
     parts = [lane_reduce((x * y).double(), lane_dims) for x, y in zip(a, b, strict=True)]
     return torch.stack(parts).sum(0)
-
-
-def _choose(mask: torch.Tensor, new: Leaves, old: Leaves) -> Leaves:
-    """The new leaves in the lanes of ``mask``, the old ones in all others."""
-    shaped = [mask.reshape((*mask.shape, *[1] * (a.ndim - mask.ndim))) for a in new]
-    return [torch.where(m, a, b) for m, a, b in zip(shaped, new, old, strict=True)]

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar
 
 import torch
 
 from implicitlayer._errors import ObjectiveError
 from implicitlayer._flat import like_x
-from implicitlayer._solution import SolverResult
+from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
 from implicitlayer._tree import flatten, leaves_norm, ravel, unflatten, unravel
 from implicitlayer._types import Leaves
 from implicitlayer.linear._jacobian import Jacobian
 from implicitlayer.linear._operator import FlatOperator
 from implicitlayer.linear._residual import Residual
+from implicitlayer.solvers._inputs import check_limits
 from implicitlayer.solvers._progress import Iteration, Report
 
 __all__: list[str] = []
@@ -106,13 +108,24 @@ def line_search(
     return x, value, found
 
 
-def reachable(rtol: float, x: torch.Tensor) -> float:
-    """``rtol``, or where it is below the rounding of this dtype four eps; 0 stays 0, no tolerance."""
-    return max(rtol, 4 * torch.finfo(x.dtype).eps) if rtol > 0 else 0.0
+@dataclass(frozen=True)
+class RootSolver(RecordingSolver):
+    """Settings that the solvers of roots and fixed points have in common; see their docstrings."""
 
+    _: KW_ONLY
+    max_steps: int = 200
+    rtol: float = 1e-12
+    atol: float = 0.0
+    batch_dims: int = 0
+    callback: Callable[[Iteration], None] | None = None
+    progress: bool = False
 
-def check_limits(solver: Any) -> None:
-    """Raise ValueError for negative limits and tolerances."""
-    for name in ("max_steps", "rtol", "atol", "batch_dims"):
-        if not getattr(solver, name) >= 0:
-            raise ValueError(f"{name}={getattr(solver, name)} must be non-negative.")
+    batched: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+
+    def tolerance(self, norm: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What the norm per lane is to fall to, from that at init; an rtol below rounding counts as four eps."""
+        rtol = max(self.rtol, 4 * torch.finfo(dtype).eps) if self.rtol > 0 else 0.0
+        return torch.clamp(rtol * norm, min=self.atol)

@@ -226,8 +226,8 @@ SOLVER_MUTANTS = [
     Mutant(
         "a warm start that failed keeps its old answer",
         "linear/_warm_start.py",
-        "value=select(lost, fresh.value, value),",
-        "value=value,",
+        "value = select(lost, fresh.value, value)",
+        "value = value + 0",
         "the status and the residual are those of another answer",
         near="WarmStart, status",
     ),
@@ -241,7 +241,7 @@ SOLVER_MUTANTS = [
     ),
     Mutant(
         "gradient descent averages over the lanes",
-        DESCENT,
+        "solvers/_leaves.py",
         "total = value.sum() if value.ndim else value",
         "total = value.mean() if value.ndim else value",
         "steps are divided by the size of the batch",

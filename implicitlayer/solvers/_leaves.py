@@ -1,0 +1,37 @@
+"""Objectives and steps on lists of leaves [*lanes, ...]: what the first-order solvers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from implicitlayer._tree import unflatten
+from implicitlayer._types import Leaves
+from implicitlayer.solvers._inputs import check_attached
+
+__all__: list[str] = []
+
+
+def value_and_gradient(
+    objective: Callable[..., Any], x: Leaves, spec: Any, theta: Any, create_graph: bool = False
+) -> tuple[torch.Tensor, Leaves]:
+    """Value per lane, and gradient of the sum over lanes (lanes are independent)."""
+    with torch.enable_grad():
+        points = x if create_graph else [leaf.detach().requires_grad_() for leaf in x]
+        value = objective(unflatten(points, spec), *theta)
+        check_attached(value)
+        total = value.sum() if value.ndim else value
+        gradient = torch.autograd.grad(total, points, create_graph=create_graph, materialize_grads=True)
+    return value.detach(), list(gradient)
+
+
+def lanes_like(per_lane: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+    """[*lanes] as [*lanes, 1, ...], to be combined with a leaf."""
+    return per_lane.reshape((*per_lane.shape, *[1] * (leaf.ndim - per_lane.ndim)))
+
+
+def choose(mask: torch.Tensor, new: Leaves, old: Leaves) -> Leaves:
+    """The new leaves in the lanes of ``mask``, the old ones in all others."""
+    return [torch.where(lanes_like(mask, a), a, b) for a, b in zip(new, old, strict=True)]
