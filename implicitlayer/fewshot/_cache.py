@@ -7,8 +7,10 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +30,7 @@ def cached_images(
     name: str,
     key: Sequence[object],
     shape: tuple[int, ...],
-    build: Callable[[], NDArray[np.uint8]],
+    build: Callable[[], Iterable[NDArray[np.uint8]]],
     *,
     cache_dir: str | Path | None = None,
 ) -> NDArray[np.uint8]:
@@ -38,7 +40,8 @@ def cached_images(
         name: start of the file's name.
         key: everything the array depends on (digest of the source, size, versions), JSON-serialisable.
         shape: what the array must have; a file with another shape or a shortened file is made anew.
-        build: makes the array, called only when no good file is there.
+        build: makes the parts of the array along its first axis, one after another, so that a large array is never in
+            memory as a whole; called only when no good file is there.
         cache_dir: folder of the file; ``None`` means :func:`cache_folder`.
 
     Returns:
@@ -51,19 +54,35 @@ def cached_images(
     found = _load(path, shape)
     if found is not None:
         return found
-    images = build()
     try:
-        _save(path, images)
-    except OSError as error:
+        _save(path, shape, build)
+    except _CannotWrite as error:
         warnings.warn(
             f"Decoded pictures could not be kept in {folder} ({error}); they will be made again next time. "
             "Give a folder that can be written with cache_dir= or the variable XDG_CACHE_HOME.",
             ImplicitLayerWarning,
             stacklevel=4,
         )
-        return images
-    found = _load(path, shape)
-    return images if found is None else found
+    else:
+        found = _load(path, shape)
+        if found is not None:
+            return found
+    images = np.empty(shape, dtype=np.uint8)
+    for index, part in enumerate(build()):
+        images[index] = part
+    return images
+
+
+class _CannotWrite(Exception):
+    """The cache folder refused; not to be mistaken for an OSError of the source, which is the caller's to see."""
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _CannotWrite(str(error)) from error
 
 
 def _load(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8] | None:
@@ -74,15 +93,28 @@ def _load(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8] | None:
     return images if images.dtype == np.uint8 and images.shape == shape else None
 
 
-def _save(path: Path, images: NDArray[np.uint8]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+def _save(path: Path, shape: tuple[int, ...], build: Callable[[], Iterable[NDArray[np.uint8]]]) -> None:
+    with _writing():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            np.save(file, images)
-            file.flush()
-            os.fsync(file.fileno())  # the name must not appear before the bytes are there
-        os.replace(temporary, path)
+            _write_parts(file, shape, build)
+        with _writing():
+            os.replace(temporary, path)
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def _write_parts(file: BinaryIO, shape: tuple[int, ...], build: Callable[[], Iterable[NDArray[np.uint8]]]) -> None:
+    header = {"descr": np.dtype(np.uint8).str, "fortran_order": False, "shape": shape}
+    with _writing():
+        np.lib.format.write_array_header_1_0(file, header)
+    for part in build():
+        assert part.shape == shape[1:] and part.dtype == np.uint8
+        with _writing():  # plain writes: a full disk is an error here, and a crash through a writable memory map
+            file.write(part.tobytes())
+    with _writing():
+        file.flush()
+        os.fsync(file.fileno())  # the name must not appear before the bytes are there

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol
 
@@ -14,12 +13,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from implicitlayer.fewshot._stream import TaskStream, check_number, on_device
+
 Rotations = Literal["none", "augment", "classes"]
 ROTATIONS: tuple[Rotations, ...] = ("none", "augment", "classes")
 
 
 class ImageSource(Protocol):
-    """What a sampler needs of a dataset: :class:`ImageClasses`, or anything with these two."""
+    """What a sampler needs of a dataset: :class:`ImageClasses`, or anything with these two.
+
+    A third attribute, ``counts`` ``[C]``, says how many pictures each class has where they differ.
+    """
 
     images: Tensor
     class_names: list[str]
@@ -30,9 +34,9 @@ class EpisodeBatch:
     """B few-shot tasks; examples are ordered by label, so labels repeat 0…0, 1…1, and so on.
 
     Attributes:
-        support_images: float32 in [0, 1], ``[B, N*K, 1, H, W]``.
+        support_images: float32 in [0, 1], ``[B, N*K, 1, H, W]``; ``[B, N*K, 3, H, W]`` for colour pictures.
         support_labels: int64 in [0, N), ``[B, N*K]``.
-        query_images: float32 in [0, 1], ``[B, N*Q, 1, H, W]``.
+        query_images: float32 in [0, 1], ``[B, N*Q, 1, H, W]``, or ``[B, N*Q, 3, H, W]``.
         query_labels: int64 in [0, N), ``[B, N*Q]``.
         classes: int64, ``[B, N]``; which class of the dataset each label stands for.
         rotations: int64 in {0, 1, 2, 3}, ``[B, N]``; quarter turns, counter-clockwise, of all pictures of that label.
@@ -47,7 +51,9 @@ class EpisodeBatch:
 
     def to(self, device: torch.device | str) -> EpisodeBatch:
         """The same tasks on ``device``."""
-        return EpisodeBatch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        # A copy towards the host must have arrived before anybody reads it; towards a GPU the stream keeps the order.
+        ahead = torch.device(device).type != "cpu"
+        return EpisodeBatch(*(getattr(self, f.name).to(device, non_blocking=ahead) for f in fields(self)))
 
     def __len__(self) -> int:
         return self.classes.shape[0]
@@ -59,7 +65,7 @@ class EpisodeBatch:
         return EpisodeBatch(*(getattr(self, f.name)[tasks] for f in fields(self)))
 
 
-class EpisodeSampler:
+class EpisodeSampler(TaskStream[EpisodeBatch]):
     """Draws N-way K-shot tasks; the same seed gives the same tasks, in whatever batches they are asked for.
 
     A task takes N distinct classes, in random order, and of each K + Q distinct examples: the first K are its support,
@@ -68,10 +74,11 @@ class EpisodeSampler:
     generator (NumPy PCG64); the global ones are neither read nor changed.
 
     Args:
-        dataset: ``images`` uint8 ``[C, E, H, W]`` and ``class_names``.
+        dataset: ``images`` uint8 ``[C, E, H, W]``, or ``[C, E, H, W, 3]`` for colour, and ``class_names``; classes
+            may have different numbers of examples, as told by ``counts``.
         num_ways: N, classes in a task, at least 2.
         num_shots: K, support examples of each class.
-        num_query: Q, query examples of each class; K + Q may not exceed E.
+        num_query: Q, query examples of each class; K + Q may not exceed the smallest class.
         rotations: ``"none"``; ``"augment"``: each class of each task is turned by a random multiple of 90°, the same
             for all its support and query pictures (what the MAML and iMAML releases do in training; leave it out when
             testing); ``"classes"``: a class turned by each multiple of 90° is four classes, 4 C in all, and a task
@@ -107,69 +114,36 @@ class EpisodeSampler:
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        num_classes, num_examples, height, width = dataset.images.shape
+        num_classes, most, height, width = dataset.images.shape[:4]
+        counts: Tensor | None = getattr(dataset, "counts", None)
+        self._counts = np.full(num_classes, most) if counts is None else np.asarray(counts.cpu())
         if rotations not in ROTATIONS:
             raise ValueError(f"rotations={rotations!r} must be one of {', '.join(map(repr, ROTATIONS))}.")
         if rotations != "none" and height != width:
             raise ValueError(f"rotations={rotations!r} needs square pictures, these are {height}x{width}. Pass 'none'.")
         available = num_classes * (4 if rotations == "classes" else 1)
-        _check("num_ways", num_ways, 2)
-        _check("num_shots", num_shots, 1)
-        _check("num_query", num_query, 1)
-        _check("seed", seed, 0)
+        check_number("num_ways", num_ways, 2)
+        check_number("num_shots", num_shots, 1)
+        check_number("num_query", num_query, 1)
+        super().__init__(seed)
         if num_ways > available:
             raise ValueError(
                 f"num_ways={num_ways} must not exceed the {available} classes of the dataset. "
                 "Take fewer ways or a split with more classes."
             )
+        smallest = int(self._counts.argmin())
+        num_examples = int(self._counts[smallest])
         if num_shots + num_query > num_examples:
             raise ValueError(
                 f"num_shots={num_shots} plus num_query={num_query} must not exceed the {num_examples} examples of a "
-                f"class, because support and query share none. The most for num_query is {num_examples - num_shots}."
+                f"class ({dataset.class_names[smallest]!r}), because support and query share none. The most for "
+                f"num_query is {num_examples - num_shots}; or leave out small classes."
             )
         self.dataset = dataset
         self.num_ways, self.num_shots, self.num_query = num_ways, num_shots, num_query
         self.rotations: Rotations = rotations
-        self.seed = seed
         self._num_available = available
         self._images = dataset.images.to(device)
-        self._random = np.random.Generator(np.random.PCG64(seed))
-
-    def sample(self, num_tasks: int) -> EpisodeBatch:
-        """The next ``num_tasks`` tasks."""
-        _check("num_tasks", num_tasks, 1)
-        return self._gather(*self._draw(self._random, num_tasks))
-
-    def fixed(self, num_tasks: int, *, batch_size: int = 50) -> Iterator[EpisodeBatch]:
-        """The first ``num_tasks`` tasks of this seed, in batches: always the same, for evaluation.
-
-        The sampler itself does not move on. The last batch may be smaller.
-        """
-        _check("num_tasks", num_tasks, 1)
-        _check("batch_size", batch_size, 1)
-        random = np.random.Generator(np.random.PCG64(self.seed))
-        for start in range(0, num_tasks, batch_size):
-            yield self._gather(*self._draw(random, min(batch_size, num_tasks - start)))
-
-    def state_dict(self) -> dict[str, Any]:
-        """Where the random stream stands, and what it is drawn for: plain numbers, strings and dicts."""
-        return {"settings": self._settings(), "random": self._random.bit_generator.state}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state`` was taken: the following tasks are the same bit for bit.
-
-        Raises:
-            ValueError: the state belongs to a sampler with other settings or another dataset.
-        """
-        ours, theirs = self._settings(), dict(state["settings"])
-        differing = [name for name in ours if ours[name] != theirs.get(name)]
-        if differing:
-            listed = ", ".join(f"{name}: {theirs.get(name)!r} there, {ours[name]!r} here" for name in differing)
-            raise ValueError(
-                f"The state was taken from another sampler ({listed}), so its tasks cannot be continued. "
-                "Make the sampler with the same settings and dataset."
-            )
-        self._random.bit_generator.state = state["random"]
 
     def __repr__(self) -> str:
         return (
@@ -184,13 +158,15 @@ class EpisodeSampler:
             "num_query": self.num_query,
             "rotations": self.rotations,
             "num_examples": self._images.shape[1],
-            "class_names": hashlib.sha256("\n".join(self.dataset.class_names).encode()).hexdigest()[:16],
-        }
+            "class_names": _digest("\n".join(self.dataset.class_names)),
+        } | ({"counts": _digest(str(self._counts.tolist()))} if self._ragged else {})
 
-    def _draw(
-        self, random: np.random.Generator, num_tasks: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        # A fixed count of numbers for each task, one row of them, is what makes task i independent of the batch size.
+    @property
+    def _ragged(self) -> bool:
+        return bool((self._counts < self._images.shape[1]).any())
+
+    def _draw(self, random: np.random.Generator, num_tasks: int) -> EpisodeBatch:
+        # One row of numbers for each task: NOTE [task numbers] in `_stream`.
         ways, examples = self.num_ways, self._images.shape[1]
         parts = np.cumsum([self._num_available, ways * examples])
         by_class, by_example, by_turn = np.split(random.random((num_tasks, int(parts[-1]) + ways)), parts, axis=1)
@@ -198,23 +174,27 @@ class EpisodeSampler:
         smallest = np.argpartition(by_class, ways - 1, axis=1)[:, :ways]
         order = np.take_along_axis(by_class, smallest, axis=1).argsort(axis=1)
         classes = np.take_along_axis(smallest, order, axis=1)
-        chosen = by_example.reshape(num_tasks, ways, examples).argsort(axis=2)[..., : self.num_shots + self.num_query]
+        turns = np.zeros_like(classes)
         if self.rotations == "classes":
-            return classes // 4, chosen, classes % 4
-        if self.rotations == "augment":
-            return classes, chosen, (4 * by_turn).astype(np.int64)
-        return classes, chosen, np.zeros_like(classes)
+            classes, turns = classes // 4, classes % 4
+        elif self.rotations == "augment":
+            turns = (4 * by_turn).astype(np.int64)
+        by_example = by_example.reshape(num_tasks, ways, examples)
+        if self._ragged:  # filling comes last in the order, so it is never among the first K + Q
+            by_example[np.arange(examples) >= self._counts[classes][:, :, None]] = np.inf
+        chosen = by_example.argsort(axis=2)[..., : self.num_shots + self.num_query]
+        return self._gather(classes, chosen, turns)
 
     def _gather(self, classes: NDArray[np.int64], chosen: NDArray[np.int64], turns: NDArray[np.int64]) -> EpisodeBatch:
         device = self._images.device
         tasks, ways = classes.shape
-        which = torch.from_numpy(classes).to(device)
-        pictures = self._images[which[:, :, None], torch.from_numpy(chosen).to(device)]  # [B, N, K + Q, H, W]
+        which = on_device(classes, device)
+        pictures = self._images[which[:, :, None], on_device(chosen, device)]  # [B, N, K + Q, H, W], or [..., H, W, 3]
         # Turned classes are found on the host, where the numbers are: a mask on the device would wait for it each time.
         for quarter in (1, 2, 3):
-            task, way = (torch.from_numpy(index).to(device) for index in np.nonzero(turns == quarter))
+            task, way = (on_device(index, device) for index in np.nonzero(turns == quarter))
             if task.numel():
-                pictures[task, way] = torch.rot90(pictures[task, way], quarter, (-2, -1))
+                pictures[task, way] = torch.rot90(pictures[task, way], quarter, (2, 3))
         shots, query = self.num_shots, self.num_query
         label = torch.arange(ways, device=device)
         return EpisodeBatch(
@@ -223,15 +203,16 @@ class EpisodeSampler:
             query_images=_as_input(pictures[:, :, shots:]),
             query_labels=label.repeat_interleave(query).repeat(tasks, 1),
             classes=which,
-            rotations=torch.from_numpy(turns).to(device),
+            rotations=on_device(turns, device),
         )
 
 
 def _as_input(pictures: Tensor) -> Tensor:
-    """uint8 ``[B, N, M, H, W]`` to float32 ``[B, N*M, 1, H, W]`` in [0, 1]."""
-    return pictures.flatten(1, 2).unsqueeze(2).to(torch.float32).div_(255)
+    """uint8 ``[B, N, M, H, W]`` to float32 ``[B, N*M, 1, H, W]`` in [0, 1]; ``[..., H, W, 3]`` to 3 channels."""
+    flat = pictures.flatten(1, 2)
+    flat = flat.movedim(4, 2) if flat.ndim == 5 else flat.unsqueeze(2)
+    return flat.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
-def _check(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -50,6 +50,17 @@ def store_signature(function: AnyFunction) -> AnyFunction:
     return function
 
 
+def to_images(x: Tensor) -> Tensor:
+    """View `[K, H, W, B, C]` as `[K, B·C, H, W]`."""
+    return x.flatten(3).permute(0, 3, 1, 2)
+
+
+def from_images(x: Tensor, num_tasks: int) -> Tensor:
+    """View `[K, B·C, H, W]` as `[K, H, W, B, C]`."""
+    tasks_last: Tensor = x.permute(0, 2, 3, 1).unflatten(3, (num_tasks, -1))
+    return tasks_last
+
+
 @functools.cache
 def keep_freed_memory() -> None:
     """Let glibc's allocator reuse memory from one gradient to the next; does nothing with other allocators.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,10 @@ from torch import Tensor
 from implicitlayer.fewshot._batch_norm import EPSILON, batch_norm_relu
 from implicitlayer.fewshot._convolution import convolution, convolution_relu
 from implicitlayer.fewshot._kernels import keep_freed_memory
+from implicitlayer.fewshot._parameters import drawing_device, stacked_parameters
+from implicitlayer.fewshot._pooling import max_pool
+
+Downsample = Literal["stride", "max_pool"]
 
 _NUM_BLOCKS = 4
 _GAIN = 1.73  # of the Xavier-uniform weights, and
@@ -27,7 +32,11 @@ _MAX_ACTIVATION = 2**21
 
 @dataclass(frozen=True)
 class Conv4:
-    """Four blocks of 3x3 convolution (stride 2), batch norm with the task's own statistics, ReLU; then a linear layer.
+    """Four blocks of 3x3 convolution, batch norm with the task's own statistics, ReLU; then a linear layer.
+
+    Each block halves the image: by a stride of 2 in the convolution, or by a stride of 1 and, after the ReLU, the
+    largest entry of every 2x2 square. Published networks use the first on Omniglot and the second on mini-ImageNet,
+    with 32 filters.
 
     The convolutions have no bias: batch norm would cancel it exactly. Parameters are a flat dict: for blocks 1 to 4
     `conv{i}.weight` `[F, 3, 3, C_in]`, `norm{i}.weight` and `norm{i}.bias` `[F]`, and for the head `head.weight`
@@ -38,7 +47,9 @@ class Conv4:
         num_ways: number of classes N, at least 1.
         in_channels: channels C of an image, at least 1.
         num_filters: channels F of every block, at least 1.
-        image_size: height and width of an image in pixels, at least 1; a block halves it, rounding up.
+        image_size: height and width of an image in pixels, at least 1 with strides, which round a half up, and at
+            least 16 with max pooling, which leaves an odd last row and column out.
+        downsample: `"stride"` or `"max_pool"`.
 
     Example:
         >>> network = conv4(num_ways=5, num_filters=8)
@@ -53,19 +64,29 @@ class Conv4:
     in_channels: int = 1
     num_filters: int = 64
     image_size: int = 28
+    downsample: Downsample = "stride"
 
     def __post_init__(self) -> None:
         for name in ("num_ways", "in_channels", "num_filters", "image_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+        if self.downsample not in get_args(Downsample):
+            raise ValueError(
+                f"downsample={self.downsample!r} must be one of {', '.join(map(repr, get_args(Downsample)))}."
+            )
+        if self.num_features == 0:
+            raise ValueError(
+                f"image_size={self.image_size} must be at least {2**_NUM_BLOCKS} with downsample='max_pool': four "
+                "halvings leave nothing of smaller images. Take larger images or downsample='stride'."
+            )
 
     @property
     def num_features(self) -> int:
         """Length of the vector that the linear head reads."""
         side = self.image_size
         for _ in range(_NUM_BLOCKS):
-            side = math.ceil(side / 2)
+            side = side // 2 if self.downsample == "max_pool" else math.ceil(side / 2)
         return side * side * self.num_filters
 
     @property
@@ -103,7 +124,7 @@ class Conv4:
 
         Source: the code released with "Meta-Learning with Implicit Gradients" (Rajeswaran et al., 2019).
         """
-        source = generator.device if generator is not None else torch.device("cpu")
+        source = drawing_device(generator)
         device = torch.get_default_device() if device is None else device
         params = {}
         for name, shape in self.shapes.items():
@@ -144,11 +165,12 @@ class Conv4:
         if not batched:
             images = images.unsqueeze(0)
         num_tasks, num_images = images.shape[:2]
-        p = {name: self._stacked(params, name, shape, num_tasks, batched) for name, shape in self.shapes.items()}
+        p = stacked_parameters(params, self.shapes, num_tasks, batched=batched, name="conv4")
         tasks_at_once = num_tasks
         if images.device.type == "cpu":
             keep_freed_memory()
-            largest = num_images * math.ceil(self.image_size / 2) ** 2 * self.num_filters  # activation of one task
+            # the first convolution's output of one task
+            largest = num_images * math.ceil(self.image_size / self._stride) ** 2 * self.num_filters
             tasks_at_once = max(1, _MAX_ACTIVATION // largest) if largest else num_tasks
         if num_tasks <= tasks_at_once:
             logits = self._logits(p, images)
@@ -165,69 +187,42 @@ class Conv4:
     def _logits(self, p: dict[str, Tensor], images: Tensor) -> Tensor:
         """Logits `[B, K, N]` of stacked parameters and images `[B, K, C, height, width]`."""
         num_tasks, num_images = images.shape[:2]
-        x = _first_block(images, p["conv1.weight"], p["norm1.weight"], p["norm1.bias"])
+        x = _first_block(images, p["conv1.weight"], p["norm1.weight"], p["norm1.bias"], self._stride)
         for block in range(2, _NUM_BLOCKS + 1):
-            z = convolution(x, p[f"conv{block}.weight"])
+            z = convolution(self._pooled(x), p[f"conv{block}.weight"], self._stride)
             x = batch_norm_relu(z, p[f"norm{block}.weight"], p[f"norm{block}.bias"])
+        x = self._pooled(x)
         features = x.permute(3, 0, 1, 2, 4).reshape(num_tasks, num_images, self.num_features)
         return torch.baddbmm(p["head.bias"].unsqueeze(1), features, p["head.weight"].mT)
 
-    def _stacked(
-        self, params: Mapping[str, Tensor], name: str, shape: tuple[int, ...], num_tasks: int, batched: bool
-    ) -> Tensor:
-        """Return one parameter as `[B, *shape]`."""
-        if name not in params:
-            raise ValueError(f"params has no {name!r}; conv4 needs {', '.join(self.shapes)}. See Conv4.init.")
-        value = params[name]
-        if value.shape == shape:
-            return value.expand(num_tasks, *shape)
-        if batched and value.shape == (num_tasks, *shape):
-            return value
-        expected = f"{shape} or {(num_tasks, *shape)}" if batched else f"{shape}, as images hold one task"
-        raise ValueError(f"params[{name!r}] of shape {tuple(value.shape)} must have shape {expected}.")
+    @property
+    def _stride(self) -> int:
+        return 1 if self.downsample == "max_pool" else 2
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        return max_pool(x) if self.downsample == "max_pool" else x
 
 
-def conv4(num_ways: int, *, in_channels: int = 1, num_filters: int = 64, image_size: int = 28) -> Conv4:
-    """Return the four-convolution network of the few-shot papers (MAML, iMAML on Omniglot); see `Conv4`."""
-    return Conv4(num_ways, in_channels, num_filters, image_size)
-
-
-def task_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of each task, in nats.
-
-    Args:
-        logits: `[..., K, N]`.
-        labels: `[..., K]`, integers in 0 .. N - 1.
-
-    Returns:
-        `[...]`: one loss a task, so a 0-d tensor for one task.
+def conv4(
+    num_ways: int,
+    *,
+    in_channels: int = 1,
+    num_filters: int = 64,
+    image_size: int = 28,
+    downsample: Downsample = "stride",
+) -> Conv4:
+    """Return the four-convolution network of the few-shot papers (MAML, iMAML); see `Conv4`.
 
     Example:
-        >>> task_cross_entropy(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)).exp()
-        tensor([5., 5.])
+        >>> conv4(5).num_features  # Omniglot
+        256
+        >>> conv4(5, in_channels=3, num_filters=32, image_size=84, downsample="max_pool").num_features  # mini-ImageNet
+        800
     """
-    log_probabilities = logits.log_softmax(-1)
-    return -log_probabilities.gather(-1, labels.unsqueeze(-1)).squeeze(-1).mean(-1)
+    return Conv4(num_ways, in_channels, num_filters, image_size, downsample)
 
 
-def task_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Fraction of each task's images whose largest logit is at the label.
-
-    Args:
-        logits: `[..., K, N]`.
-        labels: `[..., K]`, integers in 0 .. N - 1.
-
-    Returns:
-        `[...]`, in the logits' floating type.
-
-    Example:
-        >>> task_accuracy(torch.eye(3), torch.tensor([0, 1, 0]))
-        tensor(0.6667)
-    """
-    return (logits.argmax(-1) == labels).to(logits.dtype).mean(-1)
-
-
-def _first_block(images: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def _first_block(images: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, stride: int) -> Tensor:
     """Convolution, batch norm and ReLU of `[B, K, C, H, W]` images, as one convolution: `[K, h, w, B, F]`.
 
     A filter w sees patches of 9 C pixels; its output has mean w·m and variance wᵀ S w, where m and S are the patches'
@@ -236,7 +231,7 @@ def _first_block(images: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -
     Gradients and Hessian-vector products of the whole network take 0.9 x the time for it.
     """
     num_tasks, num_filters = weight.shape[:2]
-    windows = F.pad(images, (1, 1, 1, 1)).unfold(3, 3, 2).unfold(4, 3, 2)  # [B, K, C, h, w, 3, 3]
+    windows = F.pad(images, (1, 1, 1, 1)).unfold(3, 3, stride).unfold(4, 3, stride)  # [B, K, C, h, w, 3, 3]
     patches = windows.permute(0, 5, 6, 2, 1, 3, 4).reshape(num_tasks, 9 * images.shape[2], -1)  # [B, 9 C, K·h·w]
     mean = patches.mean(-1, keepdim=True)
     centred = patches - mean
@@ -246,4 +241,4 @@ def _first_block(images: Tensor, weight: Tensor, scale: Tensor, shift: Tensor) -
     flat = flat * factor.unsqueeze(-1)
     bias = shift - (flat @ mean).squeeze(-1)
     x = images.permute(1, 3, 4, 0, 2)  # [K, H, W, B, C]
-    return convolution_relu(x, flat.view_as(weight), bias)
+    return convolution_relu(x, flat.view_as(weight), bias, stride)

@@ -2,7 +2,8 @@
 
 NOTE [splits]: a class's place is decided by its name alone. Names are ordered by the SHA-256 of ``"<seed>/<name>"`` and
 cut into runs: no file-system order, no library's shuffle and no other part of a program can change it, and any language
-can check it. The lists are stored all the same, because a list can be read, compared and cited.
+can check it. The lists are stored all the same, because a list can be read, compared and cited. (mini-ImageNet's is not
+made here: it is the one of Ravi and Larochelle, by WordNet id.)
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def hash_split(names: Iterable[str], sizes: Mapping[str, int], *, seed: int = SE
 
 
 def load_splits(dataset: str) -> dict[str, list[str]]:
-    """The stored class names of each split of ``"omniglot"`` or ``"glyphs"``.
+    """The stored class names of each split of ``"omniglot"``, ``"glyphs"`` or ``"mini_imagenet"``.
 
     Example:
         >>> {split: len(names) for split, names in load_splits("omniglot").items()}

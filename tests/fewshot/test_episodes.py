@@ -165,6 +165,20 @@ def test_to_and_slices_keep_every_field() -> None:
         batch[0]  # type: ignore[index]
 
 
+def test_only_copies_towards_a_device_may_run_ahead() -> None:
+    # A copy from a GPU to the host that does not block may be read before it has arrived.
+    asked = []
+
+    class Recorded(Tensor):
+        def to(self, device: object, *, non_blocking: bool) -> Tensor:  # type: ignore[override]
+            asked.append((str(device), non_blocking))
+            return self
+
+    batch = EpisodeBatch(*[torch.zeros(1).as_subclass(Recorded)] * 6)
+    batch.to("cpu"), batch.to("cuda:1"), batch.to(torch.device("cpu"))
+    assert asked == [("cpu", False)] * 6 + [("cuda:1", True)] * 6 + [("cpu", False)] * 6
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [

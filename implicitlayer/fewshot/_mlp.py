@@ -1,0 +1,120 @@
+"""The small regression network of the few-shot papers, computed for a whole batch of tasks at once."""
+
+# B: tasks, K: points of a task
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from implicitlayer.fewshot._parameters import drawing_device, stacked_parameters
+
+
+@dataclass(frozen=True)
+class MLP:
+    """Linear layers with a ReLU between any two of them.
+
+    Parameters are a flat dict: for layers 1, 2 ... `linear{i}.weight` `[out, in]` and `linear{i}.bias` `[out]`, as
+    `torch.nn.Linear` has them.
+
+    Args:
+        in_features: numbers in one input, at least 1.
+        hidden: widths of the hidden layers, each at least 1; empty for a linear map.
+        out_features: numbers in one output, at least 1.
+
+    Example:
+        >>> network = mlp(hidden=(40, 40))
+        >>> params = network.init(torch.Generator().manual_seed(0))
+        >>> network(params, torch.rand(10, 1)).shape
+        torch.Size([10, 1])
+        >>> network(params, torch.rand(3, 10, 1)).shape  # three tasks
+        torch.Size([3, 10, 1])
+    """
+
+    in_features: int = 1
+    hidden: tuple[int, ...] = (40, 40)
+    out_features: int = 1
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hidden", tuple(self.hidden))
+        widths = {f"hidden[{i}]": width for i, width in enumerate(self.hidden)}
+        for name, value in {"in_features": self.in_features, **widths, "out_features": self.out_features}.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every parameter of one task."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for layer, (width, next_width) in enumerate(pairwise((self.in_features, *self.hidden, self.out_features)), 1):
+            shapes[f"linear{layer}.weight"] = (next_width, width)
+            shapes[f"linear{layer}.bias"] = (next_width,)
+        return shapes
+
+    def init(
+        self,
+        generator: torch.Generator | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> dict[str, Tensor]:
+        """Draw one task's parameters: weights and biases uniform in ±1/sqrt(in), the default of `torch.nn.Linear`.
+
+        The numbers are drawn on the generator's device (the CPU without one) and then moved, so that a seed gives the
+        same network on every device.
+
+        Args:
+            generator: source of randomness; None takes torch's global one.
+            dtype: floating type of the parameters.
+            device: where the parameters will live; None is torch's default device.
+
+        Returns:
+            a dict with the shapes of `MLP.shapes`.
+        """
+        device = torch.get_default_device() if device is None else device
+        params = {}
+        bound = 1.0
+        for name, shape in self.shapes.items():
+            if name.endswith("weight"):
+                bound = 1 / math.sqrt(shape[1])  # the bias of the same layer comes next
+            value = torch.empty(shape, dtype=dtype, device=drawing_device(generator))
+            params[name] = value.uniform_(-bound, bound, generator=generator).to(device)
+        return params
+
+    def __call__(self, params: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+        """Compute the outputs of one task or of a batch of independent tasks.
+
+        Args:
+            params: one task's parameters, or the same with a leading axis of B tasks; tensors without it are shared.
+            inputs: `[K, in_features]`, or `[B, K, in_features]` for B tasks.
+
+        Returns:
+            `[K, out_features]`, or `[B, K, out_features]`.
+
+        Raises:
+            ValueError: a tensor that is missing or has another shape.
+        """
+        if inputs.ndim not in (2, 3) or inputs.shape[-1] != self.in_features:
+            raise ValueError(
+                f"inputs of shape {tuple(inputs.shape)} must be [K, {self.in_features}], or "
+                f"[B, K, {self.in_features}] for B tasks. Build mlp with the in_features of the data."
+            )
+        batched = inputs.ndim == 3
+        x = inputs if batched else inputs.unsqueeze(0)
+        p = stacked_parameters(params, self.shapes, x.shape[0], batched=batched, name="mlp")
+        num_layers = len(self.hidden) + 1
+        for layer in range(1, num_layers + 1):
+            x = torch.baddbmm(p[f"linear{layer}.bias"].unsqueeze(1), x, p[f"linear{layer}.weight"].mT)
+            if layer < num_layers:
+                x = x.relu()
+        return x if batched else x.squeeze(0)
+
+
+def mlp(*, in_features: int = 1, hidden: Sequence[int] = (40, 40), out_features: int = 1) -> MLP:
+    """Return a fully connected network; the default is the regressor of MAML's sinusoids; see `MLP`."""
+    return MLP(in_features, tuple(hidden), out_features)

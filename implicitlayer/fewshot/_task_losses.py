@@ -1,0 +1,70 @@
+"""Losses and scores of a batch of tasks: one number for each task, never their mean."""
+
+# K: examples of a task, N: ways, D: numbers in one output
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def task_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of each task, in nats.
+
+    Args:
+        logits: `[..., K, N]`.
+        labels: `[..., K]`, integers in 0 .. N - 1.
+
+    Returns:
+        `[...]`: one loss a task, so a 0-d tensor for one task.
+
+    Example:
+        >>> import torch
+        >>> task_cross_entropy(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)).exp()
+        tensor([5., 5.])
+    """
+    log_probabilities = logits.log_softmax(-1)
+    return -log_probabilities.gather(-1, labels.unsqueeze(-1)).squeeze(-1).mean(-1)
+
+
+def task_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Fraction of each task's images whose largest logit is at the label.
+
+    Args:
+        logits: `[..., K, N]`.
+        labels: `[..., K]`, integers in 0 .. N - 1.
+
+    Returns:
+        `[...]`, in the logits' floating type.
+
+    Example:
+        >>> import torch
+        >>> task_accuracy(torch.eye(3), torch.tensor([0, 1, 0]))
+        tensor(0.6667)
+    """
+    return (logits.argmax(-1) == labels).to(logits.dtype).mean(-1)
+
+
+def task_mean_squared_error(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Mean of the squared differences of each task, over its examples and their outputs.
+
+    Args:
+        predictions: `[..., K, D]`.
+        targets: `[..., K, D]`; no broadcasting, which turns `[K, 1]` against `[K]` into `[K, K]`.
+
+    Returns:
+        `[...]`: one loss a task, so a 0-d tensor for one task.
+
+    Raises:
+        ValueError: the shapes differ, or have no axis of examples.
+
+    Example:
+        >>> import torch
+        >>> task_mean_squared_error(torch.tensor([[[1.0], [3.0]]]), torch.zeros(1, 2, 1))
+        tensor([5.])
+    """
+    if predictions.shape != targets.shape or predictions.ndim < 2:
+        raise ValueError(
+            f"predictions of shape {tuple(predictions.shape)} and targets of shape {tuple(targets.shape)} must have "
+            "one shape [..., K, D]. Give single outputs an axis of length 1 with .unsqueeze(-1)."
+        )
+    return (predictions - targets).square().mean((-2, -1))
