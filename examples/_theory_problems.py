@@ -6,14 +6,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import implicitlayer as il
 
@@ -168,34 +165,6 @@ def fit_exponent(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
     return float(slope), float((residual @ residual / (len(x) - 2) / (u @ u)).sqrt())
 
 
-class PeakMemory(TorchDispatchMode):
-    """Bytes of tensor storage made and alive inside the `with` block, and their peak; workspaces are not seen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: set[int] = set()
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        result = function(*args, **(kwargs or {}))
-        for storage in [t.untyped_storage() for t in tree_leaves(result) if isinstance(t, Tensor)]:
-            key, size = storage._cdata, storage.nbytes()
-            if key not in self.alive and key not in given:
-                self.alive.add(key)
-                self.now += size
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self.free, key, size)
-        return result
-
-    def free(self, key: int, size: int) -> None:
-        self.alive.discard(key)
-        self.now -= size
-
-
 def peak_kib(function: Callable[[], object]) -> float:
     function()  # what is made once and kept shall not count
-    with PeakMemory() as memory:
-        result = function()
-    del result
-    return memory.peak / 2**10
+    return il.meta.peak_memory(function) / 2**10

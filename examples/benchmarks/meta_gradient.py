@@ -21,7 +21,6 @@ import platform
 import statistics
 import sys
 import time
-import weakref
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
@@ -40,8 +39,6 @@ from _meta_gradient_rivals import (
     torchopt,
     torchopt_loop,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import implicitlayer as il
 
@@ -64,39 +61,9 @@ def library(theta: Params, tasks: Any, s: Settings) -> Gradient:
     return loss.item(), dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
 
-class PeakMemory(TorchDispatchMode):
-    """Bytes of tensor storage made and alive inside the `with` block, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.alive: set[int] = set()
-        self.now = self.peak = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        result = function(*args, **(kwargs or {}))
-        for t in tree_leaves(result):
-            if isinstance(t, torch.Tensor):
-                storage = t.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                if key not in self.alive and key not in known:
-                    self.alive.add(key)
-                    self.now += size
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._free, key, size)
-        return result
-
-    def _free(self, key: int, size: int) -> None:
-        self.alive.discard(key)
-        self.now -= size
-
-
 def peak_mib(function: Callable[[], object]) -> float:
-    function()
-    with PeakMemory() as memory:
-        result = function()
-    del result
-    return memory.peak / 2**20
+    function()  # what is made once and kept shall not count
+    return il.meta.peak_memory(function) / 2**20
 
 
 def problem(s: Settings, seed: int, dtype: torch.dtype = torch.float32) -> tuple[Params, Any]:

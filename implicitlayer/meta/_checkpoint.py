@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+
+from implicitlayer._errors import ImplicitLayerError
+
+
+class CheckpointError(ImplicitLayerError, ValueError):
+    """A checkpoint that cannot be used: damaged, of another program, or of a run with other settings."""
 
 
 def replace_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
@@ -29,13 +36,42 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Save ``state`` (tensors, numbers, strings, lists, dicts) in one step."""
+    """Save ``state`` (tensors, numbers, strings, lists, dicts) in one step: the file is the old one or the new one.
+
+    Example:
+        >>> import tempfile, pathlib, implicitlayer as il
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "checkpoint.pt"
+        >>> il.meta.save_checkpoint(path, {"step": 3})
+        >>> il.meta.load_checkpoint(path)
+        {'step': 3}
+    """
     replace_file(path, lambda file: torch.save(state, file))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state saved at ``path``, on the CPU. Only data is read: a checkpoint cannot run code."""
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    """The state saved at ``path``, on the CPU. Only data is read: a checkpoint cannot run code.
+
+    Raises:
+        CheckpointError: the file is damaged or no checkpoint.
+        FileNotFoundError: there is none.
+    """
+    try:
+        # torch's reader does not look at the checksums of a zip archive; zipfile does
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # zipfile, pickle, torch and the operating system each have their own
+        reason = str(error).strip().split("\n")[0]
+        raise CheckpointError(
+            f"{path} cannot be read as a checkpoint ({reason}). Put another one in its place, such as best.pt of the "
+            "same run, or move the folder away and start again."
+        ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} holds a {type(state).__name__}, a checkpoint is a dict. Is it another file?")
     return state
 
 

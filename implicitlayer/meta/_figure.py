@@ -33,7 +33,7 @@ def plot_learning_curves(
         first = (last - window).clamp_min(0)
         mean = (total[last] - total[first]) / (last - first)
         skip = min(10, max(0, len(records) - 2))  # the first means are over a handful of tasks
-        axes.plot(minutes[skip:], 100 * mean[skip:], color=colour, linewidth=1, alpha=0.55)
+        axes.plot(minutes[skip:].numpy(), 100 * mean[skip:].numpy(), color=colour, linewidth=1, alpha=0.55)
         points = [record for record in history if "validation" in record]
         axes.errorbar(
             [record["seconds"] / 60 for record in points],
@@ -102,7 +102,7 @@ def plot_episode(
 def _image(axes: Any, image: torch.Tensor, left: float, top: float, colour: str) -> None:
     height, width = image.shape
     axes.imshow(
-        1 - image.float(), cmap="gray", vmin=0, vmax=1, extent=(left, left + width, top + height, top), zorder=1
+        (1 - image.float()).numpy(), cmap="gray", vmin=0, vmax=1, extent=(left, left + width, top + height, top), zorder=1
     )
     axes.plot(
         [left, left + width, left + width, left, left],

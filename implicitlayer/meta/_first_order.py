@@ -6,9 +6,20 @@ from dataclasses import KW_ONLY, dataclass
 
 import torch
 
-from implicitlayer._tree import flatten, tree_map
+from implicitlayer._tree import tree_map
 from implicitlayer._types import InnerSolver, PyTree
-from implicitlayer.meta._method import MetaMethod, TaskLoss, num_tasks, one_per_task, proximal_term
+from implicitlayer.implicit import argmin, proximal
+from implicitlayer.meta._method import (
+    MetaMethod,
+    Strength,
+    TaskLoss,
+    check_strength,
+    learned_tensors,
+    num_tasks,
+    one_per_task,
+    regularised,
+)
+from implicitlayer.meta._step import LastStep, StepSizeGradient, check_step_size_gradient
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,24 +27,26 @@ class _FirstOrder(MetaMethod):
     task_loss: TaskLoss
     inner_solver: InnerSolver
     _: KW_ONLY
-    strength: float = 0.0
+    strength: Strength = 0.0
 
     def __post_init__(self) -> None:
-        if self.strength < 0:
+        check_strength(self.task_loss, self.strength)
+        if learned_tensors(self.strength):
             raise ValueError(
-                f"strength={self.strength} must be non-negative: it weighs ½‖φ − θ‖². 0 leaves the term out."
+                "strength requires a gradient, but a first-order method does not differentiate the inner problem: it "
+                "would never be trained. Use il.meta.iMAML or il.meta.MAML, or pass strength.detach()."
             )
 
     def inner_objective(self, phi: PyTree, theta: PyTree, support: PyTree) -> torch.Tensor:
         """The support loss, and the proximal term where a strength was given; [B]."""
-        loss = self.task_loss(phi, support)
-        return loss if self.strength == 0 else loss + proximal_term(phi, theta, self.strength)
+        return regularised(self.task_loss, self.strength)(phi, theta, support)
 
-    def _solve(self, theta: PyTree, support: PyTree) -> PyTree:
-        start = tree_map(torch.Tensor.detach, theta)
-        with torch.enable_grad():
-            result = self.inner_solver(self.inner_objective, one_per_task(start, num_tasks(support)), start, support)
-        return tree_map(torch.Tensor.detach, getattr(result, "value", result))
+    def _solve(self, solver: InnerSolver, theta: PyTree, support: PyTree) -> PyTree:
+        """The same call of the solver as iMAML makes, with all its checks, and no derivative."""
+        objective = regularised(self.task_loss, self.strength)
+        with torch.no_grad():
+            layer = argmin(objective, solver, batch_dims=1, stationarity_rtol=None)
+            return layer(one_per_task(theta, num_tasks(support)), theta, support)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +55,13 @@ class FirstOrderMAML(_FirstOrder):
 
     Args:
         task_loss: ``task_loss(params, batch) -> [B]``.
-        inner_solver: a solver that takes all tasks at once, such as ``il.solvers.GradientDescent``.
-        strength: proximal strength of the inner problem; 0, plain fine-tuning, is the original method. With a
-            strength λ this is :class:`iMAML` with zero CG steps.
+        inner_solver: any solver of the library, or a callable ``solver(objective, init, *theta) -> x``.
+        strength: proximal strength of the inner problem, in the fixed forms of :class:`iMAML`; 0, plain fine-tuning, is
+            the original method. With a strength λ this is :class:`iMAML` with zero CG steps.
+        step_size_gradient: ``"last_step"`` learns the step size of a ``GradientDescent``, as in :class:`iMAML`.
+
+    Raises:
+        ValueError: a negative strength; a strength or a step size that would stay untrained.
 
     Source: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning", ICML 2017, section 5.2.
 
@@ -58,10 +75,25 @@ class FirstOrderMAML(_FirstOrder):
         1.0
     """
 
+    _: KW_ONLY
+    step_size_gradient: StepSizeGradient = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_step_size_gradient(self.inner_solver, self.step_size_gradient)
+
     def adapt(self, theta: PyTree, support: PyTree) -> PyTree:
         """Adapted parameters whose Jacobian in theta is the identity."""
-        phi = self._solve(theta, support)
+        if self.step_size_gradient is None:
+            phi = self._solve(self.inner_solver, theta, support)
+        else:
+            last_step = LastStep(self.inner_solver)  # type: ignore[arg-type]
+            phi = last_step.attach(self._solve(last_step, theta, support))
         return tree_map(lambda p, t: p + (t - t.detach()), phi, theta)
+
+    def parameters(self) -> list[torch.Tensor]:
+        """The tensors of a learned step size."""
+        return [] if self.step_size_gradient is None else learned_tensors(self.inner_solver.step_size)  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,21 +105,33 @@ class Reptile(_FirstOrder):
 
     Args:
         task_loss: ``task_loss(params, batch) -> [B]``.
-        inner_solver: a solver that takes all tasks at once.
-        strength: proximal strength of the inner problem; 0 is the original method.
+        inner_solver: any solver of the library, or a callable ``solver(objective, init, *theta) -> x``.
+        strength: proximal strength of the inner problem, in the fixed forms of :class:`iMAML`; 0 is the original
+            method.
+
+    Raises:
+        ValueError: a negative strength; a strength or a step size that would stay untrained.
 
     Source: Nichol, Achiam, Schulman, "On First-Order Meta-Learning Algorithms", arXiv:1803.02999, algorithm 1. With a
     strength λ and a solved inner problem, theta − phi is the support gradient over λ: first-order MAML on the
-    support loss.
+    support loss (Rajeswaran et al. 2019, appendix A).
     """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if learned_tensors(getattr(self.inner_solver, "step_size", None)):
+            raise ValueError(
+                "the step size of inner_solver requires a gradient, but Reptile has no gradient for it: it would never "
+                "be trained. Pass step_size.detach(), or learn it with il.meta.MAML or il.meta.iMAML."
+            )
 
     def adapt(self, theta: PyTree, support: PyTree) -> PyTree:
         """Adapted parameters, constants."""
-        return self._solve(theta, support)
+        return self._solve(self.inner_solver, theta, support)
 
     def query_losses(self, theta: PyTree, phi: PyTree, query: PyTree) -> torch.Tensor:
         """Query losses [B] in value, ``theta − phi`` in gradient."""
         with torch.no_grad():
             value = self.task_loss(phi, query)
-        distance = proximal_term(phi, theta, 1.0) if flatten(theta)[0] else value
+        distance = proximal(self.task_loss, 1.0).coupling(1)(phi, theta)
         return value + (distance - distance.detach())

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import torch
 
 from implicitlayer._types import InnerSolver, OnFailure, PyTree
-from implicitlayer.implicit import MatrixStrength, Proximal, argmin, proximal
+from implicitlayer.implicit import Proximal, argmin, proximal
 from implicitlayer.linear import ConjugateGradient
-from implicitlayer.meta._method import MetaMethod, Strength, TaskLoss, learnable, num_tasks, one_per_task
+from implicitlayer.meta._method import (
+    MetaMethod,
+    StrengthLike,
+    TaskLoss,
+    check_strength,
+    learned_tensors,
+    num_tasks,
+    one_per_task,
+    tensors_of,
+)
+from implicitlayer.meta._recording import Moment, Recordings, ReplayedProducts
+from implicitlayer.meta._step import LastStep, StepSizeGradient, check_step_size_gradient
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,19 +35,33 @@ class iMAML(MetaMethod):
 
     Args:
         task_loss: ``task_loss(params, batch) -> [B]``, one loss per task.
-        inner_solver: any solver of the library, or a callable ``solver(objective, init, *theta) -> x``.
-        strength: proximal strength λ > 0; a number, a tensor or a pytree with one entry per leaf of theta, or a
-            :class:`MatrixStrength`. A tensor that requires a gradient gets one, so the strength can be learned; a
-            callable without arguments (such as :class:`LearnedStrength`) is asked at every call and can keep it
-            positive.
+        inner_solver: any solver of the library, or a callable ``solver(objective, init, *theta) -> x``. With
+            ``il.solvers.NewtonCG(max_steps=..., cg_steps=5)`` this is iMAML-HF (Hessian-free).
+        strength: proximal strength λ > 0; a number, a tensor or a pytree with one entry per leaf of theta, a
+            :class:`MatrixStrength` or an :class:`OperatorStrength`. A tensor that requires a gradient gets one, so the
+            strength can be learned; a callable without arguments (such as :class:`LearnedStrength`) is asked at every
+            call and can keep it positive.
         linear_solver: for the meta-gradient; the paper uses 5 CG steps.
         on_failure: what negative curvature and missed tolerances do: "ignore" (the trainer still shows them), "warn" or
             "raise". A truncated inner solve is this method's normal state, so its stationarity is not judged unless
             ``stationarity_rtol`` is given.
         stationarity_rtol: see :func:`implicitlayer.argmin`.
+        step_size_gradient: ``"last_step"`` learns the step size of a ``GradientDescent``: the query loss is
+            differentiated through the last inner step alone, ``-v ∇G(φ_{K-1})``. The implicit gradient has no part in
+            it: the solution does not depend on the step size.
+        capture: on a CUDA device, record the inner steps and the Hessian-vector product of each shape of batch as CUDA
+            graphs at the first call, and replay them from then on: no Python and no launch for each small operation.
+            What cannot be recorded runs one by one, after a warning that says why. Python numbers that ``task_loss``
+            reads from outside keep the values they had at the recording.
+
+    Raises:
+        ValueError: a negative strength; a step size that requires a gradient while ``step_size_gradient`` is None (it
+            would stay untrained); ``"last_step"`` of a solver whose last step is not known.
 
     Source: Rajeswaran, Finn, Kakade, Levine, "Meta-Learning with Implicit Gradients", NeurIPS 2019, algorithms 1 and 2.
-    The authors' released code solves another system (2I + H/12) after one proximal step; this is the paper's.
+    The authors' released code solves another system (2I + H/12) after one proximal step; this is the paper's. The last
+    step's derivative: Baydin et al., "Online Learning Rate Adaptation with Hypergradient Descent", ICLR 2018, with the
+    query loss in place of the next training loss.
 
     Example:
         Two tasks with the loss ½(φ − a)². With λ = 1 the adapted φ is (a + θ)/2, the query loss ½(φ − 1)² has the
@@ -60,36 +84,50 @@ class iMAML(MetaMethod):
     task_loss: TaskLoss
     inner_solver: InnerSolver
     _: KW_ONLY
-    strength: Strength | Callable[[], Strength] = 2.0
+    strength: StrengthLike = 2.0
     linear_solver: Any = ConjugateGradient(max_steps=5)
     on_failure: OnFailure = "ignore"
     stationarity_rtol: float | None = None
+    step_size_gradient: StepSizeGradient = None
+    capture: bool = False
+    _recordings: Recordings = field(default_factory=Recordings, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_strength(self.task_loss, self.strength)
+        check_step_size_gradient(self.inner_solver, self.step_size_gradient)
 
     def adapt(self, theta: PyTree, support: PyTree) -> PyTree:
         """Task parameters, differentiable in theta (and a learned strength) by the implicit function theorem."""
         with torch.no_grad():
             init = one_per_task(theta, num_tasks(support))
+        last_step = None if self.step_size_gradient is None else LastStep(self.inner_solver)  # type: ignore[arg-type]
+        solver = last_step or self.inner_solver
+        moment = self._moment(solver, init, theta, support) if self.capture else None
         layer = argmin(
             self._objective(),
-            self.inner_solver,
-            linear_solver=self.linear_solver,
+            moment or solver,
+            linear_solver=self.linear_solver if moment is None else ReplayedProducts(moment),
             batch_dims=1,
             on_failure=self.on_failure,
             stationarity_rtol=self.stationarity_rtol,
         )
-        return layer(init, theta, support)
+        phi = layer(init, theta, support)
+        return phi if last_step is None else last_step.attach(phi)
 
     def inner_objective(self, phi: PyTree, theta: PyTree, support: PyTree) -> torch.Tensor:
         """The proximal objective ``task_loss(phi, support) + (strength/2) ||phi - theta||^2``, [B]."""
         return self._objective()(phi, theta, support)
 
     def parameters(self) -> list[torch.Tensor]:
-        """The tensors of a learned strength."""
-        if isinstance(self.strength, torch.nn.Module):
-            return list(self.strength.parameters())
-        if isinstance(self.strength, MatrixStrength):
-            return learnable(self.strength.tensors)
-        return learnable(self.strength)
+        """The tensors of a learned strength, then those of a learned step size."""
+        step_size = None if self.step_size_gradient is None else self.inner_solver.step_size  # type: ignore[attr-defined]
+        return learned_tensors(self.strength, step_size)
+
+    def _moment(self, solver: InnerSolver, init: PyTree, theta: PyTree, support: PyTree) -> Moment | None:
+        # a strength that is a callable is asked inside the recording, so that it follows the tensors it is made of
+        objective = Proximal(self.task_loss, self.strength)
+        own = tensors_of(self.strength)
+        return self._recordings.moment(objective, solver, self.linear_solver, own, init, theta, support)
 
     def _objective(self) -> Proximal:
         # made at every call: a strength that is learned may have become negative, which is an error here

@@ -14,8 +14,10 @@ import torch
 
 from implicitlayer._tree import flatten, tree_map
 from implicitlayer._types import PyTree
+from implicitlayer.implicit import MatrixStrength, OperatorStrength, proximal
 
 Strength = float | torch.Tensor | PyTree
+StrengthLike = Strength | Callable[[], Strength]
 
 
 class TaskLoss(Protocol):
@@ -74,22 +76,42 @@ def one_per_task(theta: PyTree, size: int) -> PyTree:
     return tree_map(lambda leaf: leaf.expand(size, *leaf.shape), theta)
 
 
-def learnable(*candidates: Any) -> list[torch.Tensor]:
-    """The tensors among the leaves of ``candidates`` that require a gradient."""
-    return [leaf for leaf in flatten(candidates)[0] if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+def tensors_of(*settings: Any) -> list[torch.Tensor]:
+    """The tensors in strengths, step sizes and other settings, in any of their forms.
+
+    What a plain function closes over is not seen; give the product of an ``OperatorStrength`` as an ``nn.Module``.
+    """
+    found: list[Any] = []
+    for setting in settings:
+        if isinstance(setting, OperatorStrength):
+            setting = setting.product
+        if isinstance(setting, torch.nn.Module):
+            found += [*setting.parameters(), *setting.buffers()]
+        elif not callable(setting):
+            found += flatten(setting.tensors if isinstance(setting, MatrixStrength) else setting)[0]
+    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
 
 
-def proximal_term(phi: PyTree, theta: PyTree, strength: Strength) -> torch.Tensor:
-    """``½ Σ λ (φ − θ)²`` for every task, [B]; ``strength`` is one number or a pytree with one entry per leaf."""
-    phi_leaves, theta_leaves = flatten(phi)[0], flatten(theta)[0]
-    per_leaf = (
-        [strength] * len(phi_leaves) if isinstance(strength, float | int | torch.Tensor) else flatten(strength)[0]
-    )
-    terms = [
-        (0.5 * weight * (p - t) ** 2).flatten(1).sum(1)
-        for weight, p, t in zip(per_leaf, phi_leaves, theta_leaves, strict=True)
-    ]
-    return torch.stack(terms).sum(0)
+def learned_tensors(*settings: Any) -> list[torch.Tensor]:
+    """Those of :func:`tensors_of` that require a gradient."""
+    return [tensor for tensor in tensors_of(*settings) if tensor.requires_grad]
+
+
+def regularised(task_loss: TaskLoss, strength: StrengthLike) -> Callable[..., torch.Tensor]:
+    """The inner objective ``(phi, theta, support) -> [B]``: the loss, and the proximal term unless the strength is 0.
+
+    Made anew at every call: a learned strength is asked, and one that became negative is an error here.
+    """
+    present = strength() if callable(strength) else strength
+    if isinstance(present, int | float) and present == 0:
+        return lambda phi, theta, support: task_loss(phi, support)
+    return proximal(task_loss, present)
+
+
+def check_strength(task_loss: TaskLoss, strength: StrengthLike) -> None:
+    """Raise ValueError for a strength that is negative, or not one; a callable is not asked yet."""
+    if not callable(strength):
+        regularised(task_loss, strength)
 
 
 Metric = Callable[[PyTree, PyTree], torch.Tensor]

@@ -13,29 +13,33 @@ from implicitlayer._types import PyTree
 from implicitlayer.meta._method import MetaMethod, num_tasks, one_per_task
 
 
-def curvature_numbers(records: Iterable[Record]) -> dict[str, float]:
-    """From the diagnostics of one meta-step: the share of tasks with negative curvature, and the mean CG residual."""
+def curvature_sums(records: Iterable[Record]) -> dict[str, torch.Tensor]:
+    """From the diagnostics of a meta-gradient, per solve: 1, whether it met negative curvature, and its CG residual.
+
+    Nothing for a method without Hessian-vector products.
+    """
     solutions = [record.solution for record in records if isinstance(record, BackwardRecord)]
     seen = [solution.smallest_curvature.detach().flatten() for solution in solutions]
     if not any(values.numel() and torch.isfinite(values).any() for values in seen):
-        return {}  # no Hessian-vector product was made: a first-order method
-    residuals = torch.cat([solution.relative_residual.detach().flatten() for solution in solutions])
+        return {}
+    curvature = torch.cat(seen)
     return {
-        "negative_curvature": float((torch.cat(seen) <= 0).float().mean()),
-        "cg_residual": float(residuals.float().mean()),
+        "solves": torch.ones_like(curvature),
+        "negative_curvature": curvature <= 0,
+        "cg_residual": torch.cat([solution.relative_residual.detach().flatten() for solution in solutions]),
     }
 
 
-def inner_progress(method: MetaMethod, theta: PyTree, phi: PyTree, support: PyTree) -> dict[str, float]:
-    """How adaptation went: the mean inner objective before and after, and the share of tasks where it rose."""
+def inner_sums(method: MetaMethod, theta: PyTree, phi: PyTree, support: PyTree) -> dict[str, torch.Tensor]:
+    """How adaptation went, per task: 1, the inner objective before and after, and whether it rose."""
     with torch.no_grad():
         before = method.inner_objective(one_per_task(theta, num_tasks(support)), theta, support)
         after = method.inner_objective(phi, theta, support)
-    rose = ~(after <= before)  # also true for NaN
     return {
-        "inner_before": float(before.mean()),
-        "inner_after": float(after.mean()),
-        "inner_diverged": float(rose.float().mean()),
+        "looked_at": torch.ones_like(before),
+        "inner_before": before,
+        "inner_after": after,
+        "inner_diverged": ~(after <= before),  # also true for NaN
     }
 
 

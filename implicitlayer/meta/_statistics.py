@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from implicitlayer._types import PyTree
-from implicitlayer.meta._method import MetaMethod, Metric
+from implicitlayer.meta._chunks import in_chunks, take_tasks
+from implicitlayer.meta._distributed import WorkerGroup
+from implicitlayer.meta._method import MetaMethod, num_tasks
 
 # The 97.5 % quantile of the normal distribution; at hundreds of tasks Student's t differs in the third digit.
 _NORMAL_QUANTILE = 1.959964
+
+AnyMetric = Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,9 +26,12 @@ class Evaluation:
 
     Attributes:
         values: float tensor [num_tasks].
+        transductive: whether the predictions for a query example could depend on the other query examples of its task,
+            as they do where batch norm takes its statistics from all of them; None: not stated.
     """
 
     values: torch.Tensor
+    transductive: bool | None = None
 
     @property
     def num_tasks(self) -> int:
@@ -42,17 +50,40 @@ class Evaluation:
             return math.nan
         return _NORMAL_QUANTILE * float(self.values.double().std()) / math.sqrt(self.num_tasks)
 
+    def as_dict(self) -> dict[str, Any]:
+        """Mean, interval, number of tasks and the protocol, for a results file.
+
+        >>> Evaluation(torch.tensor([1.0, 0.5]), transductive=True).as_dict()["transductive"]
+        True
+        """
+        return {
+            "mean": self.mean,
+            "interval": self.interval,
+            "num_tasks": self.num_tasks,
+            "transductive": self.transductive,
+        }
+
     def __str__(self) -> str:
-        """As a percentage.
+        """As a percentage, with the protocol where it was stated.
 
         >>> print(Evaluation(torch.tensor([1.0, 0.5, 0.75, 0.75])))
         75.0 ± 20.0 %
+        >>> print(Evaluation(torch.tensor([1.0, 0.5, 0.75, 0.75]), transductive=True))
+        75.0 ± 20.0 % (transductive)
         """
-        return f"{100 * self.mean:.1f} ± {100 * self.interval:.1f} %"
+        protocol = {None: "", True: " (transductive)", False: " (not transductive)"}[self.transductive]
+        return f"{100 * self.mean:.1f} ± {100 * self.interval:.1f} %{protocol}"
 
 
 def evaluate(
-    method: MetaMethod, theta: PyTree, episodes: Iterable[tuple[PyTree, PyTree]], metric: Metric
+    method: MetaMethod,
+    theta: PyTree,
+    episodes: Iterable[tuple[PyTree, PyTree]],
+    metric: AnyMetric,
+    *,
+    transductive: bool | None = None,
+    tasks_per_chunk: int | None = None,
+    group: WorkerGroup | None = None,
 ) -> Evaluation:
     """Adapt to every episode and measure on its query set; nothing is learned.
 
@@ -60,13 +91,46 @@ def evaluate(
         method: any method; only its ``adapt`` is used.
         theta: meta-parameters.
         episodes: batches ``(support, query)``, each with a leading number of tasks.
-        metric: ``metric(phi, query) -> [B]``, such as the accuracy of each task.
+        metric: ``metric(phi, query) -> [B]``, such as the accuracy of each task. With ``transductive=False`` it is
+            called as ``metric(phi, query, support)``: a query example may be judged beside the support, never beside
+            the other query examples. For networks whose batch norm uses the statistics of the images it is given,
+            :func:`implicitlayer.fewshot.inductive_logits` does that.
+        transductive: the protocol, which the result carries; None states nothing.
+        tasks_per_chunk: tasks that are adapted at a time; None takes each batch whole.
+        group: processes that share the tasks of each batch, all of which must make this call with the same episodes;
+            None: this process does all.
 
     Returns:
-        The metric of every task.
+        The metric of every task, in the order of the episodes, on every process.
+
+    Raises:
+        ValueError: there are no episodes.
+
+    Example:
+        Nothing to adapt (no steps); the metric is the distance of θ from each task's query.
+
+        >>> import torch, implicitlayer as il
+        >>> loss = lambda params, target: (params["w"] - target).square()
+        >>> method = il.meta.FirstOrderMAML(loss, il.solvers.GradientDescent(step_size=0.1, max_steps=0))
+        >>> tasks = torch.tensor([1.0, 2.0, 3.0])
+        >>> distance = lambda phi, query: (phi["w"] - query).abs()
+        >>> il.meta.evaluate(method, {"w": torch.zeros(())}, [(tasks, tasks)], distance).values
+        tensor([1., 2., 3.])
     """
+    group = WorkerGroup() if group is None else group
+    values: list[torch.Tensor] = []
     with torch.no_grad():
-        values = [metric(method.adapt(theta, support), query).detach().float().cpu() for support, query in episodes]
+        for support, query in episodes:
+            mine = group.share(num_tasks(support))
+            part = (take_tasks(support, mine), take_tasks(query, mine))
+            # the tasks of the other processes are zeros here, so that the sum over processes puts all in order
+            all_tasks = torch.zeros(num_tasks(support))
+            measured = [
+                metric(method.adapt(theta, some), other, *([some] if transductive is False else [])).float().cpu()
+                for some, other in in_chunks(part, tasks_per_chunk)
+            ]
+            all_tasks[mine] = torch.cat(measured) if measured else all_tasks[mine]
+            values.append(all_tasks)
     if not values:
         raise ValueError("episodes is empty: there is nothing to evaluate.")
-    return Evaluation(torch.cat(values))
+    return Evaluation(group.sum_small(torch.cat(values)), transductive)

@@ -27,9 +27,14 @@ def as_support_query(batch: Any) -> Episode:
     """(support, query) of a few-shot batch: ``((support_images, support_labels), (query_images, query_labels))``.
 
     A pair is taken as it is.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> il.meta.as_support_query([torch.zeros(2, 5), torch.ones(2, 3)])[1].shape
+        torch.Size([2, 3])
     """
-    if isinstance(batch, tuple) and len(batch) == 2:
-        return batch
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
     return (batch.support_images, batch.support_labels), (batch.query_images, batch.query_labels)
 
 

@@ -2,156 +2,86 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import KW_ONLY, dataclass, field
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
 from implicitlayer._errors import NonFiniteError
-from implicitlayer._records import collect
-from implicitlayer._tree import flatten
 from implicitlayer._types import PyTree
-from implicitlayer.meta._checkpoint import load_checkpoint, save_checkpoint, save_json_lines
+from implicitlayer.meta._chunks import largest_chunk, take_tasks
+from implicitlayer.meta._distributed import WorkerLostError, launch_command
 from implicitlayer.meta._interrupt import StopRequest
-from implicitlayer.meta._method import MetaMethod, Metric
-from implicitlayer.meta._monitor import Progress, curvature_numbers, inner_progress
+from implicitlayer.meta._meta_gradient import Totals, accumulate, means
+from implicitlayer.meta._method import num_tasks
+from implicitlayer.meta._monitor import Progress
+from implicitlayer.meta._peak_memory import peak_memory
+from implicitlayer.meta._random_state import random_state, set_random_state
 from implicitlayer.meta._statistics import Evaluation, evaluate
-from implicitlayer.meta._tasks import Episode, TaskSampler, as_support_query
+from implicitlayer.meta._tasks import Episode
+from implicitlayer.meta._tensorboard import EventLog
+from implicitlayer.meta._trainer_state import TrainerState
 
 
-@dataclass(eq=False)
-class Trainer:
+class Trainer(TrainerState):
     """Meta-training within a budget of steps or minutes, with checkpoints that resume bit for bit.
 
-    A run that is stopped and resumed goes through the same numbers as one that is not, on the same machine and
-    versions: meta-parameters, optimizer, sampler, random state, step, training seconds and history are all in the
-    checkpoint. (With a budget in minutes and a decaying learning rate the rate follows the clock, and no two runs are
-    the same to the bit.)
+    A run that is killed at any moment and resumed goes through the same numbers as one that is not, on the same machine
+    and versions: meta-parameters, optimizer, scheduler, sampler, the global random states of torch, the current GPU,
+    Python and NumPy, step, training seconds, history and the size of chunks are all in the checkpoint. (With a budget
+    in minutes and a decaying learning rate the rate follows the clock, and no two runs are the same to the bit.)
+
+    Where ``torch.distributed`` is initialised, see :func:`distributed`, every process makes the same trainer, draws the
+    same tasks and takes its share of them; the gradients are summed, so that the step is that of one process to
+    rounding. The first process writes the files. A process that is lost ends the others with :class:`WorkerLostError`,
+    after the last finished step was saved.
 
     Args:
         method: a method of :mod:`implicitlayer.meta`.
         theta: meta-parameters, a pytree of leaf tensors that require gradients; changed in place.
         sampler: source of training tasks.
-        optimizer: any ``torch.optim`` optimizer over the leaves of theta (and ``method.parameters()``).
-        tasks_per_step: meta-batch size.
+        optimizer: any ``torch.optim`` optimizer over the leaves of theta (and ``method.parameters()``). LBFGS makes all
+            evaluations of one step on the tasks of that step.
+        tasks_per_step: meta-batch size, over all processes.
+        tasks_per_chunk: tasks that a process differentiates at a time, at least 1; the gradients of chunks add up to
+            that of the whole. None takes all of them.
+        memory_budget: in place of ``tasks_per_chunk``: bytes that a meta-gradient may take beyond what is held anyway
+            (theta, optimizer, data). The largest chunk that fits is found by measurements in the first step.
         max_steps: budget in meta-steps.
         max_minutes: budget in minutes of training; sampling counts, evaluation and checkpoints do not.
-        metric: ``metric(phi, query) -> [B]``, shown and recorded.
+        metric: ``metric(phi, query) -> [B]``, shown and recorded; see ``transductive``.
+        transductive: the protocol of ``metric``, see :func:`evaluate`: with False it gets ``(phi, query, support)``.
         learning_rate: factor on the optimizer's rates as a function of the share of the budget used, 0...1.
-        max_gradient_norm: clip the meta-gradient at this Euclidean norm.
+        scheduler: in place of ``learning_rate``: a ``torch.optim`` scheduler, stepped after every meta-step, or
+            ``ReduceLROnPlateau``, stepped with the validation metric.
+        max_gradient_norm: clip the meta-gradient at this Euclidean norm, > 0.
         split: turns a sample into (support, query).
         validation: fixed episodes, evaluated ``num_validations`` times along the way.
         num_validations: how often.
-        run_dir: folder for ``checkpoint.pt`` and ``metrics.jsonl``; None keeps nothing.
+        better: whether a "higher" or a "lower" validation metric is the better one.
+        config: plain data that the run was made from; a checkpoint of another config is refused by :meth:`resume`.
+        run_dir: folder for ``checkpoint.pt``, ``best.pt`` (the state with the best validation metric) and
+            ``metrics.jsonl``; None keeps nothing.
+        tensorboard: also write TensorBoard event files into ``run_dir``.
         checkpoint_seconds: at most this long between checkpoints ...
         checkpoint_steps: ... or this many steps, whichever comes first.
         report_steps: every so many steps the inner problem is looked at (two forward passes).
+        resume_command: what a message says to go on with; None takes the command this program was started with.
         name: shown in front of the progress bar.
         show_progress: False keeps silent.
+
+    Raises:
+        ValueError, TypeError: settings that contradict each other or are out of range; the message says which.
+        ImportError: ``tensorboard=True`` without TensorBoard.
     """
 
-    method: MetaMethod
-    theta: PyTree
-    sampler: TaskSampler
-    optimizer: torch.optim.Optimizer
-    _: KW_ONLY
-    tasks_per_step: int = 4
-    max_steps: int | None = None
-    max_minutes: float | None = None
-    metric: Metric | None = None
-    learning_rate: Callable[[float], float] | None = None
-    max_gradient_norm: float | None = None
-    split: Callable[[Any], Episode] = as_support_query
-    validation: Sequence[Episode] = ()
-    num_validations: int = 10
-    run_dir: str | Path | None = None
-    checkpoint_seconds: float = 20.0
-    checkpoint_steps: int | None = None
-    report_steps: int = 20
-    name: str = ""
-    show_progress: bool = True
-    step: int = field(default=0, init=False)
-    seconds: float = field(default=0.0, init=False)
-    history: list[dict[str, Any]] = field(default_factory=list, init=False)
-
-    def __post_init__(self) -> None:
-        if self.max_steps is None and self.max_minutes is None:
-            raise ValueError("Give a budget: max_steps, max_minutes, or both (the first one reached ends the run).")
-        if self.tasks_per_step < 1:
-            raise ValueError(f"tasks_per_step={self.tasks_per_step} must be positive.")
-        missing = [name for name in ("sample", "state_dict", "load_state_dict") if not hasattr(self.sampler, name)]
-        if missing:
-            raise TypeError(f"the sampler needs the methods {missing}: a checkpoint keeps its position.")
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
-        learned = [p for p in [*flatten(self.theta)[0], *self.method.parameters()] if p.requires_grad]
-        left_out = sum(id(p) not in held for p in learned)
-        if left_out:
-            raise ValueError(
-                f"the optimizer does not hold {left_out} of the {len(learned)} tensors that require a gradient. Build "
-                "it from the leaves of theta and method.parameters(), or freeze what is not to be learned."
-            )
-        self._rates = [group["lr"] for group in self.optimizer.param_groups]
-
-    @property
-    def done(self) -> float:
-        """Share of the budget that is used, 0...1."""
-        shares = [self.step / self.max_steps] if self.max_steps else []
-        if self.max_minutes:
-            shares.append(self.seconds / (60 * self.max_minutes))
-        return min(1.0, max(shares, default=1.0))
-
-    @property
-    def checkpoint_path(self) -> Path | None:
-        """Where the checkpoint is written."""
-        return None if self.run_dir is None else Path(self.run_dir) / "checkpoint.pt"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything the rest of the run depends on."""
-        return {
-            "theta": [leaf.detach() for leaf in flatten(self.theta)[0]],
-            "method": [leaf.detach() for leaf in self.method.parameters()],
-            "optimizer": self.optimizer.state_dict(),
-            "sampler": self.sampler.state_dict(),
-            "random": torch.get_rng_state(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "history": self.history,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
-        leaves = [*flatten(self.theta)[0], *self.method.parameters()]
-        saved = [*state["theta"], *state["method"]]
-        shapes, saved_shapes = [tuple(leaf.shape) for leaf in leaves], [tuple(leaf.shape) for leaf in saved]
-        if shapes != saved_shapes:
-            raise ValueError(
-                f"The checkpoint holds tensors of shapes {saved_shapes}, this run has {shapes}: other settings?"
-            )
-        with torch.no_grad():
-            for leaf, value in zip(leaves, saved, strict=True):
-                leaf.copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.sampler.load_state_dict(state["sampler"])
-        torch.set_rng_state(state["random"])
-        self.step, self.seconds = state["step"], state["seconds"]
-        self.history = list(state["history"])
-
-    def save(self) -> None:
-        """Write the checkpoint and the metrics, each in one step."""
-        if self.checkpoint_path is not None:
-            save_checkpoint(self.checkpoint_path, self.state_dict())
-            save_json_lines(self.checkpoint_path.with_name("metrics.jsonl"), self.history)
-
-    def resume(self) -> bool:
-        """Load the checkpoint of ``run_dir`` if there is one; whether there was."""
-        if self.checkpoint_path is None or not self.checkpoint_path.exists():
-            return False
-        self.load_state_dict(load_checkpoint(self.checkpoint_path))
-        return True
+    _events: EventLog | None = None
+    _stop: StopRequest | None = None
+    _first_of_fit = False
 
     def fit(self, *, until: float = 1.0) -> list[dict[str, Any]]:
         """Train until the budget is used; Ctrl-C finishes the step, saves, and raises ``KeyboardInterrupt``.
@@ -163,82 +93,232 @@ class Trainer:
         Returns:
             The history, one record per step: loss, accuracy, gradient norm, seconds, and now and then the state of the
             inner problem and the validation accuracy.
+
+        Raises:
+            KeyboardInterrupt: any process was asked to stop; all of them stop after the same step.
+            NonFiniteError: the loss or the meta-gradient is not finite.
+            WorkerLostError: another process died; the message says what was saved and how to go on.
+            FileExistsError: ``run_dir`` holds a run that was not resumed.
+            ValueError: the processes did not start out with the same theta, optimizer or tasks; or one task does not
+                fit into ``memory_budget``.
         """
-        if self.step == 0 and self.checkpoint_path is not None and self.checkpoint_path.exists():
-            raise FileExistsError(
-                f"{self.checkpoint_path} holds a run already. Call resume() before fit() to go on with it, or give "
-                "another run_dir."
-            )
-        progress = Progress(self.done, name=self.name, show=self.show_progress, leave=until >= 1.0)
-        saved_at, saved_step = time.perf_counter(), self.step
-        try:
-            with StopRequest() as stop:
-                while self.done < until:
-                    record = self._train_step()
-                    progress.update(self.done, record)
-                    late = time.perf_counter() - saved_at >= self.checkpoint_seconds
-                    if (
-                        late
-                        or stop.asked
-                        or (self.checkpoint_steps and self.step - saved_step >= self.checkpoint_steps)
-                    ):
-                        self.save()
-                        saved_at, saved_step = time.perf_counter(), self.step
-                    if stop.asked:
-                        raise KeyboardInterrupt(f"stopped after step {self.step}; the checkpoint holds it")
-                self.save()
-        finally:
-            progress.close()
+        with StopRequest() as self._stop:
+            try:
+                self._begin()
+                self._loop(until)
+            except WorkerLostError as error:
+                lost = self._worker_lost(error)
+                # also printed: the launcher ends this process by a signal, maybe before Python shows its error
+                print(lost, file=sys.stderr, flush=True)
+                raise lost from error
+            finally:
+                self._stop = None
+                if self._events is not None:
+                    self._events.close()
+                    self._events = None
         return self.history
 
     def evaluate(self, episodes: Iterable[Episode]) -> Evaluation:
-        """The metric on ``episodes`` after adaptation from the present theta."""
+        """The metric on ``episodes`` after adaptation from the present theta; every process of a group must call it.
+
+        Tasks are taken in chunks as in training (whole batches before ``memory_budget`` was measured).
+        """
         if self.metric is None:
             raise ValueError("metric=None: give the trainer a metric to evaluate.")
-        return evaluate(self.method, self.theta, episodes, self.metric)
+        return evaluate(
+            self.method,
+            self.theta,
+            episodes,
+            self.metric,
+            transductive=self.transductive,
+            tasks_per_chunk=self._chunk,
+            group=self._group,
+        )
 
-    def _train_step(self) -> dict[str, Any]:
+    def save(self) -> None:
+        """Write the checkpoint and the metrics, each in one step; only the first process of a group writes."""
+        if self._events is not None:
+            self._events.flush()  # first, so that no step of the checkpoint can be missing there
+        super().save()
+
+    def _begin(self) -> None:
+        """Refuse to start where the result would not be this run's."""
+        if self._at_best:
+            raise RuntimeError("theta is that of the best validation (load_best). Call resume() before fit().")
+        writes = self._group.is_first and self._folder is not None
+        path = self.checkpoint_path
+        fresh = self.step == 0 and not self._owns_folder
+        occupied = fresh and writes and path is not None and path.exists()
+        if any(self._group.sum_numbers([occupied])):
+            raise FileExistsError(
+                f"{path} holds a run already. Call resume() before fit() to go on with it, or give another run_dir."
+            )
+        self._owns_folder = True
+        state = self.state_dict() if self._group.size > 1 else {}
+        self._group.require_same({name: state[name] for name in ("theta", "method", "optimizer", "sampler") if state})
+        self._first_of_fit = True
+        if self.tensorboard and writes:
+            assert self._folder is not None
+            self._events = EventLog(self._folder.folder, self.step)
+            if self.history:
+                self._events.write(self.history[-1])
+
+    def _loop(self, until: float) -> None:
+        assert self._stop is not None
+        saved_at, saved_step = time.perf_counter(), self.step
+        show = self.show_progress and self._group.is_first
+        progress = Progress(self.done, name=self.name, show=show, leave=until >= 1.0)
+        try:
+            if self._validation_is_due:  # a lost process came between the step and its validation
+                self._validate()
+            while self.done < until:
+                stopped = self._train_step()
+                if self._validation_is_due:
+                    self._validate()
+                if self._events is not None:
+                    self._events.write(self.history[-1])
+                progress.update(self.done, self.history[-1])
+                late = time.perf_counter() - saved_at >= self.checkpoint_seconds
+                if late or stopped or (self.checkpoint_steps and self.step - saved_step >= self.checkpoint_steps):
+                    self.save()
+                    saved_at, saved_step = time.perf_counter(), self.step
+                if stopped:
+                    raise KeyboardInterrupt(f"stopped after step {self.step}; the checkpoint holds it")
+            self.save()
+        finally:
+            progress.close()
+
+    def _train_step(self) -> bool:
+        """One meta-step on all processes; whether any of them was asked to stop."""
         started, done_before = time.perf_counter(), self.done
-        if self.learning_rate is not None:
-            for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
-                group["lr"] = rate * self.learning_rate(done_before)
-        support, query = self.split(self.sampler.sample(self.tasks_per_step))
-        with collect(in_depth=False) as records:
-            self.optimizer.zero_grad(set_to_none=True)
-            phi = self.method.adapt(self.theta, support)
-            losses = self.method.query_losses(self.theta, phi, query)
-            losses.mean().backward()
-        record: dict[str, Any] = {"step": self.step + 1, "seconds": 0.0, "loss": float(losses.detach().mean())}
-        record["gradient_norm"] = self._gradient_norm(record["loss"])
-        if self.metric is not None:
-            with torch.no_grad():
-                record["accuracy"] = float(self.metric(phi, query).mean())
-        if self.step % self.report_steps == 0:
-            record |= curvature_numbers(records) | inner_progress(self.method, self.theta, phi, support)
-        self.optimizer.step()
+        self._remember()
+        self._outer.set_rates(done_before)
+        episode = self.split(self.sampler.sample(self.tasks_per_step))
+        if self._first_of_fit:
+            self._group.require_same({"the batch of tasks": episode})
+            self._first_of_fit = False
+        if self.memory_budget is not None and self._chunk is None:
+            self._chunk = self._find_chunk(episode)
+        record: dict[str, Any] = {"step": self.step + 1, "seconds": 0.0}
+        record |= self._gradient(episode, look=self.step % self.report_steps == 0)
+        self._outer.step(record["loss"], lambda: self._gradient(episode, look=False)["loss"])
+        # from here on the step is made; whatever happens below, a checkpoint holds it
         self.step += 1
-        self.seconds += time.perf_counter() - started
-        record["seconds"] = self.seconds
-        if self._validation_is_due(done_before):
-            result = self.evaluate(self.validation)
-            record |= {"validation": result.mean, "validation_interval": result.interval}
         self.history.append(record)
+        self._before_step = {}
+        self.seconds += time.perf_counter() - started
+        self._mark(record, done_before)
+        asked = self._stop is not None and self._stop.asked
+        if self._group.size > 1:  # the clock of the first process counts
+            own = self.seconds if self._group.is_first else 0.0
+            self.seconds, num_asked = self._group.sum_numbers([own, asked])
+            self._mark(record, done_before)
+            asked = num_asked > 0
+        return asked
+
+    def _remember(self) -> None:
+        """Keep what a step changes before it is finished: if a process is lost meanwhile, the step is undone."""
+        if self._group.size > 1:
+            self._before_step = {}
+            state = self.state_dict()
+            names = ["sampler", "random"]
+            if self._outer.needs_closure:  # the processes meet while the optimizer is at work
+                names += ["theta", "method", "optimizer", "scheduler"]
+            self._before_step = {name: copy.deepcopy(state[name]) for name in names}
+
+    def _mark(self, record: dict[str, Any], done_before: float) -> None:
+        record["seconds"] = self.seconds
+        passed = int(self.done * self.num_validations) > int(done_before * self.num_validations)
+        self._validation_is_due = passed and self._validates
+
+    def _accumulate(
+        self, episode: Episode, tasks: slice, total: int, tasks_per_chunk: int | None, look: bool
+    ) -> Totals:
+        self.optimizer.zero_grad(set_to_none=True)
+        return accumulate(
+            self.method,
+            self.theta,
+            (take_tasks(episode[0], tasks), take_tasks(episode[1], tasks)),
+            total_tasks=total,
+            tasks_per_chunk=tasks_per_chunk,
+            metric=None if self.metric is None else self._measure,
+            look=look,
+        )
+
+    def _measure(self, phi: PyTree, query: PyTree, support: PyTree) -> torch.Tensor:
+        assert self.metric is not None
+        return self.metric(phi, query, support) if self.transductive is False else self.metric(phi, query)
+
+    def _gradient(self, episode: Episode, look: bool) -> dict[str, Any]:
+        """Leave the meta-gradient of all processes' tasks in ``.grad``, clipped; the numbers of the record.
+
+        Two messages between processes: first a few sums and which leaves have a gradient at all, then the gradients.
+        """
+        group, total = self._group, num_tasks(episode)
+        numbers = self._accumulate(episode, group.share(total), total, self._chunk, look).numbers()
+        leaves = self._outer.leaves
+        if group.size > 1:
+            sums = group.sum_numbers([*numbers, *(leaf.grad is not None for leaf in leaves)])
+            group.sum_gradients(leaves, [count > 0 for count in sums[len(numbers) :]])
+            numbers = sums[: len(numbers)]
+        record: dict[str, Any] = means(numbers, with_metric=self.metric is not None)
+        norm = self._outer.gradient_norm()
+        record["gradient_norm"] = float(norm)
+        if not (math.isfinite(record["loss"]) and math.isfinite(record["gradient_norm"])):
+            raise NonFiniteError(
+                f"The query loss is {record['loss']} and the meta-gradient norm {record['gradient_norm']} at step "
+                f"{self.step + 1}: the inner problem has diverged. Lower the inner step size or raise the strength; "
+                "theta is that of the last step."
+            )
+        self._outer.clip(norm)
         return record
 
-    def _gradient_norm(self, loss: float) -> float:
-        """The norm of the meta-gradient, which is clipped if that was asked for; an error if it is not finite."""
-        leaves = [leaf for group in self.optimizer.param_groups for leaf in group["params"] if leaf.grad is not None]
-        total = torch.nn.utils.get_total_norm([leaf.grad for leaf in leaves])
-        norm = float(total)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise NonFiniteError(
-                f"The query loss is {loss} and the meta-gradient norm {norm} at step {self.step + 1}: the inner "
-                "problem has diverged. Lower the inner step size or raise the strength; theta is that of the last step."
-            )
-        if self.max_gradient_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(leaves, self.max_gradient_norm, total)
-        return norm
+    def _find_chunk(self, episode: Episode) -> int:
+        """Tasks at a time that fit into the memory budget on every process; draws no random number of the run."""
+        assert self.memory_budget is not None
+        total = num_tasks(episode)
+        share = self._group.share(total)
+        state = random_state()
 
-    def _validation_is_due(self, done_before: float) -> bool:
-        passed = int(self.done * self.num_validations) > int(done_before * self.num_validations)
-        return passed and len(self.validation) > 0 and self.metric is not None
+        def peak_of(size: int) -> int:
+            tasks = slice(share.start, share.start + size)
+            return peak_memory(lambda: self._accumulate(episode, tasks, total, None, look=True), self._leaves[0].device)
+
+        chunk = total
+        if share.stop > share.start:
+            peak_of(1)  # what is made once and kept shall not count
+            chunk = largest_chunk(peak_of, self.memory_budget, share.stop - share.start)
+        set_random_state(state)
+        ranks = range(self._group.size)
+        return int(min(self._group.sum_numbers([chunk if rank == self._group.rank else 0 for rank in ranks])))
+
+    def _validate(self) -> None:
+        result = self.evaluate(self.validation)
+        self.history[-1] |= {"validation": result.mean, "validation_interval": result.interval}
+        self._outer.after_validation(result.mean)
+        self._validation_is_due = False
+        sign = 1 if self.better == "higher" else -1
+        best = -math.inf if self.best is None else sign * self.best["validation"]
+        if sign * result.mean > best:  # never true of NaN
+            self.best = {"step": self.step, "validation": result.mean, "interval": result.interval}
+            if self._folder is not None and self._group.is_first:
+                self._folder.save_best(self.state_dict())
+                self.save()
+
+    def _worker_lost(self, error: WorkerLostError) -> WorkerLostError:
+        """Save the last finished step, and say so."""
+        path, first = self.checkpoint_path, self._group.is_first
+        if path is None:
+            kept = "Nothing was saved: run_dir=None"
+        elif not self._owns_folder:  # lost before it was clear that no other run lies there
+            kept = "Nothing was saved: no step was begun"
+        elif first:
+            self.save()
+            kept = f"{path} holds step {self.step}"
+        else:
+            kept = f"{path} holds step {self.step}, or an earlier one if it is process 0 that was lost"
+        how = self.resume_command or launch_command()
+        return WorkerLostError(
+            f"{error} The last finished step is {self.step}. {kept}. Any number of processes can go on from there, in "
+            f"a program that calls resume():\n    {how}"
+        )

@@ -1,27 +1,57 @@
 """MAML: back-propagation through the steps of the inner solver. The rival whose memory grows with every step."""
 
+# Legend: G inner objective, x_k iterates, y_k the points where gradients are taken, P step size, m_k momentum.
+#     x_{k+1} = y_k - P grad G(y_k)          y_{k+1} = x_{k+1} + m_k (x_{k+1} - x_k),   x_0 = y_0 = theta
+
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
+from typing import Literal
 
 import torch
 
 from implicitlayer._tree import flatten, unflatten
-from implicitlayer._types import PyTree
-from implicitlayer.meta._method import MetaMethod, TaskLoss, learnable, num_tasks, one_per_task, proximal_term
+from implicitlayer._types import Leaves, PyTree
+from implicitlayer.meta._method import (
+    MetaMethod,
+    StrengthLike,
+    TaskLoss,
+    check_strength,
+    learned_tensors,
+    num_tasks,
+    one_per_task,
+    regularised,
+)
+from implicitlayer.solvers._step_size import StepSize, check_step_size, moves, present
+
+Momentum = float | torch.Tensor | Callable[[], torch.Tensor] | Literal["nesterov"]
 
 
 @dataclass(frozen=True, eq=False)
 class MAML(MetaMethod):
     """MAML: ``num_steps`` of gradient descent from theta, and the meta-gradient through all of them.
 
+    With momentum the steps are Nesterov's, ``x_new = y - α ∇G(y)``, ``y_new = x_new + m (x_new - x)``.
+
     Args:
         task_loss: ``task_loss(params, batch) -> [B]``.
-        step_size: inner step size α > 0; a tensor that requires a gradient gets one.
+        step_size: inner step size α > 0: a number, a tensor that broadcasts to every task's parameters, a pytree like
+            theta (one per tensor, or per entry: Meta-SGD), or an ``il.MatrixStrength`` or ``il.OperatorStrength`` that
+            multiplies the gradient (a preconditioner). A tensor that requires a gradient gets one; a callable without
+            arguments (such as ``il.LearnedStrength``, which stays positive) is asked at every call.
         num_steps: inner steps.
-        strength: proximal strength of the inner problem; 0 is the original method.
+        strength: proximal strength of the inner problem, in any form of :class:`iMAML`; 0 is the original method.
+        momentum: m in 0 ≤ m < 1, constant; for a condition number κ (√κ − 1)/(√κ + 1) is the best. A 0-d tensor that
+            requires a gradient gets one. ``"nesterov"``: m_k = (t_k − 1)/t_{k+1} with t_{k+1} = (1 + √(1 + 4 t_k²))/2
+            and t_0 = 1, which needs no κ.
 
-    Source: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning", ICML 2017, algorithm 1.
+    Raises:
+        ValueError: a number outside its range, or a step size that does not fit the parameters.
+
+    Source: Finn, Abbeel, Levine, "Model-Agnostic Meta-Learning", ICML 2017, algorithm 1; learned step sizes: Li, Zhou,
+    Chen, Li, "Meta-SGD", arXiv:1707.09835; momentum: Nesterov, Introductory Lectures on Convex Optimization, 2004,
+    section 2.2.
 
     Example:
         One step on ½(φ − a)²: φ = θ − ½(θ − a), whose Jacobian is ½.
@@ -37,42 +67,83 @@ class MAML(MetaMethod):
 
     task_loss: TaskLoss
     _: KW_ONLY
-    step_size: float | torch.Tensor
+    step_size: StepSize
     num_steps: int
-    strength: float | torch.Tensor = 0.0
+    strength: StrengthLike = 0.0
+    momentum: Momentum = 0.0
 
     def __post_init__(self) -> None:
         if self.num_steps < 0:
             raise ValueError(f"num_steps={self.num_steps} must be non-negative. 0 leaves theta as it is.")
+        check_strength(self.task_loss, self.strength)
+        check_step_size(self.step_size)
+        _check_momentum(self.momentum)
 
     def inner_objective(self, phi: PyTree, theta: PyTree, support: PyTree) -> torch.Tensor:
         """The support loss, and the proximal term where a strength was given; [B]."""
-        loss = self.task_loss(phi, support)
-        if not isinstance(self.strength, torch.Tensor) and self.strength == 0:
-            return loss
-        return loss + proximal_term(phi, theta, self.strength)
+        return regularised(self.task_loss, self.strength)(phi, theta, support)
 
     def adapt(self, theta: PyTree, support: PyTree) -> PyTree:
         """Adapted parameters with the graph of every inner step."""
-        return self._descend(theta, one_per_task(theta, num_tasks(support)), support, self.num_steps)
+        path = _Path(self, theta, support)
+        path.advance(self.num_steps)
+        return path.phi
 
     def parameters(self) -> list[torch.Tensor]:
-        """A learned step size or strength."""
-        return learnable(self.step_size, self.strength)
+        """The tensors of a learned step size, strength or momentum."""
+        return learned_tensors(self.step_size, self.strength, self.momentum)
 
-    def _descend(self, theta: PyTree, phi: PyTree, support: PyTree, num_steps: int) -> PyTree:
+
+class _Path:
+    """The iterates of one adaptation; what is advanced with grad mode on is differentiable."""
+
+    def __init__(self, method: MAML, theta: PyTree, support: PyTree) -> None:
+        self._method, self._theta, self._support = method, theta, support
+        self._x, self._spec = flatten(one_per_task(theta, num_tasks(support)))
+        self._y = self._x
+        self._t = 1.0
+
+    @property
+    def phi(self) -> PyTree:
+        return unflatten(self._x, self._spec)
+
+    def cut(self) -> None:
+        """What comes next starts here: no gradient goes further back, the start included."""
+        # not left to no_grad alone, under which torch marks a view of a leaf as requiring a gradient
+        self._x, self._y = ([leaf.detach() for leaf in leaves] for leaves in (self._x, self._y))
+
+    def advance(self, num_steps: int) -> None:
         record = torch.is_grad_enabled()
-        leaves, spec = flatten(phi)
+        objective = regularised(self._method.task_loss, self._method.strength)
+        step_size, momentum = present(self._method.step_size), present(self._method.momentum)
         for _ in range(num_steps):
             with torch.enable_grad():
-                if not record:
-                    leaves = [leaf.detach() for leaf in leaves]
                 # a leaf that needs no gradient outside is made one that does, so that the inner step can be taken
-                leaves = [leaf if leaf.requires_grad else leaf.detach().requires_grad_() for leaf in leaves]
-                total = self.inner_objective(unflatten(leaves, spec), theta, support).sum()
-                gradients = torch.autograd.grad(total, leaves, create_graph=record)
-            leaves = [leaf - self.step_size * gradient for leaf, gradient in zip(leaves, gradients, strict=True)]
-        return unflatten(leaves, spec)
+                y = [leaf if record and leaf.requires_grad else leaf.detach().requires_grad_() for leaf in self._y]
+                total = objective(unflatten(y, self._spec), self._theta, self._support).sum()
+                gradient = list(torch.autograd.grad(total, y, create_graph=record, materialize_grads=True))
+            x = [leaf - move for leaf, move in zip(y, moves(step_size, gradient, self._spec, 1), strict=True)]
+            self._y = self._extrapolated(x, momentum)
+            self._x = x
+
+    def _extrapolated(self, x: Leaves, momentum: float | torch.Tensor | str) -> Leaves:
+        if isinstance(momentum, str):
+            t, self._t = self._t, (1 + (1 + 4 * self._t**2) ** 0.5) / 2
+            momentum = (t - 1) / self._t
+        if not isinstance(momentum, torch.Tensor) and momentum == 0:
+            return x
+        return [new + momentum * (new - old) for new, old in zip(x, self._x, strict=True)]
+
+
+def _check_momentum(momentum: Momentum) -> None:
+    if isinstance(momentum, str):
+        good = momentum == "nesterov"
+    elif isinstance(momentum, torch.Tensor):
+        good = momentum.ndim == 0 and bool(momentum >= 0) and bool(momentum < 1)
+    else:
+        good = callable(momentum) or 0 <= momentum < 1
+    if not good:
+        raise ValueError(f'momentum={momentum!r} must be one number in 0 <= momentum < 1, or "nesterov".')
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +151,7 @@ class TruncatedMAML(MAML):
     """Truncated back-propagation: the meta-gradient through the last ``num_backward_steps`` inner steps only.
 
     Args:
-        task_loss, step_size, num_steps: as in :class:`MAML`.
+        task_loss, step_size, num_steps, momentum: as in :class:`MAML`.
         strength: proximal strength λ > 0. The start is cut off, so theta acts through the proximal term alone.
         num_backward_steps: steps that are differentiated; all of them makes this MAML without the start's share.
 
@@ -92,7 +163,7 @@ class TruncatedMAML(MAML):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.strength, torch.Tensor) and self.strength <= 0:
+        if isinstance(self.strength, int | float) and self.strength == 0:
             raise ValueError(
                 f"strength={self.strength} must be positive: without a proximal term the truncated steps do not "
                 "contain theta."
@@ -105,6 +176,8 @@ class TruncatedMAML(MAML):
     def adapt(self, theta: PyTree, support: PyTree) -> PyTree:
         """Adapted parameters with the graph of the last steps."""
         with torch.no_grad():
-            start = one_per_task(theta, num_tasks(support))
-            phi = self._descend(theta, start, support, self.num_steps - self.num_backward_steps)
-        return self._descend(theta, phi, support, self.num_backward_steps)
+            path = _Path(self, theta, support)
+            path.advance(self.num_steps - self.num_backward_steps)
+        path.cut()
+        path.advance(self.num_backward_steps)
+        return path.phi

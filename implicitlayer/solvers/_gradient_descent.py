@@ -12,12 +12,14 @@ import torch
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
 from implicitlayer._tree import flatten, leaves_norm, unflatten
+from implicitlayer._types import Leaves
 from implicitlayer.solvers._descent import descend, rounds_between_syncs
 from implicitlayer.solvers._inputs import check_limits
 from implicitlayer.solvers._leaves import lanes_like, value_and_gradient
 from implicitlayer.solvers._line_search import LineSearch
 from implicitlayer.solvers._problem import Problem
 from implicitlayer.solvers._progress import Iteration, Report, reporting
+from implicitlayer.solvers._step_size import StepSize, check_step_size, moves, present
 
 __all__ = ["GradientDescent"]
 
@@ -36,8 +38,11 @@ class GradientDescent(RecordingSolver):
     it.
 
     Args:
-        step_size: positive; converges for a convex objective when below 2 / (largest eigenvalue of the Hessian). With a
-            line search, the first trial: any order of magnitude will do.
+        step_size: positive; converges for a convex objective when below 2 / (largest eigenvalue of the Hessian). Also a
+            tensor that broadcasts to every leaf of x; a pytree like x, one number or tensor per leaf; an
+            :class:`MatrixStrength` or :class:`OperatorStrength` that multiplies the gradient of each problem (a
+            preconditioner); or a callable without arguments that returns one of these, asked at every solve. With a
+            line search, a number, the first trial: any order of magnitude will do.
         max_steps: limit of steps; without a tolerance, their number.
         rtol, atol: tolerances on the norm of the gradient, see above; both 0 means none.
         line_search: ``"armijo"``, or None for the fixed step size.
@@ -46,7 +51,9 @@ class GradientDescent(RecordingSolver):
         progress: show a bar (needs tqdm, extra ``implicitlayer[fewshot]``).
 
     Raises:
-        ValueError: a step size that is not positive, a negative limit or tolerance, an unknown line search.
+        ValueError: a step size that is not positive, a negative limit or tolerance, an unknown line search; at the
+            call, a step size that requires a gradient: none passes through a solver (:class:`meta.MAML` and
+            :class:`meta.iMAML` say how to learn one).
         ImportError: ``progress=True`` without tqdm.
 
     Source: the line search: Nocedal & Wright, Numerical Optimization, 2006, algorithm 3.1, cut back by interpolation.
@@ -59,7 +66,7 @@ class GradientDescent(RecordingSolver):
         [3.0, 3.0]
     """
 
-    step_size: float
+    step_size: StepSize
     max_steps: int = 1000
     rtol: float = 0.0
     atol: float = 0.0
@@ -71,11 +78,14 @@ class GradientDescent(RecordingSolver):
     batched: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.step_size > 0:
-            raise ValueError(f"step_size={self.step_size} must be positive.")
+        check_step_size(self.step_size)
         check_limits(self)
         if self.line_search not in (None, "armijo"):
             raise ValueError(f'line_search={self.line_search!r} must be "armijo" or None, a fixed step size.')
+        if self.line_search is not None and not isinstance(self.step_size, int | float):
+            raise ValueError(
+                f"step_size={self.step_size} must be a number with a line search: it finds one length per problem."
+            )
 
     @property
     def has_tolerance(self) -> bool:
@@ -96,11 +106,16 @@ class GradientDescent(RecordingSolver):
     def _fixed_steps(
         self, objective: Callable[..., Any], x: list[Any], spec: Any, theta: Any, report: Report | None
     ) -> SolverResult:
+        step_size = present(self.step_size)
         for step in range(self.max_steps + (report is not None)):
             value, gradient = value_and_gradient(objective, x, spec, theta)
             _tell(report, step, value, gradient, x, spec)
-            if step < self.max_steps:
-                torch._foreach_add_(x, gradient, alpha=-self.step_size)
+            if step >= self.max_steps:
+                break
+            if isinstance(step_size, int | float):
+                torch._foreach_add_(x, gradient, alpha=-step_size)
+            else:
+                torch._foreach_sub_(x, _constant(moves(step_size, gradient, spec, value.ndim)))
         return SolverResult(unflatten(x, spec), Status.STEP_LIMIT, self.max_steps)
 
     def _to_tolerance(
@@ -109,6 +124,7 @@ class GradientDescent(RecordingSolver):
         tolerance: torch.Tensor | None = None
         # finished lanes stand still, so asking rarely changes the count only; on an accelerator asking is a host sync
         every = rounds_between_syncs(x[0])
+        step_size = present(self.step_size)
         for step in range(self.max_steps + 1):
             value, gradient = value_and_gradient(objective, x, spec, theta)
             _tell(report, step, value, gradient, x, spec)
@@ -120,11 +136,19 @@ class GradientDescent(RecordingSolver):
                 status = Status.CONVERGED if bool(norm.isfinite().all()) else Status.NONFINITE
                 return SolverResult(unflatten(x, spec), status, step)
             if step < self.max_steps:
-                for leaf, g in zip(x, gradient, strict=True):
-                    here = lanes_like(running, leaf)
-                    leaf.sub_(torch.where(here, g, torch.zeros_like(g)), alpha=self.step_size)
+                for leaf, move in zip(x, _constant(moves(step_size, gradient, spec, value.ndim)), strict=True):
+                    leaf.sub_(torch.where(lanes_like(running, leaf), move, torch.zeros_like(move)))
         status = Status.MAX_STEPS_REACHED if bool(running.any()) else Status.CONVERGED
         return SolverResult(unflatten(x, spec), status, self.max_steps)
+
+
+def _constant(steps: Leaves) -> Leaves:
+    if any(step.requires_grad for step in steps):
+        raise ValueError(
+            "step_size requires a gradient, but none passes through a solver: it would never be trained. Learn it with "
+            'il.meta.MAML, or with il.meta.iMAML(..., step_size_gradient="last_step"), or pass step_size.detach().'
+        )
+    return steps
 
 
 def _tell(report: Report | None, step: int, value: torch.Tensor, gradient: Any, x: Any, spec: Any) -> None:

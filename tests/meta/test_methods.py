@@ -5,38 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from meta_problem import LAMBDA, B, dense_parts, flat, gradient_of, problem, task_loss
 
 import implicitlayer as il
 
-# B: tasks, n: unknowns of one task. A small nonlinear regression in float64: u·tanh(W x), n = 3 + 3·2 = 9.
-B, LAMBDA = 3, 0.7
 EXACT = il.solvers.GradientDescent(step_size=0.2, max_steps=1000)
-
-
-def task_loss(params: dict[str, torch.Tensor], batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    x, y = batch  # [B, K, 2], [B, K]
-    hidden = torch.tanh(x @ params["w"].mT)
-    return ((hidden * params["u"].unsqueeze(1)).sum(-1) - y).square().mean(-1)
-
-
-def problem() -> tuple[dict[str, torch.Tensor], Any, Any]:
-    generator = torch.Generator().manual_seed(3)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    theta = {"u": draw(3).requires_grad_(), "w": draw(3, 2).requires_grad_()}
-    return theta, (draw(B, 4, 2), draw(B, 4)), (draw(B, 6, 2), draw(B, 6))
-
-
-def flat(tree: dict[str, torch.Tensor], start: int = 0) -> torch.Tensor:
-    return torch.cat([tree["u"].flatten(start), tree["w"].flatten(start)], -1)
-
-
-def gradient_of(method: il.meta.MetaMethod, theta: Any, support: Any, query: Any) -> torch.Tensor:
-    losses = method(theta, support, query)
-    assert losses.shape == (B,)
-    return flat(dict(zip(theta, torch.autograd.grad(losses.mean(), list(theta.values())), strict=True)))
 
 
 def imaml(**settings: Any) -> il.meta.iMAML:
@@ -50,14 +23,7 @@ def test_meta_gradient_is_the_dense_solve_of_lemma_1() -> None:
     phi = {name: leaf.detach() for name, leaf in method.adapt(theta, support).items()}
     expected = torch.zeros(9, dtype=torch.float64)
     for i in range(B):
-
-        def loss_of(vector: torch.Tensor, batch: Any, i: int = i) -> torch.Tensor:
-            params = {"u": vector[None, :3], "w": vector[None, 3:].reshape(1, 3, 2)}
-            return task_loss(params, tuple(part[i : i + 1] for part in batch))[0]
-
-        point = flat(phi, 1)[i]
-        hessian = torch.autograd.functional.hessian(lambda p: loss_of(p, support), point)
-        v = torch.autograd.functional.jacobian(lambda p: loss_of(p, query), point)
+        _, hessian, v = dense_parts(phi, support, query, i)
         expected += torch.linalg.solve(torch.eye(9, dtype=torch.float64) + hessian / LAMBDA, v) / B
     # CG to 1e-13 on a matrix of condition below 1e2: eleven digits remain
     torch.testing.assert_close(gradient_of(method, theta, support, query), expected, rtol=1e-10, atol=1e-12)

@@ -10,63 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from meta.lines import comparable, hit_rate, make_trainer
 
 import implicitlayer as il
 from implicitlayer.meta._monitor import Progress, trouble
-
-# Tasks: lines a·x + c with (a, c) near (2, -1); the model is w·x + b. B: tasks, K: points.
-
-
-class Lines:
-    """A task sampler with its own generator."""
-
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
-
-    def sample(self, num_tasks: int) -> Any:
-        def points(a: torch.Tensor, c: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            x = torch.randn(num_tasks, 5, generator=self.generator, dtype=torch.float64)
-            return x, a * x + c
-
-        line = [value + 0.3 * torch.randn(num_tasks, 1, generator=self.generator).double() for value in (2.0, -1.0)]
-        return points(*line), points(*line)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"generator": self.generator.get_state()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.generator.set_state(state["generator"])
-
-
-def task_loss(params: dict[str, torch.Tensor], batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    x, y = batch
-    return (params["w"].unsqueeze(-1) * x + params["b"].unsqueeze(-1) - y).square().mean(-1)
-
-
-def hit_rate(params: dict[str, torch.Tensor], batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    x, y = batch
-    return ((params["w"].unsqueeze(-1) * x + params["b"].unsqueeze(-1) - y).abs() < 0.3).double().mean(-1)
-
-
-def make_trainer(run_dir: Path | None, *, step_size: float = 0.1, **settings: Any) -> il.meta.Trainer:
-    theta = {name: torch.zeros((), dtype=torch.float64, requires_grad=True) for name in ("w", "b")}
-    strength = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
-    method = il.meta.iMAML(task_loss, il.solvers.GradientDescent(step_size=step_size, max_steps=5), strength=strength)
-    optimizer = torch.optim.Adam([{"params": list(theta.values())}, {"params": [strength], "lr": 0.01}], lr=0.05)
-    defaults: dict[str, Any] = {
-        "max_steps": 60,
-        "metric": hit_rate,
-        "learning_rate": il.meta.cosine_decay,
-        "validation": [Lines(9).sample(20)],
-        "run_dir": run_dir,
-        "checkpoint_steps": 10,
-        "show_progress": False,
-    }
-    return il.meta.Trainer(method, theta, Lines(1), optimizer, **(defaults | settings))
-
-
-def comparable(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in record.items() if name != "seconds"} for record in history]
 
 
 def test_training_learns_and_leaves_its_records(tmp_path: Path) -> None:
@@ -79,7 +26,7 @@ def test_training_learns_and_leaves_its_records(tmp_path: Path) -> None:
     assert history[0]["inner_diverged"] == 0.0 and history[0]["negative_curvature"] == 0.0
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == history
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.pt", "metrics.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "checkpoint.pt", "metrics.jsonl"]
 
 
 def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path: Path) -> None:
@@ -102,7 +49,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(tmp_path: Path) -> None
         broken.fit()
     torch.rand(3)  # whatever happens to the random state in between
     resumed = make_trainer(tmp_path / "broken")
-    assert resumed.resume() and resumed.step == 30  # the last multiple of checkpoint_steps
+    assert resumed.resume() and 30 <= resumed.step < 37  # saved every 10 steps, and when a validation was the best
     resumed.fit()
     assert comparable(resumed.history) == comparable(straight.history)
     for name, leaf in straight.theta.items():
@@ -147,7 +94,7 @@ KILLED_RUN = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_trainer import make_trainer
+from meta.lines import make_trainer
 trainer = make_trainer(Path(sys.argv[2]), checkpoint_steps=5)
 sample = trainer.sampler.sample
 def slow(num_tasks):
@@ -162,7 +109,7 @@ trainer.fit()
 
 def start_run(run_dir: Path, until_step: int) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", KILLED_RUN, str(Path(__file__).parent), str(run_dir)]
+    command = [sys.executable, "-c", KILLED_RUN, str(Path(__file__).parents[1]), str(run_dir)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
     assert process.stdout is not None
     for line in process.stdout:

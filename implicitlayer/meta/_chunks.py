@@ -1,0 +1,60 @@
+"""Batches of tasks in parts, and how large a part may be within a memory budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from implicitlayer._tree import tree_map
+from implicitlayer._types import PyTree
+from implicitlayer.meta._method import num_tasks
+from implicitlayer.meta._tasks import Episode
+
+
+def take_tasks(batch: PyTree, tasks: slice) -> PyTree:
+    """Some of the tasks of a batch: views, no copy."""
+    return tree_map(lambda leaf: leaf[tasks] if isinstance(leaf, torch.Tensor) else leaf, batch)
+
+
+def in_chunks(episode: Episode, tasks_per_chunk: int | None) -> Iterator[Episode]:
+    """``episode`` in parts of ``tasks_per_chunk`` tasks, the last one may be smaller; None leaves it whole."""
+    size = num_tasks(episode)
+    step = size if tasks_per_chunk is None else tasks_per_chunk
+    if size <= step:  # also an empty batch, which is one empty part: none at all
+        if size:
+            yield episode
+        return
+    for start in range(0, size, step):
+        part = slice(start, start + step)
+        yield take_tasks(episode[0], part), take_tasks(episode[1], part)
+
+
+def largest_chunk(peak_of: Callable[[int], int], memory_budget: int, most: int) -> int:
+    """The largest number of tasks at a time whose peak stays within ``memory_budget``.
+
+    The peak of k tasks is close to a constant plus k times the share of one task, so two measurements give the
+    answer; a third confirms it, and takes a task away as long as it is wrong.
+
+    Args:
+        peak_of: bytes at the highest point of a meta-gradient of so many tasks.
+        memory_budget: bytes.
+        most: tasks there are.
+
+    Raises:
+        ValueError: one task alone does not fit.
+    """
+    one = peak_of(1)
+    if one > memory_budget:
+        raise ValueError(
+            f"memory_budget={memory_budget} bytes is less than the {one} bytes that the meta-gradient of a single task "
+            "takes. Give at least that, or make the task smaller: fewer query examples, a smaller network, or "
+            "il.meta.iMAML in place of il.meta.MAML, whose memory grows with every inner step."
+        )
+    if most == 1:
+        return 1
+    per_task = max(peak_of(2) - one, 0)
+    chunk = most if per_task == 0 else min(most, 1 + (memory_budget - one) // per_task)
+    while chunk > 1 and peak_of(chunk) > memory_budget:
+        chunk -= 1
+    return chunk

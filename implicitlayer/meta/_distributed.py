@@ -1,0 +1,243 @@
+"""Tasks in parallel over processes: the group, its few collective operations, and what is said when one is lost."""
+
+# W: processes of the group ("workers"), B: tasks of a batch, all workers together
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from implicitlayer._errors import ImplicitLayerError
+from implicitlayer.meta._settings import fingerprint
+
+
+class WorkerLostError(ImplicitLayerError, RuntimeError):
+    """Another process of the group died, stopped answering or failed: this one cannot go on without it."""
+
+
+@dataclass(frozen=True)
+class WorkerGroup:
+    """This process among those that share the tasks of every meta-step.
+
+    Attributes:
+        rank: number of this process, 0...size - 1.
+        size: number of processes.
+        device: where this process computes.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> group = il.meta.WorkerGroup(rank=1, size=3)
+        >>> group.is_first, group.share(8)               # 8 tasks over 3 processes: 2, 3 and 3
+        (False, slice(2, 5, None))
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @staticmethod
+    def current(device: torch.device | str = "cpu") -> WorkerGroup:
+        """The default group of ``torch.distributed`` if one is initialised, else this process alone."""
+        if dist.is_available() and dist.is_initialized():
+            return WorkerGroup(dist.get_rank(), dist.get_world_size(), torch.device(device))
+        return WorkerGroup(device=torch.device(device))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files and shows progress."""
+        return self.rank == 0
+
+    def share(self, num_tasks: int) -> slice:
+        """Which of ``num_tasks`` tasks are this process's: contiguous parts whose sizes differ by one at most."""
+        return slice(self.rank * num_tasks // self.size, (self.rank + 1) * num_tasks // self.size)
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """``values`` summed over all processes, the same bits on each; a new tensor."""
+        if self.size == 1:
+            return values
+        total = values.detach().clone()
+        self._collective(lambda: dist.all_reduce(total))
+        return total
+
+    def sum_small(self, values: torch.Tensor) -> torch.Tensor:
+        """The same for a small tensor on the CPU."""
+        return self.sum(values.to(self._control())).cpu() if self.size > 1 else values
+
+    def sum_numbers(self, numbers: Sequence[float]) -> list[float]:
+        """A few numbers summed over all processes in float64."""
+        total: list[float] = self.sum_small(torch.tensor(numbers, dtype=torch.float64)).tolist()
+        return total
+
+    def sum_gradients(self, leaves: Sequence[torch.Tensor], present: Sequence[bool]) -> None:
+        """Replace every ``leaf.grad`` by its sum over all processes: one flat all-reduce for each dtype and device.
+
+        Args:
+            leaves: the same, in the same order, on every process.
+            present: which leaves have a gradient on any process; on the others it counts as zero.
+        """
+        if self.size == 1:
+            return
+        buckets: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+        for leaf, has_gradient in zip(leaves, present, strict=True):
+            if has_gradient:
+                leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+                buckets.setdefault((leaf.dtype, leaf.device), []).append(leaf)
+        for bucket in buckets.values():
+            gradients = [leaf.grad for leaf in bucket if leaf.grad is not None]
+            total = self.sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+            parts = total.split([gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
+
+    def from_first(self, make: Callable[[], Mapping[str, Any] | None]) -> dict[str, Any] | None:
+        """What ``make()`` gives on the first process, on every process: a dict of tensors and plain data, or None."""
+        if self.size == 1:
+            made = make()
+            return None if made is None else dict(made)
+        content, failure = b"", None
+        if self.is_first:
+            buffer = io.BytesIO()
+            try:
+                torch.save(make(), buffer)
+                content = buffer.getvalue()
+            except Exception as error:
+                failure = error
+        length = int(self.sum_numbers([-1.0 if failure else float(len(content))])[0])
+        if failure is not None:
+            raise failure
+        if length < 0:
+            raise WorkerLostError("The first process failed while the others waited for it; its own message says why.")
+        sent = torch.frombuffer(bytearray(content or bytes(length)), dtype=torch.uint8).to(self._control())
+        self._collective(lambda: dist.broadcast(sent, 0))
+        state: dict[str, Any] | None = torch.load(
+            io.BytesIO(sent.cpu().numpy().tobytes()), map_location="cpu", weights_only=True
+        )
+        return state
+
+    def require_same(self, values: Mapping[str, Any]) -> None:
+        """Raise on every process if one of ``values`` (name -> pytree) is not the same, bit for bit, on all of them."""
+        if self.size == 1:
+            return
+        mine = torch.tensor([fingerprint(value) for value in values.values()], device=self._control())
+        everybody = [torch.empty_like(mine) for _ in range(self.size)]
+        self._collective(lambda: dist.all_gather(everybody, mine))
+        for index, name in enumerate(values):
+            others = [rank for rank, theirs in enumerate(everybody) if theirs[index] != everybody[0][index]]
+            if others:
+                raise ValueError(
+                    f"{name} of process {others[0]} is not that of process 0, but every process must have the same and "
+                    "then takes its own tasks. Make it with the same seed on each, or from the same checkpoint."
+                )
+
+    def _control(self) -> torch.device:
+        """Where small messages lie: on the CPU if the group has a backend for it."""
+        return torch.device("cpu") if "cpu:" in dist.get_backend_config() else self.device
+
+    def _collective(self, operation: Callable[[], object]) -> None:
+        try:
+            operation()
+        except RuntimeError as error:  # gloo and nccl have no class of their own for a peer that is gone
+            raise WorkerLostError(
+                f"A worker was lost: process {self.rank} of {self.size} waited for the others in vain "
+                f"({_first(error)})."
+            ) from error
+
+
+@contextmanager
+def distributed(*, device: torch.device | str | None = None, timeout: float = 300.0) -> Iterator[WorkerGroup]:
+    """Join the processes that ``torchrun`` started, for the length of the ``with`` block.
+
+    Without ``torchrun`` there is one process and nothing is set up. On CPUs the processes talk through gloo; on GPUs
+    gradients go through nccl and everything small through gloo, which notices a lost process at once. Each process of
+    a machine takes a GPU of its own.
+
+    Args:
+        device: "cpu" or "cuda"; None takes GPUs where there are any.
+        timeout: seconds that a process waits for the others before it gives up with :class:`WorkerLostError`, more than
+            0. Longer than anything that one process does while the others wait.
+
+    Yields:
+        The group; ``group.device`` is where this process shall put its tensors.
+
+    Raises:
+        ValueError: there is no GPU, or there are fewer than processes; a time-out that is not positive.
+        RuntimeError: a process group exists already.
+        WorkerLostError: not all processes came.
+
+    Example:
+        In a script started with ``torchrun --nproc-per-node 4 script.py``, or with ``python script.py``:
+
+        >>> import implicitlayer as il
+        >>> with il.meta.distributed(device="cpu") as group:
+        ...     print(f"process {group.rank} of {group.size}")
+        process 0 of 1
+    """
+    if not timeout > 0:
+        raise ValueError(f"timeout={timeout} must be a positive number of seconds.")
+    mine = _own_device(device)
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        yield WorkerGroup(device=mine)
+        return
+    if dist.is_initialized():
+        raise RuntimeError(
+            "A process group exists already: leave il.meta.distributed() out, the trainer uses that group."
+        )
+    gpu = mine.type == "cuda"
+    if gpu:
+        torch.cuda.set_device(mine)
+        # a lost process then shows as an exception; without this nccl ends the program without a word of ours
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", timeout=timedelta(seconds=timeout))
+    except RuntimeError as error:
+        raise WorkerLostError(
+            f"Process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} could not join the others within {timeout:g} "
+            f"seconds ({_first(error)}). Start all of them, or give a longer timeout."
+        ) from error
+    try:
+        yield WorkerGroup.current(mine)
+    finally:
+        lost = isinstance(sys.exc_info()[1], WorkerLostError)
+        if not (gpu and lost):  # nccl would wait for the lost process
+            dist.destroy_process_group()
+
+
+def _first(error: Exception) -> str:
+    """The first sentence of a message of gloo's or nccl's, without the place in their source."""
+    return re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip()).split("\n")[0].split(". ")[0]
+
+
+def _own_device(device: torch.device | str | None) -> torch.device:
+    available = torch.cuda.is_available()
+    kind = torch.device(device).type if device is not None else ("cuda" if available else "cpu")
+    if kind != "cuda":
+        return torch.device(kind)
+    if not available:
+        raise ValueError(f"device={str(device)!r} needs a CUDA device, and torch sees none here. Pass device='cpu'.")
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= torch.cuda.device_count():
+        raise ValueError(
+            f"Process {index} of this machine has no GPU of its own: there are {torch.cuda.device_count()}. Start "
+            f"torchrun with --nproc-per-node {torch.cuda.device_count()}."
+        )
+    return torch.device("cuda", index)
+
+
+def launch_command() -> str:
+    """The command that starts this program again, under torchrun with as many processes if it runs under it."""
+    spec = getattr(sys.modules.get("__main__"), "__spec__", None)
+    module = spec.name.removesuffix(".__main__") if spec is not None else None
+    what = ["-m", module, *sys.argv[1:]] if module else sys.argv
+    per_node = os.environ.get("LOCAL_WORLD_SIZE")
+    return shlex.join(["torchrun", "--nproc-per-node", per_node, *what] if per_node else ["python", *what])

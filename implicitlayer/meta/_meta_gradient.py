@@ -1,0 +1,118 @@
+"""The meta-gradient of a batch of tasks, in chunks, with the numbers that a training record is made of."""
+
+# b: tasks of one chunk, B: tasks of the whole meta-batch, over all processes
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from implicitlayer._records import collect
+from implicitlayer._types import PyTree
+from implicitlayer.meta._chunks import in_chunks
+from implicitlayer.meta._method import MetaMethod, num_tasks
+from implicitlayer.meta._monitor import curvature_sums, inner_sums
+from implicitlayer.meta._tasks import Episode
+
+# (phi, query, support) -> [b]
+ChunkMetric = Callable[[PyTree, PyTree, PyTree], torch.Tensor]
+
+_NAMES = (
+    "tasks",
+    "loss",
+    "accuracy",
+    "looked_at",
+    "inner_before",
+    "inner_after",
+    "inner_diverged",
+    "solves",
+    "negative_curvature",
+    "cg_residual",
+)
+
+
+class Totals:
+    """Sums over tasks, left on the device until all are read at once: one wait for the device in a meta-step."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def add(self, name: str, values: torch.Tensor) -> None:
+        """Add the sum of ``values``, one per task."""
+        total = values.detach().double().sum()
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
+
+    def numbers(self) -> list[float]:
+        """The sums in the order of ``_NAMES``; 0 where nothing was added."""
+        if not self._sums:
+            return [0.0] * len(_NAMES)
+        device = self._sums["loss"].device
+        values = torch.stack([total.to(device) for total in self._sums.values()]).tolist()
+        found = dict(zip(self._sums, values, strict=True))
+        return [found.get(name, 0.0) for name in _NAMES]
+
+
+def means(numbers: list[float], *, with_metric: bool) -> dict[str, float]:
+    """The entries of a training record, from the sums over all tasks of all processes."""
+    sums = dict(zip(_NAMES, numbers, strict=True))
+    record = {name: sums[name] / sums["tasks"] for name in ("loss", "accuracy")[: 1 + with_metric]}
+    for count, names in (
+        ("solves", ("negative_curvature", "cg_residual")),
+        ("looked_at", ("inner_before", "inner_after", "inner_diverged")),
+    ):
+        record |= {name: sums[name] / sums[count] for name in names if sums[count]}
+    return record
+
+
+def accumulate(
+    method: MetaMethod,
+    theta: PyTree,
+    episode: Episode,
+    *,
+    total_tasks: int,
+    tasks_per_chunk: int | None,
+    metric: ChunkMetric | None,
+    look: bool,
+) -> Totals:
+    """Add the meta-gradient of ``episode``'s tasks to the ``.grad`` of every leaf, one chunk at a time.
+
+    The outer loss is the mean over B tasks, so each task's loss is divided by B whatever the chunk it is in: the sum
+    over chunks (and processes) is the meta-gradient of the whole batch.
+
+    Args:
+        method, theta, episode: what is differentiated, and on which tasks.
+        total_tasks: B.
+        tasks_per_chunk: tasks at a time, None for all.
+        metric: measured on every chunk, None measures nothing.
+        look: also measure how the inner problem went; two forward passes.
+    """
+    totals = Totals()
+    for support, query in in_chunks(episode, tasks_per_chunk):
+        # a function of its own: all that a chunk holds is freed before the next one begins
+        _add_chunk(totals, method, theta, support, query, total_tasks, metric, look)
+    return totals
+
+
+def _add_chunk(
+    totals: Totals,
+    method: MetaMethod,
+    theta: PyTree,
+    support: PyTree,
+    query: PyTree,
+    total_tasks: int,
+    metric: ChunkMetric | None,
+    look: bool,
+) -> None:
+    with collect(in_depth=False) as records:
+        phi = method.adapt(theta, support)
+        losses = method.query_losses(theta, phi, query)
+        (losses.sum() / total_tasks).backward()
+    totals.add("loss", losses)
+    totals.add("tasks", losses.new_tensor(num_tasks(support)))
+    if metric is not None:
+        with torch.no_grad():
+            totals.add("accuracy", metric(phi, query, support))
+    if look:
+        for name, values in (curvature_sums(records) | inner_sums(method, theta, phi, support)).items():
+            totals.add(name, values)

@@ -1,0 +1,114 @@
+"""The outer optimizer and what steers it: learning rates, clipping, the closure of quasi-Newton methods."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from implicitlayer.meta._settings import plain
+
+Better = Literal["higher", "lower"]
+
+
+@dataclass(eq=False)
+class OuterStep:
+    """One step of the outer problem, from the gradients that lie in ``.grad``.
+
+    Args:
+        optimizer: any ``torch.optim`` optimizer.
+        scheduler: its scheduler; stepped after every meta-step, or after every validation (``ReduceLROnPlateau``).
+        learning_rate: factor on the optimizer's rates as a function of the share of the budget used.
+        max_gradient_norm: clip the gradient at this Euclidean norm.
+    """
+
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler | None
+    learning_rate: Callable[[float], float] | None
+    max_gradient_norm: float | None
+
+    def __post_init__(self) -> None:
+        if self.scheduler is not None and self.learning_rate is not None:
+            raise ValueError("learning_rate and scheduler both set the optimizer's rates. Give one of the two.")
+        if self.scheduler is not None and self.scheduler.optimizer is not self.optimizer:
+            raise ValueError("scheduler steers another optimizer. Make it with the optimizer of this trainer.")
+        if self.max_gradient_norm is not None and not self.max_gradient_norm > 0:
+            raise ValueError(f"max_gradient_norm={self.max_gradient_norm} must be positive. None does not clip.")
+        if self.max_gradient_norm is not None and self.needs_closure:
+            raise ValueError(
+                "max_gradient_norm cannot go with LBFGS: it compares losses along the gradient, and a clipped one is "
+                "that of another function. Leave it out, or take another optimizer."
+            )
+        groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        self._rates = [group["lr"] for group in groups]
+        self.settings = plain({"optimizer": type(self.optimizer).__name__, "groups": groups})
+        self.settings |= {"scheduler": type(self.scheduler).__name__, "max_gradient_norm": self.max_gradient_norm}
+
+    @property
+    def needs_closure(self) -> bool:
+        """Whether the optimizer evaluates the gradient of the same tasks several times in one step."""
+        return isinstance(self.optimizer, torch.optim.LBFGS)
+
+    @property
+    def follows_validation(self) -> bool:
+        """Whether the scheduler is stepped with the validation metric."""
+        return isinstance(self.scheduler, ReduceLROnPlateau)
+
+    def check_direction(self, better: Better) -> None:
+        """Raise if a scheduler that follows the metric waits for it to go the wrong way."""
+        wanted = "max" if better == "higher" else "min"
+        if isinstance(self.scheduler, ReduceLROnPlateau) and self.scheduler.mode != wanted:
+            raise ValueError(
+                f"ReduceLROnPlateau(mode={self.scheduler.mode!r}) and better={better!r} contradict each other: it "
+                f"would lower the rate while the metric improves. Make it with mode={wanted!r}."
+            )
+
+    @property
+    def leaves(self) -> list[torch.Tensor]:
+        """All tensors that are stepped."""
+        return [leaf for group in self.optimizer.param_groups for leaf in group["params"]]
+
+    def set_rates(self, done: float) -> None:
+        """Put the rates where the share of the budget used, 0...1, wants them."""
+        if self.learning_rate is not None:
+            for group, rate in zip(self.optimizer.param_groups, self._rates, strict=True):
+                group["lr"] = rate * self.learning_rate(done)
+
+    def gradient_norm(self) -> torch.Tensor:
+        """Euclidean norm of the whole gradient, 0-d."""
+        return torch.nn.utils.get_total_norm([leaf.grad for leaf in self.leaves if leaf.grad is not None])
+
+    def clip(self, norm: torch.Tensor) -> None:
+        """Shorten the gradient, whose norm is ``norm``, to ``max_gradient_norm``."""
+        if self.max_gradient_norm is not None:
+            leaves = [leaf for leaf in self.leaves if leaf.grad is not None]
+            torch.nn.utils.clip_grads_with_norm_(leaves, self.max_gradient_norm, norm)
+
+    def step(self, loss: float, again: Callable[[], float]) -> None:
+        """Step with the gradient in ``.grad``; ``again()`` makes it anew elsewhere and returns the loss there."""
+        if self.needs_closure:
+            known = [loss]  # the first evaluation is the one that has been made
+            self.optimizer.step(lambda: known.pop() if known else again())
+        else:
+            self.optimizer.step()
+        if self.scheduler is not None and not self.follows_validation:
+            self.scheduler.step()
+
+    def after_validation(self, value: float) -> None:
+        """Tell a scheduler that follows the validation metric."""
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """States of the optimizer and the scheduler."""
+        scheduler = None if self.scheduler is None else self.scheduler.state_dict()
+        return {"optimizer": self.optimizer.state_dict(), "scheduler": scheduler}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scheduler is not None and state["scheduler"] is not None:
+            self.scheduler.load_state_dict(state["scheduler"])

@@ -1,0 +1,35 @@
+"""The files of a run: the last state, the best one, and the metrics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from implicitlayer.meta._checkpoint import load_checkpoint, save_checkpoint, save_json_lines
+
+
+class RunFolder:
+    """``checkpoint.pt``, ``best.pt`` and ``metrics.jsonl`` in one folder, each of them whole at any moment."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.last = folder / "checkpoint.pt"
+        self.best = folder / "best.pt"
+        self._read_back = False
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the last state and its history."""
+        save_checkpoint(self.last, state)
+        save_json_lines(self.folder / "metrics.jsonl", state["history"])
+        self._check()
+
+    def save_best(self, state: dict[str, Any]) -> None:
+        """Write the best state."""
+        save_checkpoint(self.best, state)
+
+    def _check(self) -> None:
+        # Objects that are no plain data are written without complaint and refused when they are read. That shall not
+        # come out after a night of training, so the first file is read back at once.
+        if not self._read_back:
+            load_checkpoint(self.last)
+            self._read_back = True

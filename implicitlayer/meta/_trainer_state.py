@@ -1,0 +1,249 @@
+"""What a trainer is given, what of it is checked, and the state that a checkpoint keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.lr_scheduler import LRScheduler
+
+from implicitlayer._tree import flatten
+from implicitlayer._types import PyTree
+from implicitlayer.meta._checkpoint import CheckpointError, load_checkpoint
+from implicitlayer.meta._distributed import WorkerGroup
+from implicitlayer.meta._method import MetaMethod
+from implicitlayer.meta._outer import Better, OuterStep
+from implicitlayer.meta._random_state import random_state, set_random_state
+from implicitlayer.meta._run_folder import RunFolder
+from implicitlayer.meta._settings import differences, plain
+from implicitlayer.meta._statistics import AnyMetric
+from implicitlayer.meta._tasks import Episode, TaskSampler, as_support_query
+from implicitlayer.meta._tensorboard import require_tensorboard
+
+_FORMAT = 2  # of the checkpoints; raised when a trainer could not go on from an older one
+
+
+@dataclass(eq=False, repr=False)
+class TrainerState:
+    """The settings and the state of a :class:`Trainer`, which documents them."""
+
+    method: MetaMethod
+    theta: PyTree
+    sampler: TaskSampler
+    optimizer: torch.optim.Optimizer
+    _: KW_ONLY
+    tasks_per_step: int = 4
+    tasks_per_chunk: int | None = None
+    memory_budget: int | None = None
+    max_steps: int | None = None
+    max_minutes: float | None = None
+    metric: AnyMetric | None = None
+    transductive: bool | None = None
+    learning_rate: Callable[[float], float] | None = None
+    scheduler: LRScheduler | None = None
+    max_gradient_norm: float | None = None
+    split: Callable[[Any], Episode] = as_support_query
+    validation: Sequence[Episode] = ()
+    num_validations: int = 10
+    better: Better = "higher"
+    config: Mapping[str, Any] | None = None
+    run_dir: str | Path | None = None
+    tensorboard: bool = False
+    checkpoint_seconds: float = 20.0
+    checkpoint_steps: int | None = None
+    report_steps: int = 20
+    resume_command: str | None = None
+    name: str = ""
+    show_progress: bool = True
+    step: int = field(default=0, init=False)
+    seconds: float = field(default=0.0, init=False)
+    history: list[dict[str, Any]] = field(default_factory=list, init=False)
+    best: dict[str, Any] | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        missing = [name for name in ("sample", "state_dict", "load_state_dict") if not hasattr(self.sampler, name)]
+        if missing:
+            raise TypeError(f"the sampler needs the methods {missing}: a checkpoint keeps its position.")
+        held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+        learned = [p for p in self._leaves if p.requires_grad]
+        left_out = sum(id(p) not in held for p in learned)
+        if left_out:
+            raise ValueError(
+                f"the optimizer does not hold {left_out} of the {len(learned)} tensors that require a gradient. Build "
+                "it from the leaves of theta and method.parameters(), or freeze what is not to be learned."
+            )
+        self._outer = OuterStep(self.optimizer, self.scheduler, self.learning_rate, self.max_gradient_norm)
+        self._outer.check_direction(self.better)
+        if self._outer.follows_validation and not self._validates:
+            raise ValueError("ReduceLROnPlateau is stepped with the validation metric: give metric and validation.")
+        if self.tensorboard:
+            require_tensorboard()
+            if self.run_dir is None:
+                raise ValueError("tensorboard=True writes into the run folder. Give run_dir.")
+        self._group = WorkerGroup.current(self._leaves[0].device)
+        self._folder = None if self.run_dir is None else RunFolder(Path(self.run_dir))
+        self._chunk = self.tasks_per_chunk
+        self._validation_is_due = False
+        self._at_best = False
+        self._owns_folder = False  # whether the checkpoint there is one of this run
+        # During a step of several processes: the entries of the state that it has changed already, as they were.
+        self._before_step: dict[str, Any] = {}
+
+    def _check_numbers(self) -> None:
+        if self.max_steps is None and self.max_minutes is None:
+            raise ValueError("Give a budget: max_steps, max_minutes, or both (the first one reached ends the run).")
+        for name in ("tasks_per_step", "tasks_per_chunk", "memory_budget"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be positive.")
+        if self.tasks_per_chunk is not None and self.memory_budget is not None:
+            raise ValueError("tasks_per_chunk and memory_budget both set the size of chunks. Give one of the two.")
+        if self.better not in ("higher", "lower"):
+            raise ValueError(f"better={self.better!r} must be 'higher' or 'lower'.")
+
+    @property
+    def done(self) -> float:
+        """Share of the budget that is used, 0...1."""
+        shares = [self.step / self.max_steps] if self.max_steps else []
+        if self.max_minutes:
+            shares.append(self.seconds / (60 * self.max_minutes))
+        return min(1.0, max(shares, default=1.0))
+
+    @property
+    def checkpoint_path(self) -> Path | None:
+        """Where the last state is written."""
+        return None if self._folder is None else self._folder.last
+
+    @property
+    def best_path(self) -> Path | None:
+        """Where the state with the best validation metric is written."""
+        return None if self._folder is None else self._folder.best
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the rest of the run depends on; tensors are not copied."""
+        state = {
+            "settings": self._settings(),
+            "theta": [leaf.detach() for leaf in flatten(self.theta)[0]],
+            "method": [leaf.detach() for leaf in self.method.parameters()],
+            **self._outer.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "random": random_state(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "history": self.history,
+            "best": self.best,
+            "validation_is_due": self._validation_is_due,
+            "chunk": {"memory_budget": self.memory_budget, "tasks": self._chunk},
+        }
+        return state | self._before_step
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a saved state. Settings are not compared, as :meth:`resume` does; shapes are."""
+        self._set_leaves(state)
+        self._outer.load_state_dict(state)
+        self.sampler.load_state_dict(state["sampler"])
+        set_random_state(state["random"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.history = list(state["history"])
+        self.best = state["best"]
+        self._validation_is_due = state["validation_is_due"]
+        if self.memory_budget is not None and state["chunk"]["memory_budget"] == self.memory_budget:
+            self._chunk = state["chunk"]["tasks"]  # another chunk would round differently
+        self._at_best = False
+        self._before_step = {}
+
+    def save(self) -> None:
+        """Write the checkpoint and the metrics, each in one step; only the first process of a group writes."""
+        if self._at_best:
+            raise RuntimeError(
+                "theta is that of the best validation (load_best), the rest of the state is not: saved together they "
+                "are no state of this run. Call resume() first."
+            )
+        if self._folder is not None and self._group.is_first:
+            self._folder.save(self.state_dict())
+        self._owns_folder = True
+
+    def resume(self) -> bool:
+        """Load the checkpoint of ``run_dir`` if there is one; whether there was.
+
+        Budgets may differ from those of the run that is resumed, and so may the number of processes.
+
+        Raises:
+            CheckpointError: the file is damaged, or of a run with other settings.
+        """
+        state = self._group.from_first(lambda: self._load(self.checkpoint_path))
+        if state is not None:
+            self.load_state_dict(state)
+            self._owns_folder = True
+        return state is not None
+
+    def load_best(self) -> dict[str, Any]:
+        """Put theta (and the method's learned tensors) where the validation metric was best, to evaluate it.
+
+        Returns:
+            ``{"step": ..., "validation": ..., "interval": ...}`` of that moment.
+
+        Raises:
+            FileNotFoundError: no validation was made in ``run_dir`` yet.
+            CheckpointError: the file is damaged, or of a run with other settings.
+        """
+        state = self._group.from_first(lambda: self._load(self.best_path))
+        if state is None:
+            raise FileNotFoundError(
+                f"{self.best_path or 'run_dir=None'}: no best state is kept there. It is written at the first "
+                "validation of a trainer with run_dir, metric and validation."
+            )
+        self._set_leaves(state)
+        self._at_best = True
+        best: dict[str, Any] = state["best"]
+        return best
+
+    @property
+    def _leaves(self) -> list[torch.Tensor]:
+        return [*flatten(self.theta)[0], *self.method.parameters()]
+
+    @property
+    def _validates(self) -> bool:
+        return self.metric is not None and len(self.validation) > 0
+
+    def _set_leaves(self, state: dict[str, Any]) -> None:
+        saved = [*state["theta"], *state["method"]]
+        shapes, saved_shapes = [tuple(leaf.shape) for leaf in self._leaves], [tuple(leaf.shape) for leaf in saved]
+        if shapes != saved_shapes:
+            raise ValueError(
+                f"The checkpoint holds tensors of shapes {saved_shapes}, this run has {shapes}: other settings?"
+            )
+        with torch.no_grad():
+            for leaf, value in zip(self._leaves, saved, strict=True):
+                leaf.copy_(value)
+
+    def _settings(self) -> dict[str, Any]:
+        """What makes another run of it; budgets, files and reports do not."""
+        return {
+            "format": _FORMAT,
+            "method": plain(self.method),
+            "outer": self._outer.settings,
+            "tasks_per_step": self.tasks_per_step,
+            "config": plain(self.config),
+        }
+
+    def _load(self, path: Path | None) -> dict[str, Any] | None:
+        if path is None or not path.exists():
+            return None
+        state = load_checkpoint(path)
+        saved = state.get("settings")
+        if not isinstance(saved, dict) or saved.get("format") != _FORMAT:
+            raise CheckpointError(
+                f"{path} was not written by this version of the trainer. Use the version that did, or another run_dir."
+            )
+        differing = differences(saved, self._settings())
+        if differing:
+            raise CheckpointError(
+                f"{path} is of a run with other settings ({'; '.join(differing)}). Resume with the settings of that "
+                "run, or give another run_dir for a new one."
+            )
+        return state

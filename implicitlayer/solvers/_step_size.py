@@ -1,0 +1,121 @@
+"""The forms of a step size: a number, one per tensor, one per entry, a matrix; and each of them learned."""
+
+# Legend: x <- x - P g with the gradient g; P is a I, a diagonal, or a matrix over the n entries of one problem.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+
+from implicitlayer._tree import TreeSpec, flatten, leaves_in_order, ravel, unflatten, unravel
+from implicitlayer._types import Leaves
+
+__all__: list[str] = []
+
+StepSize = Any
+
+
+@runtime_checkable
+class _Matrix(Protocol):
+    """``il.MatrixStrength`` as a solver sees it, which does not import the layers above it."""
+
+    def dense(self) -> torch.Tensor: ...
+
+
+@runtime_checkable
+class _Operator(Protocol):
+    """``il.OperatorStrength``, likewise."""
+
+    product: Callable[[Any], Any]
+
+
+def present(step_size: StepSize) -> StepSize:
+    """The step size now: a callable without arguments, such as ``il.LearnedStrength``, is asked."""
+    return step_size() if callable(step_size) else step_size
+
+
+def check_step_size(step_size: StepSize) -> None:
+    """Raise ValueError unless every number is positive, and every fixed tensor or entry of a tree non-negative.
+
+    Zero freezes what it belongs to. A tensor that requires a gradient may have any sign: Meta-SGD learns it freely.
+    """
+    if callable(step_size) or isinstance(step_size, _Matrix | _Operator):
+        return
+    if isinstance(step_size, int | float):
+        if not step_size > 0:
+            raise ValueError(f"step_size={step_size} must be positive.")
+        return
+    leaves = flatten(step_size)[0]
+    for leaf in leaves:
+        if isinstance(leaf, bool) or not isinstance(leaf, int | float | torch.Tensor):
+            raise ValueError(
+                f"step_size holds {type(leaf).__name__}; it must be a number, a tensor, a pytree of these like the "
+                "unknowns, an il.MatrixStrength, or a callable without arguments that returns one of them."
+            )
+        if isinstance(leaf, torch.Tensor):
+            fine = bool(leaf.isfinite().all()) and (leaf.requires_grad or bool((leaf >= 0).all()))
+        else:
+            fine = 0 <= leaf < math.inf
+        if not fine:
+            raise ValueError(f"step_size={leaf} must be finite and non-negative: a negative one goes uphill.")
+
+
+def moves(step_size: StepSize, gradient: Leaves, spec: TreeSpec, lane_dims: int) -> Leaves:
+    """P g, differentiable in a step size that requires a gradient.
+
+    Args:
+        step_size: a number or 0-d tensor; a tensor that broadcasts to every leaf; a pytree like the unknowns of these;
+            a matrix [n, n] over the entries of one lane, in the order of the leaves; an operator on one lane.
+        gradient: leaves [*lanes, ...].
+        spec: structure of the unknowns.
+        lane_dims: number of lanes' dimensions.
+
+    Raises:
+        ValueError: another structure, or a shape that does not fit.
+    """
+    if isinstance(step_size, int | float):
+        return list(torch._foreach_mul(gradient, float(step_size)))
+    if isinstance(step_size, torch.Tensor):
+        return [_times(step_size, g) for g in gradient]
+    if isinstance(step_size, _Matrix):
+        flat, matrix = ravel(gradient, lane_dims), step_size.dense()
+        if matrix.shape[-1] != flat.shape[-1]:
+            raise ValueError(
+                f"step_size is a matrix for {matrix.shape[-1]} entries, but there are {flat.shape[-1]} unknowns (per "
+                "task)."
+            )
+        return unravel(flat @ matrix.mT.to(flat.dtype), gradient, lane_dims)
+    if isinstance(step_size, _Operator):
+        product = step_size.product
+        for _ in range(lane_dims):
+            product = torch.vmap(product)
+        moved, moved_spec = flatten(product(unflatten(gradient, spec)))
+        if moved_spec != spec or [m.shape for m in moved] != [g.shape for g in gradient]:
+            raise ValueError("the product of a step_size must return the structure and shapes of the unknowns.")
+        return moved
+    tree = unflatten(gradient, spec)
+    entries = leaves_in_order(step_size, tree)
+    if entries is None:
+        raise ValueError(
+            f"step_size must be one number or have the structure of the unknowns: expected {flatten(tree)[1]}, got "
+            f"{flatten(step_size)[1]}."
+        )
+    return [_times(a, g) for a, g in zip(entries, gradient, strict=True)]
+
+
+def _times(factor: float | torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+    if not isinstance(factor, torch.Tensor):
+        return leaf * factor
+    try:
+        fits = torch.broadcast_shapes(factor.shape, leaf.shape) == leaf.shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"step_size of shape {tuple(factor.shape)} does not broadcast to unknowns of shape {tuple(leaf.shape)} "
+            "(lanes included). Give a number, or a pytree with one entry per tensor."
+        )
+    return leaf * factor.to(leaf.dtype)

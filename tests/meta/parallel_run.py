@@ -1,0 +1,121 @@
+"""Training runs of several processes, for test_distributed.
+
+    torchrun --nproc-per-node 2 parallel_run.py FOLDER SCENARIO SCENARIO ...
+    python parallel_run.py --fork 4 FOLDER SCENARIO
+
+The first form is the real thing. The second imports torch once and forks into processes with the variables that
+torchrun sets, which is several times faster; a process that outlives the first one that ends by 20 seconds is killed.
+
+A scenario is JSON: settings of ``make_trainer`` and of this script: "run" (folder inside FOLDER), "timeout", and a step
+at which process 1 shall "die", "stall" or be asked to "stop"; "seed": draw other tasks on every process. Each process
+leaves ``FOLDER/<run>/<rank>.json`` (or ``<out>-<rank>.json``): what it learned and measured.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from meta.lines import Lines, comparable, make_trainer, tensors
+
+import implicitlayer as il
+
+
+def train(folder: Path, settings: dict[str, Any], group: il.meta.WorkerGroup) -> None:
+    trouble = {name: settings.pop(name, None) for name in ("die", "stall", "stop", "seed")}
+    out = f"{settings.pop('out')}-{group.rank}.json" if "out" in settings else f"{group.rank}.json"
+    trainer = make_trainer(folder, **settings)
+    sample = trainer.sampler.sample
+
+    def sample_with_trouble(num_tasks: int) -> Any:
+        if group.rank == 1 and trainer.step == trouble["die"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if group.rank == 1 and trainer.step == trouble["stall"]:
+            time.sleep(60)
+        if group.rank == 1 and trainer.step == trouble["stop"]:
+            os.kill(os.getpid(), signal.SIGINT)
+        return sample(num_tasks)
+
+    trainer.sampler.sample = sample_with_trouble  # type: ignore[method-assign]
+    if trouble["seed"] is not None:
+        trainer.sampler.generator.manual_seed(trouble["seed"] + group.rank)
+    resumed, outcome = False, ""
+    try:
+        resumed = trainer.resume()
+    except (ValueError, il.meta.WorkerLostError) as error:
+        outcome = f"{type(error).__name__}: {error}"
+    try:
+        if not outcome:
+            trainer.fit()
+    except (KeyboardInterrupt, ValueError) as error:
+        outcome = f"{type(error).__name__}: {error}"
+    episodes = [Lines(3).sample(7), Lines(4).sample(1)]
+    result = {
+        "resumed": resumed,
+        "outcome": outcome,
+        "step": trainer.step,
+        "learned": tensors(trainer).tolist(),
+        "history": comparable(trainer.history),
+        "test": trainer.evaluate(episodes).values.tolist(),
+    }
+    folder.mkdir(exist_ok=True)
+    (folder / out).write_text(json.dumps(result))
+
+
+def main(folder: Path, scenarios: list[str]) -> None:
+    torch.set_num_threads(1)
+    settings = [json.loads(scenario) for scenario in scenarios]
+    with il.meta.distributed(device="cpu", timeout=min(s.pop("timeout", 60.0) for s in settings)) as group:
+        for each in settings:
+            train(folder / each.pop("run"), each, group)
+
+
+def fork(num_processes: int, folder: Path, scenarios: list[str]) -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
+    make_trainer(None, max_steps=1).fit()  # what torch loads at first use is loaded once
+    children = {}
+    for rank in range(num_processes):
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(num_processes)}
+            status = 0
+            try:
+                main(folder, scenarios)
+            except BaseException:
+                traceback.print_exc()
+                status = 1
+            sys.stderr.flush()
+            os._exit(status)
+        children[pid] = rank
+    codes, deadline = [], None
+    while children:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid:
+            del children[pid]
+            codes.append(os.waitstatus_to_exitcode(status))
+            # after a failure there is nothing more to wait for
+            deadline = deadline or time.monotonic() + 20 * (codes[-1] == 0)
+        elif deadline is not None and time.monotonic() > deadline:
+            for pid in children:
+                os.kill(pid, signal.SIGKILL)
+            deadline = None
+        else:
+            time.sleep(0.02)
+    return max(abs(code) for code in codes)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--fork":
+        sys.exit(fork(int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]))
+    main(Path(sys.argv[1]), sys.argv[2:])
