@@ -102,7 +102,12 @@ def plot_episode(
 def _image(axes: Any, image: torch.Tensor, left: float, top: float, colour: str) -> None:
     height, width = image.shape
     axes.imshow(
-        (1 - image.float()).numpy(), cmap="gray", vmin=0, vmax=1, extent=(left, left + width, top + height, top), zorder=1
+        (1 - image.float()).numpy(),
+        cmap="gray",
+        vmin=0,
+        vmax=1,
+        extent=(left, left + width, top + height, top),
+        zorder=1,
     )
     axes.plot(
         [left, left + width, left + width, left, left],
