@@ -5,6 +5,9 @@
 #   make test               all tests         make test ARGS="-k conjugate -x"
 #   make test-thorough      more than 10,000 random problems with known answers, the figures as a table (3 to 10 minutes)
 #                           ARGS="--minutes 3", ARGS="--family root --seed 7"; tables in runs/thorough/
+#   make paper-cpu          the paper's figures and tables, reduced for a CPU (at most 25 minutes on 2 cores); results in runs/paper/
+#                           DATA=<dir>  a folder with omniglot/ and mini_imagenet/; without it, Glyphs take their place
+#                           REFRESH=1   into examples/paper/results/ and docs/paper.md
 #   make lint               formatting, lint, types
 #   make bench              the benchmarks of examples/benchmarks/
 #   make clean              remove the environment
@@ -17,6 +20,7 @@ SHELL   := /bin/bash
 VENV    ?= .venv
 WORKERS ?= 2
 DATA    ?=
+REFRESH ?=
 ARGS    ?=
 
 # The first interpreter that the pinned versions serve (3.10-3.13), else any newer one.
@@ -27,7 +31,12 @@ PYTHON  ?= $(shell $(find_python))
 BIN := $(VENV)/bin
 RUN := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: help demo test test-thorough lint format bench clean
+PAPER := $(if $(REFRESH),examples/paper/results,runs/paper)
+PAGE  := $(if $(REFRESH),docs/paper.md,runs/paper/paper.md)
+INTO  := --output-dir "$(PAPER)"
+REAL  := $(if $(DATA),--data-dir "$(DATA)")
+
+.PHONY: help demo test test-thorough paper-cpu lint format bench clean
 help:
 	@sed -n '1,/PIP_FLAGS/s/^# \{0,1\}//p' Makefile
 
@@ -53,6 +62,17 @@ test: $(VENV)/with-dev
 
 test-thorough: $(VENV)/with-dev
 	$(RUN) "$(BIN)/python" -m tests.thorough $(ARGS)
+
+# Threads that wait sleep: by default they spin, and beside other work a step then takes up to ten times as long.
+paper-cpu: export OMP_WAIT_POLICY = PASSIVE
+paper-cpu: export MPLBACKEND = Agg
+paper-cpu: $(VENV)/with-examples
+	"$(BIN)/python" examples/paper/fig2a.py $(INTO)
+	"$(BIN)/python" examples/paper/table1.py $(INTO)
+	"$(BIN)/python" examples/paper/fig2b.py $(INTO) $(REAL)
+	"$(BIN)/python" examples/paper/table2.py $(INTO) $(REAL)
+	"$(BIN)/python" examples/paper/table3.py $(INTO) $(REAL)
+	"$(BIN)/python" examples/paper/report.py --results "$(PAPER)" --output "$(PAGE)"
 
 lint: $(VENV)/with-dev
 	"$(BIN)/ruff" format --check .

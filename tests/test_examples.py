@@ -11,8 +11,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
-ELSEWHERE = {"demo.py"}  # tests/meta/test_demo.py runs it and looks at all that it writes
 SCRIPTS = sorted(p.relative_to(EXAMPLES).as_posix() for p in EXAMPLES.rglob("*.py") if not p.name.startswith("_"))
+# tests/meta/test_demo.py and tests/test_paper_*.py run these and look at all that they write
+ELSEWHERE = {"demo.py", *(script for script in SCRIPTS if script.startswith("paper/"))}
 
 
 def run(script: str, *arguments: str, cwd: Path) -> str:
@@ -55,5 +56,7 @@ def test_the_page_on_the_theory_shows_the_numbers_of_the_committed_run() -> None
 
 def test_every_script_is_run_by_this_file_or_named_as_run_elsewhere() -> None:
     assert "demo.py" in SCRIPTS and "benchmarks/vmapped_layer.py" in SCRIPTS
-    assert set(SCRIPTS) >= ELSEWHERE
-    assert "examples/demo.py" in (ROOT / "tests" / "meta" / "test_demo.py").read_text()
+    tests = ROOT / "tests"
+    assert "examples/demo.py" in (tests / "meta" / "test_demo.py").read_text()
+    words = "".join(path.read_text() for path in tests.glob("test_paper_*.py"))
+    assert all(f'"{Path(script).stem}' in words for script in ELSEWHERE if script != "demo.py")

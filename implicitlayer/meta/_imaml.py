@@ -21,6 +21,7 @@ from implicitlayer.meta._method import (
     tensors_of,
 )
 from implicitlayer.meta._recording import Moment, Recordings, ReplayedProducts
+from implicitlayer.meta._settings import EXECUTION
 from implicitlayer.meta._step import LastStep, StepSizeGradient, check_step_size_gradient
 
 
@@ -89,7 +90,7 @@ class iMAML(MetaMethod):
     on_failure: OnFailure = "ignore"
     stationarity_rtol: float | None = None
     step_size_gradient: StepSizeGradient = None
-    capture: bool = False
+    capture: bool = field(default=False, metadata=EXECUTION)
     _recordings: Recordings = field(default_factory=Recordings, init=False, repr=False)
 
     def __post_init__(self) -> None:

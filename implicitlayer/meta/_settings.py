@@ -11,6 +11,8 @@ import torch
 
 from implicitlayer._tree import flatten
 
+# Metadata of a dataclass field that says how numbers are computed, not which: a run may go on with another value.
+EXECUTION = {"execution": True}
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -30,7 +32,8 @@ def plain(value: Any) -> Any:
         return {str(index): plain(entry) for index, entry in enumerate(value)}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         # fields that begin with an underscore are the object's own business
-        fields = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.name[0] != "_"}
+        counted = [f for f in dataclasses.fields(value) if f.name[0] != "_" and not f.metadata.get("execution")]
+        fields = {f.name: plain(getattr(value, f.name)) for f in counted}
         return {"class": type(value).__name__} | fields
     return type(value).__name__
 

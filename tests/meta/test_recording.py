@@ -13,6 +13,7 @@ import torch
 
 import implicitlayer as il
 from implicitlayer.meta import _recording
+from implicitlayer.meta._settings import differences, plain
 
 # B: tasks, K: points of a task, F: features
 
@@ -235,6 +236,11 @@ def test_recorded_conv4_meta_gradient_is_that_of_the_plain_way() -> None:
         for capture in (False, True)
     ]
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)  # five CG steps magnify rounding
+
+
+def test_a_checkpoint_does_not_depend_on_how_its_numbers_were_computed() -> None:
+    assert differences(plain(make(capture=True)), plain(make())) == []
+    assert differences(plain(make(0.6)), plain(make())) == ["strength: 0.6 there, 0.7 here"]
 
 
 @pytest.mark.gpu

@@ -1,0 +1,220 @@
+"""What tables 2 and 3 share: any cell by any method, each in its own run folder, and the table of what there is."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from _results import OUTPUT_DIR, save_result
+
+import implicitlayer as il
+from implicitlayer import experiments
+
+METHODS = {
+    "imaml-gd": "iMAML, GD",
+    "imaml-hf": "iMAML, Hessian-free",
+    "maml": "MAML",
+    "fomaml": "first-order MAML",
+    "reptile": "Reptile",
+}
+DATASETS = {"omniglot": "Omniglot", "miniimagenet": "mini-ImageNet", "glyphs": "Glyphs"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    name: str
+    title: str
+    dataset: str
+    cells: tuple[str, ...]
+    stand_in: str  # a sentence on the characters that take the dataset's place where no folder is given
+    paper: dict[str, dict[str, tuple[float, float]]]  # method -> cell -> accuracy and ± 95 %, both in per cent
+
+
+def main(table: Table, about: str) -> None:
+    options = read_arguments(table, about)
+    wanted = [(cell, method) for cell in options.cells for method in options.methods]
+    started, budgets = time.perf_counter(), []
+    for number, (cell, method) in enumerate(wanted, start=1):
+        experiment = experiment_for(table, cell, method, options)
+        before = time.perf_counter()
+        found = run_cell(table, cell, method, experiment, options)
+        budgets.append(time.perf_counter() - before)
+        print(
+            f"[{number}/{len(wanted)}] {cell} {METHODS[method]}: {in_words(found['results'])}"
+            f"{eta(budgets, experiment, len(wanted) - number)}",
+            flush=True,
+        )
+    lines = markdown(table, load_results(options.output_dir, table))
+    print("\n".join(["", *lines, "", f"{len(wanted)} cells in {(time.perf_counter() - started) / 60:.1f} minutes"]))
+    (options.run_dir / f"{table.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def experiment_for(table: Table, cell: str, method: str, options: Any) -> experiments.Experiment:
+    """The preset of this cell, with what the command line changes."""
+    replace = dataclasses.replace
+    experiment = experiments.preset(f"{options.setting}-{table.dataset}-{cell}-{method}")
+    if options.setting == "reduced" and options.data_dir is None:
+        experiment = replace(experiment, data=replace(experiment.data, dataset="glyphs"))
+    if options.smoke:
+        experiment = experiments.smoke(experiment)
+    minutes = options.minutes_per_cell or experiment.run.minutes
+    folder = options.run_dir / f"{result_name(table, cell, method, experiment)}-seed{options.seed}"
+    run = replace(experiment.run, dir=str(folder), seed=options.seed, minutes=minutes, device=options.device)
+    return replace(experiment, data=replace(experiment.data, dir=options.data_dir), run=run)
+
+
+def result_name(table: Table, cell: str, method: str, experiment: experiments.Experiment) -> str:
+    dataset = "" if experiment.data.dataset == table.dataset else f"-{experiment.data.dataset}"
+    return f"{table.name}-{cell}-{method}-{experiment.setting}{dataset}"
+
+
+def run_cell(table: Table, cell: str, method: str, experiment: experiments.Experiment, options: Any) -> dict[str, Any]:
+    """Run the cell, or go on with it, or take what is there; and write its result file."""
+    name = result_name(table, cell, method, experiment)
+    try:
+        results = experiments.run(experiment, resume=True)
+    except il.NonFiniteError as error:
+        results = {"failed": str(error), "command": experiments.command_of(experiment), "split": "none"}
+    except (experiments.RunFolderError, il.fewshot.DatasetError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("\nStopped; no finished cell is lost. The same command goes on.") from None
+    keys = (
+        *("accuracy", "interval", "num_tasks", "transductive", "dataset", "meta_steps", "seconds", "checkpoint"),
+        *("validation_accuracy", "validation_step", "changed_from_preset", "processes", "peak_memory_bytes"),
+        *("tf32_difference", "notes", "failed"),
+    )
+    kept = {key: results[key] for key in keys if key in results}
+    path = save_result(
+        options.output_dir,
+        name,
+        setting="paper" if experiment.setting == "paper" and not options.smoke else reduced_words(experiment, options),
+        command=results["command"],
+        seed=options.seed,
+        split=results["split"],
+        results={"table": table.name, "cell": cell, "method": method, **kept},
+        computed_on=None if "failed" in results else {key: results[key] for key in ("machine", "versions")},
+    )
+    written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return written
+
+
+def reduced_words(experiment: experiments.Experiment, options: Any) -> str:
+    if options.smoke:
+        return "reduced: a smoke run, one meta-step"
+    words = f"{experiment.network.num_filters} filters, meta-batch {experiment.outer.tasks_per_step}"
+    words += f", {experiment.data.num_query} query pictures of each class, {experiment.method.inner_steps} inner steps"
+    return f"reduced: {words}, {experiment.run.minutes:g} minutes of training"
+
+
+def in_words(results: dict[str, Any]) -> str:
+    if "failed" in results:
+        return "diverged"
+    return (
+        f"{results['accuracy']:.2f} ± {results['interval']:.2f} % on {results['num_tasks']} test tasks "
+        f"({DATASETS[results['dataset']]}), {results['meta_steps']} meta-steps"
+    )
+
+
+def eta(budgets: Sequence[float], experiment: experiments.Experiment, left: int) -> str:
+    """Minutes left: what a cell took so far on average, or its budget where nothing was computed yet."""
+    computed = [seconds for seconds in budgets if seconds > 1]  # a finished cell takes no time
+    each = sum(computed) / len(computed) / 60 if computed else experiment.run.minutes
+    return f"; {left} to go, about {left * each:.0f} minutes" if left and each is not None else ""
+
+
+def load_results(folder: Path, table: Table) -> list[dict[str, Any]]:
+    """All result files of the table in ``folder``."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{table.name}-*.json"))]
+
+
+def markdown(table: Table, found: Iterable[dict[str, Any]]) -> list[str]:
+    """The table as lines of Markdown; what was not run says so, and reduced results have a column of their own."""
+    kept: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
+    for result in found:
+        key = (result["results"]["cell"], result["results"]["method"], result["setting"] == "paper")
+        kept.setdefault(key, []).append(result)
+    lines = [
+        "| | | paper, % | here, the paper's setting, % | gap | here, reduced (another setting: not comparable), % |",
+        "|---|---|---|---|---|---|",
+    ]
+    for cell in table.cells:
+        for method, words in METHODS.items():
+            value, interval = table.paper[method][cell]
+            full, reduced = (kept.get((cell, method, which), []) for which in (True, False))
+            lines.append(
+                f"| {cell} | {words} | {value} ± {interval} | {', '.join(map(shown, full)) or 'not run'} | "
+                f"{gap(full, value, interval)} | {', '.join(map(shown, reduced)) or 'not run'} |"
+            )
+    return lines
+
+
+def shown(result: dict[str, Any]) -> str:
+    results = result["results"]
+    if "failed" in results:
+        return "diverged"
+    where = f"{DATASETS[results['dataset']]}, {results['meta_steps']:,} meta-steps, {results['seconds'] / 60:.1f} min"
+    how = "" if results["transductive"] else ", not transductive"
+    changed = [line.split(":")[0] for line in results["changed_from_preset"]]
+    if changed and result["setting"] == "paper":
+        how += f"; changed: {', '.join(changed)}"
+    return f"{results['accuracy']:.2f} ± {results['interval']:.2f} ({where}{how})"
+
+
+def gap(full: Sequence[dict[str, Any]], value: float, interval: float) -> str:
+    """Ours minus the paper's, with the interval of a difference of two independent means."""
+    parts = []
+    for result in full:
+        if "failed" not in result["results"]:
+            ours, own = result["results"]["accuracy"], result["results"]["interval"]
+            parts.append(f"{ours - value:+.2f} ± {math.hypot(own, interval):.2f}")
+    return ", ".join(parts) or "not run"
+
+
+def read_arguments(table: Table, about: str) -> Any:
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def several(allowed: Iterable[str]) -> Any:
+        known = list(allowed)
+
+        def read(text: str) -> list[str]:
+            unknown = [word for word in text.split(",") if word not in known]
+            if unknown:
+                raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(known)}")
+            return text.split(",")
+
+        return read
+
+    def minutes(text: str) -> float:
+        if not float(text) > 0:
+            raise argparse.ArgumentTypeError(f"{text} must be positive")
+        return float(text)
+
+    parser.add_argument("--cells", type=several(table.cells), help=f"of {','.join(table.cells)} (default all)")
+    parser.add_argument("--methods", type=several(METHODS), default=list(METHODS), help=f"of {','.join(METHODS)}")
+    parser.add_argument("--setting", choices=["paper", "reduced"], help="default: paper on cuda, reduced on cpu")
+    parser.add_argument("--minutes-per-cell", type=minutes, help="of training; default: the preset's budget")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--data-dir", help=f"folder of {DATASETS[table.dataset]}; without it, Glyphs. {table.stand_in}")
+    parser.add_argument("--output-dir", type=Path, default=OUTPUT_DIR, help=f"result files (default {OUTPUT_DIR})")
+    parser.add_argument("--run-dir", type=Path, default=OUTPUT_DIR / "cells", help="run folders, for going on")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--smoke", action="store_true", help="one meta-step of one cell, to see that it runs")
+    options = parser.parse_args()
+    cuda = torch.device(options.device).type == "cuda"
+    if cuda and not torch.cuda.is_available():
+        parser.error(f"--device {options.device}: torch {torch.__version__} sees no GPU here. Leave the option out.")
+    options.setting = options.setting or ("paper" if cuda else "reduced")
+    if options.cells is None:
+        options.cells = list(table.cells[:1] if options.smoke else table.cells)
+    if options.smoke:  # beside the real ones, so that it neither overwrites them nor is taken for one
+        options.data_dir = None
+        options.output_dir, options.run_dir = options.output_dir / "smoke", options.run_dir / "smoke"
+    return options

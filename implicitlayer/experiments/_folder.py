@@ -1,0 +1,85 @@
+"""The run folder: which experiment it holds, whether that is finished, and where and by what it was computed."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from implicitlayer._errors import ImplicitLayerError
+from implicitlayer.experiments._environment import machine, versions
+from implicitlayer.experiments._fields import differences
+from implicitlayer.experiments._settings import Experiment
+from implicitlayer.meta import save_json
+
+# What may change between the parts of one run: where the data and the folder are, what is shown, how memory is used.
+CIRCUMSTANCES = (
+    "notes",
+    "data.dir",
+    "run.dir",
+    "run.device",
+    "run.progress",
+    "run.tensorboard",
+    "run.checkpoint_seconds",
+    "run.tasks_per_chunk",
+    "run.memory_budget",
+)
+
+
+class RunFolderError(ImplicitLayerError, ValueError):
+    """A run folder that holds another experiment, or holds one already."""
+
+
+def without_folders(experiment: Experiment) -> dict[str, Any]:
+    """The settings as plain data, without the folders of this machine."""
+    settings = experiment.to_dict()
+    settings["data"]["dir"] = settings["run"]["dir"] = None
+    return settings
+
+
+def new_folder(experiment: Experiment) -> Path:
+    """``run.dir``, or a new name in ``runs/``."""
+    if experiment.run.dir is not None:
+        return Path(experiment.run.dir)
+    return Path("runs") / f"{experiment.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The results of a run that has come to its end, else None."""
+    path = folder / "results.json"
+    if not path.exists():
+        return None
+    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return results
+
+
+def check_folder(folder: Path, experiment: Experiment, *, resume: bool) -> None:
+    """Refuse a folder that holds another experiment, or this one where ``resume`` is false; nothing is written.
+
+    Raises:
+        RunFolderError: the message names what differs, and what to do.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        return
+    changed = differences(Experiment.load(path), experiment, ignore=CIRCUMSTANCES)
+    if changed:
+        raise RunFolderError(
+            f"{folder} holds another experiment ({'; '.join(changed)}), which cannot be continued as this one. Give "
+            "another run.dir, or go on with the one that is there: --resume " + str(folder)
+        )
+    if not resume:
+        raise RunFolderError(
+            f"{folder} holds this experiment already. Go on with --resume {folder}, or give another run.dir."
+        )
+
+
+def open_folder(folder: Path, experiment: Experiment) -> None:
+    """Write ``config.json`` (once) and add this process to ``versions.json``."""
+    if not (folder / "config.json").exists():
+        experiment.save(folder / "config.json")
+    path = folder / "versions.json"
+    # One entry for every start: a run that went on elsewhere, or with another torch, shows it.
+    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
+    save_json(path, {"starts": [*starts, {"machine": machine(), "versions": versions()}]})

@@ -1,0 +1,152 @@
+"""Run an experiment: train, measure once on test classes, and leave a folder that says how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from implicitlayer.experiments._build import (
+    accuracy_of,
+    build_method,
+    build_network,
+    build_trainer,
+    inductive_accuracy_of,
+    load_classes,
+    test_episodes,
+)
+from implicitlayer.experiments._command import changes_from_preset, command_of
+from implicitlayer.experiments._device import allow_tf32, pick_device, set_tf32
+from implicitlayer.experiments._environment import machine, versions
+from implicitlayer.experiments._figures import draw
+from implicitlayer.experiments._folder import check_folder, finished, new_folder, open_folder, without_folders
+from implicitlayer.experiments._settings import Experiment
+from implicitlayer.meta import Evaluation, Trainer, WorkerGroup, distributed, evaluate, save_json
+
+
+def run(experiment: Experiment, *, resume: bool = False) -> dict[str, Any]:
+    """Train, evaluate on test classes, and write the run folder; killed at any moment, it can go on.
+
+    The folder holds ``config.json``, ``versions.json``, ``metrics.jsonl``, ``checkpoint.pt``, ``best.pt``,
+    ``results.json`` (at the end, in one step) and pictures. Under ``torchrun`` the tasks of a meta-step are shared
+    among the processes, and the first one writes.
+
+    Args:
+        experiment: the settings; ``run.dir`` names the folder, else a new one is made in ``runs/``.
+        resume: go on with what the folder holds; a finished run is returned as it is. An empty folder is a start.
+
+    Returns:
+        What ``results.json`` holds: test accuracy in per cent with its 95 % interval, whether it is transductive,
+        meta-steps, seconds of training, split, seed, machine, versions, and the command that repeats it.
+
+    Raises:
+        RunFolderError: the folder holds another experiment, or this one and ``resume`` is false.
+        ValueError: no such device.
+        PrecisionError: TF32 was asked for and changes the meta-gradient too much.
+        NonFiniteError: the inner problem has diverged; the checkpoint holds the last good step.
+        KeyboardInterrupt: after Ctrl-C; the checkpoint holds the last step.
+
+    Example:
+        >>> import tempfile, dataclasses
+        >>> from implicitlayer.experiments import preset, smoke
+        >>> experiment = smoke(preset("reduced-glyphs-5w1s-fomaml"))
+        >>> folder = tempfile.mkdtemp()
+        >>> experiment = dataclasses.replace(experiment, run=dataclasses.replace(experiment.run, dir=folder))
+        >>> results = run(experiment)
+        >>> results["meta_steps"], results["num_tasks"], results["transductive"]
+        (1, 3, True)
+        >>> run(experiment, resume=True) == results  # finished: nothing is computed
+        True
+    """
+    with distributed(device=pick_device(experiment.run.device).type) as group:
+        device = group.device if group.size > 1 else pick_device(experiment.run.device)
+        # The first process's clock names a new folder.
+        agreed = group.from_first(lambda: {"folder": str(new_folder(experiment))}) or {}
+        folder = Path(agreed["folder"])
+        check_folder(folder, experiment, resume=resume)
+        done = finished(folder)
+        _wait(group)  # no process may find the results or settings that another one writes below
+        if done is not None:
+            return done
+        if group.is_first:
+            open_folder(folder, experiment)
+        return _run(experiment, folder, device, group)
+
+
+def _run(experiment: Experiment, folder: Path, device: torch.device, group: WorkerGroup) -> dict[str, Any]:
+    trainer = build_trainer(experiment, run_dir=folder, device=device)
+    set_tf32(False)
+    difference = None
+    if experiment.run.tf32 and device.type == "cuda":
+        difference = allow_tf32(trainer, experiment.run.tf32_tolerance)
+        if group.is_first:
+            print(f"TF32 changes the meta-gradient by {difference:.1e} (relative); it is on.")
+    trainer.resume()
+    trainer.fit()
+    if experiment.evaluation.checkpoint == "best":
+        trainer.load_best()
+    tested = _test(experiment, trainer, device, group)
+    results = _results(experiment, trainer, tested, device, group) | {"tf32_difference": difference}
+    if group.is_first:
+        results["figures"] = _draw(experiment, trainer, folder, device)
+        save_json(folder / "results.json", results)
+    _wait(group)
+    return finished(folder) or results
+
+
+def _test(experiment: Experiment, trainer: Trainer, device: torch.device, group: WorkerGroup) -> Evaluation:
+    network, settings = build_network(experiment), experiment.evaluation
+    return evaluate(
+        build_method(experiment, network, inner_steps=settings.inner_steps),
+        trainer.theta,
+        test_episodes(experiment, "test", settings.test_tasks, device),
+        accuracy_of(network) if settings.transductive else inductive_accuracy_of(network),
+        transductive=settings.transductive,
+        group=group,
+    )
+
+
+def _results(
+    experiment: Experiment, trainer: Trainer, tested: Evaluation, device: torch.device, group: WorkerGroup
+) -> dict[str, Any]:
+    best = trainer.best or {}
+    return {
+        "preset": experiment.preset,
+        "setting": experiment.setting,
+        "changed_from_preset": changes_from_preset(experiment),
+        "command": command_of(experiment),
+        "dataset": experiment.data.dataset,
+        "split": f"{experiment.data.dataset} test, {load_classes(experiment.data, 'test').num_classes} classes",
+        "seed": experiment.run.seed,
+        "accuracy": 100 * tested.mean,
+        "interval": 100 * tested.interval,
+        "num_tasks": tested.num_tasks,
+        "transductive": tested.transductive,
+        "checkpoint": f"{experiment.evaluation.checkpoint} of {experiment.evaluation.num_validations} validations",
+        "validation_accuracy": 100 * best["validation"] if best else None,
+        "validation_step": best["step"] if best else None,
+        "meta_steps": trainer.step,
+        "seconds": trainer.seconds,
+        "processes": group.size,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        "machine": machine(),
+        "versions": versions(),
+        "notes": list(experiment.notes),
+        "config": without_folders(experiment),
+    }
+
+
+def _draw(experiment: Experiment, trainer: Trainer, folder: Path, device: torch.device) -> list[str]:
+    support, query = next(test_episodes(experiment, "test", 1, device))
+    network = build_network(experiment)
+    method = build_method(experiment, network, inner_steps=experiment.evaluation.inner_steps)
+    with torch.no_grad():
+        logits = network(method.adapt(trainer.theta, support), query[0])[0]
+    first = ((support[0][0], support[1][0]), (query[0][0], query[1][0]))
+    return draw(folder, {experiment.method.name: trainer.history}, first, logits)
+
+
+def _wait(group: WorkerGroup) -> None:
+    """Until all processes are here."""
+    group.sum_numbers([0.0])

@@ -1,0 +1,139 @@
+"""The command line: presets and overrides, errors in one line, going on, and several processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("tyro")
+pytest.importorskip("matplotlib")
+pytest.importorskip("PIL")
+
+from implicitlayer import experiments as ex
+from implicitlayer.experiments._command_line import main, parse
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = [
+    *("--network.num-filters", "4", "--outer.tasks-per-step", "3", "--run.max-steps", "2", "--run.minutes", "None"),
+    *("--evaluation.validation-tasks", "2", "--evaluation.test-tasks", "5", "--evaluation.num-validations", "1"),
+    *("--method.inner-steps", "2", "--data.num-query", "1", "--run.no-progress"),
+]
+
+
+def test_help_lists_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in ([], ["--help"]):
+        main(words)
+        shown = capsys.readouterr().out
+        assert all(f"    {name}\n" in shown for name in ex.PRESETS)
+
+
+def test_settings_override_a_preset() -> None:
+    words = ["--run.minutes", "5", "--run.device", "cuda", "--data.dir", "somewhere", "--outer.max-gradient-norm", "2"]
+    experiment, resume = parse(["paper-omniglot-5w1s-imaml-gd", *words])
+    assert (experiment.run.minutes, experiment.run.device, experiment.data.dir) == (5.0, "cuda", "somewhere")
+    assert experiment.outer.max_gradient_norm == 2.0 and not resume
+    assert experiment.method == ex.preset("paper-omniglot-5w1s-imaml-gd").method
+    assert experiment.notes == ex.preset("paper-omniglot-5w1s-imaml-gd").notes
+
+
+def test_the_command_of_a_changed_experiment_gives_it_back() -> None:
+    words = ["glyphs", "--run.minutes", "1.5", "--evaluation.no-transductive", "--outer.max-gradient-norm", "None"]
+    experiment, _ = parse(words)
+    again, _ = parse(ex.command_of(experiment).split()[3:])
+    assert again == experiment and again != ex.preset("glyphs")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nothing"], "preset='nothing' is none of the"),
+        (["--resume"], "--resume takes a run folder and nothing else"),
+        (["--resume", "nowhere"], "--resume nowhere: there is no config.json, so this is no run folder"),
+        (["--resume", "nowhere", "--run.minutes", "5"], "a run goes on with the settings it has"),
+        (["paper-omniglot-5w1s-maml", "--data.dir", "nowhere"], "No Omniglot in nowhere"),
+    ],
+)
+def test_a_mistake_is_one_line(words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        main(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["--data.num-ways", "five"], "five"),
+        (["--data.dataset", "mnist"], "mnist"),
+        (["--data.nothing", "1"], "data.nothing"),
+        (["--data.num-ways", "1"], "num_ways=1 must be at least 2"),
+    ],
+)
+def test_what_the_parser_refuses_is_named(words: list[str], shown: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(["glyphs", *words])
+    assert stopped.value.code == 2 and shown in capsys.readouterr().err
+
+
+def test_help_of_a_preset_shows_its_notes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        parse(["released-omniglot-5w1s-imaml-gd", "--help"])
+    assert stopped.value.code == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "the released code solves (2I + H/12)" in shown and "--method.strength" in shown
+
+
+def test_without_tyro_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tyro", None)
+    with pytest.raises(ImportError, match=r"pip install 'implicitlayer\[examples\]'"):
+        parse(["glyphs"])
+
+
+def test_a_run_goes_on_by_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    main(["reduced-glyphs-5w1s-fomaml", *TINY, "--run.dir", str(folder)])
+    first = capsys.readouterr().out
+    assert "on 5 tasks (glyphs test, 150 classes; transductive), after 2 meta-steps" in first
+    folder = folder.rename(tmp_path / "moved")  # the folder is what it is called now
+    main(["--resume", str(folder)])
+    assert capsys.readouterr().out == first
+    (folder / "results.json").unlink()
+    main(["--resume", str(folder)])
+    assert "after 2 meta-steps" in capsys.readouterr().out and (folder / "results.json").exists()
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from implicitlayer.experiments import _command_line
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt("stopped after step 7; the checkpoint holds it")
+
+    monkeypatch.setattr(_command_line, "run", stop)
+    with pytest.raises(SystemExit, match=r"stopped after step 7.* Go on with: .* --resume"):
+        main(["glyphs"])
+
+
+def test_two_processes_share_a_run(tmp_path: Path) -> None:
+    """Started by torchrun without a folder: one is made, written once, and the result is that of one process."""
+    words = ["reduced-glyphs-5w1s-imaml-gd", *TINY]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, *launcher, "-m", "implicitlayer.experiments", *words],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("after 2 meta-steps") == 1
+    (folder,) = (tmp_path / "runs").iterdir()
+    shared = json.loads((folder / "results.json").read_text())
+    main([*words, "--run.dir", str(tmp_path / "alone")])
+    alone = json.loads((tmp_path / "alone" / "results.json").read_text())
+    assert (shared["processes"], alone["processes"]) == (2, 1)
+    # float32 sums in another order move theta by rounding; of 25 query pictures none lies so near a boundary
+    assert shared["accuracy"] == alone["accuracy"] and shared["config"] == alone["config"]
