@@ -106,9 +106,9 @@ class ImageClasses:
             min_examples: leave out classes with fewer pictures.
 
         Raises:
-            TypeError: no map-style dataset, or an item is no pair of picture and label.
-            ValueError: a picture has other numbers or another size; a label has no name; no class is left. The message
-                names the item.
+            TypeError: no map-style dataset, an item is no pair of picture and label, or names are no mapping or list.
+            ValueError: a picture has other numbers or another size; a label has no name, or two have one; no class is
+                left. The message names the item.
             ImportError: ``image_size`` is given and Pillow is missing.
 
         Example:

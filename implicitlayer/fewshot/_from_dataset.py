@@ -31,6 +31,11 @@ def group_by_label(
         raise ValueError(f"min_examples={min_examples!r} must be an integer of at least 1.")
     if image_size is not None:
         check_image_size(image_size)
+    if not isinstance(class_names, Mapping | Sequence | None) or isinstance(class_names, str):
+        raise TypeError(
+            f"class_names of type {type(class_names).__name__} must be a mapping from labels to names, or a list with "
+            "integer labels as positions."
+        )
     by_label: dict[str | int, list[NDArray[np.uint8]]] = {}
     shape: tuple[int, ...] | None = None
     for index in range(len(dataset)):
@@ -56,6 +61,15 @@ def group_by_label(
             f"None of the {len(by_label)} classes in the {len(dataset)} items of dataset has "
             f"min_examples={min_examples} pictures. Lower it or give more pictures."
         )
+    names = {label: _name(label, class_names) for label in kept}
+    with_name: dict[str, list[str | int]] = {}
+    for label, name in names.items():
+        with_name.setdefault(name, []).append(label)
+        if len(with_name[name]) > 1:
+            raise ValueError(
+                f"The labels {with_name[name]} have the name {name!r} each, and every class needs its own. Give "
+                "class_names without repetition, or labels of one type."
+            )
     labels = sorted(kept, key=lambda label: (isinstance(label, str), label))
     counts = [len(kept[label]) for label in labels]
     images = np.zeros((len(labels), max(counts), *shape), dtype=np.uint8)
@@ -63,7 +77,7 @@ def group_by_label(
         pictures = kept.pop(label)  # a class's pictures are freed once they are in the block
         by_label.pop(label)
         images[row, : len(pictures)] = pictures
-    return torch.from_numpy(images), [_name(label, class_names) for label in labels], counts
+    return torch.from_numpy(images), [names[label] for label in labels], counts
 
 
 def _as_bytes(picture: Any, index: int) -> NDArray[np.uint8]:

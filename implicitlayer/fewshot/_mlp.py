@@ -98,6 +98,7 @@ class MLP:
 
         Raises:
             ValueError: a tensor that is missing or has another shape.
+            TypeError: inputs and parameters have different dtypes.
         """
         if inputs.ndim not in (2, 3) or inputs.shape[-1] != self.in_features:
             raise ValueError(
@@ -106,7 +107,7 @@ class MLP:
             )
         batched = inputs.ndim == 3
         x = inputs if batched else inputs.unsqueeze(0)
-        p = stacked_parameters(params, self.shapes, x.shape[0], batched=batched, name="mlp")
+        p = stacked_parameters(params, self.shapes, x.shape[0], batched=batched, dtype=inputs.dtype, name="mlp")
         num_layers = len(self.hidden) + 1
         for layer in range(1, num_layers + 1):
             x = torch.baddbmm(p[f"linear{layer}.bias"].unsqueeze(1), x, p[f"linear{layer}.weight"].mT)

@@ -154,6 +154,7 @@ class Conv4:
 
         Raises:
             ValueError: a tensor that is missing or has another shape.
+            TypeError: images and parameters have different dtypes.
         """
         batched = images.ndim == 5
         if images.ndim not in (4, 5) or images.shape[-3:] != (self.in_channels, self.image_size, self.image_size):
@@ -165,7 +166,7 @@ class Conv4:
         if not batched:
             images = images.unsqueeze(0)
         num_tasks, num_images = images.shape[:2]
-        p = stacked_parameters(params, self.shapes, num_tasks, batched=batched, name="conv4")
+        p = stacked_parameters(params, self.shapes, num_tasks, batched=batched, dtype=images.dtype, name="conv4")
         tasks_at_once = num_tasks
         if images.device.type == "cpu":
             keep_freed_memory()

@@ -11,7 +11,13 @@ Shape = tuple[int, ...]
 
 
 def stacked_parameters(
-    params: Mapping[str, Tensor], shapes: Mapping[str, Shape], num_tasks: int, *, batched: bool, name: str
+    params: Mapping[str, Tensor],
+    shapes: Mapping[str, Shape],
+    num_tasks: int,
+    *,
+    batched: bool,
+    dtype: torch.dtype,
+    name: str,
 ) -> dict[str, Tensor]:
     """Every parameter as ``[B, *shape]``; one without the axis is shared by the tasks.
 
@@ -20,10 +26,12 @@ def stacked_parameters(
         shapes: shape of every parameter of one task.
         num_tasks: B.
         batched: whether the input has an axis of tasks, so that parameters may have it too.
+        dtype: of the input, which the parameters must share (but under autocast).
         name: of the network, for the messages.
 
     Raises:
         ValueError: a parameter is missing or has another shape.
+        TypeError: a parameter has another dtype.
     """
     found = {}
     for key, shape in shapes.items():
@@ -35,6 +43,11 @@ def stacked_parameters(
         elif not batched or value.shape != (num_tasks, *shape):
             expected = f"{shape} or {(num_tasks, *shape)}" if batched else f"{shape}, as the input holds one task"
             raise ValueError(f"params[{key!r}] of shape {tuple(value.shape)} must have shape {expected}.")
+        if value.dtype != dtype and not torch.is_autocast_enabled(value.device.type):
+            raise TypeError(
+                f"The input of {name} has dtype {dtype} and params[{key!r}] {value.dtype}; both must have one. Convert "
+                "the input with .to(...), or give dtype= to init()."
+            )
         found[key] = value
     return found
 

@@ -86,7 +86,10 @@ class Sinusoids(TaskStream[tuple[Points, Points]]):
 
 
 def _interval(name: str, ends: tuple[float, float]) -> tuple[float, float]:
-    low, high = (float(end) for end in ends)
+    try:
+        low, high = (float(end) for end in ends)
+    except (TypeError, ValueError):  # no sequence, not two, no numbers
+        low = high = math.nan
     if not (math.isfinite(low) and math.isfinite(high) and low <= high):
         raise ValueError(f"{name}={ends!r} must be two finite numbers, the smaller first.")
     return low, high

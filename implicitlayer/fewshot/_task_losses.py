@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -12,16 +13,20 @@ def task_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: `[..., K, N]`.
-        labels: `[..., K]`, integers in 0 .. N - 1.
+        labels: `[..., K]`, integers in 0 .. N - 1; no broadcasting.
 
     Returns:
         `[...]`: one loss a task, so a 0-d tensor for one task.
+
+    Raises:
+        ValueError: the labels have another shape, or are no integers.
 
     Example:
         >>> import torch
         >>> task_cross_entropy(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)).exp()
         tensor([5., 5.])
     """
+    _check_labels(logits, labels)
     log_probabilities = logits.log_softmax(-1)
     return -log_probabilities.gather(-1, labels.unsqueeze(-1)).squeeze(-1).mean(-1)
 
@@ -31,16 +36,20 @@ def task_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
 
     Args:
         logits: `[..., K, N]`.
-        labels: `[..., K]`, integers in 0 .. N - 1.
+        labels: `[..., K]`, integers in 0 .. N - 1; no broadcasting.
 
     Returns:
         `[...]`, in the logits' floating type.
+
+    Raises:
+        ValueError: the labels have another shape, or are no integers.
 
     Example:
         >>> import torch
         >>> task_accuracy(torch.eye(3), torch.tensor([0, 1, 0]))
         tensor(0.6667)
     """
+    _check_labels(logits, labels)
     return (logits.argmax(-1) == labels).to(logits.dtype).mean(-1)
 
 
@@ -68,3 +77,13 @@ def task_mean_squared_error(predictions: Tensor, targets: Tensor) -> Tensor:
             "one shape [..., K, D]. Give single outputs an axis of length 1 with .unsqueeze(-1)."
         )
     return (predictions - targets).square().mean((-2, -1))
+
+
+def _check_labels(logits: Tensor, labels: Tensor) -> None:
+    # gather would take a part of the logits where there are fewer labels, and == would broadcast
+    integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if logits.ndim < 2 or labels.shape != logits.shape[:-1] or not integers:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} and dtype {labels.dtype} must be integers of shape "
+            f"{tuple(logits.shape[:-1])}, one for each of the logits {tuple(logits.shape)} [..., K, N]."
+        )

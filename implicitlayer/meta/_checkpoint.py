@@ -22,17 +22,27 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
     """Write beside ``path``, flush to the disk, then take its place in one step.
 
     A process killed at any point leaves either the old file or the new one.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full; the message says which file is concerned.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{path} could not be written ({error.strerror or error}); a file that was there is as it was. Free some "
+            "space, or give a folder that can be written",
+        ) from error
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

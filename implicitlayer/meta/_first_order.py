@@ -132,6 +132,6 @@ class Reptile(_FirstOrder):
     def query_losses(self, theta: PyTree, phi: PyTree, query: PyTree) -> torch.Tensor:
         """Query losses [B] in value, ``theta − phi`` in gradient."""
         with torch.no_grad():
-            value = self.task_loss(phi, query)
+            value = super().query_losses(theta, phi, query)
         distance = proximal(self.task_loss, 1.0).coupling(1)(phi, theta)
         return value + (distance - distance.detach())

@@ -10,6 +10,7 @@ import torch
 from implicitlayer._types import InnerSolver, OnFailure, PyTree
 from implicitlayer.implicit import Proximal, argmin, proximal
 from implicitlayer.linear import ConjugateGradient
+from implicitlayer.meta._checks import PerTask
 from implicitlayer.meta._method import (
     MetaMethod,
     StrengthLike,
@@ -43,9 +44,10 @@ class iMAML(MetaMethod):
             strength can be learned; a callable without arguments (such as :class:`LearnedStrength`) is asked at every
             call and can keep it positive.
         linear_solver: for the meta-gradient; the paper uses 5 CG steps.
-        on_failure: what negative curvature and missed tolerances do: "ignore" (the trainer still shows them), "warn" or
-            "raise". A truncated inner solve is this method's normal state, so its stationarity is not judged unless
-            ``stationarity_rtol`` is given.
+        on_failure: what numerical trouble gets. "ignore": nothing (the trainer still shows it). "warn": a warning where
+            the gradient is an approximation (a missed tolerance), an error where it is none (negative curvature).
+            "raise": always an error. A truncated inner solve is this method's normal state, so its stationarity is not
+            judged unless ``stationarity_rtol`` is given.
         stationarity_rtol: see :func:`implicitlayer.argmin`.
         step_size_gradient: ``"last_step"`` learns the step size of a ``GradientDescent``: the query loss is
             differentiated through the last inner step alone, ``-v ∇G(φ_{K-1})``. The implicit gradient has no part in
@@ -126,10 +128,10 @@ class iMAML(MetaMethod):
 
     def _moment(self, solver: InnerSolver, init: PyTree, theta: PyTree, support: PyTree) -> Moment | None:
         # a strength that is a callable is asked inside the recording, so that it follows the tensors it is made of
-        objective = Proximal(self.task_loss, self.strength)
+        objective = Proximal(PerTask(self.task_loss), self.strength)
         own = tensors_of(self.strength)
         return self._recordings.moment(objective, solver, self.linear_solver, own, init, theta, support)
 
     def _objective(self) -> Proximal:
         # made at every call: a strength that is learned may have become negative, which is an error here
-        return proximal(self.task_loss, self.strength() if callable(self.strength) else self.strength)
+        return proximal(PerTask(self.task_loss), self.strength() if callable(self.strength) else self.strength)

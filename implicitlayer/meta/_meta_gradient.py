@@ -10,6 +10,7 @@ import torch
 
 from implicitlayer._records import collect
 from implicitlayer._types import PyTree
+from implicitlayer.meta._checks import check_one_per_task
 from implicitlayer.meta._chunks import in_chunks
 from implicitlayer.meta._method import MetaMethod, num_tasks
 from implicitlayer.meta._monitor import curvature_sums, inner_sums
@@ -112,7 +113,8 @@ def _add_chunk(
     totals.add("tasks", losses.new_tensor(num_tasks(support)))
     if metric is not None:
         with torch.no_grad():
-            totals.add("accuracy", metric(phi, query, support))
+            measured = check_one_per_task("metric", metric(phi, query, support), num_tasks(support))
+            totals.add("accuracy", measured)
     if look:
         for name, values in (curvature_sums(records) | inner_sums(method, theta, phi, support)).items():
             totals.add(name, values)

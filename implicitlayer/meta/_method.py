@@ -1,7 +1,8 @@
 """What all meta-learning methods share: adapt a shared start to every task of a batch, then pay at the query set.
 
 Shapes: B tasks. ``theta`` is a pytree of meta-parameters; ``phi``, the task parameters, is the same pytree with a
-leading B on every leaf. ``support`` and ``query`` are pytrees of data with a leading B.
+leading B on every leaf. ``support`` and ``query`` are pytrees of data with a leading B on every tensor; what is no
+tensor in them (a number, a string) is the same for all tasks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from implicitlayer._tree import flatten, tree_map
 from implicitlayer._types import PyTree
 from implicitlayer.implicit import MatrixStrength, OperatorStrength, proximal
+from implicitlayer.meta._checks import PerTask, check_batch_leaves, check_theta
 
 Strength = float | torch.Tensor | PyTree
 StrengthLike = Strength | Callable[[], Strength]
@@ -43,7 +45,7 @@ class MetaMethod(abc.ABC):
 
     def query_losses(self, theta: PyTree, phi: PyTree, query: PyTree) -> torch.Tensor:
         """The losses [B] that the outer problem minimises, at the adapted ``phi``."""
-        return self.task_loss(phi, query)
+        return PerTask(self.task_loss)(phi, query)
 
     def __call__(self, theta: PyTree, support: PyTree, query: PyTree) -> torch.Tensor:
         """Query losses [B] after adaptation."""
@@ -60,7 +62,9 @@ class MetaMethod(abc.ABC):
 
 def num_tasks(batch: PyTree) -> int:
     """The leading dimension B of a batch of tasks."""
-    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in flatten(batch)[0] if isinstance(leaf, torch.Tensor)}
+    leaves = flatten(batch)[0]
+    check_batch_leaves(leaves)
+    sizes = {leaf.shape[0] if leaf.ndim else None for leaf in leaves if isinstance(leaf, torch.Tensor)}
     if len(sizes) != 1 or None in sizes:
         raise ValueError(
             f"The tensors of a batch of tasks have the leading dimensions {sorted(map(str, sizes))}; all must share "
@@ -73,6 +77,7 @@ def num_tasks(batch: PyTree) -> int:
 
 def one_per_task(theta: PyTree, size: int) -> PyTree:
     """``theta`` repeated for every task: each leaf gets a leading dimension ``size``. No memory is copied."""
+    check_theta(theta)
     return tree_map(lambda leaf: leaf.expand(size, *leaf.shape), theta)
 
 
@@ -93,8 +98,8 @@ def tensors_of(*settings: Any) -> list[torch.Tensor]:
 
 
 def learned_tensors(*settings: Any) -> list[torch.Tensor]:
-    """Those of :func:`tensors_of` that require a gradient."""
-    return [tensor for tensor in tensors_of(*settings) if tensor.requires_grad]
+    """Those of :func:`tensors_of` that require a gradient, each once."""
+    return list({id(tensor): tensor for tensor in tensors_of(*settings) if tensor.requires_grad}.values())
 
 
 def regularised(task_loss: TaskLoss, strength: StrengthLike) -> Callable[..., torch.Tensor]:
@@ -104,8 +109,8 @@ def regularised(task_loss: TaskLoss, strength: StrengthLike) -> Callable[..., to
     """
     present = strength() if callable(strength) else strength
     if isinstance(present, int | float) and present == 0:
-        return lambda phi, theta, support: task_loss(phi, support)
-    return proximal(task_loss, present)
+        return lambda phi, theta, support: PerTask(task_loss)(phi, support)
+    return proximal(PerTask(task_loss), present)
 
 
 def check_strength(task_loss: TaskLoss, strength: StrengthLike) -> None:

@@ -45,7 +45,7 @@ class OuterStep:
         groups = [{k: v for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         self._rates = [group["lr"] for group in groups]
         self.settings = plain({"optimizer": type(self.optimizer).__name__, "groups": groups})
-        self.settings |= {"scheduler": type(self.scheduler).__name__, "max_gradient_norm": self.max_gradient_norm}
+        self.settings |= {"scheduler": _scheduler_settings(self.scheduler), "max_gradient_norm": self.max_gradient_norm}
 
     @property
     def needs_closure(self) -> bool:
@@ -112,3 +112,15 @@ class OuterStep:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None and state["scheduler"] is not None:
             self.scheduler.load_state_dict(state["scheduler"])
+
+
+def _scheduler_settings(scheduler: LRScheduler | None) -> Any:
+    """The class of a new scheduler and its plain numbers.
+
+    Loading a state would put back the numbers of the run that saved it, whatever this program asks for; so they are
+    compared before that. Those with an underscore are torch's own and differ between its versions.
+    """
+    if scheduler is None:
+        return "NoneType"  # what checkpoints have said so far
+    numbers = {name: value for name, value in scheduler.state_dict().items() if name[0] != "_"}
+    return {"class": type(scheduler).__name__} | plain(numbers)

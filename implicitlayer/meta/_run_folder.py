@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from implicitlayer.meta._checkpoint import load_checkpoint, save_checkpoint, save_json_lines
+from implicitlayer.meta._checkpoint import load_checkpoint, replace_file, save_checkpoint, save_json_lines
 
 
 class RunFolder:
@@ -16,6 +16,12 @@ class RunFolder:
         self.last = folder / "checkpoint.pt"
         self.best = folder / "best.pt"
         self._read_back = False
+
+    def check_writable(self) -> None:
+        """Raise OSError now, and not at the first checkpoint, if nothing can be written here."""
+        probe = self.folder / ".writable"
+        replace_file(probe, lambda file: None)
+        probe.unlink()
 
     def save(self, state: dict[str, Any]) -> None:
         """Write the last state and its history."""

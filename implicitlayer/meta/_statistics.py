@@ -10,9 +10,11 @@ from typing import Any
 import torch
 
 from implicitlayer._types import PyTree
+from implicitlayer.meta._checks import check_integer, check_one_per_task
 from implicitlayer.meta._chunks import in_chunks, take_tasks
 from implicitlayer.meta._distributed import WorkerGroup
 from implicitlayer.meta._method import MetaMethod, num_tasks
+from implicitlayer.meta._tasks import as_support_query
 
 # The 97.5 % quantile of the normal distribution; at hundreds of tasks Student's t differs in the third digit.
 _NORMAL_QUANTILE = 1.959964
@@ -78,7 +80,7 @@ class Evaluation:
 def evaluate(
     method: MetaMethod,
     theta: PyTree,
-    episodes: Iterable[tuple[PyTree, PyTree]],
+    episodes: Iterable[Any],
     metric: AnyMetric,
     *,
     transductive: bool | None = None,
@@ -90,7 +92,7 @@ def evaluate(
     Args:
         method: any method; only its ``adapt`` is used.
         theta: meta-parameters.
-        episodes: batches ``(support, query)``, each with a leading number of tasks.
+        episodes: batches ``(support, query)``, each with a leading number of tasks, or batches of a few-shot sampler.
         metric: ``metric(phi, query) -> [B]``, such as the accuracy of each task. With ``transductive=False`` it is
             called as ``metric(phi, query, support)``: a query example may be judged beside the support, never beside
             the other query examples. For networks whose batch norm uses the statistics of the images it is given,
@@ -104,7 +106,8 @@ def evaluate(
         The metric of every task, in the order of the episodes, on every process.
 
     Raises:
-        ValueError: there are no episodes.
+        ValueError: there are no episodes, ``tasks_per_chunk`` is less than 1, or the metric is not one number per task.
+        TypeError: the metric is no tensor.
 
     Example:
         Nothing to adapt (no steps); the metric is the distance of θ from each task's query.
@@ -117,17 +120,20 @@ def evaluate(
         >>> il.meta.evaluate(method, {"w": torch.zeros(())}, [(tasks, tasks)], distance).values
         tensor([1., 2., 3.])
     """
+    if tasks_per_chunk is not None:
+        check_integer("tasks_per_chunk", tasks_per_chunk, 1)
     group = WorkerGroup() if group is None else group
     values: list[torch.Tensor] = []
     with torch.no_grad():
-        for support, query in episodes:
+        for support, query in map(as_support_query, episodes):
             mine = group.share(num_tasks(support))
             part = (take_tasks(support, mine), take_tasks(query, mine))
             # the tasks of the other processes are zeros here, so that the sum over processes puts all in order
             all_tasks = torch.zeros(num_tasks(support))
             measured = [
-                metric(method.adapt(theta, some), other, *([some] if transductive is False else [])).float().cpu()
+                check_one_per_task("metric", values, num_tasks(some)).float().cpu()
                 for some, other in in_chunks(part, tasks_per_chunk)
+                for values in [metric(method.adapt(theta, some), other, *([some] if transductive is False else []))]
             ]
             all_tasks[mine] = torch.cat(measured) if measured else all_tasks[mine]
             values.append(all_tasks)

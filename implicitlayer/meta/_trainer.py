@@ -51,8 +51,8 @@ class Trainer(TrainerState):
             that of the whole. None takes all of them.
         memory_budget: in place of ``tasks_per_chunk``: bytes that a meta-gradient may take beyond what is held anyway
             (theta, optimizer, data). The largest chunk that fits is found by measurements in the first step.
-        max_steps: budget in meta-steps.
-        max_minutes: budget in minutes of training; sampling counts, evaluation and checkpoints do not.
+        max_steps: budget in meta-steps, at least 0.
+        max_minutes: budget in minutes of training, at least 0; sampling counts, evaluation and checkpoints do not.
         metric: ``metric(phi, query) -> [B]``, shown and recorded; see ``transductive``.
         transductive: the protocol of ``metric``, see :func:`evaluate`: with False it gets ``(phi, query, support)``.
         learning_rate: factor on the optimizer's rates as a function of the share of the budget used, 0...1.
@@ -60,16 +60,16 @@ class Trainer(TrainerState):
             ``ReduceLROnPlateau``, stepped with the validation metric.
         max_gradient_norm: clip the meta-gradient at this Euclidean norm, > 0.
         split: turns a sample into (support, query).
-        validation: fixed episodes, evaluated ``num_validations`` times along the way.
-        num_validations: how often.
+        validation: a list of fixed episodes, evaluated ``num_validations`` times along the way.
+        num_validations: how often, at least 0.
         better: whether a "higher" or a "lower" validation metric is the better one.
         config: plain data that the run was made from; a checkpoint of another config is refused by :meth:`resume`.
         run_dir: folder for ``checkpoint.pt``, ``best.pt`` (the state with the best validation metric) and
             ``metrics.jsonl``; None keeps nothing.
         tensorboard: also write TensorBoard event files into ``run_dir``.
         checkpoint_seconds: at most this long between checkpoints ...
-        checkpoint_steps: ... or this many steps, whichever comes first.
-        report_steps: every so many steps the inner problem is looked at (two forward passes).
+        checkpoint_steps: ... or this many steps, at least 1, whichever comes first.
+        report_steps: every so many steps, at least 1, the inner problem is looked at (two forward passes).
         resume_command: what a message says to go on with; None takes the command this program was started with.
         name: shown in front of the progress bar.
         show_progress: False keeps silent.
@@ -99,9 +99,14 @@ class Trainer(TrainerState):
             NonFiniteError: the loss or the meta-gradient is not finite.
             WorkerLostError: another process died; the message says what was saved and how to go on.
             FileExistsError: ``run_dir`` holds a run that was not resumed.
-            ValueError: the processes did not start out with the same theta, optimizer or tasks; or one task does not
-                fit into ``memory_budget``.
+            OSError: ``run_dir`` cannot be written; the message says what is kept.
+            ValueError: ``until`` is out of range; the processes did not start out with the same theta, optimizer or
+                tasks; or one task does not fit into ``memory_budget``.
         """
+        if not 0.0 <= until <= 1.0:
+            raise ValueError(
+                f"until={until} must lie in 0...1, a share of the budget. For longer runs raise the budget."
+            )
         with StopRequest() as self._stop:
             try:
                 self._begin()
@@ -153,6 +158,9 @@ class Trainer(TrainerState):
             raise FileExistsError(
                 f"{path} holds a run already. Call resume() before fit() to go on with it, or give another run_dir."
             )
+        if writes:
+            assert self._folder is not None
+            self._folder.check_writable()
         self._owns_folder = True
         state = self.state_dict() if self._group.size > 1 else {}
         self._group.require_same({name: state[name] for name in ("theta", "method", "optimizer", "sampler") if state})

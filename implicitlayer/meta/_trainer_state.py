@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from implicitlayer._tree import flatten
 from implicitlayer._types import PyTree
 from implicitlayer.meta._checkpoint import CheckpointError, load_checkpoint
+from implicitlayer.meta._checks import check_integer, check_number
 from implicitlayer.meta._distributed import WorkerGroup
 from implicitlayer.meta._method import MetaMethod
 from implicitlayer.meta._outer import Better, OuterStep
@@ -23,6 +24,15 @@ from implicitlayer.meta._statistics import AnyMetric
 from implicitlayer.meta._tasks import Episode, TaskSampler, as_support_query
 from implicitlayer.meta._tensorboard import require_tensorboard
 
+_LEAST = {
+    "tasks_per_step": 1,
+    "tasks_per_chunk": 1,
+    "memory_budget": 1,
+    "max_steps": 0,
+    "num_validations": 0,
+    "checkpoint_steps": 1,
+    "report_steps": 1,
+}
 _FORMAT = 2  # of the checkpoints; raised when a trainer could not go on from an older one
 
 
@@ -70,6 +80,11 @@ class TrainerState:
             raise TypeError(f"the sampler needs the methods {missing}: a checkpoint keeps its position.")
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         learned = [p for p in self._leaves if p.requires_grad]
+        if not learned:
+            raise ValueError(
+                "no tensor of theta requires a gradient, so nothing would be learned. Call requires_grad_() on its "
+                "leaves."
+            )
         left_out = sum(id(p) not in held for p in learned)
         if left_out:
             raise ValueError(
@@ -96,10 +111,17 @@ class TrainerState:
     def _check_numbers(self) -> None:
         if self.max_steps is None and self.max_minutes is None:
             raise ValueError("Give a budget: max_steps, max_minutes, or both (the first one reached ends the run).")
-        for name in ("tasks_per_step", "tasks_per_chunk", "memory_budget"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be positive.")
+        for name, least in _LEAST.items():
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), least)
+        for name in ("max_minutes", "checkpoint_seconds"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), 0.0)
+        if not hasattr(self.validation, "__len__"):
+            raise TypeError(
+                f"validation is a {type(self.validation).__name__} and must be a list: it is read many times. Write "
+                "validation=list(...)."
+            )
         if self.tasks_per_chunk is not None and self.memory_budget is not None:
             raise ValueError("tasks_per_chunk and memory_budget both set the size of chunks. Give one of the two.")
         if self.better not in ("higher", "lower"):
@@ -108,10 +130,8 @@ class TrainerState:
     @property
     def done(self) -> float:
         """Share of the budget that is used, 0...1."""
-        shares = [self.step / self.max_steps] if self.max_steps else []
-        if self.max_minutes:
-            shares.append(self.seconds / (60 * self.max_minutes))
-        return min(1.0, max(shares, default=1.0))
+        used = [(self.step, self.max_steps), (self.seconds / 60, self.max_minutes)]
+        return min(1.0, max(spent / budget if budget else 1.0 for spent, budget in used if budget is not None))
 
     @property
     def checkpoint_path(self) -> Path | None:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from implicitlayer._surroundings import out_of_inference
 from implicitlayer._tree import flatten, unflatten
 from implicitlayer._types import Leaves, PyTree
+from implicitlayer.meta._checks import check_integer
 from implicitlayer.meta._method import (
     MetaMethod,
     StrengthLike,
@@ -73,8 +75,7 @@ class MAML(MetaMethod):
     momentum: Momentum = 0.0
 
     def __post_init__(self) -> None:
-        if self.num_steps < 0:
-            raise ValueError(f"num_steps={self.num_steps} must be non-negative. 0 leaves theta as it is.")
+        check_integer("num_steps", self.num_steps, 0)
         check_strength(self.task_loss, self.strength)
         check_step_size(self.step_size)
         _check_momentum(self.momentum)
@@ -85,6 +86,8 @@ class MAML(MetaMethod):
 
     def adapt(self, theta: PyTree, support: PyTree) -> PyTree:
         """Adapted parameters with the graph of every inner step."""
+        if torch.is_inference_mode_enabled():
+            return _outside_inference(self.adapt, theta, support)
         path = _Path(self, theta, support)
         path.advance(self.num_steps)
         return path.phi
@@ -135,13 +138,27 @@ class _Path:
         return [new + momentum * (new - old) for new, old in zip(x, self._x, strict=True)]
 
 
+def _outside_inference(adapt: Callable[[PyTree, PyTree], PyTree], *given: PyTree) -> PyTree:
+    """``adapt(theta, support)`` under ``no_grad``: inference mode takes no gradients of inner steps."""
+    with torch.inference_mode(False), torch.no_grad():
+        leaves, spec = flatten(given)
+        outside = [out_of_inference([leaf])[0] if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        return adapt(*unflatten(outside, spec))
+
+
+def _has_entry(strength: Any) -> bool:
+    """Whether a leaf of a strength is, or holds, anything but 0."""
+    return bool((strength != 0).any()) if isinstance(strength, torch.Tensor) else bool(strength != 0)
+
+
 def _check_momentum(momentum: Momentum) -> None:
     if isinstance(momentum, str):
         good = momentum == "nesterov"
     elif isinstance(momentum, torch.Tensor):
         good = momentum.ndim == 0 and bool(momentum >= 0) and bool(momentum < 1)
     else:
-        good = callable(momentum) or 0 <= momentum < 1
+        number = isinstance(momentum, int | float) and not isinstance(momentum, bool)
+        good = callable(momentum) or (number and 0 <= momentum < 1)
     if not good:
         raise ValueError(f'momentum={momentum!r} must be one number in 0 <= momentum < 1, or "nesterov".')
 
@@ -163,18 +180,20 @@ class TruncatedMAML(MAML):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.strength, int | float) and self.strength == 0:
+        if not callable(self.strength) and not any(_has_entry(leaf) for leaf in flatten(self.strength)[0]):
             raise ValueError(
                 f"strength={self.strength} must be positive: without a proximal term the truncated steps do not "
                 "contain theta."
             )
-        if not 0 < self.num_backward_steps <= self.num_steps:
+        if not isinstance(self.num_backward_steps, int) or not 0 < self.num_backward_steps <= self.num_steps:
             raise ValueError(
-                f"num_backward_steps={self.num_backward_steps} must lie in 1...num_steps={self.num_steps}."
+                f"num_backward_steps={self.num_backward_steps} must be an integer in 1...num_steps={self.num_steps}."
             )
 
     def adapt(self, theta: PyTree, support: PyTree) -> PyTree:
         """Adapted parameters with the graph of the last steps."""
+        if torch.is_inference_mode_enabled():
+            return _outside_inference(self.adapt, theta, support)
         with torch.no_grad():
             path = _Path(self, theta, support)
             path.advance(self.num_steps - self.num_backward_steps)

@@ -1,6 +1,8 @@
 """The few-shot network against plain PyTorch layers, under every transform, one task and many."""
 
 import math
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -215,6 +217,10 @@ def test_wrong_images_are_refused() -> None:
         TINY(params, torch.zeros(4, 2, 28, 28))
     with pytest.raises(ValueError, match="images of shape"):
         TINY(params, torch.zeros(2, 9, 9))
+    with pytest.raises(
+        TypeError, match=r"input of conv4 has dtype torch\.uint8 and params\['conv1\.weight'\] .*float32"
+    ):
+        TINY(params, torch.zeros(4, 2, 9, 9, dtype=torch.uint8))
 
 
 def test_wrong_parameters_are_refused() -> None:
@@ -234,3 +240,22 @@ def test_task_losses_and_accuracies_match_torch() -> None:
     assert task_cross_entropy(logits[0], labels[0]).ndim == 0
     accuracy = task_accuracy(logits, labels)
     assert accuracy.tolist() == [(a.argmax(1) == b).double().mean().item() for a, b in zip(logits, labels, strict=True)]
+
+
+@pytest.mark.parametrize("function", [task_cross_entropy, task_accuracy])
+@pytest.mark.parametrize(
+    "labels",
+    [
+        torch.zeros(3, 6, dtype=torch.long),  # fewer labels than images: a gather takes the first ones
+        torch.zeros(1, 7, dtype=torch.long),  # one task's labels for three: a gather takes the first task
+        torch.zeros(3, 1, dtype=torch.long),  # a comparison would broadcast it
+        torch.zeros(7, dtype=torch.long),
+        torch.zeros(3, 7),
+        torch.zeros(3, 7, 5, dtype=torch.long),  # one-hot
+    ],
+)
+def test_labels_that_do_not_fit_the_logits_are_refused(function: Any, labels: Tensor) -> None:
+    shape = str(tuple(labels.shape))
+    expected = rf"labels of shape {re.escape(shape)} and dtype {labels.dtype} must be integers of shape \(3, 7\)"
+    with pytest.raises(ValueError, match=expected):
+        function(torch.zeros(3, 7, 5), labels)

@@ -82,6 +82,8 @@ def test_state_of_other_tasks_is_refused() -> None:
         ({"seed": -1}, "seed=-1 must be an integer of at least 0"),
         ({"amplitude": (2, 1)}, r"amplitude=\(2, 1\) must be two finite numbers, the smaller first"),
         ({"phase": (0, math.nan)}, r"phase=\(0, nan\) must be two finite numbers"),
+        ({"interval": 5}, "interval=5 must be two finite numbers"),
+        ({"phase": (1.0,)}, r"phase=\(1\.0,\) must be two finite numbers"),
         ({"interval": (-math.inf, 0)}, r"interval=\(-inf, 0\) must be two finite numbers"),
     ],
 )
@@ -145,6 +147,8 @@ def test_wrong_sizes_and_shapes_are_refused() -> None:
         NETWORK(params, x[..., :1])
     with pytest.raises(ValueError, match=r"params has no 'linear1\.weight'; mlp needs linear1\.weight"):
         NETWORK({}, x)
+    with pytest.raises(TypeError, match=r"input of mlp has dtype torch\.float32 and params\['linear1\.weight'\] .*64"):
+        NETWORK(params, x.float())
     with pytest.raises(ValueError, match=r"\(3, 4, 5\) must have shape \(4, 5\), as the input holds one task"):
         NETWORK(task(params, 0) | {"linear2.weight": params["linear2.weight"]}, x[0])
     with pytest.raises(ValueError, match=r"predictions of shape \(3, 6, 3\) and targets of shape \(3, 6\).*unsqueeze"):

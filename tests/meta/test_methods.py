@@ -194,11 +194,11 @@ def test_misuse_is_told_with_its_remedy() -> None:
     solver = il.solvers.GradientDescent(step_size=0.1, max_steps=2)
     with pytest.raises(ValueError, match=re.escape("strength=-1.0 must be non-negative")):
         il.meta.FirstOrderMAML(task_loss, solver, strength=-1.0)
-    with pytest.raises(ValueError, match="num_steps=-1 must be non-negative"):
+    with pytest.raises(ValueError, match="num_steps=-1 must be an integer of at least 0"):
         il.meta.MAML(task_loss, step_size=0.1, num_steps=-1)
     with pytest.raises(ValueError, match=re.escape("strength=0.0 must be positive")):
         il.meta.TruncatedMAML(task_loss, step_size=0.1, num_steps=2)
-    with pytest.raises(ValueError, match=re.escape("num_backward_steps=3 must lie in 1...num_steps=2")):
+    with pytest.raises(ValueError, match=re.escape("num_backward_steps=3 must be an integer in 1...num_steps=2")):
         il.meta.TruncatedMAML(task_loss, step_size=0.1, num_steps=2, strength=1.0, num_backward_steps=3)
     with pytest.raises(ValueError, match="all must share one, the number of tasks"):
         imaml().adapt(theta, (support[0], support[1][:2]))

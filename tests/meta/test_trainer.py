@@ -206,7 +206,7 @@ def test_evaluation_reports_a_95_percent_interval() -> None:
 def test_misuse_is_told_with_its_remedy(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Give a budget"):
         make_trainer(None, max_steps=None)
-    with pytest.raises(ValueError, match="tasks_per_step=0 must be positive"):
+    with pytest.raises(ValueError, match="tasks_per_step=0 must be an integer of at least 1"):
         make_trainer(None, tasks_per_step=0)
     trainer = make_trainer(tmp_path)
     state = trainer.state_dict() | {"theta": [torch.zeros(2)]}

@@ -1,5 +1,6 @@
 """What a run leaves in its folder, and what is refused when it is read again."""
 
+import errno
 import json
 import random
 from pathlib import Path
@@ -182,6 +183,34 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(tmp_path: Path, damage: 
     with pytest.raises(il.meta.CheckpointError) as caught:
         make_trainer(tmp_path, max_steps=2).resume()
     assert str(caught.value).startswith(expected)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    trainer = make_trainer(tmp_path / "file" / "run", max_steps=2)
+    with pytest.raises(OSError, match=r"file/run/\.writable could not be written .*give a folder that can be written"):
+        trainer.fit()
+    assert trainer.step == 0
+
+
+def test_a_full_disk_is_told_with_the_file_and_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_trainer(tmp_path, max_steps=2).fit()
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    resumed = make_trainer(tmp_path, max_steps=4)
+    resumed.resume()
+    monkeypatch.setattr(torch, "save", full)
+    expected = r"checkpoint\.pt could not be written \(No space left on device\); a file that was there is as it was"
+    with pytest.raises(OSError, match=expected) as caught:
+        resumed.fit()
+    assert caught.value.errno == errno.ENOSPC
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+    assert {entry.name for entry in tmp_path.iterdir()} == {"checkpoint.pt", "best.pt", "metrics.jsonl"}
 
 
 def test_a_missing_checkpoint_is_no_damaged_one(tmp_path: Path) -> None:

@@ -174,6 +174,22 @@ def test_a_scheduler_is_stepped_and_resumes_bit_for_bit(name: str, tmp_path: Any
     assert torch.equal(tensors(resumed), tensors(straight))
 
 
+def test_a_checkpoint_of_another_schedule_is_refused(tmp_path: Any) -> None:
+    def trainer(make: Any) -> il.meta.Trainer:
+        return make_trainer(tmp_path, scheduler=make, max_steps=4)
+
+    trainer(lambda outer: StepLR(outer, 3, gamma=0.5)).fit()
+    for other, difference in (
+        (lambda outer: StepLR(outer, 3, gamma=0.9), r"outer\.scheduler\.gamma: 0\.5 there, 0\.9 here"),
+        (lambda outer: StepLR(outer, 2, gamma=0.5), r"outer\.scheduler\.step_size: 3 there, 2 here"),
+        (lambda outer: LambdaLR(outer, lambda step: 1.0), r"outer\.scheduler\.class: 'StepLR' there, 'LambdaLR' here"),
+        (None, r"outer\.scheduler: 'absent' there, 'NoneType' here"),
+    ):
+        with pytest.raises(il.meta.CheckpointError, match=difference):
+            trainer(other).resume()
+    assert trainer(lambda outer: StepLR(outer, 3, gamma=0.5)).resume()
+
+
 def test_a_scheduler_is_stepped_once_for_every_meta_step() -> None:
     trainer = make_trainer(None, scheduler=lambda outer: LambdaLR(outer, lambda step: 0.5**step), max_steps=5)
     trainer.fit()
@@ -196,9 +212,9 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         make_trainer(None, scheduler=SCHEDULERS["plateau"], validation=())
     with pytest.raises(ValueError, match="tasks_per_chunk and memory_budget both set"):
         make_trainer(None, tasks_per_chunk=2, memory_budget=10**9)
-    with pytest.raises(ValueError, match="tasks_per_chunk=0 must be positive"):
+    with pytest.raises(ValueError, match="tasks_per_chunk=0 must be an integer of at least 1"):
         make_trainer(None, tasks_per_chunk=0)
-    with pytest.raises(ValueError, match="memory_budget=-1 must be positive"):
+    with pytest.raises(ValueError, match="memory_budget=-1 must be an integer of at least 1"):
         make_trainer(None, memory_budget=-1)
     with pytest.raises(ValueError, match=r"max_gradient_norm=0\.0 must be positive"):
         make_trainer(None, max_gradient_norm=0.0)
