@@ -27,15 +27,13 @@ from dataclasses import dataclass
 
 import torch
 
-from implicitlayer._interior_point_step import Data, Newton, Point, times
+from implicitlayer._interior_point_single import iterate_single
+from implicitlayer._interior_point_step import FARTHEST, PATIENCE, TO_BOUNDARY, Data, Newton, Point, times
 
 __all__ = ["Data", "ProgramStatus", "QuadraticSolution", "interior_point"]
 
-_FARTHEST = 1e8  # solutions this many times larger than the data suggest do not exist
-_FAR = 1e4  # the same for a lane that has found no solution either
-_TO_BOUNDARY = 0.995  # part of the way to the boundary that a step may go
+_FAR = 1e4  # FARTHEST for a lane that has found no solution either
 _NEARLY = 1e-6  # a lane that ends below this error has a solution: rounding stopped it, or the step limit
-_PATIENCE = 8  # steps without an improvement after which a lane has reached what rounding allows
 
 
 class ProgramStatus(enum.IntEnum):
@@ -101,7 +99,8 @@ def interior_point(data: Data, rtol: float = 1e-9, max_steps: int = 60) -> Quadr
     lanes = data[1].shape[:-1]
     flat: Data = tuple(t.reshape(lanes.numel(), *t.shape[len(lanes) :]) for t in data)  # type: ignore[assignment]
     finite = torch.stack([t.isfinite().flatten(1).all(-1) for t in flat]).all(0)
-    flat = tuple(torch.where(_like(finite, t), t, 0.0) for t in flat)  # type: ignore[assignment]
+    if not bool(finite.all()):
+        flat = tuple(torch.where(_like(finite, t), t, 0.0) for t in flat)  # type: ignore[assignment]
     by_borders, by_objective = _sizes(flat)
     found = _solve(flat, by_borders, rtol, max_steps)
     failed = (found.codes == int(ProgramStatus.UNBOUNDED)) | (
@@ -180,6 +179,22 @@ def _normalise(data: Data, size: torch.Tensor) -> tuple[_Unit, Data]:
 
 
 def _iterate(data: Data, rtol: float, max_steps: int) -> QuadraticSolution:
+    if data[1].shape[0] == 1 and data[1].device.type == "cpu":
+        return _iterate_single(data, rtol, max_steps)
+    return _iterate_lanes(data, rtol, max_steps)
+
+
+def _iterate_single(data: Data, rtol: float, max_steps: int) -> QuadraticSolution:
+    found = iterate_single(data, rtol, max_steps, bounded=lambda: bool(_definite(data[0]).all()))
+    code = ProgramStatus.UNBOUNDED if found.unbounded else ProgramStatus.MAX_STEPS_REACHED
+    code = ProgramStatus.INFEASIBLE if found.infeasible else code
+    code = ProgramStatus.SOLVED if found.solved else code
+    x, y, z = (torch.from_numpy(part)[None] for part in (found.x, found.y, found.z))
+    numbers = torch.tensor([int(code)]), torch.tensor([found.steps]), x.new_tensor([found.error])
+    return QuadraticSolution(x, y, z, *numbers)
+
+
+def _iterate_lanes(data: Data, rtol: float, max_steps: int) -> QuadraticSolution:
     Q, p, _, b, _, h = data
     lanes, m = p.shape[0], h.shape[-1]
     bounded = _definite(Q)
@@ -203,7 +218,7 @@ def _iterate(data: Data, rtol: float, max_steps: int) -> QuadraticSolution:
         codes = torch.where(running & unbounded, int(ProgramStatus.UNBOUNDED), codes)
         codes = torch.where(running & infeasible, int(ProgramStatus.INFEASIBLE), codes)
         codes = torch.where(running & (error <= rtol), int(ProgramStatus.SOLVED), codes)
-        running = running & (error > rtol) & ~infeasible & ~unbounded & (since < _PATIENCE)
+        running = running & (error > rtol) & ~infeasible & ~unbounded & (since < PATIENCE)
         if step == max_steps or not bool(running.any()):
             break
         newton = Newton(data, point.z / point.s)
@@ -215,7 +230,7 @@ def _iterate(data: Data, rtol: float, max_steps: int) -> QuadraticSolution:
         sigma = ((moved.s * moved.z).sum(-1) / max(m, 1) / torch.where(mean > 0, mean, 1.0)) ** 3
         target = product + (length**2)[:, None] * first.s * first.z - (sigma.clamp(0, 1) * mean)[:, None]
         second = newton.solve(r_x, r_y, r_s, target, point.z, point.s)
-        point = point.moved(second, _length(point, second, _TO_BOUNDARY)).where(running, point)
+        point = point.moved(second, _length(point, second, TO_BOUNDARY)).where(running, point)
         steps = torch.where(running, steps + 1, steps)
     return QuadraticSolution(best.x, best.y, best.z, codes, steps, best_error)
 
@@ -282,7 +297,7 @@ def _residuals(data: Data, at: Point, known: _Products) -> tuple[torch.Tensor, .
 
 
 def _certificates(
-    data: Data, at: Point, known: _Products, farthest: float = _FARTHEST
+    data: Data, at: Point, known: _Products, farthest: float = FARTHEST
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lanes that are infeasible, lanes that are unbounded; see NOTE [certificates]."""
     _, p, _, b, _, h = data

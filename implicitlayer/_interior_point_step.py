@@ -11,10 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Data", "Newton", "Point", "times"]
+__all__ = ["FARTHEST", "INDEPENDENT", "PATIENCE", "SHIFT", "TO_BOUNDARY", "Data", "Newton", "Point", "times"]
 
-_SHIFT = 1e-13  # on the diagonals, relative to entries of size 1: keeps the factors of singular systems finite
-_INDEPENDENT = 1e-5  # smallest pivot of A M^-1 A', relative to the largest, that is not taken for a redundant equation
+SHIFT = 1e-13  # on the diagonals, relative to entries of size 1: keeps the factors of singular systems finite
+INDEPENDENT = 1e-5  # smallest pivot of A M^-1 A', relative to the largest, that is not taken for a redundant equation
+TO_BOUNDARY = 0.995  # part of the way to the boundary that a step may go
+PATIENCE = 8  # steps without an improvement after which a lane has reached what rounding allows
+FARTHEST = 1e8  # solutions this many times larger than the data suggest do not exist
 
 Data = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -45,11 +48,11 @@ class Newton:
     def __init__(self, data: Data, weights: torch.Tensor) -> None:
         Q, p, A, _, G, _ = data
         self.A, self.G, self.n = A, G, p.shape[-1]
-        matrix = Q + G.mT @ (weights[..., None] * G) + torch.diag_embed(torch.full_like(p, _SHIFT))
+        matrix = Q + G.mT @ (weights[..., None] * G) + torch.diag_embed(torch.full_like(p, SHIFT))
         self.bad = (~self._by_cholesky(matrix)).nonzero()[:, 0]  # a lane does not depend on what the others need
         if len(self.bad):
             matrix, rows = matrix[self.bad], A[self.bad]
-            below = torch.diag_embed(rows.new_full(rows.shape[:-1], -_SHIFT))
+            below = torch.diag_embed(rows.new_full(rows.shape[:-1], -SHIFT))
             full = torch.cat([torch.cat([matrix, rows.mT], -1), torch.cat([rows, below], -1)], -2)
             self.whole, self.pivots, _ = torch.linalg.lu_factor_ex(full)
 
@@ -61,10 +64,11 @@ class Newton:
             self.half = torch.linalg.solve_triangular(self.factor, self.A.mT, upper=False)
             self.schur, info = torch.linalg.cholesky_ex(self.half.mT @ self.half)
             pivots = self.schur.diagonal(dim1=-2, dim2=-1)
-            good = good & (info == 0) & (pivots.amin(-1) > _INDEPENDENT * pivots.amax(-1))
+            good = good & (info == 0) & (pivots.amin(-1) > INDEPENDENT * pivots.amax(-1))
         return good
 
-    def _solve(self, f: torch.Tensor, r_y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def solve_reduced(self, f: torch.Tensor, r_y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """dx and dy with M dx + A'dy = f, A dx = -r_y."""
         dx, dy = self._with_cholesky(f, r_y)
         if len(self.bad):
             rhs = torch.cat([f, -r_y], -1)[self.bad, :, None]
@@ -91,6 +95,6 @@ class Newton:
         s: torch.Tensor,
     ) -> Point:
         shifted = (z * r_s - r_c) / s
-        dx, dy = self._solve(-r_x - times(self.G.mT, shifted), r_y)
+        dx, dy = self.solve_reduced(-r_x - times(self.G.mT, shifted), r_y)
         Gdx = times(self.G, dx)
         return Point(dx, dy, z / s * Gdx + shifted, -r_s - Gdx)

@@ -17,7 +17,7 @@ from implicitlayer._records import ForwardRecord, emit, listening_in_depth
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
 from implicitlayer._surroundings import out_of_inference, plain_surroundings
-from implicitlayer._tree import TreeSpec, flatten_with_names, name_lanes, ravel, unflatten, unravel
+from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, name_lanes, ravel, unflatten, unravel
 from implicitlayer._types import FlatFunction, Leaves, OnFailure
 from implicitlayer._warn import warn
 from implicitlayer.implicit._composite import Composite
@@ -99,7 +99,7 @@ def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
     aux = [result.aux for result, _ in results]
     spec.aux[:] = aux if lanes else aux[:1]
 
-    if spec.differentiable:
+    if spec.watched:
         refuse_hidden_tensors(residual.outputs, x, [t.detach() for t in theta])
 
     measured: Stationarity | None = None
@@ -221,7 +221,8 @@ def _run(calling: Calling, objective: Callable[..., Any], init: Leaves, theta: L
 
 def _check_answer(answer: Any, calling: Calling, like: Leaves) -> Leaves:
     """The solver's answer as new tensors like ``like``, or an error that names the leaf and both shapes."""
-    leaves, names = flatten_with_names(answer, "x")
+    leaves, spec = flatten(answer)
+    names = calling.x_names if spec == calling.x_spec else flatten_with_names(answer, "x")[1]
     by_name = dict(zip(names, leaves, strict=True))
     if sorted(names) != sorted(calling.x_names):
         hint = ""

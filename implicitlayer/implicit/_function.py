@@ -30,7 +30,7 @@ class LayerSpec:
     num_x: int
     linear_solver: Callable[..., Any]
     on_failure: OnFailure = "warn"
-    differentiable: bool = True
+    watched: bool = True  # whether the function may read tensors from outside that need a derivative
     wanted: bool = True  # whether something that was given needs a derivative
     stationarity_rtol: float | None = 1e-3
     polish: int = 0
@@ -89,8 +89,11 @@ class ImplicitArgmin(torch.autograd.Function):
             return (None,) * (1 + k + len(theta))
         needed = ctx.needs_input_grad[1 + k :]
 
+        # plain autograd hides the arguments of custom Functions from the mode that swaps closed-over tensors in
+        how = {**spec.how, "kind": "backward", "one_graph": len(theta) == spec.calling.num_theta}
+
         def rule(v: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-            return implicit_vjp(spec.residual, x, theta, fill(v, x), needed, kind="backward", **spec.how)
+            return implicit_vjp(spec.residual, x, theta, fill(v, x), needed, **how)
 
         theta_bar = over_batched_vectors(rule, alive(cotangents))
         return (None, *(None,) * k, *theta_bar)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -25,7 +26,7 @@ from implicitlayer._warn import warn
 
 __all__ = ["ActiveConstraints", "Tolerances"]
 
-_NOISE = 1e3  # below this many eps of everything a distance is rounding
+NOISE = 1e3  # below this many eps of everything a distance is rounding
 _ABSOLUTE = 1e-12  # below this part of the reach a distance is zero, or 16 eps of it where that is more
 
 
@@ -145,18 +146,18 @@ class Conditions:
     eps: float
     pull: torch.Tensor
 
-    @property
+    @cached_property
     def size(self) -> torch.Tensor:
         """max(||x||, ||x - init||), above rounding."""
         size = torch.maximum(_norm(self.x), _norm(self.away))
-        return size.clamp(min=_NOISE * self.eps * max(self.x.shape[-1], 1) ** 0.5)
+        return size.clamp(min=NOISE * self.eps * max(self.x.shape[-1], 1) ** 0.5)
 
-    @property
+    @cached_property
     def scale(self) -> torch.Tensor:
         """||grad f|| + ||H x||: the size of the terms of the gradient."""
         return _norm(self.gradient) + _norm(self.curved)
 
-    @property
+    @cached_property
     def reach(self) -> torch.Tensor:
         """A length of the data, [*lanes]: NOTE [scales]."""
         pairs = ((self.h, self.rows_h), (self.g, self.rows_g))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.utils import _pytree as pytree
@@ -52,6 +52,8 @@ class ImplicitLayer:
     damping: float = 0.0
     negative_curvature: NegativeCurvature = "raise"
     assumptions: Assumptions | None = None
+
+    own_function: ClassVar[bool] = False  # the function is the library's: it closes over nothing, and is not searched
 
     def __post_init__(self) -> None:
         self.records: list[Record] = []
@@ -102,7 +104,8 @@ class ImplicitLayer:
         user_function = without_aux(self.function) if self.objective_has_aux else self.function
         hidden = ClosedOver()
         differentiable = derivatives_possible()
-        if differentiable:
+        watched = differentiable and not self.own_function
+        if watched:
             # the function is run for this anyway: what is wrong with its value is said before the solver starts
             hidden = find_closed_over(
                 self._read(user_function), (init, *theta), lambda value: self._check_value(value, x, x_spec)
@@ -131,7 +134,7 @@ class ImplicitLayer:
             num_x=len(x),
             linear_solver=self.linear_solver,
             on_failure=self.on_failure,
-            differentiable=differentiable,
+            watched=watched,
             wanted=wanted,
             stationarity_rtol=self.stationarity_rtol if wanted else None,
             polish=self.polish,

@@ -43,6 +43,7 @@ class Proximal:
             return value + 0.5 * known.quadratic(difference, value.ndim)
         for strength, d in zip(self._strengths(difference), flatten(difference)[0], strict=True):
             if _has_entries(strength):
+                _check_broadcast(strength, d)
                 value = value + 0.5 * lane_reduce(strength * d * d, value.ndim)
             else:
                 value = value + (0.5 * strength) * lane_reduce(d * d, value.ndim)
@@ -106,6 +107,16 @@ class Proximal:
         if isinstance(known, (dict, list, tuple)):
             return _leaves_like(known, phi, "strength must be one number or have")
         return [known] * len(flatten(phi)[0])
+
+
+def _check_broadcast(strength: torch.Tensor, leaf: torch.Tensor) -> None:
+    # from the right, and never to a larger shape than that of the leaf
+    sizes = list(zip(reversed(strength.shape), reversed(leaf.shape), strict=False))
+    if strength.ndim > leaf.ndim or any(s not in (1, n) for s, n in sizes):
+        raise ValueError(
+            f"a strength of shape {tuple(strength.shape)} does not broadcast to a leaf of phi of shape "
+            f"{tuple(leaf.shape)} (lanes included). Give one number, or a pytree like phi with one entry per tensor."
+        )
 
 
 def _difference(phi: Any, theta: Any, lane_dims: int | None) -> Any:

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 
+from implicitlayer._capture import ClosedOver
+from implicitlayer._flat import Signature
+from implicitlayer._interior_point_step import times
 from implicitlayer._surroundings import outside_compiled_code
-from implicitlayer._types import OnFailure
+from implicitlayer._tree import TreeSpec
+from implicitlayer._types import FlatFunction, Leaves, OnFailure
+from implicitlayer.implicit._forward import Constraints
 from implicitlayer.implicit._kkt import AtKink, KktLayer, Multipliers
 from implicitlayer.implicit._kkt_active import Tolerances
 from implicitlayer.implicit._kkt_lagrangian import Unknowns
 from implicitlayer.implicit._kkt_linear import KktSolver
 from implicitlayer.implicit._qp_solve import QuadraticSolver
+from implicitlayer.linear._residual import Residual
 
 __all__ = ["qp"]
 
@@ -94,7 +101,7 @@ def qp(
         raise ValueError(f"at_kink={at_kink!r} must be 'inactive' or 'active'.")
     n, e, m = p.shape[-1], b.shape[-1], h.shape[-1]
     solve = QuadraticSolver(solver, tolerances, at_kink == "active", on_failure)
-    layer = KktLayer(
+    layer = _QuadraticLayer(
         _scalar,
         solve,
         linear_solver if linear_solver is not None else KktSolver(n, e, m, prepared=solve.prepared),
@@ -114,6 +121,18 @@ def qp(
     return (z.x, Multipliers(z.equality, z.inequality)) if return_multipliers else z.x
 
 
+class _QuadraticLayer(KktLayer):
+    """The layer of :func:`_scalar`."""
+
+    own_function: ClassVar[bool] = True
+
+    def _equation(
+        self, user_function: Callable[..., Any], x_spec: TreeSpec, signature: Signature, hidden: ClosedOver
+    ) -> tuple[FlatFunction, Residual, Constraints | None]:
+        function, residual, constraints = super()._equation(user_function, x_spec, signature, hidden)
+        return function, replace(residual, written_out=_written_out), constraints
+
+
 def _scalar(
     z: Unknowns, Q: torch.Tensor, p: torch.Tensor, A: torch.Tensor, b: torch.Tensor, G: torch.Tensor, h: torch.Tensor
 ) -> torch.Tensor:
@@ -128,6 +147,34 @@ def _scalar(
         value = value - 0.5 * ((1 - held) * z.inequality * z.inequality).sum(-1)
         value = value + 0.5 * ((z.held - held) * (z.held - held)).sum(-1)
     return value
+
+
+# With F the gradient of the scalar and a the mask of what is held,
+#     F_x = Q x + p + A'y + G'(a z),   F_y = A x - b,   F_z = a (G x - h) - (1 - a) z,   F_a = 0,
+# where Q stands for its symmetric part. Its matrix is symmetric, and for u = (u_x, u_y, u_z, u_a) the pull-backs
+# (dF/dtheta)'u are read off <F, u>, term by term.
+
+
+def _written_out(unknowns: Leaves, data: Leaves) -> tuple[Callable[[Leaves], Leaves], Callable[[Leaves], Leaves]]:
+    """u -> (dF/dz)'u and u -> (dF/d data)'u at plain tensors."""
+    x, y, z, held = unknowns
+    Q, _, A, _, G, _ = data
+    Q = (Q + Q.mT) / 2
+
+    def to_unknowns(u: Leaves) -> Leaves:
+        ux, uy, uz, ua = u
+        pulled = times(Q, ux) + times(A.mT, uy) + times(G.mT, held * uz)
+        return [pulled, times(A, ux), held * (times(G, ux) + uz) - uz, ua]
+
+    def to_data(u: Leaves) -> Leaves:
+        ux, uy, uz = u[0], u[1], held * u[2]
+        by_Q = ux[..., :, None] * x[..., None, :]
+        by_A = y[..., :, None] * ux[..., None, :] + uy[..., :, None] * x[..., None, :]
+        by_G = (held * z)[..., :, None] * ux[..., None, :] + uz[..., :, None] * x[..., None, :]
+        found = [(by_Q + by_Q.mT) / 2, ux, by_A, -uy, by_G, -uz]
+        return [g.sum_to_size(t.shape) for g, t in zip(found, data, strict=True)]  # shared data: the sum over programs
+
+    return to_unknowns, to_data
 
 
 def _checked(given: dict[str, torch.Tensor | None]) -> tuple[torch.Size, tuple[torch.Tensor, ...]]:

@@ -22,14 +22,26 @@ from implicitlayer._interior_point import Data, QuadraticSolution
 from implicitlayer.implicit._kkt_active import Conditions, length_of_step
 from implicitlayer.implicit._kkt_linear import KktFactors, KktMatrices
 
-__all__ = ["ENOUGH", "TIGHT", "Exact", "conditions", "error_of_x", "exact", "undecided", "violation"]
+__all__ = [
+    "CORRECTIONS",
+    "ENOUGH",
+    "ROUNDING",
+    "TIGHT",
+    "Exact",
+    "conditions",
+    "error_of_x",
+    "exact",
+    "factorised",
+    "undecided",
+    "violation",
+]
 
 TIGHT = 1e-11  # conditions that hold to this hold: rounding of a few solves
 ENOUGH = 1e-6  # an answer whose conditions hold to this is one
-_CORRECTIONS = 2  # solves with the factors of the active set: the second repairs the rounding of the first
+CORRECTIONS = 2  # solves with the factors of the active set: the second repairs the rounding of the first
 _BOLD = 8  # rounds in which every wrong inequality changes sides
 _CAREFUL = 40  # rounds in which one does
-_ROUNDING = 64  # signs of numbers below this many eps of everything are not known
+ROUNDING = 64  # signs of numbers below this many eps of everything are not known
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +51,7 @@ class Exact:
     Attributes:
         solution: nearer to the conditions of optimality than the answer was, or the answer itself.
         error: [*lanes], of :func:`violation`.
-        held: bool [*lanes, m], the inequalities that were held as equations first, to which ``factors`` belong.
+        held: bool [*lanes, m], the inequalities held as equations in ``factors``.
     """
 
     solution: QuadraticSolution
@@ -63,7 +75,7 @@ def exact(program: Data, answer: QuadraticSolution, near: torch.Tensor) -> Exact
     force, distance = _sides(program, answer.x, answer.inequality)
     first = force > distance
     best, error = answer, violation(program, answer)
-    factors = _factors(program, first)
+    factors = factorised(program, first)
     held, lanes = first, near.flatten().nonzero()[:, 0]
     shape = near.shape
     program, held = _flat(program, held, shape)
@@ -96,9 +108,9 @@ def _solve(
     Q, p, A, b, G, h = program
     force = held.to(p.dtype)
     all_lanes = inverse is not None and len(lanes) == shape.numel()
-    factors = inverse if inverse is not None and all_lanes else _factors(program, held)
+    factors = inverse if inverse is not None and all_lanes else factorised(program, held)
     x, y, z = start.x, start.equality, start.inequality * force
-    for _ in range(_CORRECTIONS):
+    for _ in range(CORRECTIONS):
         slope = _times(Q, x) + p + _times(A.mT, y) + _times(G.mT, z)
         off = torch.cat([slope, _times(A, x) - b, force * (_times(G, x) - h)], -1)
         rhs = off.reshape(*shape, -1, 1) if all_lanes else off[..., None]
@@ -106,7 +118,7 @@ def _solve(
         dx, dy, dz = step.split([p.shape[-1], b.shape[-1], h.shape[-1]], -1)
         x, y, z = x - dx, y - dy, z - dz
     pushing, distance = _sides(program, x, z)
-    noise = _ROUNDING * torch.finfo(p.dtype).eps * (p.shape[-1] + h.shape[-1]) ** 0.5
+    noise = ROUNDING * torch.finfo(p.dtype).eps * (p.shape[-1] + h.shape[-1]) ** 0.5
     wrong = torch.where(held, pushing < -noise, distance < -noise)
     return replace(start, x=x, equality=y, inequality=torch.where(held, z, 0.0)), wrong
 
@@ -126,15 +138,14 @@ def violation(program: Data, at: QuadraticSolution) -> torch.Tensor:
 
 
 def error_of_x(program: Data, at: QuadraticSolution) -> torch.Tensor:
-    """How far x is from the solution as far as the remaining gradient tells, [*lanes].
+    """How far x is from the solution as far as the remaining gradient tells, [*lanes]; ``at.error`` is its violation.
 
     Zero where that gradient is rounding, and where the answer is no solution: of that one another warning speaks.
     """
     Q, _, A, _, G, _ = program
     where = conditions(program, at.x, at.x.dtype)
     slope = where.gradient + _times(A.mT, at.equality) + _times(G.mT, at.inequality)
-    off = violation(program, at)
-    return torch.where((off > TIGHT) & (off <= ENOUGH), length_of_step(slope, _times(Q, slope)), 0.0)
+    return torch.where((at.error > TIGHT) & (at.error <= ENOUGH), length_of_step(slope, _times(Q, slope)), 0.0)
 
 
 def undecided(program: Data, at: QuadraticSolution) -> torch.Tensor:
@@ -160,7 +171,8 @@ def _above_zero(scale: torch.Tensor) -> torch.Tensor:
     return torch.where(scale > 0, scale, 1.0)
 
 
-def _factors(program: Data, held: torch.Tensor) -> KktFactors:
+def factorised(program: Data, held: torch.Tensor) -> KktFactors:
+    """The factors of the program's matrix with the inequalities ``held`` [*lanes, m] as equations."""
     Q, p, A, b, G, _ = program
     mask = torch.cat([torch.ones_like(b), held.to(p.dtype)], -1)
     return KktFactors(KktMatrices(Q, torch.cat([A, G], -2), mask), torch.finfo(p.dtype).eps)

@@ -9,16 +9,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from implicitlayer._surroundings import plain_surroundings
 from implicitlayer._types import Leaves
 from implicitlayer.implicit._certificate import Assumptions, gradient_error
-from implicitlayer.linear._jacobian import Curvature, Jacobian, Watch, pull_tensors, push_tensors
+from implicitlayer.linear._jacobian import Curvature, Jacobian, OneGraph, Watch, pull_tensors, push_tensors
 from implicitlayer.linear._residual import Residual
 from implicitlayer.linear._solve import SolveSpec, solve
 
@@ -35,20 +36,34 @@ def implicit_vjp(
     matrix: Matrix = _HESSIAN,
     assumptions: Assumptions | None = None,
     watch: Watch | None = None,
+    one_graph: bool = False,
     **how: Any,
 ) -> list[torch.Tensor | None]:
     """Cotangents of the theta leaves that are ``needed``, from the cotangent of x.
 
-    ``matrix``: what stands for dF/dx, as (curvature, damping). ``watch`` sees F(x, theta) on the way. ``how``: solver,
-    on_failure, negative_curvature, kind and listener of the linear solve.
+    ``matrix``: what stands for dF/dx, as (curvature, damping). ``watch`` sees F(x, theta) on the way. ``one_graph``:
+    whether the function may be run once by plain autograd where nothing else is at work. ``how``: solver, on_failure,
+    negative_curvature, kind and listener of the linear solve.
     """
     certify = partial(gradient_error, assumptions, tuple(needed))
-    spec = SolveSpec(Jacobian(residual, len(x), True, *matrix, watch), len(x), certify=certify, **how)
+    jacobian = Jacobian(residual, len(x), True, *matrix, watch)
+    source = residual.seen_by(needed)
+    mixed: OneGraph | Callable[[Leaves], Leaves] = lambda t: source(x, t)  # noqa: E731
+    if one_graph and _plainly():
+        jacobian = OneGraph(**vars(jacobian), x=x, needed=needed if source is residual else ())
+        mixed = jacobian if source is residual else mixed
+    spec = SolveSpec(jacobian, len(x), certify=certify, **how)
     with plain_surroundings(x):
         u = solve(spec, cotangent, [*x, *theta])
-        source = residual.seen_by(needed)
-        pulled = pull_tensors(lambda t: source(x, t), theta, needed, u)
+        pulled = pull_tensors(mixed, theta, needed, u)
     return [None if t is None else -t for t in pulled]
+
+
+def _plainly() -> bool:
+    """Whether nobody will differentiate what is computed now, and no transform is at work."""
+    return not (
+        torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
 
 
 def implicit_jvp(

@@ -103,7 +103,8 @@ class ConjugateGradient(LinearSolver):
             return self._zero_steps(precondition(b) * scale, norm, scale, rtol)
         max_steps = self.max_steps if self.max_steps is not None else 10 * max(rhs.shape[-1], 1)
         # one system on the CPU: Python numbers cost a fraction of 0-d tensors
-        iterate = _iterate_single if rhs.ndim == 1 and rhs.device.type == "cpu" else _iterate_lanes
+        alone = norm.numel() == 1 and rhs.device.type == "cpu"
+        iterate = _iterate_single if alone else _iterate_lanes
         limit = Status.MAX_STEPS_REACHED if self.has_tolerance else Status.STEP_LIMIT
         # a recursive residual below eps says nothing more, and its square soon underflows
         stop = torch.maximum(tolerance, torch.finfo(b.dtype).eps * norm)
@@ -253,7 +254,7 @@ def _iterate_single(
     max_steps: int,
     limit: Status,
 ) -> None:
-    """Conjugate gradients on one system [n], with Python numbers for the scalars."""
+    """Conjugate gradients on one system [n] (or [1, n]), with Python numbers for the scalars."""
     x, r = run.value, run.residual.clone()
     z = precondition(r)
     p = z.clone()
@@ -339,11 +340,12 @@ def _iterate_lanes(
     largest = torch.zeros_like(tolerance) if run.largest is None else run.largest
     floor = NOISE * torch.finfo(x.dtype).eps
     preconditioned = z is not r
-    codes = torch.where(running, int(limit), run.codes)
+    ran, codes = running, torch.where(running, int(limit), run.codes)
     rnorm, steps = run.residual_norm, run.steps
     sync = 1 if x.device.type == "cpu" else STEPS_BETWEEN_SYNCS
     pivots, betas = run.ritz.new_round()
     arrived = torch.zeros_like(running)
+    none, nan = tolerance.new_zeros(()), tolerance.new_full((), math.nan)  # Python numbers cost torch.where a copy each
     for step in range(max_steps):
         if step % sync == 0 and not bool(running.any()):
             break
@@ -354,33 +356,34 @@ def _iterate_lanes(
         curvature = pap / pdp
         finite = curvature.isfinite()
         seen = running & finite
-        pivots.append(torch.where(seen, pap / rz, math.nan))
+        pivots.append(torch.where(seen, pap / rz, nan))
         smallest = torch.where(seen, torch.minimum(smallest, curvature), smallest)
         largest = torch.where(seen, torch.maximum(largest, curvature), largest)
-        flat = seen & (curvature <= floor * largest)
-        down = (seen & (curvature < -floor * largest)) | (running & ~(rz > 0))
-        codes = torch.where(flat & ~arrived, int(Status.SINGULAR), codes)
-        codes = torch.where(down & ~arrived, int(Status.INDEFINITE), codes)
-        codes = torch.where(running & ~finite, int(Status.NONFINITE), codes)
-        running = seen & ~(flat | down)
-        keep = _Keep(running)
-        alpha = torch.where(running, rz / pap, 0.0).to(x.dtype).unsqueeze(-1)
-        x = keep(torch.addcmul(x, alpha, p), x)
-        r = keep(torch.addcmul(r, alpha, ap, value=-1), r)
+        # on an accelerator asking whether all is well costs more than the answers to why not
+        if sync > 1 or bool((running & ~((curvature > floor * largest) & (rz > 0))).any()):
+            flat = seen & (curvature <= floor * largest)
+            down = (seen & (curvature < -floor * largest)) | (running & ~(rz > 0))
+            codes = torch.where(flat & ~arrived, int(Status.SINGULAR), codes)
+            codes = torch.where(down & ~arrived, int(Status.INDEFINITE), codes)
+            codes = torch.where(running & ~finite, int(Status.NONFINITE), codes)
+            running = seen & ~(flat | down)
+        alpha = torch.where(running, rz / pap, none).to(x.dtype).unsqueeze(-1)
+        x = _Keep(running)(torch.addcmul(x, alpha, p), x)
+        r = torch.addcmul(r, alpha, ap, value=-1)  # of lanes that run: nobody reads the others'
         z = precondition(r)
         rz_new = lane_dot(r, z)
         rnorm = torch.where(running, (lane_dot(r, r) if preconditioned else rz_new).sqrt(), rnorm)
         arrived = torch.where(running, rnorm <= tolerance, arrived)
-        codes = torch.where(running, torch.where(arrived, int(Status.CONVERGED), int(limit)), codes)
         reached = running & arrived
         # on an accelerator asking whether any has arrived costs more than the norms
         if run.aim is not None and run.floor is not None and (sync > 1 or bool(reached.any())):
             reached = reached & (rnorm <= torch.maximum(run.floor, run.aim * smallest * lane_norm(x)))
         running = running & ~reached
-        beta = torch.where(running, rz_new / rz, 0.0)
-        betas.append(torch.where(running, beta, math.nan))
+        beta = torch.where(running, rz_new / rz, nan)
+        betas.append(beta)
         pdp = torch.where(running, rz_new + beta * beta * pdp, pdp)
         rz = torch.where(running, rz_new, rz)
         p = _Keep(running)(torch.addcmul(z, beta.to(x.dtype).unsqueeze(-1), p), p)
+    codes = torch.where(ran & arrived & (codes == int(limit)), int(Status.CONVERGED), codes)
     run.value, run.residual, run.steps, run.codes = x, r, steps, codes
     run.residual_norm, run.smallest, run.largest = rnorm, smallest, largest

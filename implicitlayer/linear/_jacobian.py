@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Literal, Protocol
 
 import torch
 
@@ -97,18 +97,11 @@ class Jacobian:
         """The flat operator at plain tensors, its graph built at the first product and kept for all others."""
         x, theta = tensors[: self.num_x], tensors[self.num_x :]
         lane_dims = self.lane_dims
-        kept: list[Callable[..., Any]] = []
+        kept: list[Callable[[Leaves], Leaves]] = []
 
         def pull(vector: torch.Tensor) -> torch.Tensor:
             if not kept:
-                if self.curvature == "gauss_newton":
-                    product = self.residual.gauss_newton(x, theta)
-                else:
-                    value, pull_all = vjp(lambda x_: self.residual.kept_graph_gradient(x_, theta), list(x))
-                    if self.watch is not None:
-                        self.watch(self.residual, x, theta, ravel([leaf.detach() for leaf in value], lane_dims))
-                    product = lambda u: pull_all(u)[0]  # noqa: E731
-                kept.append(product)
+                kept.append(self._pulled(list(x), list(theta)))
             with torch.no_grad():
                 return damped(kept[0](unravel(vector, x, lane_dims)), vector)
 
@@ -125,6 +118,19 @@ class Jacobian:
             return FlatOperator(pull, pull, symmetric=True, inverse_metric=diagonal, metric_factor=factor)
         first, second = (pull, push) if self.transposed else (push, pull)
         return FlatOperator(first, second, symmetric=False)
+
+    def _pulled(self, x: Leaves, theta: Leaves) -> Callable[[Leaves], Leaves]:
+        """u -> J'u from a graph that is kept."""
+        if self.curvature == "gauss_newton":
+            return self.residual.gauss_newton(x, theta)
+        value, pull_all = vjp(lambda x_: self.residual.kept_graph_gradient(x_, theta), x)
+        self._show(value, x, theta)
+        return lambda u: list(pull_all(u)[0])
+
+    def _show(self, value: Leaves, x: Leaves, theta: Leaves) -> None:
+        """Let the watch see F(x, theta)."""
+        if self.watch is not None:
+            self.watch(self.residual, x, theta, ravel([leaf.detach() for leaf in value], self.lane_dims))
 
     def _inverse_metric(self, x: Leaves, theta: Leaves) -> torch.Tensor | None:
         if self.residual.parts.metric is None:
@@ -156,6 +162,61 @@ class Jacobian:
         return factor if regular else None
 
 
+# NOTE [one graph]: a plain backward asks for A and for the derivative in theta once each, at plain tensors. One run of
+# the function, with a graph that reaches x and theta, has both: products with A pull back to x, and -(dF/dtheta)'u
+# is one more pull-back of the same F. No level of torch.func is needed, nor a second run.
+
+
+@dataclass(frozen=True, eq=False)
+class OneGraph(Jacobian):
+    """A reverse-mode :class:`Jacobian` at plain tensors whose graph reaches theta too; see NOTE [one graph].
+
+    ``needed`` says which theta leaves to reach from ``x``; empty reaches none.
+    """
+
+    needed: tuple[bool, ...] = ()
+    x: Leaves = field(default_factory=list)
+    reached: list[int] = field(default_factory=list)
+    to_theta: list[Callable[[Leaves], Leaves]] = field(default_factory=list)  # u -> (dF/dtheta)'u, of those reached
+
+    def _pulled(self, x: Leaves, theta: Leaves) -> Callable[[Leaves], Leaves]:
+        if self.curvature == "gauss_newton":
+            return super()._pulled(x, theta)
+        reached = [i for i, (need, t) in enumerate(zip(self.needed, theta, strict=False)) if need]
+        self.reached[:] = reached = [i for i in reached if theta[i].is_floating_point()]
+        if self.residual.written_out is not None and not self.residual.levels and self.watch is None:
+            to_x, to_all = self.residual.written_out(x, theta)
+            self.to_theta[:] = [lambda u: [leaf for i, leaf in enumerate(to_all(u)) if i in reached]]
+            return to_x
+        points, data = [leaf.detach().requires_grad_() for leaf in x], [leaf.detach() for leaf in theta]
+        for i in reached:
+            data[i].requires_grad_()
+        with torch.enable_grad():
+            value = self.residual.kept_graph_gradient(points, data)
+        self._show(value, x, theta)
+        self.to_theta[:] = [lambda u: _pull_back(value, [data[i] for i in reached], u)]
+        return lambda u: _pull_back(value, points, u)
+
+    def pull_theta(self, theta: Leaves, needed: tuple[bool, ...], u: Leaves) -> list[torch.Tensor | None]:
+        """(dF/dtheta)' u for the needed theta leaves, None for the others."""
+        if not self.to_theta and any(
+            needed
+        ):  # no product was asked for (a zero cotangent), or the matrix was another one
+            replace(self, curvature="hessian", watch=None)._pulled(self.x, theta)
+        found = dict(zip(self.reached, self.to_theta[0](u), strict=True)) if self.reached else {}
+        self.to_theta.clear()  # a record may hold this object; the graph has served
+        return [found.get(i) if needed[i] else None for i in range(len(theta))]
+
+
+def _pull_back(value: Leaves, inputs: Leaves, u: Leaves) -> Leaves:
+    """(d value / d inputs)' u by a graph that is kept; zero where nothing depends on an input."""
+    live = [i for i, leaf in enumerate(value) if leaf.requires_grad]
+    if not live:
+        return [torch.zeros_like(leaf) for leaf in inputs]
+    outputs, cotangents = [value[i] for i in live], [u[i] for i in live]
+    return list(torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, materialize_grads=True))
+
+
 def _as_lanes(leaf: torch.Tensor, like: torch.Tensor, lane_dims: int) -> torch.Tensor:
     """``leaf`` [*lanes or nothing, ...] expanded to ``like``."""
     if leaf.ndim <= lane_dims:
@@ -164,9 +225,11 @@ def _as_lanes(leaf: torch.Tensor, like: torch.Tensor, lane_dims: int) -> torch.T
 
 
 def pull_tensors(
-    function: Callable[[Leaves], Leaves], tensors: Leaves, needed: tuple[bool, ...], cotangent: Leaves
+    function: Callable[[Leaves], Leaves] | OneGraph, tensors: Leaves, needed: tuple[bool, ...], cotangent: Leaves
 ) -> list[torch.Tensor | None]:
     """Pull ``cotangent`` back through ``function`` to the floating tensors that need it; None for the others."""
+    if isinstance(function, OneGraph):
+        return function.pull_theta(tensors, needed, cotangent)
     chosen = [i for i, t in enumerate(tensors) if needed[i] and t.is_floating_point()]
     result: list[torch.Tensor | None] = [None] * len(tensors)
     if chosen:

@@ -16,6 +16,8 @@ from implicitlayer._flat import NO_PARTS, Parts
 from implicitlayer._types import FlatFunction, Leaves
 
 Randomness = str
+# (x, theta) -> the products u -> (dF/dx)'u and u -> (dF/dtheta)'u, the latter with one leaf per theta leaf
+WrittenOut = Callable[[Leaves, Leaves], tuple[Callable[[Leaves], Leaves], Callable[[Leaves], Leaves]]]
 # torch annotates its results as two or three values
 vjp: Callable[..., Any] = torch.func.vjp
 
@@ -32,6 +34,8 @@ class Residual:
         levels: one entry per vmap level, outermost first: for each theta leaf whether it has that level's lanes. The
             leaves of x have the lanes of every level.
         parts: what the objective tells about itself.
+        written_out: the products of F's derivatives at plain tensors, where somebody has written them out; only used
+            without levels.
     """
 
     function: FlatFunction
@@ -39,6 +43,7 @@ class Residual:
     lane_dims_of_function: int = 0
     levels: tuple[tuple[tuple[bool, ...], Randomness], ...] = ()
     parts: Parts = NO_PARTS
+    written_out: WrittenOut | None = None
 
     @property
     def lane_dims(self) -> int:
@@ -104,12 +109,15 @@ class Residual:
         if not self.is_gradient:
             return self(x, theta)
         value = self.values(x, theta).sum()
-        if not value.requires_grad:
+        found: Sequence[torch.Tensor | None] = ()
+        if value.requires_grad:
+            found = torch.autograd.grad(value, x, create_graph=True, allow_unused=True)
+        if all(leaf is None for leaf in found):  # theta alone may have given the value its graph
             raise ObjectiveError(
                 "the objective does not depend on x in a way autograd can see: its value has no graph. Build it from "
                 "torch operations on x, without .detach(), .item(), .numpy() or torch.no_grad()."
             )
-        return list(torch.autograd.grad(value, x, create_graph=True, materialize_grads=True))
+        return [torch.zeros_like(like) if leaf is None else leaf for leaf, like in zip(found, x, strict=True)]
 
 
 def check_value(values: Any, lanes: torch.Size, has_lanes: bool) -> None:

@@ -24,7 +24,7 @@ from implicitlayer._status import Status
 from implicitlayer._surroundings import plain_surroundings
 from implicitlayer._tree import finite_lanes, name_lanes, ravel, unravel
 from implicitlayer._types import Leaves, OnFailure
-from implicitlayer.linear._jacobian import OperatorFamily, pull_tensors, push_tensors
+from implicitlayer.linear._jacobian import OneGraph, OperatorFamily, pull_tensors, push_tensors
 from implicitlayer.linear._operator import FlatOperator, wrap_value
 from implicitlayer.linear._repair import CHANGES_THE_SYSTEM, NegativeCurvature, repair
 
@@ -68,7 +68,12 @@ class SolveSpec:
 
 
 def solve(spec: SolveSpec, rhs: Leaves, tensors: Leaves) -> Leaves:
-    """u with A(tensors) u = rhs, differentiable in rhs and tensors to every order."""
+    """u with A(tensors) u = rhs, differentiable in rhs and tensors to every order.
+
+    Except for the operator of a plain backward, :class:`OneGraph`: nobody differentiates that.
+    """
+    if isinstance(spec.operator, OneGraph):
+        return list(LinearSolve.forward(spec, *rhs, *tensors))
     return list(LinearSolve.apply(spec, *rhs, *tensors))
 
 

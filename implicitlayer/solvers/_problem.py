@@ -11,6 +11,7 @@ from implicitlayer._errors import ObjectiveError
 from implicitlayer._tree import flatten, leaves_norm, ravel, unflatten, unravel
 from implicitlayer._types import Leaves
 from implicitlayer.linear._operator import lane_scale
+from implicitlayer.solvers._inputs import check_attached, check_unknowns
 
 __all__: list[str] = []
 
@@ -33,10 +34,11 @@ class Problem:
         self, objective: Callable[..., Any], init: Any, theta: tuple[Any, ...], curvature: Curvature | None = None
     ) -> None:
         leaves, self._spec = flatten(init)
+        check_unknowns(leaves)
         self._objective, self._theta, self._curvature = objective, theta, curvature
         self._like = [leaf.detach() for leaf in leaves]
         self._composite = _composite_of(objective) if curvature == "gauss_newton" else None
-        self.product: Product | None = None  # with the curvature at the point evaluated last
+        self._pull: Callable[[Leaves], Leaves] | None = None  # the curvature's products, at the point evaluated last
         value, gradient = self._evaluate(self._like)
         self.lane_dims, self.dtype = value.ndim, value.dtype
         shapes = [tuple(leaf.shape) for leaf in self._like]
@@ -61,6 +63,12 @@ class Problem:
         value, gradient = self._evaluate(unravel(x, self._like, self.lane_dims))
         return value.double() / self.unit, ravel(gradient, self.lane_dims) / self.scale
 
+    def product(self, vector: torch.Tensor) -> torch.Tensor:
+        """The curvature at the point evaluated last, times a vector [*lanes, n], in units of :attr:`unit`."""
+        assert self._pull is not None
+        with torch.enable_grad():
+            return ravel(self._pull(unravel(vector, self._like, self.lane_dims)), self.lane_dims) / self.scale
+
     def norm(self, gradient: torch.Tensor) -> torch.Tensor:
         """Euclidean norm per lane, float64; infinite where there is a NaN."""
         return leaves_norm([gradient], self.lane_dims)
@@ -74,20 +82,12 @@ class Problem:
         with torch.enable_grad():
             points = [leaf.detach().requires_grad_() for leaf in leaves]
             value = self._objective(unflatten(points, self._spec), *self._theta)
+            check_attached(value)
             total = value.sum() if value.ndim else value
             gradient = torch.autograd.grad(total, points, create_graph=keep, materialize_grads=True)
             if keep:
-                self.product = self._flat_product(
-                    _pulled(gradient, points) if self._composite is None else self._gauss_newton(points)
-                )
+                self._pull = _pulled(gradient, points) if self._composite is None else self._gauss_newton(points)
         return value.detach(), [g.detach() for g in gradient]
-
-    def _flat_product(self, product: Callable[[Leaves], Leaves]) -> Product:
-        def flat(vector: torch.Tensor) -> torch.Tensor:
-            with torch.enable_grad():
-                return ravel(product(unravel(vector, self._like, self.lane_dims)), self.lane_dims) / self.scale
-
-        return flat
 
     def _gauss_newton(self, points: Leaves) -> Callable[[Leaves], Leaves]:
         """u -> J' (d^2 loss / d outputs^2) J u, J = d model / dx, from graphs that are built once.

@@ -1,5 +1,6 @@
 """The proximal objective of implicit MAML: gradients against the dense (Lambda + H)^-1 Lambda."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -276,3 +277,12 @@ def test_a_theta_that_would_broadcast_is_refused() -> None:
     theta = torch.ones(1, dtype=F64, requires_grad=True)
     with pytest.raises(ValueError, match=r"\(3,\).*\(1,\)|\(1,\).*\(3,\)"):
         il.proximal(lambda phi: phi.sum(), 1.0)(torch.ones(3, dtype=F64), theta)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 2), (1, 1, 2)])
+def test_a_strength_whose_shape_fits_no_leaf_is_refused(shape: tuple[int, ...]) -> None:
+    phi = torch.ones(2, dtype=torch.float64)
+    objective = il.proximal(lambda phi: phi.sum(), torch.ones(shape, dtype=torch.float64))
+    message = rf"a strength of shape {re.escape(str(shape))} does not broadcast to a leaf of phi of shape \(2,\)"
+    with pytest.raises(ValueError, match=message):
+        objective(phi, phi)

@@ -98,8 +98,8 @@ SOLVER_MUTANTS = [
     Mutant(
         "CG steps by the length of the first lane",
         CG,
-        "alpha = torch.where(running, rz / pap, 0.0).to(x.dtype).unsqueeze(-1)",
-        "alpha = torch.where(running, (rz / pap).mean(), 0.0).to(x.dtype).unsqueeze(-1)",
+        "alpha = torch.where(running, rz / pap, none).to(x.dtype).unsqueeze(-1)",
+        "alpha = torch.where(running, (rz / pap).mean(), none).to(x.dtype).unsqueeze(-1)",
         "lanes are no longer solved as one by one",
         near="ConjugateGradient, batch",
     ),
@@ -274,8 +274,8 @@ SOLVER_MUTANTS = [
     Mutant(
         "gradient descent moves its finished lanes",
         DESCENT,
-        "torch.where(here, g, torch.zeros_like(g))",
-        "g",
+        "leaf.sub_(torch.where(lanes_like(running, leaf), move, torch.zeros_like(move)))",
+        "leaf.sub_(move)",
         "the answer of a lane depends on how long its neighbours run",
         near="GradientDescent, a_finished",
     ),
@@ -290,8 +290,8 @@ SOLVER_MUTANTS = [
     Mutant(
         "CG with lanes moves its finished lanes",
         CG,
-        "alpha = torch.where(running, rz / pap, 0.0).to(x.dtype).unsqueeze(-1)\n"
-        "        x = keep(torch.addcmul(x, alpha, p), x)",
+        "alpha = torch.where(running, rz / pap, none).to(x.dtype).unsqueeze(-1)\n"
+        "        x = _Keep(running)(torch.addcmul(x, alpha, p), x)",
         "alpha = (rz / pap).to(x.dtype).unsqueeze(-1)\n        x = torch.addcmul(x, alpha, p)",
         "the answer of a lane depends on how long its neighbours run",
         near="ConjugateGradient, a_finished",

@@ -8,13 +8,24 @@ from references import F64
 
 import implicitlayer as il
 from implicitlayer.sets import Box
-from implicitlayer.solvers import ProjectedGradient, ProximalGradient, SciPyMinimize, TorchOptimizer
+from implicitlayer.solvers import (
+    LBFGS,
+    GradientDescent,
+    NewtonCG,
+    ProjectedGradient,
+    ProximalGradient,
+    SciPyMinimize,
+    TorchOptimizer,
+)
 
 SOLVERS = {
     "SciPyMinimize": SciPyMinimize(),
     "TorchOptimizer": TorchOptimizer(torch.optim.SGD, max_steps=3, lr=0.1),
     "torch's LBFGS": TorchOptimizer(torch.optim.LBFGS, max_steps=3),
     "ProjectedGradient": ProjectedGradient(Box(0.0, 1.0), max_steps=3),
+    "LBFGS": LBFGS(max_steps=3),
+    "NewtonCG": NewtonCG(max_steps=3),
+    "GradientDescent by Armijo's rule": GradientDescent(1.0, max_steps=3, line_search="armijo"),
 }
 EACH = pytest.mark.parametrize("name", list(SOLVERS))
 
