@@ -33,6 +33,7 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "scikit-learn: Ridge": ("linear regression, hyperparameters", "scikit-learn"),
     "scikit-learn: LinearSVC": ("support vector machine, squared hinge", "scikit-learn"),
     "scikit-learn: SVC": ("quadratic program with box and equality", "scikit-learn"),
+    "scikit-learn: SVR": ("quadratic program with box and equality", "scikit-learn"),
     "torch.optim.Adam": ("smooth, stochastic optimizer", "torch"),
     "torch.optim.LBFGS": ("smooth, quasi-Newton", "torch"),
     "pytorch-minimize": ("smooth, Newton", "pytorch-minimize"),
