@@ -9,6 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
@@ -46,6 +47,9 @@ def result(cell: str = "5w1s", method: str = "imaml-gd", setting: str = "paper",
     return {**about, "machine": machine, "versions": versions, "figures": [], "results": results}
 
 
+FAILED = {"failed": "the loss is nan", "dataset": "omniglot"}
+
+
 def row(lines: list[str], start: str) -> list[str]:
     (line,) = (line for line in lines if line.startswith(start))
     return [cell.strip() for cell in line.strip("|").split("|")]
@@ -73,18 +77,26 @@ def test_what_was_changed_or_diverged_or_is_not_transductive_is_said(paper: Any)
         table,
         [
             result(changed_from_preset=changed, transductive=False),
-            {**result(method="maml"), "results": {"cell": "5w1s", "method": "maml", "failed": "the loss is nan"}},
+            {**result(method="maml"), "results": {**FAILED, "cell": "5w1s", "method": "maml"}},
         ],
     )
     assert "5.0 min, not transductive; changed: run.minutes)" in row(lines, "| 5w1s | iMAML, GD")[3]
-    assert row(lines, "| 5w1s | MAML")[3:5] == ["diverged", "not run"]
+    assert row(lines, "| 5w1s | MAML")[3:5] == ["diverged (Omniglot)", "not run"]
 
 
 def test_the_papers_numbers_are_those_of_its_tables(paper: Any) -> None:
     two, three = paper("table2").TABLE.paper, paper("table3").TABLE.paper
-    assert [two["imaml-hf"][cell][0] for cell in ("5w1s", "5w5s", "20w1s", "20w5s")] == [99.50, 99.74, 96.18, 99.14]
-    wanted = {"maml": 48.70, "fomaml": 48.07, "reptile": 49.97, "imaml-gd": 48.96, "imaml-hf": 49.30}
-    assert {method: cells["5w1s"][0] for method, cells in three.items()} == wanted
+    assert [[*two[method].values()] for method in ("maml", "fomaml", "reptile", "imaml-gd", "imaml-hf")] == [
+        ["98.7 ± 0.4", "99.9 ± 0.1", "95.8 ± 0.3", "98.9 ± 0.2"],
+        ["98.3 ± 0.5", "99.2 ± 0.2", "89.4 ± 0.5", "97.9 ± 0.1"],
+        ["97.68 ± 0.04", "99.48 ± 0.06", "89.43 ± 0.14", "97.12 ± 0.32"],
+        ["99.16 ± 0.35", "99.67 ± 0.12", "94.46 ± 0.42", "98.69 ± 0.1"],
+        ["99.50 ± 0.26", "99.74 ± 0.11", "96.18 ± 0.36", "99.14 ± 0.1"],
+    ]
+    assert all([*cells] == ["5w1s", "5w5s", "20w1s", "20w5s"] for cells in two.values())
+    wanted = {"maml": "48.70 ± 1.84", "fomaml": "48.07 ± 1.75", "reptile": "49.97 ± 0.32"}
+    wanted |= {"imaml-gd": "48.96 ± 1.84", "imaml-hf": "49.30 ± 1.88"}
+    assert {method: cells["5w1s"] for method, cells in three.items()} == wanted
 
 
 def test_a_result_file_says_where_it_is_from(paper: Any, tmp_path: Path) -> None:
@@ -101,8 +113,8 @@ def test_a_result_file_says_where_it_is_from(paper: Any, tmp_path: Path) -> None
     assert written["command"] == "python a.py --data-dir <folder> --seed 1" and written["figures"] == ["one.png"]
     assert written["results"] == {"x": "nan", "2": [1, "-inf"]}
     assert set(written["machine"]) == {"cpu", "cores", "threads", "gpu"} and "torch" in written["versions"]
-    for setting in ("small", "reduced: "):
-        with pytest.raises(ValueError, match=f"setting='{setting}' must be 'paper', or 'reduced: '"):
+    for setting in ("small", "reduced: ", "ours"):
+        with pytest.raises(ValueError, match=f"setting='{setting}' must be 'paper', or 'reduced: ' or 'ours: '"):
             results.save_result(tmp_path, "two", setting=setting, command="", seed=0, results={})
 
 
@@ -171,7 +183,10 @@ def test_ctrl_c_ends_with_a_sentence(tiny_table: Any, paper: Any, monkeypatch: p
     [
         (["--cells", "6w1s"], "'6w1s' is none of 5w1s, 20w1s, 5w5s, 20w5s"),
         (["--methods", "maml,sgd"], "'sgd' is none of imaml-gd"),
-        (["--minutes-per-cell", "0"], "0 must be positive"),
+        (["--minutes-per-cell", "0"], "0 must be positive and finite"),
+        (["--minutes-per-cell", "inf"], "inf must be positive and finite"),
+        (["--seed", "-1"], "-1 must be at least 0"),
+        (["--device", "tpu"], "'tpu' must be cpu, cuda or cuda:<number>"),
         (["--data-dir", "nowhere"], "error: No Omniglot in nowhere"),
     ],
 )
@@ -188,12 +203,55 @@ def test_wrong_arguments_are_refused(
 @pytest.mark.parametrize("script", ["_tables", "fig2b"])
 def test_a_gpu_that_is_not_there_is_refused(script: str, paper: Any, monkeypatch: Any, capsys: Any) -> None:
     module = paper(script)
-    monkeypatch.setattr(module.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["script", "--device", "cuda"])
     arguments = (paper("table2").TABLE, "") if script == "_tables" else ()
     with pytest.raises(SystemExit):
         module.read_arguments(*arguments)
-    assert "--device cuda: torch" in capsys.readouterr().err
+    assert "sees no GPU here. Leave the option out" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(sys, "argv", ["script", "--device", "cuda:1"])
+    assert module.read_arguments(*arguments).setting == "paper"
+    monkeypatch.setattr(sys, "argv", ["script", "--device", "cuda:2"])
+    with pytest.raises(SystemExit):
+        module.read_arguments(*arguments)
+    assert "cuda:2: there are 2 GPUs, numbered from 0" in capsys.readouterr().err
+
+
+def test_data_that_fig2b_does_not_find_is_one_line(paper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["fig2b.py", "--data-dir", "nowhere"])
+    with pytest.raises(SystemExit, match=r"^error: No Omniglot in nowhere"):
+        paper("fig2b").main()
+
+
+def test_a_run_stopped_short_of_the_papers_setting_says_how_far_it_got(paper: Any) -> None:
+    table, markdown = paper("table2").TABLE, paper("_tables").markdown
+    lines = markdown(table, [result(meta_steps=3, planned_meta_steps=20_000, changed_from_preset=["run.minutes: x"])])
+    assert "(Omniglot, 3 of 20,000 meta-steps, 5.0 min; changed: run.minutes)" in row(lines, "| 5w1s | iMAML, GD")[3]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"name": ', r"table2-x\.json is no JSON \(.*\)\. Remove it, or make it anew"),
+        ("[]", r"table2-x\.json is no result file: it has no name, setting, "),
+        ('{"name": "x", "setting": "paper"}', r"table2-x\.json is no result file: it has no command, seed, "),
+    ],
+)
+def test_a_damaged_result_file_is_named(
+    text: str, message: str, paper: Any, tiny_table: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "runs" / "paper"
+    folder.mkdir(parents=True)
+    (folder / "table2-x.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        paper("_results").load_result(folder / "table2-x.json")
+    monkeypatch.setattr(sys, "argv", ["report.py", "--results", str(folder)])
+    with pytest.raises(SystemExit, match=rf"^error: .*{message}"):
+        paper("report").main()
+    with pytest.raises(SystemExit, match=rf"^error: .*{message}.* The cells of this call are finished and kept"):
+        tiny_table()
 
 
 def test_a_cell_that_diverges_is_a_result(paper: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +267,8 @@ def test_a_cell_that_diverges_is_a_result(paper: Any, tmp_path: Path, monkeypatc
     monkeypatch.setattr(tables.experiments, "run", diverge)
     written = tables.run_cell(paper("table2").TABLE, "5w1s", "maml", experiment, options)
     assert written["results"]["failed"] == "the query loss is nan" and tables.in_words(written["results"]) == "diverged"
+    page = paper("report").page(options.output_dir, "figures")
+    assert "| diverged (Glyphs) |" in page and "| 0 |\n" in page  # the seed, and no split
 
 
 @pytest.mark.slow
@@ -278,7 +338,7 @@ def test_the_page_shows_every_result_with_its_command(paper: Any, tmp_path: Path
     empty = report.page(tmp_path, "figures")
     assert empty.count("Not run.") == 3 and "No results are committed yet." in empty
     figure = {
-        **result(setting="reduced: smaller"),
+        **result(setting="ours: the paper names none"),
         "name": "fig2a",
         "figures": ["fig2a.png"],
         "split": None,
@@ -286,7 +346,6 @@ def test_the_page_shows_every_result_with_its_command(paper: Any, tmp_path: Path
             "table": ["| a | b |", "|---|---|", "| 1 | 2 |"],
             "claims": [{"claim": "It falls", "unknowns": 5, "holds": False, "measured": "it rises"}],
             "remarks": ["A remark."],
-            "note": "A note.",
         },
     }
     (tmp_path / "fig2a.json").write_text(json.dumps(figure))
@@ -294,7 +353,7 @@ def test_the_page_shows_every_result_with_its_command(paper: Any, tmp_path: Path
     (tmp_path / "table2-b.json").write_text(json.dumps(result("5w5s", setting="reduced: x", dataset="glyphs")))
     page = report.page(tmp_path, "figures")
     for words in (
-        *("Reduced: smaller. A note.", "![fig2a](figures/fig2a.png)", "| 1 | 2 |", "* A remark."),
+        *("Ours: the paper names none.", "![fig2a](figures/fig2a.png)", "| 1 | 2 |", "* A remark."),
         "| It falls | 5 unknowns | **no** | it rises |",
         "The reduced column is on Glyphs",
         "| table2-5w1s-imaml-gd | `python x` | paper | a CPU, 2 threads; implicitlayer 0.1.0, torch 2, Python 3; ",

@@ -38,7 +38,8 @@ def draw(results: dict[str, Any], s: Any, path: Path) -> None:
         axis.grid(color=GRID, linewidth=0.6)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("error of the meta-gradient, relative")
-    axes[0][0].legend(frameon=False, fontsize=8, loc="lower left")
+    title = f"median of {s.num_tasks} tasks; band: all of them"
+    axes[0][0].legend(frameon=False, fontsize=8, loc="lower left", title=title, title_fontsize=8, alignment="left")
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     plt.close(figure)

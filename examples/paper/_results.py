@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
+import re
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import implicitlayer as il
 from implicitlayer.experiments import machine, versions
@@ -27,6 +32,7 @@ def save_result(
     results: Any,
     figures: Sequence[str | Path] = (),
     split: str | None = None,
+    device: str = "cpu",
     computed_on: dict[str, Any] | None = None,
 ) -> Path:
     """Write ``<output_dir>/<name>.json`` in one step: a killed process leaves the old file or the new one.
@@ -34,22 +40,24 @@ def save_result(
     Args:
         output_dir: folder, made where it is missing.
         name: of the file, without ``.json``.
-        setting: ``"paper"``, or ``"reduced: "`` and what is reduced, in words.
+        setting: ``"paper"``; ``"reduced: "`` and what is reduced, in words; or, where the paper states none,
+            ``"ours: "`` and what was chosen.
         command: what repeats it, such as :func:`command_line` gives; absolute paths in it become ``<folder>``.
         seed: of everything random.
         results: numbers, strings, lists and dicts; NaN and infinities become the strings "nan", "inf" and "-inf".
         figures: pictures that belong to it; their names, relative to ``output_dir``, are kept.
         split: what classes the numbers are from, such as ``"omniglot test, 423 classes"``; None where there are none.
+        device: where they were computed.
         computed_on: ``machine`` and ``versions`` of an earlier process that computed the results; None: this one's.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: ``setting`` is neither of the two.
+        ValueError: ``setting`` is none of these.
     """
-    if setting != "paper" and not (setting.startswith("reduced: ") and len(setting) > len("reduced: ")):
-        raise ValueError(f"setting={setting!r} must be 'paper', or 'reduced: ' and in words what is reduced.")
+    if setting != "paper" and not re.fullmatch(r"(reduced|ours): .+", setting):
+        raise ValueError(f"setting={setting!r} must be 'paper', or 'reduced: ' or 'ours: ' and in words what that is.")
     folder = Path(output_dir)
     value = {
         "name": name,
@@ -57,13 +65,46 @@ def save_result(
         "command": portable(command),
         "seed": seed,
         "split": split,
-        **({"machine": machine(), "versions": versions()} if computed_on is None else computed_on),
+        **({"machine": machine(device), "versions": versions()} if computed_on is None else computed_on),
         "figures": [Path(figure).name for figure in figures],
         "results": readable(results),
     }
     path = folder / f"{name}.json"
     il.meta.save_json(path, value)
     return path
+
+
+def load_result(path: Path) -> dict[str, Any]:
+    """What :func:`save_result` wrote.
+
+    Raises:
+        ValueError: the file is no such result; the message names it.
+    """
+    remedy = "Remove it, or make it anew by the script that writes it."
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON ({error}). {remedy}") from None
+    needed = ("name", "setting", "command", "seed", "split", "machine", "versions", "figures", "results")
+    missing = [key for key in needed if not isinstance(found, dict) or key not in found]
+    if missing:
+        raise ValueError(f"{path} is no result file: it has no {', '.join(missing)}. {remedy}")
+    result: dict[str, Any] = found
+    return result
+
+
+def device_option(text: str) -> str:
+    """The value of ``--device``, for argparse: cpu, or a GPU that torch sees here."""
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} must be cpu, cuda or cuda:<number>")
+    if text != "cpu" and not torch.cuda.is_available():
+        raise argparse.ArgumentTypeError(
+            f"{text}: torch {torch.__version__} sees no GPU here. Leave the option out, or give --device cpu"
+        )
+    number = int(text.partition(":")[2] or 0)
+    if text != "cpu" and number >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"{text}: there are {torch.cuda.device_count()} GPUs, numbered from 0")
+    return text
 
 
 def command_line() -> str:

@@ -19,7 +19,7 @@ SERIES = (("#1f2328", "o", "-"), ("#d1622b", "s", "--"), ("#8250a8", "D", ":"), 
 def draw(by_kappa: Sequence[dict[str, Any]], by_eps: Sequence[dict[str, Any]], path: Path) -> None:
     """Four panels; over kappa both axes are logarithmic: a straight line is a power."""
     figure, axes = plt.subplots(2, 2, figsize=(9, 7))
-    columns = (("compute", "gradients of the support loss"), ("memory", "peak memory over that of a gradient"))
+    columns = (("compute", "gradients"), ("memory", "peak memory over that of a gradient"))
     for row, (column, words) in zip(axes, columns, strict=True):
         for axis, data, variable in ((row[0], by_kappa, "kappa"), (row[1], by_eps, "eps")):
             for name, (colour, marker, line) in zip(data[0], SERIES, strict=True):
@@ -36,5 +36,5 @@ def draw(by_kappa: Sequence[dict[str, Any]], by_eps: Sequence[dict[str, Any]], p
     axes[0][1].set_title(f"κ = {fixed_kappa:g}", loc="left", fontsize=10)
     axes[0][0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
     plt.close(figure)

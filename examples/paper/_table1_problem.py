@@ -28,7 +28,8 @@ def task_loss(phi: Tensor, batch: Batch) -> Tensor:
 class Regression:
     """One task with lambda = 1 and the eigenvalues 1 ... kappa of the inner problem, evenly in the logarithm.
 
-    The query loss is |phi - target|^2 / 2: an outer gradient phi - target, that has no part in what is counted.
+    The query loss is |phi - target|^2 / 2, written with a design of identities: its gradient, phi - target, counts as
+    one more gradient of every method.
     """
 
     support: Batch

@@ -11,8 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from _results import OUTPUT_DIR, save_result
+from _results import OUTPUT_DIR, device_option, load_result, save_result
 
 import implicitlayer as il
 from implicitlayer import experiments
@@ -34,7 +33,7 @@ class Table:
     dataset: str
     cells: tuple[str, ...]
     stand_in: str  # a sentence on the characters that take the dataset's place where no folder is given
-    paper: dict[str, dict[str, tuple[float, float]]]  # method -> cell -> accuracy and ± 95 %, both in per cent
+    paper: dict[str, dict[str, str]]  # method -> cell -> accuracy ± 95 %, both in per cent, as it is printed there
 
 
 def main(table: Table, about: str) -> None:
@@ -51,7 +50,10 @@ def main(table: Table, about: str) -> None:
             f"{eta(budgets, experiment, len(wanted) - number)}",
             flush=True,
         )
-    lines = markdown(table, load_results(options.output_dir, table))
+    try:
+        lines = markdown(table, load_results(options.output_dir, table))
+    except ValueError as error:
+        raise SystemExit(f"error: {error} The cells of this call are finished and kept.") from None
     print("\n".join(["", *lines, "", f"{len(wanted)} cells in {(time.perf_counter() - started) / 60:.1f} minutes"]))
     (options.run_dir / f"{table.name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -81,8 +83,9 @@ def run_cell(table: Table, cell: str, method: str, experiment: experiments.Exper
     try:
         results = experiments.run(experiment, resume=True)
     except il.NonFiniteError as error:
-        results = {"failed": str(error), "command": experiments.command_of(experiment), "split": "none"}
-    except (experiments.RunFolderError, il.fewshot.DatasetError, FileNotFoundError) as error:
+        results = {"failed": str(error), "command": experiments.command_of(experiment), "split": None}
+        results["dataset"] = experiment.data.dataset
+    except (experiments.RunFolderError, experiments.PrecisionError, il.fewshot.DatasetError, OSError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("\nStopped; no finished cell is lost. The same command goes on.") from None
@@ -99,7 +102,13 @@ def run_cell(table: Table, cell: str, method: str, experiment: experiments.Exper
         command=results["command"],
         seed=options.seed,
         split=results["split"],
-        results={"table": table.name, "cell": cell, "method": method, **kept},
+        results={
+            "table": table.name,
+            "cell": cell,
+            "method": method,
+            "planned_meta_steps": experiment.run.max_steps,
+            **kept,
+        },
         computed_on=None if "failed" in results else {key: results[key] for key in ("machine", "versions")},
     )
     written: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -131,8 +140,9 @@ def eta(budgets: Sequence[float], experiment: experiments.Experiment, left: int)
 
 
 def load_results(folder: Path, table: Table) -> list[dict[str, Any]]:
-    """All result files of the table in ``folder``."""
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"{table.name}-*.json"))]
+    """All result files of the table in ``folder``; those of the table's own dataset first."""
+    found = [load_result(path) for path in sorted(folder.glob(f"{table.name}-*.json"))]
+    return sorted(found, key=lambda result: result["results"].get("dataset") != table.dataset)
 
 
 def markdown(table: Table, found: Iterable[dict[str, Any]]) -> list[str]:
@@ -147,10 +157,11 @@ def markdown(table: Table, found: Iterable[dict[str, Any]]) -> list[str]:
     ]
     for cell in table.cells:
         for method, words in METHODS.items():
-            value, interval = table.paper[method][cell]
+            printed = table.paper[method][cell]
+            value, interval = map(float, printed.split(" ± "))
             full, reduced = (kept.get((cell, method, which), []) for which in (True, False))
             lines.append(
-                f"| {cell} | {words} | {value} ± {interval} | {', '.join(map(shown, full)) or 'not run'} | "
+                f"| {cell} | {words} | {printed} | {', '.join(map(shown, full)) or 'not run'} | "
                 f"{gap(full, value, interval)} | {', '.join(map(shown, reduced)) or 'not run'} |"
             )
     return lines
@@ -159,13 +170,20 @@ def markdown(table: Table, found: Iterable[dict[str, Any]]) -> list[str]:
 def shown(result: dict[str, Any]) -> str:
     results = result["results"]
     if "failed" in results:
-        return "diverged"
-    where = f"{DATASETS[results['dataset']]}, {results['meta_steps']:,} meta-steps, {results['seconds'] / 60:.1f} min"
+        return f"diverged ({DATASETS[results['dataset']]})"
+    where = f"{DATASETS[results['dataset']]}, {steps_of(result)} meta-steps, {results['seconds'] / 60:.1f} min"
     how = "" if results["transductive"] else ", not transductive"
     changed = [line.split(":")[0] for line in results["changed_from_preset"]]
     if changed and result["setting"] == "paper":
         how += f"; changed: {', '.join(changed)}"
     return f"{results['accuracy']:.2f} ± {results['interval']:.2f} ({where}{how})"
+
+
+def steps_of(result: dict[str, Any]) -> str:
+    """Meta-steps made; where the paper's setting was stopped short of those of its preset, of how many."""
+    made, planned = result["results"]["meta_steps"], result["results"].get("planned_meta_steps")
+    short = result["setting"] == "paper" and planned is not None and made < planned
+    return f"{made:,} of {planned:,}" if short else f"{made:,}"
 
 
 def gap(full: Sequence[dict[str, Any]], value: float, interval: float) -> str:
@@ -193,25 +211,27 @@ def read_arguments(table: Table, about: str) -> Any:
         return read
 
     def minutes(text: str) -> float:
-        if not float(text) > 0:
-            raise argparse.ArgumentTypeError(f"{text} must be positive")
+        if not 0 < float(text) < math.inf:
+            raise argparse.ArgumentTypeError(f"{text} must be positive and finite")
         return float(text)
+
+    def seed(text: str) -> int:
+        if int(text) < 0:
+            raise argparse.ArgumentTypeError(f"{text} must be at least 0")
+        return int(text)
 
     parser.add_argument("--cells", type=several(table.cells), help=f"of {','.join(table.cells)} (default all)")
     parser.add_argument("--methods", type=several(METHODS), default=list(METHODS), help=f"of {','.join(METHODS)}")
     parser.add_argument("--setting", choices=["paper", "reduced"], help="default: paper on cuda, reduced on cpu")
     parser.add_argument("--minutes-per-cell", type=minutes, help="of training; default: the preset's budget")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--device", type=device_option, default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--data-dir", help=f"folder of {DATASETS[table.dataset]}; without it, Glyphs. {table.stand_in}")
     parser.add_argument("--output-dir", type=Path, default=OUTPUT_DIR, help=f"result files (default {OUTPUT_DIR})")
     parser.add_argument("--run-dir", type=Path, default=OUTPUT_DIR / "cells", help="run folders, for going on")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--smoke", action="store_true", help="one meta-step of one cell, to see that it runs")
     options = parser.parse_args()
-    cuda = torch.device(options.device).type == "cuda"
-    if cuda and not torch.cuda.is_available():
-        parser.error(f"--device {options.device}: torch {torch.__version__} sees no GPU here. Leave the option out.")
-    options.setting = options.setting or ("paper" if cuda else "reduced")
+    options.setting = options.setting or ("reduced" if options.device == "cpu" else "paper")
     if options.cells is None:
         options.cells = list(table.cells[:1] if options.smoke else table.cells)
     if options.smoke:  # beside the real ones, so that it neither overwrites them nor is taken for one

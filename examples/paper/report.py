@@ -8,12 +8,11 @@ python examples/paper/report.py --output docs/paper.md            refresh the co
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from _results import COMMITTED, OUTPUT_DIR
+from _results import COMMITTED, OUTPUT_DIR, load_result
 from _tables import DATASETS, Table, load_results, markdown
 from table2 import TABLE as TABLE_2
 from table3 import TABLE as TABLE_3
@@ -42,10 +41,14 @@ python -m implicitlayer.experiments --resume <run folder>                go on a
 torchrun --nproc-per-node 4 -m implicitlayer.experiments ...             tasks shared among processes
 ```
 
+MAML with Nesterov's steps is `--method.inner-momentum 0.9` (say) on a preset of maml; truncated back-propagation has
+presets of its own, since the paper's tables have no such row.
+
 A run leaves a folder: `config.json`, `versions.json`, `metrics.jsonl`, `checkpoint.pt`, `best.pt`, `results.json` and
 two pictures. Accuracies are means over test tasks, ± 1.96 standard errors; classes are split by stored names before
-anything is drawn, and no test class is looked at before the one evaluation at the end. They are transductive, as the
-paper's: the query pictures of a task share batch statistics. `--evaluation.no-transductive` takes one at a time.
+anything is drawn, and no test class is looked at before the one evaluation at the end. They are transductive, like
+those of the authors' released code (the paper does not say): the query pictures of a task share batch statistics.
+`--evaluation.no-transductive` takes one at a time. A gap's ± is that of the difference of two independent means.
 """
 SMALL = {
     "fig2a": ("Figure 2(a): accuracy of the meta-gradient", "examples/paper/fig2a.py"),
@@ -68,7 +71,7 @@ def page(results: Path, figures: str) -> str:
     parts, sources = [HEAD], []
     for name, (title, script) in SMALL.items():
         path = results / f"{name}.json"
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        found = load_result(path) if path.exists() else None
         parts.append("\n".join([f"## {title}", "", f"`python {script}`", "", *small(found, figures)]))
         sources += [found] if found else []
     for table, title, script in LARGE.values():
@@ -82,9 +85,8 @@ def small(found: dict[str, Any] | None, figures: str) -> list[str]:
     """A figure or Table 1: setting, picture, table, what holds and what does not."""
     if found is None:
         return ["Not run."]
-    results = found["results"]
-    setting = "The paper's setting." if found["setting"] == "paper" else f"{found['setting'].capitalize()}."
-    lines = [" ".join([setting, results["note"]]) if "note" in results else setting, ""]
+    results, setting = found["results"], found["setting"]
+    lines = ["The paper's setting." if setting == "paper" else f"{setting[:1].upper()}{setting[1:]}.", ""]
     lines += [f"![{found['name']}]({figures}/{figure})" for figure in found["figures"]]
     lines += ["", *results.get("table", []), ""]
     if "claims" in results:
@@ -118,12 +120,20 @@ def origins(sources: list[dict[str, Any]]) -> list[str]:
     lines = ["| result | command | setting | machine, versions | seed, split |", "|---|---|---|---|---|"]
     for found in sources:
         machine, versions = found["machine"], found["versions"]
-        where = f"{machine['gpu'] or machine['cpu']}, {machine['threads']} threads"
+        processes = found["results"].get("processes", 1)
+        where = f"{machine['gpu'] or machine['cpu']}, {several(machine['threads'], 'thread')}"
+        where = f"{several(processes, 'process')} on {where}" if processes > 1 else where
         code = f"implicitlayer {versions['implicitlayer']}, torch {versions['torch']}, Python {versions['python']}"
         split = f", {found['split']}" if found["split"] else ""
         cells = [found["name"], f"`{found['command']}`", found["setting"], f"{where}; {code}; {versions['platform']}"]
         lines.append("| " + " | ".join([*cells, f"{found['seed']}{split}"]) + " |")
     return lines
+
+
+def several(number: int, word: str) -> str:
+    """``"1 thread"``, ``"2 threads"``, ``"2 processes"``."""
+    plural = f"{word}es" if word.endswith("s") else f"{word}s"
+    return f"{number} {word if number == 1 else plural}"
 
 
 def tidy(lines: list[str]) -> list[str]:
@@ -142,9 +152,12 @@ def main() -> None:
     options = parser.parse_args()
     options.output.parent.mkdir(parents=True, exist_ok=True)
     figures = Path(os.path.relpath(options.results.resolve(), options.output.resolve().parent)).as_posix()
-    text = page(options.results, figures)
+    try:
+        text = page(options.results, figures)
+    except ValueError as error:
+        raise SystemExit(f"error: {error}") from None
     options.output.write_text(text, encoding="utf-8")
-    print(f"{options.output}: {text.count('not run')} entries not run")
+    print(f"{options.output}: {text.count('| not run |')} entries not run")
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ TABLE = Table(
     cells=("5w1s",),
     stand_in="Glyphs are characters: this is not mini-ImageNet, and far easier.",
     paper={
-        "maml": {"5w1s": (48.70, 1.84)},
-        "fomaml": {"5w1s": (48.07, 1.75)},
-        "reptile": {"5w1s": (49.97, 0.32)},
-        "imaml-gd": {"5w1s": (48.96, 1.84)},
-        "imaml-hf": {"5w1s": (49.30, 1.88)},
+        "maml": {"5w1s": "48.70 ± 1.84"},
+        "fomaml": {"5w1s": "48.07 ± 1.75"},
+        "reptile": {"5w1s": "49.97 ± 0.32"},
+        "imaml-gd": {"5w1s": "48.96 ± 1.84"},
+        "imaml-hf": {"5w1s": "49.30 ± 1.88"},
     },
 )
 

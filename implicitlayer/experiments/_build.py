@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from implicitlayer.experiments._command import resume_command
 from implicitlayer.experiments._settings import Data, Experiment
 from implicitlayer.fewshot import (
     Conv4,
@@ -78,7 +79,9 @@ def build_method(
         return task_cross_entropy(network(params, images), labels)
 
     if settings.name == "maml":
-        return MAML(task_loss, step_size=step_size, num_steps=steps, strength=strength)
+        return MAML(
+            task_loss, step_size=step_size, num_steps=steps, strength=strength, momentum=settings.inner_momentum
+        )
     if settings.name == "truncated":
         back = min(settings.backward_steps, steps)
         return TruncatedMAML(
@@ -193,7 +196,7 @@ def build_trainer(
         validation=list(test_episodes(experiment, "val", evaluation.validation_tasks, device)),
         num_validations=evaluation.num_validations,
         run_dir=run_dir,
-        resume_command=None if run_dir is None else f"python -m implicitlayer.experiments --resume {run_dir}",
+        resume_command=None if run_dir is None else resume_command(run_dir),
         checkpoint_seconds=run.checkpoint_seconds,
         tensorboard=run.tensorboard,
         show_progress=run.progress,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+from pathlib import Path
 from typing import Any
 
 from implicitlayer.experiments._fields import differences
@@ -51,6 +52,16 @@ def command_of(experiment: Experiment) -> str:
     if experiment.data.dataset != "glyphs":
         words.append("--data.dir <folder>")
     return " ".join(words)
+
+
+def resume_command(folder: str | Path) -> str:
+    """What goes on with a run folder.
+
+    Example:
+        >>> resume_command("runs/my run")
+        "python -m implicitlayer.experiments --resume 'runs/my run'"
+    """
+    return f"{PROGRAM} --resume {shlex.quote(str(folder))}"
 
 
 def _option(name: str, value: Any) -> str:

@@ -22,7 +22,8 @@ _USAGE = f"""Meta-learning experiments: every cell of the iMAML paper, and the s
     {PROGRAM} glyphs --run.minutes 1                 on pictures that need no download
     {PROGRAM} paper-omniglot-5w1s-imaml-gd --data.dir <folder> --run.device cuda --run.minutes 5
     {PROGRAM} PRESET --help                          its settings, and what was chosen where its source is silent
-    {PROGRAM} --resume RUN                           go on with a run folder
+    {PROGRAM} --resume RUN                           go on with a run folder (--data.dir, --run.device and what else
+                                                     changes no result may follow)
     torchrun --nproc-per-node 4 -m implicitlayer.experiments PRESET ...   tasks shared among processes
 
 Presets:
@@ -46,13 +47,16 @@ def parse(arguments: Sequence[str]) -> tuple[Experiment, bool]:
         ImportError: tyro is missing.
     """
     if arguments[0] == "--resume":
-        if len(arguments) != 2:
-            raise ValueError("--resume takes a run folder and nothing else: a run goes on with the settings it has.")
+        if len(arguments) < 2 or arguments[1].startswith("-"):
+            raise ValueError("--resume takes a run folder: --resume RUN.")
         folder = Path(arguments[1])
         if not (folder / "config.json").exists():
             raise ValueError(f"--resume {folder}: there is no config.json, so this is no run folder.")
         experiment = Experiment.load(folder / "config.json")
-        return dataclasses.replace(experiment, run=dataclasses.replace(experiment.run, dir=str(folder))), True
+        changed = _overridden(experiment, arguments[2:]) if arguments[2:] else experiment
+        return dataclasses.replace(changed, run=dataclasses.replace(changed.run, dir=str(folder))), True
+    if arguments[0].startswith("-"):
+        raise ValueError(f"{arguments[0]}: a preset comes first, then its settings. --help lists the presets.")
     return _overridden(preset(arguments[0]), arguments[1:]), False
 
 
@@ -84,10 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         experiment, resume = parse(words)
         results = run(experiment, resume=resume)
-    except (ValueError, ImplicitLayerError, FileNotFoundError, ImportError) as error:
+    except (ValueError, ImplicitLayerError, OSError, ImportError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt as stopped:
-        raise SystemExit(f"\n{stopped}. Go on with: {PROGRAM} --resume <the run folder>") from None
+        raise SystemExit(f"\n{str(stopped) or 'stopped before anything was computed'}") from None
     if os.environ.get("RANK", "0") != "0":  # one of several processes that torchrun started: the first one tells
         return
     print(

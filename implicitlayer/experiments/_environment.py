@@ -11,22 +11,27 @@ from typing import Any
 import torch
 
 
-def machine() -> dict[str, Any]:
-    """The machine that this process runs on, for a result file.
+def machine(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """The machine that this process computes on, for a result file.
+
+    Args:
+        device: where it computes. A GPU that is there and not used has no part in the result.
 
     Returns:
         ``cpu`` (its model, or what is known of it), ``cores`` (that this process may use), ``threads`` (of torch) and
-        ``gpu`` (its name; None where torch sees none).
+        ``gpu`` (the name of ``device``; None where that is the CPU).
 
     Example:
         >>> sorted(machine())
         ['cores', 'cpu', 'gpu', 'threads']
+        >>> machine("cpu")["gpu"] is None
+        True
     """
     return {
         "cpu": _cpu_model(Path("/proc/cpuinfo")),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else None,
     }
 
 

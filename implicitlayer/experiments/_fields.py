@@ -11,9 +11,9 @@ from typing import Any, Literal, TypeVar
 T = TypeVar("T")
 
 
-def number(default: Any, *, least: float | None = None, above: float | None = None, most: float | None = None) -> Any:
+def number(default: Any, *, least: float | None = None, above: float | None = None, below: float | None = None) -> Any:
     """A dataclass field with a range; None is let through where the type allows it."""
-    return dataclasses.field(default=default, metadata={"least": least, "above": above, "most": most})
+    return dataclasses.field(default=default, metadata={"least": least, "above": above, "below": below})
 
 
 class Checked:
@@ -32,13 +32,15 @@ def _check_range(entry: dataclasses.Field[Any], value: Any) -> None:
     limits = {name: limit for name, limit in entry.metadata.items() if limit is not None}
     if value is None or not limits:
         return
-    good = math.isfinite(value) and (
+    if not math.isfinite(value):
+        raise ValueError(f"{entry.name}={value!r} must be a finite number.")
+    good = (
         value >= limits.get("least", -math.inf)
         and value > limits.get("above", -math.inf)
-        and value <= limits.get("most", math.inf)
+        and value < limits.get("below", math.inf)
     )
     if not good:
-        words = {"least": "at least", "above": "more than", "most": "at most"}
+        words = {"least": "at least", "above": "more than", "below": "less than"}
         rule = " and ".join(f"{words[name]} {limit}" for name, limit in limits.items())
         raise ValueError(f"{entry.name}={value!r} must be {rule}.")
 

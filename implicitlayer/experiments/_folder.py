@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from implicitlayer._errors import ImplicitLayerError
 from implicitlayer.experiments._environment import machine, versions
@@ -42,7 +45,10 @@ def new_folder(experiment: Experiment) -> Path:
     """``run.dir``, or a new name in ``runs/``."""
     if experiment.run.dir is not None:
         return Path(experiment.run.dir)
-    return Path("runs") / f"{experiment.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{experiment.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    # two runs that start in one second get two folders
+    free = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+    return next(folder for word in free if not (folder := Path("runs") / word).exists())
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
@@ -50,7 +56,7 @@ def finished(folder: Path) -> dict[str, Any] | None:
     path = folder / "results.json"
     if not path.exists():
         return None
-    results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    results: dict[str, Any] = _read(path)
     return results
 
 
@@ -75,11 +81,24 @@ def check_folder(folder: Path, experiment: Experiment, *, resume: bool) -> None:
         )
 
 
-def open_folder(folder: Path, experiment: Experiment) -> None:
+def open_folder(folder: Path, experiment: Experiment, device: torch.device, num_processes: int) -> None:
     """Write ``config.json`` (once) and add this process to ``versions.json``."""
     if not (folder / "config.json").exists():
         experiment.save(folder / "config.json")
     path = folder / "versions.json"
     # One entry for every start: a run that went on elsewhere, or with another torch, shows it.
-    starts = json.loads(path.read_text(encoding="utf-8"))["starts"] if path.exists() else []
-    save_json(path, {"starts": [*starts, {"machine": machine(), "versions": versions()}]})
+    starts = _read(path).get("starts", []) if path.exists() else []
+    start = {"machine": machine(device), "versions": versions(), "processes": num_processes}
+    save_json(path, {"starts": [*starts, start]})
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON file of the folder; one that was damaged from outside is an error that names it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+        problem = "no object"
+    except ValueError as error:
+        problem = str(error)
+    raise RunFolderError(f"{path} is damaged ({problem}). Remove this one file; the run goes on from its checkpoint.")

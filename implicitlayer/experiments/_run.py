@@ -16,7 +16,7 @@ from implicitlayer.experiments._build import (
     load_classes,
     test_episodes,
 )
-from implicitlayer.experiments._command import changes_from_preset, command_of
+from implicitlayer.experiments._command import changes_from_preset, command_of, resume_command
 from implicitlayer.experiments._device import allow_tf32, pick_device, set_tf32
 from implicitlayer.experiments._environment import machine, versions
 from implicitlayer.experiments._figures import draw
@@ -45,7 +45,7 @@ def run(experiment: Experiment, *, resume: bool = False) -> dict[str, Any]:
         ValueError: no such device.
         PrecisionError: TF32 was asked for and changes the meta-gradient too much.
         NonFiniteError: the inner problem has diverged; the checkpoint holds the last good step.
-        KeyboardInterrupt: after Ctrl-C; the checkpoint holds the last step.
+        KeyboardInterrupt: after Ctrl-C; the message says what the checkpoint holds, and how to go on.
 
     Example:
         >>> import tempfile, dataclasses
@@ -69,13 +69,24 @@ def run(experiment: Experiment, *, resume: bool = False) -> dict[str, Any]:
         _wait(group)  # no process may find the results or settings that another one writes below
         if done is not None:
             return done
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)  # of this run, not of one before it in this process
+        # Data that is not there is found out before anything is written.
+        trainer = build_trainer(experiment, run_dir=folder, device=device)
         if group.is_first:
-            open_folder(folder, experiment)
-        return _run(experiment, folder, device, group)
+            open_folder(folder, experiment, device, group.size)
+            if experiment.run.dir is None:
+                print(f"run folder: {folder}", flush=True)
+        try:
+            return _run(experiment, trainer, folder, device, group)
+        except KeyboardInterrupt as stopped:
+            kept = str(stopped) or "stopped; the checkpoint holds what was trained until then"
+            raise KeyboardInterrupt(f"{kept}. Go on with: {resume_command(folder)}") from None
 
 
-def _run(experiment: Experiment, folder: Path, device: torch.device, group: WorkerGroup) -> dict[str, Any]:
-    trainer = build_trainer(experiment, run_dir=folder, device=device)
+def _run(
+    experiment: Experiment, trainer: Trainer, folder: Path, device: torch.device, group: WorkerGroup
+) -> dict[str, Any]:
     set_tf32(False)
     difference = None
     if experiment.run.tf32 and device.type == "cuda":
@@ -130,7 +141,7 @@ def _results(
         "seconds": trainer.seconds,
         "processes": group.size,
         "peak_memory_bytes": torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
-        "machine": machine(),
+        "machine": machine(device),
         "versions": versions(),
         "notes": list(experiment.notes),
         "config": without_folders(experiment),

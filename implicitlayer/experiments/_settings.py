@@ -65,6 +65,7 @@ class Method(Checked):
         inner_steps: steps of the inner solver.
         inner_step_size: of gradient descent; imaml-hf searches its own.
         strength: weight of the proximal term; 0 leaves it out.
+        inner_momentum: of maml: Nesterov's accelerated gradient in place of gradient descent where it is not 0.
         cg_steps: conjugate gradient steps for the meta-gradient of imaml-*.
         newton_cg_steps: Hessian products for each direction of imaml-hf.
         backward_steps: inner steps that truncated back-propagates through.
@@ -74,6 +75,7 @@ class Method(Checked):
     inner_steps: int = number(16, least=1)
     inner_step_size: float = number(0.1, above=0)
     strength: float = number(2.0, least=0)
+    inner_momentum: float = number(0.0, least=0, below=1)
     cg_steps: int = number(5, least=0)
     newton_cg_steps: int = number(5, least=1)
     backward_steps: int = number(2, least=1)
@@ -110,7 +112,8 @@ class Evaluation(Checked):
         test_tasks: tasks from test classes, used once, at the end.
         inner_steps: steps of the inner solver in the test, where they differ from training.
         checkpoint: best on the validation tasks, or last.
-        transductive: query pictures of a test task share batch statistics, as in the paper; no: one at a time.
+        transductive: query pictures of a test task share batch statistics, as is the habit of MAML's code and of the
+            paper's released code (the paper does not say); no: one at a time.
         batch_size: tasks evaluated at once.
         seed: of the validation and test tasks; not the run's, so that all runs are measured on the same tasks.
     """
@@ -203,6 +206,11 @@ class Experiment(Checked):
         if method.name in (*IMPLICIT, "truncated") and method.strength == 0:
             raise ValueError(
                 f"method.strength=0 must be positive for {method.name}: theta acts through the proximal term alone."
+            )
+        if method.inner_momentum and method.name != "maml":
+            raise ValueError(
+                f"method.inner_momentum={method.inner_momentum} must be 0 for {method.name}: only maml "
+                "back-propagates through accelerated steps here."
             )
         if method.name == "truncated" and method.backward_steps > method.inner_steps:
             raise ValueError(

@@ -14,6 +14,7 @@ pytest.importorskip("PIL")
 
 from implicitlayer import experiments as ex
 from implicitlayer.experiments._command_line import main, parse
+from implicitlayer.meta import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -50,16 +51,21 @@ def test_the_command_of_a_changed_experiment_gives_it_back() -> None:
     ("words", "message"),
     [
         (["nothing"], "preset='nothing' is none of the"),
-        (["--resume"], "--resume takes a run folder and nothing else"),
+        (["--run.minutes", "5"], "--run.minutes: a preset comes first, then its settings"),
+        (["--resume"], "--resume takes a run folder: --resume RUN"),
+        (["--resume", "--run.minutes", "5"], "--resume takes a run folder: --resume RUN"),
         (["--resume", "nowhere"], "--resume nowhere: there is no config.json, so this is no run folder"),
-        (["--resume", "nowhere", "--run.minutes", "5"], "a run goes on with the settings it has"),
         (["paper-omniglot-5w1s-maml", "--data.dir", "nowhere"], "No Omniglot in nowhere"),
+        (["glyphs", "--data.num-ways", "99"], "num_ways=99 must not exceed the 80 classes"),
+        (["glyphs", "--run.dir", "a-file"], "a-file.config.json could not be written"),
     ],
 )
 def test_a_mistake_is_one_line(words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "a-file").touch()
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
         main(words)
+    assert [path.name for path in tmp_path.iterdir()] == ["a-file"], "a run folder was made for a run that never began"
 
 
 @pytest.mark.parametrize(
@@ -100,18 +106,34 @@ def test_a_run_goes_on_by_its_folder(tmp_path: Path, capsys: pytest.CaptureFixtu
     main(["--resume", str(folder)])
     assert capsys.readouterr().out == first
     (folder / "results.json").unlink()
-    main(["--resume", str(folder)])
+    main(["--resume", str(folder), "--run.tasks-per-chunk", "1"])  # how memory is used changes no result
     assert "after 2 meta-steps" in capsys.readouterr().out and (folder / "results.json").exists()
+    with pytest.raises(SystemExit, match=r"^error: .*another experiment \(run\.seed: 0 there, 1 here\)"):
+        main(["--resume", str(folder), "--run.seed", "1"])
 
 
-def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("said", ["stopped after step 7; the checkpoint holds it", ""])
+def test_ctrl_c_says_how_to_go_on(said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """In training the trainer says what it kept; an interrupt elsewhere, in the test say, comes without a word."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt(*[said] if said else [])
+
+    monkeypatch.setattr(Trainer, "fit", stop)
+    with pytest.raises(
+        SystemExit, match=rf"^\n{said or 'stopped; the checkpoint holds'}.*\. Go on with: .* --resume '.*a run'$"
+    ):
+        main(["reduced-glyphs-5w1s-fomaml", *TINY, "--run.dir", str(tmp_path / "a run")])
+
+
+def test_ctrl_c_before_the_run_has_nothing_to_go_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
     from implicitlayer.experiments import _command_line
 
     def stop(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt("stopped after step 7; the checkpoint holds it")
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(_command_line, "run", stop)
-    with pytest.raises(SystemExit, match=r"stopped after step 7.* Go on with: .* --resume"):
+    with pytest.raises(SystemExit, match=r"^\nstopped before anything was computed$"):
         main(["glyphs"])
 
 
@@ -131,6 +153,9 @@ def test_two_processes_share_a_run(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("after 2 meta-steps") == 1
     (folder,) = (tmp_path / "runs").iterdir()
+    assert result.stdout.count(f"run folder: runs/{folder.name}\n") == 1
+    (start,) = json.loads((folder / "versions.json").read_text())["starts"]
+    assert start["processes"] == 2
     shared = json.loads((folder / "results.json").read_text())
     main([*words, "--run.dir", str(tmp_path / "alone")])
     alone = json.loads((tmp_path / "alone" / "results.json").read_text())

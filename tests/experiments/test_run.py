@@ -30,7 +30,15 @@ def tiny(folder: Path | None, name: str = "reduced-glyphs-5w1s-imaml-gd", **run:
     return dataclasses.replace(experiment, run=dataclasses.replace(experiment.run, dir=place, **run))
 
 
-@pytest.mark.parametrize("name", ex.PRESETS)
+def unlike() -> list[str]:
+    """The presets that smoke() leaves different: Omniglot's and Glyphs' are one where only the pictures differ."""
+    found = {
+        dataclasses.replace(ex.smoke(e), preset="", setting="paper", notes=()): name for name, e in ex.PRESETS.items()
+    }
+    return sorted(found.values())
+
+
+@pytest.mark.parametrize("name", unlike())
 def test_every_preset_takes_a_step_at_smoke_size(name: str) -> None:
     experiment = ex.smoke(ex.preset(name))
     # the picture size and the way down are the preset's: mini-ImageNet's network is another one
@@ -81,11 +89,52 @@ def test_a_folder_that_holds_this_or_another_experiment_is_refused(tmp_path: Pat
     ex.run(tiny(tmp_path, progress=True, checkpoint_seconds=1.0), resume=True)
 
 
-def test_a_run_without_a_folder_makes_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_a_folder_makes_one_and_says_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    ex.run(tiny(None, "reduced-glyphs-5w1s-reptile"))
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert folder.name.startswith("reduced-glyphs-5w1s-reptile-2")
+    monkeypatch.setattr("implicitlayer.experiments._folder.time.strftime", lambda form: "20200101-000000")
+    for number, name in enumerate(["20200101-000000", "20200101-000000-2"], start=1):  # within one second
+        ex.run(tiny(None, "reduced-glyphs-5w1s-reptile"))
+        assert len(list((tmp_path / "runs").iterdir())) == number
+        assert (tmp_path / "runs" / f"reduced-glyphs-5w1s-reptile-{name}" / "results.json").exists()
+        assert capsys.readouterr().out == f"run folder: runs/reduced-glyphs-5w1s-reptile-{name}\n"
+
+
+def test_a_mistaken_data_folder_can_be_corrected(tmp_path: Path) -> None:
+    """A run that finds no data leaves nothing, so that the same folder can be named again."""
+    experiment = tiny(tmp_path / "run")
+    data = dataclasses.replace(experiment.data, dataset="omniglot", dir=str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="No Omniglot in"):
+        ex.run(dataclasses.replace(experiment, data=data))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ['{"accuracy": 9', "3"])
+def test_damaged_results_are_named(text: str, tmp_path: Path) -> None:
+    first = ex.run(tiny(tmp_path))
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ex.RunFolderError, match=r"results\.json is damaged .* Remove this one file; the run goes on"):
+        ex.run(tiny(tmp_path), resume=True)
+    (tmp_path / "results.json").unlink()
+    assert ex.run(tiny(tmp_path), resume=True)["accuracy"] == first["accuracy"]
+
+
+def test_a_gpu_that_is_not_used_is_not_in_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a card, {device}")
+    assert ex.machine()["gpu"] is None and ex.machine("cuda:1")["gpu"] == "a card, cuda:1"
+
+
+def test_maml_can_take_accelerated_steps() -> None:
+    gradients = []
+    for momentum in (0.0, 0.5):
+        experiment = tiny(None, "reduced-glyphs-5w1s-maml")
+        method = dataclasses.replace(experiment.method, inner_momentum=momentum, inner_steps=3)
+        trainer = ex.build_trainer(dataclasses.replace(experiment, method=method))
+        assert trainer.method.momentum == momentum  # type: ignore[attr-defined]
+        gradients.append(trainer.fit()[0]["gradient_norm"])
+    assert gradients[0] != gradients[1]
 
 
 # A run of 120 steps of some 5 ms; killed at its first checkpoint, after 0.05 s, it is far from its end.
@@ -132,11 +181,11 @@ def test_a_test_without_transduction_is_stated_and_differs(tmp_path: Path) -> No
 
 def test_the_test_may_take_other_inner_steps_than_training(tmp_path: Path) -> None:
     accuracies = {}
-    for steps in (1, 30):
+    for steps in (1, 10):
         experiment = tiny(tmp_path / str(steps), "reduced-glyphs-5w1s-fomaml")
         evaluation = dataclasses.replace(experiment.evaluation, inner_steps=steps, test_tasks=40)
         accuracies[steps] = ex.run(dataclasses.replace(experiment, evaluation=evaluation))["accuracy"]
-    assert accuracies[1] != accuracies[30]
+    assert accuracies[1] != accuracies[10]
 
 
 def test_the_last_checkpoint_can_be_tested_in_place_of_the_best(tmp_path: Path) -> None:

@@ -40,7 +40,10 @@ def test_a_preset_comes_back_from_json_as_it_was(name: str, tmp_path: Path) -> N
         ([], r"the configuration=\[\] must be an object with named fields\."),
         ({"data": {"num_ways": 1}}, r"data\.num_ways=1 must be at least 2\."),
         ({"outer": {"learning_rate": 0}}, r"outer\.learning_rate=0 must be more than 0\."),
-        ({"method": {"strength": float("nan")}}, r"method\.strength=nan must be at least 0\."),
+        ({"method": {"strength": float("nan")}}, r"method\.strength=nan must be a finite number\."),
+        ({"run": {"minutes": float("inf")}}, r"run\.minutes=inf must be a finite number\."),
+        ({"method": {"inner_momentum": 1}}, r"method\.inner_momentum=1 must be at least 0 and less than 1\."),
+        ({"method": {"inner_momentum": 0.5}}, r"method\.inner_momentum=0\.5 must be 0 for imaml-gd: only maml"),
         ({"run": {"max_steps": None}}, r"run\.max_steps and run\.minutes are both none: give one budget, or both\."),
         ({"method": {"strength": 0}}, r"method\.strength=0 must be positive for imaml-gd: theta acts through the"),
         (
