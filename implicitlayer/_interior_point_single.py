@@ -17,7 +17,7 @@ import torch
 
 from implicitlayer._interior_point_step import FARTHEST, INDEPENDENT, PATIENCE, SHIFT, TO_BOUNDARY, Data, Newton
 
-__all__ = ["Array", "Outcome", "iterate_single", "product"]
+__all__ = ["Array", "Outcome", "iterate_single", "product", "triangular_solves"]
 
 Array = npt.NDArray[np.float64]
 Product = Callable[[Array], Array]
@@ -152,14 +152,14 @@ class _Step:
         factor, info = torch.linalg.cholesky_ex(torch.from_numpy(matrix))
         good = not info.item()
         if good:
-            self.down, self.up = _solves(factor)
+            self.down, self.up = triangular_solves(factor)
         if good and self.e:
             half = torch.linalg.solve_triangular(factor, torch.from_numpy(A).mT, upper=False)
             schur, info = torch.linalg.cholesky_ex(half.mT @ half)
             pivots = schur.numpy().diagonal()
             good = not info.item() and bool(pivots.min() > INDEPENDENT * pivots.max())
             self.half, self.half_t = product(half.numpy()), product(half.numpy().T)
-            self.schur_down, self.schur_up = _solves(schur)
+            self.schur_down, self.schur_up = triangular_solves(schur)
         if not good:
             self.other = Newton(data, torch.from_numpy(weights)[None])
 
@@ -175,7 +175,7 @@ class _Step:
         return self.up(u - self.half(dy)), dy
 
 
-def _solves(factor: torch.Tensor) -> tuple[Product, Product]:
+def triangular_solves(factor: torch.Tensor) -> tuple[Product, Product]:
     """Solves with L and with L': by its inverse where that is small, for four of them follow."""
     n = factor.shape[-1]
     if n <= _SMALL:

@@ -24,10 +24,11 @@ from implicitlayer._tree import name_lanes
 from implicitlayer._types import OnFailure
 from implicitlayer._warn import warn
 
-__all__ = ["ActiveConstraints", "Tolerances"]
+__all__ = ["ABSOLUTE", "DEPENDENT", "NOISE", "ActiveConstraints", "Tolerances"]
 
 NOISE = 1e3  # below this many eps of everything a distance is rounding
-_ABSOLUTE = 1e-12  # below this part of the reach a distance is zero, or 16 eps of it where that is more
+DEPENDENT = 1e-8  # smallest eigenvalue of the products of unit rows that are independent
+ABSOLUTE = 1e-12  # below this part of the reach a distance is zero, or 16 eps of it where that is more
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ class Conditions:
         return torch.maximum(active_rtol * self.size, self._zero())
 
     def _zero(self) -> torch.Tensor:
-        return max(_ABSOLUTE, 16 * self.eps) * self.reach
+        return max(ABSOLUTE, 16 * self.eps) * self.reach
 
     def active_set(
         self,
@@ -242,7 +243,7 @@ class Conditions:
             return none
         gram = rows @ rows.mT + torch.diag_embed((_norm(rows) == 0).to(rows.dtype))
         _, info = torch.linalg.cholesky_ex(
-            gram - 1e-8 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+            gram - DEPENDENT * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         )
         zero = (norms[..., 0] == 0) & torch.cat([torch.ones_like(self.h, dtype=torch.bool), held], -1)
         independent: torch.Tensor = (info == 0) & ~zero.any(-1)

@@ -17,17 +17,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
 from implicitlayer._solution import LinearSolution
 from implicitlayer._status import Status
-from implicitlayer.linear._common import NOISE, Correction, Limits, Round, refine
+from implicitlayer.linear._common import NOISE, Correction, Limits, Round
+from implicitlayer.linear._direct import refine_direct
 from implicitlayer.linear._operator import FlatOperator, LinearSolver
 
-__all__ = ["KktFactors", "KktMatrices", "KktSolver"]
+__all__ = ["Factors", "KktFactors", "KktMatrices", "KktSolver"]
 
 _SUSPICIOUS = 1e4  # a pivot below this many times the noise sends the lane the slow way
+
+
+class Factors(Protocol):
+    """What solves with K, as :class:`KktFactors` does."""
+
+    codes: torch.Tensor
+    curvature: torch.Tensor
+
+    def solve(self, rhs: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,7 +177,7 @@ class KktSolver(LinearSolver):
     num_equalities: int
     num_inequalities: int
     max_size: int = 4096
-    prepared: list[KktFactors | KktMatrices] = field(default_factory=list, compare=False, repr=False)
+    prepared: list[Factors | KktMatrices] = field(default_factory=list, compare=False, repr=False)
 
     def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution:
         """Solve for a flat right-hand side [*lanes, n + equalities + 2 inequalities]."""
@@ -188,7 +199,7 @@ class KktSolver(LinearSolver):
                 return solution
         return self._solve(operator, rhs, KktFactors(self.written_down(operator, rhs), eps))
 
-    def _solve(self, operator: FlatOperator, rhs: torch.Tensor, factors: KktFactors) -> LinearSolution:
+    def _solve(self, operator: FlatOperator, rhs: torch.Tensor, factors: Factors) -> LinearSolution:
         lanes = rhs.shape[:-1]
         core = self.num_unknowns + self.num_equalities + self.num_inequalities
         num_extra = math.prod(lanes[: len(lanes) - factors.codes.ndim])
@@ -203,7 +214,7 @@ class KktSolver(LinearSolver):
             value = torch.where(refused[..., None], 0.0, value)
             return Correction(value, codes, torch.full_like(codes, self.num_unknowns + 1), None, curvature)
 
-        return refine(operator, rhs, Limits(), correct, "KKT solve")
+        return refine_direct(operator, rhs, Limits(), correct, "KKT solve")
 
     def written_down(self, operator: FlatOperator, like: torch.Tensor) -> KktMatrices:
         """H, J and the mask, by products with the unit vectors of x and one with the ones of the inequalities."""

@@ -46,9 +46,10 @@ def qp(
 ) -> Any:
     """The x that minimises ``1/2 x'Qx + p'x`` subject to ``A x = b`` and ``G x <= h``, differentiable in all six.
 
-    Solved by an interior-point method, then exactly: a few linear solves with inequalities as equations look for the
-    active set for which all conditions of optimality hold to rounding (the derivatives use the factors again). An
-    inequality for which that is not decided counts as a kink. Derivatives are those of the conditions of optimality
+    Solved exactly: a few linear solves with inequalities as equations look for the active set for which all conditions
+    of optimality hold to rounding (the derivatives use the factors again), from a cold start for a single program on
+    the CPU, and next to the answer of an interior-point method where that is not enough and for many. An inequality for
+    which the set is not decided counts as a kink. Derivatives are those of the conditions of optimality
     with that active set, to every order and in both modes; where an inequality is at its border with a zero multiplier
     the solution has a kink, and they are those of one side. What is known of the solve is in :func:`diagnostics`
     (``record.active_set``).

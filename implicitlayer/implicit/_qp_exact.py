@@ -20,7 +20,7 @@ import torch
 
 from implicitlayer._interior_point import Data, QuadraticSolution
 from implicitlayer.implicit._kkt_active import Conditions, length_of_step
-from implicitlayer.implicit._kkt_linear import KktFactors, KktMatrices
+from implicitlayer.implicit._kkt_linear import Factors, KktFactors, KktMatrices
 
 __all__ = [
     "CORRECTIONS",
@@ -51,13 +51,14 @@ class Exact:
     Attributes:
         solution: nearer to the conditions of optimality than the answer was, or the answer itself.
         error: [*lanes], of :func:`violation`.
-        held: bool [*lanes, m], the inequalities held as equations in ``factors``.
+        held: bool [*lanes, m], the inequalities held as equations.
+        factors: of the matrix with these; None where it was not needed.
     """
 
     solution: QuadraticSolution
     error: torch.Tensor
     held: torch.Tensor
-    factors: KktFactors
+    factors: Factors | None
 
 
 def conditions(program: Data, x: torch.Tensor, dtype: torch.dtype) -> Conditions:

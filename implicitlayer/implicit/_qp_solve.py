@@ -25,10 +25,11 @@ from implicitlayer._tree import name_lanes
 from implicitlayer._types import OnFailure
 from implicitlayer.implicit._kkt_active import ActiveConstraints, Tolerances
 from implicitlayer.implicit._kkt_lagrangian import Unknowns
-from implicitlayer.implicit._kkt_linear import KktFactors, KktMatrices
+from implicitlayer.implicit._kkt_linear import Factors, KktMatrices
 from implicitlayer.implicit._kkt_multipliers import multipliers
 from implicitlayer.implicit._qp_exact import ENOUGH, TIGHT, Exact, conditions, error_of_x, exact, undecided, violation
-from implicitlayer.implicit._qp_single import exact_single
+from implicitlayer.implicit._qp_single import exact_cold, exact_near
+from implicitlayer.implicit._qp_terms import SingleProgram
 
 _NEAR = 1e-2  # a user's answer whose conditions hold to this is corrected; a worse one is judged as it is
 _LATE = 1e-9  # of the interior point
@@ -45,7 +46,7 @@ class QuadraticSolver:
     hold_kinks: bool
     on_failure: OnFailure
     found: list[ActiveConstraints] = field(default_factory=list)
-    prepared: list[KktFactors | KktMatrices] = field(default_factory=list)
+    prepared: list[Factors | KktMatrices] = field(default_factory=list)
     batched: bool = True
 
     def __call__(self, scalar: Callable[..., Any], start: Unknowns, *data: torch.Tensor) -> SolverResult:
@@ -54,10 +55,41 @@ class QuadraticSolver:
         full = [t.detach().double().expand(*lanes, *t.shape[-k:]) for t, k in zip(data, ranks, strict=True)]
         Q, p, A, b, G, h = full
         program: Data = ((Q + Q.mT) / 2, p, A, b, G, h)
+        found, active, held = self._single(program, start.x) or self._judged(program, start.x)
+        solution = found.solution
+        self.found.append(active)
+        if found.factors is not None and torch.equal(held, found.held):
+            self.prepared.append(found.factors)
+        else:
+            rows, mask = torch.cat([A, G], -2), torch.cat([torch.ones_like(b), held.double()], -1)
+            self.prepared.append(KktMatrices(program[0], rows, mask))
+        rest = (active.equality, torch.where(held, active.inequality, 0.0), held)
+        z = Unknowns(*(t.to(start.x.dtype) for t in (solution.x, *rest)))
+        return SolverResult(z, Status.CONVERGED, int(solution.steps.max()) if solution.steps.numel() else 0)
+
+    def _single(self, data: Data, like: torch.Tensor) -> tuple[Exact, ActiveConstraints, torch.Tensor] | None:
+        """The short way, for one program on the CPU; None where it does not lead to a proof."""
+        if self.solver is not None or data[1].shape[:-1].numel() != 1 or data[1].device.type != "cpu":
+            return None
+        program = SingleProgram(data)
+        if not program.finite:
+            return None
+        found = exact_cold(program)
+        if found is None:
+            _refuse_indefinite(data[0])
+            # the active set shows long before the last steps, and what is proved needs no further one
+            found = exact_near(program, interior_point(data, _EARLY))
+        if found is None:
+            return None
+        eps = torch.finfo(like.dtype).eps
+        return found, *program.active_set(found, eps, self.tolerances.active_rtol, self.hold_kinks)
+
+    def _judged(self, program: Data, like: torch.Tensor) -> tuple[Exact, ActiveConstraints, torch.Tensor]:
+        """The solutions, what is known of their constraints, and the mask of what is to hold as an equation."""
         found, doubtful = self._solved(program)
         solution = found.solution
         proved = bool((solution.error <= TIGHT).all())  # then x is not wrong by anything, and nothing is undecided
-        active, held = conditions(program, solution.x, start.x.dtype).active_set(
+        active, held = conditions(program, solution.x, like.dtype).active_set(
             solution.equality,
             solution.inequality,
             self.tolerances.active_rtol,
@@ -66,29 +98,14 @@ class QuadraticSolver:
             undecided=None if proved else doubtful,
         )
         self._refuse(solution, active)
-        self.found.append(active)
-        rows, mask = torch.cat([A, G], -2), torch.cat([torch.ones_like(b), held.double()], -1)
-        same = bool((held == found.held).all())
-        self.prepared.append(found.factors if same else KktMatrices(program[0], rows, mask))
-        rest = (active.equality, torch.where(held, active.inequality, 0.0), held)
-        z = Unknowns(*(t.to(start.x.dtype) for t in (solution.x, *rest)))
-        return SolverResult(z, Status.CONVERGED, int(solution.steps.max()) if solution.steps.numel() else 0)
+        return found, active, held
 
     def _solved(self, program: Data) -> tuple[Exact, torch.Tensor]:
         """The solution, and the mask of inequalities that stay undecided."""
         if self.solver is not None:
             return self._exact(program, self._answer(program, self.solver))
         _refuse_indefinite(program[0])
-        if program[1].shape[:-1].numel() != 1 or program[1].device.type != "cpu":
-            return self._exact(program, interior_point(program, _LATE))
-        # one program: the active set shows long before the last steps, and what is proved needs no further one
-        for rtol in (_EARLY, _LATE):
-            answer = interior_point(program, rtol)
-            one = exact_single(program, answer) if int(answer.codes) != int(ProgramStatus.NONFINITE) else None
-            if one is not None:
-                solution = replace(one.solution, error=one.error, codes=torch.zeros_like(answer.codes))
-                return replace(one, solution=solution), torch.zeros_like(one.held)
-        return self._exact(program, answer)
+        return self._exact(program, interior_point(program, _LATE))
 
     def _answer(self, program: Data, solver: Callable[..., Any]) -> QuadraticSolution:
         lanes = program[1].shape[:-1]

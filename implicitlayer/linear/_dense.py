@@ -11,7 +11,8 @@ import torch
 
 from implicitlayer._solution import LinearSolution
 from implicitlayer._status import Status
-from implicitlayer.linear._common import NOISE, Correction, Limits, Round, refine, select
+from implicitlayer.linear._common import NOISE, Correction, Limits, Round, select
+from implicitlayer.linear._direct import refine_direct
 from implicitlayer.linear._operator import FlatOperator, LinearSolver
 
 __all__ = ["Dense"]
@@ -73,7 +74,7 @@ class Dense(LinearSolver):
             value = factors[0](start.residual.double()).to(rhs.dtype)
             return Correction(value, codes, torch.full_like(codes, n if first else 0))
 
-        return refine(operator, rhs, Limits(self.rtol), correct, "Dense solve")
+        return refine_direct(operator, rhs, Limits(self.rtol), correct, "Dense solve")
 
 
 def materialise(operator: FlatOperator, like: torch.Tensor) -> torch.Tensor:
