@@ -28,6 +28,7 @@ __all__ = [
     "ROUNDING",
     "TIGHT",
     "Exact",
+    "Start",
     "conditions",
     "error_of_x",
     "exact",
@@ -61,6 +62,14 @@ class Exact:
     factors: Factors | None
 
 
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where a search begins: inequalities held as equations, bool [*lanes, m], and the factors with these."""
+
+    held: torch.Tensor
+    factors: Factors
+
+
 def conditions(program: Data, x: torch.Tensor, dtype: torch.dtype) -> Conditions:
     """The terms of the optimality conditions at x; ``dtype`` is that of the data."""
     Q, p, A, b, G, h = program
@@ -71,23 +80,27 @@ def conditions(program: Data, x: torch.Tensor, dtype: torch.dtype) -> Conditions
     return Conditions(x, x, Qx + p, Qx, _times(A, x) - b, A, _times(G, x) - h, G, torch.finfo(dtype).eps, pull)
 
 
-def exact(program: Data, answer: QuadraticSolution, near: torch.Tensor) -> Exact:
-    """The solution next to the answer in the lanes of the mask ``near``; see NOTE [active set]."""
-    force, distance = _sides(program, answer.x, answer.inequality)
-    first = force > distance
+def exact(program: Data, answer: QuadraticSolution, near: torch.Tensor, start: Start | None = None) -> Exact:
+    """The solution next to the answer in the lanes of the mask ``near``; see NOTE [active set].
+
+    ``start``: the active set to begin with, and its factors, where they are known.
+    """
+    if start is None:
+        force, distance = _sides(program, answer.x, answer.inequality)
+        start = Start(force > distance, factorised(program, force > distance))
+    first, factors = start.held, start.factors
     best, error = answer, violation(program, answer)
-    factors = factorised(program, first)
     held, lanes = first, near.flatten().nonzero()[:, 0]
     shape = near.shape
     program, held = _flat(program, held, shape)
     held = held[lanes]
-    best, error, start = _flat_solution(best, shape), error.flatten(), _flat_solution(answer, shape)
-    inverse: KktFactors | None = factors
+    best, error, near_by = _flat_solution(best, shape), error.flatten(), _flat_solution(answer, shape)
+    inverse: Factors | None = factors
     for attempt in range(_BOLD + _CAREFUL):
         if not len(lanes):
             break
         here: Data = tuple(t[lanes] for t in program)  # type: ignore[assignment]
-        moved, wrong = _solve(here, _lanes_of(start, lanes), held, inverse, lanes, shape)
+        moved, wrong = _solve(here, _lanes_of(near_by, lanes), held, inverse, lanes, shape)
         inverse = None
         _keep(best, error, moved, violation(here, moved), lanes)
         if attempt >= _BOLD:
@@ -101,7 +114,7 @@ def _solve(
     program: Data,
     start: QuadraticSolution,
     held: torch.Tensor,
-    inverse: KktFactors | None,
+    inverse: Factors | None,
     lanes: torch.Tensor,
     shape: torch.Size,
 ) -> tuple[QuadraticSolution, torch.Tensor]:
@@ -109,7 +122,7 @@ def _solve(
     Q, p, A, b, G, h = program
     force = held.to(p.dtype)
     all_lanes = inverse is not None and len(lanes) == shape.numel()
-    factors = inverse if inverse is not None and all_lanes else factorised(program, held)
+    factors: Factors = inverse if inverse is not None and all_lanes else factorised(program, held)
     x, y, z = start.x, start.equality, start.inequality * force
     for _ in range(CORRECTIONS):
         slope = _times(Q, x) + p + _times(A.mT, y) + _times(G.mT, z)

@@ -1,18 +1,19 @@
-"""The matrix of a strictly convex quadratic program with some inequalities as equations, by Cholesky factors alone."""
+"""The matrix of strictly convex quadratic programs with some inequalities as equations, by Cholesky factors alone."""
 
-# Legend: n unknowns; c rows J, equations first, then inequalities; k of them held; one program, on the CPU. Rows are
-# scaled to length one and Q to a largest entry of one, so that every unknown is a length.
+# Legend: B programs (one of each in NumPy); n unknowns; c rows J, equations first, then inequalities; K of them held.
+# Rows are scaled to length one and Q to a largest entry of one, so that every unknown is a length.
 #
 #     Q x + J'w = f,  J x = g  for the held rows.  With L L' = Q, V = L^-1 J' and S = V'V = J Q^-1 J':
 #     S w = V'L^-1 f - g,   L'x = L^-1 f - V w.
 #
-# L and V are those of all rows and serve every set of held ones; a set costs the factor of its S, [k, k]. S loses the
+# L and V are those of all rows and serve every set of held ones; a set costs the factor of its S, [K, K]. S loses the
 # digits that the condition of Q takes, and a solve with the residual brings them back. Where Q or S is not positive
 # definite beyond that, there are no factors.
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +23,52 @@ from implicitlayer._interior_point_single import Array, product, triangular_solv
 from implicitlayer._interior_point_step import INDEPENDENT
 from implicitlayer._status import Status
 
-__all__ = ["SchurFactors", "SchurRows"]
+__all__ = ["SchurFactors", "SchurRows", "SchurSet"]
 
 _DEFINITE = 1e-7  # smallest pivot of L relative to the largest: the condition of Q is then above 1e14
+
+
+class SchurFactors:
+    """Solves with K of ``_kkt_linear`` in the lanes of B programs, [*lanes] of them.
+
+    Args:
+        lanes: their shape.
+        size, lengths: [B] and [B, c], what Q and the rows were divided by.
+        factor: L [B, n, n].
+        V, schur: [B, n, K] and the Cholesky factor [B, K, K] of V'V, of the held rows; where a lane holds fewer,
+            columns of zeros and rows of the identity fill up.
+        index: int [B, K], the held rows, in any order; what fills up is not held.
+        held: bool [B, c].
+    """
+
+    def __init__(
+        self,
+        lanes: torch.Size,
+        size: torch.Tensor,
+        lengths: torch.Tensor,
+        factor: torch.Tensor,
+        V: torch.Tensor,
+        schur: torch.Tensor,
+        index: torch.Tensor,
+        held: torch.Tensor,
+    ) -> None:
+        self.size, self.units = size[:, None, None], lengths[..., None]
+        self.factor, self.V, self.schur, self.index, self.held = factor, V, schur, index[..., None], held[..., None]
+        self.codes = torch.full(lanes, int(Status.CONVERGED), device=V.device)
+        self.curvature = torch.full(lanes, math.inf, dtype=V.dtype, device=V.device)
+
+    def solve(self, rhs: torch.Tensor) -> torch.Tensor:
+        """K^-1 rhs for [*lanes, n + c, columns]; a row that is not held stands for -u = b."""
+        n, flat = self.factor.shape[-1], rhs.reshape(len(self.factor), *rhs.shape[-2:])
+        f = torch.linalg.solve_triangular(self.factor, flat[:, :n] / self.size, upper=False)
+        rows, rest = self.index.expand(-1, -1, flat.shape[-1]), -flat[:, n:]
+        if rows.shape[1]:
+            g = (flat[:, n:] * self.held / self.units).gather(1, rows)
+            w = torch.cholesky_solve(self.V.mT @ f - g, self.schur)
+            f = f - self.V @ w
+            rest = torch.where(self.held, torch.zeros_like(rest).scatter(1, rows, w) * self.size / self.units, rest)
+        x = torch.linalg.solve_triangular(self.factor.mT, f, upper=True)
+        return torch.cat([x, rest], 1).reshape(rhs.shape)
 
 
 class SchurRows:
@@ -43,8 +87,8 @@ class SchurRows:
             self.down, self.up = triangular_solves(factor)
             self.V = torch.linalg.solve_triangular(factor, torch.from_numpy(self.rows).mT, upper=False).numpy()
 
-    def factors(self, held: npt.NDArray[np.bool_]) -> SchurFactors | None:
-        """Factors with the equations and the inequalities ``held`` [m]; None where they are not independent."""
+    def hold(self, held: npt.NDArray[np.bool_]) -> SchurSet | None:
+        """The equations and the inequalities ``held`` [m]; None where they are not independent."""
         keep = np.concatenate([np.arange(self.e), self.e + held.nonzero()[0]])
         if len(keep) > self.n:
             return None
@@ -53,22 +97,20 @@ class SchurRows:
         pivots = schur.numpy().diagonal()
         if info.item() or (len(keep) and not pivots.min() > INDEPENDENT * pivots.max()):
             return None
-        return SchurFactors(self, keep, V, schur)
+        return SchurSet(self, keep, V, schur)
 
 
-class SchurFactors:
-    """Solves with K of ``_kkt_linear`` for one program.
+@dataclass(frozen=True, eq=False)
+class SchurSet:
+    """The factor of S for the rows ``keep`` [K] of one program."""
 
-    Attributes:
-        codes, curvature: 0-d, as those of ``KktFactors``.
-    """
-
-    def __init__(self, of: SchurRows, keep: npt.NDArray[np.int64], V: torch.Tensor, schur: torch.Tensor) -> None:
-        self.of, self.keep, self.V, self.schur = of, keep, V, schur
-        self.codes, self.curvature = torch.tensor(int(Status.CONVERGED)), torch.tensor(math.inf, dtype=V.dtype)
+    of: SchurRows
+    keep: npt.NDArray[np.int64]
+    V: torch.Tensor
+    schur: torch.Tensor
 
     def point(self, f: Array, g: Array, corrections: int) -> tuple[Array, Array]:
-        """x [n] and w [k] for f [n] and g [k], in scaled units, after that many solves for what is left."""
+        """x [n] and w [K] for f [n] and g [K], in scaled units, after that many solves for what is left."""
         V, Vt = product(self.V.numpy()), product(self.V.numpy().T)
         down, up = triangular_solves(self.schur)
 
@@ -85,16 +127,10 @@ class SchurFactors:
             x, w = x + dx, w + dw
         return x, w
 
-    def solve(self, rhs: torch.Tensor) -> torch.Tensor:
-        """K^-1 rhs for [*lanes, n + c, columns], one lane; a row that is not held stands for -u = b."""
-        of, flat = self.of, rhs.reshape(rhs.shape[-2:])
-        lengths = torch.from_numpy(of.lengths[self.keep])[:, None]
-        rows = torch.from_numpy(self.keep + of.n)
-        f = torch.linalg.solve_triangular(of.factor, flat[: of.n] / of.largest, upper=False)
-        w = flat[rows] / lengths
-        if len(self.keep):
-            w = torch.cholesky_solve(self.V.mT @ f - w, self.schur)
-        found = -flat
-        found[: of.n] = torch.linalg.solve_triangular(of.factor.mT, f - self.V @ w, upper=True)
-        found[rows] = w * of.largest / lengths
-        return found.reshape(rhs.shape)
+    def factors(self, lanes: torch.Size) -> SchurFactors:
+        """For solves with all of K; ``lanes`` is a shape with one lane."""
+        held = torch.zeros(1, len(self.of.lengths), dtype=torch.bool)
+        held[:, self.keep] = True
+        size = torch.full((1,), self.of.largest, dtype=self.V.dtype)
+        lengths, index = (torch.from_numpy(array)[None] for array in (self.of.lengths, self.keep))
+        return SchurFactors(lanes, size, lengths, self.of.factor[None], self.V[None], self.schur[None], index, held)

@@ -43,12 +43,12 @@ def exact_cold(program: SingleProgram) -> Exact | None:
         held, seen, e = np.zeros(len(program.h), dtype=bool), set[bytes](), len(program.b)
         while held.tobytes() not in seen and len(seen) < _COLD:
             seen.add(held.tobytes())
-            factors = system.factors(held)
-            if factors is None:
+            rows = system.hold(held)
+            if rows is None:
                 return None
             for corrections in (0, CORRECTIONS):  # for the second time where the first finds nothing wrong
-                x, w = factors.point(f, borders[factors.keep], corrections)
-                w = w * program.curved / system.lengths[factors.keep]
+                x, w = rows.point(f, borders[rows.keep], corrections)
+                w = w * program.curved / system.lengths[rows.keep]
                 z = np.zeros_like(program.h)
                 z[held] = w[e:]
                 wrong = program.wrong(x, z, held)
@@ -56,7 +56,7 @@ def exact_cold(program: SingleProgram) -> Exact | None:
                     break
             else:
                 proved = _proved(program, x, w[:e], z, held, len(seen))
-                return None if proved is None else replace(proved, factors=factors)
+                return None if proved is None else replace(proved, factors=rows.factors(program.lanes))
             held = _next(program, x, z, held, wrong)
     return None
 
@@ -64,7 +64,7 @@ def exact_cold(program: SingleProgram) -> Exact | None:
 def _next(program: SingleProgram, x: Array, z: Array, held: Mask, wrong: Mask) -> Mask:
     """The borders of the next round: without those that pull, with the worst of those that are crossed."""
     stay, crossed = held & ~wrong, wrong & ~held
-    room = max((len(program.p) - len(program.b) - np.count_nonzero(stay)) // 2, 1)
+    room = max((len(program.p) - len(program.b) - int(np.count_nonzero(stay))) // 2, 1)
     if np.count_nonzero(crossed) > room:
         _, distance = program.sides(x, z)
         worst = np.argsort(np.where(crossed, distance, math.inf), kind="stable")[:room]

@@ -27,7 +27,18 @@ from implicitlayer.implicit._kkt_active import ActiveConstraints, Tolerances
 from implicitlayer.implicit._kkt_lagrangian import Unknowns
 from implicitlayer.implicit._kkt_linear import Factors, KktMatrices
 from implicitlayer.implicit._kkt_multipliers import multipliers
-from implicitlayer.implicit._qp_exact import ENOUGH, TIGHT, Exact, conditions, error_of_x, exact, undecided, violation
+from implicitlayer.implicit._qp_cold import answers
+from implicitlayer.implicit._qp_exact import (
+    ENOUGH,
+    TIGHT,
+    Exact,
+    Start,
+    conditions,
+    error_of_x,
+    exact,
+    undecided,
+    violation,
+)
 from implicitlayer.implicit._qp_single import exact_cold, exact_near
 from implicitlayer.implicit._qp_terms import SingleProgram
 
@@ -105,7 +116,7 @@ class QuadraticSolver:
         if self.solver is not None:
             return self._exact(program, self._answer(program, self.solver))
         _refuse_indefinite(program[0])
-        return self._exact(program, interior_point(program, _LATE))
+        return self._exact(program, *answers(program, _LATE))
 
     def _answer(self, program: Data, solver: Callable[..., Any]) -> QuadraticSolution:
         lanes = program[1].shape[:-1]
@@ -154,12 +165,14 @@ class QuadraticSolver:
         y, z = (torch.stack(parts) for parts in zip(*pairs, strict=True))
         return y.reshape(*lanes, -1), z.reshape(*lanes, -1)
 
-    def _exact(self, program: Data, answer: QuadraticSolution) -> tuple[Exact, torch.Tensor]:
+    def _exact(
+        self, program: Data, answer: QuadraticSolution, start: Start | None = None
+    ) -> tuple[Exact, torch.Tensor]:
         """The solution next to the answer, and the mask of inequalities that stay undecided."""
         before = violation(program, answer)
         # The library's own answer is a place to start from; a user's is corrected, but not replaced by another one.
         near = torch.ones_like(before, dtype=torch.bool) if self.solver is None else before <= _NEAR
-        found = exact(program, answer, near)
+        found = exact(program, answer, near, start)
         rough = near & ~(found.error <= TIGHT)
         if self.solver is None:
             rough = rough & (answer.codes != int(ProgramStatus.NONFINITE))

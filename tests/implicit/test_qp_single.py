@@ -111,8 +111,8 @@ def degenerate() -> list[Program]:
 def test_rows_that_depend_on_each_other_have_no_factors() -> None:
     Q, rows = np.eye(3), np.array([[1.0, 0.0, 0.0], [2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
     system = SchurRows(Q, 1.0, rows[:0], rows, np.array([1.0, 2.0, 1.0]))
-    assert system.factors(np.array([True, True, False])) is None
-    assert system.factors(np.array([True, False, True])) is not None
+    assert system.hold(np.array([True, True, False])) is None
+    assert system.hold(np.array([True, False, True])) is not None
 
 
 def test_gradients_are_those_of_the_long_way(monkeypatch: pytest.MonkeyPatch) -> None:
