@@ -307,15 +307,18 @@ def _iterate_single(
 
 
 class _Keep:
-    """Picks the new vectors of running lanes and the old ones of all others."""
+    """Picks the new values of running lanes and the old ones of all others."""
 
     def __init__(self, running: torch.Tensor) -> None:
-        # asking whether all lanes run is free on the CPU only, and saves a pass over every vector there
+        # asking is free on the CPU only, where it saves a pass over everything
         self.all = running.device.type == "cpu" and bool(running.all())
-        self.here = running.unsqueeze(-1)
+        self.running = running
 
     def __call__(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-        return new if self.all else torch.where(self.here, new, old)
+        return new if self.all else torch.where(self.running, new, old)
+
+    def vectors(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        return new if self.all else torch.where(self.running.unsqueeze(-1), new, old)
 
 
 def _iterate_lanes(
@@ -346,44 +349,52 @@ def _iterate_lanes(
     pivots, betas = run.ritz.new_round()
     arrived = torch.zeros_like(running)
     none, nan = tolerance.new_zeros(()), tolerance.new_full((), math.nan)  # Python numbers cost torch.where a copy each
+    keep, first_round = _Keep(running), not bool(run.steps.any())
     for step in range(max_steps):
-        if step % sync == 0 and not bool(running.any()):
+        if step % sync == 0 and not (keep.all or bool(running.any())):
             break
-        running = running & (steps < max_steps)
+        if not first_round:  # lanes have made different numbers of steps
+            running = running & (steps < max_steps)
+            keep = _Keep(running)
         ap = operator(p)
         pap = lane_dot(p, ap)
         steps = steps + running
         curvature = pap / pdp
-        finite = curvature.isfinite()
-        seen = running & finite
-        pivots.append(torch.where(seen, pap / rz, nan))
-        smallest = torch.where(seen, torch.minimum(smallest, curvature), smallest)
-        largest = torch.where(seen, torch.maximum(largest, curvature), largest)
-        # on an accelerator asking whether all is well costs more than the answers to why not
-        if sync > 1 or bool((running & ~((curvature > floor * largest) & (rz > 0))).any()):
+        fine = (curvature > floor * largest) & (curvature < math.inf) & (rz > 0)
+        if keep.all and bool(fine.all()):
+            pivots.append(pap / rz)
+            smallest, largest = torch.minimum(smallest, curvature), torch.maximum(largest, curvature)
+        else:
+            finite = curvature.isfinite()
+            seen = running & finite
+            pivots.append(torch.where(seen, pap / rz, nan))
+            smallest = torch.where(seen, torch.minimum(smallest, curvature), smallest)
+            largest = torch.where(seen, torch.maximum(largest, curvature), largest)
             flat = seen & (curvature <= floor * largest)
             down = (seen & (curvature < -floor * largest)) | (running & ~(rz > 0))
             codes = torch.where(flat & ~arrived, int(Status.SINGULAR), codes)
             codes = torch.where(down & ~arrived, int(Status.INDEFINITE), codes)
             codes = torch.where(running & ~finite, int(Status.NONFINITE), codes)
             running = seen & ~(flat | down)
-        alpha = torch.where(running, rz / pap, none).to(x.dtype).unsqueeze(-1)
-        x = _Keep(running)(torch.addcmul(x, alpha, p), x)
+            keep = _Keep(running)
+        alpha = keep(rz / pap, none).to(x.dtype).unsqueeze(-1)
+        x = keep.vectors(torch.addcmul(x, alpha, p), x)
         r = torch.addcmul(r, alpha, ap, value=-1)  # of lanes that run: nobody reads the others'
         z = precondition(r)
         rz_new = lane_dot(r, z)
-        rnorm = torch.where(running, (lane_dot(r, r) if preconditioned else rz_new).sqrt(), rnorm)
-        arrived = torch.where(running, rnorm <= tolerance, arrived)
+        rnorm = keep((lane_dot(r, r) if preconditioned else rz_new).sqrt(), rnorm)
+        arrived = keep(rnorm <= tolerance, arrived)
         reached = running & arrived
-        # on an accelerator asking whether any has arrived costs more than the norms
-        if run.aim is not None and run.floor is not None and (sync > 1 or bool(reached.any())):
-            reached = reached & (rnorm <= torch.maximum(run.floor, run.aim * smallest * lane_norm(x)))
-        running = running & ~reached
-        beta = torch.where(running, rz_new / rz, nan)
+        if sync > 1 or bool(reached.any()):
+            if run.aim is not None and run.floor is not None:
+                reached = reached & (rnorm <= torch.maximum(run.floor, run.aim * smallest * lane_norm(x)))
+            running = running & ~reached
+            keep = _Keep(running)
+        beta = keep(rz_new / rz, nan)
         betas.append(beta)
-        pdp = torch.where(running, rz_new + beta * beta * pdp, pdp)
-        rz = torch.where(running, rz_new, rz)
-        p = _Keep(running)(torch.addcmul(z, beta.to(x.dtype).unsqueeze(-1), p), p)
+        pdp = keep(rz_new + beta * beta * pdp, pdp)
+        rz = keep(rz_new, rz)
+        p = keep.vectors(torch.addcmul(z, beta.to(x.dtype).unsqueeze(-1), p), p)
     codes = torch.where(ran & arrived & (codes == int(limit)), int(Status.CONVERGED), codes)
     run.value, run.residual, run.steps, run.codes = x, r, steps, codes
     run.residual_norm, run.smallest, run.largest = rnorm, smallest, largest

@@ -8,17 +8,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
 from implicitlayer._solution import RecordingSolver, SolverResult
-from implicitlayer._status import Status
 from implicitlayer._tree import flatten, lane_reduce, leaves_norm, unflatten
 from implicitlayer._types import Leaves
 from implicitlayer.solvers._descent import rounds_between_syncs
 from implicitlayer.solvers._inputs import check_limits
 from implicitlayer.solvers._leaves import choose, lanes_like, value_and_gradient
+from implicitlayer.solvers._outcome import StallWatch, contradiction, finite_leaves, outcome, relative_move
 from implicitlayer.solvers._progress import Iteration, Report, reporting
 
 __all__ = ["AcceleratedGradient"]
@@ -41,8 +42,10 @@ class AcceleratedGradient(RecordingSolver):
 
     Stops a lane when ``||g(y)||_2 <= max(atol, rtol * ||g at init||_2)`` and returns that y, at most
     ``||g|| / mu`` away from the solution. Without a tolerance it makes exactly ``max_steps`` steps and, unless it has
-    to find L, never looks at a number (no host synchronisation). Batched: with an objective that returns one value per
-    lane, all lanes step together, each with its own L and momentum, and a finished lane is frozen.
+    to find L, never looks at a number but at the end (one host synchronisation). With one, a lane that only rounding
+    errors move any more (gradients that contradict convexity, none smaller) stops, status ``STAGNATED``. Batched: with
+    an objective that returns one value per lane, all lanes step together, each with its own L and momentum, and a
+    finished lane is frozen.
 
     Args:
         smoothness: beta > 0, an upper bound of the Hessian's largest eigenvalue over the region of the search; None
@@ -113,24 +116,34 @@ class AcceleratedGradient(RecordingSolver):
         has_tolerance = self.rtol > 0 or self.atol > 0
         tolerance: torch.Tensor | None = None
         running: torch.Tensor | None = None
+        before: tuple[Leaves, Leaves] | None = None
         # finished lanes stand still, so asking rarely changes the count only; on an accelerator asking is a host sync
         every = rounds_between_syncs(x[0])
+        lane_dims = 0
         for step in range(self.max_steps + has_tolerance):
             value, gradient = problem.value_and_gradient(y)
+            lane_dims = value.ndim
             needed = has_tolerance or self.smoothness is None or report is not None
-            norm = leaves_norm(gradient, value.ndim) if needed else value
+            norm = leaves_norm(gradient, lane_dims) if needed else value
             if report is not None:
                 report(Iteration(step, value, norm, unflatten([leaf.clone() for leaf in y], spec)))
             if has_tolerance:
-                tolerance = torch.clamp(self.rtol * norm, min=self.atol) if tolerance is None else tolerance
-                running = norm > tolerance
+                if tolerance is None:
+                    tolerance = torch.clamp(self.rtol * norm, min=self.atol)
+                    watch = StallWatch.unset(norm, x[0].dtype)
+                    running, stalled = torch.ones_like(norm, dtype=torch.bool), torch.zeros_like(norm, dtype=torch.bool)
+                assert running is not None
+                doubt = partial(contradiction, y, gradient, before, curvature, lane_dims)
+                move = partial(relative_move, y, before and list(torch._foreach_sub(y, before[0])), lane_dims)
+                stalled = stalled | watch.look(running, norm, value.double(), doubt, move, every == 1)
+                before = y, gradient
+                running = (norm > tolerance) & ~stalled
                 x = _where(running, x, y)  # a lane that has arrived stays where its gradient was measured
-                last = step == self.max_steps
-                if (last or step % every == 0) and not bool(running.any()):
-                    status = Status.CONVERGED if bool(norm.isfinite().all()) else Status.NONFINITE
-                    return SolverResult(unflatten(x, spec), status, step)
-                if last:
-                    return SolverResult(unflatten(x, spec), Status.MAX_STEPS_REACHED, step)
+                if step == self.max_steps or (step % every == 0 and not bool(running.any())):
+                    reached, finite = norm <= tolerance, norm.isfinite() & finite_leaves(x, lane_dims)
+                    stalled = stalled & ~reached
+                    answer = unflatten(x, spec)
+                    return outcome(answer, step, wanted=True, reached=reached, finite=finite, stalled=stalled)
             if self.smoothness is None:
                 active = norm.isfinite() & (norm > 0) & value.isfinite()
                 active = active if running is None else active & running
@@ -138,9 +151,10 @@ class AcceleratedGradient(RecordingSolver):
             assert curvature is not None
             x_new = _add(y, gradient, -1 / curvature)
             change = list(torch._foreach_sub(x_new, x))
-            y_new = _add(x_new, change, momentum.next(gradient, change, curvature, value.ndim))
+            y_new = _add(x_new, change, momentum.next(gradient, change, curvature, lane_dims))
             x, y = _where(running, x_new, x), _where(running, y_new, y)
-        return SolverResult(unflatten(x, spec), Status.STEP_LIMIT, self.max_steps)
+        finite = finite_leaves(x, lane_dims)
+        return outcome(unflatten(x, spec), self.max_steps, wanted=False, reached=finite, finite=finite)
 
 
 class _Momentum:
@@ -198,7 +212,9 @@ class _Problem:
         decrease drowns in the rounding of f, the gradient at the new point must not point back in its place, which is
         the same test for a quadratic: ``<g_new, g> >= 0``.
         """
-        slack = _NOISE * torch.finfo(value.dtype).eps * value.double().abs()
+        # y itself is rounded: that alone changes f by ||g|| eps ||y||, which is more than eps f where f is nearly 0
+        size = leaves_norm(y, value.ndim)
+        slack = _NOISE * torch.finfo(value.dtype).eps * (value.double().abs() + norm * size)
 
         def enough(trial: torch.Tensor) -> torch.Tensor:
             point, decrease = _add(y, gradient, -1 / trial), norm * (norm / (2 * trial))
@@ -223,7 +239,6 @@ class _Problem:
         if isinstance(curvature, torch.Tensor):
             return grow(curvature, 2.0)
         # Nothing is known of the units where y = 0: coarse changes first.
-        size = leaves_norm(y, value.ndim)
         estimate = torch.where(active, norm / torch.where(size > 0, size, 1.0), 1.0).clamp_min(lower)
         estimate = grow(estimate, 2.0**64)
         for factor in (2.0**64, 2.0**8, 2.0):

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 
 from implicitlayer._solution import SolverResult
+from implicitlayer.solvers._outcome import PATIENCE
 from implicitlayer.solvers._progress import reporting
 from implicitlayer.solvers._root_problem import RootProblem, RootSolver
 
 __all__ = ["AndersonAcceleration"]
 
 _RIDGE = 1e-14  # on columns of length 1: just enough for a Cholesky factor of parallel ones
+_NEIGHBOUR = 4.0  # residuals within so many of their own rounding errors are not told apart
 _GROWTH = 10.0  # of the residual over the best so far, after which a lane forgets its history
 
 
@@ -29,7 +31,9 @@ class AndersonAcceleration(RootSolver):
 
     Converges where the plain iteration is slow, and often where it does not converge; on linear maps it is GMRES as
     long as the memory lasts. Stops a lane when ``||map(x) - x||_2 <= max(atol, rtol * that at init)``, and returns that
-    x. A lane whose residual grows tenfold over its best goes back to that best point and starts a new history. Batched.
+    x. A lane whose residual grows tenfold over its best goes back to that best point and starts a new history. One
+    without a better point for 20 steps ends, status ``STAGNATED``, if its residual is no larger than that of the floats
+    beside it. Batched.
 
     Args:
         memory: steps that are remembered, 0 for the plain iteration.
@@ -74,10 +78,14 @@ class AndersonAcceleration(RootSolver):
         tolerance = self.tolerance(norm, x.dtype)
         changes_x: list[torch.Tensor] = []
         changes_f: list[torch.Tensor] = []
+        idle, gave_up = torch.zeros_like(norm), torch.zeros_like(norm, dtype=torch.bool)
         step = 0
         with reporting(self.callback, self.progress, self.max_steps) as report:
             problem.tell(report, 0, norm, x)
-            while bool((running := (best_norm > tolerance) & best_norm.isfinite()).any()) and step < self.max_steps:
+            while step < self.max_steps:
+                running = (best_norm > tolerance) & best_norm.isfinite() & ~gave_up
+                if not bool(running.any()):
+                    break
                 moved = x + self.mixing * f
                 if changes_f:
                     gamma = _least_squares(torch.stack(changes_f, -1), f)
@@ -107,7 +115,22 @@ class AndersonAcceleration(RootSolver):
                 best_f = torch.where(better.unsqueeze(-1), f_new, best_f)
                 best_norm = torch.where(better, norm, best_norm)
                 x, f = x_new, f_new
-        return problem.result(best, best_norm, best_norm <= tolerance, False, step)
+                idle = torch.where(better, 0, idle + 1)
+                if bool((asking := running & (idle >= PATIENCE)).any()):
+                    gave_up = gave_up | (asking & (best_norm <= _NEIGHBOUR * _rounding(problem, best, best_f)))
+                    idle = torch.where(asking, 0, idle)
+        return problem.result(best, best_norm, best_norm <= tolerance, gave_up, step)
+
+
+def _rounding(problem: RootProblem, x: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+    """How much ``map(x) - x`` changes to the floats beside x, up and down in turn; float64 [*lanes].
+
+    Where the residual is no larger than that, no step can be expected to make it smaller.
+    """
+    ulp = torch.finfo(x.dtype).eps * torch.maximum(x.abs(), x.abs().mean(-1, keepdim=True))
+    signs = 1 - 2 * (torch.arange(x.shape[-1], device=x.device) % 2)
+    beside = x + signs * ulp
+    return problem.norm(problem(beside) - beside - f)
 
 
 def _least_squares(columns: torch.Tensor, target: torch.Tensor) -> torch.Tensor:

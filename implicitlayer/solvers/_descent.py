@@ -14,22 +14,17 @@ import torch
 
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
-from implicitlayer._tree import name_lanes
 from implicitlayer.linear._common import STEPS_BETWEEN_SYNCS
 from implicitlayer.linear._operator import lane_dot
 from implicitlayer.solvers._inputs import check_limits
 from implicitlayer.solvers._line_search import LineSearch
+from implicitlayer.solvers._outcome import PATIENCE, StallWatch, outcome
 from implicitlayer.solvers._problem import Problem
 from implicitlayer.solvers._progress import Iteration, Report, reporting
 
 __all__: list[str] = []
 
-# NOTE [rounding]: where rounding is all that is left, steps go on being accepted, each after a long search. A lane
-# whose value has not fallen by more than its rounding errors, nor its gradient below the least so far, for so many
-# steps has stalled. A search of many trials counts for more. (Chance alone sets a record in the k-th of random numbers
-# with probability 1/k; a slow but steady descent sets one at every step.)
-_PATIENCE = 20
-_LONG_SEARCH = 10
+_LONG_SEARCH = 10  # trials of a search after which a step without gain counts for more, by NOTE [rounding]
 
 
 def rounds_between_syncs(x: torch.Tensor) -> int:
@@ -37,8 +32,17 @@ def rounds_between_syncs(x: torch.Tensor) -> int:
     return 1 if x.device.type == "cpu" else STEPS_BETWEEN_SYNCS
 
 
+_WORDS = {
+    Status.STAGNATED: "The line search found no lower point{where}: the gradient does not belong to the values there, "
+    "or is as small as their rounding errors allow.",
+    Status.NONFINITE: "The objective or its gradient is not finite at init{where}.",
+}
+
+
 class Method(Protocol):
     """How to choose directions. Masks are bool [*lanes]; what is returned for the other lanes is not read."""
+
+    conjugate: bool  # with exact line searches, n steps solve a quadratic of n unknowns
 
     def direction(
         self, lanes: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
@@ -92,10 +96,11 @@ class _Descent:
         self.steps = torch.zeros_like(self.norm, dtype=torch.int64)
         self.finite = self.norm.isfinite() & self.value.isfinite()
         self.stalled = torch.zeros_like(self.finite)
-        self.least_norm, self.least_value = self.norm, self.value
-        self.idle = torch.zeros_like(self.norm)
-        self.search = LineSearch(self.norm, torch.finfo(problem.dtype).eps, curvature)
+        eps, exact = torch.finfo(problem.dtype).eps, method.conjugate
+        self.watch = StallWatch(self.norm, self.value, eps)
+        self.search = LineSearch(self.norm, eps, curvature, exact_on_quadratics=exact)
         self.direction = torch.zeros_like(self.x)
+        self.best = self.x, self.value, self.norm  # at the last gain: after it came rounding errors only
 
     @property
     def running(self) -> torch.Tensor:
@@ -127,8 +132,12 @@ class _Descent:
             self.value = torch.where(accepted, value, self.value)
             self.norm = torch.where(accepted, self.problem.norm(gradient), self.norm)
             self.steps = self.steps + accepted
-            retrying = self.method.forget(failed) & failed
-            self.stalled = self.stalled | (failed & ~retrying) | self._idle(accepted)
+            retrying = self.method.forget(failed) & failed if every > 1 or bool(failed.any()) else failed
+            stalled = (failed & ~retrying) | self._idle(accepted)
+            if every > 1 or bool(stalled.any()):
+                self.stalled, (x, value, norm) = self.stalled | stalled, self.best
+                self.x = torch.where(stalled.unsqueeze(-1), x, self.x)
+                self.value, self.norm = torch.where(stalled, value, self.value), torch.where(stalled, norm, self.norm)
             running = self.running
             if self.report is not None and bool(accepted.any()):
                 self._tell()
@@ -136,14 +145,17 @@ class _Descent:
         return self._result()
 
     def _idle(self, accepted: torch.Tensor) -> torch.Tensor:
-        """Lanes that only move by rounding errors; see NOTE [rounding]."""
-        lower = self.value < self.least_value - self.search.noise(self.least_value)
-        gained = lower | (self.norm < self.least_norm)
-        self.least_value = torch.where(accepted & lower, self.value, self.least_value)
-        self.least_norm = torch.where(accepted, torch.minimum(self.norm, self.least_norm), self.least_norm)
-        weight = torch.where(self.search.trials >= _LONG_SEARCH, _PATIENCE / 4, 1.0)
-        self.idle = torch.where(accepted, torch.where(gained, 0.0, self.idle + weight), self.idle)
-        return accepted & (self.idle >= _PATIENCE)
+        """Lanes that only move by rounding errors; see NOTE [rounding]. A long search counts for more."""
+        weight = lambda: torch.where(self.search.trials >= _LONG_SEARCH, PATIENCE / 4, 1.0).double()  # noqa: E731
+        move = lambda: torch.full_like(self.norm, torch.inf)  # noqa: E731  # accepted values do not grow
+        stalled = self.watch.look(accepted, self.norm, self.value, weight, move, rounds_between_syncs(self.x) == 1)
+        gained, (x, value, norm) = self.watch.gained, self.best
+        self.best = (
+            torch.where(gained.unsqueeze(-1), self.x, x),
+            torch.where(gained, self.value, value),
+            torch.where(gained, self.norm, norm),
+        )
+        return stalled
 
     def _turn(self, lanes: torch.Tensor) -> None:
         """New directions and searches in these lanes: the method's, or the steepest one where that leads uphill."""
@@ -165,17 +177,13 @@ class _Descent:
         self.report(Iteration(step, value, self.norm * unit, self.problem.tree(self.x)))
 
     def _result(self) -> SolverResult:
-        wanted = self.settings.has_tolerance
-        missed = Status.MAX_STEPS_REACHED if wanted else Status.STEP_LIMIT
-        codes = torch.where(self.norm > self.tolerance, int(missed), int(Status.CONVERGED if wanted else missed))
-        codes = torch.where(self.stalled, int(Status.STAGNATED), codes)
-        codes = torch.where(self.finite, codes, int(Status.NONFINITE))
-        status = Status(int(codes.max())) if codes.numel() else Status.CONVERGED
-        where = name_lanes(codes == int(status))
-        message = {
-            Status.STAGNATED: f"The line search found no lower point{where}: the gradient does not belong to the "
-            "values there, or is as small as their rounding errors allow.",
-            Status.NONFINITE: f"The objective or its gradient is not finite at init{where}.",
-        }.get(status, "")
         num_steps = int(self.steps.max()) if self.steps.numel() else 0
-        return SolverResult(self.problem.tree(self.x), status, num_steps, message)
+        return outcome(
+            self.problem.tree(self.x),
+            num_steps,
+            wanted=self.settings.has_tolerance,
+            reached=self.norm <= self.tolerance,
+            finite=self.finite,
+            stalled=self.stalled,
+            words=_WORDS,
+        )

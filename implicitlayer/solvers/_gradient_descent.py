@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 
 from implicitlayer._solution import RecordingSolver, SolverResult
-from implicitlayer._status import Status
 from implicitlayer._tree import flatten, leaves_norm, unflatten
 from implicitlayer._types import Leaves
 from implicitlayer.solvers._descent import descend, rounds_between_syncs
 from implicitlayer.solvers._inputs import check_limits
 from implicitlayer.solvers._leaves import lanes_like, value_and_gradient
 from implicitlayer.solvers._line_search import LineSearch
+from implicitlayer.solvers._outcome import StallWatch, finite_leaves, outcome, relative_move
 from implicitlayer.solvers._problem import Problem
 from implicitlayer.solvers._progress import Iteration, Report, reporting
 from implicitlayer.solvers._step_size import StepSize, check_step_size, moves, present
@@ -29,7 +30,9 @@ class GradientDescent(RecordingSolver):
     """``x <- x - step_size * grad objective(x)``, a fixed number of steps and/or until the gradient is small.
 
     Stops a lane when ``||g||_2 <= max(atol, rtol * ||g at init||_2)``; without a tolerance it makes exactly
-    ``max_steps`` steps and never looks at a number (no host synchronisation). Batched: with an objective that returns
+    ``max_steps`` steps and never looks at a number but at the end (one host synchronisation). With one, a lane that
+    only rounding errors move any more (a start at the solution: no gradient is ``rtol`` times smaller there) stops,
+    status ``STAGNATED``. Batched: with an objective that returns
     one value per lane, all lanes step together and a finished lane is frozen.
 
     With ``line_search="armijo"`` every lane has a step size of its own: it is cut back until
@@ -116,7 +119,8 @@ class GradientDescent(RecordingSolver):
                 torch._foreach_add_(x, gradient, alpha=-step_size)
             else:
                 torch._foreach_sub_(x, _constant(moves(step_size, gradient, spec, value.ndim)))
-        return SolverResult(unflatten(x, spec), Status.STEP_LIMIT, self.max_steps)
+        finite = finite_leaves(x, value.ndim if self.max_steps else 0)
+        return outcome(unflatten(x, spec), self.max_steps, wanted=False, reached=~finite, finite=finite)
 
     def _to_tolerance(
         self, objective: Callable[..., Any], x: list[Any], spec: Any, theta: Any, report: Report | None
@@ -125,21 +129,30 @@ class GradientDescent(RecordingSolver):
         # finished lanes stand still, so asking rarely changes the count only; on an accelerator asking is a host sync
         every = rounds_between_syncs(x[0])
         step_size = present(self.step_size)
+        move: Leaves | None = None
         for step in range(self.max_steps + 1):
             value, gradient = value_and_gradient(objective, x, spec, theta)
             _tell(report, step, value, gradient, x, spec)
             norm = leaves_norm(gradient, value.ndim)
             if tolerance is None:
                 tolerance = torch.clamp(self.rtol * norm, min=self.atol)
-            running = norm > tolerance
-            if step % every == 0 and not bool(running.any()):
-                status = Status.CONVERGED if bool(norm.isfinite().all()) else Status.NONFINITE
-                return SolverResult(unflatten(x, spec), status, step)
-            if step < self.max_steps:
-                for leaf, move in zip(x, _constant(moves(step_size, gradient, spec, value.ndim)), strict=True):
-                    leaf.sub_(torch.where(lanes_like(running, leaf), move, torch.zeros_like(move)))
-        status = Status.MAX_STEPS_REACHED if bool(running.any()) else Status.CONVERGED
-        return SolverResult(unflatten(x, spec), status, self.max_steps)
+                watch = StallWatch.unset(norm, x[0].dtype)
+                running, stalled = torch.ones_like(norm, dtype=torch.bool), torch.zeros_like(norm, dtype=torch.bool)
+            # a step that does not lead down is in doubt: below 2 / L a convex function's gradient falls at each
+            weight = partial(torch.ones_like, norm)
+            moved = partial(relative_move, x, move, value.ndim)
+            stalled = stalled | watch.look(running, norm, value.double(), weight, moved, every == 1)
+            running = (norm > tolerance) & ~stalled
+            if step == self.max_steps or (step % every == 0 and not bool(running.any())):
+                break
+            move = _constant(moves(step_size, gradient, spec, value.ndim))
+            for leaf, part in zip(x, move, strict=True):
+                leaf.sub_(torch.where(lanes_like(running, leaf), part, torch.zeros_like(part)))
+        assert tolerance is not None
+        reached, finite = norm <= tolerance, norm.isfinite() & finite_leaves(x, value.ndim)
+        return outcome(
+            unflatten(x, spec), step, wanted=True, reached=reached, finite=finite, stalled=stalled & ~reached
+        )
 
 
 def _constant(steps: Leaves) -> Leaves:
@@ -159,6 +172,8 @@ def _tell(report: Report | None, step: int, value: torch.Tensor, gradient: Any, 
 
 class _Growing:
     """The steepest direction, first tried with the step size that the lane found last, or twice that."""
+
+    conjugate = False
 
     def __init__(self, problem: Problem, step_size: float) -> None:
         self.trial = step_size * problem.unit  # gradients are measured in this unit

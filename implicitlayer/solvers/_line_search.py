@@ -9,15 +9,21 @@ import math
 
 import torch
 
+from implicitlayer.solvers._outcome import NOISE
+
 __all__: list[str] = []
 
 Numbers = tuple[torch.Tensor, ...]
 
 DECREASE = 1e-4  # c1 of the sufficient decrease: the usual choice, Nocedal & Wright, section 3.1
 MAX_TRIALS = 30  # objectives met in one search; a search that works takes one to five
-_NOISE = 256  # a sum over m data rounds by about sqrt(m) eps: this covers 65,000 of them
 _UNMOVED = 0.9  # of the slope at 0
 _GROWTH = 4.0  # largest growth of a trial, to the power of the number of trials made: 4, 16, 64, ...
+# The value of a quadratic changes by the mean of both slopes times the step. A function is taken for one where that
+# holds to a millionth, which the last steps to a smooth minimum do not, and what rounding hides is not asked.
+_QUADRATIC, _ROUNDING, _TOLD = 1e-6, 16, 1e-3
+_FAR = 100.0  # the minimum of such a quadratic, in units of the trial, is still believed
+_EXACT = 0.1  # of the slope at 0: what is left of it is worth no further trial
 
 
 class LineSearch:
@@ -34,13 +40,18 @@ class LineSearch:
     acceptable steps; the next trial is the minimum of the cubic through both, or longer while there is no ``high``.
     After ``MAX_TRIALS`` it takes ``low``, and fails where that is still 0.
 
+    With ``exact_on_quadratics``, a first trial that would do but leaves more than a tenth of the slope is followed by
+    one at the minimum, where the values show that phi is a quadratic: a method of conjugate directions then ends after
+    as many steps as there are unknowns.
+
     Source: Nocedal & Wright, Numerical Optimization, 2006, algorithms 3.5 and 3.6, merged into one rule (no interval
     yet is an interval that ends at infinity); the test at rounding level: Hager & Zhang 2005 (SIAM J. Optim. 16).
     """
 
-    def __init__(self, like: torch.Tensor, eps: float, curvature: float) -> None:
+    def __init__(self, like: torch.Tensor, eps: float, curvature: float, *, exact_on_quadratics: bool = False) -> None:
         zero, never = torch.zeros_like(like), torch.zeros_like(like, dtype=torch.bool)
-        self.eps, self.curvature = eps, curvature
+        self.eps, self.curvature, self.exact_on_quadratics = eps, curvature, exact_on_quadratics
+        self.quadratic = never  # as far as the last search could tell
         self.step = zero  # the trial to be evaluated next; in an accepted lane, the step that was accepted
         self.trials = zero  # trials evaluated in the current search
         self.value, self.slope = zero, zero  # at 0
@@ -62,7 +73,7 @@ class LineSearch:
 
     def noise(self, value: torch.Tensor) -> torch.Tensor:
         """What rounding may do to a value of this size."""
-        return _NOISE * self.eps * value.abs()
+        return NOISE * self.eps * value.abs()
 
     def advance(self, value: torch.Tensor, slope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Value and slope at the trial ``step``; returns the lanes that accept it and those that give up, [*lanes].
@@ -89,8 +100,25 @@ class LineSearch:
         failed = exhausted & (self.low[0] == 0)
         self.settling = exhausted & ~failed
         following = torch.where(self.settling, self.low[0], following)
+        if self.exact_on_quadratics:
+            first = (self.trials == 1) & finite
+            self.quadratic = torch.where(first, self._is_quadratic(trial), self.quadratic)
+            # slopes of a quadratic change evenly, so their root is known
+            root = trial[0] * self.slope / (self.slope - slope)
+            again = first & self.quadratic & (slope.abs() > _EXACT * self.slope.abs())
+            again = again & (root > 0) & (root <= _FAR * trial[0])
+            following = torch.where(again, root, following)
+            accepted = accepted & ~again
         self.step = torch.where(accepted, self.step, following)
         return accepted, failed
+
+    def _is_quadratic(self, trial: Numbers) -> torch.Tensor:
+        """Whether a first trial looks like that; where rounding hides it, as before."""
+        change = trial[0] * self.slope
+        rounding = _ROUNDING * self.eps * (self.value.abs() + trial[1].abs() + change.abs())
+        difference = (trial[1] - self.value - 0.5 * trial[0] * (self.slope + trial[2])).abs()
+        even = difference <= _QUADRATIC * change.abs() + rounding
+        return torch.where(rounding <= _TOLD * change.abs(), even, self.quadratic & even)
 
     def _beyond(self, previous: Numbers, trial: Numbers) -> torch.Tensor:
         """A longer trial: where the slope would vanish if it went on changing as between the last two trials."""

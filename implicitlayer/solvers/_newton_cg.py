@@ -102,6 +102,8 @@ class NewtonCG(Limited):
 class _Truncated:
     """Directions by conjugate gradients on the curvature at the point that was evaluated last."""
 
+    conjugate = False
+
     def __init__(self, settings: NewtonCG, problem: Problem) -> None:
         self.settings, self.problem = settings, problem
         self.damping = (settings.damping / problem.unit).unsqueeze(-1).to(problem.start.dtype)

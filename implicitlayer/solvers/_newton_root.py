@@ -86,7 +86,7 @@ class Newton(RootSolver):
                 norm = problem.norm(value)
                 step += 1
                 problem.tell(report, step, norm, x)
-        return problem.result(x, norm, norm <= tolerance, bool(gave_up.any()), step)
+        return problem.result(x, norm, norm <= tolerance, gave_up, step)
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Broyden(RootSolver):
                 norm = problem.norm(value)
                 step += 1
                 problem.tell(report, step, norm, x)
-        return problem.result(x, norm, norm <= tolerance, bool(gave_up.any()), step)
+        return problem.result(x, norm, norm <= tolerance, gave_up, step)
 
 
 def _inverse_jacobian(problem: RootProblem, x: torch.Tensor) -> torch.Tensor:

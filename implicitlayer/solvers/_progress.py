@@ -21,7 +21,7 @@ class Iteration:
     Args:
         step: steps made; of a batch, those of the lane that is furthest ahead, so a number may come twice.
         value: the objective there, [*lanes].
-        gradient_norm: Euclidean norm of its gradient there, float64 [*lanes].
+        gradient_norm: Euclidean norm of its gradient there, float64 [*lanes]; NaN where a solver uses none.
         x: the unknowns, in the structure of ``init``; tensors that may be kept, not changed.
 
     Example:
@@ -40,7 +40,9 @@ class Iteration:
 
 
 @contextmanager
-def reporting(callback: Callable[[Iteration], None] | None, progress: bool, max_steps: int) -> Iterator[Report | None]:
+def reporting(
+    callback: Callable[[Iteration], None] | None, progress: bool, max_steps: int | None
+) -> Iterator[Report | None]:
     """What a solver calls at every iteration: its user's callback, its bar, or both; None where neither is wanted.
 
     The bar shows the largest gradient norm of a batch and closes when the solver returns or raises.

@@ -9,17 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from implicitlayer._solution import RecordingSolver, SolverResult
-from implicitlayer._status import Status
 from implicitlayer._tree import flatten, lane_reduce, leaves_norm, unflatten
 from implicitlayer._types import Leaves
 from implicitlayer.sets._term import expand_like, resolve
 from implicitlayer.solvers._inputs import check_limits, check_num_steps, check_unknowns
 from implicitlayer.solvers._leaves import choose, value_and_gradient
+from implicitlayer.solvers._outcome import StallWatch, contradiction, finite_leaves, outcome, relative_move
 from implicitlayer.solvers._progress import Iteration, reporting
 
 __all__ = ["ProximalGradient"]
@@ -37,8 +38,9 @@ class ProximalGradient(RecordingSolver):
 
     Stops a lane when ``L ||z - x_new||_2 <= max(atol, rtol * scale)`` (that is the norm of the gradient where r is
     zero), with ``scale`` the larger of this number and the gradient's norm at the start. Without a tolerance it makes
-    exactly ``max_steps`` steps. In a layer with ``constraint=`` or ``regularizer=`` it takes that of the layer, and all
-    lanes of a batch step together; with a term of its own, any other layer calls it lane by lane.
+    exactly ``max_steps`` steps; with one, a lane that only rounding errors move any more stops, status
+    ``STAGNATED``. In a layer with ``constraint=`` or ``regularizer=`` it takes that of the layer, and all lanes of a
+    batch step together; with a term of its own, any other layer calls it lane by lane.
 
     Args:
         regularizer: a set or regulariser (``il.sets``, ``il.L1``, ...), a pytree of them, or a function of theta that
@@ -107,6 +109,11 @@ class ProximalGradient(RecordingSolver):
         t = torch.ones_like(curvature)
         tolerance: torch.Tensor | None = None
         running = torch.ones(value.shape, dtype=torch.bool, device=value.device)
+        reached = stalled = ~running
+        watch = StallWatch.unset(curvature, z[0].dtype)
+        before: tuple[Leaves, Leaves] | None = None
+        norm = torch.full_like(curvature, math.inf)
+        step = 0
         with reporting(self.callback, self.progress, self.max_steps) as report:
             for step in range(1, self.max_steps + 1):
                 if step > 1:
@@ -121,6 +128,11 @@ class ProximalGradient(RecordingSolver):
                 if tolerance is None:
                     scale = torch.maximum(norm, leaves_norm(slope, lane_dims))
                     tolerance = torch.clamp(self.rtol * scale, min=self.atol)
+                if has_tolerance:
+                    doubt = partial(contradiction, z, slope, before, curvature, lane_dims)
+                    move = partial(relative_move, z, before and _minus(z, before[0]), lane_dims)
+                    stalled = stalled | watch.look(running, norm, value.double(), doubt, move, True)
+                    before = z, slope
                 change = _minus(new, x)
                 uphill = _dot(_minus(z, new), change, lane_dims) > 0
                 t_next = (1 + (1 + 4 * t * t).sqrt()) / 2
@@ -129,14 +141,14 @@ class ProximalGradient(RecordingSolver):
                 z_new = [a + expand_like(momentum, a) * d for a, d in zip(new, change, strict=True)]
                 x, z = choose(running, new, x), choose(running, z_new, z)
                 if has_tolerance:
-                    running = running & (norm > tolerance)
+                    reached = reached | (running & (norm <= tolerance))
+                    running = running & ~reached & ~stalled
                     if not bool(running.any()):
-                        status = Status.CONVERGED if bool(norm.isfinite().all()) else Status.NONFINITE
-                        return SolverResult(unflatten(x, spec), status, step)
-        status = Status.MAX_STEPS_REACHED if has_tolerance else Status.STEP_LIMIT
-        if not all(bool(leaf.isfinite().all()) for leaf in x):
-            status = Status.NONFINITE
-        return SolverResult(unflatten(x, spec), status, self.max_steps)
+                        break
+        finite = finite_leaves(x, lane_dims) & (norm.isfinite() | (step == 0))
+        return outcome(
+            unflatten(x, spec), step, wanted=has_tolerance, reached=reached, finite=finite, stalled=stalled & ~reached
+        )
 
     def _prox(self, objective: Callable[..., Any], spec: Any, theta: tuple[Any, ...]) -> Prox:
         """The layer's own operator where the term is the layer's: it knows lanes and closed-over tensors."""
@@ -197,8 +209,10 @@ def _backtrack(
     ``<g(new) - g, d> <= L ||d||^2`` takes its place, which is the same for a quadratic.
     """
     eps = torch.finfo(value.dtype).eps
-    slack = _NOISE * eps * value.double().abs()
-    gradient_noise = _NOISE * eps * leaves_norm(slope, value.ndim)
+    norm = leaves_norm(slope, value.ndim)
+    # z itself is rounded: that alone changes f by ||g|| eps ||z||, which is more than eps f where f is nearly 0
+    slack = _NOISE * eps * (value.double().abs() + norm * leaves_norm(z, value.ndim))
+    gradient_noise = _NOISE * eps * norm
     for _ in range(_MAX_DOUBLINGS):
         change = _minus(new, z)
         size = leaves_norm(change, value.ndim)

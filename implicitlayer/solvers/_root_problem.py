@@ -18,9 +18,16 @@ from implicitlayer.linear._jacobian import Jacobian
 from implicitlayer.linear._operator import FlatOperator
 from implicitlayer.linear._residual import Residual
 from implicitlayer.solvers._inputs import check_limits
+from implicitlayer.solvers._outcome import outcome
 from implicitlayer.solvers._progress import Iteration, Report
 
 __all__: list[str] = []
+
+_WORDS = {
+    Status.STAGNATED: "No step lowers the residual further{where}: it is as small as rounding errors allow, or this is "
+    "a minimum of its norm that is no root.",
+    Status.NONFINITE: "The residual is not finite{where}.",
+}
 
 
 class RootProblem:
@@ -68,15 +75,11 @@ class RootProblem:
             report(Iteration(step, norm, norm, self.tree(x.clone())))
 
     def result(
-        self, x: torch.Tensor, norm: torch.Tensor, reached: torch.Tensor, gave_up: bool, steps: int
+        self, x: torch.Tensor, norm: torch.Tensor, reached: torch.Tensor, gave_up: torch.Tensor, steps: int
     ) -> SolverResult:
-        """The answer, with the status of the worst lane."""
-        status = Status.STAGNATED if gave_up else Status.MAX_STEPS_REACHED
-        if bool(reached.all()):
-            status = Status.CONVERGED
-        if not bool(norm.isfinite().all()):
-            status = Status.NONFINITE
-        return SolverResult(self.tree(x), status, steps)
+        """The answer, with the status of the worst lane; ``gave_up``: bool [*lanes]."""
+        finite, stalled = norm.isfinite(), gave_up & ~reached
+        return outcome(self.tree(x), steps, wanted=True, reached=reached, finite=finite, stalled=stalled, words=_WORDS)
 
 
 def line_search(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,9 @@ import torch
 
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
-from implicitlayer._tree import flatten, ravel, unflatten, unravel
+from implicitlayer._tree import flatten, leaves_norm, ravel, unflatten, unravel
 from implicitlayer.solvers._inputs import check_attached, check_unknowns
+from implicitlayer.solvers._progress import Iteration, reporting
 from implicitlayer.solvers._scipy_limits import bounds_of_layer, constraints_of_layer, refuse_hidden_limits
 
 __all__ = ["SciPyMinimize"]
@@ -38,7 +40,12 @@ class SciPyMinimize(RecordingSolver):
         method: as in SciPy.
         tol: as in SciPy; the meaning depends on the method.
         options: as in SciPy, such as ``{"maxiter": 100, "gtol": 1e-10}``.
-        settings: further keyword arguments of ``minimize`` (bounds, callback, ...).
+        callback: called with an :class:`Iteration` at the start and with every point that SciPy reports, after each of
+            its iterations (TNC and COBYLA: where they do). SciPy tells the point alone, so each call costs one more
+            evaluation. Derivative-free methods use no gradient: there ``gradient_norm`` is NaN. An exception ends the
+            solve and reaches the caller, ``StopIteration`` too (SciPy itself would take that for the answer).
+        progress: show a bar (needs tqdm, extra ``implicitlayer[fewshot]``).
+        settings: further keyword arguments of ``minimize`` (bounds, constraints, ...).
 
     Raises:
         ImportError: SciPy is missing; ``pip install "implicitlayer[scipy]"``.
@@ -60,9 +67,12 @@ class SciPyMinimize(RecordingSolver):
         *,
         tol: float | None = None,
         options: dict[str, Any] | None = None,
+        callback: Callable[[Iteration], None] | None = None,
+        progress: bool = False,
         **settings: Any,
     ) -> None:
         self.method, self.tol, self.options, self.settings = method, tol, dict(options or {}), settings
+        self.callback, self.progress = callback, progress
 
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         """The same, with status, step count and SciPy's message; ``aux`` is SciPy's ``OptimizeResult``."""
@@ -135,15 +145,39 @@ class SciPyMinimize(RecordingSolver):
         with_gradient = self.method.lower() not in _DERIVATIVE_FREE
         if self.method.lower() in _NEEDS_HESSIAN:
             settings.setdefault("hessp", hessian_product)
-        result = optimize.minimize(
-            value_and_gradient if with_gradient else value_only,
-            to_numpy(leaves),
-            jac=True if with_gradient else None,
-            method=self.method,
-            tol=self.tol,
-            options=self.options,
-            **settings,
-        )
+        stopped: list[StopIteration] = []
+        limit = self.options.get("maxiter")
+        with reporting(self.callback, self.progress, limit) as report:
+
+            def tell(flat: np.ndarray, *_: Any) -> None:
+                if report is None or stopped:
+                    return
+                if with_gradient:
+                    number, slope = value_and_gradient(flat)
+                    norm = leaves_norm([torch.from_numpy(slope)], 0)
+                else:
+                    number, norm = value_only(flat), torch.tensor(np.nan, dtype=torch.float64)
+                at = unflatten([leaf.detach() for leaf in points(flat)], spec)
+                try:
+                    report(Iteration(next(count), torch.tensor(number, dtype=torch.float64), norm, at))
+                except StopIteration as stop:  # SciPy would end with success
+                    stopped.append(stop)
+                    raise
+
+            count = itertools.count()
+            tell(to_numpy(leaves))
+            result = optimize.minimize(
+                value_and_gradient if with_gradient else value_only,
+                to_numpy(leaves),
+                jac=True if with_gradient else None,
+                method=self.method,
+                tol=self.tol,
+                options=self.options,
+                callback=tell if report is not None else None,
+                **settings,
+            )
+            if stopped:
+                raise stopped[0]
         value = unflatten([leaf.detach() for leaf in points(result.x)], spec)
         return SolverResult(
             value, self._status(result, first), int(result.get("nit", 0)), str(result.message), aux=result

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from implicitlayer._solution import RecordingSolver, SolverResult
-from implicitlayer._status import Status
 from implicitlayer._tree import flatten, leaves_norm, unflatten
 from implicitlayer.solvers._inputs import check_attached, check_num_steps, check_unknowns
+from implicitlayer.solvers._outcome import finite_leaves, outcome
+from implicitlayer.solvers._progress import Iteration, Report, reporting
 
 __all__ = ["TorchOptimizer"]
 
@@ -29,7 +30,15 @@ class TorchOptimizer(RecordingSolver):
         optimizer: the class, such as ``torch.optim.Adam``, or a function of the parameter list.
         max_steps: limit of steps; without a tolerance, their number.
         rtol, atol: tolerances on the norm of the gradient; both 0 means none.
+        callback: called with an :class:`Iteration` at the start and after every call of ``step``, from the evaluation
+            that the next one begins with; without a tolerance this costs one more gradient, at the end.
+        progress: show a bar (needs tqdm, extra ``implicitlayer[fewshot]``).
         settings: keyword arguments of the optimizer, such as ``lr``.
+
+    Raises:
+        TypeError: an optimizer that was already made.
+        ValueError: a negative limit or tolerance.
+        ImportError: ``progress=True`` without tqdm.
 
     Batched for the optimizers of torch that work entry by entry (SGD, Adam, ...) when no tolerance is given; LBFGS
     and unknown ones are called lane by lane.
@@ -49,6 +58,8 @@ class TorchOptimizer(RecordingSolver):
         max_steps: int,
         rtol: float = 0.0,
         atol: float = 0.0,
+        callback: Callable[[Iteration], None] | None = None,
+        progress: bool = False,
         **settings: Any,
     ) -> None:
         if not callable(optimizer):
@@ -58,6 +69,7 @@ class TorchOptimizer(RecordingSolver):
                 raise ValueError(f"{name}={value} must be non-negative.")
         check_num_steps(max_steps)
         self.optimizer, self.settings = optimizer, settings
+        self.callback, self.progress = callback, progress
         self.max_steps, self.rtol, self.atol = max_steps, rtol, atol
 
     @property
@@ -67,33 +79,52 @@ class TorchOptimizer(RecordingSolver):
 
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         """The same, with status and step count."""
+        with reporting(self.callback, self.progress, self.max_steps) as report:
+            return self._run(objective, init, theta, report)
+
+    def _run(
+        self, objective: Callable[..., torch.Tensor], init: Any, theta: tuple[Any, ...], report: Report | None
+    ) -> SolverResult:
         leaves, spec = flatten(init)
         check_unknowns(leaves)
         x = [leaf.detach().clone().requires_grad_() for leaf in leaves]
         optimizer = self.optimizer(x, **self.settings)
+        step, told, lane_dims = 0, -1, 0
 
         def closure() -> torch.Tensor:
+            nonlocal told, lane_dims
             value = objective(unflatten(x, spec), *theta)
             check_attached(value)
-            value = value.sum()
+            lane_dims = value.ndim
+            total = value.sum()
             # never .backward(): it would also fill .grad of module weights that the objective closes over
-            for leaf, gradient in zip(x, torch.autograd.grad(value, x, materialize_grads=True), strict=True):
+            gradients = torch.autograd.grad(total, x, materialize_grads=True)
+            for leaf, gradient in zip(x, gradients, strict=True):
                 leaf.grad = gradient
-            return value.detach()
+            if report is not None and told < step:  # the first evaluation since the last step is at the point reached
+                told = step
+                kept = unflatten([leaf.detach().clone() for leaf in x], spec)
+                report(Iteration(step, value.detach(), leaves_norm(gradients, value.ndim), kept))
+            return total.detach()
 
-        status, step = Status.STEP_LIMIT, 0
-        tolerance: float | None = None
+        has_tolerance = self.rtol > 0 or self.atol > 0
+        reached, tolerance = False, 0.0
         with torch.enable_grad():
             while True:
-                if self.rtol > 0 or self.atol > 0:
+                if has_tolerance:
                     closure()
                     norm = float(leaves_norm([leaf.grad for leaf in x if leaf.grad is not None], 0))
-                    tolerance = max(self.atol, self.rtol * norm) if tolerance is None else tolerance
-                    status = Status.CONVERGED if norm <= tolerance else Status.MAX_STEPS_REACHED
-                if status is Status.CONVERGED or step == self.max_steps:
+                    tolerance = tolerance if step else max(self.atol, self.rtol * norm)
+                    reached = norm <= tolerance
+                if reached or step == self.max_steps:
                     break
                 optimizer.step(closure)  # type: ignore[arg-type]  # torch itself documents closures returning tensors
                 step += 1
-        if not all(bool(leaf.isfinite().all()) for leaf in x):
-            status = Status.NONFINITE
-        return SolverResult(unflatten([leaf.detach() for leaf in x], spec), status, step)
+            if report is not None and told < step:
+                closure()
+        x = [leaf.detach() for leaf in x]
+        if has_tolerance:
+            lane_dims = 0  # one test for all of them
+        finite = finite_leaves(x, lane_dims)
+        arrived = torch.full_like(finite, reached)
+        return outcome(unflatten(x, spec), step, wanted=has_tolerance, reached=arrived, finite=finite)

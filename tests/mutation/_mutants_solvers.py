@@ -98,8 +98,8 @@ SOLVER_MUTANTS = [
     Mutant(
         "CG steps by the length of the first lane",
         CG,
-        "alpha = torch.where(running, rz / pap, none).to(x.dtype).unsqueeze(-1)",
-        "alpha = torch.where(running, (rz / pap).mean(), none).to(x.dtype).unsqueeze(-1)",
+        "alpha = keep(rz / pap, none).to(x.dtype).unsqueeze(-1)",
+        "alpha = keep((rz / pap).mean().expand_as(rz), none).to(x.dtype).unsqueeze(-1)",
         "lanes are no longer solved as one by one",
         near="ConjugateGradient, batch",
     ),
@@ -250,8 +250,8 @@ SOLVER_MUTANTS = [
     Mutant(
         "gradient descent ends with its first lane",
         DESCENT,
-        "if step % every == 0 and not bool(running.any()):",
-        "if step % every == 0 and not bool(running.all()):",
+        "(step % every == 0 and not bool(running.any()))",
+        "(step % every == 0 and not bool(running.all()))",
         "all other lanes are left unfinished",
         near="GradientDescent",
     ),
@@ -266,16 +266,16 @@ SOLVER_MUTANTS = [
     Mutant(
         "accelerated gradients end with their first lane",
         "solvers/_accelerated_gradient.py",
-        "if (last or step % every == 0) and not bool(running.any()):",
-        "if (last or step % every == 0) and not bool(running.all()):",
+        "(step % every == 0 and not bool(running.any()))",
+        "(step % every == 0 and not bool(running.all()))",
         "all other lanes are left unfinished",
         near="AcceleratedGradient, batch",
     ),
     Mutant(
         "gradient descent moves its finished lanes",
         DESCENT,
-        "leaf.sub_(torch.where(lanes_like(running, leaf), move, torch.zeros_like(move)))",
-        "leaf.sub_(move)",
+        "leaf.sub_(torch.where(lanes_like(running, leaf), part, torch.zeros_like(part)))",
+        "leaf.sub_(part)",
         "the answer of a lane depends on how long its neighbours run",
         near="GradientDescent, a_finished",
     ),
@@ -290,8 +290,8 @@ SOLVER_MUTANTS = [
     Mutant(
         "CG with lanes moves its finished lanes",
         CG,
-        "alpha = torch.where(running, rz / pap, none).to(x.dtype).unsqueeze(-1)\n"
-        "        x = _Keep(running)(torch.addcmul(x, alpha, p), x)",
+        "alpha = keep(rz / pap, none).to(x.dtype).unsqueeze(-1)\n"
+        "        x = keep.vectors(torch.addcmul(x, alpha, p), x)",
         "alpha = (rz / pap).to(x.dtype).unsqueeze(-1)\n        x = torch.addcmul(x, alpha, p)",
         "the answer of a lane depends on how long its neighbours run",
         near="ConjugateGradient, a_finished",

@@ -48,6 +48,9 @@ PROBLEMS: dict[str, tuple[Function, Tensor]] = {
     "styblinski-tang": (styblinski_tang, start(*[-2.0] * 6)),
     "quadratic, condition 1e2": (quadratic(20, 2), torch.zeros(20, dtype=F64)),
     "quadratic, condition 1e3": (quadratic(20, 3), torch.zeros(20, dtype=F64)),
+    "quadratic, condition 1e4": (quadratic(20, 4), torch.zeros(20, dtype=F64)),
+    # its least value is not 0, so that near it the values tell nothing
+    "quadratic, shifted": (lambda x: quadratic(20, 3)(x) + 7.0, torch.zeros(20, dtype=F64)),
     "logistic regression": (logistic_regression(10, 1e-2), torch.zeros(10, dtype=F64)),
     "logistic regression, weak": (logistic_regression(20, 1e-4), torch.zeros(20, dtype=F64)),
 }
@@ -108,11 +111,13 @@ SOLVERS: list[tuple[LBFGS | NewtonCG, list[str]]] = [
     (LBFGS(max_steps=5000, atol=ATOL), ["L-BFGS-B", "BFGS"]),
     (NewtonCG(max_steps=1000, atol=ATOL), ["Newton-CG", "trust-ncg"]),
 ]
-# The functions where ours needs more than 1.2 times SciPy's: ten pairs against the full matrix of BFGS on quadratics.
-COSTLIER = {"BFGS": {"quadratic, condition 1e2", "quadratic, condition 1e3"}}
 # What SciPy does not bring to the tolerance: its trust region ends at the rounding errors of the values, or its steps
 # become too small to matter to it.
-UNREACHED = {"Newton-CG": {"powell singular"}, "trust-ncg": {"styblinski-tang"}}
+UNREACHED = {
+    "L-BFGS-B": {"quadratic, shifted"},
+    "Newton-CG": {"powell singular"},
+    "trust-ncg": {"styblinski-tang", "quadratic, shifted"},
+}
 
 
 @pytest.mark.parametrize(("solver", "methods"), SOLVERS, ids=["LBFGS", "NewtonCG"])
@@ -124,7 +129,7 @@ def test_the_minima_are_scipys_at_a_fifth_more_gradients_and_products_at_most(
         ratios = {}
         for name, (x, cost) in own.items():
             theirs, their_cost, reached = scipy_cost(name, method)
-            assert reached or name in UNREACHED[method], (name, method)
+            assert reached or name in UNREACHED.get(method, set()), (name, method)
             if reached:
                 ratios[name] = cost / their_cost
             if name == "powell singular":  # a singular Hessian: f ~ |x|^4, g ~ |x|^3, so |x| ~ 1e-7^(1/3) only
@@ -133,4 +138,4 @@ def test_the_minima_are_scipys_at_a_fifth_more_gradients_and_products_at_most(
                 assert float((x - theirs).norm()) <= 1e-6, (name, method)
         mean = math.exp(sum(map(math.log, ratios.values())) / len(ratios))
         assert mean <= 1.2, (method, ratios)
-        assert {name for name, ratio in ratios.items() if ratio > 1.2} <= COSTLIER.get(method, set()), (method, ratios)
+        assert max(ratios.values()) <= 1.2, (method, ratios)

@@ -14,6 +14,7 @@ from implicitlayer.solvers import LBFGS, GradientDescent, NewtonCG
 
 MAKERS: dict[str, Any] = {
     "lbfgs": LBFGS,
+    "lbfgs, pairs": lambda **settings: LBFGS(memory=10, **settings),
     "newton": NewtonCG,
     "newton, wolfe": lambda **settings: NewtonCG(line_search="wolfe", **settings),
     "newton, 5 products": lambda **settings: NewtonCG(cg_steps=5, **settings),

@@ -17,6 +17,8 @@ from implicitlayer.solvers._problem import Problem
 class Fixed:
     """A method with one direction until it is told to forget, then the steepest."""
 
+    conjugate = False
+
     def __init__(self, direction: Tensor) -> None:
         self.first, self.forgotten = direction, torch.tensor(False)
 

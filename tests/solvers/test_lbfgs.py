@@ -1,6 +1,7 @@
 """The two-loop recursion against the dense formula, and what is particular to LBFGS."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from implicitlayer import Status
 from implicitlayer.solvers import LBFGS
-from implicitlayer.solvers._lbfgs import _TwoLoop
+from implicitlayer.solvers._lbfgs import _Matrices, _TwoLoop
 from implicitlayer.solvers._line_search import LineSearch
 
 
@@ -123,3 +124,39 @@ def test_a_valley_floor_far_below_the_rounding_of_the_value_is_still_followed() 
 def test_bad_settings_are_refused_by_name_value_and_rule(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LBFGS(**settings)
+
+
+@pytest.mark.parametrize("lanes", [(), (3,), (2, 2)])
+def test_all_pairs_multiplied_out_give_the_direction_of_the_two_loops(lanes: tuple[int, ...]) -> None:
+    matrix, n = spd_matrix(7, 2, seed=11), 7
+    like = torch.zeros(*lanes, n, dtype=F64)
+    loops, product = _TwoLoop(20), _Matrices(like)
+    everywhere = torch.ones(lanes, dtype=torch.bool)
+    for k in range(12):  # more pairs than unknowns
+        step = randn(*lanes, n, seed=20 + k)
+        change = step @ matrix
+        search = SimpleNamespace(step=torch.ones(lanes, dtype=F64), slope=(step * change).sum(-1))
+        some = everywhere if k % 3 or not lanes else torch.arange(like[..., 0].numel()).reshape(lanes) != 0
+        for method in (loops, product):
+            method.moved(some, step, change, search)  # type: ignore[arg-type]
+        gradient = randn(*lanes, n, seed=50 + k)
+        norm = gradient.norm(dim=-1)
+        (d, a), (e, b) = (method.direction(everywhere, gradient, norm) for method in (loops, product))
+        # both sum 12 pairs of a matrix of condition 100 in another order
+        assert torch.allclose(d, e, rtol=1e-9, atol=1e-11 * float(d.abs().max())) and torch.equal(a, b)
+    assert bool(product.forget(everywhere).all()) and not bool(product.forget(everywhere).any())
+    direction, first = product.direction(everywhere, gradient, norm)
+    assert torch.equal(direction, -gradient) and torch.allclose(first, 1 / norm)
+
+
+@pytest.mark.parametrize("n", [3, 12, 32])
+def test_a_quadratic_takes_two_gradients_per_unknown(n: int) -> None:
+    """Conjugate directions end after n steps in exact arithmetic; condition 100 leaves rounding a step or two."""
+    matrix, b, count = spd_matrix(n, 2, seed=1), randn(n, seed=2), [0]
+
+    def objective(x: Tensor) -> Tensor:
+        count[0] += 1
+        return 0.5 * x @ matrix @ x - b @ x
+
+    result = LBFGS(rtol=1e-8).run(objective, torch.zeros(n, dtype=F64))
+    assert result.status is Status.CONVERGED and count[0] <= 2 * n + 5

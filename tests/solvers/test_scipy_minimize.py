@@ -81,7 +81,7 @@ def test_float32_unknowns_are_solved_in_double_and_cast_back() -> None:
 
 def test_bounds_and_callbacks_reach_scipy() -> None:
     seen: list[float] = []
-    solver = SciPyMinimize("L-BFGS-B", bounds=[(0.0, 1.0)] * 2, callback=lambda xk: seen.append(float(xk[0])))
+    solver = SciPyMinimize("L-BFGS-B", bounds=[(0.0, 1.0)] * 2, callback=lambda i: seen.append(float(i.x[0])))
     x = solver(lambda x: ((x - 3) ** 2).sum(), torch.zeros(2, dtype=F64))
     assert x.tolist() == [1.0, 1.0] and seen
 
