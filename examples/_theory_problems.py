@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from paper._fit import fit_exponent as fit_exponent  # for theory.py
 from torch import Tensor
 
 import implicitlayer as il
@@ -154,15 +155,6 @@ def ill_conditioned(kappa: float, n: int, generator: torch.Generator) -> tuple[P
     shift, target = (torch.randn(n, dtype=F64, generator=generator) / math.sqrt(n) for _ in range(2))
     q[-1] = kappa - 1.25
     return Problem(q, torch.ones(n, dtype=F64), shift, 4 * target, strength=1.0), torch.zeros(n, dtype=F64)
-
-
-def fit_exponent(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Least squares of log y on log x: the slope, and its standard error from the residuals (n - 2 degrees)."""
-    u, v = torch.tensor(x, dtype=F64).log(), torch.tensor(y, dtype=F64).log()
-    u, v = u - u.mean(), v - v.mean()
-    slope = (u @ v) / (u @ u)
-    residual = v - slope * u
-    return float(slope), float((residual @ residual / (len(x) - 2) / (u @ u)).sqrt())
 
 
 def peak_kib(function: Callable[[], object]) -> float:

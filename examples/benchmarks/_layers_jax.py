@@ -128,29 +128,19 @@ def optimistix_makers() -> Makers:
     adjoint = optimistix.ImplicitAdjoint(linear_solver=lineax.Cholesky())
     tags = frozenset({lineax.symmetric_tag, lineax.positive_semidefinite_tag})
 
-    def newton(problem: Problem) -> Call:
-        slope = jax.grad(objective_of(problem))
-        solver = optimistix.Newton(rtol=1e-8, atol=1e-8, linear_solver=lineax.Cholesky())
+    def layer(problem: Problem, find: Any, function: Any, solver: Any, max_steps: int) -> Call:
         zero = jnp.zeros(problem.n)
+        settings = {"max_steps": max_steps, "adjoint": adjoint, "tags": tags}
+        of_x = lambda x, theta: function(x, *theta)  # noqa: E731
+        return compiled(problem, lambda *theta: find(of_x, solver, zero, theta, **settings).value)
 
-        def solve(*theta: Any) -> Any:
-            residual = lambda x, args: slope(x, *args)  # noqa: E731
-            settings = {"max_steps": 100, "adjoint": adjoint, "tags": tags}
-            return optimistix.root_find(residual, solver, zero, theta, **settings).value
-
-        return compiled(problem, solve)
+    def newton(problem: Problem) -> Call:
+        solver = optimistix.Newton(rtol=1e-8, atol=1e-8, linear_solver=lineax.Cholesky())
+        return layer(problem, optimistix.root_find, jax.grad(objective_of(problem)), solver, max_steps=100)
 
     def bfgs(problem: Problem) -> Call:
-        fun = objective_of(problem)
         solver = optimistix.BFGS(rtol=RTOL, atol=RTOL)
-        zero = jnp.zeros(problem.n)
-
-        def solve(*theta: Any) -> Any:
-            value = lambda x, args: fun(x, *args)  # noqa: E731
-            settings = {"max_steps": 2000, "adjoint": adjoint, "tags": tags}
-            return optimistix.minimise(value, solver, zero, theta, **settings).value
-
-        return compiled(problem, solve)
+        return layer(problem, optimistix.minimise, objective_of(problem), solver, max_steps=2000)
 
     makers: Makers = {f"{k}: Optimistix Newton": newton for k in ("ridge", "logistic")}
     return makers | {f"{k}: Optimistix BFGS": bfgs for k in ("ridge", "logistic")}

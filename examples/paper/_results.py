@@ -8,7 +8,8 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,48 @@ def load_result(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is no result file: it has no {', '.join(missing)}. {remedy}")
     result: dict[str, Any] = found
     return result
+
+
+def read_options(description: str | None, argv: Sequence[str] | None, *, smoke: str) -> argparse.Namespace:
+    """The command line of a script that needs no data and no device: smoke, output_dir, seed, and when it began.
+
+    Args:
+        description: the script's docstring.
+        argv: the options; None: those of this process.
+        smoke: what ``--smoke`` makes smaller, for ``--help``.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--smoke", action="store_true", help=smoke)
+    parser.add_argument("--output-dir", type=Path, default=OUTPUT_DIR, help="where numbers and picture go")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(began=time.perf_counter())
+    return parser.parse_args(argv)
+
+
+def save_with_picture(
+    name: str, options: argparse.Namespace, *, setting: str, results: Any, draw: Callable[[Path], object]
+) -> None:
+    """Write ``<name>.png`` by ``draw(path)`` and ``<name>.json``, and say where they are and how long it took.
+
+    Args:
+        name: of both files, without ending.
+        options: of :func:`read_options`.
+        setting, results: as in :func:`save_result`.
+        draw: writes the picture to a path.
+    """
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    figure = options.output_dir / f"{name}.png"
+    draw(figure)
+    path = save_result(
+        options.output_dir,
+        name,
+        setting=setting,
+        command=command_line(),
+        seed=options.seed,
+        results=results,
+        figures=[figure],
+    )
+    print(f"\n{time.perf_counter() - options.began:.0f} s; numbers in {path}, picture in {figure}")
 
 
 def device_option(text: str) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -100,12 +100,3 @@ def fewest(good: Callable[[int], Any], limit: int = 10**7) -> int:
         middle = (low + high) // 2
         low, high = (low, middle) if good(middle) else (middle, high)
     return high
-
-
-def fit_exponent(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Least squares of log y on log x: the slope, and its standard error from the residuals (n - 2 degrees)."""
-    u, v = torch.tensor(x, dtype=F64).log(), torch.tensor(y, dtype=F64).log()
-    u, v = u - u.mean(), v - v.mean()
-    slope = (u @ v) / (u @ u)
-    residual = v - slope * u
-    return float(slope), float((residual @ residual / (len(x) - 2) / (u @ u)).sqrt())

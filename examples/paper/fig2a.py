@@ -15,17 +15,14 @@ Asserts the paper's claims that hold, and prints those that do not.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from _fig2a_figure import draw
-from _results import OUTPUT_DIR, command_line, save_result
+from _results import read_options, save_with_picture
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -215,14 +212,9 @@ def table(results: dict[str, Any], s: Settings) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="fewer tasks and inner steps: seconds")
-    parser.add_argument("--output-dir", type=Path, default=OUTPUT_DIR, help="where numbers and picture go")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(argv)
+    options = read_options(__doc__, argv, smoke="fewer tasks and inner steps: seconds")
     s = SMOKE if options.smoke else Settings()
     torch.set_num_threads(1)  # all tensors are small
-    start = time.perf_counter()
     results: dict[str, Any] = {"settings": dataclasses.asdict(s), "errors": {}, "claims": []}
     with tqdm(total=len(s.num_unknowns) * len(s.inner_steps), desc="fig2a") as progress:
         for d in s.num_unknowns:
@@ -246,19 +238,13 @@ def main(argv: list[str] | None = None) -> None:
     broken = [row for row in results["claims"] if must_hold(row) and not row["holds"]]
     assert not broken, broken
 
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    figure = options.output_dir / "fig2a.png"
-    draw(results, s, figure)
-    path = save_result(
-        options.output_dir,
+    save_with_picture(
         "fig2a",
+        options,
         setting="reduced: smaller kappa, fewer tasks and inner steps (--smoke)" if options.smoke else OURS,
-        command=command_line(),
-        seed=options.seed,
         results=results,
-        figures=[figure],
+        draw=lambda path: draw(results, s, path),
     )
-    print(f"\n{time.perf_counter() - start:.0f} s; numbers in {path}, picture in {figure}")
 
 
 if __name__ == "__main__":

@@ -20,18 +20,16 @@ Fits each exponent with its standard error, asserts it, and prints beside it wha
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from _results import OUTPUT_DIR, command_line, save_result
+from _fit import fit_exponent
+from _results import read_options, save_with_picture
 from _table1_figure import draw
-from _table1_problem import Products, Regression, fewest, fit_exponent, task_loss
+from _table1_problem import Products, Regression, fewest, task_loss
 from torch import Tensor
 from tqdm import tqdm
 
@@ -252,14 +250,9 @@ def remarks(by_kappa: Sequence[dict[str, Any]], by_eps: Sequence[dict[str, Any]]
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="small settings: seconds")
-    parser.add_argument("--output-dir", type=Path, default=OUTPUT_DIR, help="where numbers and picture go")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(argv)
+    options = read_options(__doc__, argv, smoke="small settings: seconds")
     s = SMOKE if options.smoke else Settings()
     torch.set_num_threads(1)  # all tensors are small
-    start = time.perf_counter()
 
     def problem(kappa: float) -> Regression:
         return Regression.draw(s.num_unknowns, kappa, torch.Generator().manual_seed(options.seed))
@@ -288,15 +281,10 @@ def main(argv: list[str] | None = None) -> None:
         allowed = s.truncation * rows[TRUNCATED]["eps"] * (1 + 1e-6)
         assert rows[TRUNCATED]["error against its own path"] <= allowed, rows
 
-    options.output_dir.mkdir(parents=True, exist_ok=True)
-    figure = options.output_dir / "table1.png"
-    draw(by_kappa, by_eps, figure)
-    path = save_result(
-        options.output_dir,
+    save_with_picture(
         "table1",
+        options,
         setting="reduced: fewer unknowns, smaller kappa and fewer accuracies (--smoke)" if options.smoke else OURS,
-        command=command_line(),
-        seed=options.seed,
         results={
             "settings": dataclasses.asdict(s),
             "table": lines,
@@ -305,9 +293,8 @@ def main(argv: list[str] | None = None) -> None:
             "by kappa": by_kappa,
             "by eps": by_eps,
         },
-        figures=[figure],
+        draw=lambda path: draw(by_kappa, by_eps, path),
     )
-    print(f"\n{time.perf_counter() - start:.0f} s; numbers in {path}, picture in {figure}")
 
 
 if __name__ == "__main__":

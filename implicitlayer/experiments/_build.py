@@ -40,11 +40,24 @@ Episode = tuple[Any, Any]
 
 
 def load_classes(data: Data, split: str) -> Any:
-    """The pictures of one split, grouped by class."""
+    """The pictures of one split, grouped by class.
+
+    Raises:
+        FileNotFoundError: a dataset that is not there; where no folder was named, with the setting that names one.
+    """
     if data.dataset == "glyphs":
         return Glyphs(split, image_size=data.image_size)
     source = {"omniglot": Omniglot, "miniimagenet": MiniImageNet}[data.dataset]
-    return source(data.dir, split, image_size=data.image_size)
+    try:
+        return source(data.dir, split, image_size=data.image_size)
+    except FileNotFoundError as error:
+        if data.dir is not None:
+            raise
+        # the datasets' own words are for Python: what they call root= has another name here
+        where = (
+            "root= is data.dir of the experiment: --data.dir FOLDER on the command line of implicitlayer.experiments."
+        )
+        raise FileNotFoundError(f"{error} Here {where}") from None
 
 
 def build_network(experiment: Experiment) -> Conv4:

@@ -12,15 +12,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from implicitlayer.fewshot._parameters import drawing_device, stacked_parameters
+from implicitlayer.fewshot._initial import DrawnNetwork
+from implicitlayer.fewshot._parameters import stacked_parameters
 
 
 @dataclass(frozen=True)
-class MLP:
+class MLP(DrawnNetwork):
     """Linear layers with a ReLU between any two of them.
 
     Parameters are a flat dict: for layers 1, 2 ... `linear{i}.weight` `[out, in]` and `linear{i}.bias` `[out]`, as
-    `torch.nn.Linear` has them.
+    `torch.nn.Linear` has them. `init` draws them as it does by default: uniform in ±1/sqrt(in).
 
     Args:
         in_features: numbers in one input, at least 1.
@@ -56,35 +57,9 @@ class MLP:
             shapes[f"linear{layer}.bias"] = (next_width,)
         return shapes
 
-    def init(
-        self,
-        generator: torch.Generator | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> dict[str, Tensor]:
-        """Draw one task's parameters: weights and biases uniform in ±1/sqrt(in), the default of `torch.nn.Linear`.
-
-        The numbers are drawn on the generator's device (the CPU without one) and then moved, so that a seed gives the
-        same network on every device.
-
-        Args:
-            generator: source of randomness; None takes torch's global one.
-            dtype: floating type of the parameters.
-            device: where the parameters will live; None is torch's default device.
-
-        Returns:
-            a dict with the shapes of `MLP.shapes`.
-        """
-        device = torch.get_default_device() if device is None else device
-        params = {}
-        bound = 1.0
-        for name, shape in self.shapes.items():
-            if name.endswith("weight"):
-                bound = 1 / math.sqrt(shape[1])  # the bias of the same layer comes next
-            value = torch.empty(shape, dtype=dtype, device=drawing_device(generator))
-            params[name] = value.uniform_(-bound, bound, generator=generator).to(device)
-        return params
+    def _fill(self, name: str, value: Tensor, generator: torch.Generator | None) -> None:
+        bound = 1 / math.sqrt(self.shapes[name.replace("bias", "weight")][1])
+        value.uniform_(-bound, bound, generator=generator)
 
     def __call__(self, params: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         """Compute the outputs of one task or of a batch of independent tasks.

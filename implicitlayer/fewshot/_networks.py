@@ -16,8 +16,9 @@ from torch import Tensor
 
 from implicitlayer.fewshot._batch_norm import EPSILON, batch_norm_relu
 from implicitlayer.fewshot._convolution import convolution, convolution_relu
+from implicitlayer.fewshot._initial import DrawnNetwork
 from implicitlayer.fewshot._kernels import keep_freed_memory
-from implicitlayer.fewshot._parameters import drawing_device, stacked_parameters
+from implicitlayer.fewshot._parameters import stacked_parameters
 from implicitlayer.fewshot._pooling import max_pool
 
 Downsample = Literal["stride", "max_pool"]
@@ -31,7 +32,7 @@ _MAX_ACTIVATION = 2**21
 
 
 @dataclass(frozen=True)
-class Conv4:
+class Conv4(DrawnNetwork):
     """Four blocks of 3x3 convolution, batch norm with the task's own statistics, ReLU; then a linear layer.
 
     Each block halves the image: by a stride of 2 in the convolution, or by a stride of 1 and, after the ReLU, the
@@ -41,7 +42,8 @@ class Conv4:
     The convolutions have no bias: batch norm would cancel it exactly. Parameters are a flat dict: for blocks 1 to 4
     `conv{i}.weight` `[F, 3, 3, C_in]`, `norm{i}.weight` and `norm{i}.bias` `[F]`, and for the head `head.weight`
     `[N, side² F]` and `head.bias` `[N]`. Channels come last, in the filters and in the flattened image (row, column,
-    channel): `weight.permute(0, 3, 1, 2)` is what `torch.nn.Conv2d` holds.
+    channel): `weight.permute(0, 3, 1, 2)` is what `torch.nn.Conv2d` holds. `init` draws weights from Xavier's uniform
+    distribution (gain 1.73) and the bias of the head from [0, 0.05]; norms start at 1 and 0.
 
     Args:
         num_ways: number of classes N, at least 1.
@@ -50,6 +52,9 @@ class Conv4:
         image_size: height and width of an image in pixels, at least 1 with strides, which round a half up, and at
             least 16 with max pooling, which leaves an odd last row and column out.
         downsample: `"stride"` or `"max_pool"`.
+
+    Source: of the initial distributions, the code released with "Meta-Learning with Implicit Gradients" (Rajeswaran et
+    al., 2019).
 
     Example:
         >>> network = conv4(num_ways=5, num_filters=8)
@@ -102,45 +107,18 @@ class Conv4:
         shapes["head.bias"] = (self.num_ways,)
         return shapes
 
-    def init(
-        self,
-        generator: torch.Generator | None = None,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> dict[str, Tensor]:
-        """Draw one task's parameters: Xavier-uniform weights (gain 1.73), head bias in [0, 0.05], norms at 1 and 0.
-
-        The numbers are drawn on the generator's device (the CPU without one) and then moved, so that a seed gives the
-        same network on every device.
-
-        Args:
-            generator: source of randomness; None takes torch's global one.
-            dtype: floating type of the parameters.
-            device: where the parameters will live; None is torch's default device.
-
-        Returns:
-            a dict with the shapes of `Conv4.shapes`.
-
-        Source: the code released with "Meta-Learning with Implicit Gradients" (Rajeswaran et al., 2019).
-        """
-        source = drawing_device(generator)
-        device = torch.get_default_device() if device is None else device
-        params = {}
-        for name, shape in self.shapes.items():
-            value = torch.empty(shape, dtype=dtype, device=source)
-            if name.startswith("conv"):
-                bound = _GAIN * math.sqrt(6 / (9 * (shape[0] + shape[3])))
-                value.uniform_(-bound, bound, generator=generator)
-            elif name == "head.weight":
-                bound = _GAIN * math.sqrt(6 / (shape[0] + shape[1]))
-                value.uniform_(-bound, bound, generator=generator)
-            elif name == "head.bias":
-                value.uniform_(0, _MAX_BIAS, generator=generator)
-            else:
-                value.fill_(1.0 if name.endswith("weight") else 0.0)
-            params[name] = value.to(device)
-        return params
+    def _fill(self, name: str, value: Tensor, generator: torch.Generator | None) -> None:
+        shape = value.shape
+        if name.startswith("conv"):
+            bound = _GAIN * math.sqrt(6 / (9 * (shape[0] + shape[3])))
+            value.uniform_(-bound, bound, generator=generator)
+        elif name == "head.weight":
+            bound = _GAIN * math.sqrt(6 / (shape[0] + shape[1]))
+            value.uniform_(-bound, bound, generator=generator)
+        elif name == "head.bias":
+            value.uniform_(0, _MAX_BIAS, generator=generator)
+        else:
+            value.fill_(1.0 if name.endswith("weight") else 0.0)
 
     def __call__(self, params: Mapping[str, Tensor], images: Tensor) -> Tensor:
         """Compute the logits of one task or of a batch of independent tasks.

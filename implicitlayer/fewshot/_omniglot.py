@@ -30,7 +30,10 @@ TIMEOUT = 60.0  # seconds without a byte
 SUBFOLDERS = ("", "omniglot", "python", "omniglot-py")
 # What zipfile, zlib and Pillow raise for damaged bytes; a bad PNG chunk is a SyntaxError to Pillow.
 DAMAGE = (OSError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error)
-REMEDY = f"Put {PARTS[0]}.zip and {PARTS[1]}.zip (or the extracted folders) there, or pass download=True."
+REMEDY = (
+    f"Put {PARTS[0]}.zip and {PARTS[1]}.zip (or the extracted folders) there, or fetch them, 15 MB, by "
+    "il.fewshot.Omniglot({root}download=True) in Python."
+)
 
 
 class Omniglot(ImageClasses):
@@ -173,7 +176,8 @@ def _find_sources(root: str | os.PathLike[str] | None, *, download: bool) -> lis
         return _sources_in(places[0])
     listed = " or ".join(str(place) for place in places)
     hint = "" if root is not None else " Or say where it is with root= or the variable IMPLICITLAYER_DATA."
-    raise FileNotFoundError(f"No Omniglot in {listed}. {REMEDY}{hint}")
+    remedy = REMEDY.format(root="" if root is None else f"{str(root)!r}, ")
+    raise FileNotFoundError(f"No Omniglot in {listed}. {remedy}{hint}")
 
 
 def _sources_in(folder: Path) -> list[_Source]:
@@ -204,7 +208,7 @@ def _decode(sources: Sequence[_Source], names: Sequence[str], image_size: int) -
         where = ", ".join(str(source.path) for source in sources)
         raise FileNotFoundError(
             f"{len(missing):,} of {len(names):,} classes are not in {where}, the first is {missing[0]}. "
-            f"Both {PARTS[0]} and {PARTS[1]} are needed. {REMEDY}"
+            f"Both {PARTS[0]} and {PARTS[1]} are needed. {REMEDY.format(root='root, ')}"
         )
     images = np.empty((len(names), NUM_DRAWERS, image_size, image_size), dtype=np.uint8)
     for index, name in enumerate(names):

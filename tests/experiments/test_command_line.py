@@ -68,6 +68,18 @@ def test_a_mistake_is_one_line(words: list[str], message: str, monkeypatch: pyte
     assert [path.name for path in tmp_path.iterdir()] == ["a-file"], "a run folder was made for a run that never began"
 
 
+@pytest.mark.parametrize("name", ["omniglot", "miniimagenet"])
+def test_a_missing_dataset_comes_with_the_option_that_names_its_folder(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("IMPLICITLAYER_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(
+        SystemExit, match=r"^error: .* IMPLICITLAYER_DATA\. Here root= is data\.dir .* --data\.dir FOLDER"
+    ):
+        main([f"reduced-{name}-5w1s-maml", "--run.dir", str(tmp_path / "run")])
+
+
 @pytest.mark.parametrize(
     ("words", "shown"),
     [

@@ -1,5 +1,7 @@
 """Problems for the few-shot network, and the same network from PyTorch's own layers."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -45,3 +47,15 @@ def random_like(params: Params) -> Params:
 
 def task(params: Params, index: int) -> Params:
     return {name: p[index] for name, p in params.items()}
+
+
+def product_of(loss: Callable[[Params, Tensor, Tensor], Tensor], mode: str) -> Callable[..., Params]:
+    """(params, images, labels, direction) -> Hessian-vector product, by reverse or by forward over reverse mode."""
+
+    def product(params: Params, images: Tensor, labels: Tensor, direction: Params) -> Params:
+        gradient = torch.func.grad(lambda p: loss(p, images, labels))
+        if mode == "forward":
+            return torch.func.jvp(gradient, (params,), (direction,))[1]
+        return torch.func.vjp(gradient, params)[1](direction)[0]
+
+    return product

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from fewshot.network_problems import EXACT, Params, plain_logits, problem, random_like, task
+from fewshot.network_problems import EXACT, Params, plain_logits, problem, product_of, random_like, task
 from torch import Tensor
 
 from implicitlayer.fewshot import Conv4, conv4, task_cross_entropy
@@ -86,15 +86,9 @@ def test_all_modes_of_differentiation_agree_to_third_order() -> None:
 
 @pytest.mark.parametrize("mode", ["reverse", "forward"])
 def test_vmap_over_tasks_equals_the_native_batch(mode: str) -> None:
+    product = product_of(total_loss, mode)
     params, images, labels = problem(TINY, 3, 4)
     direction = random_like(params)
-
-    def product(params: Params, images: Tensor, labels: Tensor, direction: Params) -> Params:
-        gradient = torch.func.grad(lambda p: total_loss(p, images, labels))
-        if mode == "forward":
-            return torch.func.jvp(gradient, (params,), (direction,))[1]
-        return torch.func.vjp(gradient, params)[1](direction)[0]
-
     lanes = torch.vmap(product)(params, images, labels, direction)
     torch.testing.assert_close(lanes, product(params, images, labels, direction), rtol=1e-9, atol=1e-9)
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from fewshot.network_problems import EXACT, Params, plain_logits, problem, random_like, task
+from fewshot.network_problems import EXACT, Params, plain_logits, problem, product_of, random_like, task
 from torch import Tensor
 
 from implicitlayer.fewshot import Conv4, conv4, task_accuracy, task_cross_entropy
@@ -144,15 +144,9 @@ def test_forward_over_forward_is_not_zero() -> None:
 
 @pytest.mark.parametrize("mode", ["reverse", "forward"])
 def test_vmap_over_tasks_equals_the_native_batch(mode: str) -> None:
+    product = product_of(total_loss, mode)
     params, images, labels = problem(TINY, 3, 4)
     direction = random_like(params)
-
-    def product(params: Params, images: Tensor, labels: Tensor, direction: Params) -> Params:
-        gradient = torch.func.grad(lambda p: total_loss(p, images, labels))
-        if mode == "forward":
-            return torch.func.jvp(gradient, (params,), (direction,))[1]
-        return torch.func.vjp(gradient, params)[1](direction)[0]
-
     lanes = torch.vmap(product)(params, images, labels, direction)
     torch.testing.assert_close(lanes, product(params, images, labels, direction), **EXACT)
 
