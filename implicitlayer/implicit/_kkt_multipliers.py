@@ -2,9 +2,47 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 
-__all__ = ["multipliers"]
+__all__ = ["Known", "multipliers", "multipliers_of_lanes"]
+
+Known = tuple[torch.Tensor | None, torch.Tensor | None]  # (lambda [e], mu [m]) of one problem, None where not known
+
+
+def multipliers_of_lanes(
+    gradient: torch.Tensor, rows_h: torch.Tensor, rows_g: torch.Tensor, near: torch.Tensor, known: Sequence[Known]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(lambda [*lanes, e], mu [*lanes, m]): those ``known``, one pair per lane, and fitted ones where they are not.
+
+    gradient [*lanes, n], rows_h [*lanes, e, n], rows_g [*lanes, m, n], near bool [*lanes, m].
+    """
+    lanes = itertools.product(*(range(size) for size in near.shape[:-1]))
+    y, z = torch.zeros_like(rows_h[..., 0]), torch.zeros_like(rows_g[..., 0])
+    for lane, pair in zip(lanes, known, strict=True):
+        y[lane], z[lane] = _completed(gradient[lane], rows_h[lane], rows_g[lane], near[lane], *pair)
+    return y, z
+
+
+def _completed(
+    gradient: torch.Tensor,
+    rows_h: torch.Tensor,
+    rows_g: torch.Tensor,
+    near: torch.Tensor,
+    y: torch.Tensor | None,
+    z: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Multipliers of one problem: given ones, and those that fit to them."""
+    if y is not None and z is not None:
+        return y, z
+    if y is not None:
+        gradient, rows_h = gradient + rows_h.mT @ y, rows_h[:0]
+    if z is not None:
+        gradient, near = gradient + rows_g.mT @ z, torch.zeros_like(near)
+    fit_y, fit_z = multipliers(gradient, rows_h, rows_g, near)
+    return fit_y if y is None else y, fit_z if z is None else z
 
 
 def multipliers(

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from implicitlayer._errors import NonFiniteError
-from implicitlayer._tree import TreeSpec, flatten, ravel, unflatten, unravel
+from implicitlayer._status import Status
+from implicitlayer._tree import TreeSpec, flatten, name_lanes, ravel, unflatten, unravel
 from implicitlayer._types import Leaves
 from implicitlayer.implicit._kkt_active import Conditions, length_of_step
 from implicitlayer.implicit._kkt_lagrangian import ConstrainedProblem, Unknowns
@@ -21,50 +22,57 @@ __all__ = ["PointOfProblem"]
 
 @dataclass(frozen=True, eq=False)
 class PointOfProblem:
-    """One problem, to be looked at where its solver ended."""
+    """A problem, or one per lane, to be looked at where the solver ended."""
 
     problem: ConstrainedProblem
     spec: TreeSpec
     theta: tuple[Any, ...]
     init: Leaves
 
+    def flat(self, leaves: Leaves) -> torch.Tensor:
+        """Leaves as [*lanes, n]."""
+        return ravel(leaves, self.problem.lane_dims)
+
     def conditions(self, x: Leaves) -> Conditions:
         """The terms of the optimality conditions at x."""
         points = [leaf.detach().requires_grad_() for leaf in x]
-        with torch.enable_grad():
-            value = self.problem(unflatten(points, self.spec), *self.theta)
+        with torch.enable_grad():  # lanes are independent: the gradient of their sum holds that of each
+            value = self.problem(unflatten(points, self.spec), *self.theta).sum()
             gradient = self._grad(value, points, create_graph=True)
-            slope = ravel(gradient, 0)
+            slope = self.flat(gradient)
             product = along = [torch.zeros_like(p) for p in points]
             if slope.requires_grad:
-                direction = ravel([p.detach() for p in points], 0)
+                direction = self.flat([p.detach() for p in points])
                 product = self._grad((slope * direction).sum(), points, create_graph=False, retain_graph=True)
                 along = self._grad((slope * slope.detach()).sum(), points, create_graph=False)
         h, rows_h = self.problem.rows(0, x, self.spec, self.theta)
         g, rows_g = self.problem.rows(1, x, self.spec, self.theta)
-        flat, start = ravel(x, 0).double(), ravel(self.init, 0).double()
+        flat, start = self.flat(x).double(), self.flat(self.init).double()
+        slope = slope.detach().double()
         found = Conditions(
-            flat, flat - start, slope.detach().double(), ravel(product, 0).double(), h, rows_h, g, rows_g,
-            torch.finfo(x[0].dtype).eps, length_of_step(slope.detach().double(), ravel(along, 0).double()),
+            flat, flat - start, slope, self.flat(product).double(), h, rows_h, g, rows_g,
+            torch.finfo(x[0].dtype).eps, length_of_step(slope, self.flat(along).double()),
         )  # fmt: skip
-        if not all(bool(t.isfinite().all()) for t in (found.gradient, found.h, rows_h, found.g, rows_g)):
+        terms = torch.cat([found.gradient, found.h, rows_h.flatten(-2), found.g, rows_g.flatten(-2)], -1)
+        finite = terms.isfinite().all(-1)
+        if not bool(finite.all()):
             raise NonFiniteError(
-                "the objective, a constraint or one of their gradients holds NaN or Inf at the solver's answer. Check "
-                "theta for NaN, and that the functions are differentiable there."
+                "the objective, a constraint or one of their gradients holds NaN or Inf at the solver's answer"
+                f"{name_lanes(~finite)}. Check theta for NaN, and that the functions are differentiable there."
             )
         return found
 
     def error(self, x: Leaves, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        """Distance from the solution that the remaining gradient of the Lagrangian implies, [], by one product."""
+        """Distance from the solution that the gradient left of the Lagrangian implies, [*lanes], by one product."""
         points, dtype = [leaf.detach().requires_grad_() for leaf in x], x[0].dtype
         rest = (y.to(dtype), z.to(dtype), torch.ones_like(z, dtype=dtype))
         with torch.enable_grad():
-            value = self.problem.scalar(Unknowns(unflatten(points, self.spec), *rest), *self.theta)
-            slope = ravel(self._grad(value, points, create_graph=True), 0)
+            value = self.problem.scalar(Unknowns(unflatten(points, self.spec), *rest), *self.theta).sum()
+            slope = self.flat(self._grad(value, points, create_graph=True))
             product = [torch.zeros_like(p) for p in points]
             if slope.requires_grad:
                 product = self._grad((slope * slope.detach()).sum(), points, create_graph=False)
-        return length_of_step(slope.detach().double(), ravel(product, 0).double())
+        return length_of_step(slope.detach().double(), self.flat(product).double())
 
     @staticmethod
     def _grad(value: torch.Tensor, points: Leaves, create_graph: bool, retain_graph: bool | None = None) -> Leaves:
@@ -79,19 +87,37 @@ class PointOfProblem:
     def newton_step(
         self, x: Leaves, y: torch.Tensor, z: torch.Tensor, held: torch.Tensor
     ) -> tuple[Leaves, torch.Tensor, torch.Tensor] | None:
-        """x and multipliers after a Newton step on the conditions with this active set; None if it is no better."""
-        dtype = x[0].dtype
+        """x and multipliers after a Newton step on the conditions with this active set, in the lanes that it improves.
+
+        None if it improves none.
+        """
+        dtype, lane_dims, k = x[0].dtype, self.problem.lane_dims, len(x)
         at = [*x, *(t.to(dtype) for t in (y, z, held))]
         spec = flatten(Unknowns(unflatten(x, self.spec), y, z, held))[1]
-        residual = Residual(lambda leaves, theta: self.problem.scalar(unflatten(leaves, spec), *self.theta), True)
+
+        def slopes(leaves: Leaves, _: Leaves) -> Leaves:
+            total = lambda p: self.problem.scalar(unflatten(p, spec), *self.theta).sum()  # noqa: E731
+            return list(torch.func.grad(total)(list(leaves)))
+
+        # the matrix is symmetric: its transpose has the cheaper products
+        residual = Residual(slopes, is_gradient=False, lane_dims_of_function=lane_dims)
         with torch.enable_grad():
-            slope = ravel(residual(at, []), 0)
-            operator = Jacobian(residual, len(at), transposed=False).linearize(at)
-            solver = KktSolver(ravel(x, 0).numel(), y.numel(), z.numel())
+            slope = ravel(residual(at, []), lane_dims)
+            operator = Jacobian(residual, len(at)).linearize(at)
+            solver = KktSolver(self.flat(x).shape[-1], y.shape[-1], z.shape[-1])
             solution = solver(operator, slope)
-            moved = unravel(ravel(at, 0) - solution.value, at, 0)
-            after = ravel(residual(moved, []), 0)
-        if not solution.status.usable or not after.norm() < slope.norm():
+            moved = unravel(ravel(at, lane_dims) - solution.value, at, lane_dims)
+            after = ravel(residual(moved, []), lane_dims)
+        better = (solution.codes <= Status.STAGNATED) & (_norm(after) < _norm(slope))  # usable, see Status
+        if not bool(better.any()):
             return None
-        k = len(x)
-        return moved[:k], moved[k].double(), moved[k + 1].double()
+        chosen = [
+            torch.where(better.reshape(better.shape + (1,) * (new.ndim - lane_dims)), new, old)
+            for new, old in zip(moved, at, strict=True)
+        ]
+        return chosen[:k], chosen[k].double(), chosen[k + 1].double()
+
+
+def _norm(vectors: torch.Tensor) -> torch.Tensor:
+    norms: torch.Tensor = torch.linalg.vector_norm(vectors, dim=-1)
+    return norms

@@ -1,11 +1,11 @@
 """``il.constrained_argmin``: KKT conditions at a black box's answer, differentiated, and what is said about them."""
 
 import pickle
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from kkt_problems import bound, non_negative, objective, on_the_plane, slsqp, squares
 from references import F64, central_differences, randn, relative_error
 from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
@@ -18,45 +18,6 @@ optimize = pytest.importorskip("scipy.optimize")
 
 # Two Newton steps from SLSQP's 1e-7 reach rounding; what follows has condition numbers below 1e3.
 TIGHT = 1e-9
-
-
-def slsqp(problem: Any, init: torch.Tensor, *theta: Any) -> Any:
-    """SciPy's SLSQP, told of the constraints by the problem itself."""
-
-    def with_gradient(flat: Any) -> tuple[float, Any]:
-        x = torch.tensor(flat, dtype=F64).requires_grad_()
-        value = problem(x, *theta)
-        return value.item(), torch.autograd.grad(value, x)[0].numpy()
-
-    def side(function: Callable[..., torch.Tensor], sign: int) -> Any:
-        return lambda flat: sign * function(torch.tensor(flat, dtype=F64), *theta).numpy()
-
-    constraints = [
-        {"type": kind, "fun": side(function, sign)}
-        for kind, function, sign, size in (
-            ("eq", problem.equality_vector, 1, problem.num_equalities),
-            ("ineq", problem.inequality_vector, -1, problem.num_inequalities),
-        )
-        if size
-    ]
-    options = {"ftol": 1e-14, "maxiter": 300}
-    found = optimize.minimize(
-        with_gradient, init.numpy(), jac=True, constraints=constraints, method="SLSQP", options=options
-    )
-    return found.x
-
-
-def objective(x: torch.Tensor, t: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    return ((x - t) ** 2).sum() + a * (x**4).sum()
-
-
-def on_the_plane(x: torch.Tensor, t: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    return x.sum() - 1 - 0.3 * a
-
-
-def non_negative(x: torch.Tensor, t: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    return -x + 0.1 * a
-
 
 INIT = torch.full((4,), 0.25, dtype=F64)
 T, A = torch.tensor([0.5, 0.9, -1.0, 0.3], dtype=F64), torch.tensor(0.3, dtype=F64)  # entry 2 is at its border
@@ -173,14 +134,6 @@ def test_polish_makes_a_rough_answer_exact() -> None:
     )
     t = T.clone().requires_grad_()
     assert relative_error(layer(INIT, t, A), LAYER(INIT, T, A)) < TIGHT
-
-
-def bound(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    return x - 1
-
-
-def squares(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    return ((x - t) ** 2).sum()
 
 
 def exact(problem: Any, init: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

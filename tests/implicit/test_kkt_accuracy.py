@@ -2,19 +2,12 @@
 
 import pytest
 import torch
+from kkt_problems import bound, squares
 from references import F64
 
 import implicitlayer as il
 from implicitlayer._errors import InfeasibleError, KinkWarning
 from implicitlayer.implicit._kkt_active import length_of_step
-
-
-def bound(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    return x - 1
-
-
-def squares(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    return ((x - t) ** 2).sum()
 
 
 def half_squares(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
