@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -104,6 +104,38 @@ def find_closed_over(
     return found
 
 
+class Reading:
+    """What one evaluation, in as many runs as it takes, reads of the tensors that a function closes over."""
+
+    def __init__(self, closed: ClosedOver) -> None:
+        self.closed = closed
+        self.met: set[int] = set()
+        self.unmet: dict[int, tuple[int, ...]] | None = None
+
+    def add(self, mode: _Substitute) -> Reading:
+        """What one more run has read."""
+        self.met |= mode.met
+        last = self.unmet
+        self.unmet = mode.unmet if last is None else {key: mode.unmet[key] for key in last if key in mode.unmet}
+        return self
+
+    def finish(self) -> None:
+        """Raise ClosureError if a tensor that must be read was not, or was changed; see NOTE [constants]."""
+        if self.unmet is None:  # there is nothing to watch
+            return
+        if self.closed.settled:
+            self.closed.check_constants(self.met)
+        else:
+            self.closed.settle(self.met)
+        if self.unmet:
+            raise ClosureError(
+                f"the objective no longer reads a closed-over tensor of shape {next(iter(self.unmet.values()))} that "
+                "it read when the layer was called: module weights that were swapped for the call only (as "
+                "torch.func.functional_call does), or a branch. Pass the tensor to the layer as one more theta, or use "
+                "il.ArgminLayer, which keeps the weights of the call."
+            )
+
+
 def call_with(
     function: Callable[..., Any],
     originals: Sequence[torch.Tensor],
@@ -111,28 +143,24 @@ def call_with(
     args: Sequence[Any],
     *,
     reads_all: bool = False,
+    reading: Reading | None = None,
 ) -> Any:
     """``function(*args)`` with every read of ``originals[i]`` answered by ``values[i]``.
 
     With ``reads_all``, an original that is never read is an error: the function reads something else in its place, and
-    its value and gradient would be wrong without a word.
+    its value and gradient would be wrong without a word. ``reading`` makes this one run of several that together read
+    all. With neither, and nothing to swap in, the function runs as it is: a solver calls it often.
     """
     closed = originals if isinstance(originals, ClosedOver) else ClosedOver(originals)
-    if not closed and not closed.normalises and not closed.constants:
+    watched = bool(closed.constants) and (reads_all or reading is not None)
+    if not closed and not closed.normalises and not watched:
         return function(*args)
     with _Substitute(originals, values, closed.constants) as mode:
         result = function(*args)
-    if reads_all and closed.settled:
-        closed.check_constants(mode.met)
+    if reading is not None:
+        reading.add(mode)
     elif reads_all:
-        closed.settle(mode.met)
-    if reads_all and mode.unmet:
-        raise ClosureError(
-            f"the objective no longer reads a closed-over tensor of shape {next(iter(mode.unmet.values()))} that it "
-            "read when the layer was called: module weights that were swapped for the call only (as "
-            "torch.func.functional_call does), or a branch. Pass the tensor to the layer as one more theta, or use "
-            "il.ArgminLayer, which keeps the weights of the call."
-        )
+        Reading(closed).add(mode).finish()
     return result
 
 
@@ -147,15 +175,15 @@ def _has_tangent(tensor: torch.Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def _tensors_in(value: Any, found: list[torch.Tensor]) -> None:
-    if isinstance(value, torch.Tensor):
-        found.append(value)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _tensors_in(item, found)
-    elif isinstance(value, dict):
-        for item in value.values():
-            _tensors_in(item, found)
+def _tensors_in(values: Iterable[Any], found: list[torch.Tensor]) -> list[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            _tensors_in(value, found)
+        elif isinstance(value, dict):
+            _tensors_in(value.values(), found)
+    return found
 
 
 class _Finder(TorchFunctionMode):
@@ -169,10 +197,9 @@ class _Finder(TorchFunctionMode):
         self.normalises = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        entering: list[torch.Tensor] = []
-        _tensors_in(args, entering)
+        entering = _tensors_in(args, [])
         if kwargs:
-            _tensors_in(kwargs, entering)
+            _tensors_in(kwargs.values(), entering)
         if func in PLAIN:
             self.normalises = True
             PLAIN[func](*args, **(kwargs or {}))  # for its checks
@@ -183,9 +210,7 @@ class _Finder(TorchFunctionMode):
                 self.known[id(tensor)] = tensor
                 self.meet(tensor)
         result = func(*args, **(kwargs or {}))
-        leaving: list[torch.Tensor] = []
-        _tensors_in(result, leaving)
-        for tensor in leaving:
+        for tensor in _tensors_in((result,), []):
             self.known.setdefault(id(tensor), tensor)
         return result
 
@@ -222,26 +247,40 @@ def refuse_hidden_tensors(
         values, _ = vjp(lambda x_: function(x_, theta), x)
     for value in values:
         if value.requires_grad:
-            raise ClosureError(
-                f"the objective reads a closed-over tensor{_first_leaf(value)} that requires a gradient, in a way that "
-                "could not be followed (a branch not taken at init, a scripted or traced module, an extension). Pass "
-                "it to the layer as one more theta."
-            )
+            raise _not_followed(next(leaves_of([value]), None))
 
 
-def _first_leaf(value: torch.Tensor) -> str:
-    """`` of shape ...`` of a leaf of the graph of ``value``, for messages."""
-    stack, seen = [value.grad_fn], {value.grad_fn}
+def refuse_other_leaves(values: Sequence[torch.Tensor], known: Sequence[torch.Tensor]) -> None:
+    """The same of values that carry a plain graph already: no leaf of it but those ``known``."""
+    ids = {id(tensor) for tensor in known}
+    for leaf in leaves_of(values):
+        if id(leaf) not in ids:
+            raise _not_followed(leaf)
+
+
+def _not_followed(leaf: torch.Tensor | None) -> ClosureError:
+    shape = "" if leaf is None else f" of shape {tuple(leaf.shape)}"
+    return ClosureError(
+        f"the objective reads a closed-over tensor{shape} that requires a gradient, in a way that could not be "
+        "followed (a branch not taken at init, a scripted or traced module, an extension). Pass it to the layer as one "
+        "more theta."
+    )
+
+
+def leaves_of(values: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The leaf tensors that the graph of ``values`` reaches."""
+    yield from (value for value in values if value.grad_fn is None and value.requires_grad)
+    stack = [value.grad_fn for value in values if value.grad_fn is not None]
+    seen = set(stack)
     while stack:
         node = stack.pop()
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            return f" of shape {tuple(leaf.shape)}"
-        for child, _ in node.next_functions if node is not None else ():
-            if child not in seen:
+        if type(node).__name__ == "AccumulateGrad":
+            variable: torch.Tensor = node.variable  # type: ignore[attr-defined]
+            yield variable
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
                 seen.add(child)
                 stack.append(child)
-    return ""
 
 
 class _Substitute(TorchFunctionMode):

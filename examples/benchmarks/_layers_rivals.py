@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from _layers_problems import Problem, Solved, newton_logistic, svm_program
 
 Call = Callable[[], Solved]
+Solver = Callable[..., torch.Tensor]  # (x [B, n], *thetas) -> x
 Makers = dict[str, Callable[[Problem], Call]]
 RTOL = 1e-10  # asked of everybody: gradient norm relative to the start, residual of the linear solve
 
@@ -66,6 +67,7 @@ def step_of(problem: Problem) -> float:
 
 
 def proximal_step(problem: Problem) -> Callable[..., torch.Tensor]:
+    """One step of the proximal gradient method for the lasso, written out; made once for a problem."""
     (A,), step = problem.constants, step_of(problem)
 
     def moved(x: torch.Tensor, t: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -75,19 +77,48 @@ def proximal_step(problem: Problem) -> Callable[..., torch.Tensor]:
     return moved
 
 
-def fista(problem: Problem, x: torch.Tensor, t: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+def fista(problem: Problem) -> Solver:
     """The lasso's solver by hand: gradient and prox written out, one momentum for all lanes."""
-    (A,), moved = problem.constants, proximal_step(problem)
-    z, k, limit = x, 1.0, RTOL * float((b @ A / len(A)).norm()) * step_of(problem)
-    for _ in range(5000):
-        new = moved(z, t, b)
-        if float((z - new).norm()) <= limit:
-            return new
-        next_k = (1 + (1 + 4 * k * k) ** 0.5) / 2
-        if float(((z - new) * (new - x)).sum()) > 0:  # uphill: start the momentum anew
-            next_k, k = 1.0, 1.0
-        x, z, k = new, new + (k - 1) / next_k * (new - x), next_k
-    return x
+    (A,), moved, step = problem.constants, proximal_step(problem), step_of(problem)
+
+    def solve(x: torch.Tensor, t: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        z, k, limit = x, 1.0, RTOL * float((b @ A / len(A)).norm()) * step
+        for _ in range(5000):
+            new = moved(z, t, b)
+            if float((z - new).norm()) <= limit:
+                return new
+            next_k = (1 + (1 + 4 * k * k) ** 0.5) / 2
+            if float(((z - new) * (new - x)).sum()) > 0:  # uphill: start the momentum anew
+                next_k, k = 1.0, 1.0
+            x, z, k = new, new + (k - 1) / next_k * (new - x), next_k
+        return x
+
+    return solve
+
+
+def active_set(problem: Problem) -> Solver:
+    """The lasso's exact solver by hand: signs s are guessed, C_SS x_S = d_S - t s_S solved, and those that are wrong
+    (x against its sign, a gradient above t) changed, for C = A'A / m, d = A'b / m; FISTA where that does not end.
+    """
+    (A,), other = problem.constants, fista(problem)
+    C = A.T @ A / len(A)
+
+    def solve(start: torch.Tensor, t: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        d, t = b @ A / len(A), t[:, None]
+        x = signs = torch.zeros_like(start)
+        for _ in range(20):
+            slope = x @ C - d
+            new = torch.where(signs == 0, torch.where(slope.abs() > t, -slope.sign(), 0.0), signs)
+            new = torch.where(signs * x < 0, 0.0, new)
+            if torch.equal(new, signs):
+                return x
+            signs, held = new, new.abs()
+            system = C * held[:, :, None] * held[:, None, :] + torch.diag_embed(1 - held)
+            factor, _ = torch.linalg.cholesky_ex(system)
+            x = torch.cholesky_solve((held * (d - t * signs))[..., None], factor)[..., 0]
+        return other(start, t[:, 0], b)
+
+    return solve
 
 
 # --- TorchOpt: all lanes as one problem, which its CG solves faster than a loop over them. It has no constraints.
@@ -136,17 +167,17 @@ def torchopt_makers() -> Makers:
     def with_direct(problem: Problem) -> Call:
         return smooth(problem, lambda _, *thetas: direct(problem, *thetas))
 
-    def with_fista(problem: Problem) -> Call:
+    def lasso(problem: Problem, solver: Callable[[Problem], Solver]) -> Call:
         moved = proximal_step(problem)
-        solver = lambda x, *thetas: fista(problem, x, *thetas)  # noqa: E731
         # x - moved(x) is not symmetric in x, so its transpose needs the normal equations
         cg = torchopt.linear_solve.solve_normal_cg(rtol=RTOL, maxiter=10 * problem.n * problem.lanes)
-        return layer(problem, solver, lambda x, t, b: x - moved(x, t, b), cg)
+        return layer(problem, solver(problem), lambda x, t, b: x - moved(x, t, b), cg)
 
     makers: Makers = {}
     makers |= {f"{k}: TorchOpt, torch.optim.LBFGS + CG": with_lbfgs for k in ("ridge", "logistic")}
     makers |= {f"{k}: TorchOpt, direct + CG": with_direct for k in ("ridge", "logistic")}
-    return makers | {"lasso: TorchOpt, FISTA by hand + normal CG": with_fista}
+    makers["lasso: TorchOpt, FISTA by hand + normal CG"] = lambda p: lasso(p, fista)
+    return makers | {"lasso: TorchOpt, active set by hand + normal CG": lambda p: lasso(p, active_set)}
 
 
 # --- cvxpylayers.

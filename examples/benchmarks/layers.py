@@ -40,6 +40,8 @@ from _layers_rivals import (
     RTOL,
     Call,
     Makers,
+    Solver,
+    active_set,
     by_autograd,
     by_program,
     cvxpylayers_makers,
@@ -78,18 +80,22 @@ PACKAGES = ("torchopt", "cvxpylayers", "cvxpy", "diffcp", "scs", "qpth", "jax", 
 def own_makers() -> Makers:
     def layer(problem: Problem, solver: Callable[..., Any], **settings: Any) -> Call:
         start = torch.zeros(problem.lanes, problem.n, dtype=torch.float64)
+        if problem.lanes == 1:  # one problem needs no dimension of lanes
+            single = il.argmin(OBJECTIVES[problem.kind], solver, **settings)
+            return by_autograd(problem, lambda *t: single(start[0], *(v[0] for v in t), *problem.constants)[None])
         argmin = il.argmin(OBJECTIVES[problem.kind], solver, batch_dims=1, **settings)
-        return by_autograd(problem, lambda *thetas: argmin(start, *thetas, *problem.constants))  # data as thetas
+        return by_autograd(problem, lambda *t: argmin(start, *t, *problem.constants))  # data as thetas
 
-    def lasso(problem: Problem, by_hand: bool = False, **settings: Any) -> Call:
+    def lasso(problem: Problem, by_hand: Callable[[Problem], Solver] | None = None, **settings: Any) -> Call:
         step = step_of(problem)
         solver: Any = il.solvers.ProximalGradient(step_size=step, rtol=RTOL, max_steps=5000)
-        if by_hand:
-            solver = ByHand(lambda x, t, b, A: fista(problem, x, t, b))
-        return layer(problem, solver, regularizer=lambda t, b, A: il.L1(t[:, None]), step_size=step, **settings)
+        if by_hand is not None:
+            solver = ByHand(problem, by_hand(problem))
+        strength = (lambda t, b, A: il.L1(t)) if problem.lanes == 1 else lambda t, b, A: il.L1(t[:, None])
+        return layer(problem, solver, regularizer=strength, step_size=step, **settings)
 
     def smooth(problem: Problem, **settings: Any) -> Call:
-        return layer(problem, ByHand(lambda _, *thetas: direct(problem, *thetas)), **settings)
+        return layer(problem, ByHand(problem, lambda _, *thetas: direct(problem, *thetas)), **settings)
 
     makers: Makers = {}
     for kind in ("ridge", "logistic"):
@@ -100,10 +106,9 @@ def own_makers() -> Makers:
         unchecked = partial(smooth, stationarity_rtol=None)
         makers[f"{kind}: il.argmin, direct + CG, unchecked"] = unchecked
         makers[f"{kind}: il.argmin, direct + Dense, unchecked"] = partial(unchecked, linear_solver=il.Dense())
-    makers["lasso: il.argmin, ProximalGradient + GMRES"] = lasso
-    makers["lasso: il.argmin, ProximalGradient + Dense"] = partial(lasso, linear_solver=il.Dense())
-    makers["lasso: il.argmin, FISTA by hand + GMRES"] = partial(lasso, by_hand=True)
-    makers["lasso: il.argmin, FISTA by hand + Dense"] = partial(lasso, by_hand=True, linear_solver=il.Dense())
+    for name, solver in (("ProximalGradient", None), ("FISTA by hand", fista), ("active set by hand", active_set)):
+        makers[f"lasso: il.argmin, {name} + GMRES"] = partial(lasso, by_hand=solver)
+        makers[f"lasso: il.argmin, {name} + Dense"] = partial(lasso, by_hand=solver, linear_solver=il.Dense())
     return makers | {f"{kind}: il.qp": lambda p: by_program(p, il.qp) for kind in ("svm", "qp")}
 
 
@@ -112,11 +117,14 @@ class ByHand:
 
     batched = True
 
-    def __init__(self, solve: Callable[..., torch.Tensor]) -> None:
-        self.solve = solve
+    def __init__(self, problem: Problem, solve: Solver) -> None:
+        self.count, self.solve = len(problem.thetas), solve
 
-    def __call__(self, objective: Callable[..., Any], start: torch.Tensor, *thetas: torch.Tensor) -> torch.Tensor:
-        return self.solve(start, *thetas)
+    def __call__(self, objective: Callable[..., Any], start: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
+        thetas = given[: self.count]  # after them come the data
+        if start.ndim == 2:
+            return self.solve(start, *thetas)
+        return self.solve(start[None], *(t[None] for t in thetas))[0]
 
 
 def all_makers() -> tuple[Makers, list[str]]:

@@ -1,12 +1,5 @@
 """Layers over simple sets and with non-smooth regularisers: the equation behind them, and what is told about them."""
 
-# x* = argmin f(x, theta) + r(x), with r convex (infinite outside of a set), if and only if
-#     x* = prox_{eta r}(x* - eta grad f(x*, theta))    for any step eta > 0.
-# So the layer is a root layer of F(x, theta) = x - prox_{eta r}(x - eta grad_x f(x, theta)). With P the derivative of
-# the prox, dF/dx = I - P (I - eta H): the identity where the prox holds an entry, eta H where it lets it go, so the
-# linear solve works on the free entries only. x*(theta) does not depend on eta, hence neither does any derivative of
-# it: eta is a constant to them. The conditioning does depend on it; eta = 1 / (curvature) makes eta H of the size of I.
-#
 # NOTE [second-order condition]: the equation holds at maxima and saddles too, and the linear solve, not symmetric, has
 # no sign to look at. On the range of P the curvature of r is (P^+ - I) / eta, so that along p = P w that of f + r is
 #     p' H p + (w'P w - p'p) / eta = p' (w - p + eta H p) / eta,
@@ -23,15 +16,8 @@ from typing import Any
 import torch
 
 from implicitlayer._active_set import ActiveSet
-from implicitlayer._capture import ClosedOver, call_with
-from implicitlayer._errors import (
-    IndefiniteError,
-    InfeasibleError,
-    KinkError,
-    KinkWarning,
-    ObjectiveError,
-    StationarityWarning,
-)
+from implicitlayer._capture import ClosedOver, Reading, call_with
+from implicitlayer._errors import IndefiniteError, InfeasibleError, KinkError, KinkWarning, StationarityWarning
 from implicitlayer._flat import Signature, flat_function
 from implicitlayer._surroundings import out_of_inference, outside_compiled_code, plain_surroundings
 from implicitlayer._tree import TreeSpec, flatten, name_lanes, ravel, tree_map, unflatten
@@ -39,17 +25,15 @@ from implicitlayer._types import FlatFunction, Leaves, OnFailure
 from implicitlayer._warn import warn
 from implicitlayer.implicit._forward import Constraints
 from implicitlayer.implicit._layer import ImplicitLayer, without_aux
+from implicitlayer.implicit._prox_equation import At, ProxProblem, ProxResidual, positive, refuse_detached
 from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.linear._minres import Minres
-from implicitlayer.linear._residual import Residual, check_value, pullback
-from implicitlayer.sets._term import ProximalTerm, expand_like, largest_of, resolve
+from implicitlayer.linear._residual import Residual
+from implicitlayer.sets._term import expand_like, largest_of, resolve
 
 __all__ = ["ProxLayer"]
 
 _NEAR = 1e-3  # ||F|| over the size of x and eta grad f, above which an answer is no solution
-# A solution may be zero, and an answer near it as far outside as its solver's rounding: the distance from the set is
-# then compared with this power of eps times the size of x - eta grad f (6e-6 of it in float64).
-_FLOOR = 1 / 3
 _ROUNDINGS = 4  # of x - eta grad f (the data, a product, a sum), in units of eps of its largest entry
 
 
@@ -115,51 +99,70 @@ class ProxLayer(ImplicitLayer):
             if bool((term.violation(x, self.batch_dims) <= self.stationarity_rtol * size).all()):
                 return
             value_of = without_aux(self.function) if self.objective_has_aux else self.function
-            problem = _Problem(value_of, self.terms, self.terms_name, self.batch_dims, self.step_size)
-            found = _active_set(problem.report(x, *theta), leaves, flatten(x)[1], self.batch_dims)
+            spec, signature = flatten(x)[1], Signature.of(theta)
+            _, residual, _ = self._equation(value_of, spec, signature, ClosedOver())
+            found = _examined(residual.attached(leaves, signature.tensors), spec)
         self._refuse_outside(found)
 
     def as_root(self, function: Callable[..., Any]) -> ImplicitLayer:
         """The layer of the equation that is differentiated, for the objective ``function`` as the user wrote it."""
         value_of = without_aux(function) if self.objective_has_aux else function
         # a fixed step: nothing is detached on the way that an explanation would have to explain
-        problem = _Problem(value_of, self.terms, self.terms_name, self.batch_dims, self.step_size or 1.0)
+        problem = ProxProblem(value_of, self.terms, self.terms_name, self.batch_dims, self.step_size or 1.0)
         return ImplicitLayer(
             problem.residual, self.solver, self.linear_solver, "root", False, False, "ignore", None, 0, self.batch_dims
         )
 
     def _equation(
         self, function: Callable[..., Any], x_spec: TreeSpec, signature: Signature, hidden: ClosedOver
-    ) -> tuple[FlatFunction, Residual, Constraints]:
-        problem = _Problem(function, self.terms, self.terms_name, self.batch_dims, self.step_size)
+    ) -> tuple[FlatFunction, ProxResidual, Constraints]:
+        problem = ProxProblem(function, self.terms, self.terms_name, self.batch_dims, self.step_size)
         slots = signature.without_tensors()  # what outlives the call must not keep its data alive
 
-        def call(what: Callable[..., Any], x: Leaves, theta: Leaves) -> Any:
+        def call(
+            what: Callable[..., Any], given: tuple[Any, ...], theta: Leaves, reading: Reading | None = None
+        ) -> Any:
             values = theta[len(theta) - len(hidden) :]
-            return call_with(what, hidden, values, (unflatten(x, x_spec), *slots.rebuild(theta)))
+            return call_with(what, hidden, values, (*given, *slots.rebuild(theta)), reading=reading)
 
-        def values(x: Leaves, theta: Leaves) -> torch.Tensor:
-            value: torch.Tensor = call(problem.value, x, theta)
+        def objective(x: Leaves, theta: Leaves, reading: Reading | None = None) -> torch.Tensor:
+            value: torch.Tensor = call(problem.value, (unflatten(x, x_spec),), theta, reading)
             return value
 
-        residual = Residual(flat_function(problem.residual, x_spec, signature, hidden, False), False, self.batch_dims)
+        def near(y_and_step: Leaves, theta: Leaves, reading: Reading | None = None) -> Leaves:
+            *y, step = y_and_step
+            leaves: Leaves = call(problem.near_and_diagonal, (unflatten(y, x_spec), step), theta, reading)
+            return leaves
 
-        def prox(x_and_step: Leaves, theta: Leaves) -> Leaves:
-            *x, step = x_and_step
+        def prox(y_and_step: Leaves, theta: Leaves) -> Leaves:
+            *y, step = y_and_step
+            return flatten(call(problem.near, (unflatten(y, x_spec), step), theta))[0]
 
-            def apply(y: Any, *args: Any) -> Any:
-                return resolve(self.terms, args, self.terms_name).prox(y, step, self.batch_dims)
+        def report(x_y_and_step: Leaves, theta: Leaves) -> Leaves:
+            *both, step = x_y_and_step
+            x, y = (unflatten(part, x_spec) for part in (both[: len(both) // 2], both[len(both) // 2 :]))
+            return list(call(problem.report, (x, y, step), theta))
 
-            return flatten(call(apply, x, theta))[0]
-
-        def report(x: Leaves, theta: Leaves) -> Leaves:
-            return list(call(problem.report, x, theta))
+        residual = ProxResidual(
+            function=flat_function(problem.residual, x_spec, signature, hidden, False),
+            is_gradient=False,
+            lane_dims_of_function=self.batch_dims,
+            objective=objective,
+            near=near,
+            report=report,
+            closed=hidden,
+            step_size=self.step_size,
+        )
 
         def examine(lifted: Residual, x: Leaves, theta: Leaves) -> ActiveSet:
-            _refuse_detached(lifted.over_lanes(values), x, theta)
-            return _active_set(lifted.over_lanes(report)(x, theta), x, x_spec, lifted.lane_dims)
+            assert isinstance(lifted, ProxResidual)
+            at = lifted.attached(x, theta)
+            refuse_detached(at)
+            found = _examined(at, x_spec)
+            lifted.settle(at)
+            return found
 
-        return values, residual, Constraints(self.terms, prox, examine, self._judge)
+        return objective, residual, Constraints(self.terms, prox, examine, self._judge)
 
     def _read(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """What the finder of closed-over tensors runs: the objective, and the data of the constraint."""
@@ -221,107 +224,26 @@ class ProxLayer(ImplicitLayer):
             warn(message, KinkWarning)
 
 
-@dataclass(frozen=True, eq=False)
-class _Problem:
-    """Objective and term on the user's structures, for one lane of every vmap level."""
-
-    function: Callable[..., Any]
-    terms: Any
-    name: str
-    lane_dims: int
-    step_size: float | None
-
-    def value(self, x: Any, *theta: Any) -> torch.Tensor:
-        value = self.function(x, *theta)
-        check_value(value, flatten(x)[0][0].shape[: self.lane_dims], self.lane_dims > 0)
-        result: torch.Tensor = value
-        return result
-
-    def gradient(self, spec: TreeSpec, theta: tuple[Any, ...]) -> Callable[[Leaves], Leaves]:
-        """x leaves -> grad f leaves (of the sum over lanes, which are independent)."""
-        return lambda x: list(torch.func.grad(lambda p: self.value(unflatten(p, spec), *theta).sum())(x))
-
-    def moved(self, x: Any, theta: tuple[Any, ...]) -> tuple[Any, torch.Tensor]:
-        """x - eta grad f(x), and eta [*lanes]."""
-        leaves, spec = flatten(x)
-        gradient = self.gradient(spec, theta)
-        slope = gradient(leaves)
-        step = self.step(gradient, leaves, slope)
-        return unflatten([v - expand_like(step, v) * g for v, g in zip(leaves, slope, strict=True)], spec), step
-
-    def step(self, gradient: Callable[[Leaves], Leaves], x: Leaves, slope: Leaves) -> torch.Tensor:
-        """eta, a constant: 1 / (||H d|| / ||d||) for a direction d of signs, which mixes all eigenvectors.
-
-        Where the objective is linear along d, any eta will do: the size of x over that of the gradient.
-        """
-        lanes = x[0].shape[: self.lane_dims]
-        if self.step_size is not None:
-            return x[0].new_full(lanes, self.step_size)
-        here = [v.detach() for v in x]
-        product = ravel(pullback(gradient, here, _signs(here)), self.lane_dims).detach()
-        curvature = product.norm(dim=-1) / max(product.shape[-1], 1) ** 0.5
-        flat, pull = ravel(here, self.lane_dims), ravel([g.detach() for g in slope], self.lane_dims)
-        sizes = flat.norm(dim=-1), pull.norm(dim=-1)
-        fallback = torch.where(
-            (sizes[0] > 0) & (sizes[1] > 0), sizes[0] / torch.where(sizes[1] > 0, sizes[1], 1.0), 1.0
-        )
-        bent = (curvature > 0) & curvature.isfinite()
-        return torch.where(bent, 1 / torch.where(bent, curvature, 1.0), fallback).detach()
-
-    def residual(self, x: Any, *theta: Any) -> Any:
-        """x - prox(x - eta grad f(x))."""
-        y, step = self.moved(x, theta)
-        leaves, spec = flatten(x)
-        near = flatten(resolve(self.terms, theta, self.name).prox(y, step, self.lane_dims))[0]
-        return unflatten([v - p for v, p in zip(leaves, near, strict=True)], spec)
-
-    def report(self, x: Any, *theta: Any) -> Leaves:
-        """Masks of active entries, distances from kinks, and per lane: see :func:`_active_set`."""
-        term = resolve(self.terms, theta, self.name)
-        y, step = self.moved(x, theta)
-        held, margins = term.activity(y, step, self.lane_dims)
-        near = term.prox(y, step, self.lane_dims)
-        flat = [ravel(flatten(tree)[0], self.lane_dims) for tree in (x, y, near)]
-        error = (flat[0] - flat[2]).norm(dim=-1)
-        violation = term.violation(x, self.lane_dims)
-        size = torch.maximum(largest_of(flat[0]), term.magnitude(y, self.lane_dims))
-        bend = self.bend(x, y, step, term, theta)
-        return [*flatten(held)[0], *flatten(margins)[0], error, size, largest_of(flat[1]), violation, bend]
-
-    def bend(self, x: Any, y: Any, step: torch.Tensor, term: ProximalTerm, theta: tuple[Any, ...]) -> torch.Tensor:
-        """Cosine [*lanes] between p = P w and w - p + eta H p; see NOTE [second-order condition]. One product."""
-        leaves, spec = flatten(x)
-
-        def prox(points: Leaves) -> Leaves:
-            return list(flatten(term.prox(unflatten(points, spec), step, self.lane_dims))[0])
-
-        w = _signs(leaves)
-        p = pullback(prox, flatten(y)[0], w)  # P is symmetric
-        curved = pullback(self.gradient(spec, theta), leaves, p)
-        image = [a - b + expand_like(step, c) * c for a, b, c in zip(w, p, curved, strict=True)]
-        flat = [ravel(part, self.lane_dims) for part in (p, image)]
-        flat = [part / _positive(largest_of(part)).unsqueeze(-1) for part in flat]
-        return (flat[0] * flat[1]).sum(-1) / _positive(flat[0].norm(dim=-1) * flat[1].norm(dim=-1))
-
-
-def _active_set(found: Leaves, x: Leaves, x_spec: TreeSpec, lane_dims: int) -> ActiveSet:
-    k = len(x)
-    # per lane: ||F||, the size of x and of the part of y that matters, that of all of y, the distance from the set, the
-    # sign of the curvature
-    held, margins, (error, size, far, violation, bend) = found[:k], found[k : 2 * k], found[2 * k :]
+def _examined(at: At, x_spec: TreeSpec) -> _Found:
+    """What is known of the answer from its report."""
+    x, lane_dims, k = at.x, at.lane_dims, len(at.x)
+    held, margins, violation = at.report[:k], at.report[k : 2 * k], at.report[-1]
+    with torch.no_grad():
+        error = ravel(at.value, lane_dims).norm(dim=-1)
+        far = largest_of(ravel(at.y, lane_dims))
     # An entry that is nearer to a kink than the answer is to the solution may be on either side. Far from a solution,
     # which the stationarity check tells, kinks mean nothing.
     eps = torch.finfo(x[0].dtype).eps
     rounding = _ROUNDINGS * eps * far
-    near = error <= _NEAR * size + rounding
-    least = torch.maximum(eps**0.5 * size, rounding)
+    near = error <= _NEAR * at.size + rounding
+    least = torch.maximum(eps**0.5 * at.size, rounding)
     tolerance = torch.where(near, torch.maximum(least, 2 * error), least)
     kinks = [m <= expand_like(tolerance, m) for m in margins]
 
     def count(masks: Leaves) -> torch.Tensor:
         return ravel([mask.to(torch.int64) for mask in masks], lane_dims).sum(-1)
 
-    scale = _positive(torch.maximum(largest_of(ravel(x, lane_dims)), eps**_FLOOR * size))
+    scale = positive(torch.maximum(largest_of(ravel(x, lane_dims)), at.least_size()))
     return _Found(
         active=unflatten(held, x_spec),
         kinks=unflatten(kinks, x_spec),
@@ -331,30 +253,9 @@ def _active_set(found: Leaves, x: Leaves, x_spec: TreeSpec, lane_dims: int) -> A
         tolerance=tolerance,
         violation=violation,
         relative_violation=violation / scale,
-        bend=torch.where(near, bend, 1.0),
+        bend=torch.where(near, at.bend(), 1.0),
     )
-
-
-def _positive(scale: torch.Tensor) -> torch.Tensor:
-    return torch.where(scale > 0, scale, 1.0)
-
-
-def _signs(like: Leaves) -> Leaves:
-    """A direction of signs; the golden angle spreads them without a period, so that it mixes all eigenvectors."""
-    signs = [torch.cos(2.399963 * torch.arange(v.numel(), device=v.device, dtype=v.dtype) ** 2) for v in like]
-    return [torch.where(s >= 0, 1.0, -1.0).to(v.dtype).reshape(v.shape) for s, v in zip(signs, like, strict=True)]
 
 
 def _plain(leaf: Any) -> Any:
     return out_of_inference([leaf])[0].detach() if isinstance(leaf, torch.Tensor) else leaf
-
-
-def _refuse_detached(values: FlatFunction, x: Leaves, theta: Leaves) -> None:
-    """A gradient that autograd cannot see would make every point of the set a solution."""
-    with torch.enable_grad():
-        value = values([v.detach().requires_grad_() for v in x], theta)
-    if not value.requires_grad:
-        raise ObjectiveError(
-            "the objective does not depend on x in a way autograd can see: its value has no graph. Build it from torch "
-            "operations on x, without .detach(), .item(), .numpy() or torch.no_grad()."
-        )

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from implicitlayer._active_set import ActiveSet
-from implicitlayer._capture import refuse_hidden_tensors
 from implicitlayer._errors import NonFiniteError, SolverOutputError, StationarityError, StationarityWarning
 from implicitlayer._records import ForwardRecord, emit, listening_in_depth
 from implicitlayer._solution import RecordingSolver, SolverResult
@@ -86,12 +85,15 @@ def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
                 f"the solver changed a theta of shape {tuple(tensor.shape)} in place; its gradient would be that of "
                 "another problem. Clone theta inside the solver before changing it."
             )
+    theta = [t.detach() for t in theta]  # a solver may have made them require a gradient
     checked = [_check_answer(result.value, spec.calling, like) for result, like in results]
     _check_finite(checked, spec, init)
-    if any(result.status is Status.NONFINITE for result, _ in results):
+    lost = [result for result, _ in results if result.status is Status.NONFINITE]
+    if lost:
+        words = f" {lost[0].message}" if lost[0].message else ""
         raise NonFiniteError(
             "the solver met NaN or Inf and says so, although the point that it returned is finite. Check theta for "
-            "NaN, and that the objective is finite and differentiable at init and where a step leads."
+            f"NaN, and that the objective is finite and differentiable at init and where a step leads.{words}"
         )
     x = checked[0]
     if lanes:
@@ -100,7 +102,7 @@ def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
     spec.aux[:] = aux if lanes else aux[:1]
 
     if spec.watched:
-        refuse_hidden_tensors(residual.outputs, x, [t.detach() for t in theta])
+        residual.refuse_hidden(x, theta)
 
     measured: Stationarity | None = None
     polished = 0

@@ -104,9 +104,8 @@ def is_rounding(at: Stationarity, residual: Residual, x: Leaves, theta: Leaves) 
 def stationarity(residual: Residual, x: Leaves, theta: Leaves, init: Leaves) -> Stationarity:
     lane_dims = residual.lane_dims
     with torch.enable_grad():
-        points = [t.detach().requires_grad_() for t in x]
-        leaves = residual.kept_graph_gradient(points, theta)
-        gradient = ravel([leaf.detach() for leaf in leaves], lane_dims)
+        found = residual.attached(x, theta)
+        gradient = ravel([leaf.detach() for leaf in found.value], lane_dims)
         finite = finite_lanes(gradient)
         if not bool(finite.all()):
             what = "gradient of the objective" if residual.is_gradient else "residual"
@@ -116,21 +115,17 @@ def stationarity(residual: Residual, x: Leaves, theta: Leaves, init: Leaves) -> 
             )
         scale = lane_scale(gradient)
         unit = gradient / scale
-        attached = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
-        product = torch.zeros_like(unit)
-        if attached:
-            directions = unravel(unit, x, lane_dims)
-            pulled = torch.autograd.grad(
-                [leaves[i] for i in attached], points, [directions[i] for i in attached], materialize_grads=True
-            )
-            product = ravel(pulled, lane_dims)
+        product = ravel(found.pull(unravel(unit, x, lane_dims)), lane_dims)
     squared = lane_dot(unit, unit)
     distance = torch.where(squared > 0, squared / lane_norm(product) * scale[..., 0], 0.0)
     at, start = ravel(x, lane_dims), ravel(init, lane_dims)
     size = torch.maximum(lane_norm(at), lane_norm(at - start))
-    noise = _NOISE * torch.finfo(at.dtype).eps * max(at.shape[-1], 1) ** 0.5
-    size = size.clamp_min(noise)
-    return Stationarity(gradient, squared.sqrt() * scale[..., 0], distance, distance / size, size)
+    least = found.least_size()
+    if least is None:
+        least = torch.full_like(size, _NOISE * torch.finfo(at.dtype).eps * max(at.shape[-1], 1) ** 0.5)
+    size = torch.maximum(size, least.to(size.dtype))
+    relative = torch.where(distance == 0, 0.0, distance / size)
+    return Stationarity(gradient, squared.sqrt() * scale[..., 0], distance, relative, size)
 
 
 def newton_step(

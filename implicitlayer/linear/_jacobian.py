@@ -11,7 +11,7 @@ import torch
 from implicitlayer._tree import ravel, unravel
 from implicitlayer._types import Leaves
 from implicitlayer.linear._operator import FlatOperator
-from implicitlayer.linear._residual import Residual, pullback, pushforward, vjp
+from implicitlayer.linear._residual import Residual, pull_back, pullback, pushforward, vjp
 
 Curvature = Literal["hessian", "gauss_newton"]
 Watch = Callable[[Residual, Leaves, Leaves, torch.Tensor], None]
@@ -192,10 +192,10 @@ class OneGraph(Jacobian):
         for i in reached:
             data[i].requires_grad_()
         with torch.enable_grad():
-            value = self.residual.kept_graph_gradient(points, data)
-        self._show(value, x, theta)
-        self.to_theta[:] = [lambda u: _pull_back(value, [data[i] for i in reached], u)]
-        return lambda u: _pull_back(value, points, u)
+            found = self.residual.with_graph(points, data)
+        self._show(found.value, x, theta)
+        self.to_theta[:] = [lambda u: pull_back(found.value, [data[i] for i in reached], u)]
+        return found.pull
 
     def pull_theta(self, theta: Leaves, needed: tuple[bool, ...], u: Leaves) -> list[torch.Tensor | None]:
         """(dF/dtheta)' u for the needed theta leaves, None for the others."""
@@ -206,15 +206,6 @@ class OneGraph(Jacobian):
         found = dict(zip(self.reached, self.to_theta[0](u), strict=True)) if self.reached else {}
         self.to_theta.clear()  # a record may hold this object; the graph has served
         return [found.get(i) if needed[i] else None for i in range(len(theta))]
-
-
-def _pull_back(value: Leaves, inputs: Leaves, u: Leaves) -> Leaves:
-    """(d value / d inputs)' u by a graph that is kept; zero where nothing depends on an input."""
-    live = [i for i, leaf in enumerate(value) if leaf.requires_grad]
-    if not live:
-        return [torch.zeros_like(leaf) for leaf in inputs]
-    outputs, cotangents = [value[i] for i in live], [u[i] for i in live]
-    return list(torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, materialize_grads=True))
 
 
 def _as_lanes(leaf: torch.Tensor, like: torch.Tensor, lane_dims: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from implicitlayer._capture import refuse_hidden_tensors
 from implicitlayer._errors import ObjectiveError
 from implicitlayer._flat import NO_PARTS, Parts
 from implicitlayer._types import FlatFunction, Leaves
@@ -20,6 +21,27 @@ Randomness = str
 WrittenOut = Callable[[Leaves, Leaves], tuple[Callable[[Leaves], Leaves], Callable[[Leaves], Leaves]]]
 # torch annotates its results as two or three values
 vjp: Callable[..., Any] = torch.func.vjp
+
+
+@dataclass(frozen=True, eq=False)
+class Attached:
+    """F at detached points, with a graph that reaches the points.
+
+    Attributes:
+        points: the leaves of x, detached, which require a gradient.
+        value: the leaves of F.
+    """
+
+    points: Leaves
+    value: Leaves
+
+    def pull(self, u: Leaves) -> Leaves:
+        """(dF/dx)' u; the graph is kept."""
+        return pull_back(self.value, self.points, u)
+
+    def least_size(self) -> torch.Tensor | None:
+        """The least size [*lanes], in units of x, that a distance is compared with; None where none is known."""
+        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,6 +106,19 @@ class Residual:
             return list(torch.func.grad(lambda x_: self.values(x_, theta).sum())(list(x)))
         return list(self.over_lanes(self.function)(list(x), theta))
 
+    def attached(self, x: Leaves, theta: Leaves) -> Attached:
+        """F at plain tensors x, with a graph that reaches x alone."""
+        with torch.enable_grad():
+            return self.with_graph([leaf.detach().requires_grad_() for leaf in x], theta)
+
+    def with_graph(self, points: Leaves, theta: Leaves) -> Attached:
+        """F with a graph that reaches ``points``, and those of theta, that require a gradient."""
+        return Attached(points, self.kept_graph_gradient(points, theta))
+
+    def refuse_hidden(self, x: Leaves, theta: Leaves) -> None:
+        """Raise ClosureError where the function reads a tensor that requires a gradient and is no argument."""
+        refuse_hidden_tensors(self.outputs, x, theta)
+
     def gauss_newton(self, x: Leaves, theta: Leaves) -> Callable[[Leaves], Leaves]:
         """u -> J' (d^2 loss / d outputs^2) J u with J = d model / dx: the Hessian without the curvature of the model.
 
@@ -113,11 +148,16 @@ class Residual:
         if value.requires_grad:
             found = torch.autograd.grad(value, x, create_graph=True, allow_unused=True)
         if all(leaf is None for leaf in found):  # theta alone may have given the value its graph
-            raise ObjectiveError(
-                "the objective does not depend on x in a way autograd can see: its value has no graph. Build it from "
-                "torch operations on x, without .detach(), .item(), .numpy() or torch.no_grad()."
-            )
+            raise no_graph()
         return [torch.zeros_like(like) if leaf is None else leaf for leaf, like in zip(found, x, strict=True)]
+
+
+def no_graph() -> ObjectiveError:
+    """The error of an objective whose derivative cannot be taken."""
+    return ObjectiveError(
+        "the objective does not depend on x in a way autograd can see: its value has no graph. Build it from torch "
+        "operations on x, without .detach(), .item(), .numpy() or torch.no_grad()."
+    )
 
 
 def check_value(values: Any, lanes: torch.Size, has_lanes: bool) -> None:
@@ -137,6 +177,15 @@ def check_value(values: Any, lanes: torch.Size, has_lanes: bool) -> None:
             "Sum or average over the data inside the objective"
             + ("." if has_lanes else "; for independent problems in one call pass batch_dims=1.")
         )
+
+
+def pull_back(value: Leaves, inputs: Leaves, u: Leaves) -> Leaves:
+    """(d value / d inputs)' u by a graph that is kept; zero where nothing depends on an input."""
+    live = [i for i, leaf in enumerate(value) if leaf.requires_grad]
+    if not live:
+        return [torch.zeros_like(leaf) for leaf in inputs]
+    outputs, cotangents = [value[i] for i in live], [u[i] for i in live]
+    return list(torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, materialize_grads=True))
 
 
 # NOTE [one pull-back]: <J'w, .> as the gradient of <f, w>. A pull-back from torch.func.vjp, called after its level is

@@ -72,6 +72,10 @@ class Box(ProximalTerm):
         spec = flatten(y)[1]
         return unflatten(held, spec), unflatten(margins, spec)
 
+    def diagonal(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
+        """0 on a bound and outside, else 1; see NOTE [NaN stays]."""
+        return unflatten([(~((v <= lo) | (v >= hi))).to(v.dtype) for v, lo, hi in self._bounds(y)], flatten(y)[1])
+
     def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
         """Euclidean distance from the box, [*lanes]."""
         over = [torch.relu(lo - v) + torch.relu(v - hi) for v, lo, hi in self._bounds(x)]
@@ -99,6 +103,10 @@ class NonNegative(ProximalTerm):
     def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
         """Entries at zero, and how far y is from zero."""
         return _POSITIVE.activity(y, step, lane_dims)
+
+    def diagonal(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
+        """1 inside, 0 at the bound and outside."""
+        return _POSITIVE.diagonal(y, step, lane_dims)
 
     def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
         """Norm of the negative part, [*lanes]."""

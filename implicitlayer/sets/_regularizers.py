@@ -77,6 +77,12 @@ class L1(Regularizer):
         margins = [torch.where(t > 0, (v.abs() - t).abs(), torch.inf) for v, t in pairs]
         return unflatten(held, spec), unflatten(margins, spec)
 
+    def diagonal(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
+        """0 at and within the threshold, else 1; see NOTE [NaN stays]."""
+        leaves, spec = flatten(y)
+        pairs = zip(leaves, self._thresholds(y, step), strict=True)
+        return unflatten([(~((v.abs() <= t) & (t > 0))).to(v.dtype) for v, t in pairs], spec)
+
     def value(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
         """``sum strength |x|``, [*lanes]."""
         pairs = zip(spread(self.strength, x, "strength"), flatten(x)[0], strict=True)
@@ -126,6 +132,12 @@ class ElasticNet(Regularizer):
     def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
         """Entries at zero, and how far y is from the threshold."""
         return L1(self.l1).activity(y, step, lane_dims)
+
+    def diagonal(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
+        """That of the soft threshold, shrunk by ``1 + step * l2``."""
+        leaves, spec = flatten(L1(self.l1).diagonal(y, step, lane_dims))
+        shrink = spread(self.l2, y, "l2")
+        return unflatten([v / (1 + expand_like(step, v) * s) for v, s in zip(leaves, shrink, strict=True)], spec)
 
     def value(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
         """``sum l1 |x| + l2/2 x^2``, [*lanes]."""
@@ -213,9 +225,12 @@ class GroupL1(Regularizer):
 
 
 def _soft(y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """The soft threshold; entries with t = 0 pass as they are."""
-    held = (y.abs() <= t) & (t > 0) & y.isfinite()
-    return torch.where(y > t, y - t, torch.where(y < -t, y + t, torch.where(held, 0.0, y + 0 * t)))
+    """The soft threshold; entries with t = 0 pass as they are.
+
+    What is taken off is y clamped to [-t, t]. The clamp's derivative in y is 1 on the border: zero would be that of an
+    entry at zero that has no penalty.
+    """
+    return y - torch.where((y == 0) & (t == 0), 0 * t, y.clamp(-t, t))
 
 
 def _total(parts: Leaves) -> torch.Tensor:

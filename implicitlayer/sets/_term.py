@@ -47,6 +47,13 @@ class ProximalTerm:
         held = tree_map(lambda a, b: a != b, y, self.prox(y, step, lane_dims))
         return held, tree_map(lambda a: torch.full_like(a, torch.nan), y)
 
+    def diagonal(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
+        """The derivative of the prox in y where it is a diagonal matrix: its entries, constants, in the structure of y.
+
+        None where it is not diagonal, or not written out: autograd's derivative of the prox is used then.
+        """
+        return None
+
     def magnitude(self, y: Any, lane_dims: int = 0) -> torch.Tensor:
         """The size of y that distances from kinks are compared with, tensor [*lanes]: its largest entry."""
         return largest_of(joined(y, lane_dims))
@@ -95,6 +102,15 @@ class PerPart(ProximalTerm):
             held.append(both[0])
             margins.append(both[1])
         return self._join(held, y), self._join(margins, y)
+
+    def diagonal(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
+        """Each part by its own term; None unless all are known."""
+        found = []
+        for term, part in zip(self.terms, self._parts(y), strict=True):
+            found.append(tree_map(torch.ones_like, part) if term is None else term.diagonal(part, step, lane_dims))
+            if found[-1] is None:
+                return None
+        return self._join(found, y)
 
     def magnitude(self, y: Any, lane_dims: int = 0) -> torch.Tensor:
         """That of the largest part."""

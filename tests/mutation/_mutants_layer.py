@@ -33,8 +33,8 @@ LAYER_MUTANTS = [
     Mutant(
         "mixed derivative of the one graph doubled",
         "linear/_jacobian.py",
-        "_pull_back(value, [data[i] for i in reached], u)",
-        "_pull_back(value, [data[i] for i in reached], [2 * v for v in u])",
+        "pull_back(found.value, [data[i] for i in reached], u)",
+        "pull_back(found.value, [data[i] for i in reached], [2 * v for v in u])",
         "theta_bar = -2 (dF/dtheta)' u in a plain backward",
     ),
     Mutant(
