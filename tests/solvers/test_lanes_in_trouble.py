@@ -8,6 +8,7 @@ import torch
 from references import F64, randn, spd_matrix
 from torch import Tensor
 
+import implicitlayer as il
 from implicitlayer import Status
 from implicitlayer.solvers import (
     LBFGS,
