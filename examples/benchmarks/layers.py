@@ -109,6 +109,9 @@ def own_makers() -> Makers:
     for name, solver in (("ProximalGradient", None), ("FISTA by hand", fista), ("active set by hand", active_set)):
         makers[f"lasso: il.argmin, {name} + GMRES"] = partial(lasso, by_hand=solver)
         makers[f"lasso: il.argmin, {name} + Dense"] = partial(lasso, by_hand=solver, linear_solver=il.Dense())
+        unchecked = partial(lasso, by_hand=solver, stationarity_rtol=None)
+        makers[f"lasso: il.argmin, {name} + GMRES, unchecked"] = unchecked
+        makers[f"lasso: il.argmin, {name} + Dense, unchecked"] = partial(unchecked, linear_solver=il.Dense())
     return makers | {f"{kind}: il.qp": lambda p: by_program(p, il.qp) for kind in ("svm", "qp")}
 
 

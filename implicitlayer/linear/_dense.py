@@ -82,13 +82,16 @@ def materialise(operator: FlatOperator, like: torch.Tensor) -> torch.Tensor:
     n = like.shape[-1]
     units = torch.eye(n, dtype=like.dtype, device=like.device).reshape(n, *[1] * (like.ndim - 1), n)
     units = units.expand(n, *like.shape).contiguous()
-    # the first product alone: an operator that builds its graph at first use must not build it inside vmap
-    columns = [operator(units[i]) for i in range(min(n, 1))]
-    if n > 1:
+    # an operator that builds its graph at first use must not build it inside vmap: the first product alone
+    columns = [operator(units[i]) for i in range(min(n, 1))] if operator.prepare is None else []
+    if operator.prepare is not None and n:
+        operator.prepare()
+    if len(columns) < n:
+        rest = units[len(columns) :]
         try:
-            columns += list(torch.vmap(operator, chunk_size=_CHUNK)(units[1:]))
+            columns += list(torch.vmap(operator, chunk_size=_CHUNK)(rest))
         except RuntimeError:  # a product that vmap cannot follow (NumPy inside, data-dependent code): one by one
-            columns += [operator(unit) for unit in units[1:]]
+            columns += [operator(unit) for unit in rest]
     if not columns:
         return like.new_zeros(*like.shape, 0).double()
     return torch.stack(columns, -1).double()

@@ -99,9 +99,12 @@ class Jacobian:
         lane_dims = self.lane_dims
         kept: list[Callable[[Leaves], Leaves]] = []
 
-        def pull(vector: torch.Tensor) -> torch.Tensor:
+        def prepare() -> None:
             if not kept:
                 kept.append(self._pulled(list(x), list(theta)))
+
+        def pull(vector: torch.Tensor) -> torch.Tensor:
+            prepare()
             with torch.no_grad():
                 return damped(kept[0](unravel(vector, x, lane_dims)), vector)
 
@@ -115,9 +118,11 @@ class Jacobian:
 
         if self.residual.is_gradient:
             diagonal, factor = self._inverse_metric(x, theta), self._metric_factor(x, theta)
-            return FlatOperator(pull, pull, symmetric=True, inverse_metric=diagonal, metric_factor=factor)
-        first, second = (pull, push) if self.transposed else (push, pull)
-        return FlatOperator(first, second, symmetric=False)
+            metric = {"inverse_metric": diagonal, "metric_factor": factor}
+            return FlatOperator(pull, pull, symmetric=True, prepare=prepare, **metric)
+        if self.transposed:
+            return FlatOperator(pull, push, symmetric=False, prepare=prepare)
+        return FlatOperator(push, pull, symmetric=False)
 
     def _pulled(self, x: Leaves, theta: Leaves) -> Callable[[Leaves], Leaves]:
         """u -> J'u from a graph that is kept."""

@@ -29,6 +29,8 @@ class FlatOperator:
         inverse_metric: [*lanes, n] or [*lanes, 1], the inverse of a diagonal positive D that is close to A; used as a
             preconditioner and as the answer of zero steps. None is the identity.
         metric_factor: [*lanes, n, n] or [n, n], the Cholesky factor of a full matrix D in its place.
+        prepare: makes what the first ``matvec`` would make and keep, outside of any transform; None where nothing is,
+            or nobody knows.
     """
 
     matvec: Product
@@ -36,6 +38,7 @@ class FlatOperator:
     symmetric: bool = True
     inverse_metric: torch.Tensor | None = None
     metric_factor: torch.Tensor | None = None
+    prepare: Callable[[], None] | None = None
 
     def __call__(self, vector: torch.Tensor) -> torch.Tensor:
         return self.matvec(vector)
