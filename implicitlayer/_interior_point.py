@@ -23,6 +23,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -90,7 +91,13 @@ class QuadraticSolution:
     error: torch.Tensor
 
 
-def interior_point(data: Data, rtol: float = 1e-9, max_steps: int = 60) -> QuadraticSolution:
+# (step, x [*lanes, n], largest violation of a condition of optimality [*lanes]), once per pass of the first attempt
+Report = Callable[[int, torch.Tensor, torch.Tensor], None]
+
+
+def interior_point(
+    data: Data, rtol: float = 1e-9, max_steps: int = 60, report: Report | None = None
+) -> QuadraticSolution:
     """Solve every lane of ``data``: Q [*lanes, n, n], p [*lanes, n], A [*lanes, e, n], b, G [*lanes, m, n], h; float64.
 
     A lane is frozen when all conditions hold to ``rtol`` of the size of their terms, when a certificate shows that it
@@ -102,7 +109,10 @@ def interior_point(data: Data, rtol: float = 1e-9, max_steps: int = 60) -> Quadr
     if not bool(finite.all()):
         flat = tuple(torch.where(_like(finite, t), t, 0.0) for t in flat)  # type: ignore[assignment]
     by_borders, by_objective = _sizes(flat)
-    found = _solve(flat, by_borders, rtol, max_steps)
+    tell = None
+    if report is not None:
+        tell = lambda step, x, error: report(step, x.reshape((*lanes, -1)), error.reshape(lanes))  # noqa: E731
+    found = _solve(flat, by_borders, rtol, max_steps, tell)
     failed = (found.codes == int(ProgramStatus.UNBOUNDED)) | (
         (found.codes == int(ProgramStatus.MAX_STEPS_REACHED)) & (found.error > _NEARLY)
     )
@@ -116,10 +126,15 @@ def interior_point(data: Data, rtol: float = 1e-9, max_steps: int = 60) -> Quadr
     return QuadraticSolution(*(t.reshape((*lanes, *t.shape[1:])) for t in (*parts, found.steps, found.error)))
 
 
-def _solve(data: Data, size: torch.Tensor, rtol: float, max_steps: int) -> QuadraticSolution:
+def _solve(
+    data: Data, size: torch.Tensor, rtol: float, max_steps: int, report: Report | None = None
+) -> QuadraticSolution:
     """Solve lanes [B] of finite data, whose solutions are taken to be of this size."""
     unit, program = _normalise(data, size)
-    found = _iterate(program, rtol, max_steps)
+    tell = None
+    if report is not None:
+        tell = lambda step, x, error: report(step, x * size[:, None], error)  # noqa: E731
+    found = _iterate(program, rtol, max_steps, tell)
     codes = found.codes.clone()
     lost = (codes == int(ProgramStatus.MAX_STEPS_REACHED)) & (found.error > _NEARLY)
     if bool(lost.any()):
@@ -178,14 +193,17 @@ def _normalise(data: Data, size: torch.Tensor) -> tuple[_Unit, Data]:
     return unit, (Q / cost[:, None, None], p / cost[:, None], A, b / size[:, None], G, h / size[:, None])
 
 
-def _iterate(data: Data, rtol: float, max_steps: int) -> QuadraticSolution:
+def _iterate(data: Data, rtol: float, max_steps: int, report: Report | None = None) -> QuadraticSolution:
     if data[1].shape[0] == 1 and data[1].device.type == "cpu":
-        return _iterate_single(data, rtol, max_steps)
-    return _iterate_lanes(data, rtol, max_steps)
+        return _iterate_single(data, rtol, max_steps, report)
+    return _iterate_lanes(data, rtol, max_steps, report)
 
 
-def _iterate_single(data: Data, rtol: float, max_steps: int) -> QuadraticSolution:
-    found = iterate_single(data, rtol, max_steps, bounded=lambda: bool(_definite(data[0]).all()))
+def _iterate_single(data: Data, rtol: float, max_steps: int, report: Report | None) -> QuadraticSolution:
+    tell = None
+    if report is not None:
+        tell = lambda step, x, error: report(step, torch.from_numpy(x)[None], data[1].new_tensor([error]))  # noqa: E731
+    found = iterate_single(data, rtol, max_steps, lambda: bool(_definite(data[0]).all()), tell)
     code = ProgramStatus.UNBOUNDED if found.unbounded else ProgramStatus.MAX_STEPS_REACHED
     code = ProgramStatus.INFEASIBLE if found.infeasible else code
     code = ProgramStatus.SOLVED if found.solved else code
@@ -194,7 +212,7 @@ def _iterate_single(data: Data, rtol: float, max_steps: int) -> QuadraticSolutio
     return QuadraticSolution(x, y, z, *numbers)
 
 
-def _iterate_lanes(data: Data, rtol: float, max_steps: int) -> QuadraticSolution:
+def _iterate_lanes(data: Data, rtol: float, max_steps: int, report: Report | None) -> QuadraticSolution:
     Q, p, _, b, _, h = data
     lanes, m = p.shape[0], h.shape[-1]
     bounded = _definite(Q)
@@ -210,6 +228,8 @@ def _iterate_lanes(data: Data, rtol: float, max_steps: int) -> QuadraticSolution
     for step in range(max_steps + 1):
         known = _Products.of(data, point)
         r_x, r_y, r_s, error = _residuals(data, point, known)
+        if report is not None:
+            report(step, point.x, error)
         better = running & (error < best_error)
         best, best_error = point.where(better, best), torch.where(better, error, best_error)
         since = torch.where(better, 0, since + 1)

@@ -40,10 +40,17 @@ class Outcome:
     unbounded: bool
 
 
-def iterate_single(data: Data, rtol: float, max_steps: int, bounded: Callable[[], bool]) -> Outcome:
+def iterate_single(
+    data: Data,
+    rtol: float,
+    max_steps: int,
+    bounded: Callable[[], bool],
+    report: Callable[[int, Array, float], None] | None = None,
+) -> Outcome:
     """Solve the only lane of ``data`` (finite, normalised, every tensor [1, ...] in float64 on the CPU).
 
     ``bounded`` tells whether the objective has a smallest value; it is asked only where a certificate says otherwise.
+    ``report`` is given the steps made, x and its error in every pass.
     """
     Q, p, A, b, G, h = arrays = tuple(np.ascontiguousarray(t.detach()[0].numpy()) for t in data)
     with np.errstate(all="ignore"):
@@ -69,6 +76,8 @@ def iterate_single(data: Data, rtol: float, max_steps: int, bounded: Callable[[]
                 float(s.dot(z)) / (value + 1e-3),
             )
             error = error if error == error else math.inf
+            if report is not None:
+                report(steps, x, error)
             since += 1
             if error < best_error:
                 best, best_error, since = (x, y, z), error, 0

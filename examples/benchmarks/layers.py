@@ -97,6 +97,14 @@ def own_makers() -> Makers:
     def smooth(problem: Problem, **settings: Any) -> Call:
         return layer(problem, ByHand(problem, lambda _, *thetas: direct(problem, *thetas)), **settings)
 
+    def as_one(problem: Problem) -> Call:
+        """All lanes as one problem, as TorchOpt has them: one tolerance and one number of steps for all."""
+        start = torch.zeros(problem.lanes, problem.n, dtype=torch.float64)
+        total = lambda x, *thetas: OBJECTIVES[problem.kind](x, *thetas).sum()  # noqa: E731
+        solver = ByHand(problem, lambda _, *thetas: direct(problem, *thetas))
+        argmin = il.argmin(total, solver, linear_solver=il.ConjugateGradient(rtol=RTOL), stationarity_rtol=None)
+        return by_autograd(problem, lambda *thetas: argmin(start, *thetas, *problem.constants))
+
     makers: Makers = {}
     for kind in ("ridge", "logistic"):
         makers[f"{kind}: il.argmin, LBFGS + CG"] = lambda p: layer(p, il.solvers.LBFGS(rtol=RTOL, max_steps=2000))
@@ -106,6 +114,7 @@ def own_makers() -> Makers:
         unchecked = partial(smooth, stationarity_rtol=None)
         makers[f"{kind}: il.argmin, direct + CG, unchecked"] = unchecked
         makers[f"{kind}: il.argmin, direct + Dense, unchecked"] = partial(unchecked, linear_solver=il.Dense())
+        makers[f"{kind}: il.argmin, direct + CG, unchecked, lanes as one"] = as_one
     for name, solver in (("ProximalGradient", None), ("FISTA by hand", fista), ("active set by hand", active_set)):
         makers[f"lasso: il.argmin, {name} + GMRES"] = partial(lasso, by_hand=solver)
         makers[f"lasso: il.argmin, {name} + Dense"] = partial(lasso, by_hand=solver, linear_solver=il.Dense())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from implicitlayer._interior_point import QuadraticSolution, interior_point
+from implicitlayer.solvers._progress import Iteration, reporting
 
 __all__ = ["OSQP", "Clarabel", "InteriorPoint"]
 
@@ -24,6 +26,10 @@ class InteriorPoint:
     Args:
         rtol: relative tolerance, positive.
         max_steps: limit of steps, each with one factorisation.
+        callback: called with an :class:`Iteration` at the start and after every step, of all lanes; its
+            ``gradient_norm`` is the largest violation of a condition of optimality, relative to the size of its terms.
+            A second attempt, which a program that seems to have no solution gets, is not told.
+        progress: show a bar (needs tqdm).
 
     Raises:
         ValueError: a tolerance or limit that is not positive.
@@ -43,6 +49,8 @@ class InteriorPoint:
 
     rtol: float = 1e-9
     max_steps: int = 60
+    callback: Callable[[Iteration], None] | None = None
+    progress: bool = False
 
     batched: ClassVar[bool] = True
 
@@ -54,7 +62,15 @@ class InteriorPoint:
     def __call__(
         self, Q: torch.Tensor, p: torch.Tensor, A: torch.Tensor, b: torch.Tensor, G: torch.Tensor, h: torch.Tensor
     ) -> QuadraticSolution:
-        return interior_point((Q, p, A, b, G, h), self.rtol, self.max_steps)
+        with reporting(self.callback, self.progress, self.max_steps) as report:
+            if report is None:
+                return interior_point((Q, p, A, b, G, h), self.rtol, self.max_steps)
+
+            def tell(step: int, x: torch.Tensor, error: torch.Tensor) -> None:
+                value = (x * (0.5 * (Q @ x[..., None])[..., 0] + p)).sum(-1)
+                report(Iteration(step, value, error, x.clone()))
+
+            return interior_point((Q, p, A, b, G, h), self.rtol, self.max_steps, tell)
 
 
 Answer = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]

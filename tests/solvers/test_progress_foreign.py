@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 from references import F64, randn, spd_matrix
+from solvers.test_interior_point import programs
 from torch import Tensor
 
-from implicitlayer.solvers import Iteration, SciPyMinimize, TorchOptimizer
+from implicitlayer.solvers import InteriorPoint, Iteration, SciPyMinimize, TorchOptimizer
 
 METHODS = ["BFGS", "L-BFGS-B", "CG", "Newton-CG", "TNC", "SLSQP", "trust-ncg", "trust-constr"]
 WITHOUT_GRADIENTS = ["Nelder-Mead", "Powell", "COBYLA", "COBYQA"]
@@ -103,3 +104,27 @@ def test_the_bar_needs_tqdm_and_shows_steps(kind: str, capsys: Any, monkeypatch:
     with contextlib.ExitStack() as stack:
         stack.enter_context(pytest.raises(ImportError, match=r"progress=True needs tqdm"))
         make()(quadratic, torch.zeros(4, dtype=F64), *theta())
+
+
+@pytest.mark.parametrize("lanes", [(), (1,), (4,), (2, 3)])
+def test_the_interior_point_tells_every_step_and_ends_near_its_answer(lanes: tuple[int, ...]) -> None:
+    data = tuple(t.reshape(*lanes, *t.shape[1:]) for t in programs(math.prod(lanes), 5, 1, 6, seed=3))
+    seen: list[Iteration] = []
+    watched = InteriorPoint(callback=seen.append)(*data)
+    plain = InteriorPoint()(*data)
+    assert torch.equal(watched.x, plain.x) and torch.equal(watched.steps, plain.steps)
+    assert [i.step for i in seen] == list(range(int(plain.steps.max()) + 1))
+    for i in seen:
+        value = (i.x * (0.5 * (data[0] @ i.x[..., None])[..., 0] + data[1])).sum(-1)
+        assert i.x.shape == plain.x.shape and torch.equal(i.value, value) and i.gradient_norm.shape == lanes
+    if math.prod(lanes) == 1:  # the best point of all is the last
+        assert torch.equal(seen[-1].x, plain.x) and torch.equal(seen[-1].gradient_norm, plain.error)
+    assert float(seen[-1].gradient_norm.max()) < 1e-6 < float(seen[0].gradient_norm.max())
+
+
+def test_an_exception_of_the_interior_point_s_callback_reaches_the_caller() -> None:
+    def stop(iteration: Iteration) -> None:
+        raise StopIteration("enough")
+
+    with pytest.raises(StopIteration, match="enough"):
+        InteriorPoint(callback=stop, progress=True)(*programs(2, 3, 0, 4, seed=1))
