@@ -5,8 +5,9 @@
 Ridge and logistic regression (gradient in the log-penalties; of ridge in the targets too), the lasso (in the strengths
 and targets), the dual of a support vector machine (one equation, a box; in log C and log gamma of its kernel) and dense
 quadratic programs (in all six arguments), float64, one problem or 64 together. Iterative solvers start at zero and are
-asked for 1e-10; "direct" and "FISTA by hand" are solvers written for the problem, which TorchOpt and il.argmin both
-get; "unchecked" is il.argmin without its check of the answer, which the others do not have.
+asked for 1e-10; "direct", "FISTA by hand" and "active set by hand" are solvers written for the problem, which TorchOpt
+and il.argmin both get; "unchecked" is il.argmin without its check of the answer, which the others do not have; "lanes as
+one" is one problem of all lanes, as TorchOpt has them.
 
 Everybody computes the same numbers: the errors shown are the largest relative distances of any lane to a reference by
 dense linear algebra (`_layers_problems.py`), of x and of the gradients. Every round runs each method once, in an order
@@ -63,6 +64,7 @@ CASES = {
     "qp": [(10, 1), (10, 64), (50, 64), (100, 1), (200, 1)],
 }
 SMOKE = {kind: [(8, 2)] for kind in CASES}
+TIE = 0.05  # a method against itself differs by that much from one run to the next
 LIMIT = 1e-6  # of a gradient that counts as right
 PATIENCE = 60  # seconds; a rival whose first call takes longer is left out
 SLOW = 2.0  # seconds; a method whose second call takes longer gets one round
@@ -242,8 +244,7 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
         for group in (peers, in_jax):
             right = [r for r in group if r["right"]]
             best = min(right, key=lambda r: r["ratio"], default=None)
-            lost = " **loss**" if best is not None and best["ratio"] < 1 else ""
-            texts.append("none" if best is None else f"{best['ratio']:.2f}{lost} ({best['method']})")
+            texts.append("none" if best is None else f"{best['ratio']:.2f}{_mark(best['ratio'])} ({best['method']})")
         wrong = [r for r in peers if not r["right"] and r["ratio"] < 1]
         inexact = ", ".join(f"{r['ratio']:.2f} ({r['method']}: {r['gradient_error']:.0e})" for r in wrong)
         lines.append(
@@ -251,6 +252,10 @@ def verdicts(rows: list[dict[str, Any]]) -> list[str]:
             f"| {texts[0]} | {inexact} | {texts[1]} |"
         )
     return lines
+
+
+def _mark(ratio: float) -> str:
+    return " **loss**" if ratio < 1 - TIE else " tie" if ratio < 1 + TIE else ""
 
 
 def accuracy(rows: list[dict[str, Any]]) -> list[str]:
