@@ -6,8 +6,8 @@ Ridge and logistic regression (gradient in the log-penalties; of ridge in the ta
 and targets), the dual of a support vector machine (one equation, a box; in log C and log gamma of its kernel) and dense
 quadratic programs (in all six arguments), float64, one problem or 64 together. Iterative solvers start at zero and are
 asked for 1e-10; "direct", "FISTA by hand" and "active set by hand" are solvers written for the problem, which TorchOpt
-and il.argmin both get; "unchecked" is il.argmin without its check of the answer, which the others do not have; "lanes as
-one" is one problem of all lanes, as TorchOpt has them.
+and il.argmin both get; "unchecked" is il.argmin without its check of the answer, which the others do not have;
+"lanes as one" is one problem of all lanes, as TorchOpt has them.
 
 Everybody computes the same numbers: the errors shown are the largest relative distances of any lane to a reference by
 dense linear algebra (`_layers_problems.py`), of x and of the gradients. Every round runs each method once, in an order
