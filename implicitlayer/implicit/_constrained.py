@@ -83,6 +83,8 @@ class ProxLayer(ImplicitLayer):
     @outside_compiled_code
     def __call__(self, init: Any, *theta: Any) -> Any:
         """As for every layer; the answer must be in the set even where nothing needs a gradient."""
+        if self.batch_dims and flatten(init)[0]:
+            resolve(self.terms, theta, self.terms_name).refuse_ambiguous(init, self.batch_dims)
         solution = super().__call__(init, *theta)
         if getattr(self.records[0], "active_set", None) is None:
             self._judge_distance(solution[0] if self.solver_has_aux else solution, theta)

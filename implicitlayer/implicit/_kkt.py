@@ -204,7 +204,7 @@ class ConstrainedLayer:
         )
         z = layer(scalar.start(init, lanes), *theta)
         self.records = layer.records
-        self.active_set = layer.active_set
+        self.active_set = layer.active_set or self.active_set  # a call without a derivative looks for none
         if not self.return_multipliers:
             return z.x
         return z.x, Multipliers(forms[0].rebuild(z.equality), forms[1].rebuild(z.inequality))

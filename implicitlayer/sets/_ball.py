@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -40,6 +40,8 @@ class Ball(ProximalTerm):
         >>> il.sets.Ball(5.0).project(torch.tensor([6.0, 8.0])).tolist()
         [3.0, 4.0]
     """
+
+    per_entry: ClassVar[tuple[str, ...]] = ("center",)
 
     radius: Any = 1.0
     center: Any = 0.0

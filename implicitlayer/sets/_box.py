@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -33,6 +33,8 @@ class Box(ProximalTerm):
         >>> il.sets.Box(0.0, 1.0).project(torch.tensor([-1.0, 0.5, 3.0])).tolist()
         [0.0, 0.5, 1.0]
     """
+
+    per_entry: ClassVar[tuple[str, ...]] = ("lower", "upper")
 
     lower: Any = -math.inf
     upper: Any = math.inf

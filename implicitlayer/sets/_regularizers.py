@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -58,6 +58,8 @@ class L1(Regularizer):
         >>> il.L1(1.0).prox(torch.tensor([-3.0, 0.5, 2.0]), 0.5).tolist()
         [-2.5, 0.0, 1.5]
     """
+
+    per_entry: ClassVar[tuple[str, ...]] = ("strength",)
 
     strength: Any
 
@@ -115,6 +117,8 @@ class ElasticNet(Regularizer):
         >>> il.ElasticNet(1.0, 1.0).prox(torch.tensor([-3.0, 0.5]), 1.0).tolist()
         [-1.0, 0.0]
     """
+
+    per_entry: ClassVar[tuple[str, ...]] = ("l1", "l2")
 
     l1: Any
     l2: Any

@@ -14,7 +14,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.utils import _pytree as pytree
@@ -30,6 +30,8 @@ class ProximalTerm:
 
     x and y are pytrees whose leaves have the same ``lane_dims`` leading lane dimensions; ``step`` has shape [*lanes].
     """
+
+    per_entry: ClassVar[tuple[str, ...]] = ()  # attributes that broadcast to x
 
     def bind(self, theta: tuple[Any, ...]) -> ProximalTerm:
         """The term at these thetas; itself, unless it is a function of them."""
@@ -53,6 +55,24 @@ class ProximalTerm:
         None where it is not diagonal, or not written out: autograd's derivative of the prox is used then.
         """
         return None
+
+    def refuse_ambiguous(self, x: Any, lane_dims: int) -> None:
+        """Raise where one number per lane would be read as one per entry, because there are as many of both.
+
+        Raises:
+            ValueError: see above; the remedy is a dimension more.
+        """
+        leaves = flatten(x)[0]
+        for name in self.per_entry:
+            value = getattr(self, name)
+            for leaf in leaves if isinstance(value, torch.Tensor) and value.ndim else ():
+                lanes = leaf.shape[:lane_dims]
+                if value.shape == lanes and lane_dims < leaf.ndim and leaf.shape[-lane_dims:] == lanes:
+                    raise ValueError(
+                        f"{name} of shape {tuple(value.shape)} may be meant for the lanes or for the entries of x of "
+                        f"shape {tuple(leaf.shape)}. Write {name}.reshape{(*lanes, *[1] * (leaf.ndim - lane_dims))} "
+                        f"for one number per lane, {name}.expand{tuple(leaf.shape)} for one per entry."
+                    )
 
     def magnitude(self, y: Any, lane_dims: int = 0) -> torch.Tensor:
         """The size of y that distances from kinks are compared with, tensor [*lanes]: its largest entry."""
@@ -111,6 +131,12 @@ class PerPart(ProximalTerm):
             if found[-1] is None:
                 return None
         return self._join(found, y)
+
+    def refuse_ambiguous(self, x: Any, lane_dims: int) -> None:
+        """Each part by its own term."""
+        for term, part in zip(self.terms, self._parts(x), strict=True):
+            if term is not None:
+                term.refuse_ambiguous(part, lane_dims)
 
     def magnitude(self, y: Any, lane_dims: int = 0) -> torch.Tensor:
         """That of the largest part."""
@@ -178,7 +204,8 @@ def spread(value: Any, x: Any, name: str) -> Leaves:
         ):
             raise ValueError(
                 f"{name} of shape {tuple(tensor.shape)} does not broadcast to a leaf of x of shape "
-                f"{tuple(leaf.shape)}. Give one number, or one per entry."
+                f"{tuple(leaf.shape)}. Give one number, one per entry, or one per lane with dimensions of size one "
+                "behind it (a[:, None])."
             )
         result.append(tensor)
     return result

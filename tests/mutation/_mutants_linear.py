@@ -58,8 +58,8 @@ LINEAR_MUTANTS = [
     Mutant(
         "products with J in place of J'",
         JACOBIAN,
-        "first, second = (pull, push) if self.transposed else (push, pull)",
-        "first, second = push, pull",
+        "return FlatOperator(pull, push, symmetric=False, prepare=prepare)",
+        "return FlatOperator(push, pull, symmetric=False, prepare=prepare)",
         "reverse mode of roots",
         near="root",
     ),
@@ -97,8 +97,8 @@ LINEAR_MUTANTS = [
     Mutant(
         "a root taken for symmetric",
         JACOBIAN,
-        "return FlatOperator(first, second, symmetric=False)",
-        "return FlatOperator(first, second, symmetric=True)",
+        "return FlatOperator(pull, push, symmetric=False, prepare=prepare)",
+        "return FlatOperator(pull, push, symmetric=True, prepare=prepare)",
         "solvers that use the symmetry, il.Dense among them",
         near="root by",
     ),
