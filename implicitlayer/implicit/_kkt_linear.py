@@ -16,7 +16,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -37,6 +37,7 @@ class Factors(Protocol):
 
     codes: torch.Tensor
     curvature: torch.Tensor
+    units: torch.Tensor
 
     def solve(self, rhs: torch.Tensor) -> torch.Tensor: ...
 
@@ -61,6 +62,7 @@ class KktFactors:
         codes: int [*lanes]: CONVERGED; INDEFINITE (no minimum); SINGULAR (a flat direction or dependent gradients:
             the solution of smallest norm is returned, right for right-hand sides in the range); NONFINITE.
         curvature: [*lanes], smallest curvature met on the free directions; +inf where the fast way did not look.
+        units: [*lanes, n + c], the diagonal D with which no unit of objective or constraints matters in D K D.
     """
 
     def __init__(self, matrices: KktMatrices, eps: float) -> None:
@@ -73,6 +75,7 @@ class KktFactors:
         self.of_x = torch.where(size > 0, size, 1.0).rsqrt()[..., None]
         norms = torch.linalg.vector_norm(J, dim=-1)
         self.of_rows = torch.where(norms > 0, 1 / norms, 1.0) / torch.where(norms > 0, self.of_x, 1.0)
+        self.units = torch.cat([self.of_x.expand(*held.shape[:-1], self.n), self.of_rows], -1)
         self.H = H * (self.of_x * self.of_x)[..., None]
         self.J = J * self.of_x[..., None] * self.of_rows[..., None]
         self.curvature = torch.full_like(norms[..., :1].sum(-1), math.inf)
@@ -110,7 +113,7 @@ class KktFactors:
 
     def solve(self, rhs: torch.Tensor) -> torch.Tensor:
         """K^-1 rhs for [*lanes, n + c, k]; zero in lanes with negative curvature or NaN."""
-        scale = torch.cat([self.of_x.expand(*self.held.shape[:-1], self.n), self.of_rows], -1)[..., None]
+        scale = self.units[..., None]
         scaled = rhs * scale
         value = torch.linalg.ldl_solve(self.factor, self.pivots, scaled)
         if self.slow is not None:
@@ -161,7 +164,8 @@ class KktSolver(LinearSolver):
     """Solve with the KKT matrix of a :class:`Lagrangian`, dense, by the signs of its pivots or its null space.
 
     Makes n + 1 products (each serves all lanes) to write H, J and the mask down, none where they are handed over in
-    ``prepared``. The answer is improved by solves for its true residual while that halves it. A lane whose reduced
+    ``prepared``. The answer is improved by solves for its true residual, in units that make all rows alike, while that
+    halves it. A lane whose reduced
     Hessian has a negative eigenvalue is INDEFINITE: the point is no minimum.
 
     Args:
@@ -202,19 +206,26 @@ class KktSolver(LinearSolver):
     def _solve(self, operator: FlatOperator, rhs: torch.Tensor, factors: Factors) -> LinearSolution:
         lanes = rhs.shape[:-1]
         core = self.num_unknowns + self.num_equalities + self.num_inequalities
-        num_extra = math.prod(lanes[: len(lanes) - factors.codes.ndim])
+        rest, num_extra = rhs.shape[-1] - core, math.prod(lanes[: len(lanes) - factors.codes.ndim])
+
+        # the residual is that of D K D: neither half of K hides the other, whatever its unit
+        D = torch.cat([factors.units, torch.ones_like(factors.units[..., :1]).expand(*factors.codes.shape, rest)], -1)
 
         def correct(start: Round) -> Correction:
-            b = start.residual.double()
+            b = start.residual / D
             columns = b[..., :core].reshape(num_extra, *factors.codes.shape, core).movedim(0, -1)
             value = factors.solve(columns).movedim(-1, 0).reshape(*lanes, core)
-            value = torch.cat([value, b[..., core:]], -1).to(rhs.dtype)
+            value = (torch.cat([value, b[..., core:]], -1) / D).to(rhs.dtype)
             codes, curvature = factors.codes.expand(lanes), factors.curvature.expand(lanes)
             refused = (codes != int(Status.CONVERGED)) & (codes != int(Status.SINGULAR))
             value = torch.where(refused[..., None], 0.0, value)
             return Correction(value, codes, torch.full_like(codes, self.num_unknowns + 1), None, curvature)
 
-        return refine_direct(operator, rhs, Limits(), correct, "KKT solve")
+        def product(vector: torch.Tensor) -> torch.Tensor:
+            return (D * operator((D * vector).to(rhs.dtype))).to(rhs.dtype)
+
+        scaled = refine_direct(FlatOperator(product), (D * rhs).to(rhs.dtype), Limits(), correct, "KKT solve")
+        return replace(scaled, value=(D * scaled.value).to(rhs.dtype))
 
     def written_down(self, operator: FlatOperator, like: torch.Tensor) -> KktMatrices:
         """H, J and the mask, by products with the unit vectors of x and one with the ones of the inequalities."""

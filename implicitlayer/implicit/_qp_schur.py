@@ -52,8 +52,11 @@ class SchurFactors:
         index: torch.Tensor,
         held: torch.Tensor,
     ) -> None:
-        self.size, self.units = size[:, None, None], lengths[..., None]
+        self.size, self.lengths = size[:, None, None], lengths[..., None]
         self.factor, self.V, self.schur, self.index, self.held = factor, V, schur, index[..., None], held[..., None]
+        rows = torch.where(held, size[:, None].sqrt() / lengths, 1.0)
+        units = torch.cat([size[:, None].rsqrt().expand(-1, factor.shape[-1]), rows], -1)
+        self.units = units.reshape((*lanes, units.shape[-1]))
         self.codes = torch.full(lanes, int(Status.CONVERGED), device=V.device)
         self.curvature = torch.full(lanes, math.inf, dtype=V.dtype, device=V.device)
 
@@ -63,10 +66,10 @@ class SchurFactors:
         f = torch.linalg.solve_triangular(self.factor, flat[:, :n] / self.size, upper=False)
         rows, rest = self.index.expand(-1, -1, flat.shape[-1]), -flat[:, n:]
         if rows.shape[1]:
-            g = (flat[:, n:] * self.held / self.units).gather(1, rows)
+            g = (flat[:, n:] * self.held / self.lengths).gather(1, rows)
             w = torch.cholesky_solve(self.V.mT @ f - g, self.schur)
             f = f - self.V @ w
-            rest = torch.where(self.held, torch.zeros_like(rest).scatter(1, rows, w) * self.size / self.units, rest)
+            rest = torch.where(self.held, torch.zeros_like(rest).scatter(1, rows, w) * self.size / self.lengths, rest)
         x = torch.linalg.solve_triangular(self.factor.mT, f, upper=True)
         return torch.cat([x, rest], 1).reshape(rhs.shape)
 

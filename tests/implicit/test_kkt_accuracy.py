@@ -57,3 +57,18 @@ def test_the_length_of_a_step_is_exact_for_one_curvature_and_never_too_large() -
     assert float(length_of_step(slope, 2 * slope)) == pytest.approx(2.5)
     assert 0 < float(length_of_step(slope, H @ slope)) <= float(torch.linalg.solve(H, slope).norm())
     assert float(length_of_step(slope, 0 * slope)) == 0.0  # no curvature tells no length
+
+
+@pytest.mark.parametrize("objective", [1e-30, 1e-12, 1e-9, 1.0, 1e9, 1e30])
+@pytest.mark.parametrize("length", [1e-12, 1.0, 1e9])
+def test_no_unit_of_the_objective_or_of_x_is_taken_for_an_inexact_solve(objective: float, length: float) -> None:
+    # the point of a ball that is nearest to t: x = r t / |t|, and a warning would be an error here
+    layer = il.constrained_argmin(
+        lambda x, t, r: objective * ((x - t) ** 2).sum(),
+        lambda problem, init, t, r: t * (r / t.norm()).clamp(max=1.0),
+        inequality=lambda x, t, r: (x**2).sum() - r**2,
+    )
+    t = length * torch.tensor([2.0, 1.0, 0.5], dtype=F64)
+    r = torch.tensor(length, dtype=F64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(torch.zeros(3, dtype=F64), t, r).sum(), r)
+    assert abs(float(gradient - (t / t.norm()).sum())) < 1e-13  # of a handful of operations on numbers of size one
