@@ -27,7 +27,7 @@ from implicitlayer.implicit._qp_terms import Mask, SingleProgram
 __all__ = ["exact_cold", "exact_near"]
 
 _ROUNDS = 4  # active sets that are tried next to an answer
-_COLD = 20  # from a cold start
+_COLD = 15  # from a cold start
 
 
 def exact_cold(program: SingleProgram) -> Exact | None:

@@ -82,22 +82,23 @@ class QuadraticSolver:
         """The short way, for one program on the CPU; None where it does not lead to a proof."""
         if self.solver is not None or data[1].shape[:-1].numel() != 1 or data[1].device.type != "cpu":
             return None
-        program = SingleProgram(data)
+        with np.errstate(all="ignore"):  # what overflows is not proved
+            program = SingleProgram(data)
         if not program.finite:
             return None
-        found = exact_cold(program)
+        found, eps = exact_cold(program), torch.finfo(like.dtype).eps
         if found is None:
-            _refuse_indefinite(data[0])
+            _refuse_indefinite(data[0], eps)
             # the active set shows long before the last steps, and what is proved needs no further one
             found = exact_near(program, interior_point(data, _EARLY))
         if found is None:
             return None
-        eps = torch.finfo(like.dtype).eps
-        return found, *program.active_set(found, eps, self.tolerances.active_rtol, self.hold_kinks)
+        with np.errstate(all="ignore"):
+            return found, *program.active_set(found, eps, self.tolerances.active_rtol, self.hold_kinks)
 
     def _judged(self, program: Data, like: torch.Tensor) -> tuple[Exact, ActiveConstraints, torch.Tensor]:
         """The solutions, what is known of their constraints, and the mask of what is to hold as an equation."""
-        found, doubtful = self._solved(program)
+        found, doubtful = self._solved(program, torch.finfo(like.dtype).eps)
         solution = found.solution
         proved = bool((solution.error <= TIGHT).all())  # then x is not wrong by anything, and nothing is undecided
         active, held = conditions(program, solution.x, like.dtype).active_set(
@@ -111,11 +112,11 @@ class QuadraticSolver:
         self._refuse(solution, active)
         return found, active, held
 
-    def _solved(self, program: Data) -> tuple[Exact, torch.Tensor]:
+    def _solved(self, program: Data, eps: float) -> tuple[Exact, torch.Tensor]:
         """The solution, and the mask of inequalities that stay undecided."""
         if self.solver is not None:
             return self._exact(program, self._answer(program, self.solver))
-        _refuse_indefinite(program[0])
+        _refuse_indefinite(program[0], eps)
         return self._exact(program, *answers(program, _LATE))
 
     def _answer(self, program: Data, solver: Callable[..., Any]) -> QuadraticSolution:
@@ -169,9 +170,10 @@ class QuadraticSolver:
         self, program: Data, answer: QuadraticSolution, start: Start | None = None
     ) -> tuple[Exact, torch.Tensor]:
         """The solution next to the answer, and the mask of inequalities that stay undecided."""
-        before = violation(program, answer)
         # The library's own answer is a place to start from; a user's is corrected, but not replaced by another one.
-        near = torch.ones_like(before, dtype=torch.bool) if self.solver is None else before <= _NEAR
+        near = torch.ones_like(answer.error, dtype=torch.bool)
+        if self.solver is not None:
+            near = violation(program, answer) <= _NEAR
         found = exact(program, answer, near, start)
         rough = near & ~(found.error <= TIGHT)
         if self.solver is None:
@@ -237,13 +239,13 @@ def _as_tensor(value: Any, like: torch.Tensor, name: str) -> torch.Tensor:
     return tensor.detach().to(like)
 
 
-def _refuse_indefinite(Q: torch.Tensor) -> None:
-    """Raise if a Q has an eigenvalue below zero, by more than rounding."""
+def _refuse_indefinite(Q: torch.Tensor, eps: float) -> None:
+    """Raise if a Q whose entries have this relative error has an eigenvalue below zero, by more than rounding."""
     finite = Q.isfinite().flatten(-2).all(-1)
     Q = torch.where(finite[..., None, None], Q, 0.0)
     n = Q.shape[-1]
     size = Q.abs().flatten(-2).amax(-1) if n else Q.new_zeros(Q.shape[:-2])
-    noise = 1e3 * n * torch.finfo(Q.dtype).eps * size + torch.finfo(Q.dtype).tiny
+    noise = max(10 * eps, 1e3 * torch.finfo(Q.dtype).eps) * n * size + torch.finfo(Q.dtype).tiny
     shift = torch.diag_embed(noise[..., None].expand(Q.shape[:-1]))
     _, info = torch.linalg.cholesky_ex(Q + shift)
     suspects = info > 0

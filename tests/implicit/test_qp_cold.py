@@ -72,3 +72,33 @@ def test_gradients_are_those_of_the_interior_point(monkeypatch: pytest.MonkeyPat
     expected = torch.autograd.grad((il.qp(*leaves) ** 3).sum(), leaves)
     for got, want in zip(found, expected, strict=True):
         assert relative_error(got, want) < ROUNDING
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("on_failure", ["warn", "ignore"])
+def test_contradicting_equations_are_infeasible_under_every_policy(lanes: int, on_failure: str) -> None:
+    A = torch.tensor([[0.0, -3, 2], [1, 0, 3], [2, -6, 10]], dtype=F64)  # row 3 is twice row 1 and row 2
+    b, ones = torch.tensor([0.0, 0, 1], dtype=F64), torch.ones(lanes, 3, dtype=F64)
+    with pytest.raises(il.InfeasibleError, match="infeasible"):
+        il.qp(torch.eye(3, dtype=F64), ones, A, b, on_failure=on_failure)  # type: ignore[arg-type]
+
+
+def test_what_the_search_calls_solved_satisfies_the_conditions_with_a_nearly_singular_objective() -> None:
+    n, lanes = 6, 8
+    V = torch.linalg.qr(randn(lanes, n, n, seed=0)).Q
+    Q = V * torch.logspace(0, -12, n, dtype=F64) @ V.mT
+    _, p, A, b, G, h = programs(lanes, n, 1, 8, seed=1)
+    data = (Q + Q.mT) / 2, p, A, b, G, h
+    answer, start = answers(data, 1e-9)
+    # what is called solved by the search satisfies the conditions; the interior point judges itself otherwise
+    assert start is None or float(violation(data, answer).max()) <= 1e-6
+
+
+def test_overflow_inside_is_no_warning_and_float32_gram_matrices_are_no_refusal() -> None:
+    eye, ones = torch.eye(2, dtype=F64), torch.ones(2, dtype=F64)
+    assert torch.allclose(il.qp(eye * 1e200, ones * 1e200), -ones)
+    for seed in range(20):
+        F = randn(4, 2, seed=seed).float()
+        box = torch.cat([torch.eye(4), -torch.eye(4)])
+        x = il.qp(F @ F.mT, torch.ones(4), G=box, h=torch.ones(8), on_failure="ignore")
+        assert bool((x.abs() <= 1 + 1e-5).all())
