@@ -22,6 +22,7 @@ from implicitlayer.fewshot import (
     task_accuracy,
     task_cross_entropy,
 )
+from implicitlayer.implicit import composite
 from implicitlayer.linear import ConjugateGradient
 from implicitlayer.meta import (
     MAML,
@@ -87,9 +88,9 @@ def build_method(
     steps = settings.inner_steps if inner_steps is None else inner_steps
     strength, step_size = settings.strength, settings.inner_step_size
 
-    def task_loss(params: Any, batch: Any) -> torch.Tensor:
-        images, labels = batch
-        return task_cross_entropy(network(params, images), labels)
+    task_loss = composite(
+        lambda logits, batch: task_cross_entropy(logits, batch[1]), lambda params, batch: network(params, batch[0])
+    )
 
     if settings.name == "maml":
         return MAML(
@@ -100,17 +101,29 @@ def build_method(
         return TruncatedMAML(
             task_loss, step_size=step_size, num_steps=steps, strength=strength, num_backward_steps=back
         )
-    descent = GradientDescent(step_size=step_size, max_steps=steps)
+    descent = GradientDescent(
+        step_size=step_size,
+        max_steps=steps,
+        rtol=settings.inner_rtol,
+        line_search=None if settings.line_search == "none" else "armijo",
+    )
     if settings.name == "fomaml":
         return FirstOrderMAML(task_loss, descent, strength=strength)
     if settings.name == "reptile":
         return Reptile(task_loss, descent, strength=strength)
-    newton = NewtonCG(max_steps=steps, cg_steps=settings.newton_cg_steps)
+    newton = NewtonCG(
+        max_steps=steps,
+        rtol=settings.inner_rtol,
+        cg_steps=settings.newton_cg_steps,
+        curvature=settings.newton_curvature,
+    )
     return iMAML(
         task_loss,
         descent if settings.name == "imaml-gd" else newton,
         strength=strength,
         linear_solver=ConjugateGradient(max_steps=settings.cg_steps),
+        curvature=settings.curvature,
+        negative_curvature="truncate",
         capture=capture,
     )
 

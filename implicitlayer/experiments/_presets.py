@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from implicitlayer.experiments._settings import (
+    IMPLICIT,
     Data,
     Evaluation,
     Experiment,
@@ -28,14 +29,32 @@ _HEAD = "The head starts at zero: labels are drawn at random for every task, so 
 _TURNS = "Training classes of a task are turned by random multiples of 90 degrees; validation and test classes are not."
 _CHOSEN = (
     "The paper does not say, and these were chosen here: 15 query pictures of each class, 32 tasks in a meta-step, "
-    "Adam with rate 1e-3 falling along a half cosine, 20,000 meta-steps, inner step size 0.1."
+    "Adam with rate 1e-3 falling along a half cosine, a meta-gradient clipped at norm 0.5 (iMAML), 20,000 meta-steps, "
+    "inner step size 0.1 (with a line search, its first trial)."
 )
-_NEWTON_STEPS = "The paper does not say how many Newton-CG steps are made; 3 was chosen here."
+_NEWTON_STEPS = (
+    "The paper does not say how many Newton-CG steps are made: as many as lower the gradient of the inner objective to "
+    "a tenth, at most 8, was chosen here."
+)
 _REPTILE = (
     "Reptile's own inner solver is Adam on mini-batches of 10 training shots; here it is gradient descent on all of "
     "them, and the outer rate of 1 falls along a half cosine, not along a line."
 )
 _TRUNCATED = "The paper's tables have no such row: iMAML-GD's settings, back-propagated through the last quarter."
+_SEARCHED = (
+    "Inner steps are found by an Armijo line search: meta-training sharpens the support loss until steps of a fixed "
+    "size diverge and the gradient is that of no minimum (docs/paper.md). --method.line-search none keeps them."
+)
+_GAUSS_NEWTON = (
+    "Directions come from Gauss-Newton products: the Hessian is indefinite away from the solution, and truncated "
+    "directions make little of it there. The meta-gradient uses the Hessian."
+)
+_NOT_RUN = "This preset has not been run at its full length."
+_CPU = (
+    "The paper's network, data, inner problem, strength and CG steps; the rest is what fits one CPU core: 16 tasks of "
+    "5 query pictures of each class in a meta-step, Adam with rate 2e-3 falling along a half cosine, the meta-gradient "
+    "clipped at norm 0.5, a budget in minutes. Chosen on validation classes."
+)
 _RELEASED = (
     "Departure: the released code solves (2I + H/12) g = v, here it is (I + H/2) g = v, the paper's system.",
     "Departure: its inner loop is plain SGD and one proximal step at the end; here every step has the proximal term.",
@@ -51,18 +70,24 @@ def cell_of(name: str) -> tuple[int, int]:
     return int(ways), int(shots)
 
 
+def _inner(method: MethodName, steps: int, strength: float = 2.0) -> Method:
+    """The inner solver of iMAML-GD or -HF that stays stable over a long training."""
+    if method == "imaml-hf":
+        return Method(method, inner_steps=8, inner_rtol=0.1, strength=strength, newton_curvature="gauss_newton")
+    return Method(method, inner_steps=steps, line_search="armijo", strength=strength)
+
+
 def _paper_omniglot(cell: str, method: MethodName) -> Experiment:
     ways, shots = cell_of(cell)
     steps = 16 if ways == 5 else 25
     data = Data("omniglot", num_ways=ways, num_shots=shots)
     outer, run = Outer(decay="cosine"), Run(max_steps=20_000)
-    evaluation, notes = Evaluation(), [_HEAD, _TURNS]
+    evaluation, notes = Evaluation(), [_NOT_RUN, _HEAD, _TURNS]
     settings = Method(method, inner_steps=steps)
-    if method in ("imaml-gd", "imaml-hf"):
-        notes.append(_CHOSEN)
-    if method == "imaml-hf":
-        settings = Method(method, inner_steps=3)
-        notes.append(_NEWTON_STEPS)
+    if method in IMPLICIT:
+        settings = _inner(method, steps)
+        outer = dataclasses.replace(outer, max_gradient_norm=0.5)
+        notes += [_CHOSEN, *_notes_of(method)]
     if method == "truncated":
         settings = Method(method, inner_steps=steps, backward_steps=steps // 4)
         notes += [_TRUNCATED, _CHOSEN]
@@ -94,19 +119,47 @@ def _paper_omniglot(cell: str, method: MethodName) -> Experiment:
     )
 
 
+def _notes_of(method: MethodName) -> list[str]:
+    return [_SEARCHED] if method == "imaml-gd" else [_GAUSS_NEWTON, _NEWTON_STEPS]
+
+
+def _cpu_omniglot(cell: str, method: MethodName) -> Experiment:
+    """The paper's cell with the meta-batch and the outer rate that hours of one core allow."""
+    paper = _paper_omniglot(cell, method)
+    settings, outer = paper.method, paper.outer
+    notes = [_CPU, *(note for note in paper.notes if note not in (_NOT_RUN, _CHOSEN))]
+    if method == "fomaml":
+        settings = dataclasses.replace(
+            _inner("imaml-gd", _paper_omniglot(cell, "imaml-gd").method.inner_steps), name=method
+        )
+        notes = [_CPU, _HEAD, _TURNS, _SEARCHED, "This is iMAML-GD with no CG steps: first-order MAML on its problem."]
+    if method != "reptile":
+        outer = Outer(learning_rate=2e-3, decay="cosine", tasks_per_step=16, max_gradient_norm=0.5)
+    return Experiment(
+        f"cpu-omniglot-{cell}-{method}",
+        "cpu",
+        tuple(notes),
+        dataclasses.replace(paper.data, num_query=5),
+        paper.network,
+        settings,
+        outer,
+        dataclasses.replace(paper.evaluation, num_validations=10, batch_size=16),
+        Run(minutes=90.0 if cell.endswith("1s") else 60.0),
+    )
+
+
 def _paper_miniimagenet(method: MethodName) -> Experiment:
     data = Data("miniimagenet", rotations="none", image_size=84)
     network = Network(num_filters=32, downsample="max_pool")
     # Meta-batch, rate and number of meta-steps: Finn, Abbeel, Levine 2017, appendix A.1; the paper names none.
     outer, run = Outer(tasks_per_step=4), Run(max_steps=60_000)
-    evaluation, notes = Evaluation(test_tasks=600), [_HEAD]
+    evaluation, notes = Evaluation(test_tasks=600), [_NOT_RUN, _HEAD]
     settings = Method(method, inner_steps=10, strength=0.5)
     chosen = "The paper does not say: meta-batch, Adam's rate and meta-steps are those of MAML; inner step size 0.1."
-    if method in ("imaml-gd", "imaml-hf"):
-        notes.append(chosen)
-    if method == "imaml-hf":
-        settings = Method(method, inner_steps=3, strength=0.5)
-        notes.append(_NEWTON_STEPS)
+    if method in IMPLICIT:
+        settings = _inner(method, 10, strength=0.5)
+        outer = dataclasses.replace(outer, max_gradient_norm=0.5)
+        notes += [chosen, *_notes_of(method)]
     if method == "truncated":
         settings = Method(method, inner_steps=10, strength=0.5, backward_steps=2)
         notes += [_TRUNCATED, chosen]
@@ -201,6 +254,8 @@ def _all() -> Iterator[Experiment]:
     for method in METHODS:
         for cell in OMNIGLOT_CELLS:
             yield _paper_omniglot(cell, method)
+            if method != "truncated":
+                yield _cpu_omniglot(cell, method)
             yield _reduced("omniglot", cell, method)
             yield _reduced("glyphs", cell, method)
         yield _paper_miniimagenet(method)

@@ -62,22 +62,31 @@ class Method(Checked):
 
     Args:
         name: imaml-gd and imaml-hf differ in the inner solver only: gradient descent, or Newton-CG with line search.
-        inner_steps: steps of the inner solver.
-        inner_step_size: of gradient descent; imaml-hf searches its own.
+        inner_steps: steps of the inner solver, or their limit where inner_rtol is positive.
+        inner_step_size: of gradient descent, its first trial with a line search; imaml-hf searches its own.
+        line_search: armijo shortens a step until the inner objective falls (imaml-gd, fomaml, reptile); none keeps
+            inner_step_size, which diverges once meta-training has sharpened the support loss (docs/paper.md).
+        inner_rtol: the inner solver stops at this share of the first gradient norm; 0 makes all inner_steps.
         strength: weight of the proximal term; 0 leaves it out.
         inner_momentum: of maml: Nesterov's accelerated gradient in place of gradient descent where it is not 0.
         cg_steps: conjugate gradient steps for the meta-gradient of imaml-*.
-        newton_cg_steps: Hessian products for each direction of imaml-hf.
+        curvature: matrix of the meta-gradient of imaml-*: the hessian, or gauss_newton, never negative, not exact.
+        newton_cg_steps: curvature products for each direction of imaml-hf.
+        newton_curvature: matrix of the directions of imaml-hf.
         backward_steps: inner steps that truncated back-propagates through.
     """
 
     name: MethodName = "imaml-gd"
     inner_steps: int = number(16, least=1)
     inner_step_size: float = number(0.1, above=0)
+    line_search: Literal["none", "armijo"] = "none"
+    inner_rtol: float = number(0.0, least=0, below=1)
     strength: float = number(2.0, least=0)
     inner_momentum: float = number(0.0, least=0, below=1)
     cg_steps: int = number(5, least=0)
+    curvature: Literal["hessian", "gauss_newton"] = "hessian"
     newton_cg_steps: int = number(5, least=1)
+    newton_curvature: Literal["hessian", "gauss_newton"] = "hessian"
     backward_steps: int = number(2, least=1)
 
 
@@ -171,7 +180,9 @@ class Experiment(Checked):
 
     Args:
         preset: name of the preset it was made from.
-        setting: ``"paper"``, ``"released"`` (the settings of the authors' released code) or ``"reduced"``.
+        setting: ``"paper"``, ``"cpu"`` (the paper's network, data and inner problem, with the meta-batch and the
+            outer rate that a few hours of one CPU core allow), ``"released"`` (the settings of the authors' released
+            code) or ``"reduced"``.
         notes: what the source leaves open and was chosen here, or what departs from it; one sentence each.
         data, network, method, outer, evaluation, run: the sections.
 
@@ -189,7 +200,7 @@ class Experiment(Checked):
     """
 
     preset: str = "custom"
-    setting: Literal["paper", "released", "reduced"] = "reduced"
+    setting: Literal["paper", "cpu", "released", "reduced"] = "reduced"
     notes: tuple[str, ...] = ()
     data: Data = field(default_factory=Data)
     network: Network = field(default_factory=Network)
@@ -211,6 +222,11 @@ class Experiment(Checked):
             raise ValueError(
                 f"method.inner_momentum={method.inner_momentum} must be 0 for {method.name}: only maml "
                 "back-propagates through accelerated steps here."
+            )
+        if method.line_search == "armijo" and method.name in ("maml", "truncated"):
+            raise ValueError(
+                f"method.line_search=armijo must be none for {method.name}: back-propagation through the path needs "
+                "steps of a fixed size. imaml-gd takes any."
             )
         if method.name == "truncated" and method.backward_steps > method.inner_steps:
             raise ValueError(

@@ -10,6 +10,8 @@ import torch
 from implicitlayer._types import InnerSolver, OnFailure, PyTree
 from implicitlayer.implicit import Proximal, argmin, proximal
 from implicitlayer.linear import ConjugateGradient
+from implicitlayer.linear._jacobian import Curvature
+from implicitlayer.linear._repair import NegativeCurvature
 from implicitlayer.meta._checks import PerTask
 from implicitlayer.meta._method import (
     MetaMethod,
@@ -44,6 +46,12 @@ class iMAML(MetaMethod):
             strength can be learned; a callable without arguments (such as :class:`LearnedStrength`) is asked at every
             call and can keep it positive.
         linear_solver: for the meta-gradient; the paper uses 5 CG steps.
+        curvature: the matrix H_i of the meta-gradient: ``"hessian"``, or ``"gauss_newton"`` for a ``task_loss`` made by
+            :func:`implicitlayer.composite` or :func:`implicitlayer.least_squares`. Gauss-Newton is never negative for a
+            convex loss of the outputs, so conjugate gradients cannot break down, and need fewer steps; the
+            meta-gradient is then exact only where the outputs are linear in phi or the support set is fitted.
+        negative_curvature: what conjugate gradients do where H_i + λ is not positive definite; see
+            :func:`implicitlayer.argmin`.
         on_failure: what numerical trouble gets. "ignore": nothing (the trainer still shows it). "warn": a warning where
             the gradient is an approximation (a missed tolerance), an error where it is none (negative curvature).
             "raise": always an error. A truncated inner solve is this method's normal state, so its stationarity is not
@@ -89,6 +97,8 @@ class iMAML(MetaMethod):
     _: KW_ONLY
     strength: StrengthLike = 2.0
     linear_solver: Any = ConjugateGradient(max_steps=5)
+    curvature: Curvature = "hessian"
+    negative_curvature: NegativeCurvature = "raise"
     on_failure: OnFailure = "ignore"
     stationarity_rtol: float | None = None
     step_size_gradient: StepSizeGradient = None
@@ -113,6 +123,8 @@ class iMAML(MetaMethod):
             batch_dims=1,
             on_failure=self.on_failure,
             stationarity_rtol=self.stationarity_rtol,
+            curvature=self.curvature,
+            negative_curvature=self.negative_curvature,
         )
         phi = layer(init, theta, support)
         return phi if last_step is None else last_step.attach(phi)
@@ -128,6 +140,9 @@ class iMAML(MetaMethod):
 
     def _moment(self, solver: InnerSolver, init: PyTree, theta: PyTree, support: PyTree) -> Moment | None:
         # a strength that is a callable is asked inside the recording, so that it follows the tensors it is made of
+        if self.curvature != "hessian":
+            self._recordings.tell(f'curvature="{self.curvature}" runs one by one: only Hessian products are recorded')
+            return None
         objective = Proximal(PerTask(self.task_loss), self.strength)
         own = tensors_of(self.strength)
         return self._recordings.moment(objective, solver, self.linear_solver, own, init, theta, support)

@@ -246,9 +246,9 @@ class Recordings:
                 except RuntimeError as error:
                     obstacle = f"recording failed ({str(error).splitlines()[0]})"
             if obstacle is not None:
-                self._tell(f"inner steps and products run one by one: {obstacle}")
+                self.tell(f"inner steps and products run one by one: {obstacle}")
             elif not _has_fixed_steps(inner_solver):
-                self._tell(
+                self.tell(
                     f"inner steps run one by one: {type(inner_solver).__name__} as it is set decides while it runs. "
                     "Products are recorded, and so is GradientDescent with max_steps alone"
                 )
@@ -281,7 +281,8 @@ class Recordings:
             )
         return None
 
-    def _tell(self, message: str) -> None:
+    def tell(self, message: str) -> None:
+        """Warn once that something is not recorded."""
         if message not in self.told:
             self.told.add(message)
             warn(f"capture=True: {message}.", ImplicitLayerWarning)

@@ -13,6 +13,7 @@ import torch
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._tree import flatten, leaves_norm, unflatten
 from implicitlayer._types import Leaves
+from implicitlayer.linear._operator import lane_dot
 from implicitlayer.solvers._descent import descend, rounds_between_syncs
 from implicitlayer.solvers._inputs import check_limits
 from implicitlayer.solvers._leaves import lanes_like, value_and_gradient
@@ -36,7 +37,8 @@ class GradientDescent(RecordingSolver):
     one value per lane, all lanes step together and a finished lane is frozen.
 
     With ``line_search="armijo"`` every lane has a step size of its own: it is cut back until
-    ``f(x - a g) <= f(x) - 1e-4 a ||g||^2``, and a step that was accepted at once is tried twice as long the next time.
+    ``f(x - a g) <= f(x) - 1e-4 a ||g||^2``. The next step first tries ``s's / s'y`` of the last step s and the change y
+    of the gradient along it, at most the last step size, or twice that where it was accepted at once.
     A lane that finds no lower point stops, status ``STAGNATED``: with no tolerance that is where rounding errors stop
     it.
 
@@ -59,7 +61,8 @@ class GradientDescent(RecordingSolver):
             :class:`meta.iMAML` say how to learn one).
         ImportError: ``progress=True`` without tqdm.
 
-    Source: the line search: Nocedal & Wright, Numerical Optimization, 2006, algorithm 3.1, cut back by interpolation.
+    Source: the line search: Nocedal & Wright, Numerical Optimization, 2006, algorithm 3.1, cut back by interpolation;
+    its first trial: Barzilai & Borwein 1988 (IMA J. Numer. Anal. 8).
 
     Example:
         >>> import torch, implicitlayer as il
@@ -170,8 +173,13 @@ def _tell(report: Report | None, step: int, value: torch.Tensor, gradient: Any, 
         report(Iteration(step, value, leaves_norm(gradient, value.ndim), kept))
 
 
+# NOTE [first trial]: with s the last step and y the change of the gradient, s's / s'y is the exact step along the last
+# direction where the objective is quadratic. It is tried next (the step size of Barzilai and Borwein), but no more than
+# twice the last step: doubling alone tries steps that are refused every second time.
+
+
 class _Growing:
-    """The steepest direction, first tried with the step size that the lane found last, or twice that."""
+    """The steepest direction, first tried with a step size from the lane's last step: NOTE [first trial]."""
 
     conjugate = False
 
@@ -185,8 +193,10 @@ class _Growing:
         return -gradient, self.trial
 
     def moved(self, lanes: torch.Tensor, step: torch.Tensor, change: torch.Tensor, search: LineSearch) -> None:
-        """Grow again where the first trial was accepted."""
+        """Grow again where the first trial was accepted, as far as the curvature met allows."""
         following = torch.where(search.trials == 1, 2 * search.step, search.step)
+        curvature = lane_dot(step, change) / lane_dot(step, step)
+        following = torch.where(curvature * following > 1, 1 / curvature, following)
         self.trial = torch.where(lanes, following, self.trial)
 
     def forget(self, lanes: torch.Tensor) -> torch.Tensor:
