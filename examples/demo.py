@@ -99,7 +99,7 @@ def make_method(network: Any, settings: Settings, cg_steps: int) -> il.meta.iMAM
 
     def task_loss(params: Any, batch: Any) -> torch.Tensor:
         images, labels = batch
-        return il.fewshot.task_cross_entropy(network(params, images), labels)
+        return network.cross_entropy(params, images, labels)
 
     return il.meta.iMAML(
         task_loss,

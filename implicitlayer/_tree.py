@@ -97,6 +97,10 @@ def leaves_norm(leaves: Sequence[torch.Tensor], lane_dims: int) -> torch.Tensor:
     """
     lanes = leaves[0].shape[:lane_dims]
     flat = [g.reshape(*lanes, g.shape[lane_dims:].numel()) for g in leaves]
+    if all(g.dtype in (torch.float32, torch.float16, torch.bfloat16) for g in flat):  # squares fit into float64
+        parts = [torch.linalg.vector_norm(g, dim=-1, dtype=torch.float64) for g in flat]
+        norm = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
+        return torch.where(norm.isnan(), math.inf, norm)
     largest = [g.abs().amax(-1) if g.numel() else g.new_zeros(lanes) for g in flat]
     scale = torch.stack([part.double() for part in largest]).amax(0)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))

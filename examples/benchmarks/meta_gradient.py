@@ -47,7 +47,7 @@ def library(theta: Params, tasks: Any, s: Settings) -> Gradient:
     images, labels, query_images, query_labels = tasks
     network = conv4(s)
     layer = il.argmin(
-        il.proximal(lambda phi, x, y: il.fewshot.task_cross_entropy(network(phi, x), y), s.strength),
+        il.proximal(network.cross_entropy, s.strength),
         il.solvers.GradientDescent(step_size=s.step_size, max_steps=s.inner_steps),
         linear_solver=il.ConjugateGradient(max_steps=s.cg_steps),
         batch_dims=1,
@@ -57,7 +57,7 @@ def library(theta: Params, tasks: Any, s: Settings) -> Gradient:
     leaves = {name: p.detach().requires_grad_() for name, p in theta.items()}
     init = {name: p.expand(len(images), *p.shape) for name, p in theta.items()}
     phi = layer(init, leaves, images, labels)
-    loss = il.fewshot.task_cross_entropy(network(phi, query_images), query_labels).mean()
+    loss = network.cross_entropy(phi, query_images, query_labels).mean()
     return loss.item(), dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
 
 

@@ -100,7 +100,7 @@ def methods(s: Settings, steps: int) -> dict[str, Any]:
 
     def loss(params: Any, batch: Any) -> torch.Tensor:
         images, labels = batch
-        return il.fewshot.task_cross_entropy(network(params, images), labels)
+        return network.cross_entropy(params, images, labels)
 
     descent = il.solvers.GradientDescent(step_size=s.step_size, max_steps=steps)
     cg = il.ConjugateGradient(max_steps=s.cg_steps)

@@ -22,7 +22,7 @@ from implicitlayer.fewshot import (
     task_accuracy,
     task_cross_entropy,
 )
-from implicitlayer.implicit import composite
+from implicitlayer.implicit import Composite, composite
 from implicitlayer.linear import ConjugateGradient
 from implicitlayer.meta import (
     MAML,
@@ -80,6 +80,23 @@ def build_theta(experiment: Experiment, network: Conv4, device: torch.device) ->
     return {name: value.requires_grad_() for name, value in theta.items()}
 
 
+class TaskLoss:
+    """The cross-entropy of a network on ``batch = (images, labels)``, [B], with the parts that Gauss-Newton needs."""
+
+    def __init__(self, network: Conv4) -> None:
+        self.network = network
+
+    def __call__(self, params: Any, batch: Any) -> torch.Tensor:
+        return self.network.cross_entropy(params, *batch)
+
+    def as_composite(self) -> Composite:
+        """Softmax cross-entropy, convex, of the network's logits."""
+        return composite(
+            lambda logits, batch: task_cross_entropy(logits, batch[1]),
+            lambda params, batch: self.network(params, batch[0]),
+        )
+
+
 def build_method(
     experiment: Experiment, network: Conv4, *, inner_steps: int | None = None, capture: bool = False
 ) -> MetaMethod:
@@ -88,9 +105,7 @@ def build_method(
     steps = settings.inner_steps if inner_steps is None else inner_steps
     strength, step_size = settings.strength, settings.inner_step_size
 
-    task_loss = composite(
-        lambda logits, batch: task_cross_entropy(logits, batch[1]), lambda params, batch: network(params, batch[0])
-    )
+    task_loss = TaskLoss(network)
 
     if settings.name == "maml":
         return MAML(

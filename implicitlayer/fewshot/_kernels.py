@@ -39,6 +39,22 @@ def hand_written(x: Tensor) -> bool:
     return x.device.type == "cpu" and forward_ad._current_level < 0
 
 
+def mapped(tensor: Tensor) -> bool:
+    """Whether ``tensor`` stands for many under `torch.func.vmap`."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
+def needs_plain_operations(data: Tensor) -> bool:
+    """Whether data of a task is differentiated or transformed, or of no fixed precision."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(data)
+    return data.requires_grad or wrapped or torch.is_autocast_enabled("cpu")
+
+
 def call(function: type[Function], *args: Any) -> Any:
     """Apply a Function inside another's backward; where nothing is recorded its forward alone, which saves 30 µs."""
     return function.apply(*args) if torch.is_grad_enabled() else function.forward(*args)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from implicitlayer.fewshot._batch_norm import EPSILON, batch_norm_relu
+from implicitlayer.fewshot._conv4_loss import Conv4Loss, Evaluation
 from implicitlayer.fewshot._convolution import convolution, convolution_relu
 from implicitlayer.fewshot._initial import DrawnNetwork
-from implicitlayer.fewshot._kernels import keep_freed_memory
+from implicitlayer.fewshot._kernels import hand_written, keep_freed_memory, mapped, needs_plain_operations
 from implicitlayer.fewshot._parameters import stacked_parameters
 from implicitlayer.fewshot._pooling import max_pool
+from implicitlayer.fewshot._task_losses import check_labels, task_cross_entropy
 
 Downsample = Literal["stride", "max_pool"]
 
@@ -134,6 +136,53 @@ class Conv4(DrawnNetwork):
             ValueError: a tensor that is missing or has another shape.
             TypeError: images and parameters have different dtypes.
         """
+        p, images, batched = self._stacked(params, images)
+        logits = self._in_parts(self._logits, p, images)
+        return logits if batched else logits.squeeze(0)
+
+    def cross_entropy(self, params: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
+        """Compute each task's mean cross-entropy, the same as `task_cross_entropy(network(params, images), labels)`.
+
+        On a CPU and with strides this is faster than that expression: gradients and Hessian-vector products in the
+        parameters take 0.6 to 0.8 x its time.
+
+        Args:
+            params: as for the logits.
+            images: as for the logits.
+            labels: `[K]`, or `[B, K]` for B tasks, integers in 0 .. N - 1.
+
+        Returns:
+            0-d, or `[B]`, in nats.
+
+        Raises:
+            ValueError, TypeError: as for the logits; labels of another shape.
+
+        Example:
+            >>> network = conv4(num_ways=5, num_filters=8)
+            >>> params = network.init(torch.Generator().manual_seed(0))
+            >>> params["head.weight"] = torch.zeros(5, network.num_features)
+            >>> params["head.bias"] = torch.zeros(5)
+            >>> network.cross_entropy(params, torch.rand(10, 1, 28, 28), torch.arange(10) % 5).exp()
+            tensor(5.)
+        """
+        by_hand = (
+            self.downsample == "stride"
+            and hand_written(images)
+            and images.numel() > 0
+            and not any(needs_plain_operations(tensor) for tensor in (images, labels))
+            and not any(mapped(value) for value in params.values())
+        )
+        if not by_hand:
+            return task_cross_entropy(self(params, images), labels)
+        p, images, batched = self._stacked(params, images)
+        if not batched:
+            labels = labels.unsqueeze(0)
+        check_labels(images[..., 0, 0, 0, None], labels)
+        losses = self._in_parts(self._losses, p, images, labels)
+        return losses if batched else losses.squeeze(0)
+
+    def _stacked(self, params: Mapping[str, Tensor], images: Tensor) -> tuple[dict[str, Tensor], Tensor, bool]:
+        """Parameters and images with a leading axis of tasks, checked; and whether the images had one."""
         batched = images.ndim == 5
         if images.ndim not in (4, 5) or images.shape[-3:] != (self.in_channels, self.image_size, self.image_size):
             size = f"{self.in_channels}, {self.image_size}, {self.image_size}"
@@ -143,25 +192,35 @@ class Conv4(DrawnNetwork):
             )
         if not batched:
             images = images.unsqueeze(0)
-        num_tasks, num_images = images.shape[:2]
-        p = stacked_parameters(params, self.shapes, num_tasks, batched=batched, dtype=images.dtype, name="conv4")
-        tasks_at_once = num_tasks
-        if images.device.type == "cpu":
+        p = stacked_parameters(params, self.shapes, images.shape[0], batched=batched, dtype=images.dtype, name="conv4")
+        return p, images, batched
+
+    def _in_parts(self, function: Callable[..., Tensor], p: dict[str, Tensor], *data: Tensor) -> Tensor:
+        """`function(p, *data)`, on a CPU in parts of as many tasks as stay in the cache."""
+        num_tasks, num_images = data[0].shape[:2]
+        at_once = num_tasks
+        if data[0].device.type == "cpu":
             keep_freed_memory()
             # the first convolution's output of one task
             largest = num_images * math.ceil(self.image_size / self._stride) ** 2 * self.num_filters
-            tasks_at_once = max(1, _MAX_ACTIVATION // largest) if largest else num_tasks
-        if num_tasks <= tasks_at_once:
-            logits = self._logits(p, images)
-        else:
-            parts = {name: value.split(tasks_at_once) for name, value in p.items()}
-            logits = torch.cat(
-                [
-                    self._logits({name: values[i] for name, values in parts.items()}, some)
-                    for i, some in enumerate(images.split(tasks_at_once))
-                ]
-            )
-        return logits if batched else logits.squeeze(0)
+            at_once = max(1, _MAX_ACTIVATION // largest) if largest else num_tasks
+        if num_tasks <= at_once:
+            return function(p, *data)
+        parts = {name: value.split(at_once) for name, value in p.items()}
+        pieces = zip(*(tensor.split(at_once) for tensor in data), strict=True)
+        return torch.cat(
+            [function({name: values[i] for name, values in parts.items()}, *some) for i, some in enumerate(pieces)]
+        )
+
+    def _losses(self, p: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
+        """Losses `[B]` with derivatives by hand."""
+
+        def plain(*tensors: Tensor) -> Tensor:
+            return task_cross_entropy(self._logits(dict(zip(p, tensors, strict=True)), images), labels)
+
+        side = math.ceil(self.image_size / 4)
+        loss = Conv4Loss(images, labels, self.num_ways, [side, math.ceil(side / 2)])
+        return Evaluation(loss, list(p), plain)(p)
 
     def _logits(self, p: dict[str, Tensor], images: Tensor) -> Tensor:
         """Logits `[B, K, N]` of stacked parameters and images `[B, K, C, height, width]`."""

@@ -26,7 +26,7 @@ def task_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         >>> task_cross_entropy(torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.long)).exp()
         tensor([5., 5.])
     """
-    _check_labels(logits, labels)
+    check_labels(logits, labels)
     log_probabilities = logits.log_softmax(-1)
     return -log_probabilities.gather(-1, labels.unsqueeze(-1)).squeeze(-1).mean(-1)
 
@@ -49,7 +49,7 @@ def task_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
         >>> task_accuracy(torch.eye(3), torch.tensor([0, 1, 0]))
         tensor(0.6667)
     """
-    _check_labels(logits, labels)
+    check_labels(logits, labels)
     return (logits.argmax(-1) == labels).to(logits.dtype).mean(-1)
 
 
@@ -79,7 +79,8 @@ def task_mean_squared_error(predictions: Tensor, targets: Tensor) -> Tensor:
     return (predictions - targets).square().mean((-2, -1))
 
 
-def _check_labels(logits: Tensor, labels: Tensor) -> None:
+def check_labels(logits: Tensor, labels: Tensor) -> None:
+    """Raise ValueError for labels that are no integers, one for each image of `logits` `[..., K, N]`."""
     # gather would take a part of the logits where there are fewer labels, and == would broadcast
     integers = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     if logits.ndim < 2 or labels.shape != logits.shape[:-1] or not integers:

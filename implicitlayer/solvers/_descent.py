@@ -100,6 +100,7 @@ class _Descent:
         self.watch = StallWatch(self.norm, self.value, eps)
         self.search = LineSearch(self.norm, eps, curvature, exact_on_quadratics=exact)
         self.direction = torch.zeros_like(self.x)
+        self.on_host = rounds_between_syncs(self.x) == 1
         self.best = self.x, self.value, self.norm  # at the last gain: after it came rounding errors only
 
     @property
@@ -118,17 +119,17 @@ class _Descent:
             rounds += 1
             if turning is not None:
                 self._turn(turning)
-            step = self.search.step.unsqueeze(-1).to(self.x.dtype) * self.direction
-            trial = torch.where(running.unsqueeze(-1), self.x + step, self.x)
+            length = torch.where(running, self.search.step, 0.0).unsqueeze(-1).to(self.x.dtype)
+            trial = self._chosen(running, torch.addcmul(self.x, length, self.direction), self.x)
             value, gradient = self.problem(trial)
             accepted, failed = self.search.advance(value, lane_dot(gradient, self.direction))
             accepted, failed = accepted & running, failed & running
             turning = None
             if every == 1 and not bool((accepted | failed).any()):
                 continue
-            self.method.moved(accepted, step, gradient - self.gradient, self.search)
-            here = accepted.unsqueeze(-1)
-            self.x, self.gradient = torch.where(here, trial, self.x), torch.where(here, gradient, self.gradient)
+            self.method.moved(accepted, trial - self.x, gradient - self.gradient, self.search)
+            self.x = self._chosen(accepted, trial, self.x)
+            self.gradient = self._chosen(accepted, gradient, self.gradient)
             self.value = torch.where(accepted, value, self.value)
             self.norm = torch.where(accepted, self.problem.norm(gradient), self.norm)
             self.steps = self.steps + accepted
@@ -144,14 +145,20 @@ class _Descent:
             turning = (accepted | retrying) & running
         return self._result()
 
+    def _chosen(self, lanes: torch.Tensor, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        """``new`` [*lanes, n] in some lanes, ``old`` in the others; no copy where one of them is the answer."""
+        if self.on_host and bool(lanes.all()):
+            return new
+        return torch.where(lanes.unsqueeze(-1), new, old)
+
     def _idle(self, accepted: torch.Tensor) -> torch.Tensor:
         """Lanes that only move by rounding errors; see NOTE [rounding]. A long search counts for more."""
         weight = lambda: torch.where(self.search.trials >= _LONG_SEARCH, PATIENCE / 4, 1.0).double()  # noqa: E731
         move = lambda: torch.full_like(self.norm, torch.inf)  # noqa: E731  # accepted values do not grow
-        stalled = self.watch.look(accepted, self.norm, self.value, weight, move, rounds_between_syncs(self.x) == 1)
+        stalled = self.watch.look(accepted, self.norm, self.value, weight, move, self.on_host)
         gained, (x, value, norm) = self.watch.gained, self.best
         self.best = (
-            torch.where(gained.unsqueeze(-1), self.x, x),
+            self._chosen(gained, self.x, x),
             torch.where(gained, self.value, value),
             torch.where(gained, self.norm, norm),
         )
@@ -162,10 +169,10 @@ class _Descent:
         direction, step = self.method.direction(lanes, self.gradient, self.norm)
         slope = lane_dot(self.gradient, direction)
         downhill = (slope < 0) & slope.isfinite()
-        direction = torch.where(downhill.unsqueeze(-1), direction, -self.gradient)
+        direction = self._chosen(downhill, direction, -self.gradient)
         slope = torch.where(downhill, slope, -self.norm * self.norm)
         step = torch.where(downhill, step, 1 / self.norm)
-        self.direction = torch.where(lanes.unsqueeze(-1), direction, self.direction)
+        self.direction = self._chosen(lanes, direction, self.direction)
         self.search.start(lanes, self.value, slope, step)
 
     def _tell(self) -> None:
