@@ -13,25 +13,17 @@ from typing import Any
 
 import torch
 
-from implicitlayer._errors import ClosureError, NonFiniteError
+from implicitlayer._errors import NonFiniteError
 from implicitlayer._tree import finite_lanes, name_lanes, ravel, unravel
 from implicitlayer._types import Leaves
 from implicitlayer.linear._common import lane_norm
-from implicitlayer.linear._jacobian import Jacobian, Watch
-from implicitlayer.linear._operator import lane_dot, lane_scale
+from implicitlayer.linear._jacobian import Jacobian
+from implicitlayer.linear._operator import lane_dot, lane_scale, wrap_value
 from implicitlayer.linear._residual import Residual
-
-# NOTE [a changed objective]: a backward runs the objective again, and tensors that it closes over are watched, but not
-# Python numbers, NumPy arrays or a random state. F(x) comes for free with the linearisation. If it has grown, and the
-# point is now further from a solution than the call allowed (by the same lower bound: no false alarm), the objective is
-# not that of the call.
+from implicitlayer.linear._warm_start import WarmStart
 
 # Below this many eps (times the square root of n) a distance is rounding, even where x and init are both zero.
 _NOISE = 1e3
-
-
-# The gradient must have grown by this factor between call and backward before it is looked at more closely.
-_GROWN = 10.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,30 +36,6 @@ class Stationarity:
     relative: torch.Tensor
     size: torch.Tensor
 
-    def watch(self, rtol: float) -> Watch:
-        """What refuses a backward whose F(x) is no longer that of the call; see NOTE [a changed objective]."""
-        norm, allowed = self.norm, torch.maximum(rtol * self.size, 2 * self.distance)
-
-        def watch(residual: Residual, x: Leaves, theta: Leaves, value: torch.Tensor) -> None:
-            found = lane_norm(value) if value.shape[-1] else value.new_zeros(value.shape[:-1])
-            if found.shape[found.ndim - norm.ndim :] != norm.shape or not bool((found > _GROWN * norm).any()):
-                return  # levels of a transform come first, so that the call's lanes are the last ones
-            now = stationarity(residual, x, theta, x)
-            moved = (now.distance > allowed) & (now.norm > _GROWN * norm)
-            if not bool(moved.any()) or not bool((moved & ~is_rounding(now, residual, x, theta)).any()):
-                return
-            pick = tuple(moved.nonzero()[0].tolist())
-            before = norm.expand(now.norm.shape)[pick].item()
-            raise ClosureError(
-                f"since the layer was called, the objective has changed{name_lanes(moved)}: at the solution its "
-                f"gradient (the residual) had norm {before:.3g}, and now has {now.norm[pick].item():.3g}. The gradient "
-                "would be that of another problem. A number or array that the objective closes over has changed (pass "
-                "it to the layer as one more theta), or the objective is random (dropout: call .eval(), or draw the "
-                "mask once and pass it as a theta)."
-            )
-
-        return watch
-
 
 # NOTE [rounding of F]: at a solution F is a sum of terms that cancel, and what is left of them is rounding: a few eps
 # of the size of the terms. Changing every entry of theta by a relative h of random sign changes F by h times that size.
@@ -76,9 +44,9 @@ _ROUNDINGS = 16.0
 _DRAWS = 4
 
 
-def is_rounding(at: Stationarity, residual: Residual, x: Leaves, theta: Leaves) -> torch.Tensor:
-    """Lanes, bool [*lanes], whose F(x) is rounding error only; a few more gradients."""
-    eps = torch.finfo(at.gradient.dtype).eps
+def is_rounding(value: torch.Tensor, norm: torch.Tensor, residual: Residual, x: Leaves, theta: Leaves) -> torch.Tensor:
+    """Lanes, bool [*lanes], whose F(x), ``value`` of norm ``norm``, is rounding error only; a few more gradients."""
+    eps = torch.finfo(value.dtype).eps
     h = eps**0.5
 
     def changed(leaf: torch.Tensor, draw: int) -> torch.Tensor:
@@ -90,14 +58,14 @@ def is_rounding(at: Stationarity, residual: Residual, x: Leaves, theta: Leaves) 
         turned: torch.Tensor = leaf.detach() * (1 + h * signs.to(leaf.dtype))
         return turned
 
-    size = torch.zeros_like(at.norm)
+    size = torch.zeros_like(norm)
     for draw in range(_DRAWS):  # one choice of signs may cancel by chance
         with torch.enable_grad():
             points = [t.detach().requires_grad_() for t in x]
             moved = residual.kept_graph_gradient(points, [changed(t, draw) for t in theta])
             flat = ravel([leaf.detach() for leaf in moved], residual.lane_dims)
-        size = torch.maximum(size, lane_norm(flat - at.gradient) / h)
-    rounding: torch.Tensor = at.norm <= _ROUNDINGS * eps * size
+        size = torch.maximum(size, lane_norm(flat - value) / h)
+    rounding: torch.Tensor = norm <= _ROUNDINGS * eps * size
     return rounding
 
 
@@ -133,5 +101,7 @@ def newton_step(
 ) -> torch.Tensor:
     """J^-1 F, flat [*lanes, n]: one Newton step takes an error delta to the order of delta^2."""
     operator = Jacobian(residual, len(x), transposed=False).linearize([*x, *theta])
-    value: torch.Tensor = linear_solver(operator, gradient).value
+    # the warm starts of a solver are for cotangents
+    solver = linear_solver.solver if isinstance(linear_solver, WarmStart) else linear_solver
+    value: torch.Tensor = wrap_value(operator, gradient, solver(operator, gradient), type(solver).__name__).value
     return value

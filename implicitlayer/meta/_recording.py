@@ -284,7 +284,7 @@ class Recordings:
     def _tell(self, message: str) -> None:
         if message not in self.told:
             self.told.add(message)
-            warn(f"capture=True: {message}.", ImplicitLayerWarning)
+            warn(f"capture=True: {message}.", ImplicitLayerWarning, message)
 
 
 def _has_fixed_steps(solver: Any) -> bool:
