@@ -82,8 +82,8 @@ class ForwardRecord:
         if self.relative_distance is None:
             return (
                 "Whether the solver's answer is stationary was not checked: the check is off, or no gradient was "
-                "asked for. Leave stationarity_rtol at its default and call the layer with a theta that requires a "
-                "gradient."
+                f"asked for{self._solver_said}. Leave stationarity_rtol at its default and call the layer with a theta "
+                "that requires a gradient."
             )
         if self.stationary is None or self.rtol is None:
             return (
@@ -102,7 +102,8 @@ class ForwardRecord:
                 "pass polish=1 for a Newton step after the solver; the record of the backward solve knows more."
             )
         if self.stationary:
-            return f"The solver's answer is stationary ({numbers}). There is nothing to do."
+            numbers = f"as far as the forward pass tells ({numbers})"
+            return f"The solver's answer is stationary {numbers}. There is nothing to do."
         bad = name_lanes(~(self.relative_distance <= self.rtol))
         return (
             f"The solver's answer is not stationary{bad} ({numbers}), and the gradient carries an error of that order "

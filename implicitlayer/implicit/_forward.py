@@ -12,25 +12,18 @@ import numpy as np
 import torch
 
 from implicitlayer._active_set import ActiveSet
-from implicitlayer._errors import (
-    ConvergenceWarning,
-    NonFiniteError,
-    NotConvergedError,
-    SolverOutputError,
-    StationarityError,
-    StationarityWarning,
-)
+from implicitlayer._errors import NonFiniteError, SolverOutputError
 from implicitlayer._records import ForwardRecord, emit, listening_in_depth
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
 from implicitlayer._surroundings import out_of_inference, plain_surroundings
 from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, name_lanes, unflatten
 from implicitlayer._types import FlatFunction, Leaves, OnFailure
-from implicitlayer._warn import warn
 from implicitlayer.implicit._composite import Composite
 from implicitlayer.implicit._distance import AnswerCheck
 from implicitlayer.implicit._polish import Polish, polish
-from implicitlayer.implicit._stationarity import Stationarity, is_rounding, stationarity
+from implicitlayer.implicit._stationarity import Stationarity, stationarity
+from implicitlayer.implicit._verdict import judge_answer
 from implicitlayer.linear._residual import Residual
 
 if TYPE_CHECKING:
@@ -130,9 +123,7 @@ def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
         constraints.judge(active_set, spec.on_failure)
     if measured is not None and spec.stationarity_rtol is not None:
         rtol, nearest = spec.stationarity_rtol, getattr(active_set, "nearest", None)
-        limited = status is Status.MAX_STEPS_REACHED and not kept
-        if not _judge(spec, measured, rtol, x, theta, limited):
-            _judge_steps(spec, limited, polished)
+        judge_answer(spec, measured, x, theta, status is Status.MAX_STEPS_REACHED and not kept, polished)
         spec.answer[:] = [AnswerCheck.of(measured, rtol, spec.on_failure, spec.linear_solver, nearest)]
     return x
 
@@ -304,57 +295,3 @@ def _record(
     if spec.listener is not None:
         spec.listener(record)
     return record.solver_status
-
-
-def _judge(spec: LayerSpec, measured: Stationarity, rtol: float, x: Leaves, theta: Leaves, limited: bool) -> bool:
-    """Row "answer not stationary": the implicit gradient there is that of no minimum. Whether it was told."""
-    bad = measured.relative > rtol
-    if spec.on_failure == "ignore" or not bool(bad.any()):
-        return False
-    bad = bad & ~is_rounding(measured.gradient, measured.norm, spec.residual, x, theta)
-    if not bool(bad.any()):
-        return False
-    pick = tuple(bad.nonzero()[0].tolist())
-    what = "gradient of the objective" if spec.residual.is_gradient else "residual"
-    message = (
-        f"the solver's answer is not stationary{name_lanes(bad)}: the {what} has norm "
-        f"{measured.norm[pick].item():.3g} there, and the solution is at least about "
-        f"{measured.distance[pick].item():.3g} away ({measured.relative[pick].item():.1e} of its size, allowed "
-        f"{rtol:.1e}). The implicit gradient carries an error of that order at least. "
-        + (
-            "The solver stopped at its step limit: raise its max_steps"
-            if limited
-            else "Solve the inner problem more tightly"
-        )
-        + ", pass polish=1 for a Newton step after the solver, or stationarity_rtol=None if an early stop is intended."
-    )
-    if spec.on_failure == "raise":
-        raise StationarityError(message)
-    warn(message, StationarityWarning, f"answer, step limit {limited}")
-    return True
-
-
-def _judge_steps(spec: LayerSpec, limited: bool, polished: Polish | None) -> None:
-    """A solver that gave up, and Newton steps that led nowhere: what the gradient there does not show."""
-    if spec.on_failure == "ignore":
-        return
-    if polished is not None and bool(polished.refused.any()):
-        message = (
-            f"polish={spec.polish} did not help{name_lanes(polished.refused)}: the Newton step from the solver's "
-            "answer is longer than stationarity_rtol allows, and no step made the gradient (the residual) smaller, so "
-            "the answer is as the solver left it. Solve the inner problem more tightly: a Newton step needs a start "
-            "near the solution."
-        )
-        if spec.on_failure == "raise":
-            raise StationarityError(message)
-        warn(message, StationarityWarning, "polish refused")
-    elif limited:
-        message = (
-            "the solver stopped at its step limit before it reached its tolerance. The gradient at its answer is "
-            "small, but where the problem is ill-conditioned the solution may be far all the same, and the implicit "
-            "gradient wrong. Raise its max_steps, loosen its tolerance, pass polish=1 for a Newton step after the "
-            "solver, or give max_steps alone if a fixed number of steps is intended."
-        )
-        if spec.on_failure == "raise":
-            raise NotConvergedError(message)
-        warn(message, ConvergenceWarning, "solver's step limit")

@@ -16,7 +16,7 @@ import implicitlayer as il
 from implicitlayer import testing
 from tests.thorough._family import DrawnFamily
 from tests.thorough._quadratics import SEEDS
-from tests.thorough._reference import F64, Tensor
+from tests.thorough._reference import F64
 from tests.thorough._trial import Trial, residual_allowed
 
 __all__ = ["FAMILIES"]

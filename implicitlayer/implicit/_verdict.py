@@ -1,0 +1,75 @@
+"""What the caller is told of an answer when the forward pass is over."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from implicitlayer._errors import ConvergenceWarning, NotConvergedError, StationarityError, StationarityWarning
+from implicitlayer._tree import name_lanes
+from implicitlayer._types import Leaves
+from implicitlayer._warn import warn
+from implicitlayer.implicit._polish import Polish
+from implicitlayer.implicit._stationarity import Stationarity, is_rounding
+
+if TYPE_CHECKING:
+    from implicitlayer.implicit._function import LayerSpec
+
+__all__ = ["judge_answer"]
+
+
+def judge_answer(
+    spec: LayerSpec, measured: Stationarity, x: Leaves, theta: Leaves, limited: bool, polished: Polish | None
+) -> None:
+    """Apply the failure policy: not stationary, Newton steps that led nowhere, or a step limit before the tolerance.
+
+    One of them is told, the gravest. ``limited``: the solver says that it stopped at its step limit.
+    """
+    rtol = spec.stationarity_rtol
+    if spec.on_failure == "ignore" or rtol is None:
+        return
+    refused = polished is not None and bool(polished.refused.any())
+    bad = measured.relative > rtol
+    if bool(bad.any()):
+        bad = bad & ~is_rounding(measured.gradient, measured.norm, spec.residual, x, theta)
+    if bool(bad.any()):
+        pick = tuple(bad.nonzero()[0].tolist())
+        what = "gradient of the objective" if spec.residual.is_gradient else "residual"
+        remedy = "Solve the inner problem more tightly, pass polish=1 for a Newton step after the solver"
+        if refused:
+            remedy = (
+                f"polish={spec.polish} did not help (no Newton step made it smaller). Solve the problem more tightly"
+            )
+        elif limited:
+            remedy = (
+                "The solver stopped at its step limit: raise its max_steps, pass polish=1 for a Newton step after it"
+            )
+        message = (
+            f"the solver's answer is not stationary{name_lanes(bad)}: the {what} has norm "
+            f"{measured.norm[pick].item():.3g} there, and the solution is at least about "
+            f"{measured.distance[pick].item():.3g} away ({measured.relative[pick].item():.1e} of its size, allowed "
+            f"{rtol:.1e}). The implicit gradient carries an error of that order at least. {remedy}, or "
+            "stationarity_rtol=None if an early stop is intended."
+        )
+        if spec.on_failure == "raise":
+            raise StationarityError(message)
+        warn(message, StationarityWarning, f"not stationary {limited} {refused}")
+    elif refused and polished is not None:
+        message = (
+            f"polish={spec.polish} did not help{name_lanes(polished.refused)}: the Newton step from the solver's "
+            "answer is longer than stationarity_rtol allows, and no step made the gradient (the residual) smaller, so "
+            "the answer is as the solver left it. Solve the inner problem more tightly: a Newton step needs a start "
+            "near the solution."
+        )
+        if spec.on_failure == "raise":
+            raise StationarityError(message)
+        warn(message, StationarityWarning, "polish refused")
+    elif limited:
+        message = (
+            "the solver stopped at its step limit before it reached its tolerance. The gradient at its answer is "
+            "small, but where the problem is ill-conditioned the solution may be far all the same, and the implicit "
+            "gradient wrong. Raise its max_steps, loosen its tolerance, pass polish=1 for a Newton step after the "
+            "solver, or give max_steps alone if a fixed number of steps is intended."
+        )
+        if spec.on_failure == "raise":
+            raise NotConvergedError(message)
+        warn(message, ConvergenceWarning, "step limit of the solver")
