@@ -348,8 +348,8 @@ def test_a_polish_that_does_not_help_says_so() -> None:
     ramp = lambda x, t: (torch.sqrt(1e-12 + (x - t) ** 2)).sum()  # noqa: E731
     layer = il.argmin(ramp, lambda f, x, t: t + 10.0, polish=2, stationarity_rtol=1e-3)
     with pytest.warns(il.StationarityWarning, match="polish=2 did not help"):
-        layer(torch.zeros(1, dtype=F64), torch.zeros(1, dtype=F64, requires_grad=True))
-    assert layer.records[0].num_polish_steps == 0
+        x = layer(torch.zeros(1, dtype=F64), torch.zeros(1, dtype=F64, requires_grad=True))
+    assert x.item() == 10.0 and layer.records[0].num_polish_steps == 0
     # where the gradient does not show the distance: the valley of a quadratic, and a solver that turns round
     stuck = il.argmin(ridge, far(0.02), polish=2, linear_solver=lambda operator, rhs: -il.Dense()(operator, rhs).value)
     with pytest.warns(il.StationarityWarning, match="polish=2 did not help: the Newton step from the solver's answer"):

@@ -137,6 +137,11 @@ def test_the_lane_of_a_maximum_is_named() -> None:
         torch.func.vmap(lambda s: layer(torch.full((2,), 0.3, dtype=F64), s))(scale)
 
 
+def onto(A: Tensor, b: Tensor) -> Callable[..., Tensor]:
+    """A user's own projection onto A x = b."""
+    return lambda y, t: y - torch.linalg.pinv(A) @ (A @ y - b)
+
+
 def test_no_corner_is_called_a_saddle() -> None:
     # as many independent equations as unknowns: the solution does not move with t, and rounding is no direction
     checked = 0
@@ -149,9 +154,8 @@ def test_no_corner_is_called_a_saddle() -> None:
         b = torch.ones(n, dtype=F64)
         corner = torch.linalg.solve(A, b)
         t = randn(n, seed=seed).requires_grad_()
-        projection = lambda y, A=A, b=b: y - torch.linalg.pinv(A) @ (A @ y - b)  # noqa: E731
         for constraint in (Affine(A, b), Affine(torch.cat([A, A[:1] + A[1:2]]), torch.cat([b, b[:1] + b[1:2]])),
-                           il.sets.Projection(projection)):  # fmt: skip
+                           il.sets.Projection(onto(A, b))):  # fmt: skip
             layer = il.argmin(distance, lambda f, x, t, at=corner: at, constraint=constraint, on_failure="raise")
             (slope,) = torch.autograd.grad(layer(torch.zeros(n, dtype=F64), t).sum(), t)
             # the projection onto the free directions, of which there are none, is known to eps times the condition

@@ -275,4 +275,12 @@ LAYER_MUTANTS = [
         "the proximal term is divided by the number of unknowns",
         near="proximal",
     ),
+    Mutant(
+        "a polish step kept without comparing",
+        "implicit/_polish.py",
+        "mask = b[1].norm < a[1].norm",
+        "mask = torch.ones_like(b[1].norm, dtype=torch.bool)",
+        "polish may lead away from the solution",
+        near="a polish step",
+    ),
 ]
