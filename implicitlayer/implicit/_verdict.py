@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from implicitlayer._errors import ConvergenceWarning, NotConvergedError, StationarityError, StationarityWarning
 from implicitlayer._tree import name_lanes
-from implicitlayer._types import Leaves
+from implicitlayer._types import Leaves, OnFailure
 from implicitlayer._warn import warn
 from implicitlayer.implicit._polish import Polish
 from implicitlayer.implicit._stationarity import Stationarity, is_rounding
@@ -14,7 +14,7 @@ from implicitlayer.implicit._stationarity import Stationarity, is_rounding
 if TYPE_CHECKING:
     from implicitlayer.implicit._function import LayerSpec
 
-__all__ = ["judge_answer"]
+__all__ = ["judge_answer", "tell_step_limit"]
 
 
 def judge_answer(
@@ -64,12 +64,19 @@ def judge_answer(
             raise StationarityError(message)
         warn(message, StationarityWarning, "polish refused")
     elif limited:
-        message = (
-            "the solver stopped at its step limit before it reached its tolerance. The gradient at its answer is "
-            "small, but where the problem is ill-conditioned the solution may be far all the same, and the implicit "
-            "gradient wrong. Raise its max_steps, loosen its tolerance, pass polish=1 for a Newton step after the "
-            "solver, or give max_steps alone if a fixed number of steps is intended."
-        )
-        if spec.on_failure == "raise":
-            raise NotConvergedError(message)
-        warn(message, ConvergenceWarning, "step limit of the solver")
+        tell_step_limit(spec.on_failure)
+
+
+def tell_step_limit(on_failure: OnFailure) -> None:
+    """Apply the failure policy to a solver that says that it stopped at its step limit before its tolerance."""
+    if on_failure == "ignore":
+        return
+    message = (
+        "the solver stopped at its step limit before it reached its tolerance. The gradient at its answer is small, "
+        "but where the problem is ill-conditioned the solution may be far all the same, and the implicit gradient "
+        "wrong. Raise its max_steps, loosen its tolerance, pass polish=1 for a Newton step after the solver, or give "
+        "max_steps alone if a fixed number of steps is intended."
+    )
+    if on_failure == "raise":
+        raise NotConvergedError(message)
+    warn(message, ConvergenceWarning, "step limit of the solver")

@@ -366,3 +366,22 @@ def test_the_gradient_error_of_a_rough_answer_is_no_closure_error() -> None:
         layer(torch.zeros(1, dtype=F64), t).sum().backward()
     backward = records[-1]
     assert isinstance(backward, il.BackwardRecord) and backward.gradient_error.relative.isfinite()
+
+
+def test_a_layer_under_constraints_tells_the_step_limit_of_its_solver_too() -> None:
+    class Limited(il.RecordingSolver):
+        def run(self, objective: Any, init: Any, *theta: Any) -> il.SolverResult:
+            return il.SolverResult(theta[0] / theta[0].detach().norm(), il.Status.MAX_STEPS_REACHED, 7)
+
+    def layer(**settings: Any) -> Any:
+        return il.constrained_argmin(
+            lambda x, t: ((x - t) ** 2).sum(), Limited(), inequality=lambda x, t: (x**2).sum() - 1, **settings
+        )
+
+    t = torch.tensor([3.0, 4.0], dtype=F64, requires_grad=True)
+    with pytest.warns(il.ConvergenceWarning, match="stopped at its step limit"):
+        layer()(torch.zeros(2, dtype=F64), t)
+    with pytest.raises(il.NotConvergedError, match="stopped at its step limit"):
+        layer(on_failure="raise")(torch.zeros(2, dtype=F64), t)
+    for quiet in ({"on_failure": "ignore"}, {"stationarity_rtol": None}):
+        assert not words(lambda: layer(**quiet)(torch.zeros(2, dtype=F64), t))  # noqa: B023
