@@ -144,6 +144,7 @@ def details(il: Any, testing: Any) -> Iterator[NamedCheck]:
         yield f"default tolerance, {name}", partial(default_tolerance_is_kept, il, testing, name)
     yield "damping mirrors the smallest eigenvalue", partial(damping_is_twice_the_smallest, il)
     yield "a polish step that leads off", partial(polish_keeps_the_better_point, il)
+    yield "an answer that is far along a flat direction", partial(a_hidden_distance_is_told, il)
 
 
 def zero_steps_keep_the_scale(il: Any, name: str) -> None:
@@ -184,3 +185,19 @@ def polish_keeps_the_better_point(il: Any) -> None:
     )
     x = layer(torch.zeros(1, dtype=F64), torch.zeros(1, dtype=F64, requires_grad=True))
     assert x.item() == 10.0, f"a polish step led from 10 to {x.item()}"
+
+
+def a_hidden_distance_is_told(il: Any) -> None:
+    # 5 per cent off along the flat direction; a part in 1e3 of it along the steep one makes all of the gradient
+    curvatures = torch.tensor([1.0, 1e-6], dtype=F64)
+    layer = il.argmin(
+        lambda x, b: 0.5 * (curvatures * x) @ x - b @ x,
+        lambda f, x, b: b / curvatures * 1.05 + 50 * torch.tensor([1.0, 0.0], dtype=F64),
+        on_failure="raise",
+    )
+    x = layer(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64, requires_grad=True))
+    try:
+        x.sum().backward()
+    except il.StationarityError:
+        return
+    raise AssertionError("an answer 5 per cent of its size away passes for a solution")
