@@ -28,9 +28,11 @@ _NOISE = 1e3
 
 @dataclass(frozen=True, eq=False)
 class Stationarity:
-    """F(x) [*lanes, n]; per lane its norm, the estimated distance to the solution, its ratio to the size, the size."""
+    """F(x) and J'F [*lanes, n]; per lane the norm of F, the estimated distance to the solution, its ratio to the size,
+    the size."""
 
     gradient: torch.Tensor
+    product: torch.Tensor
     norm: torch.Tensor
     distance: torch.Tensor
     relative: torch.Tensor
@@ -93,7 +95,36 @@ def stationarity(residual: Residual, x: Leaves, theta: Leaves, init: Leaves) -> 
         least = torch.full_like(size, _NOISE * torch.finfo(at.dtype).eps * max(at.shape[-1], 1) ** 0.5)
     size = torch.maximum(size, least.to(size.dtype))
     relative = torch.where(distance == 0, 0.0, distance / size)
-    return Stationarity(gradient, squared.sqrt() * scale[..., 0], distance, relative, size)
+    return Stationarity(gradient, product * scale, squared.sqrt() * scale[..., 0], distance, relative, size)
+
+
+# NOTE [a Hessian that changes]: a gradient u = H(x)^-1 v errs by the relative change of H between x and x*, whatever
+# the size of x: near the border of a log barrier H changes over a tiny part of x. With a step d along F,
+#     F(x - d) = F - H d + 1/2 (H' d) d + ...,   so that   2 ||F(x - d) - F + H d|| / ||H d||
+# is the relative change of H along d. d has the length of the lower bound of the distance; H d comes with it.
+_TIGHT = 0.75  # this power of eps, over the size of x, is near enough: nothing is looked at
+CLEAR = 100.0  # F must be this much above its rounding, of which the change is made otherwise
+
+
+def hessian_change(residual: Residual, x: Leaves, theta: Leaves, at: Stationarity) -> torch.Tensor:
+    """Relative change [*lanes] of the Hessian from x to the solution, as far as a step along F tells; one gradient.
+
+    Zero where the answer is near enough that it cannot matter, or where F is not clear of its rounding.
+    """
+    none = torch.zeros_like(at.norm)
+    eps = torch.finfo(at.gradient.dtype).eps
+    if not residual.is_gradient or not bool((at.distance > eps**_TIGHT * at.size).any()):
+        return none
+    part = torch.where(at.norm > 0, at.distance / torch.where(at.norm > 0, at.norm, 1.0), 0.0)
+    part = part.to(at.gradient.dtype).unsqueeze(-1)
+    lane_dims = residual.lane_dims
+    there = unravel(ravel(x, lane_dims) - part * at.gradient, x, lane_dims)
+    with torch.enable_grad():
+        moved = residual.kept_graph_gradient([t.detach().requires_grad_() for t in there], theta)
+    value, linear = ravel([t.detach() for t in moved], lane_dims), part * at.product
+    size = lane_norm(linear)
+    change = 2 * lane_norm(value - at.gradient + linear) / torch.where(size > 0, size, 1.0)
+    return torch.where((size > 0) & (at.distance > eps**_TIGHT * at.size), change.nan_to_num(torch.inf), none)
 
 
 def newton_step(
