@@ -102,7 +102,7 @@ def stationarity(residual: Residual, x: Leaves, theta: Leaves, init: Leaves) -> 
 # the size of x: near the border of a log barrier H changes over a tiny part of x. With a step d along F,
 #     F(x - d) = F - H d + 1/2 (H' d) d + ...,   so that   2 ||F(x - d) - F + H d|| / ||H d||
 # is the relative change of H along d. d has the length of the lower bound of the distance; H d comes with it.
-_TIGHT = 0.75  # this power of eps, over the size of x, is near enough: nothing is looked at
+_TIGHT = 0.5  # this power of eps, over the size of x, is near enough: nothing is looked at
 CLEAR = 100.0  # F must be this much above its rounding, of which the change is made otherwise
 
 
