@@ -11,10 +11,12 @@ from functools import cached_property
 import torch
 
 from implicitlayer._active_set import ActiveSet
-from implicitlayer._errors import NotRecordedError
+from implicitlayer._errors import NotRecordedError, StationarityError, StationarityWarning
 from implicitlayer._solution import LinearSolution
 from implicitlayer._status import Status
 from implicitlayer._tree import name_lanes
+from implicitlayer._types import OnFailure
+from implicitlayer._warn import warn
 
 __all__ = ["BackwardRecord", "ForwardRecord", "GradientError", "Record", "diagnostics"]
 
@@ -55,10 +57,19 @@ class ForwardRecord:
             return None
         return bool((self.relative_distance <= self.rtol).all())
 
+    @property
+    def _solver_said(self) -> str:
+        """How the solver ended, as it says itself."""
+        if self.solver_status is None:
+            return ""
+        steps = "" if self.num_steps is None else f" after {_steps(self.num_steps)}"
+        return f"; the solver's own status is {self.solver_status.name.lower()}{steps}"
+
     def __str__(self) -> str:
         solver = "" if self.num_steps is None else f", {_steps(self.num_steps, 'solver ')}"
         solver += f", {_steps(self.num_polish_steps, 'polish ')}" if self.num_polish_steps else ""
         solver += f", {self.active_set}" if self.active_set is not None else ""
+        solver += f", solver {self.solver_status.name.lower()}" if self.solver_status is not None else ""
         if self.stationarity_norm is None or self.relative_distance is None:
             return f"forward: stationarity not checked{solver}"
         return (
@@ -71,22 +82,32 @@ class ForwardRecord:
         if self.relative_distance is None:
             return (
                 "Whether the solver's answer is stationary was not checked: the check is off, or no gradient was "
-                "asked for. Leave stationarity_rtol at its default and call the layer with a theta that requires a "
-                "gradient."
+                f"asked for{self._solver_said}. Leave stationarity_rtol at its default and call the layer with a theta "
+                "that requires a gradient."
             )
         if self.stationary is None or self.rtol is None:
             return (
                 f"The solver's answer is at an estimated relative distance of {_span(self.relative_distance)} from the "
-                "solution. The layer does not judge that (stationarity_rtol=None): the gradient carries an error of "
-                "that order."
+                f"solution, at least{self._solver_said}. The layer does not judge that (stationarity_rtol=None): the "
+                "gradient carries an error of that order at least."
             )
-        numbers = f"estimated relative distance to the solution {_span(self.relative_distance)}, allowed {self.rtol:g}"
+        numbers = (
+            f"estimated relative distance to the solution {_span(self.relative_distance)}, allowed {self.rtol:g}"
+            f"{self._solver_said}"
+        )
+        if self.solver_status is Status.MAX_STEPS_REACHED and self.stationary and not self.num_polish_steps:
+            return (
+                f"The solver stopped at its step limit before its tolerance ({numbers}): the distance is one from "
+                "below, and larger where the problem is ill-conditioned. Raise its max_steps, loosen its tolerance, or "
+                "pass polish=1 for a Newton step after the solver; the record of the backward solve knows more."
+            )
         if self.stationary:
-            return f"The solver's answer is stationary ({numbers}). There is nothing to do."
+            numbers = f"as far as the forward pass tells ({numbers})"
+            return f"The solver's answer is stationary {numbers}. There is nothing to do."
         bad = name_lanes(~(self.relative_distance <= self.rtol))
         return (
-            f"The solver's answer is not stationary{bad} ({numbers}), and the gradient carries an error of that order. "
-            "Solve the inner problem more tightly, or pass polish=1 for a Newton step after the solver."
+            f"The solver's answer is not stationary{bad} ({numbers}), and the gradient carries an error of that order "
+            "at least. Solve the inner problem more tightly, or pass polish=1 for a Newton step after the solver."
         )
 
 
@@ -129,6 +150,29 @@ class GradientError:
         )
 
 
+@dataclass(eq=False)
+class AnswerDistance:
+    """What the solve behind a derivative tells of the distance from the solver's answer to the solution.
+
+    Attributes:
+        pull: tensor [*lanes], norm of the gradient there (in the units of the matrix) over the size of x.
+        newton: tensor [*lanes], length of the Newton step over the size of x; None where the answer was not in doubt.
+        message: what is wrong with the answer; empty where nothing is.
+    """
+
+    pull: torch.Tensor
+    newton: torch.Tensor | None = None
+    message: str = ""
+
+    def enforce(self, on_failure: OnFailure) -> None:
+        """Apply the failure policy."""
+        if not self.message or on_failure == "ignore":
+            return
+        if on_failure == "raise":
+            raise StationarityError(self.message)
+        warn(self.message, StationarityWarning, "answer, backward")
+
+
 @dataclass(frozen=True, eq=False)
 class BackwardRecord:
     """What one linear solve behind a derivative met.
@@ -136,11 +180,14 @@ class BackwardRecord:
     Attributes:
         kind: which derivative the solve was for: ``backward``, ``forward-mode``, ``higher-order ...``, ``linear``.
         solution: all its numbers, lane by lane (without the value).
+        answer: what the solve tells of the distance from the solver's answer to the solution; None where it was not
+            looked at (the answer is right to rounding, or was called not stationary before; no derivative of a layer).
     """
 
     kind: str
     solution: LinearSolution
     certificate: Callable[[], GradientError] | None = None
+    answer: AnswerDistance | None = None
 
     @property
     def status(self) -> Status:
@@ -168,6 +215,18 @@ class BackwardRecord:
         return self.certificate()
 
     @property
+    def relative_distance(self) -> torch.Tensor | None:
+        """Tensor [*lanes], distance from the solver's answer to the solution over its size; None where not looked at.
+
+        By a Newton step where that was in doubt; else ``||grad f||`` over the smallest Ritz value, an estimate from
+        above as far as these see the flattest direction (NaN without Ritz values).
+        """
+        if self.answer is None or self.answer.newton is not None:
+            return None if self.answer is None else self.answer.newton
+        low, _ = self.solution.ritz_values
+        return torch.where(low > 0, self.answer.pull / low, torch.where(low.isnan(), low, torch.inf))
+
+    @property
     def solution_error(self) -> torch.Tensor:
         """Tensor [*lanes], estimate of ``||u - A^-1 b||``: residual norm over smallest Ritz value, at no product.
 
@@ -193,6 +252,8 @@ class BackwardRecord:
         s = self.solution
         if not s.status.ok:
             return f"The {self.kind} solve failed. {s.describe()}"
+        if self.answer is not None and self.answer.message:
+            return f"The {self.kind} solve converged, but {self.answer.message}"
         if s.remedy:
             changed = "" if s.damping is None and "Gauss" not in s.remedy else ", so the gradient is a biased one"
             return (

@@ -43,6 +43,7 @@ class LinearSolution:
         method: name of the linear solver.
         rtol: relative tolerance asked for; None where only a number of steps was.
         ritz: the coefficients behind the Ritz values; None where the solver has none.
+        preconditioned: whether the Ritz values are in the units of a preconditioner of the user's.
         remedy: what was done about negative curvature, in words; empty where nothing was.
         damping: tensor [*lanes], added to the matrix by that remedy; None where nothing was.
     """
@@ -57,6 +58,7 @@ class LinearSolution:
     method: str
     rtol: float | None = None
     ritz: RitzValues | None = None
+    preconditioned: bool = False
     remedy: str = ""
     damping: torch.Tensor | None = None
 
@@ -135,7 +137,7 @@ class LinearSolution:
         if on_failure == "ignore":
             return
         if on_failure == "warn" and status.usable:
-            warn(message, ConvergenceWarning)
+            warn(message, ConvergenceWarning, f"{context}{self.method}{status}")
             return
         error: type[LinearSolveError] = {
             Status.INDEFINITE: IndefiniteError,

@@ -56,8 +56,10 @@ def argmin(
             ``"ignore"``: neither. NaN and Inf are an error under every policy.
         stationarity_rtol: allowed distance from the returned x to the solution, relative to
             ``max(||x||, ||x - init||)``, before the answer counts as not stationary. It is estimated from below by one
-            gradient and one product; None switches the check off (for early stopping by intention).
-        polish: Newton steps after the solver, each with one linear solve; an error of delta becomes delta^2.
+            gradient and one product, and from the other side by the solves behind derivatives; where these disagree a
+            Newton step decides. None switches the checks off (for early stopping by intention).
+        polish: Newton steps after the solver, damped where they lead off, each with one linear solve or two; near a
+            solution an error of delta becomes delta^2. The best point is kept.
         batch_dims: leading dimensions of every leaf of x that enumerate independent problems; the objective then
             returns one value per lane, [*lanes], and everything is solved lane by lane in one go. A theta may have
             lanes of its own or be shared. A solver without ``batched = True`` sees the sum over the lanes.

@@ -154,7 +154,7 @@ class _Point:
     def moved(self, step: torch.Tensor) -> _Point:
         """The point x - step."""
         x = unravel(ravel(self.x, self.lane_dims) - step, self.x, self.lane_dims)
-        return _Point(self.family, self.needed, [*x, *self.theta], self.u)
+        return _Point(replace(self.family, watch=None), self.needed, [*x, *self.theta], self.u)  # F is another there
 
     def mixed(self, vector: torch.Tensor) -> Leaves:
         """M'vector for one vector per lane, in the theta leaves that are needed."""

@@ -39,9 +39,14 @@ _ROUNDINGS = 4  # of x - eta grad f (the data, a product, a sum), in units of ep
 
 @dataclass(frozen=True, eq=False)
 class _Found(ActiveSet):
-    """An active set, and the cosine [*lanes] between p and w - p + eta H p; see NOTE [second-order condition]."""
+    """An active set, the cosine of NOTE [second-order condition], and the distance of y from the nearest kink.
+
+    ``bend`` is the cosine between p and w - p + eta H p; ``nearest`` leaves out the kinks where the answer is, and is
+    infinite where nothing is known. Both are [*lanes].
+    """
 
     bend: torch.Tensor
+    nearest: torch.Tensor
 
 
 @dataclass(eq=False)
@@ -210,7 +215,7 @@ class ProxLayer(ImplicitLayer):
         )
         if on_failure == "raise":
             raise IndefiniteError(message)
-        warn(message, StationarityWarning)
+        warn(message, StationarityWarning, "no minimum")
 
     def _judge_kinks(self, found: ActiveSet, on_failure: OnFailure) -> None:
         bent = found.num_kinks > 0
@@ -223,7 +228,7 @@ class ProxLayer(ImplicitLayer):
             )
             if on_failure == "raise":
                 raise KinkError(message)
-            warn(message, KinkWarning)
+            warn(message, KinkWarning, "kink")
 
 
 def _examined(at: At, x_spec: TreeSpec) -> _Found:
@@ -256,7 +261,13 @@ def _examined(at: At, x_spec: TreeSpec) -> _Found:
         violation=violation,
         relative_violation=violation / scale,
         bend=torch.where(near, at.bend(), 1.0),
+        nearest=_least([torch.where(m > expand_like(tolerance, m), m, torch.inf) for m in margins], lane_dims),
     )
+
+
+def _least(leaves: Leaves, lane_dims: int) -> torch.Tensor:
+    flat = ravel(leaves, lane_dims)
+    return flat.amin(-1) if flat.shape[-1] else flat.new_full(flat.shape[:-1], torch.inf)
 
 
 def _plain(leaf: Any) -> Any:

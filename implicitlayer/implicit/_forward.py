@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,16 +12,18 @@ import numpy as np
 import torch
 
 from implicitlayer._active_set import ActiveSet
-from implicitlayer._errors import NonFiniteError, SolverOutputError, StationarityError, StationarityWarning
+from implicitlayer._errors import NonFiniteError, SolverOutputError
 from implicitlayer._records import ForwardRecord, emit, listening_in_depth
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
 from implicitlayer._surroundings import out_of_inference, plain_surroundings
-from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, name_lanes, ravel, unflatten, unravel
+from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, name_lanes, unflatten
 from implicitlayer._types import FlatFunction, Leaves, OnFailure
-from implicitlayer._warn import warn
 from implicitlayer.implicit._composite import Composite
-from implicitlayer.implicit._stationarity import Stationarity, is_rounding, newton_step, stationarity
+from implicitlayer.implicit._distance import AnswerCheck
+from implicitlayer.implicit._polish import Polish, polish
+from implicitlayer.implicit._stationarity import Stationarity, stationarity
+from implicitlayer.implicit._verdict import judge_answer
 from implicitlayer.linear._residual import Residual
 
 if TYPE_CHECKING:
@@ -75,7 +78,7 @@ def solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
 def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
     init = [t.detach() for t in init]
     theta = [t.detach() for t in theta]
-    residual, lane_dims = spec.residual, spec.residual.lane_dims
+    residual = spec.residual
     versions = [t._version for t in theta]
     with torch.enable_grad():
         results, lanes = _call_solver(spec, init, theta)
@@ -105,24 +108,23 @@ def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
         residual.refuse_hidden(x, theta)
 
     measured: Stationarity | None = None
-    polished = 0
+    polished: Polish | None = None
     if spec.stationarity_rtol is not None or spec.polish or (spec.wanted and listening_in_depth()):
         measured = stationarity(residual, x, theta, init)
-        while polished < spec.polish:
-            step = newton_step(residual, x, theta, measured.gradient, spec.linear_solver)
-            better = unravel(ravel(x, lane_dims) - step, x, lane_dims)
-            after = stationarity(residual, better, theta, init)
-            if not bool((after.norm < measured.norm).all()):
-                break
-            x, measured, polished = better, after, polished + 1
+        if spec.polish:
+            rtol = math.inf if spec.stationarity_rtol is None else spec.stationarity_rtol
+            polished = polish(residual, x, theta, init, measured, spec.linear_solver, spec.polish, rtol)
+            x, measured = polished.x, polished.at
     constraints = spec.calling.constraints
     active_set = None if constraints is None or not spec.wanted else constraints.examine(residual, x, theta)
-    _record(spec, [result for result, _ in results], measured, polished, active_set)
+    kept = 0 if polished is None else polished.kept
+    status = _record(spec, [result for result, _ in results], measured, kept, active_set)
     if constraints is not None and active_set is not None:
         constraints.judge(active_set, spec.on_failure)
     if measured is not None and spec.stationarity_rtol is not None:
-        _judge(spec, measured, spec.stationarity_rtol, x, theta)
-        spec.watch[:] = [measured.watch(spec.stationarity_rtol)]
+        rtol, nearest = spec.stationarity_rtol, getattr(active_set, "nearest", None)
+        judge_answer(spec, measured, x, theta, status is Status.MAX_STEPS_REACHED and not kept, polished)
+        spec.answer[:] = [AnswerCheck.of(measured, rtol, spec.on_failure, spec.linear_solver, nearest)]
     return x
 
 
@@ -275,7 +277,8 @@ def _record(
     measured: Stationarity | None,
     polished: int,
     active_set: ActiveSet | None,
-) -> None:
+) -> Status | None:
+    """Emit the record; the worst status of the solver's runs."""
     statuses = [r.status for r in results if r.status is not None]
     counts = [r.num_steps for r in results if r.num_steps is not None]
     record = ForwardRecord(
@@ -291,25 +294,4 @@ def _record(
     emit(record)
     if spec.listener is not None:
         spec.listener(record)
-
-
-def _judge(spec: LayerSpec, measured: Stationarity, rtol: float, x: Leaves, theta: Leaves) -> None:
-    """Row "answer not stationary": the implicit gradient there is that of no minimum."""
-    bad = measured.relative > rtol
-    if spec.on_failure == "ignore" or not bool(bad.any()):
-        return
-    bad = bad & ~is_rounding(measured, spec.residual, x, theta)
-    if not bool(bad.any()):
-        return
-    pick = tuple(bad.nonzero()[0].tolist())
-    what = "gradient of the objective" if spec.residual.is_gradient else "residual"
-    message = (
-        f"the solver's answer is not stationary{name_lanes(bad)}: the {what} has norm "
-        f"{measured.norm[pick].item():.3g} there, and the solution is at least about "
-        f"{measured.distance[pick].item():.3g} away ({measured.relative[pick].item():.1e} of its size, allowed "
-        f"{rtol:.1e}). The implicit gradient carries an error of that order. Solve the inner problem more tightly, "
-        "pass polish=1 for a Newton step after the solver, or stationarity_rtol=None if an early stop is intended."
-    )
-    if spec.on_failure == "raise":
-        raise StationarityError(message)
-    warn(message, StationarityWarning)
+    return record.solver_status

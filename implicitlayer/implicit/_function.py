@@ -11,9 +11,9 @@ import torch
 from implicitlayer._records import BackwardRecord, ForwardRecord
 from implicitlayer._types import Leaves, OnFailure
 from implicitlayer.implicit._certificate import Assumptions
+from implicitlayer.implicit._distance import AnswerCheck
 from implicitlayer.implicit._forward import Calling, solve_forward
 from implicitlayer.implicit._rules import Matrix, implicit_jvp, implicit_vjp
-from implicitlayer.linear._jacobian import Watch
 from implicitlayer.linear._repair import NegativeCurvature
 from implicitlayer.linear._residual import Residual
 from implicitlayer.linear._solve import alive, fill, lanes_first, over_batched_vectors
@@ -39,7 +39,7 @@ class LayerSpec:
     assumptions: Assumptions | None = None
     listener: Callable[[ForwardRecord | BackwardRecord], None] | None = None
     aux: list[Any] = field(default_factory=list)
-    watch: list[Watch] = field(default_factory=list)  # left by forward for the derivatives
+    answer: list[AnswerCheck] = field(default_factory=list)  # left by forward for the derivatives
 
     @property
     def how(self) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class LayerSpec:
             "on_failure": self.on_failure,
             "negative_curvature": self.negative_curvature,
             "assumptions": self.assumptions,
-            "watch": self.watch[0] if self.watch else None,
+            "answer": self.answer[0] if self.answer else None,
             "listener": self.listener,
         }
 

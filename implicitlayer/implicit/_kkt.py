@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 from implicitlayer._active_set import ActiveSet
 from implicitlayer._capture import ClosedOver
 from implicitlayer._flat import Signature
-from implicitlayer._records import Record
+from implicitlayer._records import ForwardRecord, Record
+from implicitlayer._status import Status
 from implicitlayer._surroundings import outside_compiled_code
 from implicitlayer._tree import TreeSpec, flatten_with_names
 from implicitlayer._types import FlatFunction, Leaves, OnFailure
@@ -20,6 +21,7 @@ from implicitlayer.implicit._kkt_finder import Finder
 from implicitlayer.implicit._kkt_lagrangian import Form, Lagrangian, masked
 from implicitlayer.implicit._kkt_linear import KktSolver
 from implicitlayer.implicit._layer import ImplicitLayer, check_init
+from implicitlayer.implicit._verdict import tell_step_limit
 from implicitlayer.linear._residual import Residual
 
 __all__ = ["ConstrainedLayer", "Multipliers", "constrained_argmin"]
@@ -234,6 +236,10 @@ class KktLayer(ImplicitLayer):
     def _judge(self, found: ActiveSet, on_failure: OnFailure) -> None:
         assert isinstance(found, ActiveConstraints)
         found.judge(on_failure, self.tolerances.stationarity_rtol)
+        forward = self.records[0]  # made before anything is judged
+        limited = isinstance(forward, ForwardRecord) and forward.solver_status is Status.MAX_STEPS_REACHED
+        if limited and self.tolerances.stationarity_rtol is not None and not getattr(self.solver, "num_polished", 0):
+            tell_step_limit(on_failure)
 
 
 def _no_prox(y: Leaves, theta: Leaves) -> Leaves:

@@ -102,29 +102,29 @@ class ActiveConstraints(ActiveSet):
             )
             if on_failure == "raise":
                 raise StationarityError(message)
-            warn(message, StationarityWarning)
+            warn(message, StationarityWarning, "optimality conditions")
         self._judge_kinks(on_failure)
 
     def _judge_kinks(self, on_failure: OnFailure) -> None:
-        messages = []
+        messages = {}
         bent = self.num_kinks > 0
         if bool(bent.any()):
-            messages.append(
+            messages["kink"] = (
                 f"the solution sits at a kink{name_lanes(bent)}: {int(self.num_kinks.max())} inequalities are at their "
                 f"border with a multiplier of zero (border within {float(self.tolerance.max()):.1e}). The solution "
                 "bends there, and its derivative is that of one side (at_kink says which). See "
                 "record.active_set.kinks."
             )
         if not bool(self.independent.all()):
-            messages.append(
+            messages["dependent"] = (
                 f"the gradients of the constraints that hold are linearly dependent{name_lanes(~self.independent)}: "
                 "multipliers are not unique, and the solution has a derivative only for changes that keep all of "
                 "these constraints consistent (of others it is one of several). Remove redundant constraints."
             )
-        for message in messages:
+        for kind, message in messages.items():
             if on_failure == "raise":
                 raise KinkError(message)
-            warn(message, KinkWarning)
+            warn(message, KinkWarning, kind)
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,6 +30,7 @@ class Finder:
         call: the user's solver.
         tolerances, hold_kinks, polish: as in :func:`constrained_argmin`.
         found: the active set of each call of this object.
+        num_polished: Newton steps kept in all calls.
     """
 
     call: Caller
@@ -37,6 +38,7 @@ class Finder:
     hold_kinks: bool
     polish: int
     found: list[ActiveConstraints] = field(default_factory=list)
+    num_polished: int = 0
 
     @property
     def batched(self) -> bool:
@@ -58,6 +60,7 @@ class Finder:
             if better is None:
                 break
             x, y, z = better
+            self.num_polished += 1
             at = point.conditions(x)
         active, held = self._classify(at, y, z)
         rtol = self.tolerances.stationarity_rtol

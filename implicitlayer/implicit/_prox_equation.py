@@ -17,12 +17,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from implicitlayer._capture import ClosedOver, Reading, refuse_other_leaves
-from implicitlayer._tree import TreeSpec, flatten, ravel, unflatten
+from implicitlayer._tree import TreeSpec, flatten, ravel, unflatten, unravel
 from implicitlayer._types import FlatFunction, Leaves
 from implicitlayer.linear._residual import Attached, Residual, check_value, no_graph, pull_back, pullback
 from implicitlayer.sets._term import expand_like, largest_of, resolve
@@ -202,7 +202,13 @@ class At(Attached):
         p = self.project(w)
         flat = [ravel(part, self.lane_dims) for part in (p, self._pulled(w, p))]
         flat = [part / positive(largest_of(part)).unsqueeze(-1) for part in flat]
-        return (flat[0] * flat[1]).sum(-1) / positive(flat[0].norm(dim=-1) * flat[1].norm(dim=-1))
+        cosine = (flat[0] * flat[1]).sum(-1) / positive(flat[0].norm(dim=-1) * flat[1].norm(dim=-1))
+        if not bool((cosine < 0).any()):
+            return cosine
+        # at a corner P is zero, and what is left of p is its rounding: no direction, as P p, a rounding of it, shows
+        again = ravel(self.project(unravel(flat[0], self.x, self.lane_dims)), self.lane_dims)
+        kept = again.norm(dim=-1) > torch.finfo(again.dtype).eps ** 0.5 * flat[0].norm(dim=-1)
+        return torch.where(kept, cosine, 1.0)
 
 
 @dataclass(eq=False)
@@ -232,6 +238,8 @@ class ProxResidual(Residual):
     step_size: float | None
     of_call: OfCall = field(default_factory=OfCall)
 
+    is_fixed_point: ClassVar[bool] = True
+
     def attached(self, x: Leaves, theta: Leaves) -> At:
         """F and its pieces at plain tensors; kept for the other checks until :meth:`settle`."""
         kept = self.of_call.at
@@ -246,6 +254,14 @@ class ProxResidual(Residual):
     def settle(self, at: At) -> None:
         """The checks are over: eta stays, and nothing else."""
         self.of_call.step, self.of_call.at = at.step, None
+
+    def leaves_piece(self, x: Leaves, theta: Leaves, step: Leaves) -> torch.Tensor:
+        """Whether the term holds other entries at x - step."""
+        moved_x = [a - b for a, b in zip(x, step, strict=True)]
+        with torch.enable_grad():
+            here, there = (self._at([v.detach().requires_grad_() for v in at], theta, at) for at in (x, moved_x))
+        changed = [a != b for a, b in zip(here.report[: len(x)], there.report[: len(x)], strict=True)]
+        return ravel(changed, self.lane_dims).any(-1)
 
     def refuse_hidden(self, x: Leaves, theta: Leaves) -> None:
         """As for every residual, from the graph that the other checks need too."""

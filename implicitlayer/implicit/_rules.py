@@ -19,9 +19,10 @@ from torch.autograd import forward_ad
 from implicitlayer._surroundings import plain_surroundings
 from implicitlayer._types import Leaves
 from implicitlayer.implicit._certificate import Assumptions, gradient_error
+from implicitlayer.implicit._distance import AnswerCheck, Seen
 from implicitlayer.linear._jacobian import Curvature, Jacobian, OneGraph, Watch, pull_tensors, push_tensors
 from implicitlayer.linear._residual import Residual
-from implicitlayer.linear._solve import SolveSpec, solve
+from implicitlayer.linear._solve import Judge, SolveSpec, solve
 
 Matrix = tuple[Curvature, float]
 _HESSIAN: Matrix = ("hessian", 0.0)
@@ -35,28 +36,38 @@ def implicit_vjp(
     needed: tuple[bool, ...],
     matrix: Matrix = _HESSIAN,
     assumptions: Assumptions | None = None,
-    watch: Watch | None = None,
+    answer: AnswerCheck | None = None,
     one_graph: bool = False,
     **how: Any,
 ) -> list[torch.Tensor | None]:
     """Cotangents of the theta leaves that are ``needed``, from the cotangent of x.
 
-    ``matrix``: what stands for dF/dx, as (curvature, damping). ``watch`` sees F(x, theta) on the way. ``one_graph``:
+    ``matrix``: what stands for dF/dx, as (curvature, damping). ``answer``: what checks
+    the answer of the call on the way. ``one_graph``:
     whether the function may be run once by plain autograd where nothing else is at work. ``how``: solver, on_failure,
     negative_curvature, kind and listener of the linear solve.
     """
     certify = partial(gradient_error, assumptions, tuple(needed))
+    watch, judge = _checks(answer, matrix)
     jacobian = Jacobian(residual, len(x), True, *matrix, watch)
     source = residual.seen_by(needed)
     mixed: OneGraph | Callable[[Leaves], Leaves] = lambda t: source(x, t)  # noqa: E731
     if one_graph and _plainly():
         jacobian = OneGraph(**vars(jacobian), x=x, needed=needed if source is residual else ())
         mixed = jacobian if source is residual else mixed
-    spec = SolveSpec(jacobian, len(x), certify=certify, **how)
+    spec = SolveSpec(jacobian, len(x), certify=certify, judge=judge, **how)
     with plain_surroundings(x):
         u = solve(spec, cotangent, [*x, *theta])
         pulled = pull_tensors(mixed, theta, needed, u)
     return [None if t is None else -t for t in pulled]
+
+
+def _checks(answer: AnswerCheck | None, matrix: Matrix) -> tuple[Watch | None, Judge | None]:
+    """What looks at F on the way of a solve, and at its solution; a matrix that is not J says nothing of the answer."""
+    if answer is None:
+        return None, None
+    seen: Seen = []
+    return partial(answer.see, seen), partial(answer.judge, seen) if matrix == _HESSIAN else None
 
 
 def _plainly() -> bool:
@@ -73,7 +84,7 @@ def implicit_jvp(
     tangents: Sequence[torch.Tensor | None],
     matrix: Matrix = _HESSIAN,
     assumptions: Assumptions | None = None,
-    watch: Watch | None = None,
+    answer: AnswerCheck | None = None,
     **how: Any,
 ) -> Leaves | None:
     """Tangents of x from those of the theta leaves; None if no theta leaf has one."""
@@ -81,5 +92,6 @@ def implicit_jvp(
         change = push_tensors(lambda t: residual(x, t), theta, tangents, like=x)
         if change is None:
             return None
-        spec = SolveSpec(Jacobian(residual, len(x), False, *matrix, watch), len(x), **how)
+        watch, judge = _checks(answer, matrix)
+        spec = SolveSpec(Jacobian(residual, len(x), False, *matrix, watch), len(x), judge=judge, **how)
         return solve(spec, [-c for c in change], [*x, *theta])

@@ -13,60 +13,30 @@ from typing import Any
 
 import torch
 
-from implicitlayer._errors import ClosureError, NonFiniteError
+from implicitlayer._errors import NonFiniteError
 from implicitlayer._tree import finite_lanes, name_lanes, ravel, unravel
 from implicitlayer._types import Leaves
 from implicitlayer.linear._common import lane_norm
-from implicitlayer.linear._jacobian import Jacobian, Watch
-from implicitlayer.linear._operator import lane_dot, lane_scale
+from implicitlayer.linear._jacobian import Jacobian
+from implicitlayer.linear._operator import lane_dot, lane_scale, wrap_value
 from implicitlayer.linear._residual import Residual
-
-# NOTE [a changed objective]: a backward runs the objective again, and tensors that it closes over are watched, but not
-# Python numbers, NumPy arrays or a random state. F(x) comes for free with the linearisation. If it has grown, and the
-# point is now further from a solution than the call allowed (by the same lower bound: no false alarm), the objective is
-# not that of the call.
+from implicitlayer.linear._warm_start import WarmStart
 
 # Below this many eps (times the square root of n) a distance is rounding, even where x and init are both zero.
 _NOISE = 1e3
 
 
-# The gradient must have grown by this factor between call and backward before it is looked at more closely.
-_GROWN = 10.0
-
-
 @dataclass(frozen=True, eq=False)
 class Stationarity:
-    """F(x) [*lanes, n]; per lane its norm, the estimated distance to the solution, its ratio to the size, the size."""
+    """F(x) and J'F [*lanes, n]; per lane the norm of F, the estimated distance to the solution, its ratio to the size,
+    the size."""
 
     gradient: torch.Tensor
+    product: torch.Tensor
     norm: torch.Tensor
     distance: torch.Tensor
     relative: torch.Tensor
     size: torch.Tensor
-
-    def watch(self, rtol: float) -> Watch:
-        """What refuses a backward whose F(x) is no longer that of the call; see NOTE [a changed objective]."""
-        norm, allowed = self.norm, torch.maximum(rtol * self.size, 2 * self.distance)
-
-        def watch(residual: Residual, x: Leaves, theta: Leaves, value: torch.Tensor) -> None:
-            found = lane_norm(value) if value.shape[-1] else value.new_zeros(value.shape[:-1])
-            if found.shape[found.ndim - norm.ndim :] != norm.shape or not bool((found > _GROWN * norm).any()):
-                return  # levels of a transform come first, so that the call's lanes are the last ones
-            now = stationarity(residual, x, theta, x)
-            moved = (now.distance > allowed) & (now.norm > _GROWN * norm)
-            if not bool(moved.any()) or not bool((moved & ~is_rounding(now, residual, x, theta)).any()):
-                return
-            pick = tuple(moved.nonzero()[0].tolist())
-            before = norm.expand(now.norm.shape)[pick].item()
-            raise ClosureError(
-                f"since the layer was called, the objective has changed{name_lanes(moved)}: at the solution its "
-                f"gradient (the residual) had norm {before:.3g}, and now has {now.norm[pick].item():.3g}. The gradient "
-                "would be that of another problem. A number or array that the objective closes over has changed (pass "
-                "it to the layer as one more theta), or the objective is random (dropout: call .eval(), or draw the "
-                "mask once and pass it as a theta)."
-            )
-
-        return watch
 
 
 # NOTE [rounding of F]: at a solution F is a sum of terms that cancel, and what is left of them is rounding: a few eps
@@ -76,9 +46,9 @@ _ROUNDINGS = 16.0
 _DRAWS = 4
 
 
-def is_rounding(at: Stationarity, residual: Residual, x: Leaves, theta: Leaves) -> torch.Tensor:
-    """Lanes, bool [*lanes], whose F(x) is rounding error only; a few more gradients."""
-    eps = torch.finfo(at.gradient.dtype).eps
+def is_rounding(value: torch.Tensor, norm: torch.Tensor, residual: Residual, x: Leaves, theta: Leaves) -> torch.Tensor:
+    """Lanes, bool [*lanes], whose F(x), ``value`` of norm ``norm``, is rounding error only; a few more gradients."""
+    eps = torch.finfo(value.dtype).eps
     h = eps**0.5
 
     def changed(leaf: torch.Tensor, draw: int) -> torch.Tensor:
@@ -90,14 +60,14 @@ def is_rounding(at: Stationarity, residual: Residual, x: Leaves, theta: Leaves) 
         turned: torch.Tensor = leaf.detach() * (1 + h * signs.to(leaf.dtype))
         return turned
 
-    size = torch.zeros_like(at.norm)
+    size = torch.zeros_like(norm)
     for draw in range(_DRAWS):  # one choice of signs may cancel by chance
         with torch.enable_grad():
             points = [t.detach().requires_grad_() for t in x]
             moved = residual.kept_graph_gradient(points, [changed(t, draw) for t in theta])
             flat = ravel([leaf.detach() for leaf in moved], residual.lane_dims)
-        size = torch.maximum(size, lane_norm(flat - at.gradient) / h)
-    rounding: torch.Tensor = at.norm <= _ROUNDINGS * eps * size
+        size = torch.maximum(size, lane_norm(flat - value) / h)
+    rounding: torch.Tensor = norm <= _ROUNDINGS * eps * size
     return rounding
 
 
@@ -125,7 +95,36 @@ def stationarity(residual: Residual, x: Leaves, theta: Leaves, init: Leaves) -> 
         least = torch.full_like(size, _NOISE * torch.finfo(at.dtype).eps * max(at.shape[-1], 1) ** 0.5)
     size = torch.maximum(size, least.to(size.dtype))
     relative = torch.where(distance == 0, 0.0, distance / size)
-    return Stationarity(gradient, squared.sqrt() * scale[..., 0], distance, relative, size)
+    return Stationarity(gradient, product * scale, squared.sqrt() * scale[..., 0], distance, relative, size)
+
+
+# NOTE [a Hessian that changes]: a gradient u = H(x)^-1 v errs by the relative change of H between x and x*, whatever
+# the size of x: near the border of a log barrier H changes over a tiny part of x. With a step d along F,
+#     F(x - d) = F - H d + 1/2 (H' d) d + ...,   so that   2 ||F(x - d) - F + H d|| / ||H d||
+# is the relative change of H along d. d has the length of the lower bound of the distance; H d comes with it.
+_TIGHT = 0.5  # this power of eps, over the size of x, is near enough: nothing is looked at
+CLEAR = 100.0  # F must be this much above its rounding, of which the change is made otherwise
+
+
+def hessian_change(residual: Residual, x: Leaves, theta: Leaves, at: Stationarity) -> torch.Tensor:
+    """Relative change [*lanes] of the Hessian from x to the solution, as far as a step along F tells; one gradient.
+
+    Zero where the answer is near enough that it cannot matter, or where F is not clear of its rounding.
+    """
+    none = torch.zeros_like(at.norm)
+    eps = torch.finfo(at.gradient.dtype).eps
+    if not residual.is_gradient or not bool((at.distance > eps**_TIGHT * at.size).any()):
+        return none
+    part = torch.where(at.norm > 0, at.distance / torch.where(at.norm > 0, at.norm, 1.0), 0.0)
+    part = part.to(at.gradient.dtype).unsqueeze(-1)
+    lane_dims = residual.lane_dims
+    there = unravel(ravel(x, lane_dims) - part * at.gradient, x, lane_dims)
+    with torch.enable_grad():
+        moved = residual.kept_graph_gradient([t.detach().requires_grad_() for t in there], theta)
+    value, linear = ravel([t.detach() for t in moved], lane_dims), part * at.product
+    size = lane_norm(linear)
+    change = 2 * lane_norm(value - at.gradient + linear) / torch.where(size > 0, size, 1.0)
+    return torch.where((size > 0) & (at.distance > eps**_TIGHT * at.size), change.nan_to_num(torch.inf), none)
 
 
 def newton_step(
@@ -133,5 +132,7 @@ def newton_step(
 ) -> torch.Tensor:
     """J^-1 F, flat [*lanes, n]: one Newton step takes an error delta to the order of delta^2."""
     operator = Jacobian(residual, len(x), transposed=False).linearize([*x, *theta])
-    value: torch.Tensor = linear_solver(operator, gradient).value
+    # the warm starts of a solver are for cotangents
+    solver = linear_solver.solver if isinstance(linear_solver, WarmStart) else linear_solver
+    value: torch.Tensor = wrap_value(operator, gradient, solver(operator, gradient), type(solver).__name__).value
     return value

@@ -212,6 +212,7 @@ class ConjugateGradient(LinearSolver):
             method=_NAME,
             rtol=rtol,
             ritz=run.ritz,
+            preconditioned=self.preconditioner is not None,
         )
 
 
@@ -332,8 +333,7 @@ def _iterate_lanes(
 ) -> None:
     """Conjugate gradients on all running lanes at once; a finished or failed lane is frozen by ``torch.where``.
 
-    A frozen lane keeps its direction, so one product serves all lanes, and whatever the product does there (NaN
-    included) is never read.
+    A frozen lane keeps its direction: one product serves all lanes, and what it is there (also NaN) is never read.
     """
     x, r = run.value, run.residual.clone()
     z = precondition(r)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -67,6 +67,8 @@ class Residual:
     parts: Parts = NO_PARTS
     written_out: WrittenOut | None = None
 
+    is_fixed_point: ClassVar[bool] = False  # whether x - F(x) is nearer to the solution than x, or as near
+
     @property
     def lane_dims(self) -> int:
         """Leading dimensions of every leaf of x that enumerate independent problems."""
@@ -114,6 +116,10 @@ class Residual:
     def with_graph(self, points: Leaves, theta: Leaves) -> Attached:
         """F with a graph that reaches ``points``, and those of theta, that require a gradient."""
         return Attached(points, self.kept_graph_gradient(points, theta))
+
+    def leaves_piece(self, x: Leaves, theta: Leaves, step: Leaves) -> torch.Tensor:
+        """Lanes, bool [*lanes], where x - step is on another piece of F than x; of a smooth F nowhere."""
+        return torch.zeros(x[0].shape[: self.lane_dims], dtype=torch.bool, device=x[0].device)
 
     def refuse_hidden(self, x: Leaves, theta: Leaves) -> None:
         """Raise ClosureError where the function reads a tensor that requires a gradient and is no argument."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from implicitlayer._errors import NonFiniteError, NotRecordedError, UnsupportedTransformError
-from implicitlayer._records import BackwardRecord, GradientError, emit, listening_in_depth
+from implicitlayer._records import AnswerDistance, BackwardRecord, GradientError, emit, listening_in_depth
 from implicitlayer._solution import LinearSolution
 from implicitlayer._status import Status
 from implicitlayer._surroundings import plain_surroundings
@@ -30,6 +30,8 @@ from implicitlayer.linear._repair import CHANGES_THE_SYSTEM, NegativeCurvature, 
 
 # (operator family, its tensors, u leaves, right-hand side leaves) -> how far the derivative made of u is from exact
 Certify = Callable[[OperatorFamily, Leaves, Leaves, Leaves], GradientError]
+# (operator family, its tensors, operator, flat right-hand side, solution) -> how far the point of the tensors is off
+Judge = Callable[[OperatorFamily, Leaves, FlatOperator, torch.Tensor, LinearSolution], AnswerDistance | None]
 
 
 _HIGHER = "higher-order"
@@ -51,6 +53,7 @@ class SolveSpec:
     listener: Callable[[BackwardRecord], None] | None = None
     negative_curvature: NegativeCurvature = "raise"
     certify: Certify | None = None
+    judge: Judge | None = None
     changed: list[str] = field(default_factory=list)  # what a remedy made of the system, told by forward
 
     @property
@@ -64,7 +67,7 @@ class SolveSpec:
             raise UnsupportedTransformError(_OTHER_SYSTEM.format(kind=self.kind, what=f"was {self.changed[0]}"))
         kind = self.kind if self.of_derivative else f"{_HIGHER} {self.kind}"
         operator = self.operator.transpose() if transposed else self.operator
-        return replace(self, operator=operator, kind=kind, certify=None, changed=[])
+        return replace(self, operator=operator, kind=kind, certify=None, judge=None, changed=[])
 
 
 def solve(spec: SolveSpec, rhs: Leaves, tensors: Leaves) -> Leaves:
@@ -112,11 +115,14 @@ class LinearSolve(torch.autograd.Function):
         certificate = None
         if spec.certify is not None and listening_in_depth():  # it holds tensors, for as long as the record is held
             certificate = _while_unchanged(parameters, partial(spec.certify, spec.operator, parameters, u, list(rhs)))
-        record = BackwardRecord(spec.kind, replace(solution, value=None), certificate)
+        answer = None if spec.judge is None else spec.judge(spec.operator, parameters, operator, flat, solution)
+        record = BackwardRecord(spec.kind, replace(solution, value=None), certificate, answer)
         emit(record)
         if spec.listener is not None:
             spec.listener(record)
         solution.enforce(spec.on_failure, f"{spec.kind} solve: ")
+        if answer is not None:
+            answer.enforce(spec.on_failure)
         return tuple(u)
 
     @staticmethod

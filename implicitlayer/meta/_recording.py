@@ -285,7 +285,7 @@ class Recordings:
         """Warn once that something is not recorded."""
         if message not in self.told:
             self.told.add(message)
-            warn(f"capture=True: {message}.", ImplicitLayerWarning)
+            warn(f"capture=True: {message}.", ImplicitLayerWarning, message)
 
 
 def _has_fixed_steps(solver: Any) -> bool:

@@ -137,6 +137,33 @@ def test_the_lane_of_a_maximum_is_named() -> None:
         torch.func.vmap(lambda s: layer(torch.full((2,), 0.3, dtype=F64), s))(scale)
 
 
+def onto(A: Tensor, b: Tensor) -> Callable[..., Tensor]:
+    """A user's own projection onto A x = b."""
+    return lambda y, t: y - torch.linalg.pinv(A) @ (A @ y - b)
+
+
+def test_no_corner_is_called_a_saddle() -> None:
+    # as many independent equations as unknowns: the solution does not move with t, and rounding is no direction
+    checked = 0
+    for seed in range(250):
+        n = 2 + seed % 4
+        A = torch.randint(-3, 4, (n, n), generator=torch.Generator().manual_seed(seed)).to(F64)
+        condition = float(torch.linalg.cond(A))
+        if condition > 1e6:
+            continue
+        b = torch.ones(n, dtype=F64)
+        corner = torch.linalg.solve(A, b)
+        t = randn(n, seed=seed).requires_grad_()
+        for constraint in (Affine(A, b), Affine(torch.cat([A, A[:1] + A[1:2]]), torch.cat([b, b[:1] + b[1:2]])),
+                           il.sets.Projection(onto(A, b))):  # fmt: skip
+            layer = il.argmin(distance, lambda f, x, t, at=corner: at, constraint=constraint, on_failure="raise")
+            (slope,) = torch.autograd.grad(layer(torch.zeros(n, dtype=F64), t).sum(), t)
+            # the projection onto the free directions, of which there are none, is known to eps times the condition
+            assert float(slope.norm()) <= 64 * n * condition * torch.finfo(F64).eps
+            checked += 1
+    assert checked >= 3 * 200
+
+
 def test_curvature_that_the_constraint_holds_back_does_not_count() -> None:
     # x_1 bends down but sits on its bound with a multiplier: a strict minimum over the box
     t = torch.tensor([0.3, 0.2], dtype=F64, requires_grad=True)

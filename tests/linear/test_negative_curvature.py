@@ -74,6 +74,19 @@ def test_damping_solves_the_damped_system_that_the_record_names(n: int, log10_co
     assert float(damping) <= 8 * abs(float(torch.linalg.eigvalsh(matrix)[0]))
 
 
+def test_damping_mirrors_the_smallest_eigenvalue_that_the_coefficients_show() -> None:
+    # four steps on four eigenvalues: the smallest Ritz value is -1, though no direction has bent down by more than 0.65
+    matrix, v = (
+        torch.diag(torch.tensor([-1.0, 0.5, 2.0, 5.0], dtype=F64)),
+        torch.tensor([0.1, 1.0, 1.0, 1.0], dtype=F64),
+    )
+    seen = il.ConjugateGradient()(matrix, v)
+    assert seen.status is il.Status.INDEFINITE and float(seen.smallest_curvature) > -0.65
+    _, record = gradient_and_record(quadratic_layer(matrix, negative_curvature="damp"), randn(4, seed=1), v)
+    assert record.solution.damping is not None
+    assert float(record.solution.damping) == pytest.approx(2.0, rel=2e-3)  # Ritz values have three digits
+
+
 def test_damping_with_a_preconditioner_is_in_units_of_the_matrix() -> None:
     v = randn(6, seed=2)
     layer = quadratic_layer(

@@ -119,3 +119,31 @@ def test_float32_and_a_condition_of_1e12_are_no_trouble() -> None:
     assert abs(float(solution.ritz_values[0]) / 1e-12 - 1) < 0.05
     solution = il.ConjugateGradient()(spd_matrix(10, 2, 0).float(), randn(10, seed=1).float())
     assert solution.ritz_values[0].dtype == F64 and abs(float(solution.condition_estimate) / 100 - 1) < 0.05
+
+
+@given(
+    k=st.integers(1, 12),
+    seed=st.integers(0, 10_000),
+    log10_spread=st.integers(0, 12),
+    negative=st.booleans(),
+    lanes=st.integers(0, 3),
+)
+def test_one_sweep_tells_whether_a_ritz_value_is_below_a_number(
+    k: int, seed: int, log10_spread: int, negative: bool, lanes: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    ritz, lowest = RitzValues(), []
+    columns = []
+    for lane in range(max(lanes, 1)):
+        pivots, betas = list(10 ** rng.uniform(-log10_spread, 0, k)), list(rng.uniform(0, 2, k - 1))
+        if negative and lane == 0:
+            pivots[-1] *= -1
+        columns.append((pivots, betas))
+        lowest.append(tridiagonal_extremes(pivots, betas)[0])
+    for part, kept in enumerate(ritz.new_round()):
+        rows = zip(*(column[part] for column in columns), strict=True)
+        kept.extend(torch.tensor(row, dtype=torch.float64) if lanes else row[0] for row in rows)
+    bottom = torch.tensor(lowest if lanes else lowest[0], dtype=torch.float64)
+    # the reference itself is known to a few eps of its terms: 1e-3 to either side is well outside of that
+    assert bool(ritz.any_below(bottom + 1e-3 * bottom.abs()).all())
+    assert not bool(ritz.any_below(bottom - 1e-3 * bottom.abs()).any())

@@ -249,6 +249,21 @@ def test_zero_steps_return_the_right_hand_side_over_the_metric(kind: Any) -> Non
     assert solution.value.tolist() == [0.5, 0.25, 0.125] and counted.num_products == 0
     assert solution.status is Status.STEP_LIMIT
     assert kind(max_steps=0, rtol=1e-3)(operator, torch.ones(3, dtype=F64)).status is Status.MAX_STEPS_REACHED
+    scaled = kind(max_steps=0)(operator, 2.0**40 * torch.tensor([1.0, -3.0, 8.0], dtype=F64))  # powers of two are exact
+    assert scaled.value.tolist() == [2.0**39, -3 * 2.0**38, 2.0**40]
+
+
+@pytest.mark.parametrize("kind", [*KRYLOV, il.ConjugateGradient])
+def test_the_default_tolerance_is_that_of_the_documentation(kind: Any) -> None:
+    for dtype, rtol in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        matrix = spd_matrix(20, 2, seed=1).to(dtype)
+        rhs = randn(20, seed=2).to(dtype)
+        solution = kind()(matrix, rhs)
+        assert solution.rtol == rtol and solution.status is Status.CONVERGED
+        residual = rhs.double() - matrix.double() @ solution.value.double()
+        # up to ten times the tolerance counts as reached, and products of 20 terms round by 20 eps
+        allowed = 10 * rtol + 20 * torch.finfo(dtype).eps * float(solution.value.norm() / rhs.norm())
+        assert float(residual.norm() / rhs.double().norm()) <= allowed
 
 
 @pytest.mark.parametrize("kind", KRYLOV)

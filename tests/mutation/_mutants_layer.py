@@ -190,9 +190,9 @@ LAYER_MUTANTS = [
     ),
     Mutant(
         "polish steps away from the solution",
-        FORWARD,
-        "better = unravel(ravel(x, lane_dims) - step, x, lane_dims)",
-        "better = unravel(ravel(x, lane_dims) + step, x, lane_dims)",
+        "implicit/_polish.py",
+        "moved = self.leaves(ravel(start[0], self.residual.lane_dims) - step)",
+        "moved = self.leaves(ravel(start[0], self.residual.lane_dims) + step)",
         "polish never helps",
         near="a Newton step",
     ),
@@ -203,6 +203,14 @@ LAYER_MUTANTS = [
         "1e-6 * squared / lane_norm(product) * scale[..., 0], 0.0)",
         "an answer that is not stationary stays silent",
         near="solver that",
+    ),
+    Mutant(
+        "the backward solve believes the forward pass",
+        "implicit/_distance.py",
+        "far = suspicious & (relative > self.rtol)",
+        "far = suspicious & (relative > 1e9)",
+        "answers far along flat directions stay silent",
+        near="an answer that is far",
     ),
     Mutant(
         "gradient at the answer measured by its own size",
@@ -274,5 +282,13 @@ LAYER_MUTANTS = [
         "        return values.mean()",
         "the proximal term is divided by the number of unknowns",
         near="proximal",
+    ),
+    Mutant(
+        "a polish step kept without comparing",
+        "implicit/_polish.py",
+        "mask = b[1].norm < a[1].norm",
+        "mask = torch.ones_like(b[1].norm, dtype=torch.bool)",
+        "polish may lead away from the solution",
+        near="a polish step",
     ),
 ]

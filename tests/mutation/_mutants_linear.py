@@ -5,6 +5,9 @@ from mutation._harness import Mutant
 SOLVE = "linear/_solve.py"
 JACOBIAN = "linear/_jacobian.py"
 RESIDUAL = "linear/_residual.py"
+REPAIR = "linear/_repair.py"
+COMMON = "linear/_common.py"
+OPERATOR = "linear/_operator.py"
 
 LINEAR_MUTANTS = [
     Mutant(
@@ -140,5 +143,29 @@ LINEAR_MUTANTS = [
         "if self.parts.coupling is None:",
         "thetas other than the centre get zero",
         near="proximal with data",
+    ),
+    Mutant(
+        "damping after negative curvature without the Ritz value",
+        REPAIR,
+        "lowest = torch.fmin(latest.ritz_values[0], latest.smallest_curvature)",
+        "lowest = latest.smallest_curvature",
+        "the damping is not what mirrors the smallest eigenvalue, and several are tried",
+        near="damping mirrors",
+    ),
+    Mutant(
+        "zero steps of a Krylov solver lose the scale of b",
+        COMMON,
+        "value=precondition(rhs / scale) * scale,",
+        "value=precondition(rhs / scale),",
+        "truncated to no step, the answer is b over its largest entry",
+        near="zero steps",
+    ),
+    Mutant(
+        "float32 default tolerance 1e-4",
+        OPERATOR,
+        "torch.float32: 1e-5",
+        "torch.float32: 1e-4",
+        "gradients in float32 have a digit less than documented",
+        near="default tolerance",
     ),
 ]

@@ -27,6 +27,7 @@ def suite(il: Any, testing: Any) -> Iterator[NamedCheck]:
     yield from structures(il, testing)
     yield from settings_of_layers(il, testing)
     yield from properties(il, testing)
+    yield from details(il, testing)
     yield from solvers(il, testing)
 
 
@@ -131,3 +132,72 @@ def solvers(il: Any, testing: Any) -> Iterator[NamedCheck]:
             else:
                 yield entry
     yield from slow
+
+
+# ------------------------------------------------------------------------------------------------------------- details
+
+
+def details(il: Any, testing: Any) -> Iterator[NamedCheck]:
+    """What no property above can see: numbers that are promised, and what is kept of two points."""
+    for name in ("ConjugateGradient", "Minres", "Gmres", "Bicgstab"):
+        yield f"zero steps, {name}", partial(zero_steps_keep_the_scale, il, name)
+        yield f"default tolerance, {name}", partial(default_tolerance_is_kept, il, testing, name)
+    yield "damping mirrors the smallest eigenvalue", partial(damping_is_twice_the_smallest, il)
+    yield "a polish step that leads off", partial(polish_keeps_the_better_point, il)
+    yield "an answer that is far along a flat direction", partial(a_hidden_distance_is_told, il)
+
+
+def zero_steps_keep_the_scale(il: Any, name: str) -> None:
+    rhs = torch.tensor([2.0**40, -3.0], dtype=F64)
+    value = getattr(il, name)(max_steps=0)(torch.eye(2, dtype=F64), rhs).value
+    assert torch.equal(value, rhs), f"zero steps of {name} return {value} for {rhs}"
+
+
+def default_tolerance_is_kept(il: Any, testing: Any, name: str) -> None:
+    for dtype, rtol in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        matrix = testing.spd_matrix(12, log10_cond=2, seed=3).to(dtype)
+        solution = getattr(il, name)()(matrix, testing.normal_tensor((12,), seed=4).to(dtype))
+        assert solution.rtol == rtol, f"{name} takes rtol={solution.rtol} for {dtype}, documented is {rtol}"
+
+
+def damping_is_twice_the_smallest(il: Any) -> None:
+    matrix, v = (
+        torch.diag(torch.tensor([-1.0, 0.5, 2.0, 5.0], dtype=F64)),
+        torch.tensor([0.1, 1.0, 1.0, 1.0], dtype=F64),
+    )
+    layer = il.argmin(
+        lambda x, b: 0.5 * x @ matrix @ x - b @ x,
+        lambda f, x, b: torch.linalg.solve(matrix, b),
+        negative_curvature="damp",
+    )
+    layer(torch.zeros(4, dtype=F64), torch.ones(4, dtype=F64, requires_grad=True)).backward(v)
+    damping = float(layer.last_record.solution.damping)
+    assert abs(damping - 2) < 5e-3, f"damped by {damping}, twice the smallest eigenvalue is 2"
+
+
+def polish_keeps_the_better_point(il: Any) -> None:
+    # sqrt(1e-12 + x^2): a Newton step from 10 is 1e15 long, and no part of it leads to a smaller slope
+    layer = il.argmin(
+        lambda x, t: torch.sqrt(1e-12 + (x - t) ** 2).sum(),
+        lambda f, x, t: t + 10.0,
+        polish=2,
+        stationarity_rtol=None,
+    )
+    x = layer(torch.zeros(1, dtype=F64), torch.zeros(1, dtype=F64, requires_grad=True))
+    assert x.item() == 10.0, f"a polish step led from 10 to {x.item()}"
+
+
+def a_hidden_distance_is_told(il: Any) -> None:
+    # 5 per cent off along the flat direction; a part in 1e3 of it along the steep one makes all of the gradient
+    curvatures = torch.tensor([1.0, 1e-6], dtype=F64)
+    layer = il.argmin(
+        lambda x, b: 0.5 * (curvatures * x) @ x - b @ x,
+        lambda f, x, b: b / curvatures * 1.05 + 50 * torch.tensor([1.0, 0.0], dtype=F64),
+        on_failure="raise",
+    )
+    x = layer(torch.zeros(2, dtype=F64), torch.ones(2, dtype=F64, requires_grad=True))
+    try:
+        x.sum().backward()
+    except il.StationarityError:
+        return
+    raise AssertionError("an answer 5 per cent of its size away passes for a solution")

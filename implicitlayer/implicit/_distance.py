@@ -1,0 +1,174 @@
+"""What the derivatives of a call learn of its answer: whether the objective is still the same, and the distance."""
+
+# NOTE [a changed objective]: a backward runs the objective again, and tensors that it closes over are watched, but not
+# Python numbers, NumPy arrays or a random state. F(x) comes for free with the linearisation. If it has grown, and the
+# point is now further from a solution than the call allowed (by the same lower bound: no false alarm), the objective is
+# not that of the call.
+#
+# NOTE [two sides]: with delta = x - x* and F = J delta to first order, the forward pass knows ||delta|| from below, by
+# one product. The solve of a derivative, J'u = v, knows the other side at no product:
+#     ||delta|| = ||J^-1 F|| <= ||F|| / s,    s the smallest singular value of J.
+# Conjugate gradients estimate s by their smallest Ritz value (of M^-1 J with a metric M: ||F|| is then multiplied with
+# ||M^-1||). Other solvers show ||J^-1|| >= ||u|| / ||v||; a v of no special direction has a part of 1 / sqrt(n) along
+# the worst one, so sqrt(n) ||u|| / ||v|| stands for it. Neither is a bound, but they err on the other side than the
+# forward pass does. Where both agree that the answer is near enough, nothing more is done. Where they do not, the
+# Newton step J^-1 F itself, made once, decides: it is delta to first order.
+#
+# NOTE [pieces]: with a set or a regulariser F has pieces, one for each choice of entries that are held, and x* may be
+# on another one than x. If so, the Newton step leads out of the piece of x (a solution of the equation of that piece
+# inside of it would be x*, which is the only one). So the distance that matters is that from the nearest kink, too.
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from implicitlayer._errors import ClosureError
+from implicitlayer._records import AnswerDistance
+from implicitlayer._solution import LinearSolution
+from implicitlayer._tree import name_lanes, unravel
+from implicitlayer._types import Leaves, OnFailure
+from implicitlayer.implicit._stationarity import Stationarity, is_rounding, newton_step, stationarity
+from implicitlayer.linear._common import lane_norm
+from implicitlayer.linear._jacobian import Jacobian, OperatorFamily
+from implicitlayer.linear._operator import FlatOperator
+from implicitlayer.linear._residual import Residual
+
+__all__ = ["AnswerCheck"]
+
+# The gradient must have grown by this factor between call and backward before it is looked at more closely.
+_GROWN = 10.0
+# A kink nearer than this many times the estimate of the error is looked at: y = x - eta grad f moves by a few times
+# as much as x.
+_NEAR = 10.0
+
+Seen = list[tuple[torch.Tensor, torch.Tensor]]  # F(x) [*lanes, n] and its norm, once the solve has linearised
+
+
+@dataclass(eq=False)
+class AnswerCheck:
+    """What a forward pass leaves for the solves behind its derivatives.
+
+    Attributes:
+        norm, distance, size: [*lanes], of F(x), from x to a solution (from below), of x.
+        rtol, on_failure, linear_solver: of the layer.
+        nearest: [*lanes], distance of the nearest kink; None without one.
+        done: whether nothing is left to find out: the distance is rounding, or was told, or has been decided.
+    """
+
+    norm: torch.Tensor
+    distance: torch.Tensor
+    size: torch.Tensor
+    rtol: float
+    on_failure: OnFailure
+    linear_solver: Any
+    nearest: torch.Tensor | None
+    done: bool
+
+    @classmethod
+    def of(
+        cls, at: Stationarity, rtol: float, on_failure: OnFailure, linear_solver: Any, nearest: torch.Tensor | None
+    ) -> AnswerCheck:
+        """The check of an answer that the forward pass has measured."""
+        near = at.distance <= torch.finfo(at.gradient.dtype).eps * at.size
+        told = at.relative > rtol
+        done = on_failure == "ignore" or bool(near.all()) or bool(told.any())
+        return cls(at.norm, at.distance, at.size, rtol, on_failure, linear_solver, nearest, done)
+
+    def see(self, seen: Seen, residual: Residual, x: Leaves, theta: Leaves, value: torch.Tensor) -> None:
+        """F(x) as a solve meets it; refused where it is that of another objective: NOTE [a changed objective]."""
+        norm = self.norm
+        found = lane_norm(value) if value.shape[-1] else value.new_zeros(value.shape[:-1])
+        if found.shape[found.ndim - norm.ndim :] != norm.shape:
+            return  # levels of a transform come first, so that the call's lanes are the last ones
+        seen[:] = [] if self.done else [(value, found)]
+        if not bool((found > _GROWN * norm).any()):
+            return
+        now = stationarity(residual, x, theta, x)
+        moved = (now.distance > torch.maximum(self.rtol * self.size, 2 * self.distance)) & (now.norm > _GROWN * norm)
+        if not bool(moved.any()):
+            return
+        if not bool((moved & ~is_rounding(now.gradient, now.norm, residual, x, theta)).any()):
+            return
+        pick = tuple(moved.nonzero()[0].tolist())
+        before = norm.expand(now.norm.shape)[pick].item()
+        raise ClosureError(
+            f"since the layer was called, the objective has changed{name_lanes(moved)}: at the solution its "
+            f"gradient (the residual) had norm {before:.3g}, and now has {now.norm[pick].item():.3g}. The gradient "
+            "would be that of another problem. A number or array that the objective closes over has changed (pass "
+            "it to the layer as one more theta), or the objective is random (dropout: call .eval(), or draw the "
+            "mask once and pass it as a theta)."
+        )
+
+    def judge(
+        self,
+        seen: Seen,
+        family: OperatorFamily,
+        tensors: Leaves,
+        operator: FlatOperator,
+        rhs: torch.Tensor,
+        solution: LinearSolution,
+    ) -> AnswerDistance | None:
+        """How far the answer is, in the light of a solve behind a derivative: NOTE [two sides]; None if not seen."""
+        if not seen:
+            return None
+        value, norm = seen.pop()
+        if self.done or solution.remedy or not solution.status.usable:
+            return None
+        assert isinstance(family, Jacobian)
+        allowed = self.rtol * self.size
+        if self.nearest is not None:
+            allowed = torch.minimum(allowed, self.nearest / _NEAR)
+        pull = norm * _inverse_metric_norm(operator)
+        suspicious = _below(solution, rhs, pull / allowed.to(pull.dtype)) & (norm > 0)
+        found = AnswerDistance(pull / self.size)
+        if not bool(suspicious.any()):
+            return found
+        self.done = True
+        x, theta = tensors[: family.num_x], tensors[family.num_x :]
+        suspicious = suspicious & ~is_rounding(value, norm, family.residual, x, theta)
+        if not bool(suspicious.any()):
+            return found
+        step = newton_step(family.residual, x, theta, value, self.linear_solver)
+        relative = torch.where(suspicious, lane_norm(step) / self.size, self.distance / self.size)
+        elsewhere = suspicious & family.residual.leaves_piece(x, theta, unravel(step, x, family.lane_dims))
+        far = suspicious & (relative > self.rtol)
+        found.newton = relative
+        if bool(far.any()):
+            pick = tuple(far.nonzero()[0].tolist())
+            found.message = (
+                f"the solver's answer is not stationary{name_lanes(far)}: a Newton step from it is "
+                f"{relative[pick].item():.1e} of its size long (allowed {self.rtol:.1e}), although the gradient there "
+                "is small: the problem is ill-conditioned. The implicit gradient carries an error of that order. Solve "
+                "the inner problem more tightly, pass polish=1 for a Newton step after the solver, or "
+                "stationarity_rtol=None if an early stop is intended."
+            )
+        elif bool(elsewhere.any()):
+            pick = tuple(elsewhere.nonzero()[0].tolist())
+            found.message = (
+                f"the solver's answer is too rough to tell its active set{name_lanes(elsewhere)}: a Newton step from "
+                f"it, {relative[pick].item():.1e} of its size long, changes which entries are held (at a bound, at "
+                "zero). The implicit gradient is that of another active set than the solution's. Solve the inner "
+                "problem more tightly, pass polish=5 for Newton steps after the solver, or stationarity_rtol=None if "
+                "an early stop is intended."
+            )
+        return found
+
+
+def _inverse_metric_norm(operator: FlatOperator) -> float | torch.Tensor:
+    """||M^-1|| of the metric of an operator, per lane (of a full matrix, by the pivots of its factor)."""
+    if operator.metric_factor is not None:
+        return operator.metric_factor.diagonal(dim1=-2, dim2=-1).double().amin(-1) ** -2
+    return 1.0 if operator.inverse_metric is None else operator.inverse_metric.double().amax(-1)
+
+
+def _below(solution: LinearSolution, rhs: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+    """Lanes whose matrix may have a singular value below ``shift`` [*lanes], as its solve shows: NOTE [two sides]."""
+    own_units = solution.ritz is not None and not solution.preconditioned
+    if own_units and solution.ritz is not None:
+        return solution.ritz.any_below(shift)
+    u, v = (part.abs().amax(-1).double() for part in (solution.value, rhs))
+    return (v > 0) & (shift * u * math.sqrt(rhs.shape[-1]) > v)
