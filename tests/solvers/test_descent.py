@@ -209,8 +209,8 @@ def test_it_leaves_module_gradients_alone_and_works_where_gradients_are_off(kind
 @ALL
 @pytest.mark.parametrize("settings", [{"max_steps": 2}, {"rtol": 1e-9}])
 def test_batched_equals_looped_with_mixed_conditioning(kind: str, settings: dict[str, Any]) -> None:
-    # Two steps from here leave residuals of 4e-11 (Newton) and more, so every lane has a step left to make. At rounding,
-    # which a lane of condition 1 reaches in its first step, chance would say whether the next one stalls.
+    # Two steps from here leave residuals of 4e-11 (Newton) and more, so every lane has a step left to make. At
+    # rounding, which a lane of condition 1 reaches in its first step, chance would say whether the next one stalls.
     matrices, b = mixed_batch((0.3, 0.6, 0.8, 1.0))
     solver = make(kind, **settings)
     batched = solver.run(quadratics, zeros(4, 6), matrices, b)

@@ -170,8 +170,8 @@ def nearest_on_the_circle(target: Tensor) -> Tensor:
 @pytest.mark.filterwarnings("ignore:delta_grad == 0.0:UserWarning")
 def test_equations_and_inequalities_of_the_layer_reach_every_method_with_constraints(method: str) -> None:
     answer = on_a_plane_in_a_ball(il.solvers.SciPyMinimize(method, options=OPTIONS[method]))
-    # COBYLA's linear models of a curved border decide by rounding where it ends along the circle: 60 targets that differ
-    # in the 14th digit end 1e-9 to 4e-5 from the solution, with any radii. Without one of the constraints it is off by 1.
+    # COBYLA's linear models of a curved border decide by rounding where it ends along the circle: 60 targets that
+    # differ in the 14th digit end 1e-9 to 4e-5 from the solution, with any radii. Without a constraint it is off by 1.
     allowed = {"trust-constr": 1e-5, "COBYLA": 1e-3}.get(method, 1e-6)
     x, nearest = answer(TARGET), nearest_on_the_circle(TARGET)
     torch.testing.assert_close(x, nearest, rtol=0, atol=allowed)
