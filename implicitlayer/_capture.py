@@ -239,14 +239,16 @@ def refuse_hidden_tensors(
     """Raise if ``function(x, theta)`` depends on a tensor that requires a gradient and is not an argument.
 
     Catches what the finder cannot see: a tensor read on a branch that was not taken at ``init``, or by a scripted
-    module or an extension. Within a transform a level of its own takes the arguments' graph, so whatever graph the
-    value has outside of it comes from elsewhere; elsewhere its leaves tell.
+    module or an extension. Inside a torch.func level the arguments' own graph is on that level, so whatever graph the
+    value has outside of it comes from elsewhere. A plain graph that has no other leaf than x needs no such level, which
+    would leave torch's reference cycles behind.
     """
     with torch.enable_grad():
         if not torch._C._are_functorch_transforms_active():
             points = [leaf.detach().requires_grad_() for leaf in x]
-            refuse_other_leaves(function(points, [leaf.detach() for leaf in theta]), points)
-            return
+            known = {id(point) for point in points}
+            if all(id(leaf) in known for leaf in leaves_of(function(points, [leaf.detach() for leaf in theta]))):
+                return
         vjp: Callable[..., Any] = torch.func.vjp  # torch annotates its results as two or three values
         values, _ = vjp(lambda x_: function(x_, theta), x)
     for value in values:

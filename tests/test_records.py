@@ -173,3 +173,10 @@ def test_explain_does_not_hide_a_remedy_that_failed() -> None:
     assert backward.status is il.Status.SINGULAR
     text = backward.explain()
     assert "failed" in text and "found the matrix singular" in text and "solved again by MINRES" in text
+
+
+def test_a_status_is_printed_by_its_name_everywhere() -> None:
+    status = il.Status.MAX_STEPS_REACHED
+    assert str(status) == f"{status}" == "{}".format(status) == "MAX_STEPS_REACHED" and int(status) == 3  # noqa: UP032
+    assert f"{status:>18}|" == " MAX_STEPS_REACHED|"
+    assert il.Status(3) is status and status > il.Status.CONVERGED
