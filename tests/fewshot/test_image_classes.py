@@ -232,9 +232,12 @@ def test_a_truncated_picture_is_named(tmp_path: Path) -> None:
     image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)).save(whole)
     cut = tmp_path / "cut.png"
     cut.write_bytes(whole.read_bytes()[:1000])
-    with pytest.raises(DatasetError, match=r"^dataset\[1\] \(.*cut\.png\) cannot be read: "):
-        with image.open(whole) as first, image.open(cut) as second:
-            ImageClasses.from_dataset([(first, 0), (second, 0)])
+    with (
+        pytest.raises(DatasetError, match=r"^dataset\[1\] \(.*cut\.png\) cannot be read: "),
+        image.open(whole) as first,
+        image.open(cut) as second,
+    ):
+        ImageClasses.from_dataset([(first, 0), (second, 0)])
 
     class Lazy:
         def __len__(self) -> int:
