@@ -170,6 +170,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name == "testing":  # imported when first used: it needs Hypothesis, an extra
-        return importlib.import_module("implicitlayer.testing")
+    if name in ("testing", "experiments"):  # imported when first used: Hypothesis, an extra; presets and runs
+        return importlib.import_module(f"implicitlayer.{name}")
     raise AttributeError(f"module 'implicitlayer' has no attribute {name!r}")

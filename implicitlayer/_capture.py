@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from implicitlayer._errors import ClosureError
 from implicitlayer._normalisation import PLAIN
+from implicitlayer._tree import tree_leaves, tree_map
 
 
 def needs_derivative(tensor: torch.Tensor) -> bool:
@@ -79,9 +79,9 @@ def find_closed_over(
     It is run on aliases of the tensors in ``args``, so that a tensor that is an argument and closed over as well is
     told apart: the second reading is found.
     """
-    leaves = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
+    leaves = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
     aliases = {id(leaf): leaf.view_as(leaf) for leaf in leaves}
-    aliased = pytree.tree_map(lambda leaf: aliases.get(id(leaf), leaf), args)
+    aliased = tree_map(lambda leaf: aliases.get(id(leaf), leaf), args)
 
     def run() -> _Finder:
         finder = _Finder(list(aliases.values()))
@@ -240,9 +240,15 @@ def refuse_hidden_tensors(
 
     Catches what the finder cannot see: a tensor read on a branch that was not taken at ``init``, or by a scripted
     module or an extension. Inside a torch.func level the arguments' own graph is on that level, so whatever graph the
-    value has outside of it comes from elsewhere.
+    value has outside of it comes from elsewhere. A plain graph that has no other leaf than x needs no such level, which
+    would leave torch's reference cycles behind.
     """
     with torch.enable_grad():
+        if not torch._C._are_functorch_transforms_active():
+            points = [leaf.detach().requires_grad_() for leaf in x]
+            known = {id(point) for point in points}
+            if all(id(leaf) in known for leaf in leaves_of(function(points, [leaf.detach() for leaf in theta]))):
+                return
         vjp: Callable[..., Any] = torch.func.vjp  # torch annotates its results as two or three values
         values, _ = vjp(lambda x_: function(x_, theta), x)
     for value in values:

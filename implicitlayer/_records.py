@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -272,6 +273,24 @@ class BackwardRecord:
 
 
 Record = ForwardRecord | BackwardRecord
+
+
+class CallRecords(list[Record]):
+    """The records of one call of a layer."""
+
+    def listener(self) -> Callable[[Record], None]:
+        """What adds one, as long as somebody holds the list.
+
+        A backward record may hold tensors of the graph, and the graph holds the listener: that must not hold the list.
+        """
+        reference = weakref.ref(self)
+
+        def listen(record: Record) -> None:
+            records = reference()
+            if records is not None:
+                records.append(record)
+
+        return listen
 
 
 def _steps(count: int, kind: str = "") -> str:

@@ -14,6 +14,8 @@ class Status(enum.IntEnum):
         >>> import implicitlayer as il
         >>> il.Status.CONVERGED.ok, il.Status.INDEFINITE.ok
         (True, False)
+        >>> print(il.Status.MAX_STEPS_REACHED)
+        MAX_STEPS_REACHED
     """
 
     CONVERGED = 0
@@ -26,6 +28,11 @@ class Status(enum.IntEnum):
     INDEFINITE = 7
     DIVERGED = 8
     NONFINITE = 9
+
+    def __str__(self) -> str:
+        return self.name
+
+    __format__ = enum.Enum.__format__  # by str(), where Python 3.11 would give the number
 
     @property
     def ok(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,23 @@ _LEAF: TreeSpec = pytree.tree_flatten(0)[1]
 
 def flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
     """Leaves of ``tree`` and its structure; a bare tensor, the commonest tree, takes no walk."""
-    return ([tree], _LEAF) if isinstance(tree, torch.Tensor) else pytree.tree_flatten(tree)
+    leaves: list[Any] = []
+    return leaves, _walk(tree, leaves)
+
+
+def _walk(tree: Any, leaves: list[Any]) -> TreeSpec:
+    # torch's own walk is a closure that calls itself: every call leaves a cycle, which only the garbage collector frees
+    kind = None if isinstance(tree, torch.Tensor) else pytree._get_node_type(tree)
+    if kind not in pytree.SUPPORTED_NODES:
+        leaves.append(tree)
+        return _LEAF
+    children, context = pytree.SUPPORTED_NODES[kind].flatten_fn(tree)
+    return TreeSpec(kind, context, [_walk(child, leaves) for child in children])
+
+
+def tree_leaves(tree: Any) -> list[Any]:
+    """Leaves of ``tree``."""
+    return flatten(tree)[0]
 
 
 def unflatten(leaves: Sequence[Any], spec: TreeSpec) -> Any:
@@ -23,14 +39,18 @@ def unflatten(leaves: Sequence[Any], spec: TreeSpec) -> Any:
     return leaves[0] if spec is _LEAF else pytree.tree_unflatten(list(leaves), spec)
 
 
-tree_map = pytree.tree_map
+def tree_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
+    """``tree`` with ``function`` of every leaf, and of what the others have in its place."""
+    leaves, spec = flatten(tree)
+    rows = [leaves, *([other] if spec is _LEAF else spec.flatten_up_to(other) for other in others)]
+    return unflatten([function(*row) for row in zip(*rows, strict=True)], spec)
 
 
 def flatten_with_names(tree: Any, root: str) -> tuple[list[Any], list[str]]:
     """Leaves of ``tree`` and a readable name for each, such as ``x['weight'][0]``."""
     if isinstance(tree, torch.Tensor):
         return [tree], [root]
-    pairs, _ = pytree.tree_flatten_with_path(tree)
+    pairs = list(pytree._generate_key_paths((), tree))
     return [leaf for _, leaf in pairs], [root + pytree.keystr(path) for path, _ in pairs]
 
 

@@ -173,3 +173,22 @@ def test_explain_does_not_hide_a_remedy_that_failed() -> None:
     assert backward.status is il.Status.SINGULAR
     text = backward.explain()
     assert "failed" in text and "found the matrix singular" in text and "solved again by MINRES" in text
+
+
+def test_a_status_is_printed_by_its_name_everywhere() -> None:
+    status = il.Status.MAX_STEPS_REACHED
+    assert str(status) == f"{status}" == "{}".format(status) == "MAX_STEPS_REACHED" and int(status) == 3  # noqa: UP032
+    assert f"{status:>18}|" == " MAX_STEPS_REACHED|"
+    assert il.Status(3) is status and status > il.Status.CONVERGED
+
+
+def test_the_status_of_a_batch_is_that_of_its_worst_lane() -> None:
+    # CG on lanes of condition 1 and 10 with two steps: the first lane converges, the second one does not
+    matrices = torch.stack([torch.eye(6, dtype=F64), spd_matrix(6, 1, seed=1)])
+    b = randn(2, 6, seed=2)
+    solve = il.ConjugateGradient(rtol=1e-10, max_steps=2)
+    operator = il.FlatOperator(lambda v: (matrices @ v.unsqueeze(-1)).squeeze(-1))
+    solution = solve(operator, b)
+    assert solution.codes.tolist() == [int(il.Status.CONVERGED), int(il.Status.MAX_STEPS_REACHED)]
+    assert solution.status is il.Status.MAX_STEPS_REACHED and "in lane 1 of (2,)" in solution.describe()
+    assert solve(operator, b.flip(0)).status is il.Status.MAX_STEPS_REACHED

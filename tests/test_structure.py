@@ -178,3 +178,8 @@ def test_no_file_mentions_what_it_should_not() -> None:
                 line = text.count("\n", 0, match.start()) + 1
                 found.append(f"{relative(path)}:{line}: {match.group()!r} is {reason}")
     assert not found, "\n".join(found)
+
+
+def test_experiments_are_an_attribute_without_an_import_of_their_own() -> None:
+    code = "import implicitlayer as il; print(il.experiments.preset('glyphs').run.minutes)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "3.0\n"

@@ -97,5 +97,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(
         f"{results['preset']}: {results['accuracy']:.2f} ± {results['interval']:.2f} % on {results['num_tasks']} tasks "
         f"({results['split']}; {'' if results['transductive'] else 'not '}transductive), after "
-        f"{results['meta_steps']} meta-steps in {results['seconds']:.0f} s"
+        f"{results['meta_steps']} meta-step{'' if results['meta_steps'] == 1 else 's'} in {results['seconds']:.0f} s"
     )

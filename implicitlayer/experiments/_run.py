@@ -122,6 +122,7 @@ def _results(
     experiment: Experiment, trainer: Trainer, tested: Evaluation, device: torch.device, group: WorkerGroup
 ) -> dict[str, Any]:
     best = trainer.best or {}
+    made = sum("validation" in record for record in trainer.history)
     return {
         "preset": experiment.preset,
         "setting": experiment.setting,
@@ -134,7 +135,7 @@ def _results(
         "interval": 100 * tested.interval,
         "num_tasks": tested.num_tasks,
         "transductive": tested.transductive,
-        "checkpoint": f"{experiment.evaluation.checkpoint} of {experiment.evaluation.num_validations} validations",
+        "checkpoint": f"{experiment.evaluation.checkpoint} of {made} validation{'' if made == 1 else 's'}",
         "validation_accuracy": 100 * best["validation"] if best else None,
         "validation_step": best["step"] if best else None,
         "meta_steps": trainer.step,

@@ -96,7 +96,8 @@ class ImageClasses:
         Args:
             dataset: has ``len(dataset)`` and ``dataset[i]`` = (picture, label). The picture is a tensor ``[H, W]``,
                 ``[1, H, W]`` or ``[3, H, W]``, an array ``[H, W]``, ``[H, W, 1]`` or ``[H, W, 3]``, or a Pillow image;
-                numbers are uint8, or floating in [0, 1]. The label is an integer or a string. Random transforms of the
+                numbers are uint8, or floating in [0, 1]. A Pillow image with transparency is put on white paper, as a
+                scan would be. The label is an integer or a string. Random transforms of the
                 dataset act once, here.
             class_names: name of each label, as a mapping or as a sequence with integer labels as positions;
                 ``None`` takes ``str(label)``.
@@ -109,6 +110,7 @@ class ImageClasses:
             TypeError: no map-style dataset, an item is no pair of picture and label, or names are no mapping or list.
             ValueError: a picture has other numbers or another size; a label has no name, or two have one; no class is
                 left. The message names the item.
+            DatasetError: an item cannot be read (a truncated file, say); the message names it.
             ImportError: ``image_size`` is given and Pillow is missing.
 
         Example:

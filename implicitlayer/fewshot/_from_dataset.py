@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from implicitlayer.fewshot._dataset import NUM_COLOURS, check_image_size, need_extra
+from implicitlayer.fewshot._dataset import NUM_COLOURS, DatasetError, check_image_size, need_extra
 
 Names = Mapping[Any, str] | Sequence[str] | None
 
@@ -39,13 +39,19 @@ def group_by_label(
     by_label: dict[str | int, list[NDArray[np.uint8]]] = {}
     shape: tuple[int, ...] | None = None
     for index in range(len(dataset)):
-        item = dataset[index]
+        try:
+            item = dataset[index]
+        except OSError as error:
+            raise _damaged(index, None, error) from error
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise TypeError(
                 f"dataset[{index}] is a {type(item).__name__} and must be a pair (picture, label). "
                 "Wrap the dataset in one whose items are such pairs."
             )
-        picture = _as_bytes(item[0], index)
+        try:
+            picture = _as_bytes(item[0], index)
+        except OSError as error:  # a lazy Pillow image is read here
+            raise _damaged(index, item[0], error) from error
         if image_size is not None:
             picture = _resized(picture, image_size)
         if shape is not None and picture.shape != shape:
@@ -89,6 +95,9 @@ def _as_bytes(picture: Any, index: int) -> NDArray[np.uint8]:
         layout = "a tensor [H, W], [1, H, W] or [3, H, W]"
     else:
         mode = getattr(picture, "mode", None)
+        if mode is not None and picture.has_transparency_data:
+            picture = _on_white(picture, index)
+            mode = picture.mode
         if mode is not None and not mode.startswith(("I", "F")):  # these have more levels: a conversion would clip them
             picture = picture.convert("L" if mode in ("1", "L", "LA") else "RGB")
         array = np.asarray(picture)
@@ -107,6 +116,28 @@ def _as_bytes(picture: Any, index: int) -> NDArray[np.uint8]:
         )
     levels: NDArray[np.uint8] = np.rint(array * 255).astype(np.uint8)
     return levels
+
+
+def _on_white(picture: Any, index: int) -> Any:
+    """The Pillow image on white paper, grey where it was; colours alone are arbitrary where nothing is to be seen."""
+    from PIL import Image
+
+    layers = picture.convert("RGBA")
+    paper = Image.new("RGBA", layers.size, (255, 255, 255, 255))
+    seen = Image.alpha_composite(paper, layers).convert("L" if picture.mode in ("1", "L", "LA") else "RGB")
+    flat = np.asarray(seen)
+    if flat.size and flat.min() == 255 and np.asarray(layers)[..., 3].any():
+        raise ValueError(
+            f"dataset[{index}] has a picture in white on transparent, of which nothing is left on white paper. "
+            "Put it on dark paper in the dataset."
+        )
+    return seen
+
+
+def _damaged(index: int, picture: Any, error: Exception) -> DatasetError:
+    name = getattr(picture, "filename", "") or getattr(error, "filename", None) or ""
+    where = f" ({name})" if name else ""
+    return DatasetError(f"dataset[{index}]{where} cannot be read: {error}. Get the file again, or leave the item out.")
 
 
 def _shape(picture: Any) -> tuple[int, ...]:

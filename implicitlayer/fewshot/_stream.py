@@ -20,12 +20,17 @@ class TaskStream(abc.ABC, Generic[Batch]):
     NOTE [task numbers]: every task takes the same count of random numbers, one row of them, from the sampler's own
     generator (NumPy PCG64). That makes task number i independent of the batch it comes in, so ``sample(4)`` and two
     times ``sample(2)`` give the same four tasks. The global generators are neither read nor changed.
+
+    A worker process of a ``torch.utils.data.DataLoader`` holds a copy of the sampler, and draws from a stream of its
+    own: that of the sampler's position and of the worker's seed, which the loader's ``generator`` (or torch's global
+    one) draws anew for every epoch.
     """
 
     def __init__(self, seed: int) -> None:
         check_number("seed", seed, 0)
         self.seed = seed
         self._random = np.random.Generator(np.random.PCG64(seed))
+        self._worker: int | None = None  # seed of the worker process whose stream this is
 
     @abc.abstractmethod
     def _draw(self, random: np.random.Generator, num_tasks: int) -> Batch:
@@ -38,6 +43,10 @@ class TaskStream(abc.ABC, Generic[Batch]):
     def sample(self, num_tasks: int) -> Batch:
         """The next ``num_tasks`` tasks."""
         check_number("num_tasks", num_tasks, 1)
+        worker = _worker_seed()
+        if worker is not None and worker != self._worker:
+            entropy = [int(self._random.integers(2**63)), worker]
+            self._random, self._worker = np.random.Generator(np.random.PCG64(entropy)), worker
         return self._draw(self._random, num_tasks)
 
     def fixed(self, num_tasks: int, *, batch_size: int = 50) -> Iterator[Batch]:
@@ -70,6 +79,13 @@ class TaskStream(abc.ABC, Generic[Batch]):
                 "Make the sampler with the same settings and dataset."
             )
         self._random.bit_generator.state = state["random"]
+        self._worker = _worker_seed()
+
+
+def _worker_seed() -> int | None:
+    """That of the DataLoader's worker that this process is."""
+    info = torch.utils.data.get_worker_info()
+    return None if info is None else info.seed
 
 
 def check_number(name: str, value: int, least: int) -> None:

@@ -171,7 +171,7 @@ class SeenFunction:
         self.terms = None if calling.constraints is None else calling.constraints.terms
 
     def __call__(self, x: Any, *theta: Any) -> Any:
-        leaves, _ = torch.utils._pytree.tree_flatten(x)
+        leaves, _ = flatten(x)
         value = self._function(leaves, self._calling.flatten_theta(theta, self._hidden))
         if not self._calling.gives_value:
             return unflatten(value, self._calling.x_spec)
@@ -189,7 +189,7 @@ class SeenFunction:
             return value.sum() if not self._batched and value.ndim else value
 
         def outputs_of(x: Any, *theta: Any) -> Any:
-            leaves, _ = torch.utils._pytree.tree_flatten(x)
+            leaves, _ = flatten(x)
             return model(leaves, self._calling.flatten_theta(theta, self._hidden))
 
         return Composite(values, outputs_of)
@@ -197,7 +197,7 @@ class SeenFunction:
     def prox(self, y: Any, step: torch.Tensor, *theta: Any) -> Any:
         """The proximal operator of the layer's set or regulariser, lane by lane; ``step`` is 0-d or [*lanes]."""
         assert self._calling.constraints is not None
-        leaves, spec = torch.utils._pytree.tree_flatten(y)
+        leaves, spec = flatten(y)
         steps = step.expand(leaves[0].shape[: self._residual.lane_dims])
         prox = self._residual.over_lanes(self._calling.constraints.prox)
         return unflatten(prox([*leaves, steps], self._calling.flatten_theta(theta, self._hidden)), spec)

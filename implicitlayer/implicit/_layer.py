@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch.utils import _pytree as pytree
 
 from implicitlayer._capture import ClosedOver, announce, derivatives_possible, find_closed_over, needs_derivative
 from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
 from implicitlayer._flat import Signature, flat_function, flat_parts, like_x
-from implicitlayer._records import Record
+from implicitlayer._records import CallRecords, Record
 from implicitlayer._surroundings import out_of_inference, outside_compiled_code
-from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, unflatten
+from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, tree_map, unflatten
 from implicitlayer._types import FlatFunction, OnFailure
 from implicitlayer.implicit._certificate import Assumptions
 from implicitlayer.implicit._forward import Calling, Constraints
@@ -98,7 +97,7 @@ class ImplicitLayer:
         x, x_names = flatten_with_names(init, "x")
         check_init(x, x_names, self.batch_dims)
         x_spec = flatten(init)[1]
-        theta = pytree.tree_map(announce, theta)
+        theta = tree_map(announce, theta)
         signature = Signature.of(theta)
         tensors = signature.tensors
         user_function = without_aux(self.function) if self.objective_has_aux else self.function
@@ -126,8 +125,7 @@ class ImplicitLayer:
             gives_value=self.kind == "argmin",
             constraints=constraints,
         )
-        records: list[Record] = []
-        self.records = records
+        self.records = records = CallRecords()
         spec = LayerSpec(
             residual=residual,
             calling=calling,
@@ -141,7 +139,7 @@ class ImplicitLayer:
             matrix=(self.curvature, float(self.damping)),
             negative_curvature=self.negative_curvature,
             assumptions=self.assumptions,
-            listener=records.append,
+            listener=records.listener(),
         )
         solution = unflatten(ImplicitArgmin.apply(spec, *out_of_inference([*x, *tensors, *hidden])), x_spec)
         if self.solver_has_aux:

@@ -90,7 +90,7 @@ def qp(
         >>> point = torch.tensor([0.9, 0.7, -2.0], dtype=torch.float64, requires_grad=True)
         >>> eye, ones = torch.eye(3).double(), torch.ones(1, 3).double()
         >>> x = il.qp(eye, -point, ones, ones[:, 0], -eye, torch.zeros(3).double())  # projection onto the simplex
-        >>> [round(v, 12) for v in x.tolist()]
+        >>> [round(v, 12) + 0.0 for v in x.tolist()]
         [0.6, 0.4, 0.0]
         >>> x[0].backward()  # the mean of the support is taken off
         >>> [round(v, 12) + 0.0 for v in point.grad.tolist()]

@@ -53,7 +53,7 @@ def implicit_vjp(
     source = residual.seen_by(needed)
     mixed: OneGraph | Callable[[Leaves], Leaves] = lambda t: source(x, t)  # noqa: E731
     if one_graph and _plainly():
-        jacobian = OneGraph(**vars(jacobian), x=x, needed=needed if source is residual else ())
+        jacobian = OneGraph(**vars(jacobian), x=[t.detach() for t in x], needed=needed if source is residual else ())
         mixed = jacobian if source is residual else mixed
     spec = SolveSpec(jacobian, len(x), certify=certify, judge=judge, **how)
     with plain_surroundings(x):

@@ -114,7 +114,8 @@ class LinearSolve(torch.autograd.Function):
         u = unravel(solution.value, rhs, lane_dims)
         certificate = None
         if spec.certify is not None and listening_in_depth():  # it holds tensors, for as long as the record is held
-            certificate = _while_unchanged(parameters, partial(spec.certify, spec.operator, parameters, u, list(rhs)))
+            free, b = ([t.detach() for t in part] for part in (parameters, rhs))  # no record holds a graph
+            certificate = _while_unchanged(free, partial(spec.certify, spec.operator, free, u, b))
         answer = None if spec.judge is None else spec.judge(spec.operator, parameters, operator, flat, solution)
         record = BackwardRecord(spec.kind, replace(solution, value=None), certificate, answer)
         emit(record)

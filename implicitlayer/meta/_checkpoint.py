@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 
 from implicitlayer._errors import ImplicitLayerError
 
+try:
+    import fcntl
+except ImportError:  # Windows: there the number of the process alone tells who writes a file
+    fcntl = None  # type: ignore[assignment]
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.Tensor, torch.nn.Parameter)
+_TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
+
 
 class CheckpointError(ImplicitLayerError, ValueError):
-    """A checkpoint that cannot be used: damaged, of another program, or of a run with other settings."""
+    """A checkpoint that cannot be used: damaged, of another program, of other settings, or not plain data."""
 
 
 def replace_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
@@ -31,6 +43,7 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "wb") as file:
+                _lock(file)
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
@@ -45,8 +58,98 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
         ) from error
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes left of :func:`replace_file` in ``folder``; what a live one writes stays.
+
+    A process here is known by its number, and one on another machine that shares the folder by its lock on the file.
+    """
+    for path in folder.glob(".*.tmp"):
+        found = _TEMPORARY.fullmatch(path.name)
+        if found is None or not path.is_file() or _is_another_process(int(found[1])):
+            continue
+        try:
+            with open(path, "rb+") as file:
+                _lock(file, wait=False)
+                path.unlink()
+        except OSError:  # locked, or removed by another process
+            continue
+
+
+def _lock(file: IO[bytes], wait: bool = True) -> None:
+    """Hold ``file`` until it is closed, or the process ends; OSError where another process holds it."""
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:  # a file system without locks
+        return
+
+
+def _is_another_process(number: int) -> bool:
+    if number == os.getpid():
+        return False
+    try:
+        os.kill(number, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # somebody else's, or Windows: leave it alone
+        return True
+    return True
+
+
+def plain_data(value: Any, path: str = "") -> Any:
+    """``value`` with NumPy's numbers as Python's and its arrays as tensors: what a checkpoint can hold.
+
+    Raises:
+        CheckpointError: anything else that would not be read back, named by its path, such as ``scheduler.x[0]``.
+    """
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if kind in (dict, OrderedDict):
+        entries = ((plain_data(key, f"{path} (a key)"), key, entry) for key, entry in value.items())
+        return kind((plain, plain_data(entry, f"{path}.{key}" if path else str(key))) for plain, key, entry in entries)
+    if kind in (list, tuple):
+        return kind(plain_data(entry, f"{path}[{index}]") for index, entry in enumerate(value))
+    if isinstance(value, np.generic) and type(value.item()) in _PLAIN:
+        return value.item()
+    if kind is np.ndarray and value.dtype.kind in "biufc":
+        try:
+            return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C"))
+        except (TypeError, ValueError):  # a dtype that torch does not have, such as longdouble
+            pass
+    elif _is_read_back(value):
+        return value
+    raise CheckpointError(
+        f"{path or 'the state'} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold: only "
+        "numbers, strings, tensors, NumPy's numbers and arrays, lists and dicts are read back. Let state_dict() of "
+        "its owner give it as one of these, or leave it out."
+    )
+
+
+def _is_read_back(value: Any) -> bool:
+    """Whether torch reads it as data: sets, dtypes, devices, and classes that the user declared safe."""
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+        file.seek(0)
+        torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # pickle, torch and the object itself each have their own
+        return False
+    return True
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Save ``state`` (tensors, numbers, strings, lists, dicts) in one step: the file is the old one or the new one.
+
+    NumPy's numbers are saved as Python's, and its arrays as tensors.
+
+    Raises:
+        CheckpointError: the state holds something that would not be read back; the message gives its path, and no file
+            was written.
+        OSError: the file cannot be written.
 
     Example:
         >>> import tempfile, pathlib, implicitlayer as il
@@ -55,7 +158,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         >>> il.meta.load_checkpoint(path)
         {'step': 3}
     """
-    replace_file(path, lambda file: torch.save(state, file))
+    plain = plain_data(state)
+    replace_file(path, lambda file: torch.save(plain, file))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -93,8 +197,13 @@ def save_json(path: Path, value: Any) -> None:
 
 def save_json_lines(path: Path, records: list[dict[str, Any]]) -> None:
     """Write one JSON object per line in one step."""
-    text = "".join(json.dumps(record) + "\n" for record in records)
+    text = "".join(json.dumps(record, default=_as_number) + "\n" for record in records)
     replace_file(path, lambda file: _write_text(file, text))
+
+
+def _as_number(value: Any) -> Any:
+    """A NumPy number, or a tensor of one."""
+    return value.item()
 
 
 def _write_text(file: IO[bytes], text: str) -> None:

@@ -24,6 +24,7 @@ def plot_learning_curves(
         chance: accuracy of guessing, drawn as a dotted line.
         window: steps in the running mean.
     """
+    latest = 0.0
     for (name, history), colour in zip(histories.items(), SERIES, strict=False):
         records = [record for record in history if "accuracy" in record]
         minutes = torch.tensor([record["seconds"] / 60 for record in records])
@@ -45,14 +46,16 @@ def plot_learning_curves(
             linewidth=1.8,
             capsize=2,
             label=name,
+            clip_on=False,  # a point on the border is a whole one
         )
+        latest = max([latest, *minutes.tolist(), *(record["seconds"] / 60 for record in points)])
     if chance is not None:
         axes.axhline(100 * chance, color=INK, linewidth=1, linestyle=":")
         axes.text(
             0.995, 100 * chance + 1, "chance", ha="right", color=INK, fontsize=8, transform=axes.get_yaxis_transform()
         )
     axes.set(xlabel="minutes of training", ylabel="accuracy on the query set, %", ylim=(0, 100))
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, 1.05 * latest or 1)
     axes.set_title(
         "Learning curves: validation classes (dots, ± 95 %), training classes (thin)", fontsize=10, loc="left"
     )

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from implicitlayer.meta._checkpoint import load_checkpoint, replace_file, save_checkpoint, save_json_lines
+from implicitlayer.meta._checkpoint import (
+    plain_data,
+    remove_unfinished,
+    replace_file,
+    save_checkpoint,
+    save_json_lines,
+)
 
 
 class RunFolder:
@@ -15,10 +21,11 @@ class RunFolder:
         self.folder = folder
         self.last = folder / "checkpoint.pt"
         self.best = folder / "best.pt"
-        self._read_back = False
 
-    def check_writable(self) -> None:
-        """Raise OSError now, and not at the first checkpoint, if nothing can be written here."""
+    def check(self, state: dict[str, Any]) -> None:
+        """Raise now, and not at the first checkpoint, if nothing can be written here or the state cannot be kept."""
+        plain_data(state)
+        remove_unfinished(self.folder)
         probe = self.folder / ".writable"
         replace_file(probe, lambda file: None)
         probe.unlink()
@@ -27,15 +34,7 @@ class RunFolder:
         """Write the last state and its history."""
         save_checkpoint(self.last, state)
         save_json_lines(self.folder / "metrics.jsonl", state["history"])
-        self._check()
 
     def save_best(self, state: dict[str, Any]) -> None:
         """Write the best state."""
         save_checkpoint(self.best, state)
-
-    def _check(self) -> None:
-        # Objects that are no plain data are written without complaint and refused when they are read. That shall not
-        # come out after a night of training, so the first file is read back at once.
-        if not self._read_back:
-            load_checkpoint(self.last)
-            self._read_back = True

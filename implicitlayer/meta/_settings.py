@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
 from implicitlayer._tree import flatten
@@ -22,6 +23,8 @@ def plain(value: Any) -> Any:
     Dataclasses and containers are looked into. Of a tensor the shape counts (its value may be learned), of any other
     object, functions among them, the name of its class.
     """
+    if isinstance(value, np.generic):
+        value = value.item()  # a checkpoint gives it back like this
     if isinstance(value, _PLAIN):
         return value
     if isinstance(value, torch.Tensor):

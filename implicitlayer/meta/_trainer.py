@@ -100,6 +100,8 @@ class Trainer(TrainerState):
             WorkerLostError: another process died; the message says what was saved and how to go on.
             FileExistsError: ``run_dir`` holds a run that was not resumed.
             OSError: ``run_dir`` cannot be written; the message says what is kept.
+            CheckpointError: the state holds something that no checkpoint can, named by its path; told before the first
+                step where it is there from the start. The last checkpoint stays.
             ValueError: ``until`` is out of range; the processes did not start out with the same theta, optimizer or
                 tasks; or one task does not fit into ``memory_budget``.
         """
@@ -160,7 +162,7 @@ class Trainer(TrainerState):
             )
         if writes:
             assert self._folder is not None
-            self._folder.check_writable()
+            self._folder.check(self.state_dict())
         self._owns_folder = True
         state = self.state_dict() if self._group.size > 1 else {}
         self._group.require_same({name: state[name] for name in ("theta", "method", "optimizer", "sampler") if state})

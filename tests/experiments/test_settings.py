@@ -132,3 +132,13 @@ def test_the_command_of_an_experiment_names_what_differs_from_its_preset() -> No
     assert ex.changes_from_preset(experiment) == []
     own = dataclasses.replace(experiment, preset="mine")
     assert ex.changes_from_preset(own) == ["no preset"] and "config.json" in ex.command_of(own)
+
+
+def test_a_preset_names_the_budget_that_it_has() -> None:
+    for name, minutes, words in (
+        ("glyphs", 3.0, "a budget of 3 minutes."),
+        ("reduced-glyphs-5w1s-maml", 0.35, "a budget of 21 seconds."),
+        ("reduced-miniimagenet-5w1s-maml", 0.6, "a budget of 36 seconds."),
+    ):
+        experiment = ex.preset(name)
+        assert experiment.run.minutes == minutes and words in experiment.notes[0]

@@ -2,6 +2,7 @@
 
 import io
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from implicitlayer.fewshot import EpisodeBatch, EpisodeSampler, ImageClasses
+from implicitlayer.fewshot import EpisodeBatch, EpisodeSampler, ImageClasses, Sinusoids
 
 
 def coded(num_classes: int, num_examples: int, side: int = 3) -> ImageClasses:
@@ -207,3 +208,34 @@ def test_more_arguments_are_refused_with_the_rule() -> None:
         ImageClasses(torch.zeros(2, 2, 3, 3), ["a", "b"])
     with pytest.raises(ValueError, match="class_names has 2 entries, 1 of them distinct"):
         ImageClasses(torch.zeros(2, 2, 3, 3, dtype=torch.uint8), ["a", "a"])
+
+
+class Tasks(torch.utils.data.IterableDataset[Any]):
+    """Four tasks for each worker."""
+
+    def __init__(self, sampler: Any) -> None:
+        self.sampler = sampler
+
+    def __iter__(self) -> Any:
+        return (self.sampler.sample(1)[1][0] for _ in range(4))
+
+
+def drawn(num_workers: int, seed: int, sampler_seed: int = 0, epochs: int = 1) -> list[list[float]]:
+    generator = torch.Generator().manual_seed(seed)
+    loader = torch.utils.data.DataLoader(
+        Tasks(Sinusoids(num_query=1, seed=sampler_seed)), batch_size=None, num_workers=num_workers, generator=generator
+    )
+    return [[float(x) for x in loader] for _ in range(epochs)]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # on a machine with one core
+def test_workers_of_a_loader_draw_different_tasks_and_the_same_again_from_the_same_seeds() -> None:
+    first, second = drawn(2, seed=3, epochs=2)
+    assert len(set(first + second)) == 16  # of two workers and two epochs
+    assert drawn(2, seed=3, epochs=2) == [first, second]
+    assert not set(first) & set(drawn(2, seed=4)[0]) and not set(first) & set(drawn(2, seed=3, sampler_seed=1)[0])
+
+
+def test_without_workers_the_tasks_are_those_of_the_sampler() -> None:
+    sampler = Sinusoids(num_query=1)
+    assert drawn(0, seed=3) == [[float(sampler.sample(1)[1][0]) for _ in range(4)]]

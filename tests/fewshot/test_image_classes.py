@@ -1,5 +1,8 @@
 """Colour pictures, classes of different sizes, and any labelled dataset as a source of tasks."""
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, TensorDataset
 
-from implicitlayer.fewshot import EpisodeSampler, ImageClasses
+from implicitlayer.fewshot import DatasetError, EpisodeSampler, ImageClasses
 
 Pictures = list[tuple[object, object]]
 
@@ -189,3 +192,60 @@ def test_what_is_no_labelled_picture_is_refused_by_number(
 ) -> None:
     with pytest.raises(error, match=message):
         ImageClasses.from_dataset(dataset, **kwargs)
+
+
+def drawing(mode: str, ink: int, size: int = 8) -> Any:
+    """A square of ink in the middle of a transparent picture."""
+    image = pytest.importorskip("PIL.Image")
+    alpha = np.zeros((size, size), np.uint8)
+    alpha[2:6, 2:6] = 255
+    layers = [np.where(alpha > 0, ink, 0).astype(np.uint8)] * (1 if mode == "LA" else 3)
+    return image.fromarray(np.stack([*layers, alpha], -1), mode)
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "PA", "P"])
+@pytest.mark.filterwarnings("ignore:.*mode.*:DeprecationWarning")
+def test_a_drawing_on_transparent_is_one_on_white_paper(mode: str) -> None:
+    picture = drawing("LA" if mode == "LA" else "RGBA", 0)
+    if mode in ("P", "PA"):
+        palette = pytest.importorskip("PIL.Image").new("P", picture.size, 1)
+        palette.putpalette([0, 0, 0, 0, 0, 0])  # ink, and a transparent black
+        palette.paste(0, (2, 2, 6, 6))
+        palette.info["transparency"] = 1
+        picture = palette
+    images = ImageClasses.from_dataset([(picture, 0), (picture, 0)]).images[0, 0]
+    grey = images.float().mean(-1) if images.ndim == 3 else images.float()
+    expected = torch.full((8, 8), 255.0)
+    expected[2:6, 2:6] = 0
+    assert torch.equal(grey, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*mode.*:DeprecationWarning")
+def test_a_drawing_that_white_paper_would_hide_is_refused_by_its_number() -> None:
+    with pytest.raises(ValueError, match=r"^dataset\[1\] has a picture in white on transparent"):
+        ImageClasses.from_dataset([(drawing("RGBA", 0), 0), (drawing("RGBA", 255), 0)])
+
+
+def test_a_truncated_picture_is_named(tmp_path: Path) -> None:
+    image = pytest.importorskip("PIL.Image")
+    whole = tmp_path / "whole.png"
+    image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), np.uint8)).save(whole)
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(whole.read_bytes()[:1000])
+    with (
+        pytest.raises(DatasetError, match=r"^dataset\[1\] \(.*cut\.png\) cannot be read: "),
+        image.open(whole) as first,
+        image.open(cut) as second,
+    ):
+        ImageClasses.from_dataset([(first, 0), (second, 0)])
+
+    class Lazy:
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, index: int) -> Any:
+            with image.open([whole, cut][index]) as picture:
+                return picture.convert("RGB"), 0
+
+    with pytest.raises(DatasetError, match=r"^dataset\[1\].* cannot be read: "):
+        ImageClasses.from_dataset(Lazy())

@@ -89,7 +89,8 @@ def test_a_linear_solver_of_the_users_own_is_checked_by_its_residual() -> None:
 
 def test_diagnostics_hold_one_record_per_forward_and_per_linear_solve() -> None:
     t = torch.tensor([0.5, 4.0], dtype=F64, requires_grad=True)
-    layer = il.argmin(objective, il.solvers.SciPyMinimize("BFGS", options={"gtol": 1e-9}))
+    # Wolfe's conditions compare values, so they see gradients down to about sqrt(eps) = 1.5e-8: 1e-6 is within reach
+    layer = il.argmin(objective, il.solvers.SciPyMinimize("BFGS", options={"gtol": 1e-6}))
     with il.diagnostics() as records:
         x = layer(torch.zeros(2, dtype=F64), t)
         (g,) = torch.autograd.grad(x.sum(), t, create_graph=True)
@@ -97,7 +98,8 @@ def test_diagnostics_hold_one_record_per_forward_and_per_linear_solve() -> None:
     forward, first, *higher = records
     assert isinstance(forward, il.ForwardRecord) and isinstance(first, il.BackwardRecord)
     assert forward.solver_status is il.Status.CONVERGED and forward.num_steps is not None and forward.num_steps > 0
-    assert forward.stationarity_norm is not None and float(forward.stationarity_norm) <= 2e-9
+    # gtol bounds the larger of the two entries
+    assert forward.stationarity_norm is not None and float(forward.stationarity_norm) <= 2e-6
     assert first.kind == "backward" and first.solution.num_steps == 2  # two distinct eigenvalues, 0.5 and 4
     assert 0.5 <= float(first.solution.smallest_curvature) <= 4
     # the second derivative solves once for the change of the matrix and once for that of the solution

@@ -72,3 +72,25 @@ def test_no_unit_of_the_objective_or_of_x_is_taken_for_an_inexact_solve(objectiv
     r = torch.tensor(length, dtype=F64, requires_grad=True)
     (gradient,) = torch.autograd.grad(layer(torch.zeros(3, dtype=F64), t, r).sum(), r)
     assert abs(float(gradient - (t / t.norm()).sum())) < 1e-13  # of a handful of operations on numbers of size one
+
+
+@pytest.mark.parametrize("share", [0.01, 100.0])
+def test_a_force_below_the_tolerance_is_that_of_a_kink_and_one_above_holds_the_border(share: float) -> None:
+    """x <= 1 at t = 1: the multiplier is 0, and a solver that tells ``share`` of the tolerance means that or not."""
+    # the gradient 2 (x - t) has terms of size 2 |x| + 2 |t|; forces are compared with active_rtol times their size
+    t, active_rtol = torch.tensor([1.0, 0.25], dtype=F64), 1e-4
+    scale = float((2 * (t - t)).norm() + (2 * t).norm())  # of the gradient, and of the curvature times x
+    force = torch.tensor([share * active_rtol * scale], dtype=F64)
+    layer = il.constrained_argmin(
+        squares,
+        lambda problem, init, t: (t.detach().clone(), (None, force)),
+        inequality=lambda x, t: x[:1] - 1,
+        solver_returns_multipliers=True,
+        active_rtol=active_rtol,
+        stationarity_rtol=None,
+        on_failure="ignore",
+    )
+    layer(torch.zeros(2, dtype=F64), t.requires_grad_())
+    found = layer.active_set
+    assert found is not None
+    assert (int(found.num_kinks), int(found.num_active)) == ((1, 0) if share < 1 else (0, 1))

@@ -1,8 +1,11 @@
 """What a run leaves in its folder, and what is refused when it is read again."""
 
 import errno
+import fcntl
 import json
+import os
 import random
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -218,15 +221,105 @@ def test_a_missing_checkpoint_is_no_damaged_one(tmp_path: Path) -> None:
         il.meta.load_checkpoint(tmp_path / "checkpoint.pt")
 
 
-def test_a_state_that_cannot_be_read_back_comes_out_at_the_first_checkpoint(tmp_path: Path) -> None:
-    class Odd(Lines):
-        def state_dict(self) -> dict[str, Any]:
-            return super().state_dict() | {"path": Path("somewhere")}
+class Growing(Lines):
+    """Its state holds ``what`` after so many tasks."""
 
+    def __init__(self, what: Any, after: int) -> None:
+        super().__init__(1)
+        self.what, self.after, self.drawn = what, after, 0
+
+    def sample(self, num_tasks: int) -> Any:
+        self.drawn += 1
+        return super().sample(num_tasks)
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"seen": [{"where": self.what if self.drawn >= self.after else 0}]}
+
+
+def test_a_state_that_no_checkpoint_can_hold_is_told_by_its_path_before_the_first_step(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, max_steps=2)
-    trainer.sampler = Odd(1)
-    with pytest.raises(il.meta.CheckpointError, match="cannot be read as a checkpoint"):
+    trainer.sampler = Growing(Path("somewhere"), 0)
+    message = r"^sampler\.seen\[0\]\.where is a pathlib\.\w+, which a checkpoint cannot hold"
+    with pytest.raises(il.meta.CheckpointError, match=message):
         trainer.fit()
+    assert trainer.step == 0 and not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_what_no_checkpoint_can_hold_costs_no_step_that_was_saved_before_it_came(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"max_steps": 6, "checkpoint_steps": 2}
+    trainer = make_trainer(tmp_path, **settings)
+    trainer.sampler = Growing(Path("somewhere"), 3)
+    with pytest.raises(il.meta.CheckpointError, match=r"^sampler\.seen\[0\]\.where is"):
+        trainer.fit()
+    straight, resumed = make_trainer(None, **settings), make_trainer(tmp_path, **settings)
+    assert resumed.resume() and resumed.step == 2
+    assert comparable(resumed.fit()) == comparable(straight.fit())
+
+
+def test_a_schedule_in_numpy_is_resumed_bit_for_bit(tmp_path: Path) -> None:
+    def scheduler(optimizer: torch.optim.Optimizer) -> Any:  # NumPy's number comes in the fourth step
+        rate = lambda k: (k + 1) / 3 if k < 3 else 0.5 * (1 + np.cos(k / 10))  # noqa: E731
+        return torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+    runs = []
+    for stop_at in (None, 0.75):
+        trainer = make_trainer(tmp_path / str(stop_at), max_steps=8, checkpoint_steps=1, scheduler=scheduler)
+        if stop_at is not None:
+            trainer.fit(until=stop_at)
+            trainer = make_trainer(tmp_path / str(stop_at), max_steps=8, scheduler=scheduler)
+            assert trainer.resume() and trainer.step == 6
+        runs.append((comparable(trainer.fit()), tensors(trainer).tolist()))
+    assert runs[0] == runs[1]
+
+
+def test_numpy_settings_are_those_that_a_resumed_run_has(tmp_path: Path) -> None:
+    config = {"rate": np.float64(0.1), "width": np.int64(3), "kind": np.float32(0.5)}
+    make_trainer(tmp_path, max_steps=1, config=config).fit()
+    assert make_trainer(tmp_path, max_steps=1, config=config).resume()
+    with pytest.raises(il.meta.CheckpointError, match=r"config\.kind: 0\.5 there, 0\.25 here"):
+        make_trainer(tmp_path, max_steps=1, config=config | {"kind": np.float32(0.25)}).resume()
+
+
+def test_a_checkpoint_gives_numpy_back_as_plain_data(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    given = {np.int64(3): [np.float32(0.5), (np.bool_(True), np.str_("a"))], "dtype": torch.float64, "set": {1, 2}}
+    il.meta.save_checkpoint(path, given | {"array": np.arange(3), "reversed": np.arange(3.0)[::-1]})
+    found = il.meta.load_checkpoint(path)
+    assert torch.equal(found.pop("array"), torch.arange(3))
+    assert torch.equal(found.pop("reversed"), torch.tensor([2.0, 1.0, 0.0], dtype=torch.float64))
+    assert repr(found) == "{3: [0.5, (True, 'a')], 'dtype': torch.float64, 'set': {1, 2}}"
+
+
+@pytest.mark.parametrize(
+    "odd", [np.array([None]), np.datetime64("2020-01-01"), len, il.Status.CONVERGED, {1: object()}]
+)
+def test_what_cannot_be_saved_leaves_the_file_that_was_there(tmp_path: Path, odd: Any) -> None:
+    path = tmp_path / "state.pt"
+    il.meta.save_checkpoint(path, {"step": 3})
+    with pytest.raises(il.meta.CheckpointError, match=r"^a\[1\](\.1)? is a .*, which a checkpoint cannot hold"):
+        il.meta.save_checkpoint(path, {"a": [0, odd]})
+    assert il.meta.load_checkpoint(path) == {"step": 3} and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_start_removes_what_dead_processes_left_half_written_and_nothing_else(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    alive = subprocess.Popen(["sleep", "60"])
+    left = [f".checkpoint.pt.{ended.pid}.tmp", f".metrics.jsonl.{ended.pid}.tmp", f".best.pt.{os.getpid()}.tmp"]
+    kept = [f".best.pt.{alive.pid}.tmp", ".notes.tmp", f"mine.{ended.pid}.tmp", f"deeper/.best.pt.{ended.pid}.tmp"]
+    (tmp_path / "deeper").mkdir()
+    for name in left + kept:
+        (tmp_path / name).write_bytes(b"half")
+    try:
+        with open(tmp_path / f".elsewhere.pt.{ended.pid}.tmp", "wb") as written:  # by a process on another machine
+            fcntl.flock(written, fcntl.LOCK_EX)
+            make_trainer(tmp_path, max_steps=1).fit()
+            assert Path(written.name).exists()
+    finally:
+        alive.kill()
+        alive.wait()
+    assert not any((tmp_path / name).exists() for name in left)
+    assert all((tmp_path / name).exists() for name in kept)
 
 
 def test_tensorboard_shows_every_step_once_after_a_crash(tmp_path: Path) -> None:

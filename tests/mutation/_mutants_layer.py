@@ -291,4 +291,20 @@ LAYER_MUTANTS = [
         "polish may lead away from the solution",
         near="a polish step",
     ),
+    Mutant(
+        "the worst status of the lanes becomes the best",
+        "_solution.py",
+        "Status(int(self.codes.max()))",
+        "Status(int(self.codes.min()))",
+        "a lane that failed is hidden by one that did not",
+        near="status",
+    ),
+    Mutant(
+        "no tolerance for forces in the active set",
+        "implicit/_kkt_active.py",
+        "near & (force > active_rtol * self.scale[..., None])",
+        "near & (force > 0)",
+        "a multiplier that is zero up to rounding holds its border, and no kink is told",
+        near="constraints",
+    ),
 ]

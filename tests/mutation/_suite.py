@@ -29,6 +29,32 @@ def suite(il: Any, testing: Any) -> Iterator[NamedCheck]:
     yield from properties(il, testing)
     yield from details(il, testing)
     yield from solvers(il, testing)
+    yield "status, worst lane", partial(a_batch_has_the_status_of_its_worst_lane, il)
+    yield "constraints, small force", partial(a_force_below_its_tolerance_is_that_of_a_kink, il)
+
+
+def a_batch_has_the_status_of_its_worst_lane(il: Any) -> None:
+    # two steps of CG solve with the identity, and not with three distinct eigenvalues
+    entries = torch.tensor([[1.0, 1.0, 1.0], [1.0, 2.0, 3.0]], dtype=F64)
+    solution = il.ConjugateGradient(rtol=1e-10, max_steps=2)(
+        il.FlatOperator(lambda v: entries * v), torch.ones_like(entries)
+    )
+    assert solution.status is il.Status.MAX_STEPS_REACHED, (
+        f"status {solution.status} of lanes {solution.codes.tolist()}"
+    )
+
+
+def a_force_below_its_tolerance_is_that_of_a_kink(il: Any) -> None:
+    # x <= 1 at t = 1, where the multiplier is 0; the solver's 1e-9 is below 1e-6 of the terms, whose size is 2
+    layer = il.constrained_argmin(
+        lambda x, t: ((x - t) ** 2).sum(),
+        lambda problem, init, t: (t.detach().clone(), (None, torch.full((1,), 1e-9, dtype=F64))),
+        inequality=lambda x, t: x - 1,
+        solver_returns_multipliers=True,
+        on_failure="ignore",
+    )
+    layer(torch.zeros(1, dtype=F64), torch.ones(1, dtype=F64, requires_grad=True))
+    assert int(layer.active_set.num_kinks) == 1, f"{layer.active_set} in place of one kink"
 
 
 # ------------------------------------------------------------------------------------------------- what a user may do

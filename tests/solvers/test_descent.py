@@ -39,8 +39,9 @@ def quadratics(x: Tensor, matrices: Tensor, b: Tensor) -> Tensor:
     return 0.5 * (x * (matrices @ x.unsqueeze(-1)).squeeze(-1)).sum(-1) - (b * x).sum(-1)
 
 
-def mixed_batch() -> tuple[Tensor, Tensor]:
-    return torch.stack([spd_matrix(6, c, seed=7) for c in (0.0, 0.3, 0.6, 1.0)]), randn(4, 6, seed=8)
+def mixed_batch(log10_conditions: tuple[float, ...] = (0.0, 0.3, 0.6, 1.0)) -> tuple[Tensor, Tensor]:
+    lanes = len(log10_conditions)
+    return torch.stack([spd_matrix(6, c, seed=7) for c in log10_conditions]), randn(lanes, 6, seed=8)
 
 
 def barrier(x: Tensor, t: Tensor) -> Tensor:
@@ -206,9 +207,11 @@ def test_it_leaves_module_gradients_alone_and_works_where_gradients_are_off(kind
 
 
 @ALL
-@pytest.mark.parametrize("settings", [{"max_steps": 4}, {"rtol": 1e-9}])
+@pytest.mark.parametrize("settings", [{"max_steps": 2}, {"rtol": 1e-9}])
 def test_batched_equals_looped_with_mixed_conditioning(kind: str, settings: dict[str, Any]) -> None:
-    matrices, b = mixed_batch()
+    # Two steps from here leave residuals of 4e-11 (Newton) and more, so every lane has a step left to make. At
+    # rounding, which a lane of condition 1 reaches in its first step, chance would say whether the next one stalls.
+    matrices, b = mixed_batch((0.3, 0.6, 0.8, 1.0))
     solver = make(kind, **settings)
     batched = solver.run(quadratics, zeros(4, 6), matrices, b)
     singles = [solver.run(quadratics, zeros(6), matrices[i], b[i]) for i in range(4)]
@@ -216,7 +219,8 @@ def test_batched_equals_looped_with_mixed_conditioning(kind: str, settings: dict
     atol = 2e-8 if "rtol" in settings else 1e-10
     for i in range(4):
         assert torch.allclose(batched.value[i], singles[i].value, rtol=0, atol=atol * float(b[i].norm()))
-    assert batched.status is singles[0].status
+    assert batched.status is (Status.CONVERGED if "rtol" in settings else Status.STEP_LIMIT)
+    assert all(single.status is batched.status for single in singles)
     if "rtol" not in settings:
         assert batched.num_steps == max(single.num_steps for single in singles)
 

@@ -33,7 +33,7 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "CG": ({"gtol": 1e-9}, 1e-8),
     "BFGS": ({"gtol": 1e-9}, 1e-8),
     "L-BFGS-B": ({"ftol": 0.0, "gtol": 1e-9}, 1e-8),
-    "TNC": ({"ftol": 0.0, "gtol": 1e-9, "xtol": 0.0, "maxfun": 1000}, 1e-8),
+    "TNC": ({"ftol": 0.0, "gtol": 1e-9, "xtol": 0.0, "maxfun": 1000}, 2e-7),  # ends where two values are equal
     "SLSQP": ({"ftol": 1e-17}, 2e-7),
     "Newton-CG": ({"xtol": 1e-10}, 1e-8),
     "trust-ncg": ({"gtol": 1e-9}, 1e-8),
