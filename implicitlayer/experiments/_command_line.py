@@ -24,6 +24,7 @@ _USAGE = f"""Meta-learning experiments: every cell of the iMAML paper, and the s
     {PROGRAM} PRESET --help                          its settings, and what was chosen where its source is silent
     {PROGRAM} --resume RUN                           go on with a run folder (--data.dir, --run.device and what else
                                                      changes no result may follow)
+    {PROGRAM} --resume RUN --run.minutes 30          go on with a larger budget, also after the end
     torchrun --nproc-per-node 4 -m implicitlayer.experiments PRESET ...   tasks shared among processes
 
 Presets:

@@ -16,8 +16,10 @@ from implicitlayer.experiments._fields import differences
 from implicitlayer.experiments._settings import Experiment
 from implicitlayer.meta import save_json
 
-# What may change between the parts of one run: where the data and the folder are, what is shown, how memory is used.
+BUDGETS = ("max_steps", "minutes")
+# What may change between the parts of one run: how long it is, where data and folder are, what is shown, memory.
 CIRCUMSTANCES = (
+    *(f"run.{name}" for name in BUDGETS),
     "notes",
     "data.dir",
     "run.dir",
@@ -51,13 +53,22 @@ def new_folder(experiment: Experiment) -> Path:
     return next(folder for word in free if not (folder := Path("runs") / word).exists())
 
 
-def finished(folder: Path) -> dict[str, Any] | None:
-    """The results of a run that has come to its end, else None."""
+def finished(folder: Path, experiment: Experiment) -> dict[str, Any] | None:
+    """The results of a run that has come to its end; None where there are none, or those of another budget."""
     path = folder / "results.json"
     if not path.exists():
         return None
     results: dict[str, Any] = _read(path)
-    return results
+    then, now = results.get("config", {}).get("run", {}), experiment.to_dict()["run"]
+    return results if all(then.get(name) == now[name] for name in BUDGETS) else None
+
+
+def save_results(folder: Path, results: dict[str, Any]) -> None:
+    """Write ``results.json`` in one step; those of a smaller budget stay as ``results-<meta-steps>.json``."""
+    path = folder / "results.json"
+    if path.exists():
+        path.replace(folder / f"results-{_read(path).get('meta_steps', 'earlier')}.json")
+    save_json(path, results)
 
 
 def check_folder(folder: Path, experiment: Experiment, *, resume: bool) -> None:
@@ -82,9 +93,12 @@ def check_folder(folder: Path, experiment: Experiment, *, resume: bool) -> None:
 
 
 def open_folder(folder: Path, experiment: Experiment, device: torch.device, num_processes: int) -> None:
-    """Write ``config.json`` (once) and add this process to ``versions.json``."""
-    if not (folder / "config.json").exists():
-        experiment.save(folder / "config.json")
+    """Write ``config.json`` (again where the budget changed) and add this process to ``versions.json``."""
+    config = folder / "config.json"
+    if not config.exists() or any(
+        getattr(Experiment.load(config).run, name) != getattr(experiment.run, name) for name in BUDGETS
+    ):
+        experiment.save(config)
     path = folder / "versions.json"
     # One entry for every start: a run that went on elsewhere, or with another torch, shows it.
     starts = _read(path).get("starts", []) if path.exists() else []

@@ -20,9 +20,16 @@ from implicitlayer.experiments._command import changes_from_preset, command_of, 
 from implicitlayer.experiments._device import allow_tf32, pick_device, set_tf32
 from implicitlayer.experiments._environment import machine, versions
 from implicitlayer.experiments._figures import draw
-from implicitlayer.experiments._folder import check_folder, finished, new_folder, open_folder, without_folders
+from implicitlayer.experiments._folder import (
+    check_folder,
+    finished,
+    new_folder,
+    open_folder,
+    save_results,
+    without_folders,
+)
 from implicitlayer.experiments._settings import Experiment
-from implicitlayer.meta import Evaluation, Trainer, WorkerGroup, distributed, evaluate, save_json
+from implicitlayer.meta import Evaluation, Trainer, WorkerGroup, distributed, evaluate
 
 
 def run(experiment: Experiment, *, resume: bool = False) -> dict[str, Any]:
@@ -34,7 +41,8 @@ def run(experiment: Experiment, *, resume: bool = False) -> dict[str, Any]:
 
     Args:
         experiment: the settings; ``run.dir`` names the folder, else a new one is made in ``runs/``.
-        resume: go on with what the folder holds; a finished run is returned as it is. An empty folder is a start.
+        resume: go on with what the folder holds, also with a larger budget (a decaying rate then follows the new one);
+            a run that has used its budget is returned as it is. An empty folder is a start.
 
     Returns:
         What ``results.json`` holds: test accuracy in per cent with its 95 % interval, whether it is transductive,
@@ -65,7 +73,7 @@ def run(experiment: Experiment, *, resume: bool = False) -> dict[str, Any]:
         agreed = group.from_first(lambda: {"folder": str(new_folder(experiment))}) or {}
         folder = Path(agreed["folder"])
         check_folder(folder, experiment, resume=resume)
-        done = finished(folder)
+        done = finished(folder, experiment)
         _wait(group)  # no process may find the results or settings that another one writes below
         if done is not None:
             return done
@@ -101,9 +109,9 @@ def _run(
     results = _results(experiment, trainer, tested, device, group) | {"tf32_difference": difference}
     if group.is_first:
         results["figures"] = _draw(experiment, trainer, folder, device)
-        save_json(folder / "results.json", results)
+        save_results(folder, results)
     _wait(group)
-    return finished(folder) or results
+    return finished(folder, experiment) or results
 
 
 def _test(experiment: Experiment, trainer: Trainer, device: torch.device, group: WorkerGroup) -> Evaluation:

@@ -52,6 +52,21 @@ def test_every_preset_takes_a_step_at_smoke_size(name: str) -> None:
     assert any(not torch.equal(old, new) for old, new in zip(before, trainer.theta.values(), strict=True))
 
 
+def test_a_finished_run_goes_on_with_a_larger_budget(tmp_path: Path) -> None:
+    def of(folder: str, steps: int) -> ex.Experiment:
+        return tiny(tmp_path / folder, "paper-omniglot-5w1s-maml", max_steps=steps)  # a rate that never falls
+
+    first = ex.run(of("run", 2))
+    longer = ex.run(of("run", 4), resume=True)
+    assert (first["meta_steps"], longer["meta_steps"]) == (2, 4)
+    assert ex.Experiment.load(tmp_path / "run" / "config.json").run.max_steps == 4
+    assert json.loads((tmp_path / "run" / "results-2.json").read_text()) == first  # nothing is lost
+    assert ex.run(of("run", 4), resume=True) == longer  # finished again
+    ex.run(of("other", 4))
+    theta, unbroken = (load_checkpoint(tmp_path / name / "checkpoint.pt")["theta"] for name in ("run", "other"))
+    assert all(torch.equal(a, b) for a, b in zip(theta, unbroken, strict=True))
+
+
 def test_a_run_leaves_its_folder(tmp_path: Path) -> None:
     experiment = tiny(tmp_path / "run", max_steps=3)
     results = ex.run(experiment)

@@ -85,6 +85,7 @@ CELLS = {"5w1s": (5, 1), "5w5s": (5, 5), "20w1s": (20, 1), "20w5s": (20, 5)}
 
 def test_there_is_a_preset_for_every_cell_of_the_paper() -> None:
     wanted = {f"{setting}-omniglot-{cell}-{m}" for setting in ("paper", "reduced") for cell in CELLS for m in METHODS}
+    wanted |= {f"cpu-omniglot-{cell}-{m}" for cell in CELLS for m in METHODS if m != "truncated"}
     wanted |= {f"{setting}-miniimagenet-5w1s-{m}" for setting in ("paper", "reduced") for m in METHODS}
     wanted |= {f"released-omniglot-{cell}-imaml-gd" for cell in CELLS}
     wanted |= {f"reduced-glyphs-{cell}-{m}" for cell in CELLS for m in METHODS} | {"glyphs"}
