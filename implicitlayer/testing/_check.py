@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from implicitlayer._errors import ImplicitLayerWarning, LinearSolveError, Statio
 from implicitlayer._solution import SolverResult
 from implicitlayer.implicit._argmin import argmin, fixed_point, root
 from implicitlayer.implicit._layer import ImplicitLayer
+from implicitlayer.testing._another import another_problem
 from implicitlayer.testing._differences import DENSE_LIMIT, Accuracy
 from implicitlayer.testing._follows import check_followed
 from implicitlayer.testing._lanes import check_vmap
@@ -146,9 +148,13 @@ def check_argmin_gradients(
             if mode in modes:
                 cause = _run(check, mode) or cause
         followed = check_followed(check) if set(modes) & _DIFFERENCES else []
-    stationary = _is_stationary(accuracy, layer.stationarity_rtol, cause, [w.category for w in caught])
-    notes = [*followed, *_notes(check, stationary, settings), *check.notes, *_warned(caught)]
-    return _judge(check, stationary, notes, cause)
+        stationary = _is_stationary(accuracy, layer.stationarity_rtol, cause, [w.category for w in caught])
+        doubtful = not stationary or any(
+            row.status == "inconclusive" and row.dominating == COARSE for row in check.rows
+        )
+        another = another_problem(check, stationary) if doubtful else None
+    notes = [*followed, *_notes(check, stationary, settings, another), *check.notes, *_warned(caught)]
+    return _judge(check, stationary, notes, cause, COARSE if another is None else another[0])
 
 
 def _check_arguments(modes: Sequence[str], kind: str, rtol: float | None) -> None:
@@ -214,22 +220,22 @@ def _is_stationary(
     return accuracy.relative <= (1e-3 if rtol is None else max(rtol, 1e-3))
 
 
-def _judge(check: Check, stationary: bool, notes: list[str], cause: Exception | None) -> GradientReport:
+def _judge(check: Check, stationary: bool, notes: list[str], cause: Exception | None, coarse: str) -> GradientReport:
     singular = check.system is not None and not check.system.condition < 0.1 / check.equation.eps
     rows = []
     for row in check.rows:
         excused = not stationary and row.reference in ("differences", "solver") and row.mode != "objective"
         refused = row.reference == "-" and isinstance(cause, (LinearSolveError, StationarityError))
         if row.status == "failed" and (excused or (refused and (singular or not stationary))):
-            row = GradientRow(
-                **{**row.__dict__, "status": "inconclusive", "dominating": COARSE if excused else row.dominating}
-            )
+            row = replace(row, status="inconclusive", dominating=COARSE if excused else row.dominating)
+        if row.status == "inconclusive" and row.dominating == COARSE:
+            row = replace(row, dominating=coarse)
         rows.append(row)
     open_groups = _groups_without_digit(rows)
     verdict = "passed" if stationary and not open_groups else "inconclusive"
     if any(row.status == "failed" for row in rows):
         verdict = "failed"
-    elif open_groups and stationary:
+    elif open_groups and stationary and coarse == COARSE:
         notes.insert(0, _advice(open_groups, rows))
     accuracy = check.accuracy
     report = GradientReport(
@@ -267,9 +273,11 @@ def _advice(groups: list[tuple[str, str, str]], rows: list[GradientRow]) -> str:
     )
 
 
-def _notes(check: Check, stationary: bool, settings: dict[str, Any]) -> list[str]:
+def _notes(check: Check, stationary: bool, settings: dict[str, Any], another: tuple[str, str] | None) -> list[str]:
     equation, accuracy, notes = check.equation, check.accuracy, []
-    if not stationary:
+    if another is not None:
+        notes.append(another[1])
+    elif not stationary:
         notes.append(
             f"The solver's answer is not stationary (‖F‖ = {accuracy.norm:.2e}): the gradient there is that of no "
             "solution. Solve more tightly, pass polish=1, or check that solver and objective belong together."

@@ -1,5 +1,6 @@
 """check_argmin_gradients says what is wrong: a solver that does not follow theta, a step that leaves the domain."""
 
+import re
 from typing import Any
 
 import pytest
@@ -131,6 +132,91 @@ def test_a_solver_that_follows_another_problem_is_never_passed() -> None:
     )
     assert report.verdict == "inconclusive"
     assert any(row.dominating == "the solver follows another problem" for row in report.rows)
+
+
+A = randn(9, 4, seed=3)
+Y = randn(9, seed=4) + 2.0
+STRENGTH = torch.tensor(0.5, dtype=F64)
+
+
+def with_intercept(x: Tensor, strength: Tensor, y: Tensor) -> Tensor:
+    """The last unknown is the intercept, and is not penalised."""
+    return ((A @ x[:4] + x[4] - y) ** 2).sum() + strength * (x[:4] ** 2).sum()
+
+
+def through_tanh(x: Tensor, strength: Tensor, y: Tensor) -> Tensor:
+    return ((torch.tanh(A @ x[:4] + x[4]) - y / 8) ** 2).sum() + strength * (x**2).sum()
+
+
+def without_tanh(x: Tensor, strength: Tensor, y: Tensor) -> Tensor:
+    return ((A @ x[:4] + x[4] - y / 8) ** 2).sum() + strength * (x**2).sum()
+
+
+ANOTHER: dict[
+    str, tuple[Any, Any, str]
+] = {  # objective, what the solver minimises, how it shows where it takes no start
+    "a penalised intercept": (
+        with_intercept,
+        lambda x, s, y: with_intercept(x, s, y) + s * x[4] ** 2,
+        r"its gradient there is zero but for the entry of x\[4\]",
+    ),
+    "another strength": (
+        with_intercept,
+        lambda x, s, y: with_intercept(x, 3 * s, y),
+        r"the answer is stationary with theta\[0\] = 1\.5 instead",
+    ),
+    "a mean for a sum": (
+        with_intercept,
+        lambda x, s, y: with_intercept(x, 9 * s, y) / 9,
+        r"the answer is stationary with theta\[0\] = 4\.5 instead",
+    ),
+    "a forgotten tanh": (through_tanh, without_tanh, ""),
+}
+
+
+@pytest.mark.parametrize("name", ANOTHER)
+@pytest.mark.parametrize("takes_its_start", [True, False])
+def test_a_solver_of_another_problem_is_not_called_coarse(name: str, takes_its_start: bool) -> None:
+    objective, other, shows = ANOTHER[name]
+    start, exact = torch.zeros(5, dtype=F64), il.solvers.NewtonCG(rtol=1e-10)
+
+    def solver(f: Any, x: Tensor, *theta: Tensor) -> Tensor:
+        return exact(other, x if takes_its_start else start, *theta)
+
+    report = check_argmin_gradients(objective, solver, start, STRENGTH, Y, modes=("vjp",))
+    words = {row.dominating for row in report.rows if row.status == "inconclusive"}
+    assert report.verdict == "inconclusive" and "polish= do not cure that" in report.notes[0]
+    if takes_its_start or shows:
+        shows = "started at a solution of it, it comes back to this answer" if takes_its_start else shows
+        assert report.notes[0].startswith("The solver solves another problem than the objective states: ")
+        assert re.search(shows, report.notes[0]) and words == {"another problem"}
+    else:  # it could also be one that ends early: only more steps can tell
+        assert "it is the same from every start" in report.notes[0] and words == {"coarse solver or another problem"}
+
+
+COARSE: dict[str, Any] = {
+    "few steps of L-BFGS": lambda f, x, *t: il.solvers.LBFGS(max_steps=4)(f, x, *t),
+    "few steps of gradient descent": lambda f, x, *t: il.solvers.GradientDescent(0.01, max_steps=40)(f, x, *t),
+    "few steps of Adam": lambda f, x, *t: il.solvers.TorchOptimizer(torch.optim.Adam, lr=0.05, max_steps=60)(f, x, *t),
+    "a simplex": il.solvers.SciPyMinimize("Nelder-Mead", options={"xatol": 0.1, "fatol": 0.1}),
+    "steps from its own start": lambda f, x, *t: il.solvers.GradientDescent(0.01, max_steps=40)(f, 0 * x, *t),
+    "a grid": lambda f, x, *t: (il.solvers.NewtonCG(rtol=1e-10)(f, x, *t) * 8).round() / 8,
+    "noise": lambda f, x, *t: il.solvers.NewtonCG(rtol=1e-10)(f, x, *t) + 0.01 * torch.randn_like(x),
+}
+
+
+FROM_EVERY_START = {"steps from its own start", "a grid"}  # the answer is the same: a black box tells no more
+
+
+@pytest.mark.parametrize("objective", [with_intercept, through_tanh])
+@pytest.mark.parametrize("name", COARSE)
+def test_a_coarse_solver_is_not_said_to_solve_another_problem(name: str, objective: Any) -> None:
+    torch.manual_seed(0)
+    start = torch.zeros(5, dtype=F64)
+    report = check_argmin_gradients(objective, COARSE[name], start, STRENGTH, Y, modes=("vjp",))
+    assert report.verdict == "inconclusive" and "solves another problem" not in str(report)
+    words = {row.dominating for row in report.rows if row.status == "inconclusive"}
+    assert ("coarse solver or another problem" in words) == (name in FROM_EVERY_START)
 
 
 @pytest.mark.parametrize("grid", [1e-3, 1e-2])
