@@ -26,6 +26,11 @@ def unflatten(leaves: Sequence[Any], spec: TreeSpec) -> Any:
 tree_map = pytree.tree_map
 
 
+def is_data(leaf: Any) -> bool:
+    """Whether ``leaf`` is a tensor that layers differentiate and carry by its entries; a sparse one is an object."""
+    return isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided
+
+
 def flatten_with_names(tree: Any, root: str) -> tuple[list[Any], list[str]]:
     """Leaves of ``tree`` and a readable name for each, such as ``x['weight'][0]``."""
     if isinstance(tree, torch.Tensor):

@@ -12,6 +12,7 @@ import torch
 
 from implicitlayer._active_set import ActiveSet
 from implicitlayer._errors import NonFiniteError, SolverOutputError, StationarityError, StationarityWarning
+from implicitlayer._limits_of_torch import second_derivatives
 from implicitlayer._records import ForwardRecord, emit, listening_in_depth
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
@@ -75,7 +76,6 @@ def solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
 def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
     init = [t.detach() for t in init]
     theta = [t.detach() for t in theta]
-    residual, lane_dims = spec.residual, spec.residual.lane_dims
     versions = [t._version for t in theta]
     with torch.enable_grad():
         results, lanes = _call_solver(spec, init, theta)
@@ -101,13 +101,23 @@ def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
     aux = [result.aux for result, _ in results]
     spec.aux[:] = aux if lanes else aux[:1]
 
-    if spec.watched:
-        residual.refuse_hidden(x, theta)
+    with second_derivatives():
+        return _checked(spec, x, theta, init, [result for result, _ in results])
+
+
+def _checked(spec: LayerSpec, x: Leaves, theta: Leaves, init: Leaves, results: list[SolverResult]) -> Leaves:
+    """The answer x, polished, judged and recorded."""
+    residual, lane_dims = spec.residual, spec.residual.lane_dims
+    measures = spec.stationarity_rtol is not None or spec.polish > 0 or (spec.wanted and listening_in_depth())
+    at = residual.attached(x, theta) if measures else None  # one run for both checks
+    if spec.closed is not None:
+        residual.refuse_hidden(x, theta, spec.closed, at)
 
     measured: Stationarity | None = None
     polished = 0
-    if spec.stationarity_rtol is not None or spec.polish or (spec.wanted and listening_in_depth()):
-        measured = stationarity(residual, x, theta, init)
+    if measures:
+        measured = stationarity(residual, x, theta, init, at)
+        del at
         while polished < spec.polish:
             step = newton_step(residual, x, theta, measured.gradient, spec.linear_solver)
             better = unravel(ravel(x, lane_dims) - step, x, lane_dims)
@@ -117,7 +127,7 @@ def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
             x, measured, polished = better, after, polished + 1
     constraints = spec.calling.constraints
     active_set = None if constraints is None or not spec.wanted else constraints.examine(residual, x, theta)
-    _record(spec, [result for result, _ in results], measured, polished, active_set)
+    _record(spec, results, measured, polished, active_set)
     if constraints is not None and active_set is not None:
         constraints.judge(active_set, spec.on_failure)
     if measured is not None and spec.stationarity_rtol is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from implicitlayer._capture import ClosedOver
 from implicitlayer._records import BackwardRecord, ForwardRecord
 from implicitlayer._types import Leaves, OnFailure
 from implicitlayer.implicit._certificate import Assumptions
@@ -30,7 +31,7 @@ class LayerSpec:
     num_x: int
     linear_solver: Callable[..., Any]
     on_failure: OnFailure = "warn"
-    watched: bool = True  # whether the function may read tensors from outside that need a derivative
+    closed: ClosedOver | None = None  # tensors that the function reads from outside; None: it was not searched
     wanted: bool = True  # whether something that was given needs a derivative
     stationarity_rtol: float | None = 1e-3
     polish: int = 0

@@ -19,7 +19,7 @@ from implicitlayer._types import Leaves
 from implicitlayer.linear._common import lane_norm
 from implicitlayer.linear._jacobian import Jacobian, Watch
 from implicitlayer.linear._operator import lane_dot, lane_scale
-from implicitlayer.linear._residual import Residual
+from implicitlayer.linear._residual import Attached, Residual
 
 # NOTE [a changed objective]: a backward runs the objective again, and tensors that it closes over are watched, but not
 # Python numbers, NumPy arrays or a random state. F(x) comes for free with the linearisation. If it has grown, and the
@@ -101,10 +101,13 @@ def is_rounding(at: Stationarity, residual: Residual, x: Leaves, theta: Leaves) 
     return rounding
 
 
-def stationarity(residual: Residual, x: Leaves, theta: Leaves, init: Leaves) -> Stationarity:
+def stationarity(
+    residual: Residual, x: Leaves, theta: Leaves, init: Leaves, at: Attached | None = None
+) -> Stationarity:
+    """The stationarity of x; ``at``: the function's run there, where there is one."""
     lane_dims = residual.lane_dims
     with torch.enable_grad():
-        found = residual.attached(x, theta)
+        found = residual.attached(x, theta) if at is None else at
         gradient = ravel([leaf.detach() for leaf in found.value], lane_dims)
         finite = finite_lanes(gradient)
         if not bool(finite.all()):
@@ -118,11 +121,11 @@ def stationarity(residual: Residual, x: Leaves, theta: Leaves, init: Leaves) -> 
         product = ravel(found.pull(unravel(unit, x, lane_dims)), lane_dims)
     squared = lane_dot(unit, unit)
     distance = torch.where(squared > 0, squared / lane_norm(product) * scale[..., 0], 0.0)
-    at, start = ravel(x, lane_dims), ravel(init, lane_dims)
-    size = torch.maximum(lane_norm(at), lane_norm(at - start))
+    here, start = ravel(x, lane_dims), ravel(init, lane_dims)
+    size = torch.maximum(lane_norm(here), lane_norm(here - start))
     least = found.least_size()
     if least is None:
-        least = torch.full_like(size, _NOISE * torch.finfo(at.dtype).eps * max(at.shape[-1], 1) ** 0.5)
+        least = torch.full_like(size, _NOISE * torch.finfo(here.dtype).eps * max(here.shape[-1], 1) ** 0.5)
     size = torch.maximum(size, least.to(size.dtype))
     relative = torch.where(distance == 0, 0.0, distance / size)
     return Stationarity(gradient, squared.sqrt() * scale[..., 0], distance, relative, size)
