@@ -37,6 +37,7 @@ class ForwardRecord:
         rtol: the relative distance that the layer allows; None if it allows any.
         active_set: which constraints are active and where the solution has a kink; None for a layer without a
             constraint or regularizer.
+        failed: bool [*lanes], the lanes that ``on_failure="mask"`` made NaN; None under any other policy.
     """
 
     stationarity_norm: torch.Tensor | None
@@ -47,6 +48,7 @@ class ForwardRecord:
     num_polish_steps: int = 0
     rtol: float | None = None
     active_set: ActiveSet | None = None
+    failed: torch.Tensor | None = None
 
     @property
     def stationary(self) -> bool | None:

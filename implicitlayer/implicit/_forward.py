@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ import torch
 
 from implicitlayer._active_set import ActiveSet
 from implicitlayer._errors import NonFiniteError, SolverOutputError, StationarityError, StationarityWarning
+from implicitlayer._failures import FAILURES, marking, refuse, replaced
 from implicitlayer._limits_of_torch import second_derivatives
 from implicitlayer._records import ForwardRecord, emit, listening_in_depth
 from implicitlayer._solution import RecordingSolver, SolverResult
@@ -74,6 +76,14 @@ def solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
 
 
 def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
+    lanes = init[0].shape[: spec.residual.lane_dims]
+    with marking(spec.masks, lanes, init[0]) as failed:
+        x = _solved(spec, init, theta, failed)
+        return x if failed is None else replaced(failed, x, math.nan)
+
+
+def _solved(spec: LayerSpec, init: Leaves, theta: Leaves, failed: torch.Tensor | None) -> Leaves:
+    """x leaves; lanes that have failed hold anything finite."""
     init = [t.detach() for t in init]
     theta = [t.detach() for t in theta]
     versions = [t._version for t in theta]
@@ -89,7 +99,7 @@ def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
     checked = [_check_answer(result.value, spec.calling, like) for result, like in results]
     _check_finite(checked, spec, init)
     lost = [result for result, _ in results if result.status is Status.NONFINITE]
-    if lost:
+    if lost and failed is None:  # else the checks below find out in which lanes
         words = f" {lost[0].message}" if lost[0].message else ""
         raise NonFiniteError(
             "the solver met NaN or Inf and says so, although the point that it returned is finite. Check theta for "
@@ -98,14 +108,23 @@ def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
     x = checked[0]
     if lanes:
         x = [torch.stack([lane[i] for lane in checked]).reshape(leaf.shape) for i, leaf in enumerate(init)]
+    if failed is not None:
+        x = replaced(failed, x, init)
     aux = [result.aux for result, _ in results]
     spec.aux[:] = aux if lanes else aux[:1]
 
     with second_derivatives():
-        return _checked(spec, x, theta, init, [result for result, _ in results])
+        return _checked(spec, x, theta, init, [result for result, _ in results], failed)
 
 
-def _checked(spec: LayerSpec, x: Leaves, theta: Leaves, init: Leaves, results: list[SolverResult]) -> Leaves:
+def _checked(
+    spec: LayerSpec,
+    x: Leaves,
+    theta: Leaves,
+    init: Leaves,
+    results: list[SolverResult],
+    failed: torch.Tensor | None,
+) -> Leaves:
     """The answer x, polished, judged and recorded."""
     residual, lane_dims = spec.residual, spec.residual.lane_dims
     measures = spec.stationarity_rtol is not None or spec.polish > 0 or (spec.wanted and listening_in_depth())
@@ -127,12 +146,16 @@ def _checked(spec: LayerSpec, x: Leaves, theta: Leaves, init: Leaves, results: l
             x, measured, polished = better, after, polished + 1
     constraints = spec.calling.constraints
     active_set = None if constraints is None or not spec.wanted else constraints.examine(residual, x, theta)
-    _record(spec, results, measured, polished, active_set)
+    if failed is None:
+        _record(spec, results, measured, polished, active_set, None)
     if constraints is not None and active_set is not None:
         constraints.judge(active_set, spec.on_failure)
     if measured is not None and spec.stationarity_rtol is not None:
         _judge(spec, measured, spec.stationarity_rtol, x, theta)
-        spec.watch[:] = [measured.watch(spec.stationarity_rtol)]
+        if failed is None or not bool(failed.any()):
+            spec.watch[:] = [measured.watch(spec.stationarity_rtol)]
+    if failed is not None:  # what the judges find belongs to the record
+        _record(spec, results, measured, polished, active_set, failed.clone())
     return x
 
 
@@ -141,14 +164,16 @@ def _call_solver(spec: LayerSpec, init: Leaves, theta: Leaves) -> tuple[list[tup
     calling, residual = spec.calling, spec.residual
     explicit, hidden = theta[: calling.num_theta], theta[calling.num_theta :]
     batched = bool(getattr(calling.solver, "batched", False))
+    lanes_inside = residual.lane_dims_of_function > 0
+    alone = spec.masks and residual.lane_dims == 0  # a solver of several lanes does not say which of them failed
     if not residual.levels and not hidden and calling.user_function is not None:
         objective = calling.user_function
         if calling.gives_value and residual.lane_dims_of_function and not batched:
             objective = _summed(objective)
-        return [(_run(calling, objective, init, explicit), init)], False
+        return [(_run(calling, objective, init, explicit, alone), init)], False
     if not residual.levels or batched:
         objective = SeenFunction(calling, residual, hidden, batched)
-        return [(_run(calling, objective, init, explicit), init)], False
+        return [(_run(calling, objective, init, explicit, alone), init)], False
     # NOTE [lane by lane]: a black box sees one problem at a time, as it would in a Python loop.
     single = Residual(residual.function, residual.is_gradient, residual.lane_dims_of_function, parts=residual.parts)
     results = []
@@ -160,7 +185,7 @@ def _call_solver(spec: LayerSpec, init: Leaves, theta: Leaves) -> tuple[list[tup
         lane_init = [t[lane] for t in init]
         explicit, hidden = lane_theta[: calling.num_theta], lane_theta[calling.num_theta :]
         objective = SeenFunction(calling, single, hidden, batched=False)
-        results.append((_run(calling, objective, lane_init, explicit), lane_init))
+        results.append((_run(calling, objective, lane_init, explicit, spec.masks and not lanes_inside), lane_init))
     return results, True
 
 
@@ -215,11 +240,16 @@ def _summed(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
     return lambda x, *theta: function(x, *theta).sum()
 
 
-def _run(calling: Calling, objective: Callable[..., Any], init: Leaves, theta: Leaves) -> SolverResult:
+def _run(calling: Calling, objective: Callable[..., Any], init: Leaves, theta: Leaves, masks: bool) -> SolverResult:
     """Call the solver; copies of ``init`` protect the caller's tensors from solvers that work in place."""
     start = unflatten([t.clone() for t in init], calling.x_spec)
     run = calling.solver.run if isinstance(calling.solver, RecordingSolver) else calling.solver
-    answer = run(objective, start, *calling.rebuild_theta(theta))
+    try:
+        answer = run(objective, start, *calling.rebuild_theta(theta))
+    except FAILURES:
+        if not masks:
+            raise
+        return SolverResult(unflatten([torch.full_like(t, math.nan) for t in init], calling.x_spec))
     aux = None
     if calling.solver_has_aux and not isinstance(answer, SolverResult):
         if not isinstance(answer, tuple) or len(answer) != 2:
@@ -273,10 +303,11 @@ def _check_finite(answers: list[Leaves], spec: LayerSpec, init: Leaves) -> None:
         lanes, size = init[i].shape[: spec.residual.lane_dims], init[i].shape[spec.residual.lane_dims :].numel()
         finite = leaf.isfinite().reshape((*lanes, size)).all(-1)
         if not bool(finite.all()):
-            raise NonFiniteError(
+            error = NonFiniteError(
                 f"the solver returned NaN or Inf in {name}{name_lanes(~finite)}: it diverged or failed. Check its step "
                 "size, its own messages and that init and theta are finite."
             )
+            refuse(~finite, error)
 
 
 def _record(
@@ -285,6 +316,7 @@ def _record(
     measured: Stationarity | None,
     polished: int,
     active_set: ActiveSet | None,
+    failed: torch.Tensor | None,
 ) -> None:
     statuses = [r.status for r in results if r.status is not None]
     counts = [r.num_steps for r in results if r.num_steps is not None]
@@ -297,6 +329,7 @@ def _record(
         num_polish_steps=polished,
         rtol=spec.stationarity_rtol,
         active_set=active_set,
+        failed=failed,
     )
     emit(record)
     if spec.listener is not None:
@@ -320,6 +353,6 @@ def _judge(spec: LayerSpec, measured: Stationarity, rtol: float, x: Leaves, thet
         f"{rtol:.1e}). The implicit gradient carries an error of that order. Solve the inner problem more tightly, "
         "pass polish=1 for a Newton step after the solver, or stationarity_rtol=None if an early stop is intended."
     )
-    if spec.on_failure == "raise":
-        raise StationarityError(message)
+    if spec.on_failure in ("raise", "mask"):
+        return refuse(bad, StationarityError(message))
     warn(message, StationarityWarning)

@@ -25,7 +25,7 @@ from implicitlayer.linear._residual import Residual, check_value
 
 __all__ = ["ImplicitLayer"]
 
-_POLICIES = ("raise", "warn", "ignore")
+_POLICIES = ("raise", "warn", "ignore", "mask")
 Kind = Literal["argmin", "root", "fixed_point"]
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from implicitlayer._errors import InfeasibleError
+from implicitlayer._failures import refuse
 from implicitlayer._interior_point import Data, ProgramStatus
 from implicitlayer._status import Status
 from implicitlayer._tree import name_lanes
@@ -80,10 +81,11 @@ def independent_equations(data: Data, eps: float) -> Equations | None:
     allowed = max(_CONTRADICTION, _ROUNDINGS * eps) * sides.abs().amax(-1)
     contrary = nearly & (rest.abs().amax(-1) > allowed)
     if bool(contrary.any()):
-        raise InfeasibleError(
+        error = InfeasibleError(
             f"the quadratic program is infeasible{name_lanes(contrary)}: equations that depend on each other have "
             f"right-hand sides that do not. {ProgramStatus.INFEASIBLE.help}"
         )
+        refuse(contrary, error)
     rank = kept.sum(-1)
     r = int(rank.max()) if bool(nearly.all()) else e
     inverse = torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0)

@@ -18,6 +18,7 @@ from implicitlayer._errors import (
     SolverOutputError,
     UnboundedError,
 )
+from implicitlayer._failures import refuse
 from implicitlayer._interior_point import Data, ProgramStatus, QuadraticSolution, interior_point
 from implicitlayer._solution import SolverResult
 from implicitlayer._status import Status
@@ -229,17 +230,18 @@ class QuadraticSolver:
             bad = codes == int(status)
             if bool(bad.any()):
                 what = status.name.lower() if status is not ProgramStatus.NONFINITE else "not finite"
-                raise error(f"the quadratic program is {what}{name_lanes(bad)}. {status.help}")
+                refuse(bad, error(f"the quadratic program is {what}{name_lanes(bad)}. {status.help}"))
         bad = ~(solution.error <= ENOUGH)
         if self.solver is None and self.on_failure != "ignore" and bool(bad.any()):
             worst = float(solution.error[bad].max())
-            raise NotConvergedError(
+            failure = NotConvergedError(
                 f"the quadratic program was not solved{name_lanes(bad)}: after {int(solution.steps.max())} "
                 f"interior-point steps a condition of optimality is violated by {worst:.1e} of its terms (allowed "
                 f"{ENOUGH:.0e}). "
                 f"{ProgramStatus.MAX_STEPS_REACHED.help}",
                 solution,
             )
+            refuse(bad, failure)
 
 
 def _as_tensor(value: Any, like: torch.Tensor, name: str) -> torch.Tensor:
@@ -269,8 +271,9 @@ def _refuse_indefinite(Q: torch.Tensor, eps: float) -> None:
         lowest = torch.linalg.eigvalsh(Q).amin(-1)
         bad = suspects & (lowest < -noise)
         if bool(bad.any()):
-            raise IndefiniteError(
+            error = IndefiniteError(
                 f"Q is not positive semidefinite{name_lanes(bad)}: its smallest eigenvalue is "
                 f"{float(lowest[bad].min()):.3g}. il.qp solves convex programs; il.constrained_argmin differentiates "
                 "the answer of any solver of a non-convex one."
             )
+            refuse(bad, error)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from implicitlayer._errors import ClosureError, NonFiniteError
+from implicitlayer._failures import refuse
 from implicitlayer._tree import finite_lanes, name_lanes, ravel, unravel
 from implicitlayer._types import Leaves
 from implicitlayer.linear._common import lane_norm
@@ -112,10 +113,12 @@ def stationarity(
         finite = finite_lanes(gradient)
         if not bool(finite.all()):
             what = "gradient of the objective" if residual.is_gradient else "residual"
-            raise NonFiniteError(
+            error = NonFiniteError(
                 f"the {what} holds NaN or Inf at the solver's answer{name_lanes(~finite)}. Check theta for NaN, and "
                 "that the objective is differentiable there (norms and square roots at zero are not)."
             )
+            refuse(~finite, error)
+            gradient = torch.where(finite[..., None], gradient, 0.0)
         scale = lane_scale(gradient)
         unit = gradient / scale
         product = ravel(found.pull(unravel(unit, x, lane_dims)), lane_dims)

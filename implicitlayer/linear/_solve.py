@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from implicitlayer._errors import NonFiniteError, NotRecordedError, UnsupportedTransformError
+from implicitlayer._failures import replaced
 from implicitlayer._limits_of_torch import second_derivatives
 from implicitlayer._records import BackwardRecord, GradientError, emit, listening_in_depth
 from implicitlayer._solution import LinearSolution
@@ -118,6 +119,8 @@ class LinearSolve(torch.autograd.Function):
         if spec.listener is not None:
             spec.listener(record)
         solution.enforce(spec.on_failure, f"{spec.kind} solve: ")
+        if spec.on_failure == "mask" and not solution.status.ok:
+            u = replaced(solution.codes > int(Status.TRUNCATED), u, 0.0)
         return tuple(u)
 
     @staticmethod
