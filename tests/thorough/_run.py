@@ -9,7 +9,17 @@ from collections.abc import Sequence
 import torch
 from tqdm import tqdm
 
-from tests.thorough import _broken, _closed_forms, _inexact, _linear, _nonlinear, _quadratics, _structures, _transforms
+from tests.thorough import (
+    _broken,
+    _closed_forms,
+    _inexact,
+    _lanes,
+    _linear,
+    _nonlinear,
+    _quadratics,
+    _structures,
+    _transforms,
+)
 from tests.thorough._family import Family
 from tests.thorough._trial import FAILURES, Outcome
 
@@ -24,6 +34,7 @@ FAMILIES: tuple[Family, ...] = (
     *_structures.FAMILIES,
     *_inexact.FAMILIES,
     *_broken.FAMILIES,
+    *_lanes.FAMILIES,
 )
 _CHUNK = 25
 
