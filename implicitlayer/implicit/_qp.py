@@ -68,8 +68,8 @@ def qp(
             is. Default: the interior-point method of :class:`il.solvers.InteriorPoint`.
         linear_solver: of the derivatives; default a dense symmetric indefinite solve.
         return_multipliers: return ``(x, Multipliers(equality, inequality))``, all differentiable.
-        on_failure: ``"warn"``, ``"raise"``, ``"ignore"`` or ``"mask"``, as in :func:`constrained_argmin`. A program that
-            is found to have no solution is an error under every policy but ``"mask"``, which makes it NaN.
+        on_failure: ``"warn"``, ``"raise"``, ``"ignore"`` or ``"mask"``, as in :func:`constrained_argmin`. A
+            program that is found to have no solution is an error under every policy but ``"mask"``, which makes it NaN.
         active_rtol: distance from a border, relative to the size of x, and force of a border, relative to the terms of
             the gradient, that count as zero.
         at_kink: what an inequality at a kink counts as for derivatives: ``"inactive"`` or ``"active"``.

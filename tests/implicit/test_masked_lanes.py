@@ -148,3 +148,41 @@ def test_a_quadratic_program_without_a_solution_is_masked(how: str) -> None:
         # the factors are made anew where a lane is not finite: rounding of one solve of size 9
         torch.testing.assert_close(b[keep], a[keep], rtol=0, atol=1e-13)
         assert (b[BAD] == 0).all()
+
+
+@pytest.mark.parametrize("how", ["NaN", "outside", "not optimal"])
+def test_a_lane_of_a_constrained_layer_is_masked(how: str) -> None:
+    """The point of the line sum(x) = 1 that is nearest to t: x = t + (1 - sum(t)) / n."""
+    t = good_theta().requires_grad_()
+    fault = {"NaN": math.nan, "outside": 0.3, "not optimal": 0.0}[how]
+    results = []
+    for spoiled in (False, True):
+
+        class Solver:
+            batched = True
+
+            def __call__(self, problem: Any, x: Tensor, t: Tensor, spoiled: bool = spoiled) -> Tensor:
+                answer = t + (1 - t.sum(-1, keepdim=True)) / N
+                if spoiled:
+                    answer[BAD] += fault
+                    answer[BAD, 0] += 0.3 * (how == "not optimal")
+                    answer[BAD, 1] -= 0.3 * (how == "not optimal")
+                return answer
+
+        layer = il.constrained_argmin(
+            lambda x, t: ((x - t) ** 2).sum(-1),
+            Solver(),
+            equality=lambda x, t: x.sum(-1) - 1,
+            batch_dims=1,
+            on_failure="mask",
+        )
+        with il.diagnostics() as records:
+            x = layer(torch.zeros(LANES, N, dtype=F64), t)
+        keep = torch.arange(LANES) != BAD
+        (g,) = torch.autograd.grad((x[keep] * torch.arange(1.0, N + 1, dtype=F64)).sum(), t)
+        results.append((x.detach(), g, records[0].failed))
+    (x0, g0, _), (x1, g1, failed) = results
+    assert failed is not None and failed.tolist() == [lane == BAD for lane in range(LANES)]
+    assert x1[BAD].isnan().all() and torch.equal(x1[keep], x0[keep])
+    torch.testing.assert_close(g1[keep], g0[keep], rtol=0, atol=1e-13)  # rounding of a solve of size 4
+    assert (g1[BAD] == 0).all()
