@@ -131,9 +131,9 @@ def plainly_impossible() -> bool:
 
 
 def _alias(leaf: torch.Tensor, attached: bool) -> torch.Tensor:
-    if not attached:
-        return leaf.view_as(leaf)
-    return (leaf.clone() if leaf.is_inference() else leaf.detach()).requires_grad_()
+    if leaf.is_inference() and not torch.is_inference_mode_enabled():
+        leaf = leaf.clone()  # a graph cannot save the other one
+    return leaf.detach().requires_grad_() if attached else leaf.view_as(leaf)
 
 
 class Reading:
