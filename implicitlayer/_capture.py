@@ -7,7 +7,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ from torch.autograd import forward_ad
 from torch.overrides import TorchFunctionMode
 
 from implicitlayer._errors import ClosureError
+from implicitlayer._limits_of_torch import leaves_of
 from implicitlayer._normalisation import PLAIN
-from implicitlayer._tree import tree_leaves, tree_map
+from implicitlayer._state import DETACHING, LAYOUT, NUMBERS, NUMPY, FirstRun, Sources, refuse_numbers, refuse_numpy
+from implicitlayer._surroundings import plain_surroundings
+from implicitlayer._tree import is_data, tree_leaves, tree_map
 
 
 def needs_derivative(tensor: torch.Tensor) -> bool:
@@ -44,16 +48,21 @@ class ClosedOver(list[torch.Tensor]):
         normalises: whether the function calls a normalisation of torch.
         constants: all other tensors from outside, with their versions; see NOTE [constants].
         settled: whether a second run has confirmed the constants.
+        first: what the first run leaves for the second to check; see NOTE [state].
     """
 
     normalises: bool = False
     constants: tuple[tuple[torch.Tensor, int], ...] = ()
     settled: bool = False
+    first: FirstRun | None = None
 
-    def settle(self, met: set[int]) -> None:
-        """Keep the constants that a second run has met."""
+    def settle(self, met: set[int], read: int) -> None:
+        """Keep the constants that a second run has met; ``read``: the theta that it has read."""
         self.constants = tuple((tensor, version) for tensor, version in self.constants if id(tensor) in met)
         self.settled = True
+        first, self.first = self.first, None  # it holds the arguments of the call
+        if first is not None:
+            first.check(met, read)
 
     def check_constants(self, met: set[int]) -> None:
         """Raise if a later run did not meet a constant, or met it changed."""
@@ -76,32 +85,54 @@ def find_closed_over(
 
     What the function returns is handed to ``check``, so that nonsense is found before a long solve.
 
-    It is run on aliases of the tensors in ``args``, so that a tensor that is an argument and closed over as well is
-    told apart: the second reading is found.
+    It is run on aliases of the tensors in ``args``: one that is closed over as well is found.
     """
-    leaves = [leaf for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)]
-    aliases = {id(leaf): leaf.view_as(leaf) for leaf in leaves}
-    aliased = tree_map(lambda leaf: aliases.get(id(leaf), leaf), args)
+    leaves = [leaf for leaf in tree_leaves(args) if is_data(leaf)]
+    plain = not plainly_impossible()
+    sources = Sources.of(args, needs_derivative)
 
-    def run() -> _Finder:
-        finder = _Finder(list(aliases.values()))
-        with torch.no_grad(), finder:
-            values.append(function(*aliased))
-        return finder
+    def run(shift: float = 0.0) -> tuple[_Finder, Any]:
+        aliases = {id(leaf): _alias(leaf, plain and sources.needs(i)) for i, leaf in enumerate(leaves)}
+        aliased = tree_map(lambda leaf: aliases.get(id(leaf), leaf), args)
+        given = [aliases[id(leaf)] for leaf in leaves]
+        finder = _Finder(given, sources.by_id(given), shift)
+        if check is not None:
+            finder.touched = {*finder.bits, *(id(alias) for alias in given[: sources.num_x])}
+        if not plain:
+            with torch.no_grad(), finder:
+                return finder, function(*aliased)
+        # the graph goes no further than the aliases; a function that takes derivatives of its own needs one
+        with plain_surroundings(leaves), torch.enable_grad(), finder:
+            return finder, function(*aliased)
 
-    values: list[Any] = []
-    first = run()
+    first, value = run()
     if check is not None:
-        check(values[0])
+        check(value)
+    if first.numbers and plain and check is not None:
+        refuse_numbers(sources, first.numbers, value, run)
     found = ClosedOver(tensor for tensor in first.outside if needs_derivative(tensor))
     found.normalises = first.normalises
     found.constants = tuple((t, t._version) for t in first.outside if not needs_derivative(t) and not t.is_inference())
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(tensor) for tensor in found):
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) or sources.made_since(t) for t in found):
         # A vmap inside the function hands its results out unseen. They are new tensors in a second run, while those
         # from outside are the same (the first run's are alive, so no id is used twice).
-        again = {id(tensor) for tensor in run().outside}
+        again = {id(tensor) for tensor in run()[0].outside}
         found[:] = [tensor for tensor in found if id(tensor) in again]
+    if plain and check is not None:
+        del value  # and with it the graph: of what the run has made, the function's own is what lives on
+        found.first = FirstRun(sources, first.read, first.made_of_theta(), lambda: run()[0].read)
     return found
+
+
+def plainly_impossible() -> bool:
+    """Whether a transform or forward mode is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _alias(leaf: torch.Tensor, attached: bool) -> torch.Tensor:
+    if leaf.is_inference() and not torch.is_inference_mode_enabled():
+        leaf = leaf.clone()  # a graph cannot save the other one
+    return leaf.detach().requires_grad_() if attached else leaf.view_as(leaf)
 
 
 class Reading:
@@ -110,11 +141,13 @@ class Reading:
     def __init__(self, closed: ClosedOver) -> None:
         self.closed = closed
         self.met: set[int] = set()
+        self.read = 0
         self.unmet: dict[int, tuple[int, ...]] | None = None
 
     def add(self, mode: _Substitute) -> Reading:
         """What one more run has read."""
         self.met |= mode.met
+        self.read |= mode.read
         last = self.unmet
         self.unmet = mode.unmet if last is None else {key: mode.unmet[key] for key in last if key in mode.unmet}
         return self
@@ -126,7 +159,7 @@ class Reading:
         if self.closed.settled:
             self.closed.check_constants(self.met)
         else:
-            self.closed.settle(self.met)
+            self.closed.settle(self.met, self.read)
         if self.unmet:
             raise ClosureError(
                 f"the objective no longer reads a closed-over tensor of shape {next(iter(self.unmet.values()))} that "
@@ -152,10 +185,12 @@ def call_with(
     all. With neither, and nothing to swap in, the function runs as it is: a solver calls it often.
     """
     closed = originals if isinstance(originals, ClosedOver) else ClosedOver(originals)
-    watched = bool(closed.constants) and (reads_all or reading is not None)
+    first = closed.first
+    watched = (bool(closed.constants) or first is not None) and (reads_all or reading is not None)
     if not closed and not closed.normalises and not watched:
         return function(*args)
-    with _Substitute(originals, values, closed.constants) as mode:
+    given = None if first is None or not watched else first.given(args)
+    with _Substitute(originals, values, closed.constants, given) as mode:
         result = function(*args)
     if reading is not None:
         reading.add(mode)
@@ -166,8 +201,9 @@ def call_with(
 
 def announce(tensor: Any) -> Any:
     """Let an enclosing finder see ``tensor``: our own Functions take tensors past every TorchFunctionMode."""
-    if isinstance(tensor, torch.Tensor) and torch._C._len_torch_function_stack() > 0:
-        return tensor.view_as(tensor)
+    if is_data(tensor) and torch._C._len_torch_function_stack() > 0:
+        alias: torch.Tensor = tensor.view_as(tensor)
+        return alias
     return tensor
 
 
@@ -189,14 +225,21 @@ def _tensors_in(values: Iterable[Any], found: list[torch.Tensor]) -> list[torch.
 class _Finder(TorchFunctionMode):
     """Collects tensors that enter an operation without being known; keeps all alive, so that ids stay unique."""
 
-    def __init__(self, known: Sequence[torch.Tensor]) -> None:
+    def __init__(self, known: Sequence[torch.Tensor], bits: dict[int, int], shift: float = 0.0) -> None:
         super().__init__()
         self.known = {id(tensor): tensor for tensor in known}
+        self.bits = bits
+        self.touched: set[int] = set()  # what must not go to NumPy, and all that is made of it, detached or not
+        self.read = 0
+        self.numbers = 0
+        self.shift = shift
         self.outside: list[torch.Tensor] = []
         self.level = torch._C._functorch.maybe_current_level() or 0
         self.normalises = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == LAYOUT:
+            return func(*args)
         entering = _tensors_in(args, [])
         if kwargs:
             _tensors_in(kwargs.values(), entering)
@@ -209,10 +252,30 @@ class _Finder(TorchFunctionMode):
             if id(tensor) not in self.known:
                 self.known[id(tensor)] = tensor
                 self.meet(tensor)
+        source = 0
+        for tensor in entering:
+            source |= self.bits.get(id(tensor), 0)
+        self.read |= source
+        touches = any(id(tensor) in self.touched for tensor in entering)
+        if touches and func in NUMPY:
+            raise refuse_numpy(entering[0])
+        if func in NUMBERS:
+            self.numbers |= source
+            return NUMBERS[func](entering[0].detach(), self.shift if source else 0.0)
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors_in((result,), []):
             self.known.setdefault(id(tensor), tensor)
+            if touches:
+                self.touched.add(id(tensor))
+            if source and func not in DETACHING:
+                self.bits.setdefault(id(tensor), source)
         return result
+
+    def made_of_theta(self) -> list[tuple[weakref.ref[torch.Tensor], int]]:
+        """Every tensor that was made of theta, and of which; it is held no longer."""
+        made = [(weakref.ref(self.known[key]), bits) for key, bits in self.bits.items()]
+        self.known.clear()
+        return made
 
     def meet(self, tensor: torch.Tensor) -> None:
         """A tensor from outside, or one that a transform inside the function has wrapped."""
@@ -256,11 +319,26 @@ def refuse_hidden_tensors(
             raise _not_followed(next(leaves_of([value]), None))
 
 
-def refuse_other_leaves(values: Sequence[torch.Tensor], known: Sequence[torch.Tensor]) -> None:
-    """The same of values that carry a plain graph already: no leaf of it but those ``known``."""
+def refuse_other_leaves(
+    values: Sequence[torch.Tensor],
+    known: Sequence[torch.Tensor],
+    again: Callable[[], Sequence[torch.Tensor]],
+    refuse: Callable[[], None] | None = None,
+) -> None:
+    """The same of values that carry a plain graph already: no leaf of it but those ``known``.
+
+    A leaf that the function makes by itself, to take a derivative, is another one when it is run ``again``. ``refuse``
+    is asked in place of an error where tensors are swapped in: plain autograd hides the arguments of a Function.
+    """
     ids = {id(tensor) for tensor in known}
-    for leaf in leaves_of(values):
-        if id(leaf) not in ids:
+    others = [leaf for leaf in leaves_of(values) if id(leaf) not in ids]
+    if not others:
+        return
+    same = {id(leaf) for leaf in leaves_of(again())}
+    for leaf in others:
+        if id(leaf) in same:
+            if refuse is not None:
+                return refuse()
             raise _not_followed(leaf)
 
 
@@ -273,22 +351,6 @@ def _not_followed(leaf: torch.Tensor | None) -> ClosureError:
     )
 
 
-def leaves_of(values: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The leaf tensors that the graph of ``values`` reaches."""
-    yield from (value for value in values if value.grad_fn is None and value.requires_grad)
-    stack = [value.grad_fn for value in values if value.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        if type(node).__name__ == "AccumulateGrad":
-            variable: torch.Tensor = node.variable  # type: ignore[attr-defined]
-            yield variable
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                stack.append(child)
-
-
 class _Substitute(TorchFunctionMode):
     """Swaps the values of closed-over tensors in, and plain operations for torch's normalisations."""
 
@@ -297,8 +359,11 @@ class _Substitute(TorchFunctionMode):
         originals: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
         constants: Sequence[tuple[torch.Tensor, int]] = (),
+        given: dict[int, int] | None = None,
     ) -> None:
         super().__init__()
+        self.given = given
+        self.read = 0
         self.constants = {id(tensor) for tensor, _ in constants}
         self.met: set[int] = set()
         self.values = {id(old): new for old, new in zip(originals, values, strict=True)}
@@ -307,7 +372,10 @@ class _Substitute(TorchFunctionMode):
     def swap(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             self.unmet.pop(id(value), None)
-            if id(value) in self.constants:
+            if self.given is not None:
+                self.read |= self.given.get(id(value), 0)
+                self.met.add(id(value))
+            elif id(value) in self.constants:
                 self.met.add(id(value))
             return self.values.get(id(value), value)
         if isinstance(value, (list, tuple)):

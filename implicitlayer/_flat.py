@@ -10,7 +10,7 @@ import torch
 
 from implicitlayer._capture import call_with
 from implicitlayer._errors import ObjectiveError
-from implicitlayer._tree import TreeSpec, flatten, leaves_in_order, unflatten
+from implicitlayer._tree import TreeSpec, flatten, is_data, leaves_in_order, unflatten
 from implicitlayer._types import FlatFunction, Leaves
 
 
@@ -28,12 +28,12 @@ class Signature:
 
     @property
     def tensors(self) -> Leaves:
-        return [leaf for leaf in self.leaves if isinstance(leaf, torch.Tensor)]
+        return [leaf for leaf in self.leaves if is_data(leaf)]
 
     def rebuild(self, tensors: Leaves) -> tuple[Any, ...]:
         """The arguments with their tensors replaced in order; surplus tensors (closed-over ones) are not read."""
         values = iter(tensors)
-        filled = [next(values) if isinstance(leaf, torch.Tensor) else leaf for leaf in self.leaves]
+        filled = [next(values) if is_data(leaf) else leaf for leaf in self.leaves]
         rebuilt: tuple[Any, ...] = unflatten(filled, self.spec)
         return rebuilt
 
@@ -45,7 +45,7 @@ class Signature:
 
     def without_tensors(self) -> Signature:
         """The same structure holding no tensor: functions that outlive the call must not keep data alive."""
-        return Signature(self.spec, tuple(_SLOT if isinstance(x, torch.Tensor) else x for x in self.leaves))
+        return Signature(self.spec, tuple(_SLOT if is_data(x) else x for x in self.leaves))
 
 
 _SLOT = torch.empty(0)
@@ -161,7 +161,7 @@ def flat_parts(
     num_coupled = 0
     if hasattr(function, "coupling"):
         coupling_of = function.coupling(lane_dims)
-        num_coupled = sum(isinstance(leaf, torch.Tensor) for leaf in flatten(slots.first)[0])
+        num_coupled = sum(is_data(leaf) for leaf in flatten(slots.first)[0])
 
         def flat_coupling(x: Leaves, theta: Leaves) -> torch.Tensor:
             first = slots.rebuild(theta)[0]

@@ -40,6 +40,7 @@ class ForwardRecord:
         rtol: the relative distance that the layer allows; None if it allows any.
         active_set: which constraints are active and where the solution has a kink; None for a layer without a
             constraint or regularizer.
+        failed: bool [*lanes], the lanes that ``on_failure="mask"`` made NaN; None under any other policy.
     """
 
     stationarity_norm: torch.Tensor | None
@@ -50,6 +51,7 @@ class ForwardRecord:
     num_polish_steps: int = 0
     rtol: float | None = None
     active_set: ActiveSet | None = None
+    failed: torch.Tensor | None = None
 
     @property
     def stationary(self) -> bool | None:
@@ -159,15 +161,17 @@ class AnswerDistance:
         pull: tensor [*lanes], norm of the gradient there (in the units of the matrix) over the size of x.
         newton: tensor [*lanes], length of the Newton step over the size of x; None where the answer was not in doubt.
         message: what is wrong with the answer; empty where nothing is.
+        lost: bool [*lanes], the lanes that ``message`` is about; None without one.
     """
 
     pull: torch.Tensor
     newton: torch.Tensor | None = None
     message: str = ""
+    lost: torch.Tensor | None = None
 
     def enforce(self, on_failure: OnFailure) -> None:
-        """Apply the failure policy."""
-        if not self.message or on_failure == "ignore":
+        """Apply the failure policy; the solve itself masks lanes."""
+        if not self.message or on_failure in ("ignore", "mask"):
             return
         if on_failure == "raise":
             raise StationarityError(self.message)

@@ -46,6 +46,11 @@ def tree_map(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     return unflatten([function(*row) for row in zip(*rows, strict=True)], spec)
 
 
+def is_data(leaf: Any) -> bool:
+    """Whether ``leaf`` is a tensor that layers differentiate and carry by its entries; a sparse one is an object."""
+    return isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided
+
+
 def flatten_with_names(tree: Any, root: str) -> tuple[list[Any], list[str]]:
     """Leaves of ``tree`` and a readable name for each, such as ``x['weight'][0]``."""
     if isinstance(tree, torch.Tensor):

@@ -9,7 +9,7 @@ import torch
 
 __all__ = ["InnerSolver", "Objective", "OnFailure"]
 
-OnFailure = Literal["raise", "warn", "ignore"]
+OnFailure = Literal["raise", "warn", "ignore", "mask"]
 PyTree = Any
 Leaves = list[torch.Tensor]
 FlatFunction = Callable[[Leaves, Leaves], Any]

@@ -53,7 +53,8 @@ def argmin(
         objective_has_aux: the objective returns ``(value, aux)``; its aux is dropped.
         on_failure: what numerical trouble gets. ``"warn"``: a warning where the gradient is still an approximation,
             an error where it is none (negative curvature, singular, diverged). ``"raise"``: always an error.
-            ``"ignore"``: neither. NaN and Inf are an error under every policy.
+            ``"ignore"``: neither. ``"mask"``: what ``"raise"`` refuses makes its lane NaN with a zero gradient, all
+            other lanes untouched; ``record.failed`` says which. NaN and Inf are an error under every other policy.
         stationarity_rtol: allowed distance from the returned x to the solution, relative to
             ``max(||x||, ||x - init||)``, before the answer counts as not stationary. It is estimated from below by one
             gradient and one product, and from the other side by the solves behind derivatives; where these disagree a

@@ -18,6 +18,7 @@ import torch
 from implicitlayer._active_set import ActiveSet
 from implicitlayer._capture import ClosedOver, Reading, call_with
 from implicitlayer._errors import IndefiniteError, InfeasibleError, KinkError, KinkWarning, StationarityWarning
+from implicitlayer._failures import refuse, standing
 from implicitlayer._flat import Signature, flat_function
 from implicitlayer._surroundings import out_of_inference, outside_compiled_code, plain_surroundings
 from implicitlayer._tree import TreeSpec, flatten, name_lanes, ravel, tree_map, unflatten
@@ -195,13 +196,14 @@ class ProxLayer(ImplicitLayer):
         outside = ~(found.relative_violation <= allowed) if allowed is not None else found.violation.isnan()
         if bool(outside.any()):
             pick = tuple(outside.nonzero()[0].tolist())
-            raise InfeasibleError(
+            error = InfeasibleError(
                 f"the solver's answer does not satisfy the {self.terms_name}{name_lanes(outside)}: its distance is "
                 f"{found.violation[pick].item():.3g} ({found.relative_violation[pick].item():.1e} of its size, allowed "
                 f"{allowed or 0:.1e}). Does the solver know the {self.terms_name}? A layer tells it to "
                 "il.solvers.ProjectedGradient(), and bounds to SciPyMinimize; any other solver must know it by itself. "
                 "Or the set is empty, or a strength negative."
             )
+            refuse(outside, error)
 
     def _judge_curvature(self, found: _Found, on_failure: OnFailure) -> None:
         down = found.bend < -(torch.finfo(found.bend.dtype).eps ** 0.5)
@@ -213,12 +215,12 @@ class ProxLayer(ImplicitLayer):
             "The gradient would be that of a maximum or saddle. Start elsewhere, or use a solver that leaves saddles; "
             "if it is meant, pass on_failure='ignore'."
         )
-        if on_failure == "raise":
-            raise IndefiniteError(message)
+        if on_failure in ("raise", "mask"):
+            return refuse(down, IndefiniteError(message))
         warn(message, StationarityWarning, "no minimum")
 
     def _judge_kinks(self, found: ActiveSet, on_failure: OnFailure) -> None:
-        bent = found.num_kinks > 0
+        bent = standing(found.num_kinks > 0)
         if bool(bent.any()):
             message = (
                 f"the solution sits at a kink{name_lanes(bent)}: {int(found.num_kinks.max())} of its entries are at a "

@@ -138,7 +138,7 @@ class AnswerCheck:
         far = suspicious & (relative > self.rtol)
         found.newton = relative
         if bool(far.any()):
-            pick = tuple(far.nonzero()[0].tolist())
+            pick, found.lost = tuple(far.nonzero()[0].tolist()), far
             found.message = (
                 f"the solver's answer is not stationary{name_lanes(far)}: a Newton step from it is "
                 f"{relative[pick].item():.1e} of its size long (allowed {self.rtol:.1e}), although the gradient there "
@@ -147,7 +147,7 @@ class AnswerCheck:
                 "stationarity_rtol=None if an early stop is intended."
             )
         elif bool(elsewhere.any()):
-            pick = tuple(elsewhere.nonzero()[0].tolist())
+            pick, found.lost = tuple(elsewhere.nonzero()[0].tolist()), elsewhere
             found.message = (
                 f"the solver's answer is too rough to tell its active set{name_lanes(elsewhere)}: a Newton step from "
                 f"it, {relative[pick].item():.1e} of its size long, changes which entries are held (at a bound, at "

@@ -15,14 +15,16 @@ from typing import Any, Literal
 
 import torch
 
-from implicitlayer._capture import ClosedOver, call_with, find_closed_over, refuse_hidden_tensors
+from implicitlayer._capture import ClosedOver, call_with, find_closed_over
+from implicitlayer._errors import ClosureError
 from implicitlayer._flat import Signature, flat_function, flat_parts
+from implicitlayer._limits_of_torch import second_derivatives
 from implicitlayer._surroundings import out_of_inference, plain_surroundings
 from implicitlayer._tree import TreeSpec, flatten, unflatten
 from implicitlayer._types import FlatFunction, Leaves
 from implicitlayer.implicit._explain_trace import Call, Tracer
 from implicitlayer.linear._jacobian import pull_tensors
-from implicitlayer.linear._residual import Residual, inner
+from implicitlayer.linear._residual import Residual, inner, pull_back
 
 Reach = Literal["none", "zero", "nonzero"]  # of a derivative: no graph, zero at every point tried, neither
 _ORDER: tuple[Reach, ...] = ("none", "zero", "nonzero")
@@ -210,7 +212,11 @@ def layer_failures(problem: Problem) -> list[Exception | None]:
     Raises:
         ObjectiveError: the function returns something that no layer accepts.
     """
-    hidden = find_closed_over(problem.user_function, (problem.init, *problem.theta))
+    args = (problem.init, *problem.theta)
+    refused = _raised(lambda: find_closed_over(problem.user_function, args, lambda value: None))
+    if isinstance(refused, ClosureError):
+        return [refused if t.requires_grad else None for t in problem.tensors]
+    hidden = find_closed_over(problem.user_function, args)
     explicit = problem.signature.tensors
     known = {id(t): i for i, t in enumerate(problem.closed, start=len(explicit))}
     places = [*range(len(explicit)), *(known[id(t)] for t in hidden)]
@@ -228,11 +234,19 @@ def layer_failures(problem: Problem) -> list[Exception | None]:
     def backward_of(wanted: tuple[bool, ...]) -> Exception | None:
         point = [t.detach() for t in tensors]
         source = residual.seen_by(wanted)
+        if not hidden:  # the layer's backward is one of plain autograd
+            data = [t.requires_grad_() if need else t for t, need in zip(point, wanted, strict=True)]
+            return _raised(lambda: plainly(source, data))
         return _raised(lambda: pull_tensors(lambda t: source(x, t), point, wanted, [torch.ones_like(t) for t in x]))
+
+    def plainly(source: Residual, data: Leaves) -> None:
+        with second_derivatives(), torch.enable_grad():
+            value = source.kept_graph_gradient([t.clone().requires_grad_() for t in x], data)
+            pull_back(value, [t for t in data if t.requires_grad], [torch.ones_like(t) for t in value])
 
     def checks() -> None:
         point = [t.detach() for t in tensors]
-        refuse_hidden_tensors(residual.outputs, x, point)
+        residual.refuse_hidden(x, point, hidden)
         residual.kept_graph_gradient([t.clone().requires_grad_() for t in x], point)
 
     with plain_surroundings(problem.x):

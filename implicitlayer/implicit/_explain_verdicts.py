@@ -60,7 +60,8 @@ def verdict_of(tensor: torch.Tensor, fact: Facts, words: Words) -> Verdict:
             "none", f"gets no gradient: {kind} has no derivative. Pass .double() of it if it is to be learned."
         )
     if fact.failure is not None:
-        where = fact.numpy.where if fact.numpy is not None else None
+        call = fact.numpy or next(iter(fact.cuts), None)
+        where = None if call is None else call.where
         return Verdict("error", _failure(fact), where)
     reason, culprit = _why_not(fact, words) if tensor.numel() else ("", None)
     where = culprit.where if culprit is not None else None

@@ -13,6 +13,8 @@ import torch
 
 from implicitlayer._active_set import ActiveSet
 from implicitlayer._errors import NonFiniteError, SolverOutputError
+from implicitlayer._failures import FAILURES, marking, refuse, replaced
+from implicitlayer._limits_of_torch import second_derivatives
 from implicitlayer._records import ForwardRecord, emit, listening_in_depth
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
@@ -76,9 +78,16 @@ def solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
 
 
 def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
+    lanes = init[0].shape[: spec.residual.lane_dims]
+    with marking(spec.masks, lanes, init[0]) as failed:
+        x = _solved(spec, init, theta, failed)
+        return x if failed is None else replaced(failed, x, math.nan)
+
+
+def _solved(spec: LayerSpec, init: Leaves, theta: Leaves, failed: torch.Tensor | None) -> Leaves:
+    """x leaves; lanes that have failed hold anything finite."""
     init = [t.detach() for t in init]
     theta = [t.detach() for t in theta]
-    residual = spec.residual
     versions = [t._version for t in theta]
     with torch.enable_grad():
         results, lanes = _call_solver(spec, init, theta)
@@ -92,7 +101,7 @@ def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
     checked = [_check_answer(result.value, spec.calling, like) for result, like in results]
     _check_finite(checked, spec, init)
     lost = [result for result, _ in results if result.status is Status.NONFINITE]
-    if lost:
+    if lost and failed is None:  # else the checks below find out in which lanes
         words = f" {lost[0].message}" if lost[0].message else ""
         raise NonFiniteError(
             "the solver met NaN or Inf and says so, although the point that it returned is finite. Check theta for "
@@ -101,16 +110,35 @@ def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
     x = checked[0]
     if lanes:
         x = [torch.stack([lane[i] for lane in checked]).reshape(leaf.shape) for i, leaf in enumerate(init)]
+    if failed is not None:
+        x = replaced(failed, x, init)
     aux = [result.aux for result, _ in results]
     spec.aux[:] = aux if lanes else aux[:1]
 
-    if spec.watched:
-        residual.refuse_hidden(x, theta)
+    with second_derivatives():
+        return _checked(spec, x, theta, init, [result for result, _ in results], failed)
+
+
+def _checked(
+    spec: LayerSpec,
+    x: Leaves,
+    theta: Leaves,
+    init: Leaves,
+    results: list[SolverResult],
+    failed: torch.Tensor | None,
+) -> Leaves:
+    """The answer x, polished, judged and recorded."""
+    residual = spec.residual
+    measures = spec.stationarity_rtol is not None or spec.polish > 0 or (spec.wanted and listening_in_depth())
+    at = residual.attached(x, theta) if measures else None  # one run for both checks
+    if spec.closed is not None:
+        residual.refuse_hidden(x, theta, spec.closed, at)
 
     measured: Stationarity | None = None
     polished: Polish | None = None
-    if spec.stationarity_rtol is not None or spec.polish or (spec.wanted and listening_in_depth()):
-        measured = stationarity(residual, x, theta, init)
+    if measures:
+        measured = stationarity(residual, x, theta, init, at)
+        del at
         if spec.polish:
             rtol = math.inf if spec.stationarity_rtol is None else spec.stationarity_rtol
             polished = polish(residual, x, theta, init, measured, spec.linear_solver, spec.polish, rtol)
@@ -118,13 +146,18 @@ def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
     constraints = spec.calling.constraints
     active_set = None if constraints is None or not spec.wanted else constraints.examine(residual, x, theta)
     kept = 0 if polished is None else polished.kept
-    status = _record(spec, [result for result, _ in results], measured, kept, active_set)
+    if failed is None:
+        _record(spec, results, measured, kept, active_set, None)
     if constraints is not None and active_set is not None:
         constraints.judge(active_set, spec.on_failure)
     if measured is not None and spec.stationarity_rtol is not None:
         rtol, nearest = spec.stationarity_rtol, getattr(active_set, "nearest", None)
-        judge_answer(spec, measured, x, theta, status is Status.MAX_STEPS_REACHED and not kept, polished)
-        spec.answer[:] = [AnswerCheck.of(measured, rtol, spec.on_failure, spec.linear_solver, nearest)]
+        limited = _worst_status(results) is Status.MAX_STEPS_REACHED and not kept
+        judge_answer(spec, measured, x, theta, limited, polished)
+        if failed is None or not bool(failed.any()):
+            spec.answer[:] = [AnswerCheck.of(measured, rtol, spec.on_failure, spec.linear_solver, nearest)]
+    if failed is not None:  # what the judges find belongs to the record
+        _record(spec, results, measured, kept, active_set, failed.clone())
     return x
 
 
@@ -133,14 +166,16 @@ def _call_solver(spec: LayerSpec, init: Leaves, theta: Leaves) -> tuple[list[tup
     calling, residual = spec.calling, spec.residual
     explicit, hidden = theta[: calling.num_theta], theta[calling.num_theta :]
     batched = bool(getattr(calling.solver, "batched", False))
+    lanes_inside = residual.lane_dims_of_function > 0
+    alone = spec.masks and residual.lane_dims == 0  # a solver of several lanes does not say which of them failed
     if not residual.levels and not hidden and calling.user_function is not None:
         objective = calling.user_function
         if calling.gives_value and residual.lane_dims_of_function and not batched:
             objective = _summed(objective)
-        return [(_run(calling, objective, init, explicit), init)], False
+        return [(_run(calling, objective, init, explicit, alone), init)], False
     if not residual.levels or batched:
         objective = SeenFunction(calling, residual, hidden, batched)
-        return [(_run(calling, objective, init, explicit), init)], False
+        return [(_run(calling, objective, init, explicit, alone), init)], False
     # NOTE [lane by lane]: a black box sees one problem at a time, as it would in a Python loop.
     single = Residual(residual.function, residual.is_gradient, residual.lane_dims_of_function, parts=residual.parts)
     results = []
@@ -152,7 +187,7 @@ def _call_solver(spec: LayerSpec, init: Leaves, theta: Leaves) -> tuple[list[tup
         lane_init = [t[lane] for t in init]
         explicit, hidden = lane_theta[: calling.num_theta], lane_theta[calling.num_theta :]
         objective = SeenFunction(calling, single, hidden, batched=False)
-        results.append((_run(calling, objective, lane_init, explicit), lane_init))
+        results.append((_run(calling, objective, lane_init, explicit, spec.masks and not lanes_inside), lane_init))
     return results, True
 
 
@@ -207,11 +242,16 @@ def _summed(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor
     return lambda x, *theta: function(x, *theta).sum()
 
 
-def _run(calling: Calling, objective: Callable[..., Any], init: Leaves, theta: Leaves) -> SolverResult:
+def _run(calling: Calling, objective: Callable[..., Any], init: Leaves, theta: Leaves, masks: bool) -> SolverResult:
     """Call the solver; copies of ``init`` protect the caller's tensors from solvers that work in place."""
     start = unflatten([t.clone() for t in init], calling.x_spec)
     run = calling.solver.run if isinstance(calling.solver, RecordingSolver) else calling.solver
-    answer = run(objective, start, *calling.rebuild_theta(theta))
+    try:
+        answer = run(objective, start, *calling.rebuild_theta(theta))
+    except FAILURES:
+        if not masks:
+            raise
+        return SolverResult(unflatten([torch.full_like(t, math.nan) for t in init], calling.x_spec))
     aux = None
     if calling.solver_has_aux and not isinstance(answer, SolverResult):
         if not isinstance(answer, tuple) or len(answer) != 2:
@@ -265,10 +305,11 @@ def _check_finite(answers: list[Leaves], spec: LayerSpec, init: Leaves) -> None:
         lanes, size = init[i].shape[: spec.residual.lane_dims], init[i].shape[spec.residual.lane_dims :].numel()
         finite = leaf.isfinite().reshape((*lanes, size)).all(-1)
         if not bool(finite.all()):
-            raise NonFiniteError(
+            error = NonFiniteError(
                 f"the solver returned NaN or Inf in {name}{name_lanes(~finite)}: it diverged or failed. Check its step "
                 "size, its own messages and that init and theta are finite."
             )
+            refuse(~finite, error)
 
 
 def _record(
@@ -277,21 +318,25 @@ def _record(
     measured: Stationarity | None,
     polished: int,
     active_set: ActiveSet | None,
-) -> Status | None:
-    """Emit the record; the worst status of the solver's runs."""
-    statuses = [r.status for r in results if r.status is not None]
+    failed: torch.Tensor | None,
+) -> None:
+    """Emit the record."""
     counts = [r.num_steps for r in results if r.num_steps is not None]
     record = ForwardRecord(
         stationarity_norm=None if measured is None else measured.norm,
         estimated_distance=None if measured is None else measured.distance,
         relative_distance=None if measured is None else measured.relative,
-        solver_status=max(statuses) if statuses else None,
+        solver_status=_worst_status(results),
         num_steps=max(counts) if counts else None,
         num_polish_steps=polished,
         rtol=spec.stationarity_rtol,
         active_set=active_set,
+        failed=failed,
     )
     emit(record)
     if spec.listener is not None:
         spec.listener(record)
-    return record.solver_status
+
+
+def _worst_status(results: Sequence[SolverResult]) -> Status | None:
+    return max((r.status for r in results if r.status is not None), default=None)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
+from implicitlayer._capture import ClosedOver
+from implicitlayer._failures import failed_lanes, finite_data, replaced
 from implicitlayer._records import BackwardRecord, ForwardRecord
 from implicitlayer._types import Leaves, OnFailure
 from implicitlayer.implicit._certificate import Assumptions
@@ -30,7 +32,7 @@ class LayerSpec:
     num_x: int
     linear_solver: Callable[..., Any]
     on_failure: OnFailure = "warn"
-    watched: bool = True  # whether the function may read tensors from outside that need a derivative
+    closed: ClosedOver | None = None  # tensors that the function reads from outside; None: it was not searched
     wanted: bool = True  # whether something that was given needs a derivative
     stationarity_rtol: float | None = 1e-3
     polish: int = 0
@@ -40,6 +42,20 @@ class LayerSpec:
     listener: Callable[[ForwardRecord | BackwardRecord], None] | None = None
     aux: list[Any] = field(default_factory=list)
     answer: list[AnswerCheck] = field(default_factory=list)  # left by forward for the derivatives
+
+    @property
+    def masks(self) -> bool:
+        """Whether lanes that fail are masked; see NOTE [masked lanes]."""
+        return self.on_failure == "mask"
+
+    def at(self, saved: Sequence[torch.Tensor]) -> tuple[Leaves, Leaves, torch.Tensor | None]:
+        """x, theta and the masked lanes, of the tensors that a call has saved; finite in the masked ones."""
+        k = self.num_x
+        x, rest = list(saved[:k]), list(saved[k:])
+        if not self.masks:
+            return x, rest, None
+        failed = failed_lanes(x, self.residual.lane_dims)
+        return replaced(failed, x, rest[:k]), finite_data(rest[k:]), failed
 
     @property
     def how(self) -> dict[str, Any]:
@@ -76,15 +92,16 @@ class ImplicitArgmin(torch.autograd.Function):
         ctx.spec = spec
         ctx.set_materialize_grads(False)
         # x* is saved as an output: in a double backward it carries its own dependence on theta
-        ctx.save_for_backward(*output, *tensors[spec.num_x :])
-        ctx.save_for_forward(*output, *tensors[spec.num_x :])
+        kept = tensors if spec.masks else tensors[spec.num_x :]  # init stands in for the x of masked lanes
+        ctx.save_for_backward(*output, *kept)
+        ctx.save_for_forward(*output, *kept)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
         spec: LayerSpec = ctx.spec
         k = spec.num_x
         saved = alive(ctx.saved_tensors)
-        x, theta = list(saved[:k]), list(saved[k:])
+        x, theta, failed = spec.at(saved)
         if all(c is None for c in cotangents):
             return (None,) * (1 + k + len(theta))
         needed = ctx.needs_input_grad[1 + k :]
@@ -93,7 +110,8 @@ class ImplicitArgmin(torch.autograd.Function):
         how = {**spec.how, "kind": "backward", "one_graph": len(theta) == spec.calling.num_theta}
 
         def rule(v: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
-            return implicit_vjp(spec.residual, x, theta, fill(v, x), needed, **how)
+            filled = fill(v, x) if failed is None else replaced(failed, fill(v, x), 0.0)
+            return implicit_vjp(spec.residual, x, theta, filled, needed, **how)
 
         theta_bar = over_batched_vectors(rule, alive(cotangents))
         return (None, *(None,) * k, *theta_bar)
@@ -103,11 +121,13 @@ class ImplicitArgmin(torch.autograd.Function):
         spec: LayerSpec = ctx.spec
         k = spec.num_x
         saved = alive(ctx.saved_tensors)
-        x, theta = list(saved[:k]), list(saved[k:])
+        x, theta, failed = spec.at(saved)
 
         def rule(directions: list[torch.Tensor | None]) -> Leaves:
             result = implicit_jvp(spec.residual, x, theta, directions, kind="forward-mode", **spec.how)
-            return [torch.zeros_like(leaf) for leaf in x] if result is None else result
+            if result is None:
+                return [torch.zeros_like(leaf) for leaf in x]
+            return result if failed is None else replaced(failed, result, 0.0)
 
         return tuple(over_batched_vectors(rule, tangents[k:]))
 

@@ -79,7 +79,7 @@ def constrained_argmin(
             minimum (n + 1 products, n the number of entries of x). :class:`Minres` for large problems, without that
             check.
         on_failure: ``"warn"``: outside of the constraints is an error; not stationary and at a kink are warnings.
-            ``"raise"``: all are errors. ``"ignore"``: none is. Linear solves as in :func:`argmin`.
+            ``"raise"``: all are errors. ``"ignore"``: none is. ``"mask"`` and linear solves as in :func:`argmin`.
         stationarity_rtol: allowed remainder of the gradient of the Lagrangian, relative to ||grad f|| + ||H x||, and
             allowed distance from the constraints, relative to the size of x. None judges neither.
         active_rtol: an inequality is at its border if x is nearer to it than this times the size of x, and active if

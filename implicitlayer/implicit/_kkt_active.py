@@ -20,6 +20,7 @@ import torch
 
 from implicitlayer._active_set import ActiveSet
 from implicitlayer._errors import InfeasibleError, KinkError, KinkWarning, StationarityError, StationarityWarning
+from implicitlayer._failures import refuse, standing
 from implicitlayer._tree import name_lanes
 from implicitlayer._types import OnFailure
 from implicitlayer._warn import warn
@@ -85,11 +86,12 @@ class ActiveConstraints(ActiveSet):
         outside = ~(self.relative_violation <= rtol)
         if bool(outside.any()) and rtol < math.inf:
             at = tuple(outside.nonzero()[0].tolist())
-            raise InfeasibleError(
+            error = InfeasibleError(
                 f"the solver's answer does not satisfy the constraints{name_lanes(outside)}: its distance from one is "
                 f"about {self.violation[at].item():.3g} ({self.relative_violation[at].item():.1e} of its size, allowed "
                 f"{rtol:.1e}). Does the solver know the constraints (g <= 0, h = 0), and can they all hold?"
             )
+            refuse(outside, error)
         moving = ~(self.stationarity <= rtol)
         if bool(moving.any()) and rtol < math.inf:
             at = tuple(moving.nonzero()[0].tolist())
@@ -100,14 +102,15 @@ class ActiveConstraints(ActiveSet):
                 "tightly, raise active_rtol if the answer is rough, and check the sign of multipliers that the solver "
                 "returns (the Lagrangian is f + lambda'h + mu'g with mu >= 0)."
             )
-            if on_failure == "raise":
-                raise StationarityError(message)
-            warn(message, StationarityWarning, "optimality conditions")
+            if on_failure in ("raise", "mask"):
+                refuse(moving, StationarityError(message))
+            else:
+                warn(message, StationarityWarning, "optimality conditions")
         self._judge_kinks(on_failure)
 
     def _judge_kinks(self, on_failure: OnFailure) -> None:
         messages = {}
-        bent = self.num_kinks > 0
+        bent, dependent = standing(self.num_kinks > 0), standing(~self.independent)
         if bool(bent.any()):
             messages["kink"] = (
                 f"the solution sits at a kink{name_lanes(bent)}: {int(self.num_kinks.max())} inequalities are at their "
@@ -115,9 +118,9 @@ class ActiveConstraints(ActiveSet):
                 "bends there, and its derivative is that of one side (at_kink says which). See "
                 "record.active_set.kinks."
             )
-        if not bool(self.independent.all()):
+        if bool(dependent.any()):
             messages["dependent"] = (
-                f"the gradients of the constraints that hold are linearly dependent{name_lanes(~self.independent)}: "
+                f"the gradients of the constraints that hold are linearly dependent{name_lanes(dependent)}: "
                 "multipliers are not unique, and the solution has a derivative only for changes that keep all of "
                 "these constraints consistent (of others it is one of several). Remove redundant constraints."
             )

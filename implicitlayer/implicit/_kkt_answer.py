@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from implicitlayer._errors import NonFiniteError, SolverOutputError
+from implicitlayer._failures import refuse, replaced
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, name_lanes, unflatten
 from implicitlayer._types import Leaves
@@ -77,8 +78,7 @@ class Caller:
                 for i, like in enumerate(init)
             ]
             found = Answer(x, [part.known[0] for part in parts], [part.results[0] for part in parts])
-        self._check_finite(found, lanes)
-        return found
+        return self._finite(found, init, lanes)
 
     def _call(
         self, problem: ConstrainedProblem, init: Leaves, spec: TreeSpec, theta: tuple[Any, ...], lanes: torch.Size
@@ -143,16 +143,21 @@ class Caller:
             )
         return vectors.unbind(0)
 
-    def _check_finite(self, found: Answer, lanes: torch.Size) -> None:
+    def _finite(self, found: Answer, init: Leaves, lanes: torch.Size) -> Answer:
+        """The answer, with init in the place of what is not finite in masked lanes."""
+        x = found.x
         for leaf, name in zip(found.x, self.names, strict=True):
             finite = leaf.isfinite().reshape(*lanes, leaf.shape[len(lanes) :].numel()).all(-1)
             if not bool(finite.all()):
-                raise NonFiniteError(
+                error = NonFiniteError(
                     f"the solver returned NaN or Inf in {name}{name_lanes(~finite)}: it diverged or failed."
                 )
+                refuse(~finite, error)
+                x = replaced(~finite, x, init)
         for which, form in enumerate(self.forms):
             vectors = [pair[which] for pair in found.known]
             finite = torch.tensor([v is None or bool(v.isfinite().all()) for v in vectors], dtype=torch.bool)
             if not bool(finite.all()):
                 where = name_lanes(~finite.reshape(lanes))
                 raise NonFiniteError(f"the solver returned NaN or Inf in the multipliers of {form.name}{where}.")
+        return replace(found, x=x)

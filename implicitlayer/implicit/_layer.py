@@ -24,7 +24,7 @@ from implicitlayer.linear._residual import Residual, check_value
 
 __all__ = ["ImplicitLayer"]
 
-_POLICIES = ("raise", "warn", "ignore")
+_POLICIES = ("raise", "warn", "ignore", "mask")
 Kind = Literal["argmin", "root", "fixed_point"]
 
 
@@ -110,6 +110,7 @@ class ImplicitLayer:
                 self._read(user_function), (init, *theta), lambda value: self._check_value(value, x, x_spec)
             )
             _refuse_complex([*tensors, *hidden])
+            _refuse_sparse([*signature.leaves, *hidden])
         wanted = differentiable and (bool(hidden) or any(needs_derivative(t) for t in tensors))
         function, residual, constraints = self._equation(user_function, x_spec, signature, hidden)
         calling = Calling(
@@ -132,7 +133,7 @@ class ImplicitLayer:
             num_x=len(x),
             linear_solver=self.linear_solver,
             on_failure=self.on_failure,
-            watched=watched,
+            closed=hidden if watched else None,
             wanted=wanted,
             stationarity_rtol=self.stationarity_rtol if wanted else None,
             polish=self.polish,
@@ -216,6 +217,16 @@ def _refuse_complex(tensors: Sequence[torch.Tensor]) -> None:
                 f"a complex theta of shape {tuple(tensor.shape)} requires a gradient; only real ones are "
                 "differentiated. Pass torch.view_as_real of it and rebuild it inside the objective with "
                 "torch.view_as_complex."
+            )
+
+
+def _refuse_sparse(leaves: Sequence[Any]) -> None:
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor) and leaf.layout is not torch.strided and leaf.requires_grad:
+            raise TypeError(
+                f"a sparse theta of shape {tuple(leaf.shape)} ({leaf.layout}) requires a gradient; only dense tensors "
+                "are differentiated. Pass its values (a dense vector) as a theta and build the sparse tensor inside "
+                "the objective, or pass .to_dense(). Without requires_grad it may stay sparse."
             )
 
 

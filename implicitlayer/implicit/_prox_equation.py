@@ -263,10 +263,10 @@ class ProxResidual(Residual):
         changed = [a != b for a, b in zip(here.report[: len(x)], there.report[: len(x)], strict=True)]
         return ravel(changed, self.lane_dims).any(-1)
 
-    def refuse_hidden(self, x: Leaves, theta: Leaves) -> None:
+    def refuse_hidden(self, x: Leaves, theta: Leaves, closed: Leaves, at: Attached | None = None) -> None:
         """As for every residual, from the graph that the other checks need too."""
-        at = self.attached(x, theta)
-        refuse_other_leaves([at.objective, *at.near], at.points)
+        here = self.attached(x, theta)
+        refuse_other_leaves(here.outputs, here.points, lambda: self._at(here.points, theta, x).outputs)
 
     def kept_graph_gradient(self, x: Leaves, theta: Leaves) -> Leaves:
         """F by plain autograd from points that require a gradient."""
@@ -292,7 +292,7 @@ class ProxResidual(Residual):
         value = [v - p for v, p in zip(points, near, strict=True)]
         # no reference to this residual: a circle would keep the tensors until the garbage collector comes
         lanes = self.lane_dims, len(self.levels), self.over_lanes(self.report)
-        return At(points, value, *lanes, x, theta, values, slope, y, near, diagonal, step)
+        return At(points, value, [values, *near], *lanes, x, theta, values, slope, y, near, diagonal, step)
 
     def _step(self, points: Leaves, slope: Leaves) -> torch.Tensor:
         lanes, kept = points[0].shape[: self.lane_dims], self.of_call.step

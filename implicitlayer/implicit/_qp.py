@@ -24,6 +24,7 @@ from implicitlayer.linear._residual import Residual
 
 __all__ = ["qp"]
 
+_NO_BOUND = 1e20
 # How many dimensions of each argument belong to one program.
 _RANKS = {"Q": 2, "p": 1, "A": 2, "b": 1, "G": 2, "h": 1}
 
@@ -57,7 +58,8 @@ def qp(
     Args:
         Q: [*batch, n, n], symmetric positive semidefinite (its symmetric part is used); p: [*batch, n].
         A: [*batch, e, n], b: [*batch, e]; both or neither.
-        G: [*batch, m, n], h: [*batch, m]; both or neither. Entries are finite: leave a missing bound out.
+        G: [*batch, m, n], h: [*batch, m]; both or neither. A bound of 1e20 or more, or inf, is none: its row is left
+            out, lane by lane, and gets no gradient and a multiplier of zero.
             Leading dimensions are broadcast: an argument without them is shared by all programs, and its gradient is
             the sum over them.
         solver: ``solver(Q, p, A, b, G, h) -> x`` or ``(x, (y, z))`` with multipliers y of the equations and z >= 0 of
@@ -66,8 +68,8 @@ def qp(
             is. Default: the interior-point method of :class:`il.solvers.InteriorPoint`.
         linear_solver: of the derivatives; default a dense symmetric indefinite solve.
         return_multipliers: return ``(x, Multipliers(equality, inequality))``, all differentiable.
-        on_failure: ``"warn"``, ``"raise"`` or ``"ignore"``, as in :func:`constrained_argmin`. A program that is
-            found to have no solution is an error under every policy.
+        on_failure: ``"warn"``, ``"raise"``, ``"ignore"`` or ``"mask"``, as in :func:`constrained_argmin`. A
+            program that is found to have no solution is an error under every policy but ``"mask"``, which makes it NaN.
         active_rtol: distance from a border, relative to the size of x, and force of a border, relative to the terms of
             the gradient, that count as zero.
         at_kink: what an inequality at a kink counts as for derivatives: ``"inactive"`` or ``"active"``.
@@ -97,6 +99,7 @@ def qp(
         [0.5, -0.5, 0.0]
     """
     batch, (Q, p, A, b, G, h) = _checked({"Q": Q, "p": p, "A": A, "b": b, "G": G, "h": h})
+    G, h = _without_missing(G, h)
     tolerances = Tolerances(stationarity_rtol=1e-6, active_rtol=active_rtol)
     if at_kink not in ("inactive", "active"):
         raise ValueError(f"at_kink={at_kink!r} must be 'inactive' or 'active'.")
@@ -178,6 +181,14 @@ def _written_out(unknowns: Leaves, data: Leaves) -> tuple[Callable[[Leaves], Lea
     return to_unknowns, to_data
 
 
+def _without_missing(G: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with 0'x <= 1 in place of rows without a bound; :data:`_NO_BOUND` is what most solvers take for none."""
+    missing = h >= _NO_BOUND
+    if not torch._C._are_functorch_transforms_active() and not bool(missing.any()):
+        return G, h
+    return torch.where(missing[..., None], 0.0, G), torch.where(missing, 1.0, h)
+
+
 def _checked(given: dict[str, torch.Tensor | None]) -> tuple[torch.Size, tuple[torch.Tensor, ...]]:
     """The batch dimensions, and all six with as many leading dimensions (of size one where they are shared)."""
     for name, tensor in given.items():
@@ -186,6 +197,8 @@ def _checked(given: dict[str, torch.Tensor | None]) -> tuple[torch.Size, tuple[t
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise TypeError(f"{name} must be a real floating tensor, got {kind}. Use torch.as_tensor(..., dtype=...).")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name} is sparse ({tensor.layout}); il.qp solves densely. Pass {name}.to_dense().")
     Q, p = given["Q"], given["p"]
     assert Q is not None and p is not None
     for matrix, vector in (("A", "b"), ("G", "h")):

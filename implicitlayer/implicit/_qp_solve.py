@@ -18,6 +18,7 @@ from implicitlayer._errors import (
     SolverOutputError,
     UnboundedError,
 )
+from implicitlayer._failures import refuse
 from implicitlayer._interior_point import Data, ProgramStatus, QuadraticSolution, interior_point
 from implicitlayer._solution import SolverResult
 from implicitlayer._status import Status
@@ -25,7 +26,7 @@ from implicitlayer._tree import name_lanes
 from implicitlayer._types import OnFailure
 from implicitlayer.implicit._kkt_active import ActiveConstraints, Tolerances
 from implicitlayer.implicit._kkt_lagrangian import Unknowns
-from implicitlayer.implicit._kkt_linear import Factors, KktMatrices
+from implicitlayer.implicit._kkt_linear import Factors, KktFactors, KktMatrices
 from implicitlayer.implicit._kkt_multipliers import multipliers
 from implicitlayer.implicit._qp_cold import answers
 from implicitlayer.implicit._qp_exact import (
@@ -39,6 +40,7 @@ from implicitlayer.implicit._qp_exact import (
     undecided,
     violation,
 )
+from implicitlayer.implicit._qp_rank import Equations, RankFactors, independent_equations
 from implicitlayer.implicit._qp_single import exact_cold, exact_near
 from implicitlayer.implicit._qp_terms import SingleProgram
 
@@ -58,6 +60,7 @@ class QuadraticSolver:
     on_failure: OnFailure
     found: list[ActiveConstraints] = field(default_factory=list)
     prepared: list[Factors | KktMatrices] = field(default_factory=list)
+    equations: Equations | None = None  # in the place of those of the call, where these depend on each other
     batched: bool = True
 
     def __call__(self, scalar: Callable[..., Any], start: Unknowns, *data: torch.Tensor) -> SolverResult:
@@ -65,15 +68,25 @@ class QuadraticSolver:
         ranks = (2, 1, 2, 1, 2, 1)
         full = [t.detach().double().expand(*lanes, *t.shape[-k:]) for t, k in zip(data, ranks, strict=True)]
         Q, p, A, b, G, h = full
-        program: Data = ((Q + Q.mT) / 2, p, A, b, G, h)
+        given: Data = ((Q + Q.mT) / 2, p, A, b, G, h)
+        eps = torch.finfo(start.x.dtype).eps
+        self.given, self.equations = given, independent_equations(given, eps)
+        program = given if self.equations is None else self.equations.data
         found, active, held = self._single(program, start.x) or self._judged(program, start.x)
         solution = found.solution
+        factors: Factors | KktMatrices | None = found.factors
+        if factors is None or not torch.equal(held, found.held):
+            rows, mask = torch.cat([program[2], G], -2), torch.cat([torch.ones_like(program[3]), held.double()], -1)
+            matrices = KktMatrices(program[0], rows, mask)
+            factors = matrices if self.equations is None else KktFactors(matrices, eps)
+        if self.equations is not None:
+            assert not isinstance(factors, KktMatrices)
+            factors = RankFactors(factors, self.equations, A)
+            independent = active.independent & ~self.equations.deficient
+            old = self.equations.old_multipliers(active.equality)
+            active = replace(active, equality=old, independent=independent)
         self.found.append(active)
-        if found.factors is not None and torch.equal(held, found.held):
-            self.prepared.append(found.factors)
-        else:
-            rows, mask = torch.cat([A, G], -2), torch.cat([torch.ones_like(b), held.double()], -1)
-            self.prepared.append(KktMatrices(program[0], rows, mask))
+        self.prepared.append(factors)
         rest = (active.equality, torch.where(held, active.inequality, 0.0), held)
         z = Unknowns(*(t.to(start.x.dtype) for t in (solution.x, *rest)))
         return SolverResult(z, Status.CONVERGED, int(solution.steps.max()) if solution.steps.numel() else 0)
@@ -115,7 +128,11 @@ class QuadraticSolver:
     def _solved(self, program: Data, eps: float) -> tuple[Exact, torch.Tensor]:
         """The solution, and the mask of inequalities that stay undecided."""
         if self.solver is not None:
-            return self._exact(program, self._answer(program, self.solver))
+            equations = self.equations
+            if equations is None:
+                return self._exact(program, self._answer(program, self.solver))
+            answer = self._answer(self.given, self.solver)  # of the equations as they were given
+            return self._exact(program, replace(answer, equality=equations.new_multipliers(answer.equality)))
         _refuse_indefinite(program[0], eps)
         return self._exact(program, *answers(program, _LATE))
 
@@ -213,17 +230,18 @@ class QuadraticSolver:
             bad = codes == int(status)
             if bool(bad.any()):
                 what = status.name.lower() if status is not ProgramStatus.NONFINITE else "not finite"
-                raise error(f"the quadratic program is {what}{name_lanes(bad)}. {status.help}")
+                refuse(bad, error(f"the quadratic program is {what}{name_lanes(bad)}. {status.help}"))
         bad = ~(solution.error <= ENOUGH)
         if self.solver is None and self.on_failure != "ignore" and bool(bad.any()):
             worst = float(solution.error[bad].max())
-            raise NotConvergedError(
+            failure = NotConvergedError(
                 f"the quadratic program was not solved{name_lanes(bad)}: after {int(solution.steps.max())} "
                 f"interior-point steps a condition of optimality is violated by {worst:.1e} of its terms (allowed "
                 f"{ENOUGH:.0e}). "
                 f"{ProgramStatus.MAX_STEPS_REACHED.help}",
                 solution,
             )
+            refuse(bad, failure)
 
 
 def _as_tensor(value: Any, like: torch.Tensor, name: str) -> torch.Tensor:
@@ -253,8 +271,9 @@ def _refuse_indefinite(Q: torch.Tensor, eps: float) -> None:
         lowest = torch.linalg.eigvalsh(Q).amin(-1)
         bad = suspects & (lowest < -noise)
         if bool(bad.any()):
-            raise IndefiniteError(
+            error = IndefiniteError(
                 f"Q is not positive semidefinite{name_lanes(bad)}: its smallest eigenvalue is "
                 f"{float(lowest[bad].min()):.3g}. il.qp solves convex programs; il.constrained_argmin differentiates "
                 "the answer of any solver of a non-convex one."
             )
+            refuse(bad, error)

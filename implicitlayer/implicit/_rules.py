@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from implicitlayer._limits_of_torch import second_derivatives
 from implicitlayer._surroundings import plain_surroundings
 from implicitlayer._types import Leaves
 from implicitlayer.implicit._certificate import Assumptions, gradient_error
@@ -56,7 +57,7 @@ def implicit_vjp(
         jacobian = OneGraph(**vars(jacobian), x=[t.detach() for t in x], needed=needed if source is residual else ())
         mixed = jacobian if source is residual else mixed
     spec = SolveSpec(jacobian, len(x), certify=certify, judge=judge, **how)
-    with plain_surroundings(x):
+    with plain_surroundings(x), second_derivatives():
         u = solve(spec, cotangent, [*x, *theta])
         pulled = pull_tensors(mixed, theta, needed, u)
     return [None if t is None else -t for t in pulled]
@@ -88,7 +89,7 @@ def implicit_jvp(
     **how: Any,
 ) -> Leaves | None:
     """Tangents of x from those of the theta leaves; None if no theta leaf has one."""
-    with plain_surroundings(x):
+    with plain_surroundings(x), second_derivatives():
         change = push_tensors(lambda t: residual(x, t), theta, tangents, like=x)
         if change is None:
             return None

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from implicitlayer._errors import NonFiniteError
+from implicitlayer._failures import refuse
 from implicitlayer._tree import finite_lanes, name_lanes, ravel, unravel
 from implicitlayer._types import Leaves
 from implicitlayer.linear._common import lane_norm
 from implicitlayer.linear._jacobian import Jacobian
 from implicitlayer.linear._operator import lane_dot, lane_scale, wrap_value
-from implicitlayer.linear._residual import Residual
+from implicitlayer.linear._residual import Attached, Residual
 from implicitlayer.linear._warm_start import WarmStart
 
 # Below this many eps (times the square root of n) a distance is rounding, even where x and init are both zero.
@@ -71,28 +72,33 @@ def is_rounding(value: torch.Tensor, norm: torch.Tensor, residual: Residual, x: 
     return rounding
 
 
-def stationarity(residual: Residual, x: Leaves, theta: Leaves, init: Leaves) -> Stationarity:
+def stationarity(
+    residual: Residual, x: Leaves, theta: Leaves, init: Leaves, at: Attached | None = None
+) -> Stationarity:
+    """The stationarity of x; ``at``: the function's run there, where there is one."""
     lane_dims = residual.lane_dims
     with torch.enable_grad():
-        found = residual.attached(x, theta)
+        found = residual.attached(x, theta) if at is None else at
         gradient = ravel([leaf.detach() for leaf in found.value], lane_dims)
         finite = finite_lanes(gradient)
         if not bool(finite.all()):
             what = "gradient of the objective" if residual.is_gradient else "residual"
-            raise NonFiniteError(
+            error = NonFiniteError(
                 f"the {what} holds NaN or Inf at the solver's answer{name_lanes(~finite)}. Check theta for NaN, and "
                 "that the objective is differentiable there (norms and square roots at zero are not)."
             )
+            refuse(~finite, error)
+            gradient = torch.where(finite[..., None], gradient, 0.0)
         scale = lane_scale(gradient)
         unit = gradient / scale
         product = ravel(found.pull(unravel(unit, x, lane_dims)), lane_dims)
     squared = lane_dot(unit, unit)
     distance = torch.where(squared > 0, squared / lane_norm(product) * scale[..., 0], 0.0)
-    at, start = ravel(x, lane_dims), ravel(init, lane_dims)
-    size = torch.maximum(lane_norm(at), lane_norm(at - start))
+    here, start = ravel(x, lane_dims), ravel(init, lane_dims)
+    size = torch.maximum(lane_norm(here), lane_norm(here - start))
     least = found.least_size()
     if least is None:
-        least = torch.full_like(size, _NOISE * torch.finfo(at.dtype).eps * max(at.shape[-1], 1) ** 0.5)
+        least = torch.full_like(size, _NOISE * torch.finfo(here.dtype).eps * max(here.shape[-1], 1) ** 0.5)
     size = torch.maximum(size, least.to(size.dtype))
     relative = torch.where(distance == 0, 0.0, distance / size)
     return Stationarity(gradient, product * scale, squared.sqrt() * scale[..., 0], distance, relative, size)

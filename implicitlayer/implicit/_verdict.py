@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from implicitlayer._errors import ConvergenceWarning, NotConvergedError, StationarityError, StationarityWarning
+from implicitlayer._failures import refuse
 from implicitlayer._tree import name_lanes
 from implicitlayer._types import Leaves, OnFailure
 from implicitlayer._warn import warn
@@ -47,7 +48,7 @@ def judge_answer(
             "the answer is as the solver left it. Solve the inner problem more tightly: a Newton step needs a start "
             "near the solution."
         )
-        _tell(spec.on_failure, message, "polish refused")
+        _tell(spec.on_failure, polished.refused, message, "polish refused")
     elif limited:
         tell_step_limit(spec.on_failure)
     else:
@@ -64,12 +65,12 @@ def judge_answer(
                 "order. Solve the inner problem more tightly, pass polish=1 for a Newton step after the solver, or "
                 "stationarity_rtol=None if an early stop is intended."
             )
-            _tell(spec.on_failure, message, "changing Hessian")
+            _tell(spec.on_failure, moved, message, "changing Hessian")
 
 
-def _tell(on_failure: OnFailure, message: str, kind: str) -> None:
-    if on_failure == "raise":
-        raise StationarityError(message)
+def _tell(on_failure: OnFailure, lanes: torch.Tensor, message: str, kind: str) -> None:
+    if on_failure in ("raise", "mask"):
+        return refuse(lanes, StationarityError(message))
     warn(message, StationarityWarning, kind)
 
 
@@ -91,11 +92,14 @@ def _tell_not_stationary(
         f"{rtol:.1e}). The implicit gradient carries an error of that order at least. {remedy}, or "
         "stationarity_rtol=None if an early stop is intended."
     )
-    _tell(spec.on_failure, message, f"not stationary {limited} {refused}")
+    _tell(spec.on_failure, bad, message, f"not stationary {limited} {refused}")
 
 
 def tell_step_limit(on_failure: OnFailure) -> None:
-    """Apply the failure policy to a solver that says that it stopped at its step limit before its tolerance."""
+    """Apply the failure policy to a solver that says that it stopped at its step limit before its tolerance.
+
+    A solver of many lanes does not say which of them it was, so nothing is masked: "mask" warns.
+    """
     if on_failure == "ignore":
         return
     message = (

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from implicitlayer._capture import refuse_hidden_tensors
+from implicitlayer._capture import plainly_impossible, refuse_hidden_tensors, refuse_other_leaves
 from implicitlayer._errors import ObjectiveError
 from implicitlayer._flat import NO_PARTS, Parts
 from implicitlayer._types import FlatFunction, Leaves
@@ -30,10 +30,12 @@ class Attached:
     Attributes:
         points: the leaves of x, detached, which require a gradient.
         value: the leaves of F.
+        outputs: what the function itself returned.
     """
 
     points: Leaves
     value: Leaves
+    outputs: Leaves
 
     def pull(self, u: Leaves) -> Leaves:
         """(dF/dx)' u; the graph is kept."""
@@ -115,15 +117,31 @@ class Residual:
 
     def with_graph(self, points: Leaves, theta: Leaves) -> Attached:
         """F with a graph that reaches ``points``, and those of theta, that require a gradient."""
-        return Attached(points, self.kept_graph_gradient(points, theta))
+        outputs = self.outputs(points, theta)
+        return Attached(points, gradient_of(outputs[0], points) if self.is_gradient else outputs, outputs)
 
     def leaves_piece(self, x: Leaves, theta: Leaves, step: Leaves) -> torch.Tensor:
         """Lanes, bool [*lanes], where x - step is on another piece of F than x; of a smooth F nowhere."""
         return torch.zeros(x[0].shape[: self.lane_dims], dtype=torch.bool, device=x[0].device)
 
-    def refuse_hidden(self, x: Leaves, theta: Leaves) -> None:
-        """Raise ClosureError where the function reads a tensor that requires a gradient and is no argument."""
-        refuse_hidden_tensors(self.outputs, x, theta)
+    def refuse_hidden(self, x: Leaves, theta: Leaves, closed: Leaves, at: Attached | None = None) -> None:
+        """Raise ClosureError where the function reads a tensor that requires a gradient and is no argument.
+
+        ``closed``: what it was found to close over. ``at``: its run at x, where there is one.
+        """
+
+        def refuse() -> None:
+            refuse_hidden_tensors(self.outputs, x, theta)
+
+        if plainly_impossible():
+            return refuse()
+        points = [leaf.detach().requires_grad_() for leaf in x] if at is None else at.points
+
+        def run() -> Leaves:
+            with torch.enable_grad():
+                return self.outputs(points, theta)
+
+        refuse_other_leaves(run() if at is None else at.outputs, points, run, refuse if closed else None)
 
     def gauss_newton(self, x: Leaves, theta: Leaves) -> Callable[[Leaves], Leaves]:
         """u -> J' (d^2 loss / d outputs^2) J u with J = d model / dx: the Hessian without the curvature of the model.
@@ -149,13 +167,18 @@ class Residual:
         """F with one level of autograd fewer than ``torch.func.grad``: for one pull-back inside ``torch.func.vjp``."""
         if not self.is_gradient:
             return self(x, theta)
-        value = self.values(x, theta).sum()
-        found: Sequence[torch.Tensor | None] = ()
-        if value.requires_grad:
-            found = torch.autograd.grad(value, x, create_graph=True, allow_unused=True)
-        if all(leaf is None for leaf in found):  # theta alone may have given the value its graph
-            raise no_graph()
-        return [torch.zeros_like(like) if leaf is None else leaf for leaf, like in zip(found, x, strict=True)]
+        return gradient_of(self.values(x, theta), x)
+
+
+def gradient_of(values: torch.Tensor, x: Leaves) -> Leaves:
+    """The gradient of the sum of ``values``, with a graph."""
+    value = values.sum()
+    found: Sequence[torch.Tensor | None] = ()
+    if value.requires_grad:
+        found = torch.autograd.grad(value, x, create_graph=True, allow_unused=True)
+    if all(leaf is None for leaf in found):  # theta alone may have given the value its graph
+        raise no_graph()
+    return [torch.zeros_like(like) if leaf is None else leaf for leaf, like in zip(found, x, strict=True)]
 
 
 def no_graph() -> ObjectiveError:

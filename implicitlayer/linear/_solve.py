@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 from implicitlayer._errors import NonFiniteError, NotRecordedError, UnsupportedTransformError
+from implicitlayer._failures import replaced
+from implicitlayer._limits_of_torch import second_derivatives
 from implicitlayer._records import AnswerDistance, BackwardRecord, GradientError, emit, listening_in_depth
 from implicitlayer._solution import LinearSolution
 from implicitlayer._status import Status
@@ -85,7 +87,7 @@ class LinearSolve(torch.autograd.Function):
 
     @staticmethod
     def forward(spec: SolveSpec, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        with plain_surroundings(tensors):
+        with plain_surroundings(tensors), second_derivatives():
             return LinearSolve._forward(spec, *tensors)
 
     @staticmethod
@@ -124,6 +126,12 @@ class LinearSolve(torch.autograd.Function):
         solution.enforce(spec.on_failure, f"{spec.kind} solve: ")
         if answer is not None:
             answer.enforce(spec.on_failure)
+        if spec.on_failure == "mask":
+            lost = solution.codes > int(Status.TRUNCATED)
+            if answer is not None and answer.lost is not None:
+                lost = lost | answer.lost
+            if bool(lost.any()):
+                u = replaced(lost, u, 0.0)
         return tuple(u)
 
     @staticmethod
@@ -152,7 +160,7 @@ class LinearSolve(torch.autograd.Function):
             t_bar = pull_tensors(lambda t: spec.operator.product(u, t), tensors, needed, b_bar)
             return [*b_bar, *(None if t is None else -t for t in t_bar)]
 
-        with plain_surroundings(tensors):
+        with plain_surroundings(tensors), second_derivatives():
             return (None, *over_batched_vectors(rule, cotangents))
 
     @staticmethod
@@ -169,7 +177,7 @@ class LinearSolve(torch.autograd.Function):
                 rhs = [b - c for b, c in zip(rhs, change, strict=True)]
             return solve(spec.derivative(transposed=False), rhs, tensors)
 
-        with plain_surroundings(tensors):
+        with plain_surroundings(tensors), second_derivatives():
             return tuple(over_batched_vectors(rule, tangents))
 
     @staticmethod

@@ -13,6 +13,7 @@ from tests.thorough import (
     _broken,
     _closed_forms,
     _inexact,
+    _lanes,
     _linear,
     _nonlinear,
     _quadratics,
@@ -35,6 +36,7 @@ FAMILIES: tuple[Family, ...] = (
     *_inexact.FAMILIES,
     *_rough.FAMILIES,
     *_broken.FAMILIES,
+    *_lanes.FAMILIES,
 )
 _CHUNK = 25
 

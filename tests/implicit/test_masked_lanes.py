@@ -1,0 +1,188 @@
+"""``on_failure="mask"``: a lane that fails costs no other lane."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import implicitlayer as il
+
+F64 = torch.float64
+LANES, N = 4, 3
+BAD = 2
+
+
+def good_theta() -> Tensor:
+    return torch.linspace(0.5, 2.0, LANES * N, dtype=F64).reshape(LANES, N)
+
+
+def spoiled(how: str) -> tuple[Tensor, Tensor]:
+    """theta, and how far off a solver is in every lane."""
+    theta, off = good_theta(), torch.zeros(LANES, 1, dtype=F64)
+    if how == "NaN in theta":
+        theta[BAD, 0] = math.nan
+    if how == "NaN from the solver":
+        off[BAD] = math.nan
+    if how == "not stationary":
+        off[BAD] = 1.0
+    return theta, off
+
+
+def layer(kind: str, off: Tensor) -> Callable[..., Tensor]:
+    """x = sqrt(t), through exp-free equations whose curvature differs by lane; s is shared."""
+    solve: Any = lambda f, x, t, s: torch.sqrt(t) + off  # noqa: E731
+    solve = type("Solver", (), {"batched": True, "__call__": lambda self, *args: solve_of(*args)})()
+    solve_of = lambda f, x, t, s: (t / s) ** 0.5 + off  # noqa: E731
+    options: dict[str, Any] = {"batch_dims": 1, "on_failure": "mask"}
+    if kind == "argmin":
+        return il.argmin(lambda x, t, s: (s * x**3 / 3 - t * x).sum(-1), solve, **options)
+    if kind == "root":
+        return il.root(lambda x, t, s: s * x**2 - t, solve, **options)
+    if kind == "fixed_point":
+        return il.fixed_point(lambda x, t, s: 0.5 * (x + t / (s * x)), solve, **options)
+    if kind == "box":
+        box = il.sets.Box(0.1, 9.0)
+        return il.argmin(lambda x, t, s: (s * x**3 / 3 - t * x).sum(-1), solve, constraint=box, **options)
+    return il.ArgminLayer(lambda x, t, s: (s * x**3 / 3 - t * x).sum(-1), solve, **options)
+
+
+KINDS = ("argmin", "root", "fixed_point", "box", "module")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("how", ["NaN in theta", "NaN from the solver", "not stationary"])
+def test_a_lane_that_fails_leaves_all_others_bitwise_as_they_are(kind: str, how: str) -> None:
+    init, results = torch.ones(LANES, N, dtype=F64), []
+    w = torch.arange(1.0, N + 1, dtype=F64)
+    for fault in ("none", how):
+        theta, off = spoiled(fault)
+        theta.requires_grad_()
+        shared = torch.tensor(1.5, dtype=F64, requires_grad=True)
+        with il.diagnostics() as records:
+            x = layer(kind, off)(init, theta, shared)
+        per_lane = (x * x * w).sum(-1)
+        keep = torch.arange(LANES) != BAD
+        to_theta, to_shared = torch.autograd.grad(per_lane[keep].sum(), (theta, shared), retain_graph=True)
+        (all_theta,) = torch.autograd.grad(per_lane.nansum(), theta)
+        results.append((x.detach(), to_theta, to_shared, all_theta, records[0].failed))
+    (x0, t0, s0, _, none), (x1, t1, s1, all1, failed) = results
+    assert none is not None and not none.any()
+    assert failed is not None and failed.tolist() == [lane == BAD for lane in range(LANES)]
+    assert x1[BAD].isnan().all() and torch.equal(x1[keep], x0[keep])
+    assert torch.equal(t1[keep], t0[keep]) and torch.equal(s1, s0)
+    assert (t1[BAD] == 0).all() and (all1[BAD] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["argmin", "root"])
+def test_a_single_problem_that_fails_is_nan_with_a_zero_gradient(kind: str) -> None:
+    def fails(f: Any, x: Tensor, t: Tensor) -> Tensor:
+        raise ZeroDivisionError
+
+    t = torch.tensor([2.0], dtype=F64, requires_grad=True)
+    function = (lambda x, t: ((x - t) ** 2).sum()) if kind == "argmin" else (lambda x, t: x - t)
+    for solver in (fails, lambda f, x, t: t + 1, lambda f, x, t: t * math.nan):
+        with il.diagnostics() as records:
+            x = getattr(il, kind)(function, solver, on_failure="mask")(torch.zeros(1, dtype=F64), t)
+        assert x.isnan().all() and records[0].failed is not None and bool(records[0].failed)
+        assert torch.autograd.grad(x.sum(), t)[0].item() == 0.0
+
+
+def test_a_lane_that_fails_under_vmap_and_a_backward_that_fails_are_masked() -> None:
+    def solve(f: Any, x: Tensor, t: Tensor) -> Tensor:
+        if t < 0:
+            raise ArithmeticError("no root")
+        return t.sqrt()
+
+    t = torch.tensor([4.0, -1.0, 9.0], dtype=F64, requires_grad=True)
+    root = il.root(lambda x, t: x * x - t, solve, on_failure="mask")
+    x = torch.vmap(root, (None, 0))(torch.ones((), dtype=F64), t)
+    assert x.isnan().tolist() == [False, True, False]
+    assert torch.autograd.grad(x.sum(), t)[0].tolist() == [0.25, 0.0, 1 / 6]
+    each = torch.vmap(torch.func.grad(lambda t: root(torch.ones((), dtype=F64), t)))(t.detach())
+    assert each.tolist() == [0.25, 0.0, 1 / 6]
+    # the curvature of lane 0 is negative: the backward fails there, and there alone
+    flat = il.argmin(lambda x, t: 0.5 * t * x * x, lambda f, x, t: 0 * t, on_failure="mask", batch_dims=1)
+    t = torch.tensor([-1.0, 2.0], dtype=F64)
+    shift = torch.ones(2, dtype=F64, requires_grad=True)
+    tilted = il.argmin(
+        lambda x, t, b: 0.5 * t * x * x - b * x, lambda f, x, t, b: b / t, on_failure="mask", batch_dims=1
+    )
+    assert flat(torch.ones(2, dtype=F64), t).tolist() == [0.0, 0.0]
+    g = torch.autograd.grad(tilted(torch.ones(2, dtype=F64), t, shift).sum(), shift)[0]
+    assert g.tolist() == [0.0, 0.5]
+
+
+@pytest.mark.parametrize("how", ["infeasible", "unbounded", "NaN", "indefinite"])
+def test_a_quadratic_program_without_a_solution_is_masked(how: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    Q = torch.eye(N, dtype=F64).expand(LANES, N, N).clone()
+    p = torch.randn(LANES, N, generator=generator, dtype=F64)
+    G = torch.cat([torch.eye(N, dtype=F64), -torch.eye(N, dtype=F64)]).expand(LANES, 2 * N, N).clone()
+    h = torch.full((LANES, 2 * N), 0.5, dtype=F64)
+    keep, results = torch.arange(LANES) != BAD, []
+    for fault in ("none", how):
+        data = [t.clone() for t in (Q, p, G, h)]
+        if fault == "infeasible":
+            data[3][BAD, 0] = -1.0
+        if fault == "unbounded":
+            data[0][BAD], data[2][BAD] = 0.0, 0.0
+        if fault == "NaN":
+            data[1][BAD, 0] = math.nan
+        if fault == "indefinite":
+            data[0][BAD, 0, 0] = -1.0
+        data = [t.requires_grad_() for t in data]
+        with il.diagnostics() as records:
+            x = il.qp(data[0], data[1], None, None, data[2], data[3], on_failure="mask")
+        gradients = torch.autograd.grad(x[keep].square().sum(), data)
+        results.append((x.detach(), gradients, records[0].failed))
+    (x0, g0, none), (x1, g1, failed) = results
+    assert none is not None and not none.any()
+    assert failed is not None and failed.tolist() == [lane == BAD for lane in range(LANES)]
+    assert x1[BAD].isnan().all() and torch.equal(x1[keep], x0[keep])
+    for a, b in zip(g0, g1, strict=True):
+        # the factors are made anew where a lane is not finite: rounding of one solve of size 9
+        torch.testing.assert_close(b[keep], a[keep], rtol=0, atol=1e-13)
+        assert (b[BAD] == 0).all()
+
+
+@pytest.mark.parametrize("how", ["NaN", "outside", "not optimal"])
+def test_a_lane_of_a_constrained_layer_is_masked(how: str) -> None:
+    """The point of the line sum(x) = 1 that is nearest to t: x = t + (1 - sum(t)) / n."""
+    t = good_theta().requires_grad_()
+    fault = {"NaN": math.nan, "outside": 0.3, "not optimal": 0.0}[how]
+    results = []
+    for spoiled in (False, True):
+
+        class Solver:
+            batched = True
+
+            def __call__(self, problem: Any, x: Tensor, t: Tensor, spoiled: bool = spoiled) -> Tensor:
+                answer = t + (1 - t.sum(-1, keepdim=True)) / N
+                if spoiled:
+                    answer[BAD] += fault
+                    answer[BAD, 0] += 0.3 * (how == "not optimal")
+                    answer[BAD, 1] -= 0.3 * (how == "not optimal")
+                return answer
+
+        layer = il.constrained_argmin(
+            lambda x, t: ((x - t) ** 2).sum(-1),
+            Solver(),
+            equality=lambda x, t: x.sum(-1) - 1,
+            batch_dims=1,
+            on_failure="mask",
+        )
+        with il.diagnostics() as records:
+            x = layer(torch.zeros(LANES, N, dtype=F64), t)
+        keep = torch.arange(LANES) != BAD
+        (g,) = torch.autograd.grad((x[keep] * torch.arange(1.0, N + 1, dtype=F64)).sum(), t)
+        results.append((x.detach(), g, records[0].failed))
+    (x0, g0, _), (x1, g1, failed) = results
+    assert failed is not None and failed.tolist() == [lane == BAD for lane in range(LANES)]
+    assert x1[BAD].isnan().all() and torch.equal(x1[keep], x0[keep])
+    torch.testing.assert_close(g1[keep], g0[keep], rtol=0, atol=1e-13)  # rounding of a solve of size 4
+    assert (g1[BAD] == 0).all()
