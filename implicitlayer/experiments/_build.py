@@ -239,6 +239,7 @@ def build_trainer(
         run_dir=run_dir,
         resume_command=None if run_dir is None else resume_command(run_dir),
         checkpoint_seconds=run.checkpoint_seconds,
+        on_collapse=run.on_collapse,
         tensorboard=run.tensorboard,
         show_progress=run.progress,
         name=experiment.preset,

@@ -153,6 +153,7 @@ class Run(Checked):
         tasks_per_chunk: tasks computed at once; none takes all of them.
         memory_budget: MiB that the meta-gradient may take; the largest chunk that fits is found.
         checkpoint_seconds: at most this long between checkpoints.
+        on_collapse: what a run does that loses what it has learned: warn, rollback to the best validation, or stop.
         tensorboard: write event files too (needs the extra implicitlayer[examples]).
         progress: show a bar.
     """
@@ -168,6 +169,7 @@ class Run(Checked):
     tasks_per_chunk: int | None = number(None, least=1)
     memory_budget: int | None = number(None, least=1)
     checkpoint_seconds: float = number(20.0, above=0)
+    on_collapse: Literal["warn", "rollback", "stop"] = "warn"
     tensorboard: bool = False
     progress: bool = True
 

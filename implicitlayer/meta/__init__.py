@@ -1,6 +1,7 @@
 """Meta-learning: implicit MAML and its relatives behind one interface, and a trainer that resumes."""
 
 from implicitlayer.meta._checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_json
+from implicitlayer.meta._collapse import CollapseError, CollapseWarning
 from implicitlayer.meta._distributed import WorkerGroup, WorkerLostError, distributed
 from implicitlayer.meta._figure import plot_episode, plot_learning_curves
 from implicitlayer.meta._first_order import FirstOrderMAML, Reptile
@@ -15,6 +16,8 @@ from implicitlayer.meta._unrolled import MAML, TruncatedMAML
 __all__ = [
     "MAML",
     "CheckpointError",
+    "CollapseError",
+    "CollapseWarning",
     "Evaluation",
     "FirstOrderMAML",
     "MetaMethod",

@@ -13,7 +13,9 @@ import torch
 
 from implicitlayer._errors import NonFiniteError
 from implicitlayer._types import PyTree
+from implicitlayer._warn import warn
 from implicitlayer.meta._chunks import largest_chunk, take_tasks
+from implicitlayer.meta._collapse import MAX_ROLLBACKS, CollapseError, CollapseWarning, advice, collapse
 from implicitlayer.meta._distributed import WorkerLostError, launch_command
 from implicitlayer.meta._interrupt import StopRequest
 from implicitlayer.meta._meta_gradient import Totals, accumulate, means
@@ -70,6 +72,11 @@ class Trainer(TrainerState):
         checkpoint_seconds: at most this long between checkpoints ...
         checkpoint_steps: ... or this many steps, at least 1, whichever comes first.
         report_steps: every so many steps, at least 1, the inner problem is looked at (two forward passes).
+        on_collapse: what happens when the run loses what it has learned (half of the meta-loss that it had won is lost
+            again, or the inner solver raises its own objective, or negative curvature is met, in most tasks). "warn":
+            a :class:`CollapseWarning` that says why and what helps, once; "stop": the same as a
+            :class:`CollapseError`, after a checkpoint; "rollback": theta and the optimizer go back to the best
+            validation, with a warning, at most three times, then as "stop".
         resume_command: what a message says to go on with; None takes the command this program was started with.
         name: shown in front of the progress bar.
         show_progress: False keeps silent.
@@ -97,6 +104,7 @@ class Trainer(TrainerState):
         Raises:
             KeyboardInterrupt: any process was asked to stop; all of them stop after the same step.
             NonFiniteError: the loss or the meta-gradient is not finite.
+            CollapseError: see ``on_collapse``.
             WorkerLostError: another process died; the message says what was saved and how to go on.
             FileExistsError: ``run_dir`` holds a run that was not resumed.
             OSError: ``run_dir`` cannot be written; the message says what is kept.
@@ -185,6 +193,7 @@ class Trainer(TrainerState):
                 stopped = self._train_step()
                 if self._validation_is_due:
                     self._validate()
+                self._watch_for_collapse()
                 if self._events is not None:
                     self._events.write(self.history[-1])
                 progress.update(self.done, self.history[-1])
@@ -197,6 +206,32 @@ class Trainer(TrainerState):
             self.save()
         finally:
             progress.close()
+
+    def _watch_for_collapse(self) -> None:
+        """Apply ``on_collapse``; all processes come to the same end, by the history that they share."""
+        record = self.history[-1]
+        if (self.step - 1) % self.report_steps:  # at the steps that looked at the inner problem
+            return
+        told = any("collapsed" in past for past in self.history) and self.on_collapse == "warn"
+        found = "" if told else collapse(self.history)
+        if not found:
+            return
+        record["collapsed"] = found
+        message = advice(found, self.step)
+        rollbacks = sum("rolled_back" in past for past in self.history)
+        if self.on_collapse == "rollback" and self.best is not None and rollbacks < MAX_ROLLBACKS:
+            state = self._read_best()
+            self._outer.load_state_dict(state)
+            record["rolled_back"] = state["best"]["step"]
+            message += (
+                f" Theta and the optimizer are those of the best validation, at meta-step {state['best']['step']}."
+            )
+        elif self.on_collapse != "warn":
+            self.save()
+            kept = "Nothing was saved: run_dir=None." if self._folder is None else f"{self.checkpoint_path} holds it."
+            raise CollapseError(f"{message} The run ends here. {kept}")
+        if self._group.is_first:
+            warn(message, CollapseWarning, "collapse")
 
     def _train_step(self) -> bool:
         """One meta-step on all processes; whether any of them was asked to stop."""

@@ -14,6 +14,7 @@ from implicitlayer._tree import flatten
 from implicitlayer._types import PyTree
 from implicitlayer.meta._checkpoint import CheckpointError, load_checkpoint
 from implicitlayer.meta._checks import check_integer, check_number
+from implicitlayer.meta._collapse import ON_COLLAPSE, OnCollapse
 from implicitlayer.meta._distributed import WorkerGroup
 from implicitlayer.meta._method import MetaMethod
 from implicitlayer.meta._outer import Better, OuterStep
@@ -65,6 +66,7 @@ class TrainerState:
     checkpoint_seconds: float = 20.0
     checkpoint_steps: int | None = None
     report_steps: int = 20
+    on_collapse: OnCollapse = "warn"
     resume_command: str | None = None
     name: str = ""
     show_progress: bool = True
@@ -124,6 +126,13 @@ class TrainerState:
             )
         if self.tasks_per_chunk is not None and self.memory_budget is not None:
             raise ValueError("tasks_per_chunk and memory_budget both set the size of chunks. Give one of the two.")
+        if self.on_collapse not in ON_COLLAPSE:
+            raise ValueError(f"on_collapse={self.on_collapse!r} must be one of {', '.join(map(repr, ON_COLLAPSE))}.")
+        if self.on_collapse == "rollback" and (self.run_dir is None or not self._validates):
+            raise ValueError(
+                "on_collapse='rollback' goes back to the best validation, so it needs run_dir, metric and validation. "
+                "Give them, or take 'stop' or 'warn'."
+            )
         if self.better not in ("higher", "lower"):
             raise ValueError(f"better={self.better!r} must be 'higher' or 'lower'.")
 
@@ -211,6 +220,12 @@ class TrainerState:
             FileNotFoundError: no validation was made in ``run_dir`` yet.
             CheckpointError: the file is damaged, or of a run with other settings.
         """
+        best: dict[str, Any] = self._read_best()["best"]
+        self._at_best = True
+        return best
+
+    def _read_best(self) -> dict[str, Any]:
+        """The state of the best validation, its tensors put in place."""
         state = self._group.from_first(lambda: self._load(self.best_path))
         if state is None:
             raise FileNotFoundError(
@@ -218,9 +233,7 @@ class TrainerState:
                 "validation of a trainer with run_dir, metric and validation."
             )
         self._set_leaves(state)
-        self._at_best = True
-        best: dict[str, Any] = state["best"]
-        return best
+        return state
 
     @property
     def _leaves(self) -> list[torch.Tensor]:

@@ -1,0 +1,83 @@
+"""Whether a training run is losing what it has learned, from its history alone."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from implicitlayer._errors import ImplicitLayerError, ImplicitLayerWarning
+
+OnCollapse = Literal["warn", "rollback", "stop"]
+ON_COLLAPSE = ("warn", "rollback", "stop")
+
+# NOTE [collapse]: meta-training sharpens the support loss. Once its largest curvature passes 2 / step - strength, inner
+# gradient descent with a fixed step raises its own objective, the point that it ends at is no minimum, and the implicit
+# gradient there is that of none: the meta-loss climbs back to where it began. So a run has collapsed
+#   - where the mean loss of the last WINDOW steps has lost half of what the best WINDOW steps had won over the first,
+#     and is above theirs by SURE standard errors of the two means (the best of many is best by chance, too), or
+#   - where the inner objective rose, or negative curvature was met, in most tasks of the last LOOKS looks.
+WINDOW = 20
+LOOKS = 3
+MOST = 0.5
+SURE = 6.0
+MAX_ROLLBACKS = 3
+
+
+class CollapseWarning(ImplicitLayerWarning):
+    """Training loses what it has learned; the message says by what numbers, and what helps."""
+
+
+class CollapseError(ImplicitLayerError, RuntimeError):
+    """The same where ``on_collapse`` ends the run; the checkpoints hold the last and the best state."""
+
+
+def collapse(history: Sequence[dict[str, Any]]) -> str:
+    """What is wrong with a run since its last return to an earlier state, in a sentence; empty where nothing is.
+
+    Args:
+        history: records of the steps, as a :class:`Trainer` keeps them.
+
+    Example:
+        >>> falling = [{"step": k + 1, "loss": 1.6 - 0.02 * k} for k in range(60)]
+        >>> rising = [{"step": k + 61, "loss": 0.42 + 0.05 * k} for k in range(30)]
+        >>> collapse(falling), bool(collapse(falling + rising))
+        ('', True)
+    """
+    starts = [i for i, record in enumerate(history) if record.get("rolled_back")]
+    recent = history[starts[-1] + 1 :] if starts else history
+    found = [*_of_inner_problem(recent), *_of_loss([record["loss"] for record in recent])]
+    return "; ".join(found)
+
+
+def _of_loss(losses: Sequence[float]) -> list[str]:
+    if len(losses) < 2 * WINDOW:
+        return []
+    windows = [losses[i : i + WINDOW] for i in range(len(losses) - WINDOW + 1)]
+    means = [statistics.fmean(window) for window in windows]
+    first, best, last = means[0], min(means), means[-1]
+    spread = math.hypot(statistics.stdev(windows[means.index(best)]), statistics.stdev(windows[-1]))
+    lost = best < first and last - best > max(0.5 * (first - best), SURE * spread / math.sqrt(WINDOW))
+    return [f"the meta-loss is {last:.3g} after {best:.3g} at its best and {first:.3g} at the start"] if lost else []
+
+
+def _of_inner_problem(history: Sequence[dict[str, Any]]) -> list[str]:
+    words = []
+    for name, what in (
+        ("inner_diverged", "the inner solver raised its own objective"),
+        ("negative_curvature", "the meta-gradient's matrix was indefinite"),
+    ):
+        shares = [record[name] for record in history if name in record][-LOOKS:]
+        if len(shares) == LOOKS and min(shares) > MOST:
+            words.append(f"{what} in {sum(shares) / LOOKS:.0%} of the tasks")
+    return words
+
+
+def advice(found: str, step: int) -> str:
+    """The message of a collapse."""
+    return (
+        f"training collapses at meta-step {step}: {found}. A fixed inner step diverges once meta-training has "
+        "sharpened the support loss: search it (GradientDescent(..., line_search='armijo')), or lower it, or raise the "
+        "strength. A lower outer rate and max_gradient_norm help too."
+    )
