@@ -24,7 +24,8 @@ def closed_form(strength: Tensor) -> Tensor:
 
 
 # dx/dstrength = -2 H^-1 x is linear in x here: it inherits the relative error of x, and that of x is at most
-# (gradient at the end) / (smallest curvature, above 1), or a few times sqrt(eps) where only values are compared.
+# (gradient at the end) / (smallest curvature, above 1), or a few times sqrt(eps) where only values are compared. TNC is
+# given gradients, but with ftol = 0 it ends at the first step whose two values are equal, whatever gtol says.
 METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "Nelder-Mead": ({"xatol": 1e-9, "fatol": 1e-15, "maxiter": 5000, "maxfev": 5000}, 2e-7),
     "Powell": ({"xtol": 1e-10, "ftol": 1e-15}, 2e-7),
@@ -33,7 +34,7 @@ METHODS: dict[str, tuple[dict[str, Any], float]] = {
     "CG": ({"gtol": 1e-9}, 1e-8),
     "BFGS": ({"gtol": 1e-9}, 1e-8),
     "L-BFGS-B": ({"ftol": 0.0, "gtol": 1e-9}, 1e-8),
-    "TNC": ({"ftol": 0.0, "gtol": 1e-9, "xtol": 0.0, "maxfun": 1000}, 2e-7),  # ends where two values are equal
+    "TNC": ({"ftol": 0.0, "gtol": 1e-9, "xtol": 0.0, "maxfun": 1000}, 2e-7),
     "SLSQP": ({"ftol": 1e-17}, 2e-7),
     "Newton-CG": ({"xtol": 1e-10}, 1e-8),
     "trust-ncg": ({"gtol": 1e-9}, 1e-8),
