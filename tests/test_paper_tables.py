@@ -65,9 +65,30 @@ def test_a_paper_result_has_a_gap_and_a_reduced_one_has_none(paper: Any) -> None
         "99.00 ± 0.12 (Omniglot, 20,000 meta-steps, 5.0 min)",
         "-0.16 ± 0.37",
         "not run",
+        "not run",
     ]
-    assert reduced[3:] == ["not run", "not run", "90.00 ± 0.12 (Glyphs, 20,000 meta-steps, 5.0 min)"]
-    assert sum(line.count("not run") for line in lines) == 3 * 20 - 3
+    assert reduced[3:] == ["not run", "not run", "not run", "90.00 ± 0.12 (Glyphs, 20,000 meta-steps, 5.0 min)"]
+    assert sum(line.count("not run") for line in lines) == 4 * 20 - 3
+
+
+def test_hours_of_a_cpu_stand_in_a_column_of_their_own(paper: Any) -> None:
+    table, markdown = paper("table2").TABLE, paper("_tables").markdown
+    (cells,) = [row(markdown(table, [result(setting="cpu: 16 tasks")]), "| 5w1s | iMAML, GD")]
+    assert cells[3:] == ["not run", "not run", "99.00 ± 0.12 (Omniglot, 20,000 meta-steps, 5.0 min)", "not run"]
+
+
+def test_a_run_of_hours_keeps_its_curve_and_its_weights(paper: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = "table2.py --smoke --setting cpu --cells 5w1s --methods imaml-gd --output-dir out --run-dir runs"
+    monkeypatch.setattr(sys, "argv", words.split())
+    paper("_tables").main(paper("table2").TABLE, "")
+    (path,) = (tmp_path / "out" / "smoke").glob("*.json")
+    assert path.stem == "table2-5w1s-imaml-gd-cpu-glyphs"
+    assert json.loads(path.read_text())["figures"] == [f"{path.stem}.png"] and path.with_suffix(".png").exists()
+    weights = torch.load(path.with_suffix(".pt"), weights_only=True)
+    network = il.fewshot.conv4(5, num_filters=4)  # of the smoke setting
+    assert {name: tuple(value.shape) for name, value in weights.items()} == network.shapes
+    assert torch.isfinite(network(weights, torch.rand(5, 1, 28, 28))).all()
 
 
 def test_what_was_changed_or_diverged_or_is_not_transductive_is_said(paper: Any) -> None:
@@ -114,7 +135,9 @@ def test_a_result_file_says_where_it_is_from(paper: Any, tmp_path: Path) -> None
     assert written["results"] == {"x": "nan", "2": [1, "-inf"]}
     assert set(written["machine"]) == {"cpu", "cores", "threads", "gpu"} and "torch" in written["versions"]
     for setting in ("small", "reduced: ", "ours"):
-        with pytest.raises(ValueError, match=f"setting='{setting}' must be 'paper', or 'reduced: ' or 'ours: '"):
+        with pytest.raises(
+            ValueError, match=f"setting='{setting}' must be 'paper', or 'cpu: ', 'reduced: ' or 'ours: '"
+        ):
             results.save_result(tmp_path, "two", setting=setting, command="", seed=0, results={})
 
 
@@ -336,7 +359,7 @@ def test_the_committed_page_is_what_the_committed_results_give(paper: Any) -> No
 def test_the_page_shows_every_result_with_its_command(paper: Any, tmp_path: Path) -> None:
     report = paper("report")
     empty = report.page(tmp_path, "figures")
-    assert empty.count("Not run.") == 3 and "No results are committed yet." in empty
+    assert empty.count("Not run.") == 4 and "No results are committed yet." in empty
     figure = {
         **result(setting="ours: the paper names none"),
         "name": "fig2a",
@@ -350,15 +373,17 @@ def test_the_page_shows_every_result_with_its_command(paper: Any, tmp_path: Path
     }
     (tmp_path / "fig2a.json").write_text(json.dumps(figure))
     (tmp_path / "table2-a.json").write_text(json.dumps(result()))
+    (tmp_path / "table2-c.json").write_text(json.dumps(result("20w1s", setting="cpu: 16 tasks")))
     (tmp_path / "table2-b.json").write_text(json.dumps(result("5w5s", setting="reduced: x", dataset="glyphs")))
     page = report.page(tmp_path, "figures")
     for words in (
         *("Ours: the paper names none.", "![fig2a](figures/fig2a.png)", "| 1 | 2 |", "* A remark."),
         "| It falls | 5 unknowns | **no** | it rises |",
         "The reduced column is on Glyphs",
+        "table2-20w1s-imaml-gd: 16 tasks; 20,000 meta-steps; weights of the best validation: ",
         "| table2-5w1s-imaml-gd | `python x` | paper | a CPU, 2 threads; implicitlayer 0.1.0, torch 2, Python 3; ",
         "| 3, a split |",
         "99.00 ± 0.12 (Omniglot, 20,000 meta-steps, 5.0 min)",
     ):
         assert words in page, words
-    assert page.count("Not run.") == 2
+    assert page.count("Not run.") == 3

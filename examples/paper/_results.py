@@ -57,8 +57,10 @@ def save_result(
     Raises:
         ValueError: ``setting`` is none of these.
     """
-    if setting != "paper" and not re.fullmatch(r"(reduced|ours): .+", setting):
-        raise ValueError(f"setting={setting!r} must be 'paper', or 'reduced: ' or 'ours: ' and in words what that is.")
+    if setting != "paper" and not re.fullmatch(r"(cpu|reduced|ours): .+", setting):
+        raise ValueError(
+            f"setting={setting!r} must be 'paper', or 'cpu: ', 'reduced: ' or 'ours: ' and in words what that is."
+        )
     folder = Path(output_dir)
     value = {
         "name": name,

@@ -6,11 +6,13 @@ import argparse
 import dataclasses
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from _results import OUTPUT_DIR, device_option, load_result, save_result
 
 import implicitlayer as il
@@ -95,13 +97,15 @@ def run_cell(table: Table, cell: str, method: str, experiment: experiments.Exper
         *("tf32_difference", "notes", "failed"),
     )
     kept = {key: results[key] for key in keys if key in results}
+    attached = keep_training(experiment, options.output_dir, name) if experiment.setting == "cpu" else []
     path = save_result(
         options.output_dir,
         name,
-        setting="paper" if experiment.setting == "paper" and not options.smoke else reduced_words(experiment, options),
+        setting="paper" if experiment.setting == "paper" and not options.smoke else words_of(experiment, options),
         command=results["command"],
         seed=options.seed,
         split=results["split"],
+        figures=attached[:1],
         results={
             "table": table.name,
             "cell": cell,
@@ -115,9 +119,27 @@ def run_cell(table: Table, cell: str, method: str, experiment: experiments.Exper
     return written
 
 
-def reduced_words(experiment: experiments.Experiment, options: Any) -> str:
+def keep_training(experiment: experiments.Experiment, folder: Path, name: str) -> list[Path]:
+    """Put the learning curve and the weights of the best validation, a plain state dict, beside the result file."""
+    run = Path(str(experiment.run.dir))
+    curve, weights = folder / f"{name}.png", folder / f"{name}.pt"
+    shutil.copyfile(run / "curves.png", curve)
+    names = il.fewshot.conv4(experiment.data.num_ways).shapes  # in the order in which a trainer keeps them
+    leaves = il.meta.load_checkpoint(run / "best.pt")["theta"]
+    torch.save(dict(zip(names, leaves, strict=True)), weights)
+    return [curve, weights]
+
+
+def words_of(experiment: experiments.Experiment, options: Any) -> str:
     if options.smoke:
         return "reduced: a smoke run, one meta-step"
+    if experiment.setting == "cpu":
+        outer, data = experiment.outer, experiment.data
+        return (
+            f"cpu: the paper's network, data and inner problem; {outer.tasks_per_step} tasks with {data.num_query} "
+            f"query pictures of each class in a meta-step, outer rate {outer.learning_rate:g}, "
+            f"{experiment.run.minutes:g} minutes of training on one CPU core"
+        )
     words = f"{experiment.network.num_filters} filters, meta-batch {experiment.outer.tasks_per_step}"
     words += f", {experiment.data.num_query} query pictures of each class, {experiment.method.inner_steps} inner steps"
     return f"reduced: {words}, {experiment.run.minutes:g} minutes of training"
@@ -146,23 +168,25 @@ def load_results(folder: Path, table: Table) -> list[dict[str, Any]]:
 
 
 def markdown(table: Table, found: Iterable[dict[str, Any]]) -> list[str]:
-    """The table as lines of Markdown; what was not run says so, and reduced results have a column of their own."""
-    kept: dict[tuple[str, str, bool], list[dict[str, Any]]] = {}
+    """The table as lines of Markdown; what was not run says so, and other settings have columns of their own."""
+    kept: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for result in found:
-        key = (result["results"]["cell"], result["results"]["method"], result["setting"] == "paper")
+        key = (result["results"]["cell"], result["results"]["method"], result["setting"].split(":")[0])
         kept.setdefault(key, []).append(result)
     lines = [
-        "| | | paper, % | here, the paper's setting, % | gap | here, reduced (another setting: not comparable), % |",
-        "|---|---|---|---|---|---|",
+        "| | | paper, % | here, the paper's setting, % | gap | here, the paper's problem in hours of one CPU core, % "
+        "| here, reduced (another setting: not comparable), % |",
+        "|---|---|---|---|---|---|---|",
     ]
     for cell in table.cells:
         for method, words in METHODS.items():
             printed = table.paper[method][cell]
             value, interval = map(float, printed.split(" ± "))
-            full, reduced = (kept.get((cell, method, which), []) for which in (True, False))
+            full, hours, reduced = (kept.get((cell, method, which), []) for which in ("paper", "cpu", "reduced"))
             lines.append(
                 f"| {cell} | {words} | {printed} | {', '.join(map(shown, full)) or 'not run'} | "
-                f"{gap(full, value, interval)} | {', '.join(map(shown, reduced)) or 'not run'} |"
+                f"{gap(full, value, interval)} | {', '.join(map(shown, hours)) or 'not run'} | "
+                f"{', '.join(map(shown, reduced)) or 'not run'} |"
             )
     return lines
 
@@ -222,7 +246,7 @@ def read_arguments(table: Table, about: str) -> Any:
 
     parser.add_argument("--cells", type=several(table.cells), help=f"of {','.join(table.cells)} (default all)")
     parser.add_argument("--methods", type=several(METHODS), default=list(METHODS), help=f"of {','.join(METHODS)}")
-    parser.add_argument("--setting", choices=["paper", "reduced"], help="default: paper on cuda, reduced on cpu")
+    parser.add_argument("--setting", choices=["paper", "cpu", "reduced"], help="default: paper on cuda, reduced on cpu")
     parser.add_argument("--minutes-per-cell", type=minutes, help="of training; default: the preset's budget")
     parser.add_argument("--device", type=device_option, default="cpu", help="cpu or cuda (default cpu)")
     parser.add_argument("--data-dir", help=f"folder of {DATASETS[table.dataset]}; without it, Glyphs. {table.stand_in}")

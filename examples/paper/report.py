@@ -54,6 +54,7 @@ SMALL = {
     "fig2a": ("Figure 2(a): accuracy of the meta-gradient", "examples/paper/fig2a.py"),
     "fig2b": ("Figure 2(b): memory and time", "examples/paper/fig2b.py"),
     "table1": ("Table 1: growth of compute, memory and error", "examples/paper/table1.py"),
+    "stability": ("Why the inner step is searched", "examples/paper/stability.py"),
 }
 LARGE = {
     "table2": (TABLE_2, "Table 2: Omniglot", "examples/paper/table2.py"),
@@ -75,7 +76,7 @@ def page(results: Path, figures: str) -> str:
         parts.append("\n".join([f"## {title}", "", f"`python {script}`", "", *small(found, figures)]))
         sources += [found] if found else []
     for table, title, script in LARGE.values():
-        parts.append("\n".join([f"## {title}", "", f"`python {script}`", "", *large(table, results)]))
+        parts.append("\n".join([f"## {title}", "", f"`python {script}`", "", *large(table, results, figures)]))
         sources += load_results(results, table)
     parts.append("\n".join(["## Where the numbers are from", "", *origins(sources)]))
     return "\n\n".join(part.strip("\n") for part in parts) + "\n"
@@ -100,24 +101,39 @@ def small(found: dict[str, Any] | None, figures: str) -> list[str]:
     return tidy(lines)
 
 
-def large(table: Table, results: Path) -> list[str]:
+def large(table: Table, results: Path, figures: str) -> list[str]:
     """Table 2 or 3, and what its reduced column is."""
     found = load_results(results, table)
     lines = [*markdown(table, found), ""]
-    reduced = sorted({result["results"].get("dataset", "") for result in found if result["setting"] != "paper"} - {""})
+    reduced = sorted({entry["results"].get("dataset", "") for entry in found if is_reduced(entry)} - {""})
     if reduced:
         where = " and ".join(DATASETS[name] for name in reduced)
         lines.append(f"The reduced column is on {where}, with settings that the list below names.")
     if "glyphs" in reduced:
         lines.append(table.stand_in)
+    for entry in found:
+        if entry["setting"].startswith("cpu"):
+            lines += ["", *long_run(entry, figures)]
     lines += [order(found, name) for name in reduced]
     return tidy(lines)
+
+
+def long_run(entry: dict[str, Any], figures: str) -> list[str]:
+    """A run of hours on a CPU: how long, its curve, and where its weights are."""
+    results, name = entry["results"], entry["name"]
+    words = f"{name}: {entry['setting'].removeprefix('cpu: ')}; {results['meta_steps']:,} meta-steps"
+    weights = f"weights of the best validation: `examples/paper/results/{name}.pt`, a plain state dict."
+    return [f"{words}; {weights}", "", *(f"![{name}]({figures}/{figure})" for figure in entry["figures"])]
+
+
+def is_reduced(result: dict[str, Any]) -> bool:
+    return str(result["setting"]).startswith("reduced")
 
 
 def order(found: list[dict[str, Any]], dataset: str) -> str:
     """Which method is ahead in each cell of the reduced setting: a small budget says little of the paper's."""
     best: dict[str, dict[str, Any]] = {}
-    for result in (entry["results"] for entry in found if entry["setting"] != "paper"):
+    for result in (entry["results"] for entry in found if is_reduced(entry)):
         known = best.get(result["cell"])
         if result["dataset"] == dataset and (known is None or result["accuracy"] > known["accuracy"]):
             best[result["cell"]] = result
