@@ -121,6 +121,7 @@ def run_cell(table: Table, cell: str, method: str, experiment: experiments.Exper
 
 def keep_training(experiment: experiments.Experiment, folder: Path, name: str) -> list[Path]:
     """Put the learning curve and the weights of the best validation, a plain state dict, beside the result file."""
+    folder.mkdir(parents=True, exist_ok=True)
     run = Path(str(experiment.run.dir))
     curve, weights = folder / f"{name}.png", folder / f"{name}.pt"
     shutil.copyfile(run / "curves.png", curve)

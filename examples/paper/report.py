@@ -30,8 +30,9 @@ make paper-cpu DATA=<folder>       on real data: a folder with omniglot/ and min
 make paper-cpu REFRESH=1           into examples/paper/results/, and this page anew
 ```
 
-Every cell of the tables has presets, `paper-...` (the paper's setting), `reduced-...` and, for iMAML with gradient
-descent on Omniglot, `released-...` (the settings of the authors' code, but solving the paper's system):
+Every cell of the tables has presets, `paper-...` (the paper's setting), `reduced-...` and, on Omniglot, `cpu-...` (the
+paper's network, data and inner problem, with the meta-batch and the outer rate that hours of one CPU core allow) and,
+for iMAML with gradient descent, `released-...` (the settings of the authors' code, but solving the paper's system):
 
 ```text
 python -m implicitlayer.experiments --help                               all presets
