@@ -79,9 +79,12 @@ class Sources:
         return tensor.grad_fn is not None and _number_of(tensor) >= self.start
 
     def by_id(self, leaves: Sequence[torch.Tensor]) -> dict[int, int]:
-        """The bits of tensors in the places of the arguments, by their id; one may be in two places."""
+        """The bits of tensors in the places of the arguments, by their id; one may be in two places.
+
+        Places are counted from the end, where theta is: a proximal operator gets a step beside its point.
+        """
         found: dict[int, int] = {}
-        for leaf, bit in zip(leaves, self.bits, strict=False):
+        for leaf, bit in zip(reversed(leaves), reversed(self.bits), strict=False):
             if bit:
                 found[id(leaf)] = found.get(id(leaf), 0) | bit
         return found

@@ -182,7 +182,7 @@ class ProxLayer(ImplicitLayer):
 
         return read
 
-    def _judge(self, found: ActiveSet, on_failure: OnFailure) -> None:
+    def _judge(self, found: ActiveSet, on_failure: OnFailure, limited: bool) -> None:
         """An answer outside of the set is an error; one at a kink, or with the wrong curvature, a warning."""
         if on_failure == "ignore":
             return

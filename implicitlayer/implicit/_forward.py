@@ -62,13 +62,13 @@ class Constraints:
         terms: the user's set or regulariser, to be recognised by a solver that was given the same.
         prox: ``([*y leaves, step], theta leaves) -> leaves``, for one lane of every level.
         examine: ``(residual, x leaves, theta leaves) -> ActiveSet``, of all lanes.
-        judge: applies the failure policy to what was found.
+        judge: applies the failure policy to what was found, and to whether the solver stopped at its step limit.
     """
 
     terms: Any
     prox: FlatFunction
     examine: Callable[[Residual, Leaves, Leaves], ActiveSet]
-    judge: Callable[[ActiveSet, OnFailure], None]
+    judge: Callable[[ActiveSet, OnFailure, bool], None]
 
 
 def solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
@@ -148,11 +148,11 @@ def _checked(
     kept = 0 if polished is None else polished.kept
     if failed is None:
         _record(spec, results, measured, kept, active_set, None)
+    limited = _worst_status(results) is Status.MAX_STEPS_REACHED and not kept
     if constraints is not None and active_set is not None:
-        constraints.judge(active_set, spec.on_failure)
+        constraints.judge(active_set, spec.on_failure, limited)
     if measured is not None and spec.stationarity_rtol is not None:
         rtol, nearest = spec.stationarity_rtol, getattr(active_set, "nearest", None)
-        limited = _worst_status(results) is Status.MAX_STEPS_REACHED and not kept
         judge_answer(spec, measured, x, theta, limited, polished)
         if failed is None or not bool(failed.any()):
             spec.answer[:] = [AnswerCheck.of(measured, rtol, spec.on_failure, spec.linear_solver, nearest)]

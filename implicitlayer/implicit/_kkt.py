@@ -9,8 +9,7 @@ from typing import Any, Literal, NamedTuple
 from implicitlayer._active_set import ActiveSet
 from implicitlayer._capture import ClosedOver
 from implicitlayer._flat import Signature
-from implicitlayer._records import ForwardRecord, Record
-from implicitlayer._status import Status
+from implicitlayer._records import Record
 from implicitlayer._surroundings import outside_compiled_code
 from implicitlayer._tree import TreeSpec, flatten_with_names
 from implicitlayer._types import FlatFunction, Leaves, OnFailure
@@ -233,11 +232,9 @@ class KktLayer(ImplicitLayer):
         self.active_set = self.found[0] if batched else stacked(self.found, x[0].shape[: len(residual.levels)])
         return self.active_set
 
-    def _judge(self, found: ActiveSet, on_failure: OnFailure) -> None:
+    def _judge(self, found: ActiveSet, on_failure: OnFailure, limited: bool) -> None:
         assert isinstance(found, ActiveConstraints)
         found.judge(on_failure, self.tolerances.stationarity_rtol)
-        forward = self.records[0]  # made before anything is judged
-        limited = isinstance(forward, ForwardRecord) and forward.solver_status is Status.MAX_STEPS_REACHED
         if limited and self.tolerances.stationarity_rtol is not None and not getattr(self.solver, "num_polished", 0):
             tell_step_limit(on_failure)
 

@@ -385,39 +385,3 @@ def test_a_layer_under_constraints_tells_the_step_limit_of_its_solver_too() -> N
         layer(on_failure="raise")(torch.zeros(2, dtype=F64), t)
     for quiet in ({"on_failure": "ignore"}, {"stationarity_rtol": None}):
         assert not words(lambda: layer(**quiet)(torch.zeros(2, dtype=F64), t))  # noqa: B023
-
-
-# ----------------------------------------------------------------------------------------- a Hessian that changes
-
-BARRIER = 1e-4  # c x - BARRIER log(1 - x), c = -1: x = 1 + BARRIER / c, at a slack of BARRIER, and dx / dc = -BARRIER
-
-
-def barrier_slope(part_of_slack: float, **settings: Any) -> tuple[float, Any]:
-    """dx / dc by a layer whose answer is off by this part of the slack."""
-    layer = il.argmin(
-        lambda x, c: (c * x - BARRIER * torch.log(1 - x)).sum(),
-        lambda f, x, c: 1 + BARRIER / c * (1 + part_of_slack),
-        **settings,
-    )
-    c = torch.tensor([-1.0], dtype=F64, requires_grad=True)
-    return float(torch.autograd.grad(layer(torch.zeros(1, dtype=F64), c).sum(), c)[0]), layer
-
-
-def test_a_hessian_that_changes_over_the_distance_of_the_answer_is_told() -> None:
-    with pytest.warns(il.StationarityWarning, match=r"the Hessian changes by \d\.\de-01 of itself over that distance"):
-        slope, layer = barrier_slope(0.1)  # x is right to 1e-5
-    assert slope == pytest.approx(-BARRIER * 1.1**2, rel=1e-6), "else this tests nothing: H = BARRIER / slack^2"
-    assert layer.records[0].stationary
-    with pytest.raises(il.StationarityError, match="the Hessian changes by"):
-        barrier_slope(0.1, on_failure="raise")
-    assert barrier_slope(0.1, on_failure="raise", polish=4)[0] == pytest.approx(-BARRIER, rel=1e-9)
-    # an error of 2 x 1e-4 is what an answer within stationarity_rtol lets expect
-    assert barrier_slope(1e-4, on_failure="raise")[0] == pytest.approx(-BARRIER, rel=3e-4)
-
-
-def test_an_ordinary_curve_is_no_changing_hessian() -> None:
-    # cosh bends by tanh(x) < 1 of itself for a distance of 1: 9e-4 of |x| = 2 changes it by less than 2e-3
-    layer = il.argmin(
-        lambda x, t: (torch.cosh(x) - t * x).sum(), lambda f, x, t: torch.asinh(t) * (1 + 9e-4), on_failure="raise"
-    )
-    layer(torch.zeros(3, dtype=F64), torch.tensor([3.0, -2.0, 0.5], dtype=F64, requires_grad=True)).sum().backward()

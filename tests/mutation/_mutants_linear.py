@@ -123,8 +123,8 @@ LINEAR_MUTANTS = [
     Mutant(
         "Hessian of the mean over lanes",
         RESIDUAL,
-        "        value = self.values(x, theta).sum()\n",
-        "        value = self.values(x, theta).mean()\n",
+        "    value = values.sum()\n",
+        "    value = values.mean()\n",
         "the matrix of a batch is divided by its size",
         near="argmin, vmap",
     ),

@@ -22,7 +22,7 @@ UPPER = torch.tensor(1.0, dtype=F64)
 OPTIONS: dict[str, dict[str, Any]] = {
     "L-BFGS-B": {"ftol": 0.0, "gtol": 1e-9},
     "TNC": {"ftol": 0.0, "gtol": 1e-9, "xtol": 0.0, "maxfun": 1000},
-    "SLSQP": {"ftol": 1e-17},
+    "SLSQP": {"ftol": 1e-10},  # also of the violation of constraints, whose rounding can keep it above 1e-12
     "Nelder-Mead": {"xatol": 1e-9, "fatol": 1e-15, "maxiter": 5000, "maxfev": 5000},
     "Powell": {"xtol": 1e-10, "ftol": 1e-15},
     "trust-constr": {"gtol": 1e-12, "xtol": 1e-15},
