@@ -203,7 +203,7 @@ def test_constraints_in_scipys_own_form_go_before_those_of_the_layer() -> None:
         {"type": "eq", "fun": lambda x: x.sum() - 1},
         {"type": "ineq", "fun": lambda x: 1 - x @ x},
     ]
-    answer = on_a_plane_in_a_ball(il.solvers.SciPyMinimize("SLSQP", options=OPTIONS["SLSQP"], constraints=own))
+    answer = on_a_plane_in_a_ball(il.solvers.SciPyMinimize("SLSQP", options={"ftol": 1e-17}, constraints=own))
     torch.testing.assert_close(answer(TARGET), nearest_on_the_circle(TARGET), rtol=0, atol=1e-6)
 
 
