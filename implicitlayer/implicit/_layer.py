@@ -18,6 +18,7 @@ from implicitlayer._types import FlatFunction, OnFailure
 from implicitlayer.implicit._certificate import Assumptions
 from implicitlayer.implicit._forward import Calling, Constraints
 from implicitlayer.implicit._function import ImplicitArgmin, LayerSpec
+from implicitlayer.implicit._roles import tell_arguments
 from implicitlayer.linear._jacobian import Curvature
 from implicitlayer.linear._repair import POLICIES, NegativeCurvature
 from implicitlayer.linear._residual import Residual, check_value
@@ -106,9 +107,13 @@ class ImplicitLayer:
         watched = differentiable and not self.own_function
         if watched:
             # the function is run for this anyway: what is wrong with its value is said before the solver starts
-            hidden = find_closed_over(
-                self._read(user_function), (init, *theta), lambda value: self._check_value(value, x, x_spec)
-            )
+            try:
+                hidden = find_closed_over(
+                    self._read(user_function), (init, *theta), lambda value: self._check_value(value, x, x_spec)
+                )
+            except Exception as error:
+                tell_arguments(error, self.function, init, theta)
+                raise
             _refuse_complex([*tensors, *hidden])
             _refuse_sparse([*signature.leaves, *hidden])
         wanted = differentiable and (bool(hidden) or any(needs_derivative(t) for t in tensors))

@@ -1,8 +1,10 @@
 """What a first user gets wrong is told by the argument, its value, the rule and the remedy, and by who acted."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from references import F64
@@ -83,3 +85,74 @@ def test_a_minimiser_is_refused_where_a_root_is_sought(make: Callable[..., Any],
 def test_a_solver_of_roots_is_refused_where_a_minimum_is_sought(make: Callable[..., Any], solver: Any) -> None:
     with pytest.raises(TypeError, match=r"looks for a root, and il\.argmin needs a minimum\. Pass il\.solvers\.LBFGS"):
         make(distance, solver)
+
+
+needs_notes = pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have notes since Python 3.11")
+SOLVER = il.solvers.LBFGS()
+WEIGHT = torch.tensor([[1.0, 0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0, 0.0]], dtype=F64)
+
+
+def note_of(call: Callable[[], Any]) -> str:
+    """The note on the error of ``call``, which keeps its own type and words."""
+    with pytest.raises((TypeError, RuntimeError)) as info:
+        call()
+    assert not isinstance(info.value, il.ImplicitLayerError)
+    (note,) = info.value.__notes__  # type: ignore[attr-defined]
+    return str(note)
+
+
+@needs_notes
+@pytest.mark.parametrize("facade", [il.argmin, il.root, il.fixed_point])
+def test_a_function_written_with_theta_first_is_told_the_order(facade: Any) -> None:
+    def theta_first(t: Tensor, x: Tensor) -> Tensor:
+        return WEIGHT @ t - x
+
+    solver = SOLVER if facade is il.argmin else il.solvers.Newton()
+    note = note_of(lambda: facade(theta_first, solver)(ZEROS, torch.ones(5, dtype=F64, requires_grad=True)))
+    assert "f(x, theta[0]): x (3,) torch.float64; theta[0] (5,) torch.float64" in note
+    assert "unknowns come first, in the structure of init" in note and "layer(init, *theta)" in note
+    assert "dtype of init" not in note and "NumPy" not in note and "solver" not in note  # what is right is not blamed
+
+
+@needs_notes
+def test_a_layer_called_with_theta_first_is_told_the_order() -> None:
+    layer = il.argmin(lambda x, t: ((WEIGHT @ t - x) ** 2).sum(), SOLVER)
+    note = note_of(lambda: layer(torch.ones(5, dtype=F64, requires_grad=True), ZEROS))
+    assert "x (5,) torch.float64; theta[0] (3,) torch.float64" in note and "layer(init, *theta)" in note
+
+
+@needs_notes
+def test_a_dict_where_the_objective_wants_a_tensor_is_told() -> None:
+    note = note_of(lambda: il.argmin(distance, SOLVER)(ZEROS, {"a": theta()}))
+    assert "theta[0] a dict with ['a']" in note
+
+
+@needs_notes
+def test_float32_unknowns_with_float64_data_are_told_by_their_dtypes() -> None:
+    layer = il.argmin(lambda x, t: ((torch.eye(3, dtype=F64) @ x - t) ** 2).sum(), SOLVER)
+    note = note_of(lambda: layer(ZEROS.float(), theta()))
+    assert "Their dtypes differ (torch.float32, torch.float64)" in note and "init.to(data.dtype)" in note
+
+
+@needs_notes
+def test_a_solver_function_in_the_place_of_the_objective_is_told_to_be_second() -> None:
+    note = note_of(lambda: il.argmin(lambda f, x, t: t, distance)(ZEROS, theta()))
+    assert "does not take 2 arguments. Is it the solver, f(objective, init, *theta)?" in note
+
+
+@needs_notes
+def test_an_objective_in_numpy_is_told_to_be_written_in_torch() -> None:
+    note = note_of(lambda: il.argmin(lambda x, t: np.sum((x - t) ** 2), SOLVER)(ZEROS, theta()))
+    assert "comes from NumPy" in note and "torch operations" in note
+
+
+def test_an_error_of_the_users_own_keeps_its_type_and_words() -> None:
+    class Mine(Exception):
+        pass
+
+    def objective(x: Tensor, t: Tensor) -> Tensor:
+        raise Mine("my words")
+
+    with pytest.raises(Mine) as info:
+        il.argmin(objective, SOLVER)(ZEROS, theta())
+    assert str(info.value) == "my words"
