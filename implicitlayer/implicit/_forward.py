@@ -263,6 +263,9 @@ def _run(calling: Calling, objective: Callable[..., Any], init: Leaves, theta: L
     return answer if isinstance(answer, SolverResult) else SolverResult(answer, aux=aux)
 
 
+_RESULT_OBJECT = " It has an attribute x: if that is the solution (as in SciPy's OptimizeResult), return .x of it."
+
+
 def _check_answer(answer: Any, calling: Calling, like: Leaves) -> Leaves:
     """The solver's answer as new tensors like ``like``, or an error that names the leaf and both shapes."""
     leaves, spec = flatten(answer)
@@ -272,6 +275,8 @@ def _check_answer(answer: Any, calling: Calling, like: Leaves) -> Leaves:
         hint = ""
         if isinstance(answer, tuple) and len(answer) == 2 and not calling.solver_has_aux:
             hint = " If the solver returns (x, aux), pass solver_has_aux=True."
+        elif hasattr(answer, "x"):
+            hint = _RESULT_OBJECT
         raise SolverOutputError(
             f"the solver must return the structure of init: expected leaves {calling.x_names}, got {names}.{hint}"
         )
@@ -287,7 +292,10 @@ def _check_leaf(value: Any, name: str, like: torch.Tensor) -> torch.Tensor:
     elif isinstance(value, (np.ndarray, np.generic, int, float, complex)):
         value = torch.as_tensor(value).to(like.device)
     else:
-        raise SolverOutputError(f"the solver returned {type(value).__name__} for {name}; a tensor or array is needed.")
+        hint = _RESULT_OBJECT if hasattr(value, "x") else ""
+        raise SolverOutputError(
+            f"the solver returned {type(value).__name__} for {name}; a tensor or array is needed.{hint}"
+        )
     if value.shape != like.shape:
         raise SolverOutputError(
             f"the solver returned {name} with shape {tuple(value.shape)}, but init has shape {tuple(like.shape)}."

@@ -198,9 +198,9 @@ def check_init(leaves: Sequence[Any], names: Sequence[str], batch_dims: int) -> 
         raise ValueError("init has no leaves: pass a tensor or a pytree of tensors.")
     for leaf, name in zip(leaves, names, strict=True):
         if not isinstance(leaf, torch.Tensor):
-            raise TypeError(
-                f"init leaf {name} is {type(leaf).__name__}; the unknowns must be tensors. Use torch.as_tensor."
-            )
+            what = type(leaf).__name__ if leaf is not None else "None"
+            remedy = "Use torch.as_tensor." if leaf is not None else "Leave it out, or close over it."
+            raise TypeError(f"init leaf {name} is {what}; the unknowns must be tensors. {remedy}")
         if leaf.is_complex():
             raise TypeError(
                 f"init leaf {name} is complex ({leaf.dtype}); the unknowns must be real. Stack real and imaginary "
@@ -208,7 +208,13 @@ def check_init(leaves: Sequence[Any], names: Sequence[str], batch_dims: int) -> 
             )
         if not leaf.is_floating_point():
             raise TypeError(f"init leaf {name} has dtype {leaf.dtype}; the unknowns must be floating. Use .double().")
-        if leaf.ndim < batch_dims or leaf.shape[:batch_dims] != leaves[0].shape[:batch_dims]:
+        if leaf.ndim < batch_dims:
+            raise ValueError(
+                f"batch_dims={batch_dims} counts the leading dimensions of every leaf of init that enumerate problems, "
+                f"but {name} has shape {tuple(leaf.shape)}: batch_dims={leaf.ndim} is the most for it, and "
+                "batch_dims=0 is for a single problem."
+            )
+        if leaf.shape[:batch_dims] != leaves[0].shape[:batch_dims]:
             raise ValueError(
                 f"with batch_dims={batch_dims} every leaf of init needs the same {batch_dims} leading dimensions: "
                 f"{name} has shape {tuple(leaf.shape)}, {names[0]} {tuple(leaves[0].shape)}."

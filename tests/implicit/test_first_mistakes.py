@@ -156,3 +156,42 @@ def test_an_error_of_the_users_own_keeps_its_type_and_words() -> None:
     with pytest.raises(Mine) as info:
         il.argmin(objective, SOLVER)(ZEROS, theta())
     assert str(info.value) == "my words"
+
+
+@pytest.mark.parametrize("make", [il.argmin, il.root, il.fixed_point])
+def test_none_inside_init_is_told_by_its_place(make: Any) -> None:
+    with pytest.raises(TypeError, match=r"init leaf x\['b'\] is None; the unknowns must be tensors. Leave it out"):
+        make(lambda x, t: x["a"] - t, lambda f, x, t: x)({"a": ZEROS, "b": None}, theta())
+
+
+@pytest.mark.parametrize("make", [il.argmin, il.root, il.fixed_point])
+def test_more_lane_dimensions_than_init_has_are_told_with_the_most_there_are(make: Any) -> None:
+    with pytest.raises(ValueError, match=r"batch_dims=3 counts .*x has shape \(3,\): batch_dims=1 is the most"):
+        make(lambda x, t: x - t, lambda f, x, t: x, batch_dims=3)(ZEROS, theta())
+
+
+def test_a_sum_over_the_lanes_is_told_to_keep_them() -> None:
+    message = r"expected shape \(3,\), got \(\)\. With batch_dims=1 the leading dimensions \(3,\) of x enumerate prob"
+    with pytest.raises(il.ObjectiveError, match=message):
+        il.argmin(distance, SOLVER, batch_dims=1)(ZEROS, theta())
+
+
+def minimised_by_scipy(f: Any, x: Any, t: Tensor) -> Any:
+    optimize = pytest.importorskip("scipy.optimize")
+    return optimize.OptimizeResult(x=t.detach().numpy(), success=True)
+
+
+@pytest.mark.parametrize("init", [ZEROS, {"a": ZEROS}, [ZEROS]], ids=["tensor", "dict", "list"])
+def test_a_result_object_of_scipy_is_told_to_be_unpacked(init: Any) -> None:
+    def objective(x: Any, t: Tensor) -> Tensor:
+        return distance(x["a"] if isinstance(x, dict) else x[0] if isinstance(x, list) else x, t)
+
+    with pytest.raises(il.SolverOutputError, match=r"OptimizeResult.*return \.x of it"):
+        il.argmin(objective, minimised_by_scipy)(init, theta())
+
+
+def test_reports_of_the_gradient_check_use_the_right_article() -> None:
+    report = il.testing.check_argmin_gradients(
+        lambda x, t: 0.5 * x + t, lambda f, x, t: 2 * t, ZEROS, theta(), kind="fixed_point"
+    )
+    assert "Gradient check of a fixed point of 3 unknowns" in str(report)
