@@ -195,3 +195,33 @@ def test_reports_of_the_gradient_check_use_the_right_article() -> None:
         lambda x, t: 0.5 * x + t, lambda f, x, t: 2 * t, ZEROS, theta(), kind="fixed_point"
     )
     assert "Gradient check of a fixed point of 3 unknowns" in str(report)
+
+
+def test_an_objective_that_changes_theta_in_place_is_blamed_and_not_the_solver() -> None:
+    embedding = torch.nn.Embedding(4, 3, max_norm=1.0, dtype=F64)
+    places = torch.tensor([0, 1])
+
+    def closed_over(x: Tensor, t: Tensor) -> Tensor:
+        return distance(x, embedding(places).sum(0) + t)
+
+    def as_theta(x: Tensor, weight: Tensor) -> Tensor:
+        return distance(x, torch.nn.functional.embedding(places, weight, max_norm=1.0).sum(0))
+
+    message = r"the objective .* itself changes a theta of shape \(4, 3\) in place.*max_norm"
+    with pytest.raises(il.ObjectiveError, match=message):
+        il.argmin(closed_over, SOLVER)(ZEROS, theta())
+    with pytest.raises(il.ObjectiveError, match=message):
+        il.argmin(as_theta, SOLVER)(ZEROS, torch.ones(4, 3, dtype=F64, requires_grad=True))
+
+
+def test_a_solver_that_changes_theta_in_place_is_blamed_and_not_the_objective() -> None:
+    def solver(f: Any, x: Tensor, t: Tensor) -> Tensor:
+        return t.mul_(2.0)
+
+    message = r"the solver changed a theta of shape \(3,\) in place"
+    with pytest.raises(il.SolverOutputError, match=message):
+        il.argmin(distance, solver)(ZEROS, theta())
+    with pytest.raises(il.SolverOutputError, match=message):
+        il.argmin(lambda x, t: (x - t) ** 2, solver, batch_dims=1)(ZEROS, theta())
+    with pytest.raises(il.SolverOutputError, match=message):  # here it is a part of theta that the solver sees
+        torch.vmap(lambda t: il.argmin(lambda x, t: (x - t) ** 2, solver)(ZEROS[0], t))(theta())
