@@ -225,3 +225,54 @@ def test_a_solver_that_changes_theta_in_place_is_blamed_and_not_the_objective() 
         il.argmin(lambda x, t: (x - t) ** 2, solver, batch_dims=1)(ZEROS, theta())
     with pytest.raises(il.SolverOutputError, match=message):  # here it is a part of theta that the solver sees
         torch.vmap(lambda t: il.argmin(lambda x, t: (x - t) ** 2, solver)(ZEROS[0], t))(theta())
+
+
+def dropped(x: Tensor, t: Tensor) -> Tensor:
+    return ((torch.nn.functional.dropout(x, 0.5, True) - t) ** 2).sum()
+
+
+def noisy(x: Tensor, t: Tensor) -> Tensor:
+    return ((x + torch.rand(3, dtype=x.dtype) - t) ** 2).sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+@pytest.mark.parametrize("objective", [dropped, noisy])
+def test_randomness_in_the_objective_is_named(objective: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    t = theta().detach().to(dtype).requires_grad_()
+    for answer in (SOLVER, lambda f, x, t: t.detach()):
+        with pytest.warns(il.StationarityWarning, match=r"gradient of the objective is random: two eval.*Dropout"):
+            il.argmin(objective, answer)(ZEROS.to(dtype), t)
+        with pytest.raises(il.StationarityError, match="gradient of the objective is random"):
+            il.argmin(objective, answer, on_failure="raise")(ZEROS.to(dtype), t)
+
+
+@pytest.mark.parametrize("make", [il.root, il.fixed_point])
+def test_randomness_in_a_residual_or_a_map_is_named(make: Any) -> None:
+    with pytest.warns(il.StationarityWarning, match="the residual is random"):
+        make(lambda x, t: 0.5 * x - t + torch.rand(3, dtype=F64), lambda f, x, t: t)(ZEROS, theta())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_rough_answer_of_a_deterministic_objective_is_not_called_random(dtype: torch.dtype) -> None:
+    weight = torch.logspace(0, 8, 3, dtype=dtype)  # badly scaled: rounding is far above eps of the gradient
+    t = theta().detach().to(dtype).requires_grad_()
+    layer = il.argmin(lambda x, t: (weight * (x - t) ** 2).sum(), lambda f, x, t: t.detach() * 1.01)
+    with pytest.warns(il.StationarityWarning, match="answer is not stationary"):
+        layer(ZEROS.to(dtype), t)
+
+
+def test_noise_below_the_tolerance_is_no_alarm() -> None:
+    layer = il.argmin(lambda x, t: ((x + 1e-9 * torch.rand(3, dtype=F64) - t) ** 2).sum(), lambda f, x, t: t)
+    layer(ZEROS, theta())  # warnings are errors here
+
+
+def test_randomness_is_told_beside_lanes_that_are_wrong_without_it() -> None:
+    noise = torch.tensor([1.0, 0.0, 0.0], dtype=F64)
+    layer = il.argmin(
+        lambda x, t: (x + noise * torch.rand(3, dtype=F64) - t) ** 2,
+        lambda f, x, t: t + torch.tensor([0.0, 0.5, 0.0], dtype=F64),
+        batch_dims=1,
+        on_failure="mask",
+    )
+    assert layer(ZEROS, theta()).isnan().tolist() == [True, True, False]
