@@ -276,3 +276,36 @@ def test_randomness_is_told_beside_lanes_that_are_wrong_without_it() -> None:
         on_failure="mask",
     )
     assert layer(ZEROS, theta()).isnan().tolist() == [True, True, False]
+
+
+CURVATURES = torch.tensor([[-1.0, -2.0, -30.0], [1.0, -2.0, -30.0], [1.0, 2.0, 30.0]], dtype=F64)
+AT_MAXIMUM = "at a maximum of the objective"
+
+
+def indefinite(curvature: Tensor, cotangent: Tensor, **settings: Any) -> str:
+    """The error of the gradient at x = t, where the Hessian of every lane is diagonal with ``curvature``."""
+    t = torch.ones_like(curvature, requires_grad=True)
+    layer = il.argmin(
+        lambda x, t: 0.5 * (curvature * (x - t) ** 2).sum(-1),
+        lambda f, x, t: t.detach(),
+        batch_dims=curvature.ndim - 1,
+        **settings,
+    )
+    with pytest.raises(il.IndefiniteError) as info:
+        layer(torch.zeros_like(curvature), t).backward(cotangent)
+    return str(info.value)
+
+
+@pytest.mark.parametrize("settings", [{}, {"linear_solver": il.WarmStart(il.ConjugateGradient())}])
+def test_a_maximum_is_called_one_and_a_saddle_is_not(settings: dict[str, Any]) -> None:
+    ones = torch.ones(3, dtype=F64)
+    assert AT_MAXIMUM in indefinite(CURVATURES[0], ones, **settings)
+    assert AT_MAXIMUM not in indefinite(CURVATURES[1], ones, **settings)
+    # the cotangent meets negative curvature alone, but there is another direction
+    assert AT_MAXIMUM not in indefinite(CURVATURES[1], torch.tensor([0.0, 1.0, 0.0], dtype=F64), **settings)
+    assert AT_MAXIMUM in indefinite(CURVATURES[0].float(), ones.float(), **settings)
+
+
+def test_a_maximum_in_a_batch_is_told_with_its_lane() -> None:
+    message = indefinite(CURVATURES, torch.ones(3, 3, dtype=F64))
+    assert f"{AT_MAXIMUM} in lane 0 of (3,)" in message
