@@ -19,7 +19,7 @@ from implicitlayer._errors import ClosureError
 from implicitlayer._limits_of_torch import leaves_of
 from implicitlayer._normalisation import PLAIN
 from implicitlayer._state import DETACHING, LAYOUT, NUMBERS, NUMPY, FirstRun, Sources, refuse_numbers, refuse_numpy
-from implicitlayer._surroundings import plain_surroundings
+from implicitlayer._surroundings import draws_since, plain_surroundings
 from implicitlayer._tree import is_data, tree_leaves, tree_map
 
 
@@ -46,12 +46,14 @@ class ClosedOver(list[torch.Tensor]):
 
     Attributes:
         normalises: whether the function calls a normalisation of torch.
+        draws: whether the function draws random numbers from torch's generators.
         constants: all other tensors from outside, with their versions; see NOTE [constants].
         settled: whether a second run has confirmed the constants.
         first: what the first run leaves for the second to check; see NOTE [state].
     """
 
     normalises: bool = False
+    draws: bool = False
     constants: tuple[tuple[torch.Tensor, int], ...] = ()
     settled: bool = False
     first: FirstRun | None = None
@@ -105,13 +107,15 @@ def find_closed_over(
         with plain_surroundings(leaves), torch.enable_grad(), finder:
             return finder, function(*aliased)
 
+    drawn = draws_since(leaves)
     first, value = run()
+    draws = drawn()
     if check is not None:
         check(value)
     if first.numbers and plain and check is not None:
         refuse_numbers(sources, first.numbers, value, run)
     found = ClosedOver(tensor for tensor in first.outside if needs_derivative(tensor))
-    found.normalises = first.normalises
+    found.normalises, found.draws = first.normalises, draws
     found.constants = tuple((t, t._version) for t in first.outside if not needs_derivative(t) and not t.is_inference())
     if any(torch._C._functorch.is_functorch_wrapped_tensor(t) or sources.made_since(t) for t in found):
         # A vmap inside the function hands its results out unseen. They are new tensors in a second run, while those

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -171,7 +171,12 @@ class RecordingSolver:
     """Base class of inner solvers that tell how they ended: a subclass defines ``run``, layers call it.
 
     ``solver(objective, init, *theta)`` returns the bare value, so a subclass is a solver like any other callable.
+
+    Attributes:
+        finds: what it looks for, if it can say so: layers refuse a solver of another problem than theirs.
     """
+
+    finds: ClassVar[Literal["minimum", "root"] | None] = None
 
     def run(self, objective: Callable[..., Any], init: Any, *theta: Any) -> SolverResult:
         """Solve, and return the value with status and step count."""

@@ -53,3 +53,16 @@ def outside_compiled_code(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **kwargs)
 
     return call
+
+
+def draws_since(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
+    """Tells whether torch's generators, on the CPU and where ``tensors`` are, have been drawn from since this call."""
+    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
+    generators = [torch.default_generator, *(torch.cuda.default_generators[device.index or 0] for device in devices)]
+    before = [generator.get_state() for generator in generators]
+
+    def drawn() -> bool:
+        with torch._C.DisableTorchFunction():  # no business of an enclosing finder's
+            return not all(torch.equal(a, b.get_state()) for a, b in zip(before, generators, strict=True))
+
+    return drawn

@@ -9,6 +9,7 @@ from implicitlayer._types import OnFailure
 from implicitlayer.implicit._certificate import Assumptions
 from implicitlayer.implicit._constrained import ProxLayer
 from implicitlayer.implicit._layer import ImplicitLayer
+from implicitlayer.implicit._roles import check_roles
 from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.linear._gmres import Gmres
 from implicitlayer.linear._jacobian import Curvature
@@ -98,6 +99,7 @@ def argmin(
         >>> t.grad.tolist()
         [0.5, 0.25]
     """
+    check_roles("argmin", objective, solver, "objective")
     settings: dict[str, Any] = {
         "kind": "argmin",
         "solver_has_aux": solver_has_aux,
@@ -159,6 +161,7 @@ def root(
         >>> round(a.grad.item(), 12)
         0.083333333333
     """
+    check_roles("root", residual, solver, "residual")
     return ImplicitLayer(
         residual,
         solver,
@@ -212,6 +215,7 @@ def fixed_point(
         >>> round(a.grad.item(), 12)
         0.25
     """
+    check_roles("fixed_point", map, solver, "map")
     return ImplicitLayer(
         map,
         solver,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from implicitlayer._active_set import ActiveSet
-from implicitlayer._errors import NonFiniteError, SolverOutputError
+from implicitlayer._errors import ImplicitLayerError, NonFiniteError, ObjectiveError, SolverOutputError
 from implicitlayer._failures import FAILURES, marking, refuse, replaced
 from implicitlayer._limits_of_torch import second_derivatives
 from implicitlayer._records import ForwardRecord, emit, listening_in_depth
@@ -91,12 +91,9 @@ def _solved(spec: LayerSpec, init: Leaves, theta: Leaves, failed: torch.Tensor |
     versions = [t._version for t in theta]
     with torch.enable_grad():
         results, lanes = _call_solver(spec, init, theta)
-    for tensor, version in zip(theta, versions, strict=True):
-        if tensor._version != version:
-            raise SolverOutputError(
-                f"the solver changed a theta of shape {tuple(tensor.shape)} in place; its gradient would be that of "
-                "another problem. Clone theta inside the solver before changing it."
-            )
+    for i, version in enumerate(versions):
+        if theta[i]._version != version:
+            raise _changed_in_place(spec.residual, init, theta, i)
     theta = [t.detach() for t in theta]  # a solver may have made them require a gradient
     checked = [_check_answer(result.value, spec.calling, like) for result, like in results]
     _check_finite(checked, spec, init)
@@ -159,6 +156,21 @@ def _checked(
     if failed is not None:  # what the judges find belongs to the record
         _record(spec, results, measured, kept, active_set, failed.clone())
     return x
+
+
+def _changed_in_place(residual: Residual, init: Leaves, theta: Leaves, index: int) -> ImplicitLayerError:
+    """The error for theta[index]; one more evaluation tells whether it is the function that changes it."""
+    changed = theta[index]
+    version = changed._version
+    with torch.no_grad():
+        residual.over_lanes(residual.function)(init, theta)
+    what = f"a theta of shape {tuple(changed.shape)} in place; its gradient would be that of another problem."
+    if changed._version == version:
+        return SolverOutputError(f"the solver changed {what} Clone theta inside the solver before changing it.")
+    return ObjectiveError(
+        f"the objective (residual, map) itself changes {what} Write it without in-place operations: an embedding with "
+        "max_norm rescales its weight whenever it is read (leave max_norm out and divide by the norm in the objective)."
+    )
 
 
 def _call_solver(spec: LayerSpec, init: Leaves, theta: Leaves) -> tuple[list[tuple[SolverResult, Leaves]], bool]:
@@ -263,6 +275,9 @@ def _run(calling: Calling, objective: Callable[..., Any], init: Leaves, theta: L
     return answer if isinstance(answer, SolverResult) else SolverResult(answer, aux=aux)
 
 
+_RESULT_OBJECT = " It has an attribute x: if that is the solution (as in SciPy's OptimizeResult), return .x of it."
+
+
 def _check_answer(answer: Any, calling: Calling, like: Leaves) -> Leaves:
     """The solver's answer as new tensors like ``like``, or an error that names the leaf and both shapes."""
     leaves, spec = flatten(answer)
@@ -272,6 +287,8 @@ def _check_answer(answer: Any, calling: Calling, like: Leaves) -> Leaves:
         hint = ""
         if isinstance(answer, tuple) and len(answer) == 2 and not calling.solver_has_aux:
             hint = " If the solver returns (x, aux), pass solver_has_aux=True."
+        elif hasattr(answer, "x"):
+            hint = _RESULT_OBJECT
         raise SolverOutputError(
             f"the solver must return the structure of init: expected leaves {calling.x_names}, got {names}.{hint}"
         )
@@ -287,7 +304,10 @@ def _check_leaf(value: Any, name: str, like: torch.Tensor) -> torch.Tensor:
     elif isinstance(value, (np.ndarray, np.generic, int, float, complex)):
         value = torch.as_tensor(value).to(like.device)
     else:
-        raise SolverOutputError(f"the solver returned {type(value).__name__} for {name}; a tensor or array is needed.")
+        hint = _RESULT_OBJECT if hasattr(value, "x") else ""
+        raise SolverOutputError(
+            f"the solver returned {type(value).__name__} for {name}; a tensor or array is needed.{hint}"
+        )
     if value.shape != like.shape:
         raise SolverOutputError(
             f"the solver returned {name} with shape {tuple(value.shape)}, but init has shape {tuple(like.shape)}."

@@ -20,6 +20,7 @@ from implicitlayer.implicit._kkt_finder import Finder
 from implicitlayer.implicit._kkt_lagrangian import Form, Lagrangian, masked
 from implicitlayer.implicit._kkt_linear import KktSolver
 from implicitlayer.implicit._layer import ImplicitLayer, check_init
+from implicitlayer.implicit._roles import check_roles
 from implicitlayer.implicit._verdict import tell_step_limit
 from implicitlayer.linear._residual import Residual
 
@@ -117,6 +118,7 @@ def constrained_argmin(
         >>> round(r.grad.item(), 12)  # 7/5 / (2 sqrt(r))
         0.35
     """
+    check_roles("constrained_argmin", objective, solver, "objective")
     return ConstrainedLayer(
         objective,
         solver,

@@ -18,6 +18,7 @@ from implicitlayer._types import FlatFunction, OnFailure
 from implicitlayer.implicit._certificate import Assumptions
 from implicitlayer.implicit._forward import Calling, Constraints
 from implicitlayer.implicit._function import ImplicitArgmin, LayerSpec
+from implicitlayer.implicit._roles import tell_arguments
 from implicitlayer.linear._jacobian import Curvature
 from implicitlayer.linear._repair import POLICIES, NegativeCurvature
 from implicitlayer.linear._residual import Residual, check_value
@@ -106,9 +107,13 @@ class ImplicitLayer:
         watched = differentiable and not self.own_function
         if watched:
             # the function is run for this anyway: what is wrong with its value is said before the solver starts
-            hidden = find_closed_over(
-                self._read(user_function), (init, *theta), lambda value: self._check_value(value, x, x_spec)
-            )
+            try:
+                hidden = find_closed_over(
+                    self._read(user_function), (init, *theta), lambda value: self._check_value(value, x, x_spec)
+                )
+            except Exception as error:
+                tell_arguments(error, self.function, init, theta)
+                raise
             _refuse_complex([*tensors, *hidden])
             _refuse_sparse([*signature.leaves, *hidden])
         wanted = differentiable and (bool(hidden) or any(needs_derivative(t) for t in tensors))
@@ -193,9 +198,9 @@ def check_init(leaves: Sequence[Any], names: Sequence[str], batch_dims: int) -> 
         raise ValueError("init has no leaves: pass a tensor or a pytree of tensors.")
     for leaf, name in zip(leaves, names, strict=True):
         if not isinstance(leaf, torch.Tensor):
-            raise TypeError(
-                f"init leaf {name} is {type(leaf).__name__}; the unknowns must be tensors. Use torch.as_tensor."
-            )
+            what = type(leaf).__name__ if leaf is not None else "None"
+            remedy = "Use torch.as_tensor." if leaf is not None else "Leave it out, or close over it."
+            raise TypeError(f"init leaf {name} is {what}; the unknowns must be tensors. {remedy}")
         if leaf.is_complex():
             raise TypeError(
                 f"init leaf {name} is complex ({leaf.dtype}); the unknowns must be real. Stack real and imaginary "
@@ -203,7 +208,13 @@ def check_init(leaves: Sequence[Any], names: Sequence[str], batch_dims: int) -> 
             )
         if not leaf.is_floating_point():
             raise TypeError(f"init leaf {name} has dtype {leaf.dtype}; the unknowns must be floating. Use .double().")
-        if leaf.ndim < batch_dims or leaf.shape[:batch_dims] != leaves[0].shape[:batch_dims]:
+        if leaf.ndim < batch_dims:
+            raise ValueError(
+                f"batch_dims={batch_dims} counts the leading dimensions of every leaf of init that enumerate problems, "
+                f"but {name} has shape {tuple(leaf.shape)}: batch_dims={leaf.ndim} is the most for it, and "
+                "batch_dims=0 is for a single problem."
+            )
+        if leaf.shape[:batch_dims] != leaves[0].shape[:batch_dims]:
             raise ValueError(
                 f"with batch_dims={batch_dims} every leaf of init needs the same {batch_dims} leading dimensions: "
                 f"{name} has shape {tuple(leaf.shape)}, {names[0]} {tuple(leaves[0].shape)}."

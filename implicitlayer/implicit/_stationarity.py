@@ -63,13 +63,29 @@ def is_rounding(value: torch.Tensor, norm: torch.Tensor, residual: Residual, x: 
 
     size = torch.zeros_like(norm)
     for draw in range(_DRAWS):  # one choice of signs may cancel by chance
-        with torch.enable_grad():
-            points = [t.detach().requires_grad_() for t in x]
-            moved = residual.kept_graph_gradient(points, [changed(t, draw) for t in theta])
-            flat = ravel([leaf.detach() for leaf in moved], residual.lane_dims)
+        flat = _value_at(residual, x, [changed(t, draw) for t in theta])
         size = torch.maximum(size, lane_norm(flat - value) / h)
     rounding: torch.Tensor = norm <= _ROUNDINGS * eps * size
     return rounding
+
+
+def is_random(value: torch.Tensor, residual: Residual, x: Leaves, theta: Leaves) -> torch.Tensor:
+    """Lanes, bool [*lanes], where one of a few more evaluations of F(x) is not ``value``, by more than rounding.
+
+    Sums on a GPU may add in another order each time, which is rounding. The steps h of NOTE [rounding of F] turn a
+    random change D of F into a size of D / h, and 16 eps D / h = 16 sqrt(eps) D stays below D in every dtype.
+    """
+    changes = [lane_norm(_value_at(residual, x, theta) - value) for _ in range(_DRAWS)]
+    change = torch.stack(changes).amax(0)
+    random: torch.Tensor = change > 0
+    return random & ~is_rounding(value, change, residual, x, theta) if bool(random.any()) else random
+
+
+def _value_at(residual: Residual, x: Leaves, theta: Leaves) -> torch.Tensor:
+    """F(x), flat [*lanes, n]."""
+    with torch.enable_grad():
+        found = residual.kept_graph_gradient([t.detach().requires_grad_() for t in x], theta)
+    return ravel([leaf.detach() for leaf in found], residual.lane_dims)
 
 
 def stationarity(
@@ -104,6 +120,16 @@ def stationarity(
     return Stationarity(gradient, product * scale, squared.sqrt() * scale[..., 0], distance, relative, size)
 
 
+def far_at_other_draws(residual: Residual, x: Leaves, theta: Leaves, allowed: torch.Tensor) -> torch.Tensor:
+    """Lanes, bool [*lanes], whose x is further than ``allowed`` from the solution for other draws of a random function.
+
+    The draw of the check may be one where all of F is dropped, which looks like a solution.
+    """
+    distances = [stationarity(residual, x, theta, x).distance for _ in range(_DRAWS)]
+    far: torch.Tensor = torch.stack(distances).amax(0) > allowed
+    return far
+
+
 # NOTE [a Hessian that changes]: a gradient u = H(x)^-1 v errs by the relative change of H between x and x*, whatever
 # the size of x: near the border of a log barrier H changes over a tiny part of x. With a step d along F,
 #     F(x - d) = F - H d + 1/2 (H' d) d + ...,   so that   2 ||F(x - d) - F + H d|| / ||H d||
@@ -125,9 +151,7 @@ def hessian_change(residual: Residual, x: Leaves, theta: Leaves, at: Stationarit
     part = part.to(at.gradient.dtype).unsqueeze(-1)
     lane_dims = residual.lane_dims
     there = unravel(ravel(x, lane_dims) - part * at.gradient, x, lane_dims)
-    with torch.enable_grad():
-        moved = residual.kept_graph_gradient([t.detach().requires_grad_() for t in there], theta)
-    value, linear = ravel([t.detach() for t in moved], lane_dims), part * at.product
+    value, linear = _value_at(residual, there, theta), part * at.product
     size = lane_norm(linear)
     change = 2 * lane_norm(value - at.gradient + linear) / torch.where(size > 0, size, 1.0)
     return torch.where((size > 0) & (at.distance > eps**_TIGHT * at.size), change.nan_to_num(torch.inf), none)

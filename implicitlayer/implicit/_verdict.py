@@ -12,7 +12,14 @@ from implicitlayer._tree import name_lanes
 from implicitlayer._types import Leaves, OnFailure
 from implicitlayer._warn import warn
 from implicitlayer.implicit._polish import Polish
-from implicitlayer.implicit._stationarity import CLEAR, Stationarity, hessian_change, is_rounding
+from implicitlayer.implicit._stationarity import (
+    CLEAR,
+    Stationarity,
+    far_at_other_draws,
+    hessian_change,
+    is_random,
+    is_rounding,
+)
 
 if TYPE_CHECKING:
     from implicitlayer.implicit._function import LayerSpec
@@ -39,7 +46,18 @@ def judge_answer(
     bad = measured.relative > rtol
     if bool(bad.any()):
         bad = bad & ~is_rounding(measured.gradient, measured.norm, spec.residual, x, theta)
-    if bool(bad.any()):
+    suspect = bad
+    if spec.closed is not None and spec.closed.draws:
+        suspect = bad | far_at_other_draws(spec.residual, x, theta, rtol * measured.size)
+    random = suspect & is_random(measured.gradient, spec.residual, x, theta) if bool(suspect.any()) else suspect
+    if bool(random.any()):
+        message = (
+            f"the {_what(spec)} is random{name_lanes(random)}: two evaluations at the solver's answer differ, so there "
+            "is no solution to differentiate at. Dropout in train mode does that (call .eval() on its module), and so "
+            "do torch.rand and torch.randn: draw once, before the layer, and pass the draw as one more theta."
+        )
+        _tell(spec.on_failure, bad | random, message, "random function")
+    elif bool(bad.any()):
         _tell_not_stationary(spec, measured, bad, rtol, limited, refused)
     elif refused and polished is not None:
         message = (
@@ -74,19 +92,22 @@ def _tell(on_failure: OnFailure, lanes: torch.Tensor, message: str, kind: str) -
     warn(message, StationarityWarning, kind)
 
 
+def _what(spec: LayerSpec) -> str:
+    return "gradient of the objective" if spec.residual.is_gradient else "residual"
+
+
 def _tell_not_stationary(
     spec: LayerSpec, measured: Stationarity, bad: torch.Tensor, rtol: float, limited: bool, refused: bool
 ) -> None:
     """Row "answer not stationary": the implicit gradient there is that of no minimum."""
     pick = tuple(bad.nonzero()[0].tolist())
-    what = "gradient of the objective" if spec.residual.is_gradient else "residual"
     remedy = "Solve the inner problem more tightly, pass polish=1 for a Newton step after the solver"
     if refused:
         remedy = f"polish={spec.polish} did not help (no Newton step made it smaller). Solve the problem more tightly"
     elif limited:
         remedy = "The solver stopped at its step limit: raise its max_steps, pass polish=1 for a Newton step after it"
     message = (
-        f"the solver's answer is not stationary{name_lanes(bad)}: the {what} has norm "
+        f"the solver's answer is not stationary{name_lanes(bad)}: the {_what(spec)} has norm "
         f"{measured.norm[pick].item():.3g} there, and the solution is at least about "
         f"{measured.distance[pick].item():.3g} away ({measured.relative[pick].item():.1e} of its size, allowed "
         f"{rtol:.1e}). The implicit gradient carries an error of that order at least. {remedy}, or "

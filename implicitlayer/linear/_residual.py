@@ -201,9 +201,15 @@ def check_value(values: Any, lanes: torch.Size, has_lanes: bool) -> None:
         raise ObjectiveError(f"the objective must return a real floating tensor, got {kind}.{hint}")
     if values.shape != lanes:
         expected = "one value per lane" if has_lanes else "a 0-d tensor"
+        remedy = "Sum or average over the data inside the objective"
+        if has_lanes and values.ndim < len(lanes):
+            remedy = (
+                f"With batch_dims={len(lanes)} the leading dimensions {tuple(lanes)} of x enumerate problems: sum over "
+                "the others only, with .sum(-1) for example, or lower batch_dims if they are one problem"
+            )
         raise ObjectiveError(
             f"the objective must return {expected}: expected shape {tuple(lanes)}, got {tuple(values.shape)}. "
-            "Sum or average over the data inside the objective"
+            + remedy
             + ("." if has_lanes else "; for independent problems in one call pass batch_dims=1.")
         )
 

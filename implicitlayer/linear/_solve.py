@@ -26,7 +26,9 @@ from implicitlayer._status import Status
 from implicitlayer._surroundings import plain_surroundings
 from implicitlayer._tree import finite_lanes, name_lanes, ravel, unravel
 from implicitlayer._types import Leaves, OnFailure
-from implicitlayer.linear._jacobian import OneGraph, OperatorFamily, pull_tensors, push_tensors
+from implicitlayer.linear._cg import ConjugateGradient
+from implicitlayer.linear._common import select
+from implicitlayer.linear._jacobian import Jacobian, OneGraph, OperatorFamily, pull_tensors, push_tensors
 from implicitlayer.linear._operator import FlatOperator, wrap_value
 from implicitlayer.linear._repair import CHANGES_THE_SYSTEM, NegativeCurvature, repair
 
@@ -123,7 +125,8 @@ class LinearSolve(torch.autograd.Function):
         emit(record)
         if spec.listener is not None:
             spec.listener(record)
-        solution.enforce(spec.on_failure, f"{spec.kind} solve: ")
+        where = _at_maximum(spec, operator, flat, solution) if solution.status is Status.INDEFINITE else ""
+        solution.enforce(spec.on_failure, f"{spec.kind} solve{where}: ")
         if answer is not None:
             answer.enforce(spec.on_failure)
         if spec.on_failure == "mask":
@@ -188,6 +191,29 @@ class LinearSolve(torch.autograd.Function):
         moved, has = lanes_first(tensors, dims, forced, info.batch_size)
         lifted = replace(spec, operator=spec.operator.with_level(has[k:], info.randomness))
         return LinearSolve.apply(lifted, *moved), (0,) * k
+
+
+def _at_maximum(spec: SolveSpec, operator: FlatOperator, rhs: torch.Tensor, solution: LinearSolution) -> str:
+    """Words for a Hessian that is negative definite in a lane that met negative curvature, else none.
+
+    Conjugate gradients on -A from a vector with a part in every eigenspace converge only where no curvature of A that
+    they meet is positive; at a saddle they stop at the first that is.
+    """
+    solver = getattr(spec.solver, "solver", spec.solver)  # inside a warm start
+    gradient = isinstance(spec.operator, Jacobian) and spec.operator.residual.is_gradient
+    if not gradient or spec.on_failure not in ("warn", "raise") or not isinstance(solver, ConjugateGradient):
+        return ""
+    failed = solution.codes == int(Status.INDEFINITE)
+    turn = torch.arange(rhs.shape[-1], device=rhs.device, dtype=torch.float64) * 2.399963  # the golden angle: no period
+    negated = FlatOperator(lambda vector: -operator(vector))
+    found = ConjugateGradient()(negated, select(failed, (2.0 + torch.cos(turn)).to(rhs.dtype).expand_as(rhs)))
+    maximum = failed & (found.codes == int(Status.CONVERGED))
+    if not bool(maximum.any()):
+        return ""
+    return (
+        f" at a maximum of the objective{name_lanes(maximum)} (all curvature is negative there: the solver went up, "
+        "or the objective has the wrong sign; to maximise f, pass -f as the objective)"
+    )
 
 
 def _while_unchanged(tensors: Leaves, certify: Callable[[], GradientError]) -> Callable[[], GradientError]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -84,6 +84,7 @@ class AcceleratedGradient(RecordingSolver):
     callback: Callable[[Iteration], None] | None = None
     progress: bool = False
 
+    finds: ClassVar[Literal["minimum"]] = "minimum"
     batched: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
@@ -67,6 +67,7 @@ class Limited(RecordingSolver):
     callback: Callable[[Iteration], None] | None = None
     progress: bool = False
 
+    finds: ClassVar[Literal["minimum"]] = "minimum"
     batched: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -81,6 +81,7 @@ class GradientDescent(RecordingSolver):
     callback: Callable[[Iteration], None] | None = None
     progress: bool = False
 
+    finds: ClassVar[Literal["minimum"]] = "minimum"
     batched: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

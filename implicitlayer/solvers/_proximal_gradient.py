@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -78,6 +78,8 @@ class ProximalGradient(RecordingSolver):
     atol: float = 0.0
     callback: Callable[[Iteration], None] | None = None
     progress: bool = False
+
+    finds: ClassVar[Literal["minimum"]] = "minimum"
 
     def __post_init__(self) -> None:
         if self.step_size is not None and not 0 < self.step_size < math.inf:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -123,6 +123,7 @@ class RootSolver(RecordingSolver):
     callback: Callable[[Iteration], None] | None = None
     progress: bool = False
 
+    finds: ClassVar[Literal["root"]] = "root"
     batched: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -60,6 +60,8 @@ class SciPyMinimize(RecordingSolver):
         >>> [round(v, 6) for v in x.tolist()]
         [3.0, 3.0]
     """
+
+    finds: ClassVar[Literal["minimum"]] = "minimum"
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -50,6 +50,8 @@ class TorchOptimizer(RecordingSolver):
         >>> [round(v, 6) for v in x.tolist()]
         [3.0, 3.0]
     """
+
+    finds: ClassVar[Literal["minimum"]] = "minimum"
 
     def __init__(
         self,

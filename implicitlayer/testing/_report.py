@@ -104,8 +104,9 @@ class GradientReport:
             f"({self.relative_error:.1e} of its size) from the solution."
         )
         counts = [sum(row.status == s for row in self.rows) for s in ("ok", "inconclusive", "failed")]
+        what = "an argmin" if self.kind == "argmin" else f"a {self.kind.replace('_', ' ')}"
         summary = (
-            f"Gradient check of an {self.kind} of {self.num_unknowns} unknowns: {self.verdict} "
+            f"Gradient check of {what} of {self.num_unknowns} unknowns: {self.verdict} "
             f"({counts[0]} of {len(self.rows)} comparisons agree, {counts[1]} have no digit, {counts[2]} failed)."
         )
         lines = [accuracy, summary] if self.verdict == "inconclusive" else [summary, accuracy]
