@@ -93,7 +93,7 @@ def test_multipliers_are_checked() -> None:
             r"with batch_dims=1 inequality must return the lanes of x, \(3,\), in front .* got shape \(\)",
         ),
         ({"equality": lambda x, t: x.sum(0)}, il.ObjectiveError, r"equality must return the lanes .* shape \(2,\)"),
-        ({"batch_dims": 3}, ValueError, r"batch_dims=3 counts the leading dimensions of every leaf of init that enumerate problems, but"),
+        ({"batch_dims": 3}, ValueError, r"batch_dims=3 counts the leading dimensions of every leaf of init"),
         ({"batch_dims": -1}, ValueError, "batch_dims=-1 must be non-negative"),
         (
             {"solver": lambda p, x, t: t.clamp(max=1.0)},
