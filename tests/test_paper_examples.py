@@ -104,3 +104,22 @@ def test_the_fewest_steps_and_the_fitted_exponent_are_exact_where_they_are_known
     # residuals of log y: the slope 1/2, in units of log 10, and residuals (1, -2, 1)/6, by hand
     slope, error = table1.fit_exponent([1.0, 10.0, 100.0], [1.0, 1.0, 10.0])
     assert abs(slope - 0.5) < 1e-14 and abs(error - (1 / 12) ** 0.5) < 1e-14
+
+
+@pytest.mark.slow
+def test_stability_runs_and_its_curvatures_are_eigenvalues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = load("stability", monkeypatch)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)  # this process goes on
+    # eigenvalues -1, 0.01 ... 0.5, 7 of a Hessian: those at the ends stand apart, so 20 steps find them to rounding
+    values = torch.cat([torch.tensor([-1.0]), torch.linspace(0.01, 0.5, 60), torch.tensor([7.0])])
+    turned = torch.linalg.qr(torch.randn(62, 62, generator=torch.Generator().manual_seed(1)))[0]
+    matrix = turned @ (values[:, None] * turned.T)
+    ends = script.extreme_curvatures(lambda p: 0.5 * p["x"] @ matrix @ p["x"], {"x": torch.ones(62)})
+    assert ends == pytest.approx((-1.0, 7.0), rel=1e-4)
+    script.main(["--smoke", "--output-dir", str(tmp_path)])
+    written = json.loads((tmp_path / "stability.json").read_text())
+    assert written["setting"].startswith("reduced: a tiny network") and set(written["results"]["curves"]) == {
+        "fixed step",
+        "Armijo",
+    }
+    assert (tmp_path / "stability.png").stat().st_size > 10_000
