@@ -157,8 +157,8 @@ LAYER_MUTANTS = [
     Mutant(
         "theta changed in place goes unnoticed",
         FORWARD,
-        "if tensor._version != version:",
-        "if tensor._version < version:",
+        "if theta[i]._version != version:",
+        "if theta[i]._version < version:",
         "the gradient is that of the changed theta",
         near="solver that",
     ),
