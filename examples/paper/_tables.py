@@ -24,6 +24,8 @@ METHODS = {
     "maml": "MAML",
     "fomaml": "first-order MAML",
     "reptile": "Reptile",
+    "anil": "ANIL",
+    "protonet": "ProtoNet",
 }
 DATASETS = {"omniglot": "Omniglot", "miniimagenet": "mini-ImageNet", "glyphs": "Glyphs"}
 
@@ -181,12 +183,12 @@ def markdown(table: Table, found: Iterable[dict[str, Any]]) -> list[str]:
     ]
     for cell in table.cells:
         for method, words in METHODS.items():
-            printed = table.paper[method][cell]
-            value, interval = map(float, printed.split(" ± "))
+            printed = table.paper[method][cell] if method in table.paper else "not in the paper"
             full, hours, reduced = (kept.get((cell, method, which), []) for which in ("paper", "cpu", "reduced"))
             lines.append(
-                f"| {cell} | {words} | {printed} | {', '.join(map(shown, full)) or 'not run'} | "
-                f"{gap(full, value, interval)} | {', '.join(map(shown, hours)) or 'not run'} | "
+                f"| {cell} | {words} | {printed} | "
+                f"{', '.join(map(shown, full)) or ('not run' if method in table.paper else '-')} | "
+                f"{gap(full, printed)} | {', '.join(map(shown, hours)) or 'not run'} | "
                 f"{', '.join(map(shown, reduced)) or 'not run'} |"
             )
     return lines
@@ -211,8 +213,11 @@ def steps_of(result: dict[str, Any]) -> str:
     return f"{made:,} of {planned:,}" if short else f"{made:,}"
 
 
-def gap(full: Sequence[dict[str, Any]], value: float, interval: float) -> str:
+def gap(full: Sequence[dict[str, Any]], printed: str) -> str:
     """Ours minus the paper's, with the interval of a difference of two independent means."""
+    if " ± " not in printed:
+        return "-"
+    value, interval = map(float, printed.split(" ± "))
     parts = []
     for result in full:
         if "failed" not in result["results"]:
@@ -246,7 +251,7 @@ def read_arguments(table: Table, about: str) -> Any:
         return int(text)
 
     parser.add_argument("--cells", type=several(table.cells), help=f"of {','.join(table.cells)} (default all)")
-    parser.add_argument("--methods", type=several(METHODS), default=list(METHODS), help=f"of {','.join(METHODS)}")
+    parser.add_argument("--methods", type=several(METHODS), help=f"of {','.join(METHODS)}")
     parser.add_argument("--setting", choices=["paper", "cpu", "reduced"], help="default: paper on cuda, reduced on cpu")
     parser.add_argument("--minutes-per-cell", type=minutes, help="of training; default: the preset's budget")
     parser.add_argument("--device", type=device_option, default="cpu", help="cpu or cuda (default cpu)")
@@ -259,6 +264,8 @@ def read_arguments(table: Table, about: str) -> Any:
     options.setting = options.setting or ("reduced" if options.device == "cpu" else "paper")
     if options.cells is None:
         options.cells = list(table.cells[:1] if options.smoke else table.cells)
+    if options.methods is None:
+        options.methods = list(table.paper if options.setting == "paper" else METHODS)
     if options.smoke:  # beside the real ones, so that it neither overwrites them nor is taken for one
         options.data_dir = None
         options.output_dir, options.run_dir = options.output_dir / "smoke", options.run_dir / "smoke"

@@ -25,9 +25,11 @@ from implicitlayer.fewshot import (
 from implicitlayer.implicit import Composite, composite
 from implicitlayer.linear import ConjugateGradient
 from implicitlayer.meta import (
+    ANIL,
     MAML,
     FirstOrderMAML,
     MetaMethod,
+    ProtoNet,
     Reptile,
     Trainer,
     TruncatedMAML,
@@ -116,6 +118,10 @@ def build_method(
         return TruncatedMAML(
             task_loss, step_size=step_size, num_steps=steps, strength=strength, num_backward_steps=back
         )
+    if settings.name == "anil":
+        return ANIL(network.features, task_cross_entropy, step_size=step_size, num_steps=steps)
+    if settings.name == "protonet":
+        return ProtoNet(network.features, task_cross_entropy)
     descent = GradientDescent(
         step_size=step_size,
         max_steps=steps,

@@ -24,6 +24,7 @@ from implicitlayer.experiments._settings import (
 )
 
 METHODS: tuple[MethodName, ...] = ("imaml-gd", "imaml-hf", "maml", "fomaml", "reptile", "truncated")
+TODAY: tuple[MethodName, ...] = ("anil", "protonet")  # not in the paper
 OMNIGLOT_CELLS = ("5w1s", "5w5s", "20w1s", "20w5s")
 _HEAD = "The head starts at zero: labels are drawn at random for every task, so no output should start out special."
 _TURNS = "Training classes of a task are turned by random multiples of 90 degrees; validation and test classes are not."
@@ -49,6 +50,7 @@ _GAUSS_NEWTON = (
     "Directions come from Gauss-Newton products: the Hessian is indefinite away from the solution, and truncated "
     "directions make little of it there. The meta-gradient uses the Hessian."
 )
+_HEAD_ONLY = "Not a method of the paper: only the head is adapted, which is what the field would try first today."
 _NOT_RUN = "This preset has not been run at its full length."
 _CPU = (
     "The paper's network, data, inner problem, strength and CG steps; the rest is what fits one CPU core: 16 tasks of "
@@ -119,6 +121,11 @@ def _paper_omniglot(cell: str, method: MethodName) -> Experiment:
     )
 
 
+def _head_only(method: MethodName) -> Method:
+    """ANIL with five steps of the head, or a prototypical network, which makes none."""
+    return Method(method, inner_steps=5, inner_step_size=0.1, strength=0.0)
+
+
 def _notes_of(method: MethodName) -> list[str]:
     return [_SEARCHED] if method == "imaml-gd" else [_GAUSS_NEWTON, _NEWTON_STEPS]
 
@@ -133,6 +140,9 @@ def _cpu_omniglot(cell: str, method: MethodName) -> Experiment:
             _inner("imaml-gd", _paper_omniglot(cell, "imaml-gd").method.inner_steps), name=method
         )
         notes = [_CPU, _HEAD, _TURNS, _SEARCHED, "This is iMAML-GD with no CG steps: first-order MAML on its problem."]
+    if method in TODAY:
+        same = _CPU.replace(", data, inner problem, strength and CG steps", " and data")
+        settings, notes = _head_only(method), [_HEAD_ONLY, same, _HEAD, _TURNS]
     if method != "reptile":
         outer = Outer(learning_rate=2e-3, decay="cosine", tasks_per_step=16, max_gradient_norm=0.5)
     return Experiment(
@@ -237,6 +247,8 @@ def _reduced(dataset: Any, cell: str, method: MethodName, minutes: float = 0.35)
         settings = dataclasses.replace(settings, inner_steps=2, strength=0.5)
     if method in ("maml", "fomaml", "reptile"):
         settings = dataclasses.replace(settings, strength=0.0)
+    if method in TODAY:
+        settings, notes = _head_only(method), (*notes, _HEAD_ONLY)
     if method == "reptile":
         data = dataclasses.replace(data, train_shots=max(5, shots))
         outer = dataclasses.replace(outer, learning_rate=2e-3)
@@ -254,14 +266,16 @@ def _reduced(dataset: Any, cell: str, method: MethodName, minutes: float = 0.35)
 
 
 def _all() -> Iterator[Experiment]:
-    for method in METHODS:
+    for method in (*METHODS, *TODAY):
         for cell in OMNIGLOT_CELLS:
-            yield _paper_omniglot(cell, method)
+            if method in METHODS:
+                yield _paper_omniglot(cell, method)
             if method != "truncated":
                 yield _cpu_omniglot(cell, method)
             yield _reduced("omniglot", cell, method)
             yield _reduced("glyphs", cell, method)
-        yield _paper_miniimagenet(method)
+        if method in METHODS:
+            yield _paper_miniimagenet(method)
         yield _reduced("miniimagenet", "5w1s", method, minutes=0.6)
     for cell in OMNIGLOT_CELLS:
         yield _released_omniglot(cell)

@@ -12,7 +12,7 @@ from implicitlayer.experiments._fields import Checked, from_json, number
 from implicitlayer.meta import save_json
 
 DatasetName = Literal["glyphs", "omniglot", "miniimagenet"]
-MethodName = Literal["imaml-gd", "imaml-hf", "maml", "fomaml", "reptile", "truncated"]
+MethodName = Literal["imaml-gd", "imaml-hf", "maml", "fomaml", "reptile", "truncated", "anil", "protonet"]
 IMPLICIT = ("imaml-gd", "imaml-hf")
 
 
@@ -62,7 +62,7 @@ class Method(Checked):
 
     Args:
         name: imaml-gd and imaml-hf differ in the inner solver only: gradient descent, or Newton-CG with line search.
-        inner_steps: steps of the inner solver, or their limit where inner_rtol is positive.
+        inner_steps: steps of the inner solver, or their limit where inner_rtol is positive; protonet makes none.
         inner_step_size: of gradient descent, its first trial with a line search; imaml-hf searches its own.
         line_search: armijo shortens a step until the inner objective falls (imaml-gd, fomaml, reptile); none keeps
             inner_step_size, which diverges once meta-training has sharpened the support loss (docs/paper.md).
@@ -225,7 +225,7 @@ class Experiment(Checked):
                 f"method.inner_momentum={method.inner_momentum} must be 0 for {method.name}: only maml "
                 "back-propagates through accelerated steps here."
             )
-        if method.line_search == "armijo" and method.name in ("maml", "truncated"):
+        if method.line_search == "armijo" and method.name in ("maml", "truncated", "anil"):
             raise ValueError(
                 f"method.line_search=armijo must be none for {method.name}: back-propagation through the path needs "
                 "steps of a fixed size. imaml-gd takes any."

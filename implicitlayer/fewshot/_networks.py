@@ -140,6 +140,29 @@ class Conv4(DrawnNetwork):
         logits = self._in_parts(self._logits, p, images)
         return logits if batched else logits.squeeze(0)
 
+    def features(self, params: Mapping[str, Tensor], images: Tensor) -> Tensor:
+        """Compute what the linear head reads; the parameters of the head may be missing.
+
+        Args:
+            params: as for the logits.
+            images: as for the logits.
+
+        Returns:
+            `[K, num_features]`, or `[B, K, num_features]`.
+
+        Raises:
+            ValueError, TypeError: as for the logits.
+
+        Example:
+            >>> network = conv4(num_ways=5, num_filters=8)
+            >>> params = network.init(torch.Generator().manual_seed(0))
+            >>> network.features(params, torch.rand(10, 1, 28, 28)).shape
+            torch.Size([10, 32])
+        """
+        p, images, batched = self._stacked(params, images, without_head=True)
+        features = self._in_parts(self._features, p, images)
+        return features if batched else features.squeeze(0)
+
     def cross_entropy(self, params: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
         """Compute each task's mean cross-entropy, the same as `task_cross_entropy(network(params, images), labels)`.
 
@@ -181,7 +204,9 @@ class Conv4(DrawnNetwork):
         losses = self._in_parts(self._losses, p, images, labels)
         return losses if batched else losses.squeeze(0)
 
-    def _stacked(self, params: Mapping[str, Tensor], images: Tensor) -> tuple[dict[str, Tensor], Tensor, bool]:
+    def _stacked(
+        self, params: Mapping[str, Tensor], images: Tensor, *, without_head: bool = False
+    ) -> tuple[dict[str, Tensor], Tensor, bool]:
         """Parameters and images with a leading axis of tasks, checked; and whether the images had one."""
         batched = images.ndim == 5
         if images.ndim not in (4, 5) or images.shape[-3:] != (self.in_channels, self.image_size, self.image_size):
@@ -192,7 +217,8 @@ class Conv4(DrawnNetwork):
             )
         if not batched:
             images = images.unsqueeze(0)
-        p = stacked_parameters(params, self.shapes, images.shape[0], batched=batched, dtype=images.dtype, name="conv4")
+        shapes = {name: s for name, s in self.shapes.items() if not (without_head and name.startswith("head"))}
+        p = stacked_parameters(params, shapes, images.shape[0], batched=batched, dtype=images.dtype, name="conv4")
         return p, images, batched
 
     def _in_parts(self, function: Callable[..., Tensor], p: dict[str, Tensor], *data: Tensor) -> Tensor:
@@ -224,14 +250,17 @@ class Conv4(DrawnNetwork):
 
     def _logits(self, p: dict[str, Tensor], images: Tensor) -> Tensor:
         """Logits `[B, K, N]` of stacked parameters and images `[B, K, C, height, width]`."""
+        return torch.baddbmm(p["head.bias"].unsqueeze(1), self._features(p, images), p["head.weight"].mT)
+
+    def _features(self, p: dict[str, Tensor], images: Tensor) -> Tensor:
+        """What the head reads, `[B, K, num_features]`."""
         num_tasks, num_images = images.shape[:2]
         x = _first_block(images, p["conv1.weight"], p["norm1.weight"], p["norm1.bias"], self._stride)
         for block in range(2, _NUM_BLOCKS + 1):
             z = convolution(self._pooled(x), p[f"conv{block}.weight"], self._stride)
             x = batch_norm_relu(z, p[f"norm{block}.weight"], p[f"norm{block}.bias"])
         x = self._pooled(x)
-        features = x.permute(3, 0, 1, 2, 4).reshape(num_tasks, num_images, self.num_features)
-        return torch.baddbmm(p["head.bias"].unsqueeze(1), features, p["head.weight"].mT)
+        return x.permute(3, 0, 1, 2, 4).reshape(num_tasks, num_images, self.num_features)
 
     @property
     def _stride(self) -> int:

@@ -5,6 +5,7 @@ from implicitlayer.meta._collapse import CollapseError, CollapseWarning
 from implicitlayer.meta._distributed import WorkerGroup, WorkerLostError, distributed
 from implicitlayer.meta._figure import plot_episode, plot_learning_curves
 from implicitlayer.meta._first_order import FirstOrderMAML, Reptile
+from implicitlayer.meta._head import ANIL, ProtoNet
 from implicitlayer.meta._imaml import iMAML
 from implicitlayer.meta._method import MetaMethod, TaskLoss
 from implicitlayer.meta._peak_memory import PeakMemory, peak_memory
@@ -14,6 +15,7 @@ from implicitlayer.meta._trainer import Trainer
 from implicitlayer.meta._unrolled import MAML, TruncatedMAML
 
 __all__ = [
+    "ANIL",
     "MAML",
     "CheckpointError",
     "CollapseError",
@@ -22,6 +24,7 @@ __all__ = [
     "FirstOrderMAML",
     "MetaMethod",
     "PeakMemory",
+    "ProtoNet",
     "Reptile",
     "TaskLoss",
     "TaskSampler",
