@@ -30,6 +30,7 @@ from implicitlayer.experiments._folder import (
 )
 from implicitlayer.experiments._settings import Experiment
 from implicitlayer.meta import Evaluation, Trainer, WorkerGroup, distributed, evaluate
+from implicitlayer.meta._monitor import watched
 
 
 def run(experiment: Experiment, *, resume: bool = False) -> dict[str, Any]:
@@ -119,7 +120,12 @@ def _test(experiment: Experiment, trainer: Trainer, device: torch.device, group:
     return evaluate(
         build_method(experiment, network, inner_steps=settings.inner_steps),
         trainer.theta,
-        test_episodes(experiment, "test", settings.test_tasks, device),
+        watched(
+            test_episodes(experiment, "test", settings.test_tasks, device),
+            settings.test_tasks,
+            name=f"{experiment.preset}, test",
+            show=experiment.run.progress and group.is_first,
+        ),
         accuracy_of(network) if settings.transductive else inductive_accuracy_of(network),
         transductive=settings.transductive,
         group=group,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -91,15 +92,19 @@ class Progress:
         )
 
     def update(self, done: float, record: dict[str, Any]) -> None:
-        """Show the record of a step; ``done`` is the share of the budget used."""
-        if not self._show:
-            return
+        """Show the record of a training step; ``done`` is the share of the budget used."""
         if "inner_diverged" in record:
             self._trouble = trouble(record)
-        left = round(record["seconds"] * (1 - done) / max(done, 1e-9))
-        words = f"ETA {left // 60}:{left % 60:02d}, step {record['step']}, loss {record['loss']:.3f}"
+        words = f"step {record['step']}, loss {record['loss']:.3f}"
         words += f", accuracy {record['accuracy']:.1%}" if "accuracy" in record else ""
-        words += f" [{self._trouble}]" if self._trouble else ""
+        self.show(done, record["seconds"], words + (f" [{self._trouble}]" if self._trouble else ""))
+
+    def show(self, done: float, seconds: float, words: str) -> None:
+        """Show ``words`` and the time left, when ``seconds`` were spent on the share ``done``."""
+        if not self._show:
+            return
+        left = round(seconds * (1 - done) / max(done, 1e-9))
+        words = f"ETA {left // 60}:{left % 60:02d}, {words}"
         if self._bar is not None:
             self._bar.bar_format = f"{_BAR} {words}"
             self._bar.update(min(self._UNITS, int(done * self._UNITS)) - self._bar.n)
@@ -112,3 +117,15 @@ class Progress:
         if self._bar is not None:
             self._bar.refresh()
             self._bar.close()
+
+
+def watched(episodes: Iterable[Any], total_tasks: int, *, name: str, show: bool) -> Iterator[Any]:
+    """``episodes``, with a bar that says how many of ``total_tasks`` the user of the iterator is done with."""
+    progress, done, started = Progress(0.0, name=name, show=show), 0, time.perf_counter()
+    try:
+        for episode in episodes:
+            yield episode
+            done += num_tasks(episode)
+            progress.show(done / total_tasks, time.perf_counter() - started, f"{done} of {total_tasks} tasks")
+    finally:
+        progress.close()

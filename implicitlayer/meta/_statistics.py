@@ -93,6 +93,7 @@ def evaluate(
         method: any method; only its ``adapt`` is used.
         theta: meta-parameters.
         episodes: batches ``(support, query)``, each with a leading number of tasks, or batches of a few-shot sampler.
+            ``tqdm(episodes)`` shows how far it is.
         metric: ``metric(phi, query) -> [B]``, such as the accuracy of each task. With ``transductive=False`` it is
             called as ``metric(phi, query, support)``: a query example may be judged beside the support, never beside
             the other query examples. For networks whose batch norm uses the statistics of the images it is given,

@@ -292,3 +292,9 @@ def test_colour_episodes_can_be_drawn(tmp_path: Path) -> None:
 def test_without_matplotlib_there_are_no_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert draw(tmp_path, {}, ((torch.zeros(1), None), (torch.zeros(1), None)), torch.zeros(1, 5)) == []
+
+
+def test_a_test_evaluation_shows_how_many_tasks_are_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ex.run(tiny(tmp_path, progress=True))
+    shown = capsys.readouterr().err
+    assert ", test" in shown and "ETA 0:00, 3 of 3 tasks" in shown
