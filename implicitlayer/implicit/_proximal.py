@@ -49,6 +49,27 @@ class Proximal:
                 value = value + (0.5 * strength) * lane_reduce(d * d, value.ndim)
         return value
 
+    def value_and_gradient(self, phi: Any, theta: Any, *data: Any) -> tuple[torch.Tensor, Any] | None:
+        """The value and its gradient in phi, constants: what solvers ask an objective for, where it knows.
+
+        grad G = grad loss + strength (phi - theta): only the loss is differentiated by autograd. None where the penalty
+        is no sum of weighed squares.
+        """
+        if self.divergence is not None or isinstance(self._strength, _KNOWN):
+            return None
+        leaves, spec = flatten(phi)
+        with torch.enable_grad():
+            points = [leaf.detach().requires_grad_() for leaf in leaves]
+            loss = self.loss(unflatten(points, spec), *data)
+            if not isinstance(loss, torch.Tensor) or not loss.requires_grad:  # the general way has the words for it
+                return None
+            slopes = torch.autograd.grad(loss.sum() if loss.ndim else loss, points, materialize_grads=True)
+        with torch.no_grad():
+            difference = _difference(phi, theta, loss.ndim)
+            value = self._with_penalty(loss.detach(), difference)
+            weighed = zip(slopes, self._strengths(difference), flatten(difference)[0], strict=True)
+            return value, unflatten([slope + strength * d for slope, strength, d in weighed], spec)
+
     def coupling(self, lane_dims: int) -> Callable[[Any, Any], torch.Tensor]:
         """The penalty alone, the only term that reads theta: see NOTE [objectives with parts]."""
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from implicitlayer._tree import unflatten
+from implicitlayer._tree import flatten, unflatten
 from implicitlayer._types import Leaves
 from implicitlayer.solvers._inputs import check_attached
 
@@ -17,7 +17,14 @@ __all__: list[str] = []
 def value_and_gradient(
     objective: Callable[..., Any], x: Leaves, spec: Any, theta: Any, create_graph: bool = False
 ) -> tuple[torch.Tensor, Leaves]:
-    """Value per lane, and gradient of the sum over lanes (lanes are independent)."""
+    """Value per lane, and gradient of the sum over lanes (lanes are independent).
+
+    An objective that knows its gradient is asked for it: ``objective.value_and_gradient(x, *theta)``, or None.
+    """
+    if not create_graph and hasattr(objective, "value_and_gradient"):
+        known = objective.value_and_gradient(unflatten(x, spec), *theta)
+        if known is not None:
+            return known[0], flatten(known[1])[0]
     with torch.enable_grad():
         points = x if create_graph else [leaf.detach().requires_grad_() for leaf in x]
         value = objective(unflatten(points, spec), *theta)

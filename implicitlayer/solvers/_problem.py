@@ -11,7 +11,8 @@ from implicitlayer._errors import ObjectiveError
 from implicitlayer._tree import flatten, leaves_norm, ravel, unflatten, unravel
 from implicitlayer._types import Leaves
 from implicitlayer.linear._operator import lane_scale
-from implicitlayer.solvers._inputs import check_attached, check_unknowns
+from implicitlayer.solvers._inputs import check_unknowns
+from implicitlayer.solvers._leaves import value_and_gradient
 
 __all__: list[str] = []
 
@@ -79,15 +80,12 @@ class Problem:
 
     def _evaluate(self, leaves: Leaves) -> tuple[torch.Tensor, Leaves]:
         keep = self._curvature is not None
-        with torch.enable_grad():
-            points = [leaf.detach().requires_grad_() for leaf in leaves]
-            value = self._objective(unflatten(points, self._spec), *self._theta)
-            check_attached(value)
-            total = value.sum() if value.ndim else value
-            gradient = torch.autograd.grad(total, points, create_graph=keep, materialize_grads=True)
-            if keep:
+        points = [leaf.detach().requires_grad_(keep) for leaf in leaves]
+        value, gradient = value_and_gradient(self._objective, points, self._spec, self._theta, create_graph=keep)
+        if keep:
+            with torch.enable_grad():
                 self._pull = _pulled(gradient, points) if self._composite is None else self._gauss_newton(points)
-        return value.detach(), [g.detach() for g in gradient]
+        return value, [g.detach() for g in gradient]
 
     def _gauss_newton(self, points: Leaves) -> Callable[[Leaves], Leaves]:
         """u -> J' (d^2 loss / d outputs^2) J u, J = d model / dx, from graphs that are built once.

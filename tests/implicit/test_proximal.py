@@ -286,3 +286,40 @@ def test_a_strength_whose_shape_fits_no_leaf_is_refused(shape: tuple[int, ...]) 
     message = rf"a strength of shape {re.escape(str(shape))} does not broadcast to a leaf of phi of shape \(2,\)"
     with pytest.raises(ValueError, match=message):
         objective(phi, phi)
+
+
+@pytest.mark.parametrize("strength", [2.0, torch.tensor(0.5, dtype=F64), "leaves", "entries"], ids=str)
+@pytest.mark.parametrize("lanes", [(), (3,)], ids=["alone", "lanes"])
+def test_what_the_objective_says_of_its_gradient_is_the_gradient_of_its_value(
+    strength: Any, lanes: tuple[int, ...]
+) -> None:
+    shapes = {"a": (2, 3), "b": (4,)}
+    phi, theta, entries = (
+        {name: randn(*front, *shape, seed=seed + len(shape)) for name, shape in shapes.items()}
+        for front, seed in ((lanes, 1), ((), 5), ((), 9))
+    )
+    scale = randn(*lanes, seed=12)
+    known = {"leaves": {"a": 0.3, "b": 2.0}, "entries": {name: e.square() for name, e in entries.items()}}
+    objective = il.proximal(
+        lambda phi, scale: scale * (phi["a"].flatten(len(lanes)).cos().sum(-1) + phi["b"].exp().sum(-1)),
+        known.get(strength, strength) if isinstance(strength, str) else strength,
+    )
+    found = objective.value_and_gradient(phi, theta, scale)
+    assert found is not None
+    points = {name: leaf.requires_grad_() for name, leaf in phi.items()}
+    value = objective(points, theta, scale)
+    expected = dict(zip(points, torch.autograd.grad(value.sum(), list(points.values())), strict=True))
+    torch.testing.assert_close(found, (value.detach(), expected))
+    assert not found[0].requires_grad
+
+
+@pytest.mark.parametrize("solver", [il.solvers.GradientDescent(0.1, max_steps=3), il.solvers.LBFGS(max_steps=3)])
+def test_solvers_ask_an_objective_for_its_gradient_and_go_the_same_way(solver: Any) -> None:
+    weight, offset = data()
+    objective = il.proximal(loss, 2.0)
+    theta = randn(N, seed=3)
+    same = lambda phi, theta, *rest: objective(phi, theta, *rest)  # noqa: E731  # a function that knows nothing
+    found, expected = (solver.run(f, theta.clone(), theta, weight, offset) for f in (objective, same))
+    # three steps of the same arithmetic in another order
+    torch.testing.assert_close(found.value, expected.value, rtol=1e-12, atol=1e-12)
+    assert found.num_steps == expected.num_steps
