@@ -18,7 +18,7 @@ from implicitlayer._limits_of_torch import second_derivatives
 from implicitlayer._records import ForwardRecord, emit, listening_in_depth
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
-from implicitlayer._surroundings import out_of_inference, plain_surroundings
+from implicitlayer._surroundings import out_of_inference, plain_surroundings, unread
 from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, name_lanes, unflatten
 from implicitlayer._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.implicit._composite import Composite
@@ -73,7 +73,7 @@ class Constraints:
 
 def solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
     """x leaves, new and detached, from the user's solver; checked, polished and recorded."""
-    with plain_surroundings([*init, *theta]), torch.inference_mode(False):
+    with plain_surroundings([*init, *theta]), unread(), torch.inference_mode(False):
         return _solve_forward(spec, out_of_inference(init), out_of_inference(theta))
 
 

@@ -147,7 +147,8 @@ class ImplicitLayer:
             assumptions=self.assumptions,
             listener=records.listener(),
         )
-        solution = unflatten(ImplicitArgmin.apply(spec, *out_of_inference([*x, *tensors, *hidden])), x_spec)
+        given = [*x, *tensors, *map(announce, hidden)]  # what is hidden may be swapped by a layer around this one
+        solution = unflatten(ImplicitArgmin.apply(spec, *out_of_inference(given)), x_spec)
         if self.solver_has_aux:
             return solution, spec.aux[0] if len(spec.aux) == 1 else list(spec.aux)
         return solution
