@@ -62,13 +62,14 @@ class Constraints:
         terms: the user's set or regulariser, to be recognised by a solver that was given the same.
         prox: ``([*y leaves, step], theta leaves) -> leaves``, for one lane of every level.
         examine: ``(residual, x leaves, theta leaves) -> ActiveSet``, of all lanes.
-        judge: applies the failure policy to what was found, and to whether the solver stopped at its step limit.
+        judge: applies the failure policy to what was found, and to whether the solver stopped at its step limit;
+            returns what the derivatives are to check of the answer, where the layer does not measure it otherwise.
     """
 
     terms: Any
     prox: FlatFunction
     examine: Callable[[Residual, Leaves, Leaves], ActiveSet]
-    judge: Callable[[ActiveSet, OnFailure, bool], None]
+    judge: Callable[[ActiveSet, OnFailure, bool], AnswerCheck | None]
 
 
 def solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
@@ -147,7 +148,8 @@ def _checked(
         _record(spec, results, measured, kept, active_set, None)
     limited = _worst_status(results) is Status.MAX_STEPS_REACHED and not kept
     if constraints is not None and active_set is not None:
-        constraints.judge(active_set, spec.on_failure, limited)
+        check = constraints.judge(active_set, spec.on_failure, limited)
+        spec.answer[:] = [] if check is None or (failed is not None and bool(failed.any())) else [check]
     if measured is not None and spec.stationarity_rtol is not None:
         rtol, nearest = spec.stationarity_rtol, getattr(active_set, "nearest", None)
         judge_answer(spec, measured, x, theta, limited, polished)
