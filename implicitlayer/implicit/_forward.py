@@ -15,6 +15,7 @@ from implicitlayer._active_set import ActiveSet
 from implicitlayer._errors import ImplicitLayerError, NonFiniteError, ObjectiveError, SolverOutputError
 from implicitlayer._failures import FAILURES, marking, refuse, replaced
 from implicitlayer._limits_of_torch import second_derivatives
+from implicitlayer._normalisation import wrong_third_derivative
 from implicitlayer._records import ForwardRecord, emit, listening_in_depth
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
@@ -26,7 +27,7 @@ from implicitlayer.implicit._distance import AnswerCheck
 from implicitlayer.implicit._polish import Polish, polish
 from implicitlayer.implicit._stationarity import Stationarity, stationarity
 from implicitlayer.implicit._verdict import judge_answer
-from implicitlayer.linear._residual import Residual
+from implicitlayer.linear._residual import Attached, Residual
 
 if TYPE_CHECKING:
     from implicitlayer.implicit._function import LayerSpec
@@ -130,7 +131,10 @@ def _checked(
     measures = spec.stationarity_rtol is not None or spec.polish > 0 or (spec.wanted and listening_in_depth())
     at = residual.attached(x, theta) if measures else None  # one run for both checks
     if spec.closed is not None:
-        residual.refuse_hidden(x, theta, spec.closed, at)
+        run = at if at is not None else _run_of(residual, x, theta)
+        residual.refuse_hidden(x, theta, spec.closed, run)
+        spec.flaw[:] = [wrong_third_derivative(run.outputs)]
+        del run
 
     measured: Stationarity | None = None
     polished: Polish | None = None
@@ -158,6 +162,15 @@ def _checked(
     if failed is not None:  # what the judges find belongs to the record
         _record(spec, results, measured, kept, active_set, failed.clone())
     return x
+
+
+def _run_of(residual: Residual, x: Leaves, theta: Leaves) -> Attached:
+    """One run of the function with a graph, and nothing made of it."""
+    if not residual.is_gradient:
+        return residual.attached(x, theta)
+    points = [leaf.detach().requires_grad_() for leaf in x]
+    with torch.enable_grad():
+        return Attached(points, [], residual.outputs(points, theta))
 
 
 def _changed_in_place(residual: Residual, init: Leaves, theta: Leaves, index: int) -> ImplicitLayerError:

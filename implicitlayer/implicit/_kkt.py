@@ -10,6 +10,7 @@ import torch
 
 from implicitlayer._active_set import ActiveSet
 from implicitlayer._capture import ClosedOver
+from implicitlayer._copying import CopiesFunctions
 from implicitlayer._flat import Signature
 from implicitlayer._records import Record
 from implicitlayer._surroundings import outside_compiled_code
@@ -139,7 +140,7 @@ def constrained_argmin(
 
 
 @dataclass(eq=False)
-class ConstrainedLayer:
+class ConstrainedLayer(CopiesFunctions):
     """A differentiable layer ``(init, *theta) -> x``; made by :func:`constrained_argmin`."""
 
     objective: Callable[..., Any]

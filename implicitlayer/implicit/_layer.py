@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from implicitlayer._capture import ClosedOver, announce, derivatives_possible, find_closed_over, needs_derivative
+from implicitlayer._copying import CopiesFunctions
 from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
 from implicitlayer._flat import Signature, flat_function, flat_parts, like_x
 from implicitlayer._records import CallRecords, Record
@@ -30,7 +31,7 @@ Kind = Literal["argmin", "root", "fixed_point"]
 
 
 @dataclass(eq=False)
-class ImplicitLayer:
+class ImplicitLayer(CopiesFunctions):
     """A differentiable layer ``(init, *theta) -> x``; made by :func:`argmin`.
 
     Attributes:
