@@ -13,7 +13,7 @@ import torch
 
 from implicitlayer._active_set import ActiveSet
 from implicitlayer._errors import ImplicitLayerError, NonFiniteError, ObjectiveError, SolverOutputError
-from implicitlayer._failures import FAILURES, marking, refuse, replaced
+from implicitlayer._failures import FAILURES, failed_result, marking, no_lane_named, refuse, replaced
 from implicitlayer._limits_of_torch import second_derivatives
 from implicitlayer._normalisation import wrong_third_derivative
 from implicitlayer._records import ForwardRecord, emit, listening_in_depth
@@ -91,8 +91,13 @@ def _solved(spec: LayerSpec, init: Leaves, theta: Leaves, failed: torch.Tensor |
     init = [t.detach() for t in init]
     theta = [t.detach() for t in theta]
     versions = [t._version for t in theta]
-    with torch.enable_grad():
-        results, lanes = _call_solver(spec, init, theta)
+    try:
+        with torch.enable_grad():
+            results, lanes = _call_solver(spec, init, theta)
+    except FAILURES as error:
+        if failed is None or not failed.ndim or isinstance(error, ImplicitLayerError):
+            raise
+        raise no_lane_named(error, failed.shape) from error
     for i, version in enumerate(versions):
         if theta[i]._version != version:
             raise _changed_in_place(spec.residual, init, theta, i)
@@ -202,18 +207,26 @@ def _call_solver(spec: LayerSpec, init: Leaves, theta: Leaves) -> tuple[list[tup
         return [(_run(calling, objective, init, explicit, alone), init)], False
     if not residual.levels or batched:
         objective = SeenFunction(calling, residual, hidden, batched)
-        return [(_run(calling, objective, init, explicit, alone), init)], False
-    # NOTE [lane by lane]: a black box sees one problem at a time, as it would in a Python loop.
-    single = Residual(residual.function, residual.is_gradient, residual.lane_dims_of_function, parts=residual.parts)
+        try:
+            return [(_run(calling, objective, init, explicit, alone), init)], False
+        except FAILURES:
+            if not (spec.masks and residual.levels):
+                raise
+    # NOTE [lane by lane]: a black box sees one problem at a time, as it would in a Python loop. A batched one that has
+    # raised sees one at a time too, with lanes of size one, where a failure is to cost no other lane.
+    single = residual
+    if not batched:
+        single = Residual(residual.function, residual.is_gradient, residual.lane_dims_of_function, parts=residual.parts)
     results = []
     for lane in itertools.product(*(range(size) for size in init[0].shape[: len(residual.levels)])):
+        at = [slice(index, index + 1) if batched else index for index in lane]
         lane_theta = []
         for i, tensor in enumerate(theta):
-            picks = tuple(index for index, (has, _) in zip(lane, residual.levels, strict=True) if has[i])
+            picks = tuple(index for index, (has, _) in zip(at, residual.levels, strict=True) if has[i])
             lane_theta.append(tensor[picks])
-        lane_init = [t[lane] for t in init]
+        lane_init = [t[tuple(at)] for t in init]
         explicit, hidden = lane_theta[: calling.num_theta], lane_theta[calling.num_theta :]
-        objective = SeenFunction(calling, single, hidden, batched=False)
+        objective = SeenFunction(calling, single, hidden, batched)
         results.append((_run(calling, objective, lane_init, explicit, spec.masks and not lanes_inside), lane_init))
     return results, True
 
@@ -275,10 +288,10 @@ def _run(calling: Calling, objective: Callable[..., Any], init: Leaves, theta: L
     run = calling.solver.run if isinstance(calling.solver, RecordingSolver) else calling.solver
     try:
         answer = run(objective, start, *calling.rebuild_theta(theta))
-    except FAILURES:
+    except FAILURES as error:
         if not masks:
             raise
-        return SolverResult(unflatten([torch.full_like(t, math.nan) for t in init], calling.x_spec))
+        return failed_result(unflatten([torch.full_like(t, math.nan) for t in init], calling.x_spec), error)
     aux = None
     if calling.solver_has_aux and not isinstance(answer, SolverResult):
         if not isinstance(answer, tuple) or len(answer) != 2:
