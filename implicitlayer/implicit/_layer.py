@@ -12,6 +12,7 @@ from implicitlayer._capture import ClosedOver, announce, derivatives_possible, f
 from implicitlayer._copying import CopiesFunctions
 from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
 from implicitlayer._flat import Signature, flat_function, flat_parts, like_x
+from implicitlayer._limits_of_torch import name_limit
 from implicitlayer._records import CallRecords, Record
 from implicitlayer._surroundings import out_of_inference, outside_compiled_code
 from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, tree_map, unflatten
@@ -113,6 +114,7 @@ class ImplicitLayer(CopiesFunctions):
                     self._read(user_function), (init, *theta), lambda value: self._check_value(value, x, x_spec)
                 )
             except Exception as error:
+                name_limit(error)
                 tell_arguments(error, self.function, init, theta)
                 raise
             _refuse_complex([*tensors, *hidden])

@@ -338,3 +338,35 @@ def test_a_maximum_is_called_one_and_a_saddle_is_not(settings: dict[str, Any]) -
 def test_a_maximum_in_a_batch_is_told_with_its_lane() -> None:
     message = indefinite(CURVATURES, torch.ones(3, 3, dtype=F64))
     assert f"{AT_MAXIMUM} in lane 0 of (3,)" in message
+
+
+def doubled_in_place(x: Tensor, t: Tensor) -> Tensor:
+    x.mul_(2)
+    return ((x - t) ** 2).sum()
+
+
+def theta_in_place(x: Tensor, t: Tensor) -> Tensor:
+    t.add_(1)
+    return ((x - t) ** 2).sum()
+
+
+def filled(x: Tensor, t: Tensor) -> Tensor:
+    buffer = torch.zeros(3, dtype=F64)
+    buffer[0] = x[0]
+    buffer += t * x
+    return (buffer**2).sum() + ((x - t) ** 2).sum()
+
+
+@pytest.mark.parametrize("objective", [doubled_in_place, theta_in_place, filled])
+@pytest.mark.parametrize("lanes", [False, True])
+def test_an_operation_in_place_in_an_objective_is_right_or_refused_with_the_remedy(objective: Any, lanes: bool) -> None:
+    if objective is filled and not lanes:  # a buffer of one's own is no trouble
+        t = theta().detach().requires_grad_()
+        il.argmin(objective, SOLVER, on_failure="ignore")(ZEROS, t).sum().backward()
+        return
+    loss = lambda t: il.argmin(objective, SOLVER)(ZEROS, t).sum()  # noqa: E731
+    with pytest.raises(il.ObjectiveError, match=r"in place|out of place"):
+        if lanes:
+            torch.func.vmap(torch.func.grad(loss))(torch.ones(2, 3, dtype=F64))
+        else:
+            loss(theta().detach().requires_grad_())
