@@ -365,8 +365,6 @@ def test_an_operation_in_place_in_an_objective_is_right_or_refused_with_the_reme
         il.argmin(objective, SOLVER, on_failure="ignore")(ZEROS, t).sum().backward()
         return
     loss = lambda t: il.argmin(objective, SOLVER)(ZEROS, t).sum()  # noqa: E731
+    run, t = (torch.func.vmap(torch.func.grad(loss)), torch.ones(2, 3, dtype=F64)) if lanes else (loss, theta())
     with pytest.raises(il.ObjectiveError, match=r"in place|out of place"):
-        if lanes:
-            torch.func.vmap(torch.func.grad(loss))(torch.ones(2, 3, dtype=F64))
-        else:
-            loss(theta().detach().requires_grad_())
+        run(t)

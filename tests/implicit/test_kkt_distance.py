@@ -77,3 +77,23 @@ def test_an_answer_on_the_wrong_side_of_a_border_is_told_under_constraints() -> 
         objective, solver, inequality=lambda x, t: x[0] - 1, active_rtol=1e-9, on_failure="raise"
     )
     assert float(torch.autograd.grad(layer(torch.zeros(2, dtype=F64), t)[0], t)[0]) == 0.0
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_an_objective_under_constraints_that_changes_before_the_backward_is_an_error(changed: bool) -> None:
+    factor = [1.0]
+    layer = il.constrained_argmin(
+        lambda x, t: ((x - factor[0] * t) ** 2).sum(),
+        lambda problem, x, t: t - (t.sum() - 1) / 2,
+        equality=lambda x, t: x.sum() - 1,
+        on_failure="raise",
+    )
+    t = torch.tensor([0.3, 2.0], dtype=F64, requires_grad=True)
+    x = layer(torch.zeros(2, dtype=F64), t)
+    if changed:
+        factor[0] = 3.0
+        with pytest.raises(il.ClosureError, match="the objective has changed"):
+            torch.autograd.grad(x[0], t)
+        return
+    (gradient,) = torch.autograd.grad(x[0], t)
+    torch.testing.assert_close(gradient, torch.tensor([0.5, -0.5], dtype=F64), rtol=1e-10, atol=0)
