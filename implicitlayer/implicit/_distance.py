@@ -172,6 +172,10 @@ class AnswerCheck:
 
     def _reach(self, value: torch.Tensor, solution: LinearSolution, rhs: torch.Tensor) -> torch.Tensor:
         """How far the answer may be, [*lanes], by a solve without Ritz values: NOTE [two sides]."""
+        kept = getattr(self.linear_solver, "by_kept_factors", None)
+        step = None if kept is None else kept(value)
+        if step is not None:  # factors make the Newton step itself at no product
+            return lane_norm(step)
         n = rhs.shape[-1]
         k = n if self.num_x is None else self.num_x
         v, u, F = rhs.abs().amax(-1).double(), solution.value.abs().double(), value.double()

@@ -198,7 +198,7 @@ class ConstrainedLayer(CopiesFunctions):
         layer = KktLayer(
             scalar,
             finder,
-            self.linear_solver if self.linear_solver is not None else KktSolver(*sizes),
+            self.linear_solver if self.linear_solver is not None else KktSolver(*sizes, keeps=True),
             "argmin",
             False,
             False,
