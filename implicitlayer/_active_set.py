@@ -20,7 +20,7 @@ class ActiveSet:
         kinks: bool masks in the structure of x: entries at a border with a zero multiplier, within ``tolerance``. The
             solution bends there and its derivative is that of one side.
         num_active, num_kinks: how many, tensors [*lanes].
-        kinks_known: False if a projection or prox of the user's own is involved, whose kinks cannot be told.
+        kinks_known: False if a projection or prox of the user's own is involved: kinks that show are told, others not.
         tolerance: tensor [*lanes], the distance to a kink, in units of x, that counts as being there.
         violation: tensor [*lanes], distance of x from the constraints.
         relative_violation: the same over the size of x (or of the step that was projected, where x is near zero).

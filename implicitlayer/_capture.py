@@ -13,13 +13,12 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 
 from implicitlayer._errors import ClosureError
 from implicitlayer._limits_of_torch import leaves_of
 from implicitlayer._normalisation import PLAIN
 from implicitlayer._state import DETACHING, LAYOUT, NUMBERS, NUMPY, FirstRun, Sources, refuse_numbers, refuse_numpy
-from implicitlayer._surroundings import draws_since, plain_surroundings
+from implicitlayer._surroundings import ReadingMode, draws_since, plain_surroundings
 from implicitlayer._tree import is_data, tree_leaves, tree_map
 
 
@@ -27,7 +26,8 @@ def needs_derivative(tensor: torch.Tensor) -> bool:
     """Whether a derivative with respect to ``tensor`` may be asked for, or a transform has wrapped it."""
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return True
-    return tensor.requires_grad or _has_tangent(tensor)
+    with torch._C.DisableTorchFunction():  # the tensor itself, not what an enclosing layer has swapped in for it
+        return tensor.requires_grad or _has_tangent(tensor)
 
 
 def derivatives_possible() -> bool:
@@ -226,7 +226,7 @@ def _tensors_in(values: Iterable[Any], found: list[torch.Tensor]) -> list[torch.
     return found
 
 
-class _Finder(TorchFunctionMode):
+class _Finder(ReadingMode):
     """Collects tensors that enter an operation without being known; keeps all alive, so that ids stay unique."""
 
     def __init__(self, known: Sequence[torch.Tensor], bits: dict[int, int], shift: float = 0.0) -> None:
@@ -355,7 +355,7 @@ def _not_followed(leaf: torch.Tensor | None) -> ClosureError:
     )
 
 
-class _Substitute(TorchFunctionMode):
+class _Substitute(ReadingMode):
     """Swaps the values of closed-over tensors in, and plain operations for torch's normalisations."""
 
     def __init__(

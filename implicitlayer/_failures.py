@@ -9,10 +9,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
+from implicitlayer._errors import SolverOutputError
+from implicitlayer._solution import SolverResult
+from implicitlayer._status import Status
 from implicitlayer._tree import ravel
 from implicitlayer._types import Leaves
 
@@ -40,6 +44,11 @@ def refuse(lanes: torch.Tensor, error: Exception) -> None:
     failed |= lanes
 
 
+def masking() -> bool:
+    """Whether failures mark their lanes, and are no errors."""
+    return getattr(_active, "failed", None) is not None
+
+
 def standing(lanes: torch.Tensor) -> torch.Tensor:
     """Those of ``lanes`` that have not failed: of a failed one no warning is due."""
     failed = getattr(_active, "failed", None)
@@ -65,3 +74,17 @@ def failed_lanes(x: Leaves, lane_dims: int) -> torch.Tensor:
 def finite_data(theta: Leaves) -> Leaves:
     """theta with ones in place of NaN and Inf, which only masked lanes read."""
     return [torch.where(t.isfinite(), t, 1.0) if t.is_floating_point() else t for t in theta]
+
+
+def failed_result(value: Any, error: Exception) -> SolverResult:
+    """What stands for the answer of a solver that raised, in a lane that is masked."""
+    return SolverResult(value, Status.NONFINITE, message=f"the solver raised {type(error).__name__}: {error}")
+
+
+def no_lane_named(error: Exception, lanes: torch.Size) -> SolverOutputError:
+    """The error for a solver of several lanes that raised."""
+    return SolverOutputError(
+        f'the solver of {lanes.numel()} lanes raised {type(error).__name__}: {error}. on_failure="mask" masks lanes, '
+        "and an exception does not say which of them it was about. Return NaN in the lanes that fail, or map over the "
+        "lanes with torch.vmap in place of batch_dims: a solver that raises is then called for one lane at a time."
+    )

@@ -29,6 +29,8 @@ _UNDER_TRANSFORMS = (
     "Closed-over weights and second derivatives need torch.func, which cannot run it. Give an autograd.Function a "
     "setup_context (and generate_vmap_rule = True), remove full backward hooks from the modules"
 )
+_IN_PLACE = "an operation in place on a tensor"
+_OUT = "Write it out of place: x * 2 for x.mul_(2), torch.stack or torch.cat for a buffer that is filled."
 _LIMITS = (
     (
         r"[Dd]erivative for '?(?:aten::)?(\w+)'? is not implemented",
@@ -40,7 +42,8 @@ _LIMITS = (
     ("once_differentiable", "an autograd.Function that is once_differentiable", _PLAINLY),
     ("must override the setup_context", "an autograd.Function without setup_context (or a full backward hook)", ""),
     ("torch.utils.checkpoint|saved tensor hooks", "torch.utils.checkpoint (or hooks on saved tensors)", ""),
-    ("vmap: .*(in-place|inplace)", "an operation in place on a tensor without the lanes of vmap", None),
+    ("vmap: .*(in-place|inplace)|doesn't match the broadcast shape", _IN_PLACE + " without the lanes of vmap", _OUT),
+    ("leaf Variable that requires grad.*in-place|mutate a captured Tensor", _IN_PLACE + " (x or theta)", _OUT),
 )
 
 
@@ -53,13 +56,18 @@ def second_derivatives() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        named = _named(str(error)) if not isinstance(error, ObjectiveError) else None
-        if named is None:
-            raise
-        raise ObjectiveError(named) from error
+        name_limit(error)
+        raise
     finally:
         for switch in switched:
             switch(True)
+
+
+def name_limit(error: Exception) -> None:
+    """Raise an ObjectiveError from ``error`` if it is one of torch's that says what torch cannot do."""
+    named = _named(str(error)) if isinstance(error, RuntimeError) else None
+    if named is not None:
+        raise ObjectiveError(named) from error
 
 
 def _named(message: str) -> str | None:

@@ -28,6 +28,12 @@ _ROUNDINGS = 1e3  # in units of eps: changes of the value below this are roundin
 _LEAF = torch.zeros((), requires_grad=True)
 
 
+def _next_number() -> int:
+    """The number of the first node that is made from now on."""
+    with torch._C.DisableTorchFunction():  # no business of an enclosing finder's
+        return _number_of(_LEAF.view(()))
+
+
 def _number_of(tensor: torch.Tensor) -> int:
     node: Any = tensor.grad_fn
     return -1 if node is None else int(node._sequence_nr())
@@ -68,7 +74,7 @@ class Sources:
         pairs = zip(*flatten_with_names(args[1:], "theta"), strict=True)
         theta = [(leaf, name) for leaf, name in pairs if is_data(leaf)]
         bits = [1 << i if needs_derivative(leaf) else 0 for i, (leaf, _) in enumerate(theta)]
-        return cls((*[0] * first, *bits), tuple(name for _, name in theta), _number_of(_LEAF.view(())), first)
+        return cls((*[0] * first, *bits), tuple(name for _, name in theta), _next_number(), first)
 
     def needs(self, index: int) -> bool:
         """Whether the argument in this place is an unknown or needs a derivative."""

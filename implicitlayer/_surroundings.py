@@ -1,4 +1,4 @@
-"""What surrounds a call must not leak into the solve: saved-tensor hooks, autocast, inference mode, compilers."""
+"""What surrounds a call must not leak into the solve: saved-tensor hooks, autocast, readers, inference, compilers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 _hooks = torch._C._autograd
 P = ParamSpec("P")
@@ -35,6 +36,30 @@ def plain_surroundings(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
         finally:
             for pack, unpack in reversed(popped):
                 _hooks._push_saved_tensors_default_hooks(pack, unpack)
+
+
+class ReadingMode(TorchFunctionMode):
+    """A mode of this library, active while a function of a layer runs: it watches what the function reads."""
+
+
+@contextmanager
+def unread() -> Iterator[None]:
+    """Run the block, the solver of a layer, past the modes of a layer whose function it is called in.
+
+    What a solver does is no part of the function around it: it may use NumPy and Python numbers. Modes of others (a
+    default device is one) stay.
+    """
+    modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())][::-1]
+    others = [mode for mode in modes if not isinstance(mode, ReadingMode)]
+    for mode in others:
+        torch._C._push_on_torch_function_stack(mode)
+    try:
+        yield
+    finally:
+        for _ in others:
+            torch._C._pop_torch_function_stack()
+        for mode in modes:
+            torch._C._push_on_torch_function_stack(mode)
 
 
 def out_of_inference(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from implicitlayer._copying import CopiesFunctions
 from implicitlayer._tree import flatten, lane_reduce
 
 __all__ = ["Bregman", "bregman"]
 
 
 @dataclass(frozen=True, eq=False)
-class Bregman:
+class Bregman(CopiesFunctions):
     """``D(phi, theta) = psi(phi) - psi(theta) - <grad psi(theta), phi - theta>``; made by :func:`bregman`."""
 
     potential: Callable[[Any], torch.Tensor]

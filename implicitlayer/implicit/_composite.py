@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
+from implicitlayer._copying import CopiesFunctions
 from implicitlayer._tree import flatten
 
 __all__ = ["Composite", "composite", "least_squares"]
 
 
 @dataclass(frozen=True, eq=False)
-class Composite:
+class Composite(CopiesFunctions):
     """``objective(x, *theta) = loss(model(x, *theta), *theta)``; made by :func:`composite`, :func:`least_squares`."""
 
     loss: Callable[..., torch.Tensor]

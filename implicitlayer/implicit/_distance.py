@@ -14,6 +14,10 @@
 # forward pass does. Where both agree that the answer is near enough, nothing more is done. Where they do not, the
 # Newton step J^-1 F itself, made once, decides: it is delta to first order.
 #
+# With constraints the unknowns are (x, multipliers), in different units, and J is symmetric: u = J^-1 (v, 0) has the
+# parts u_x = (J^-1)_xx v and u_c = (J^-1)_xc' v, and delta_x = (J^-1)_xx F_x + (J^-1)_xc F_c. So each part of F goes
+# with the same part of u, ||F_x|| ||u_x|| + ||F_c|| ||u_c||, and no unit is mixed with another.
+#
 # NOTE [pieces]: with a set or a regulariser F has pieces, one for each choice of entries that are held, and x* may be
 # on another one than x. If so, the Newton step leads out of the piece of x (a solution of the equation of that piece
 # inside of it would be x*, which is the only one). So the distance that matters is that from the nearest kink, too.
@@ -55,8 +59,9 @@ class AnswerCheck:
     Attributes:
         norm, distance, size: [*lanes], of F(x), from x to a solution (from below), of x.
         rtol, on_failure, linear_solver: of the layer.
-        nearest: [*lanes], distance of the nearest kink; None without one.
+        nearest: [*lanes], distance of the nearest kink; None where there is none to be crossed without a word.
         done: whether nothing is left to find out: the distance is rounding, or was told, or has been decided.
+        num_x: how many entries of the unknowns, from the first, the distance is of; None for all.
     """
 
     norm: torch.Tensor
@@ -67,6 +72,7 @@ class AnswerCheck:
     linear_solver: Any
     nearest: torch.Tensor | None
     done: bool
+    num_x: int | None = None
 
     @classmethod
     def of(
@@ -122,8 +128,13 @@ class AnswerCheck:
         allowed = self.rtol * self.size
         if self.nearest is not None:
             allowed = torch.minimum(allowed, self.nearest / _NEAR)
-        pull = norm * _inverse_metric_norm(operator)
-        suspicious = _below(solution, rhs, pull / allowed.to(pull.dtype)) & (norm > 0)
+        metric = _inverse_metric_norm(operator)
+        pull = norm * metric
+        suspicious = (norm > 0) & (
+            solution.ritz.any_below(pull / allowed.to(pull.dtype))
+            if solution.ritz is not None and not solution.preconditioned
+            else metric * self._reach(value, solution, rhs) > allowed
+        )
         found = AnswerDistance(pull / self.size)
         if not bool(suspicious.any()):
             return found
@@ -133,8 +144,10 @@ class AnswerCheck:
         if not bool(suspicious.any()):
             return found
         step = newton_step(family.residual, x, theta, value, self.linear_solver)
-        relative = torch.where(suspicious, lane_norm(step) / self.size, self.distance / self.size)
-        elsewhere = suspicious & family.residual.leaves_piece(x, theta, unravel(step, x, family.lane_dims))
+        relative = torch.where(suspicious, lane_norm(step[..., : self.num_x]) / self.size, self.distance / self.size)
+        elsewhere = torch.zeros_like(suspicious)
+        if self.nearest is not None:
+            elsewhere = suspicious & family.residual.leaves_piece(x, theta, unravel(step, x, family.lane_dims))
         far = suspicious & (relative > self.rtol)
         found.newton = relative
         if bool(far.any()):
@@ -157,18 +170,22 @@ class AnswerCheck:
             )
         return found
 
+    def _reach(self, value: torch.Tensor, solution: LinearSolution, rhs: torch.Tensor) -> torch.Tensor:
+        """How far the answer may be, [*lanes], by a solve without Ritz values: NOTE [two sides]."""
+        kept = getattr(self.linear_solver, "by_kept_factors", None)
+        step = None if kept is None else kept(value)
+        if step is not None:  # factors make the Newton step itself at no product
+            return lane_norm(step)
+        n = rhs.shape[-1]
+        k = n if self.num_x is None else self.num_x
+        v, u, F = rhs.abs().amax(-1).double(), solution.value.abs().double(), value.double()
+        parts = [lane_norm(F[..., part]) * u[..., part].amax(-1) for part in (slice(k), slice(k, n))[: 1 + (k < n)]]
+        reach: torch.Tensor = math.sqrt(k) * sum(parts) / torch.where(v > 0, v, torch.inf)
+        return reach
+
 
 def _inverse_metric_norm(operator: FlatOperator) -> float | torch.Tensor:
     """||M^-1|| of the metric of an operator, per lane (of a full matrix, by the pivots of its factor)."""
     if operator.metric_factor is not None:
         return operator.metric_factor.diagonal(dim1=-2, dim2=-1).double().amin(-1) ** -2
     return 1.0 if operator.inverse_metric is None else operator.inverse_metric.double().amax(-1)
-
-
-def _below(solution: LinearSolution, rhs: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Lanes whose matrix may have a singular value below ``shift`` [*lanes], as its solve shows: NOTE [two sides]."""
-    own_units = solution.ritz is not None and not solution.preconditioned
-    if own_units and solution.ritz is not None:
-        return solution.ritz.any_below(shift)
-    u, v = (part.abs().amax(-1).double() for part in (solution.value, rhs))
-    return (v > 0) & (shift * u * math.sqrt(rhs.shape[-1]) > v)

@@ -13,12 +13,13 @@ import torch
 
 from implicitlayer._active_set import ActiveSet
 from implicitlayer._errors import ImplicitLayerError, NonFiniteError, ObjectiveError, SolverOutputError
-from implicitlayer._failures import FAILURES, marking, refuse, replaced
+from implicitlayer._failures import FAILURES, failed_result, marking, no_lane_named, refuse, replaced
 from implicitlayer._limits_of_torch import second_derivatives
+from implicitlayer._normalisation import wrong_third_derivative
 from implicitlayer._records import ForwardRecord, emit, listening_in_depth
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
-from implicitlayer._surroundings import out_of_inference, plain_surroundings
+from implicitlayer._surroundings import out_of_inference, plain_surroundings, unread
 from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, name_lanes, unflatten
 from implicitlayer._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.implicit._composite import Composite
@@ -26,7 +27,7 @@ from implicitlayer.implicit._distance import AnswerCheck
 from implicitlayer.implicit._polish import Polish, polish
 from implicitlayer.implicit._stationarity import Stationarity, stationarity
 from implicitlayer.implicit._verdict import judge_answer
-from implicitlayer.linear._residual import Residual
+from implicitlayer.linear._residual import Attached, Residual
 
 if TYPE_CHECKING:
     from implicitlayer.implicit._function import LayerSpec
@@ -62,18 +63,19 @@ class Constraints:
         terms: the user's set or regulariser, to be recognised by a solver that was given the same.
         prox: ``([*y leaves, step], theta leaves) -> leaves``, for one lane of every level.
         examine: ``(residual, x leaves, theta leaves) -> ActiveSet``, of all lanes.
-        judge: applies the failure policy to what was found, and to whether the solver stopped at its step limit.
+        judge: applies the failure policy to what was found, and to whether the solver stopped at its step limit;
+            returns what the derivatives are to check of the answer, where the layer does not measure it otherwise.
     """
 
     terms: Any
     prox: FlatFunction
     examine: Callable[[Residual, Leaves, Leaves], ActiveSet]
-    judge: Callable[[ActiveSet, OnFailure, bool], None]
+    judge: Callable[[ActiveSet, OnFailure, bool], AnswerCheck | None]
 
 
 def solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
     """x leaves, new and detached, from the user's solver; checked, polished and recorded."""
-    with plain_surroundings([*init, *theta]), torch.inference_mode(False):
+    with plain_surroundings([*init, *theta]), unread(), torch.inference_mode(False):
         return _solve_forward(spec, out_of_inference(init), out_of_inference(theta))
 
 
@@ -89,8 +91,13 @@ def _solved(spec: LayerSpec, init: Leaves, theta: Leaves, failed: torch.Tensor |
     init = [t.detach() for t in init]
     theta = [t.detach() for t in theta]
     versions = [t._version for t in theta]
-    with torch.enable_grad():
-        results, lanes = _call_solver(spec, init, theta)
+    try:
+        with torch.enable_grad():
+            results, lanes = _call_solver(spec, init, theta)
+    except FAILURES as error:
+        if failed is None or not failed.ndim or isinstance(error, ImplicitLayerError):
+            raise
+        raise no_lane_named(error, failed.shape) from error
     for i, version in enumerate(versions):
         if theta[i]._version != version:
             raise _changed_in_place(spec.residual, init, theta, i)
@@ -129,7 +136,10 @@ def _checked(
     measures = spec.stationarity_rtol is not None or spec.polish > 0 or (spec.wanted and listening_in_depth())
     at = residual.attached(x, theta) if measures else None  # one run for both checks
     if spec.closed is not None:
-        residual.refuse_hidden(x, theta, spec.closed, at)
+        run = at if at is not None else _run_of(residual, x, theta)
+        residual.refuse_hidden(x, theta, spec.closed, run)
+        spec.flaw[:] = [wrong_third_derivative(run.outputs)]
+        del run
 
     measured: Stationarity | None = None
     polished: Polish | None = None
@@ -147,7 +157,8 @@ def _checked(
         _record(spec, results, measured, kept, active_set, None)
     limited = _worst_status(results) is Status.MAX_STEPS_REACHED and not kept
     if constraints is not None and active_set is not None:
-        constraints.judge(active_set, spec.on_failure, limited)
+        check = constraints.judge(active_set, spec.on_failure, limited)
+        spec.answer[:] = [] if check is None or (failed is not None and bool(failed.any())) else [check]
     if measured is not None and spec.stationarity_rtol is not None:
         rtol, nearest = spec.stationarity_rtol, getattr(active_set, "nearest", None)
         judge_answer(spec, measured, x, theta, limited, polished)
@@ -156,6 +167,15 @@ def _checked(
     if failed is not None:  # what the judges find belongs to the record
         _record(spec, results, measured, kept, active_set, failed.clone())
     return x
+
+
+def _run_of(residual: Residual, x: Leaves, theta: Leaves) -> Attached:
+    """One run of the function with a graph, and nothing made of it."""
+    if not residual.is_gradient:
+        return residual.attached(x, theta)
+    points = [leaf.detach().requires_grad_() for leaf in x]
+    with torch.enable_grad():
+        return Attached(points, [], residual.outputs(points, theta))
 
 
 def _changed_in_place(residual: Residual, init: Leaves, theta: Leaves, index: int) -> ImplicitLayerError:
@@ -187,18 +207,26 @@ def _call_solver(spec: LayerSpec, init: Leaves, theta: Leaves) -> tuple[list[tup
         return [(_run(calling, objective, init, explicit, alone), init)], False
     if not residual.levels or batched:
         objective = SeenFunction(calling, residual, hidden, batched)
-        return [(_run(calling, objective, init, explicit, alone), init)], False
-    # NOTE [lane by lane]: a black box sees one problem at a time, as it would in a Python loop.
-    single = Residual(residual.function, residual.is_gradient, residual.lane_dims_of_function, parts=residual.parts)
+        try:
+            return [(_run(calling, objective, init, explicit, alone), init)], False
+        except FAILURES:
+            if not (spec.masks and residual.levels):
+                raise
+    # NOTE [lane by lane]: a black box sees one problem at a time, as it would in a Python loop. A batched one that has
+    # raised sees one at a time too, with lanes of size one, where a failure is to cost no other lane.
+    single = residual
+    if not batched:
+        single = Residual(residual.function, residual.is_gradient, residual.lane_dims_of_function, parts=residual.parts)
     results = []
     for lane in itertools.product(*(range(size) for size in init[0].shape[: len(residual.levels)])):
+        at = [slice(index, index + 1) if batched else index for index in lane]
         lane_theta = []
         for i, tensor in enumerate(theta):
-            picks = tuple(index for index, (has, _) in zip(lane, residual.levels, strict=True) if has[i])
+            picks = tuple(index for index, (has, _) in zip(at, residual.levels, strict=True) if has[i])
             lane_theta.append(tensor[picks])
-        lane_init = [t[lane] for t in init]
+        lane_init = [t[tuple(at)] for t in init]
         explicit, hidden = lane_theta[: calling.num_theta], lane_theta[calling.num_theta :]
-        objective = SeenFunction(calling, single, hidden, batched=False)
+        objective = SeenFunction(calling, single, hidden, batched)
         results.append((_run(calling, objective, lane_init, explicit, spec.masks and not lanes_inside), lane_init))
     return results, True
 
@@ -260,10 +288,10 @@ def _run(calling: Calling, objective: Callable[..., Any], init: Leaves, theta: L
     run = calling.solver.run if isinstance(calling.solver, RecordingSolver) else calling.solver
     try:
         answer = run(objective, start, *calling.rebuild_theta(theta))
-    except FAILURES:
+    except FAILURES as error:
         if not masks:
             raise
-        return SolverResult(unflatten([torch.full_like(t, math.nan) for t in init], calling.x_spec))
+        return failed_result(unflatten([torch.full_like(t, math.nan) for t in init], calling.x_spec), error)
     aux = None
     if calling.solver_has_aux and not isinstance(answer, SolverResult):
         if not isinstance(answer, tuple) or len(answer) != 2:

@@ -42,6 +42,7 @@ class LayerSpec:
     listener: Callable[[ForwardRecord | BackwardRecord], None] | None = None
     aux: list[Any] = field(default_factory=list)
     answer: list[AnswerCheck] = field(default_factory=list)  # left by forward for the derivatives
+    flaw: list[str] = field(default_factory=list)  # left by forward: why second derivatives would be wrong
 
     @property
     def masks(self) -> bool:
@@ -67,6 +68,7 @@ class LayerSpec:
             "negative_curvature": self.negative_curvature,
             "assumptions": self.assumptions,
             "answer": self.answer[0] if self.answer else None,
+            "flaw": self.flaw[0] if self.flaw else "",
             "listener": self.listener,
         }
 

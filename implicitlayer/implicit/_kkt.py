@@ -6,18 +6,22 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from implicitlayer._active_set import ActiveSet
 from implicitlayer._capture import ClosedOver
+from implicitlayer._copying import CopiesFunctions
 from implicitlayer._flat import Signature
 from implicitlayer._records import Record
 from implicitlayer._surroundings import outside_compiled_code
 from implicitlayer._tree import TreeSpec, flatten_with_names
 from implicitlayer._types import FlatFunction, Leaves, OnFailure
+from implicitlayer.implicit._distance import AnswerCheck
 from implicitlayer.implicit._forward import Constraints
 from implicitlayer.implicit._kkt_active import ActiveConstraints, Tolerances, stacked
 from implicitlayer.implicit._kkt_answer import Caller
 from implicitlayer.implicit._kkt_finder import Finder
-from implicitlayer.implicit._kkt_lagrangian import Form, Lagrangian, masked
+from implicitlayer.implicit._kkt_lagrangian import ConditionsResidual, Form, Lagrangian, masked
 from implicitlayer.implicit._kkt_linear import KktSolver
 from implicitlayer.implicit._layer import ImplicitLayer, check_init
 from implicitlayer.implicit._roles import check_roles
@@ -136,7 +140,7 @@ def constrained_argmin(
 
 
 @dataclass(eq=False)
-class ConstrainedLayer:
+class ConstrainedLayer(CopiesFunctions):
     """A differentiable layer ``(init, *theta) -> x``; made by :func:`constrained_argmin`."""
 
     objective: Callable[..., Any]
@@ -194,7 +198,7 @@ class ConstrainedLayer:
         layer = KktLayer(
             scalar,
             finder,
-            self.linear_solver if self.linear_solver is not None else KktSolver(*sizes),
+            self.linear_solver if self.linear_solver is not None else KktSolver(*sizes, keeps=True),
             "argmin",
             False,
             False,
@@ -204,6 +208,7 @@ class ConstrainedLayer:
             self.batch_dims,
             found=finder.found,
             tolerances=self.tolerances,
+            num_x=sizes[0],
         )
         z = layer(scalar.start(init, lanes), *theta)
         self.records = layer.records
@@ -220,11 +225,13 @@ class KktLayer(ImplicitLayer):
     found: list[ActiveConstraints] = field(default_factory=list)
     tolerances: Tolerances = field(default_factory=Tolerances)
     active_set: ActiveConstraints | None = None
+    num_x: int | None = None  # entries of x in one problem, where the answer may be rough
 
     def _equation(
         self, user_function: Callable[..., Any], x_spec: TreeSpec, signature: Signature, hidden: ClosedOver
     ) -> tuple[FlatFunction, Residual, Constraints | None]:
         function, residual, _ = super()._equation(user_function, x_spec, signature, hidden)
+        residual = ConditionsResidual(**vars(residual))
         seen = masked(function, x_spec.num_leaves)
         return seen, residual, Constraints(None, _no_prox, self._examine, self._judge)
 
@@ -234,11 +241,23 @@ class KktLayer(ImplicitLayer):
         self.active_set = self.found[0] if batched else stacked(self.found, x[0].shape[: len(residual.levels)])
         return self.active_set
 
-    def _judge(self, found: ActiveSet, on_failure: OnFailure, limited: bool) -> None:
+    def _judge(self, found: ActiveSet, on_failure: OnFailure, limited: bool) -> AnswerCheck | None:
         assert isinstance(found, ActiveConstraints)
-        found.judge(on_failure, self.tolerances.stationarity_rtol)
-        if limited and self.tolerances.stationarity_rtol is not None and not getattr(self.solver, "num_polished", 0):
+        rtol = self.tolerances.stationarity_rtol
+        found.judge(on_failure, rtol)
+        if rtol is None:
+            return None
+        if limited and not getattr(self.solver, "num_polished", 0):
             tell_step_limit(on_failure)
+        if self.num_x is None or found.residual is None or found.size is None or found.zero is None:
+            return None  # a quadratic program: its answer is exact for its active set, or refused
+        told = ~((found.stationarity <= rtol) & (found.relative_violation <= rtol))
+        done = on_failure == "ignore" or bool(told.any())
+        size = torch.maximum(found.size, found.zero / max(rtol, torch.finfo(found.zero.dtype).tiny))
+        least = torch.zeros_like(size)  # of the distance
+        nearest = None if bool(found.num_kinks.any()) else found.nearest  # kinks have a warning of their own
+        solver = self.linear_solver
+        return AnswerCheck(found.residual, least, size, rtol, on_failure, solver, nearest, done, self.num_x)
 
 
 def _no_prox(y: Leaves, theta: Leaves) -> Leaves:

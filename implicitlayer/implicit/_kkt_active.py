@@ -71,12 +71,19 @@ class ActiveConstraints(ActiveSet):
         inequality: multipliers of the inequalities, [*lanes, m]; exactly zero where not active.
         stationarity: [*lanes], norm of the gradient of the Lagrangian relative to ``||grad f|| + ||H x||``.
         independent: bool [*lanes], whether the gradients of the constraints that hold are linearly independent.
+        residual: [*lanes], norm of what is left of the conditions of optimality, or of their rounding; None if unknown.
+        size, zero: [*lanes], of x, which distances are compared with; a distance below which nothing is: NOTE [scales].
+        nearest: [*lanes], distance of x from the nearest border of an inequality that does not hold as an equation.
     """
 
     equality: torch.Tensor
     inequality: torch.Tensor
     stationarity: torch.Tensor
     independent: torch.Tensor
+    residual: torch.Tensor | None = None
+    size: torch.Tensor | None = None
+    zero: torch.Tensor | None = None
+    nearest: torch.Tensor | None = None
 
     def judge(self, on_failure: OnFailure, stationarity_rtol: float | None) -> None:
         """Apply the failure policy: outside the constraints, not stationary, at a kink, dependent gradients."""
@@ -185,6 +192,12 @@ class Conditions:
     def _zero(self) -> torch.Tensor:
         return max(ABSOLUTE, 16 * self.eps) * self.reach
 
+    def _rounding(self) -> torch.Tensor:
+        """What the conditions are rounded by, about: a few eps of their terms."""
+        terms = sum((_norm(rows.flatten(-2)) * self.size for rows in (self.rows_h, self.rows_g)), self.scale)
+        rounding: torch.Tensor = 16 * self.eps * terms
+        return rounding
+
     def active_set(
         self,
         equality: torch.Tensor,
@@ -219,6 +232,7 @@ class Conditions:
         off = torch.cat([_over(self.h, _norm(self.rows_h)).abs(), (-distance).clamp(min=0)], -1)
         violation = off.amax(-1) if off.shape[-1] else torch.zeros_like(relative)
         held = active | kinks if hold_kinks else active
+        left = _norm(torch.cat([slope, self.h, torch.where(held, self.g, 0.0)], -1))
         found = ActiveConstraints(
             active=active,
             kinks=kinks,
@@ -232,6 +246,10 @@ class Conditions:
             inequality=kept,
             stationarity=relative,
             independent=self._independent(held),
+            residual=torch.maximum(left, self._rounding()),
+            size=self.size,
+            zero=self._zero(),
+            nearest=torch.where(held, torch.inf, distance).amin(-1) if distance.shape[-1] else None,
         )
         return found, held
 
@@ -267,12 +285,14 @@ def length_of_step(slope: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
 def stacked(found: list[ActiveConstraints], lanes: torch.Size) -> ActiveConstraints:
     """The active sets of single problems, in the order of their lanes, as one."""
 
-    def stack(name: str) -> torch.Tensor:
+    def stack(name: str) -> torch.Tensor | None:
+        if getattr(found[0], name) is None:
+            return None
         parts = torch.stack([getattr(one, name) for one in found])
         return parts.reshape((*lanes, *parts.shape[1:]))
 
     names = [name for name in ActiveConstraints.__dataclass_fields__ if name != "kinks_known"]
-    return ActiveConstraints(kinks_known=True, **{name: stack(name) for name in names})
+    return ActiveConstraints(kinks_known=True, **{name: stack(name) for name in names})  # type: ignore[arg-type]
 
 
 def _norm(vectors: torch.Tensor) -> torch.Tensor:

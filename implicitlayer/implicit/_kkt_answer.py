@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from implicitlayer._errors import NonFiniteError, SolverOutputError
-from implicitlayer._failures import refuse, replaced
+from implicitlayer._failures import FAILURES, failed_result, masking, refuse, replaced
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, name_lanes, unflatten
 from implicitlayer._types import Leaves
@@ -85,7 +85,14 @@ class Caller:
     ) -> Answer:
         run = self.solver.run if isinstance(self.solver, RecordingSolver) else self.solver
         # a copy of init: solvers may work in place
-        answer = run(problem, unflatten([t.clone() for t in init], spec), *theta)
+        try:
+            answer = run(problem, unflatten([t.clone() for t in init], spec), *theta)
+        except FAILURES as error:
+            if lanes or not masking():
+                raise
+            none = [self._vectors(None, form, lanes, init[0].device)[0] for form in self.forms]
+            result = failed_result([torch.full_like(t, torch.nan) for t in init], error)
+            return Answer(result.value, [(none[0], none[1])], [result])
         result = answer if isinstance(answer, SolverResult) else SolverResult(answer)
         try:
             x, given = self._read(result.value, init)

@@ -23,9 +23,9 @@ import torch
 from implicitlayer._errors import ObjectiveError, SolverOutputError
 from implicitlayer._tree import TreeSpec, flatten, ravel, tree_map, unflatten
 from implicitlayer._types import FlatFunction, Leaves
-from implicitlayer.linear._residual import check_value
+from implicitlayer.linear._residual import Residual, check_value
 
-__all__ = ["ConstrainedProblem", "Form", "Lagrangian", "Unknowns", "masked"]
+__all__ = ["ConditionsResidual", "ConstrainedProblem", "Form", "Lagrangian", "Unknowns", "masked"]
 
 
 class Unknowns(NamedTuple):
@@ -236,3 +236,18 @@ class ConstrainedProblem:
             rows.append(ravel(parts, self.lane_dims).double())
         none = ravel(x, self.lane_dims).double().unsqueeze(-2)[..., :0, :]
         return values.detach().double(), torch.stack(rows, -2) if rows else none
+
+
+@dataclass(frozen=True, eq=False)
+class ConditionsResidual(Residual):
+    """The gradient of L: it has one piece for each choice of the inequalities that hold."""
+
+    def leaves_piece(self, x: Leaves, theta: Leaves, step: Leaves) -> torch.Tensor:
+        """Where a multiplier becomes negative on the way, or an inequality that did not hold is crossed."""
+        *there, multipliers, held = [a.detach() - b for a, b in zip(x, step, strict=True)]
+        held, k = x[-1] > 0.5, self.lane_dims
+        pulls = held & (multipliers < 0)
+        free = torch.zeros_like(multipliers)  # at multipliers of zero, all held, the gradient in them is g
+        with torch.enable_grad():
+            g = self([*there, free, torch.ones_like(free)], theta)[-2].detach()
+        return (pulls | (~held & (g > 0))).flatten(k).any(-1)

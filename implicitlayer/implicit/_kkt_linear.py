@@ -172,6 +172,7 @@ class KktSolver(LinearSolver):
         num_unknowns: n. num_equalities, num_inequalities: constraints of either kind.
         max_size: largest n plus number of constraints that is accepted.
         prepared: a list with the matrices (or their factors) at the solution, filled before the first solve, or empty.
+        keeps: whether the first solve leaves its factors there: of a solver that is made for one call of a layer.
 
     Source: Nocedal & Wright, Numerical Optimization, 2nd ed., sections 16.1 (Lemma 16.1 and Theorem 16.3, inertia) and
     16.2 (null space); J. Bunch and L. Kaufman, Math. Comp. 31 (1977).
@@ -182,6 +183,7 @@ class KktSolver(LinearSolver):
     num_inequalities: int
     max_size: int = 4096
     prepared: list[Factors | KktMatrices] = field(default_factory=list, compare=False, repr=False)
+    keeps: bool = False
 
     def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution:
         """Solve for a flat right-hand side [*lanes, n + equalities + 2 inequalities]."""
@@ -201,7 +203,18 @@ class KktSolver(LinearSolver):
             # lanes of the same sizes in another order (vmap of jacrev) show in the true residual
             if solution.status.ok:
                 return solution
-        return self._solve(operator, rhs, KktFactors(self.written_down(operator, rhs), eps))
+        factors = KktFactors(self.written_down(operator, rhs), eps)
+        if self.keeps:
+            self.prepared[:] = [factors]
+        return self._solve(operator, rhs, factors)
+
+    def by_kept_factors(self, rhs: torch.Tensor) -> torch.Tensor | None:
+        """The x part of K^-1 rhs to the accuracy of the factors, at no product; None where there are none that fit."""
+        known = self.prepared[0] if self.keeps and self.prepared else None
+        if known is None or isinstance(known, KktMatrices) or known.codes.shape != rhs.shape[:-1]:
+            return None
+        core = self.num_unknowns + self.num_equalities + self.num_inequalities
+        return known.solve(rhs[..., :core, None].double())[..., : self.num_unknowns, 0]
 
     def _solve(self, operator: FlatOperator, rhs: torch.Tensor, factors: Factors) -> LinearSolution:
         lanes = rhs.shape[:-1]

@@ -9,8 +9,10 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from implicitlayer._capture import ClosedOver, announce, derivatives_possible, find_closed_over, needs_derivative
+from implicitlayer._copying import CopiesFunctions
 from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
 from implicitlayer._flat import Signature, flat_function, flat_parts, like_x
+from implicitlayer._limits_of_torch import name_limit
 from implicitlayer._records import CallRecords, Record
 from implicitlayer._surroundings import out_of_inference, outside_compiled_code
 from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, tree_map, unflatten
@@ -30,7 +32,7 @@ Kind = Literal["argmin", "root", "fixed_point"]
 
 
 @dataclass(eq=False)
-class ImplicitLayer:
+class ImplicitLayer(CopiesFunctions):
     """A differentiable layer ``(init, *theta) -> x``; made by :func:`argmin`.
 
     Attributes:
@@ -112,6 +114,7 @@ class ImplicitLayer:
                     self._read(user_function), (init, *theta), lambda value: self._check_value(value, x, x_spec)
                 )
             except Exception as error:
+                name_limit(error)
                 tell_arguments(error, self.function, init, theta)
                 raise
             _refuse_complex([*tensors, *hidden])
@@ -147,7 +150,8 @@ class ImplicitLayer:
             assumptions=self.assumptions,
             listener=records.listener(),
         )
-        solution = unflatten(ImplicitArgmin.apply(spec, *out_of_inference([*x, *tensors, *hidden])), x_spec)
+        given = [*x, *tensors, *map(announce, hidden)]  # what is hidden may be swapped by a layer around this one
+        solution = unflatten(ImplicitArgmin.apply(spec, *out_of_inference(given)), x_spec)
         if self.solver_has_aux:
             return solution, spec.aux[0] if len(spec.aux) == 1 else list(spec.aux)
         return solution

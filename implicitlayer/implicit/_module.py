@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from implicitlayer._copying import CopiesFunctions
 from implicitlayer._records import Record
 from implicitlayer.implicit._argmin import argmin, fixed_point, root
 from implicitlayer.implicit._layer import ImplicitLayer
@@ -16,12 +17,14 @@ from implicitlayer.implicit._layer import ImplicitLayer
 __all__ = ["ArgminLayer", "FixedPointLayer", "RootLayer"]
 
 
-class ArgminLayer(nn.Module):
+class ArgminLayer(CopiesFunctions, nn.Module):
     """:func:`argmin` as a module: ``forward(*theta) -> x``, or ``forward(init, *theta)`` without a stored ``init``.
 
     An objective that is an ``nn.Module`` is registered, so its parameters are in ``parameters()`` and
     ``state_dict()``, move with ``.to()``, and get gradients. The layer pickles and copies if the objective, solver and
-    ``init`` do (module-level functions and classes, no lambdas).
+    ``init`` do. No lambda pickles; ``copy.deepcopy`` of a module gives a layer in it whose objective is a lambda or
+    nested function over the module (its parts, its tensors) the weights of the copy. What a function reads as a global,
+    or through an object of your own that can be called, stays shared.
 
     The weights of a call are kept for its backward, whatever happens to the module in between
     (``torch.func.functional_call``, ensembles by ``vmap``).

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from implicitlayer._copying import CopiesFunctions
 from implicitlayer._tree import flatten, lane_reduce, leaves_in_order, unflatten
 from implicitlayer.implicit._composite import Composite
 from implicitlayer.implicit._strengths import MatrixStrength, OperatorStrength
@@ -18,7 +19,7 @@ _KNOWN = (MatrixStrength, OperatorStrength)
 
 
 @dataclass(frozen=True, eq=False)
-class Proximal:
+class Proximal(CopiesFunctions):
     """``G(phi, theta, *data) = loss(phi, *data) + 1/2 ||phi - theta||^2_strength``; made by :func:`proximal`."""
 
     loss: Callable[..., torch.Tensor]

@@ -130,6 +130,22 @@ def far_at_other_draws(residual: Residual, x: Leaves, theta: Leaves, allowed: to
     return far
 
 
+def has_random_curvature(residual: Residual, x: Leaves, theta: Leaves, rtol: float) -> torch.Tensor:
+    """Lanes, bool [*lanes], where products with dF/dx differ between draws of a random function by more than rtol.
+
+    F itself may be zero at x in all draws: where a random number multiplies the whole objective, for one.
+    """
+    products = []
+    for _ in range(_DRAWS):
+        at = residual.attached(x, theta)
+        with torch.enable_grad():
+            pulled = at.pull([torch.ones_like(leaf) for leaf in at.value])
+        products.append(ravel([leaf.detach() for leaf in pulled], residual.lane_dims))
+    spread = torch.stack([lane_norm(product - products[0]) for product in products[1:]]).amax(0)
+    random: torch.Tensor = spread > rtol * torch.stack([lane_norm(product) for product in products]).amax(0)
+    return random
+
+
 # NOTE [a Hessian that changes]: a gradient u = H(x)^-1 v errs by the relative change of H between x and x*, whatever
 # the size of x: near the border of a log barrier H changes over a tiny part of x. With a step d along F,
 #     F(x - d) = F - H d + 1/2 (H' d) d + ...,   so that   2 ||F(x - d) - F + H d|| / ||H d||

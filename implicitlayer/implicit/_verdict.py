@@ -16,6 +16,7 @@ from implicitlayer.implicit._stationarity import (
     CLEAR,
     Stationarity,
     far_at_other_draws,
+    has_random_curvature,
     hessian_change,
     is_random,
     is_rounding,
@@ -50,13 +51,10 @@ def judge_answer(
     if spec.closed is not None and spec.closed.draws:
         suspect = bad | far_at_other_draws(spec.residual, x, theta, rtol * measured.size)
     random = suspect & is_random(measured.gradient, spec.residual, x, theta) if bool(suspect.any()) else suspect
+    if spec.closed is not None and spec.closed.draws:
+        random = random | has_random_curvature(spec.residual, x, theta, rtol)
     if bool(random.any()):
-        message = (
-            f"the {_what(spec)} is random{name_lanes(random)}: two evaluations at the solver's answer differ, so there "
-            "is no solution to differentiate at. Dropout in train mode does that (call .eval() on its module), and so "
-            "do torch.rand and torch.randn: draw once, before the layer, and pass the draw as one more theta."
-        )
-        _tell(spec.on_failure, bad | random, message, "random function")
+        _tell_random(spec, random, bad | random)
     elif bool(bad.any()):
         _tell_not_stationary(spec, measured, bad, rtol, limited, refused)
     elif refused and polished is not None:
@@ -70,20 +68,39 @@ def judge_answer(
     elif limited:
         tell_step_limit(spec.on_failure)
     else:
-        change = hessian_change(spec.residual, x, theta, measured)
-        moved = change > _CHANGES * rtol
-        if bool(moved.any()):
-            moved = moved & ~is_rounding(measured.gradient, measured.norm / CLEAR, spec.residual, x, theta)
-        if bool(moved.any()):
-            pick = tuple(moved.nonzero()[0].tolist())
-            message = (
-                f"the solver's answer is about {measured.relative[pick].item():.1e} of its size from the solution, but "
-                f"the Hessian changes by {change[pick].item():.1e} of itself over that distance"
-                f"{name_lanes(moved)} (a barrier, a cusp). The implicit gradient carries an error of that "
-                "order. Solve the inner problem more tightly, pass polish=1 for a Newton step after the solver, or "
-                "stationarity_rtol=None if an early stop is intended."
-            )
-            _tell(spec.on_failure, moved, message, "changing Hessian")
+        _judge_change(spec, measured, x, theta, rtol)
+
+
+def _judge_change(spec: LayerSpec, measured: Stationarity, x: Leaves, theta: Leaves, rtol: float) -> None:
+    """A Hessian that changes between the answer and the solution, or seems to because the function is random."""
+    change = hessian_change(spec.residual, x, theta, measured)
+    moved = change > _CHANGES * rtol
+    if not bool(moved.any()):
+        return
+    moved = moved & ~is_rounding(measured.gradient, measured.norm / CLEAR, spec.residual, x, theta)
+    if not bool(moved.any()):
+        return
+    random = moved & is_random(measured.gradient, spec.residual, x, theta)
+    if bool(random.any()):
+        return _tell_random(spec, random, random)
+    pick = tuple(moved.nonzero()[0].tolist())
+    message = (
+        f"the solver's answer is about {measured.relative[pick].item():.1e} of its size from the solution, but the "
+        f"Hessian changes by {change[pick].item():.1e} of itself over that distance{name_lanes(moved)} (a barrier, a "
+        "cusp). The implicit gradient carries an error of that order. Solve the inner problem more tightly, pass "
+        "polish=1 for a Newton step after the solver, or stationarity_rtol=None if an early stop is intended."
+    )
+    _tell(spec.on_failure, moved, message, "changing Hessian")
+
+
+def _tell_random(spec: LayerSpec, random: torch.Tensor, lanes: torch.Tensor) -> None:
+    """Two evaluations in the ``random`` lanes differ; ``lanes``: those that fail by it."""
+    message = (
+        f"the {_what(spec)} is random{name_lanes(random)}: two evaluations at the solver's answer differ, so there "
+        "is no solution to differentiate at. Dropout in train mode does that (call .eval() on its module), and so "
+        "do torch.rand and torch.randn: draw once, before the layer, and pass the draw as one more theta."
+    )
+    _tell(spec.on_failure, lanes, message, "random function")
 
 
 def _tell(on_failure: OnFailure, lanes: torch.Tensor, message: str, kind: str) -> None:

@@ -58,6 +58,7 @@ class SolveSpec:
     negative_curvature: NegativeCurvature = "raise"
     certify: Certify | None = None
     judge: Judge | None = None
+    flaw: str = ""  # why derivatives in the tensors of the operator would be wrong
     changed: list[str] = field(default_factory=list)  # what a remedy made of the system, told by forward
 
     @property
@@ -65,8 +66,10 @@ class SolveSpec:
         """Whether this is the solve behind a derivative of a solve."""
         return self.kind.startswith(_HIGHER)
 
-    def derivative(self, transposed: bool) -> SolveSpec:
-        """The spec of the solve behind a derivative of this one."""
+    def derivative(self, transposed: bool, of_operator: bool) -> SolveSpec:
+        """The spec of the solve behind a derivative of this one; ``of_operator``: in its tensors too."""
+        if self.flaw and of_operator:
+            raise UnsupportedTransformError(self.flaw)
         if self.changed:
             raise UnsupportedTransformError(_OTHER_SYSTEM.format(kind=self.kind, what=f"was {self.changed[0]}"))
         kind = self.kind if self.of_derivative else f"{_HIGHER} {self.kind}"
@@ -153,8 +156,8 @@ class LinearSolve(torch.autograd.Function):
         u, tensors = list(saved[:k]), list(saved[k:])
         if all(c is None for c in cotangents):
             return (None,) * (1 + k + len(tensors))
-        transposed = spec.derivative(transposed=True)
         needed = ctx.needs_input_grad[1 + k :]
+        transposed = spec.derivative(transposed=True, of_operator=any(needed))
 
         cotangents = alive(cotangents)
 
@@ -178,7 +181,7 @@ class LinearSolve(torch.autograd.Function):
             change = push_tensors(lambda t: spec.operator.product(u, t), tensors, vectors[k:], like=u)
             if change is not None:
                 rhs = [b - c for b, c in zip(rhs, change, strict=True)]
-            return solve(spec.derivative(transposed=False), rhs, tensors)
+            return solve(spec.derivative(transposed=False, of_operator=change is not None), rhs, tensors)
 
         with plain_surroundings(tensors), second_derivatives():
             return tuple(over_batched_vectors(rule, tangents))

@@ -19,13 +19,14 @@ from typing import Any, ClassVar
 import torch
 from torch.utils import _pytree as pytree
 
+from implicitlayer._copying import CopiesFunctions
 from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, ravel, tree_map, unflatten, unravel
 from implicitlayer._types import Leaves
 
 __all__ = ["PerPart", "ProximalTerm", "resolve"]
 
 
-class ProximalTerm:
+class ProximalTerm(CopiesFunctions):
     """A set, or a convex term added to the objective, known by its proximal operator.
 
     x and y are pytrees whose leaves have the same ``lane_dims`` leading lane dimensions; ``step`` has shape [*lanes].

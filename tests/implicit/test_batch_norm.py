@@ -3,6 +3,7 @@
 # Newton is exact to 1e-15; linear solves at rtol 1e-12, systems of condition below 50. Finite differences of a solution
 # with h = 1e-5: truncation 1e-9 (third derivatives up to 10), rounding 1e-10.
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -115,26 +116,71 @@ def test_running_statistics_in_train_mode_are_an_error_that_names_the_remedies()
 
 NORMALISATIONS = {
     "layer norm": lambda z: nn.functional.layer_norm(z, (4,)),
+    "torch.layer_norm": lambda z: torch.layer_norm(z, (4,)),
+    "torch.batch_norm": lambda z: torch.batch_norm(z, None, None, None, None, True, 0.1, 1e-5, False),
+    "torch.instance_norm": lambda z: (
+        torch.instance_norm(z.T[None], None, None, None, None, True, 0.1, 1e-5, False)[0].T
+    ),
     "group norm": lambda z: nn.functional.group_norm(z, 2),
     "instance norm": lambda z: nn.functional.instance_norm(z.T[None])[0].T,
     "rms norm": lambda z: nn.functional.rms_norm(z, (4,)),
+    "frozen batch norm": lambda z: nn.functional.batch_norm(z, ZEROS.new_ones(4), 2 * ZEROS.new_ones(4)),
 }
 
 
-@pytest.mark.parametrize("kind", NORMALISATIONS)
-def test_second_order_through_other_normalisations_agrees_with_finite_differences(kind: str) -> None:
-    """A layer's second order needs third derivatives of its objective."""
+def normalised(kind: Callable[[Tensor], Tensor], proximal: bool = False) -> Callable[[Tensor], Tensor]:
+    """A loss of a scale of the data, through a layer whose objective normalises."""
     first, second = randn(3, 4, seed=5), randn(4, seed=6)
 
     def objective(x: Tensor, data: Tensor) -> Tensor:
-        hidden = torch.tanh(NORMALISATIONS[kind]((data * (1 + x)) @ first))
-        return nn.functional.softplus(hidden @ second).mean() + 2 * (x**2).sum()
+        hidden = torch.tanh(kind((data * (1 + x)) @ first))
+        return nn.functional.softplus(hidden @ second).mean() + (0 if proximal else 2 * (x**2).sum())
 
-    layer = il.argmin(objective, newton, linear_solver=CG)
-    loss = lambda scale: (layer(ZEROS, DATA[0] * scale) ** 3).sum()  # noqa: E731
-    at = torch.tensor([1.0, 0.8, 1.2], dtype=F64)
-    expected = torch.stack([central_differences(lambda s, i=i: grad(loss)(s)[i], at, 1e-5) for i in range(3)])
-    assert float((hessian(loss)(at) - expected).abs().max()) < 1e-7  # solves good to 1e-12 / 1e-5
+    made = il.argmin(il.proximal(objective, 4.0) if proximal else objective, newton, linear_solver=CG)
+    given = (ZEROS, ZEROS) if proximal else (ZEROS,)
+    return lambda scale: (made(*given, DATA[0] * scale) ** 3).sum()
+
+
+AT = torch.tensor([1.0, 0.8, 1.2], dtype=F64)
+
+
+@pytest.mark.parametrize("proximal", [False, True], ids=["", "proximal"])
+@pytest.mark.parametrize("kind", NORMALISATIONS)
+def test_second_order_through_other_normalisations_agrees_with_finite_differences(kind: str, proximal: bool) -> None:
+    """A layer's second order needs third derivatives of its objective."""
+    loss = normalised(NORMALISATIONS[kind], proximal)
+    expected = torch.stack([central_differences(lambda s, i=i: grad(loss)(s)[i], AT, 1e-5) for i in range(3)])
+    assert float((hessian(loss)(AT) - expected).abs().max()) < 1e-7  # solves good to 1e-12 / 1e-5
+
+
+def test_second_order_of_attention_with_layer_norm_agrees_with_finite_differences() -> None:
+    def block(z: Tensor) -> Tensor:
+        z = nn.functional.layer_norm(z, (4,))
+        return nn.functional.scaled_dot_product_attention(z[None], z[None] * 0.7, z[None])[0]
+
+    with nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):  # newton takes second derivatives itself
+        loss = normalised(block, proximal=True)
+        expected = torch.stack([central_differences(lambda s, i=i: grad(loss)(s)[i], AT, 1e-5) for i in range(3)])
+        assert float((hessian(loss)(AT) - expected).abs().max()) < 1e-7
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        lambda z: torch.native_layer_norm(z, (4,), None, None, 1e-5)[0],
+        lambda z: torch.ops.aten.layer_norm.default(z, [4]),
+        lambda z: torch.native_batch_norm(z, None, None, None, None, True, 0.1, 1e-5)[0],
+    ],
+)
+def test_second_order_through_a_kernel_that_torch_differentiates_wrongly_is_refused(
+    kernel: Callable[[Tensor], Tensor],
+) -> None:
+    loss, scale = normalised(kernel), AT.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(scale), scale, create_graph=True)  # the first derivative is right
+    assert float((gradient - central_differences(lambda s: loss(s).detach(), AT, 1e-5)).detach().abs().max()) < 1e-8
+    for second in (lambda: torch.autograd.grad(gradient.sum(), scale), lambda: hessian(loss)(AT)):
+        with pytest.raises(il.UnsupportedTransformError, match=r"third derivative.*wrong in torch.*torch\.nn"):
+            second()
 
 
 def test_running_statistics_of_instance_norm_are_an_error_too() -> None:

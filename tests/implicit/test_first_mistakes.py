@@ -247,6 +247,35 @@ def test_randomness_in_the_objective_is_named(objective: Any, dtype: torch.dtype
             il.argmin(objective, answer, on_failure="raise")(ZEROS.to(dtype), t)
 
 
+@pytest.mark.parametrize("noise", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("numpy", [False, True])
+def test_small_randomness_is_named_and_not_called_a_changing_hessian(noise: float, numpy: bool) -> None:
+    generator = np.random.default_rng(0)
+    draw = lambda: torch.from_numpy(generator.normal(size=3)) if numpy else torch.randn(3, dtype=F64)  # noqa: E731
+    t = theta().detach().requires_grad_()
+    torch.manual_seed(0)
+    layer = il.argmin(lambda x, t: ((x - t) ** 2 + (x - t) ** 4 + noise * draw() * x).sum(), lambda f, x, t: t.detach())
+    with pytest.warns(il.StationarityWarning, match="gradient of the objective is random"):
+        layer(ZEROS, t)
+
+
+def test_randomness_that_leaves_the_solution_where_it_is_is_named() -> None:
+    """The answer is the solution for every draw, and the Hessian another one for each."""
+    t = theta().detach().requires_grad_()
+    layer = il.argmin(lambda x, t: torch.rand((), dtype=F64) * ((x - t) ** 2).sum(), lambda f, x, t: t.detach())
+    with pytest.warns(il.StationarityWarning, match="gradient of the objective is random"):
+        layer(ZEROS, t)
+
+
+def test_drawn_numbers_that_change_nothing_are_no_randomness() -> None:
+    def objective(x: Tensor, t: Tensor) -> Tensor:
+        torch.rand(3)
+        return (torch.nn.functional.dropout(x - t, 0.0) ** 2).sum()
+
+    t = theta().detach().requires_grad_()
+    il.argmin(objective, lambda f, x, t: t.detach(), on_failure="raise")(ZEROS, t).sum().backward()
+
+
 @pytest.mark.parametrize("make", [il.root, il.fixed_point])
 def test_randomness_in_a_residual_or_a_map_is_named(make: Any) -> None:
     with pytest.warns(il.StationarityWarning, match="the residual is random"):
@@ -309,3 +338,33 @@ def test_a_maximum_is_called_one_and_a_saddle_is_not(settings: dict[str, Any]) -
 def test_a_maximum_in_a_batch_is_told_with_its_lane() -> None:
     message = indefinite(CURVATURES, torch.ones(3, 3, dtype=F64))
     assert f"{AT_MAXIMUM} in lane 0 of (3,)" in message
+
+
+def doubled_in_place(x: Tensor, t: Tensor) -> Tensor:
+    x.mul_(2)
+    return ((x - t) ** 2).sum()
+
+
+def theta_in_place(x: Tensor, t: Tensor) -> Tensor:
+    t.add_(1)
+    return ((x - t) ** 2).sum()
+
+
+def filled(x: Tensor, t: Tensor) -> Tensor:
+    buffer = torch.zeros(3, dtype=F64)
+    buffer[0] = x[0]
+    buffer += t * x
+    return (buffer**2).sum() + ((x - t) ** 2).sum()
+
+
+@pytest.mark.parametrize("objective", [doubled_in_place, theta_in_place, filled])
+@pytest.mark.parametrize("lanes", [False, True])
+def test_an_operation_in_place_in_an_objective_is_right_or_refused_with_the_remedy(objective: Any, lanes: bool) -> None:
+    if objective is filled and not lanes:  # a buffer of one's own is no trouble
+        t = theta().detach().requires_grad_()
+        il.argmin(objective, SOLVER, on_failure="ignore")(ZEROS, t).sum().backward()
+        return
+    loss = lambda t: il.argmin(objective, SOLVER)(ZEROS, t).sum()  # noqa: E731
+    run, t = (torch.func.vmap(torch.func.grad(loss)), torch.ones(2, 3, dtype=F64)) if lanes else (loss, theta())
+    with pytest.raises(il.ObjectiveError, match=r"in place|out of place"):
+        run(t)

@@ -186,3 +186,90 @@ def test_a_lane_of_a_constrained_layer_is_masked(how: str) -> None:
     assert x1[BAD].isnan().all() and torch.equal(x1[keep], x0[keep])
     torch.testing.assert_close(g1[keep], g0[keep], rtol=0, atol=1e-13)  # rounding of a solve of size 4
     assert (g1[BAD] == 0).all()
+
+
+class _Raises:
+    """sqrt(t / s), which raises where it meets a negative number."""
+
+    batched = True
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, ...]] = []
+
+    def __call__(self, f: Any, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        self.calls.append(tuple(x.shape))
+        if bool((t < 0).any()):
+            raise torch.linalg.LinAlgError("no root")
+        return (t / s) ** 0.5
+
+
+@pytest.mark.parametrize("kind", ["argmin", "root", "box"])
+def test_a_batched_solver_that_raises_under_vmap_costs_its_lane_alone(kind: str) -> None:
+    t, s = torch.tensor([4.0, -1.0, 9.0], dtype=F64, requires_grad=True), torch.tensor(2.0, dtype=F64)
+    solver = _Raises()
+    if kind == "root":
+        made = il.root(lambda x, t, s: s * x * x - t, solver, on_failure="mask")
+    else:
+        box = il.sets.Box(0.0, 100.0) if kind == "box" else None
+        objective = lambda x, t, s: s * x**3 / 3 - t * x  # noqa: E731
+        made = il.argmin(objective, solver, constraint=box, on_failure="mask")
+    with il.diagnostics() as records:
+        x = torch.vmap(made, (None, 0, None))(torch.ones((), dtype=F64), t, s)
+    assert x.isnan().tolist() == [False, True, False]
+    assert records[0].failed is not None and records[0].failed.tolist() == [False, True, False]
+    assert "nonfinite" in str(records[0].solver_status).lower()
+    assert solver.calls == [(3,), (1,), (1,), (1,)]
+    good = torch.tensor([4.0, 9.0], dtype=F64)
+    # dx / dt = 1 / (2 s x); solves to 1e-10
+    gradient = torch.autograd.grad(x.nansum(), t)[0]
+    assert float(gradient[1]) == 0.0
+    torch.testing.assert_close(gradient[[0, 2]], 1 / (4 * (good / 2) ** 0.5), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_solver_of_several_lanes_that_raises_is_told_what_to_do(batched: bool) -> None:
+    solver = _Raises()
+    run: Any = solver if batched else lambda *args: solver(*args)
+    made = il.root(lambda x, t, s: s * x * x - t, run, on_failure="mask", batch_dims=1)
+    t, s = torch.tensor([4.0, -1.0, 9.0], dtype=F64, requires_grad=True), torch.tensor(2.0, dtype=F64)
+    with pytest.raises(
+        il.SolverOutputError, match=r"solver of 3 lanes raised.*no root.*Return NaN.*torch\.vmap"
+    ) as info:
+        made(torch.ones(3, dtype=F64), t, s)
+    assert isinstance(info.value.__cause__, torch.linalg.LinAlgError)
+    with pytest.raises(torch.linalg.LinAlgError):  # without masks it is the solver's own
+        il.root(lambda x, t, s: s * x * x - t, run, batch_dims=1)(torch.ones(3, dtype=F64), t, s)
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_solver_that_raises_for_a_lane_of_a_constrained_layer(batched: bool) -> None:
+    class Solver:
+        def __call__(self, problem: Any, x: Tensor, t: Tensor) -> Tensor:
+            mine = t if self.batched else t[problem.lane]
+            if bool((mine < 0).any()):
+                raise ZeroDivisionError("division by zero")
+            return mine + (1 - mine.sum(-1, keepdim=True)) / N
+
+    Solver.batched = batched  # type: ignore[attr-defined]
+    layer = il.constrained_argmin(
+        lambda x, t: ((x - t) ** 2).sum(-1),
+        Solver(),
+        equality=lambda x, t: x.sum(-1) - 1,
+        batch_dims=1,
+        on_failure="mask",
+    )
+    t = good_theta()
+    t[BAD, 0] = -1.0
+    t.requires_grad_()
+    if batched:
+        with pytest.raises(il.SolverOutputError, match=r"solver of 4 lanes raised ZeroDivisionError"):
+            layer(torch.zeros(LANES, N, dtype=F64), t)
+        return
+    x = layer(torch.zeros(LANES, N, dtype=F64), t)
+    keep = torch.arange(LANES) != BAD
+    assert x[BAD].isnan().all()
+    torch.testing.assert_close(x[keep], (t + (1 - t.sum(-1, keepdim=True)) / N)[keep], rtol=1e-14, atol=1e-14)
+    w = torch.arange(1.0, N + 1, dtype=F64)
+    gradient = torch.autograd.grad((x[keep] * w).sum(), t)[0]
+    torch.testing.assert_close(gradient[keep], (w - w.mean()).expand(LANES - 1, N), rtol=1e-10, atol=1e-12)
+    assert not gradient[BAD].any()

@@ -13,8 +13,8 @@ LINEAR_MUTANTS = [
     Mutant(
         "derivative of a solve without the transpose",
         SOLVE,
-        "transposed = spec.derivative(transposed=True)",
-        "transposed = spec.derivative(transposed=False)",
+        "transposed = spec.derivative(transposed=True, of_operator=any(needed))",
+        "transposed = spec.derivative(transposed=False, of_operator=any(needed))",
         "second derivatives of roots",
         near="root, double",
     ),

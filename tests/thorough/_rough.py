@@ -76,6 +76,44 @@ def work_step_limited(
     trial.compare("gradient", [got], [right], allowed)
 
 
+def work_rough_constrained(trial: Trial, n: int, tenths: int, seed: int, distance: int, hidden: int, kind: int) -> None:
+    """1/2 x'Hx + s/2 x'x - p'x with a'x = 1 or a'x <= 1 at s = 0, and an answer that is off along the constraint.
+
+    ``hidden``: the error lies along the flattest direction, behind 1e-3 of it along the steepest one.
+    """
+    trial.kind, trial.must = ("equation", "inequality")[kind], "either"
+    problem = testing.quadratic_problem(n, log10_cond=tenths / 10, seed=seed)
+    matrix = problem.theta[0].detach()
+    z, a, v, w = (testing.normal_tensor((n,), seed=seed + i) for i in (1, 2, 3, 4))
+    exact = z - a * (a @ z - 1) / (a @ a)
+    p = matrix @ exact + float(matrix.diagonal().mean()) * a
+    tangent = torch.linalg.qr(torch.cat([a[:, None], torch.eye(n, dtype=F64)], 1))[0][:, 1:n]
+    values, vectors = torch.linalg.eigh(tangent.T @ matrix @ tangent)
+    modes = tangent @ vectors
+    error = modes[:, 0] + 1e-3 * modes[:, -1] if hidden else modes @ (modes.T @ w)
+    answer = exact + 10.0 ** (-distance / 4) * exact.norm() * error / error.norm()
+    u = modes @ ((modes.T @ v) / values)
+    side = {("equality", "inequality")[kind]: lambda x, s: a @ x - 1}
+    layer = il.constrained_argmin(
+        lambda x, s: 0.5 * x @ matrix @ x + 0.5 * s * x @ x - p @ x, lambda problem, x, s: answer.clone(), **side
+    )
+    s = torch.zeros((), dtype=F64, requires_grad=True)
+    x = layer(torch.zeros(n, dtype=F64), s)
+    (got,) = torch.autograd.grad(x, s, v)
+    condition, size = float(values[-1] / values[0]), float(answer.norm())
+    away = float((x.detach() - exact).norm())
+    blurred = 1 + condition * residual_allowed(F64, n)
+    trial.numbers["away / allowed"] = away / (LIMIT * size)
+    # the other side of the check: the conditions hold to LIMIT of their own terms, which cancel at most all but away
+    if away * blurred < LIMIT * size / 10 and condition < 1e6:
+        trial.must = "right"
+    trial.claim(away <= LIMIT * size * blurred, f"the answer is {away / size:.1e} of its size away")
+    right = -(u @ exact)
+    cancelled = float(u.norm() * exact.norm() / right.abs())
+    allowed = cancelled * (LIMIT * blurred * size / float(exact.norm()) + condition * residual_allowed(F64, n))
+    trial.compare("gradient", [got], [right], allowed)
+
+
 def coordinate_descent(data: np.ndarray, target: np.ndarray, strength: float, sweeps: int, tolerance: float) -> Any:
     """The lasso 1/2m |X x - y|^2 + a |x|_1 by cyclic coordinate descent from zero, until no entry moves by more.
 
@@ -176,6 +214,9 @@ FAMILIES = [
     DrawnFamily("step limit", "solvers that stop early, at conditions of 1e2 to 1e8", 900,
                 {"solver": (0, 4), "n": (2, 30), "tenths": (20, 80), "seed": SEEDS, "steps": (1, 200), "told": (0, 1),
                  "linear": (0, 2)}, work_step_limited),
+    DrawnFamily("rough, constrained", "answers under constraints that are off, at conditions of 1e2 to 1e8", 400,
+                {"n": (2, 20), "tenths": (20, 80), "seed": SEEDS, "distance": (4, 40), "hidden": (0, 1),
+                 "kind": (0, 1)}, work_rough_constrained),
     DrawnFamily("loose lasso", "L1 layers around coordinate descent that stops early", 700,
                 {"m": (5, 20), "n": (3, 20), "seed": SEEDS, "strength": (3, 25), "tolerance": (2, 16),
                  "polish": (0, 1)}, work_lasso),
