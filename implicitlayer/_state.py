@@ -47,6 +47,7 @@ NUMBERS: dict[Any, Callable[[torch.Tensor, float], Any]] = {
 }
 NUMPY: set[Any] = {torch.Tensor.numpy, torch.Tensor.__array__}
 LAYOUT: Any = torch.Tensor.layout.__get__  # type: ignore[attr-defined]  # reads no entry
+BORROWING: set[Any] = {torch.as_tensor, torch.asarray, torch.frombuffer}
 DETACHING: set[Any] = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
 
 

@@ -11,6 +11,7 @@ import torch
 from implicitlayer._capture import ClosedOver, announce, derivatives_possible, find_closed_over, needs_derivative
 from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
 from implicitlayer._flat import Signature, flat_function, flat_parts, like_x
+from implicitlayer._limits_of_torch import limits_named
 from implicitlayer._records import CallRecords, Record
 from implicitlayer._surroundings import out_of_inference, outside_compiled_code
 from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, tree_map, unflatten
@@ -108,9 +109,10 @@ class ImplicitLayer:
         if watched:
             # the function is run for this anyway: what is wrong with its value is said before the solver starts
             try:
-                hidden = find_closed_over(
-                    self._read(user_function), (init, *theta), lambda value: self._check_value(value, x, x_spec)
-                )
+                with limits_named():
+                    hidden = find_closed_over(
+                        self._read(user_function), (init, *theta), lambda value: self._check_value(value, x, x_spec)
+                    )
             except Exception as error:
                 tell_arguments(error, self.function, init, theta)
                 raise
@@ -165,6 +167,7 @@ class ImplicitLayer:
             function=_minus_identity(function) if self.kind == "fixed_point" else function,
             is_gradient=self.kind == "argmin",
             lane_dims_of_function=self.batch_dims,
+            num_fixed=len(hidden) if hidden.checkpoints else 0,
             parts=flat_parts(self.function, x_spec, signature, hidden, self.batch_dims),
         )
         return function, residual, None
