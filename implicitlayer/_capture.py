@@ -118,7 +118,7 @@ def find_closed_over(
     """
     leaves = [leaf for leaf in tree_leaves(args) if is_data(leaf)]
     plain = not plainly_impossible()
-    sources = Sources.of(args, needs_derivative)
+    sources = Sources.of(args, leaves, needs_derivative)
 
     def run(shift: float = 0.0) -> tuple[_Finder, Any]:
         aliases = {id(leaf): _alias(leaf, plain and sources.needs(i)) for i, leaf in enumerate(leaves)}
@@ -226,7 +226,7 @@ def call_with(
         raise _read_again(originals)
     given = None if first is None or not watched else first.given(args)
     operations = {} if closed.checkpoints else PLAIN  # a checkpoint would run again without this mode
-    with _Substitute(originals, values, operations, closed.constants, given) as mode:
+    with _Substitute(originals, values, operations, given) as mode:
         result = function(*args)
     if reading is not None:
         reading.add(mode)
@@ -351,26 +351,28 @@ class _Substitute(TorchFunctionMode):
         originals: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
         operations: dict[Any, Any],
-        constants: Sequence[tuple[torch.Tensor, int]] = (),
         given: dict[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.operations = operations
-        self.given = given
-        self.read = 0
-        self.constants = {id(tensor) for tensor, _ in constants}
-        self.met: set[int] = set()
-        self.values = {id(old): new for old, new in zip(originals, values, strict=True)}
-        self.unmet = {id(old): tuple(old.shape) for old in originals}
+        self.originals, self.operations, self.given = originals, operations, given or {}
+        self.met: set[int] = set()  # ids of all that entered an operation; what is asked for here outlives the run
+        self.values = {id(old): new for old, new in zip(originals, values, strict=True) if new is not old}
+
+    @property
+    def read(self) -> int:
+        """The bits of the arguments that were read."""
+        read = 0
+        for key, bits in self.given.items():
+            read |= bits if key in self.met else 0
+        return read
+
+    @property
+    def unmet(self) -> dict[int, tuple[int, ...]]:
+        """Shapes of the originals that were not read, by id."""
+        return {id(old): tuple(old.shape) for old in self.originals if id(old) not in self.met}
 
     def swap(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            self.unmet.pop(id(value), None)
-            if self.given is not None:
-                self.read |= self.given.get(id(value), 0)
-                self.met.add(id(value))
-            elif id(value) in self.constants:
-                self.met.add(id(value))
             return self.values.get(id(value), value)
         if isinstance(value, (list, tuple)):
             items = [self.swap(item) for item in value]
@@ -382,5 +384,9 @@ class _Substitute(TorchFunctionMode):
         return value
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = self.swap(args), (self.swap(kwargs) if kwargs else {})
+        kwargs = kwargs or {}
+        entering = _tensors_in(args, [])
+        self.met.update(map(id, _tensors_in(kwargs.values(), entering) if kwargs else entering))
+        if self.values:
+            args, kwargs = self.swap(args), self.swap(kwargs)
         return self.operations.get(func, func)(*args, **kwargs)
