@@ -49,7 +49,7 @@ def derivatives_possible() -> bool:
 # and a derivative can be asked for there. Other tensors have a graph that leads on, perhaps into a second one that was
 # found, and would be counted twice; hooks of a leaf would run twice. These are swapped.
 #
-# NOTE [constants]: a backward may run the function again, perhaps long after the call. A closure then reads what its names
+# NOTE [constants]: a backward may run it again, perhaps long after the call. A closure then reads what its names
 # mean by that time: in a loop over data sets, the last one. So the tensors from outside that need no derivative are
 # remembered with their versions, and a later run that does not read them, or finds them changed, is an error. Those
 # that the first run after the finder's does not meet were made by the function itself (torch.from_numpy is not seen).
