@@ -290,7 +290,7 @@ class _Finder(TorchFunctionMode):
         entering = _tensors_in(args, [])
         if kwargs:
             _tensors_in(kwargs.values(), entering)
-        if func in BORROWING:
+        if func in BORROWING and not isinstance(args[0] if args else None, float | int | torch.Tensor):
             self.borrows = True
         if func in PLAIN:
             self.normalises = True

@@ -275,7 +275,9 @@ class ProxResidual(Residual):
         # no reference to this residual: a circle would keep the tensors until the garbage collector comes
         lanes = self.lane_dims, len(self.levels), self.over_lanes(self.report)
         detached = all(leaf is None for leaf in slopes)
-        return At(points, theta, value, [values, *near], *lanes, x, detached, slope, y, near, diagonal, step)
+        # nor to x, which may become the layer's output and hold the graph that holds this
+        here = [leaf.detach() for leaf in x]
+        return At(points, theta, value, [values, *near], *lanes, here, detached, slope, y, near, diagonal, step)
 
     def _step(self, points: Leaves, slope: Leaves) -> torch.Tensor:
         lanes, kept = points[0].shape[: self.lane_dims], self.of_call.step

@@ -80,13 +80,17 @@ def forward(call: Callable[[Tensor], Any]) -> None:
     call(TARGET.detach())
 
 
+def kept(call: Callable[[Tensor], Any]) -> None:
+    call(TARGET)  # with a graph for a backward that never comes
+
+
 def watched(call: Callable[[Tensor], Any]) -> None:
     with il.diagnostics() as records:
         call(TARGET).sum().backward()
     assert [str(record) for record in records]
 
 
-@pytest.mark.parametrize("use", [forward, backward, watched])
+@pytest.mark.parametrize("use", [forward, kept, backward, watched])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_call_leaves_nothing_to_the_garbage_collector(name: str, use: Callable[..., None]) -> None:
     use(LAYERS[name])  # what is made once and kept is made now
