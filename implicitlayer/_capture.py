@@ -15,10 +15,19 @@ import torch
 from torch.autograd import forward_ad
 
 from implicitlayer._errors import ClosureError
-from implicitlayer._limits_of_torch import leaves_of
 from implicitlayer._normalisation import PLAIN
-from implicitlayer._state import DETACHING, LAYOUT, NUMBERS, NUMPY, FirstRun, Sources, refuse_numbers, refuse_numpy
-from implicitlayer._surroundings import ReadingMode, draws_since, plain_surroundings
+from implicitlayer._state import (
+    BORROWING,
+    DETACHING,
+    LAYOUT,
+    NUMBERS,
+    NUMPY,
+    FirstRun,
+    Sources,
+    refuse_numbers,
+    refuse_numpy,
+)
+from implicitlayer._surroundings import ReadingMode, draws_since, plain_surroundings, saves_by_hooks
 from implicitlayer._tree import is_data, tree_leaves, tree_map
 
 
@@ -35,7 +44,12 @@ def derivatives_possible() -> bool:
     return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-# NOTE [constants]: a backward runs the function again, perhaps long after the call. A closure then reads what its names
+# NOTE [leaves]: a mode swaps what torch's functions read. It does not see what a custom Function hands to autograd, nor
+# what a checkpoint reads when it runs its part again. Plain autograd needs no swap for a leaf: the graph ends there,
+# and a derivative can be asked for there. Other tensors have a graph that leads on, perhaps into a second one that was
+# found, and would be counted twice; hooks of a leaf would run twice. These are swapped.
+#
+# NOTE [constants]: a backward may run it again, perhaps long after the call. A closure then reads what its names
 # mean by that time: in a loop over data sets, the last one. So the tensors from outside that need no derivative are
 # remembered with their versions, and a later run that does not read them, or finds them changed, is an error. Those
 # that the first run after the finder's does not meet were made by the function itself (torch.from_numpy is not seen).
@@ -47,6 +61,9 @@ class ClosedOver(list[torch.Tensor]):
     Attributes:
         normalises: whether the function calls a normalisation of torch.
         draws: whether the function draws random numbers from torch's generators.
+        checkpoints: whether it saves tensors by hooks of its own, as torch.utils.checkpoint does.
+        borrows: whether it makes tensors of arrays that others may write to.
+        stood: whether a plain graph was made in which they stand for themselves; see NOTE [leaves].
         constants: all other tensors from outside, with their versions; see NOTE [constants].
         settled: whether a second run has confirmed the constants.
         first: what the first run leaves for the second to check; see NOTE [state].
@@ -54,23 +71,33 @@ class ClosedOver(list[torch.Tensor]):
 
     normalises: bool = False
     draws: bool = False
+    checkpoints: bool = False
+    borrows: bool = False
+    stood: bool = False
     constants: tuple[tuple[torch.Tensor, int], ...] = ()
     settled: bool = False
     first: FirstRun | None = None
 
+    def standing(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors, where each of ``values`` is one and stands for itself, else none; see NOTE [leaves]."""
+        pairs = zip(self, values, strict=True)
+        stand = all(own is value and own.is_leaf and not own._backward_hooks for own, value in pairs)
+        return list(self) if stand else []
+
     def settle(self, met: set[int], read: int) -> None:
         """Keep the constants that a second run has met; ``read``: the theta that it has read."""
-        self.constants = tuple((tensor, version) for tensor, version in self.constants if id(tensor) in met)
-        self.settled = True
+        kept = tuple((tensor, version) for tensor, version in self.constants if id(tensor) in met)
+        self.borrows |= len(kept) < len(self.constants)
+        self.constants, self.settled = kept, True
         first, self.first = self.first, None  # it holds the arguments of the call
         if first is not None:
             first.check(met, read)
 
-    def check_constants(self, met: set[int]) -> None:
-        """Raise if a later run did not meet a constant, or met it changed."""
+    def refuse_changed(self, met: set[int] | None = None) -> None:
+        """Raise if a constant has been changed in place, or is none of those that a later run has ``met``."""
         for tensor, version in self.constants:
             changed = tensor._version != version
-            if changed or id(tensor) not in met:
+            if changed or (met is not None and id(tensor) not in met):
                 raise ClosureError(
                     f"since the layer was called, a tensor of shape {tuple(tensor.shape)} that the objective closes "
                     "over "
@@ -91,7 +118,7 @@ def find_closed_over(
     """
     leaves = [leaf for leaf in tree_leaves(args) if is_data(leaf)]
     plain = not plainly_impossible()
-    sources = Sources.of(args, needs_derivative)
+    sources = Sources.of(args, leaves, needs_derivative)
 
     def run(shift: float = 0.0) -> tuple[_Finder, Any]:
         aliases = {id(leaf): _alias(leaf, plain and sources.needs(i)) for i, leaf in enumerate(leaves)}
@@ -116,6 +143,7 @@ def find_closed_over(
         refuse_numbers(sources, first.numbers, value, run)
     found = ClosedOver(tensor for tensor in first.outside if needs_derivative(tensor))
     found.normalises, found.draws = first.normalises, draws
+    found.checkpoints, found.borrows = first.checkpoints and plain, first.borrows
     found.constants = tuple((t, t._version) for t in first.outside if not needs_derivative(t) and not t.is_inference())
     if any(torch._C._functorch.is_functorch_wrapped_tensor(t) or sources.made_since(t) for t in found):
         # A vmap inside the function hands its results out unseen. They are new tensors in a second run, while those
@@ -161,7 +189,7 @@ class Reading:
         if self.unmet is None:  # there is nothing to watch
             return
         if self.closed.settled:
-            self.closed.check_constants(self.met)
+            self.closed.refuse_changed(self.met)
         else:
             self.closed.settle(self.met, self.read)
         if self.unmet:
@@ -191,16 +219,29 @@ def call_with(
     closed = originals if isinstance(originals, ClosedOver) else ClosedOver(originals)
     first = closed.first
     watched = (bool(closed.constants) or first is not None) and (reads_all or reading is not None)
-    if not closed and not closed.normalises and not watched:
+    swaps = not all(own is value for own, value in zip(originals, values, strict=True))
+    if not swaps and not watched and (closed.checkpoints or not closed.normalises):
         return function(*args)
+    if swaps and closed.checkpoints:
+        raise _read_again(originals)
     given = None if first is None or not watched else first.given(args)
-    with _Substitute(originals, values, closed.constants, given) as mode:
+    operations = {} if closed.checkpoints else PLAIN  # a checkpoint would run again without this mode
+    with _Substitute(originals, values, operations, given) as mode:
         result = function(*args)
     if reading is not None:
         reading.add(mode)
     elif reads_all:
         Reading(closed).add(mode).finish()
     return result
+
+
+def _read_again(originals: Sequence[torch.Tensor]) -> ClosureError:
+    return ClosureError(
+        "the objective uses torch.utils.checkpoint (or hooks on saved tensors) and closes over tensors that require a "
+        f"gradient (the first of shape {tuple(originals[0].shape)}): a checkpoint reads them again when nothing can "
+        "follow it. That is right for leaves without hooks, as module weights are, in a first derivative outside "
+        "torch.func. Else pass them to the layer as thetas, or call checkpoint around the layer, not inside."
+    )
 
 
 def announce(tensor: Any) -> Any:
@@ -239,14 +280,18 @@ class _Finder(ReadingMode):
         self.shift = shift
         self.outside: list[torch.Tensor] = []
         self.level = torch._C._functorch.maybe_current_level() or 0
-        self.normalises = False
+        self.normalises = self.checkpoints = self.borrows = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == LAYOUT:
             return func(*args)
+        if saves_by_hooks():
+            self.checkpoints = True
         entering = _tensors_in(args, [])
         if kwargs:
             _tensors_in(kwargs.values(), entering)
+        if func in BORROWING and not isinstance(args[0] if args else None, float | int | torch.Tensor):
+            self.borrows = True
         if func in PLAIN:
             self.normalises = True
             PLAIN[func](*args, **(kwargs or {}))  # for its checks
@@ -298,63 +343,6 @@ class _Finder(ReadingMode):
             )
 
 
-def refuse_hidden_tensors(
-    function: Callable[[list[torch.Tensor], list[torch.Tensor]], list[torch.Tensor]],
-    x: list[torch.Tensor],
-    theta: list[torch.Tensor],
-) -> None:
-    """Raise if ``function(x, theta)`` depends on a tensor that requires a gradient and is not an argument.
-
-    Catches what the finder cannot see: a tensor read on a branch that was not taken at ``init``, or by a scripted
-    module or an extension. Inside a torch.func level the arguments' own graph is on that level, so whatever graph the
-    value has outside of it comes from elsewhere. A plain graph that has no other leaf than x needs no such level, which
-    would leave torch's reference cycles behind.
-    """
-    with torch.enable_grad():
-        if not torch._C._are_functorch_transforms_active():
-            points = [leaf.detach().requires_grad_() for leaf in x]
-            known = {id(point) for point in points}
-            if all(id(leaf) in known for leaf in leaves_of(function(points, [leaf.detach() for leaf in theta]))):
-                return
-        vjp: Callable[..., Any] = torch.func.vjp  # torch annotates its results as two or three values
-        values, _ = vjp(lambda x_: function(x_, theta), x)
-    for value in values:
-        if value.requires_grad:
-            raise _not_followed(next(leaves_of([value]), None))
-
-
-def refuse_other_leaves(
-    values: Sequence[torch.Tensor],
-    known: Sequence[torch.Tensor],
-    again: Callable[[], Sequence[torch.Tensor]],
-    refuse: Callable[[], None] | None = None,
-) -> None:
-    """The same of values that carry a plain graph already: no leaf of it but those ``known``.
-
-    A leaf that the function makes by itself, to take a derivative, is another one when it is run ``again``. ``refuse``
-    is asked in place of an error where tensors are swapped in: plain autograd hides the arguments of a Function.
-    """
-    ids = {id(tensor) for tensor in known}
-    others = [leaf for leaf in leaves_of(values) if id(leaf) not in ids]
-    if not others:
-        return
-    same = {id(leaf) for leaf in leaves_of(again())}
-    for leaf in others:
-        if id(leaf) in same:
-            if refuse is not None:
-                return refuse()
-            raise _not_followed(leaf)
-
-
-def _not_followed(leaf: torch.Tensor | None) -> ClosureError:
-    shape = "" if leaf is None else f" of shape {tuple(leaf.shape)}"
-    return ClosureError(
-        f"the objective reads a closed-over tensor{shape} that requires a gradient, in a way that could not be "
-        "followed (a branch not taken at init, a scripted or traced module, an extension). Pass it to the layer as one "
-        "more theta."
-    )
-
-
 class _Substitute(ReadingMode):
     """Swaps the values of closed-over tensors in, and plain operations for torch's normalisations."""
 
@@ -362,25 +350,29 @@ class _Substitute(ReadingMode):
         self,
         originals: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
-        constants: Sequence[tuple[torch.Tensor, int]] = (),
+        operations: dict[Any, Any],
         given: dict[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.given = given
-        self.read = 0
-        self.constants = {id(tensor) for tensor, _ in constants}
-        self.met: set[int] = set()
-        self.values = {id(old): new for old, new in zip(originals, values, strict=True)}
-        self.unmet = {id(old): tuple(old.shape) for old in originals}
+        self.originals, self.operations, self.given = originals, operations, given or {}
+        self.met: set[int] = set()  # ids of all that entered an operation; what is asked for here outlives the run
+        self.values = {id(old): new for old, new in zip(originals, values, strict=True) if new is not old}
+
+    @property
+    def read(self) -> int:
+        """The bits of the arguments that were read."""
+        read = 0
+        for key, bits in self.given.items():
+            read |= bits if key in self.met else 0
+        return read
+
+    @property
+    def unmet(self) -> dict[int, tuple[int, ...]]:
+        """Shapes of the originals that were not read, by id."""
+        return {id(old): tuple(old.shape) for old in self.originals if id(old) not in self.met}
 
     def swap(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            self.unmet.pop(id(value), None)
-            if self.given is not None:
-                self.read |= self.given.get(id(value), 0)
-                self.met.add(id(value))
-            elif id(value) in self.constants:
-                self.met.add(id(value))
             return self.values.get(id(value), value)
         if isinstance(value, (list, tuple)):
             items = [self.swap(item) for item in value]
@@ -392,5 +384,9 @@ class _Substitute(ReadingMode):
         return value
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = self.swap(args), (self.swap(kwargs) if kwargs else {})
-        return PLAIN.get(func, func)(*args, **kwargs)
+        kwargs = kwargs or {}
+        entering = _tensors_in(args, [])
+        self.met.update(map(id, _tensors_in(kwargs.values(), entering) if kwargs else entering))
+        if self.values:
+            args, kwargs = self.swap(args), self.swap(kwargs)
+        return self.operations.get(func, func)(*args, **kwargs)

@@ -53,6 +53,7 @@ NUMBERS: dict[Any, Callable[[torch.Tensor, float], Any]] = {
 }
 NUMPY: set[Any] = {torch.Tensor.numpy, torch.Tensor.__array__}
 LAYOUT: Any = torch.Tensor.layout.__get__  # type: ignore[attr-defined]  # reads no entry
+BORROWING: set[Any] = {torch.as_tensor, torch.asarray, torch.frombuffer}
 DETACHING: set[Any] = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
 
 
@@ -64,17 +65,18 @@ class Sources:
     """
 
     bits: tuple[int, ...]
-    names: tuple[str, ...]
+    theta: tuple[Any, ...]
     start: int
     num_x: int
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], needs_derivative: Callable[[torch.Tensor], bool]) -> Sources:
+    def of(
+        cls, args: tuple[Any, ...], leaves: Sequence[torch.Tensor], needs_derivative: Callable[[torch.Tensor], bool]
+    ) -> Sources:
+        """Those of ``args``, whose tensors are ``leaves``."""
         first = sum(is_data(leaf) for leaf in tree_leaves(args[0]))
-        pairs = zip(*flatten_with_names(args[1:], "theta"), strict=True)
-        theta = [(leaf, name) for leaf, name in pairs if is_data(leaf)]
-        bits = [1 << i if needs_derivative(leaf) else 0 for i, (leaf, _) in enumerate(theta)]
-        return cls((*[0] * first, *bits), tuple(name for _, name in theta), _next_number(), first)
+        bits = [1 << i if needs_derivative(leaf) else 0 for i, leaf in enumerate(leaves[first:])]
+        return cls((*[0] * first, *bits), args[1:], _next_number(), first)
 
     def needs(self, index: int) -> bool:
         """Whether the argument in this place is an unknown or needs a derivative."""
@@ -97,7 +99,8 @@ class Sources:
 
     def name(self, bits: int) -> str:
         """The first theta of those in ``bits``."""
-        return self.names[(bits & -bits).bit_length() - 1]
+        pairs = zip(*flatten_with_names(self.theta, "theta"), strict=True)
+        return [name for leaf, name in pairs if is_data(leaf)][(bits & -bits).bit_length() - 1]
 
 
 @dataclass(frozen=True, eq=False)

@@ -62,6 +62,11 @@ def unread() -> Iterator[None]:
             torch._C._push_on_torch_function_stack(mode)
 
 
+def saves_by_hooks() -> bool:
+    """Whether hooks on saved tensors are active."""
+    return _hooks._top_saved_tensors_default_hooks(True) is not None
+
+
 def out_of_inference(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copies that autograd can record of tensors made in inference mode; the others as they are."""
     return [t.clone() if t.is_inference() else t for t in tensors]

@@ -115,7 +115,7 @@ def gradient_error(
     ``family``: the matrix that was solved with, whose damping or Gauss-Newton curvature counts as an error too.
     """
     assert isinstance(family, Jacobian)
-    exact = replace(family, curvature="hessian", damping=0.0)
+    exact = Jacobian(family.residual, family.num_x, family.transposed, watch=family.watch)
     with plain_surroundings(tensors), torch.enable_grad():
         point = _Point(exact, needed, [t.detach() for t in tensors], [t.detach() for t in u])
         r = ravel([t.detach() for t in v], exact.lane_dims) - point.applied

@@ -29,7 +29,7 @@ from implicitlayer.implicit._layer import ImplicitLayer, without_aux
 from implicitlayer.implicit._prox_equation import At, ProxProblem, ProxResidual, positive, refuse_detached
 from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.linear._minres import Minres
-from implicitlayer.linear._residual import Residual
+from implicitlayer.linear._residual import Attached, Residual
 from implicitlayer.sets._term import expand_like, largest_of, resolve
 
 __all__ = ["ProxLayer"]
@@ -155,6 +155,7 @@ class ProxLayer(ImplicitLayer):
             function=flat_function(problem.residual, x_spec, signature, hidden, False),
             is_gradient=False,
             lane_dims_of_function=self.batch_dims,
+            num_fixed=len(hidden) if hidden.checkpoints else 0,
             objective=objective,
             near=near,
             report=report,
@@ -162,13 +163,11 @@ class ProxLayer(ImplicitLayer):
             step_size=self.step_size,
         )
 
-        def examine(lifted: Residual, x: Leaves, theta: Leaves) -> ActiveSet:
-            assert isinstance(lifted, ProxResidual)
-            at = lifted.attached(x, theta)
+        def examine(lifted: Residual, x: Leaves, at: Attached | None) -> ActiveSet:
+            assert isinstance(lifted, ProxResidual) and isinstance(at, At)
             refuse_detached(at)
-            found = _examined(at, x_spec)
-            lifted.settle(at)
-            return found
+            lifted.of_call.step = at.step
+            return _examined(at, x_spec)
 
         return objective, residual, Constraints(self.terms, prox, examine, self._judge)
 

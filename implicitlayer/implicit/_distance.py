@@ -1,6 +1,6 @@
 """What the derivatives of a call learn of its answer: whether the objective is still the same, and the distance."""
 
-# NOTE [a changed objective]: a backward runs the objective again, and tensors that it closes over are watched, but not
+# NOTE [a changed objective]: a backward may run it again, and tensors that it closes over are watched, but not
 # Python numbers, NumPy arrays or a random state. F(x) comes for free with the linearisation. If it has grown, and the
 # point is now further from a solution than the call allowed (by the same lower bound: no false alarm), the objective is
 # not that of the call.

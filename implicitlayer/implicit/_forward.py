@@ -12,14 +12,15 @@ import numpy as np
 import torch
 
 from implicitlayer._active_set import ActiveSet
+from implicitlayer._capture import plainly_impossible
 from implicitlayer._errors import ImplicitLayerError, NonFiniteError, ObjectiveError, SolverOutputError
 from implicitlayer._failures import FAILURES, failed_result, marking, no_lane_named, refuse, replaced
-from implicitlayer._limits_of_torch import second_derivatives
+from implicitlayer._limits_of_torch import limits_named, second_derivatives
 from implicitlayer._normalisation import wrong_third_derivative
 from implicitlayer._records import ForwardRecord, emit, listening_in_depth
 from implicitlayer._solution import RecordingSolver, SolverResult
 from implicitlayer._status import Status
-from implicitlayer._surroundings import out_of_inference, plain_surroundings, unread
+from implicitlayer._surroundings import out_of_inference, plain_surroundings, saves_by_hooks, unread
 from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, name_lanes, unflatten
 from implicitlayer._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.implicit._composite import Composite
@@ -62,21 +63,25 @@ class Constraints:
     Attributes:
         terms: the user's set or regulariser, to be recognised by a solver that was given the same.
         prox: ``([*y leaves, step], theta leaves) -> leaves``, for one lane of every level.
-        examine: ``(residual, x leaves, theta leaves) -> ActiveSet``, of all lanes.
+        examine: ``(residual, x leaves, F there) -> ActiveSet``, of all lanes.
         judge: applies the failure policy to what was found, and to whether the solver stopped at its step limit;
             returns what the derivatives are to check of the answer, where the layer does not measure it otherwise.
     """
 
     terms: Any
     prox: FlatFunction
-    examine: Callable[[Residual, Leaves, Leaves], ActiveSet]
+    examine: Callable[[Residual, Leaves, Attached | None], ActiveSet]
     judge: Callable[[ActiveSet, OnFailure, bool], AnswerCheck | None]
 
 
 def solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
     """x leaves, new and detached, from the user's solver; checked, polished and recorded."""
+    hooked = saves_by_hooks()
     with plain_surroundings([*init, *theta]), unread(), torch.inference_mode(False):
-        return _solve_forward(spec, out_of_inference(init), out_of_inference(theta))
+        x = _solve_forward(spec, out_of_inference(init), out_of_inference(theta))
+    if hooked:  # they say what becomes of memory until backward (a checkpoint, offloading), and cannot see this graph
+        spec.graph.clear()
+    return x
 
 
 def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
@@ -88,16 +93,21 @@ def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
 
 def _solved(spec: LayerSpec, init: Leaves, theta: Leaves, failed: torch.Tensor | None) -> Leaves:
     """x leaves; lanes that have failed hold anything finite."""
-    init = [t.detach() for t in init]
-    theta = [t.detach() for t in theta]
+    given, init, theta = theta, [t.detach() for t in init], [t.detach() for t in theta]
     versions = [t._version for t in theta]
+    accumulated = spec.accumulated
     try:
-        with torch.enable_grad():
-            results, lanes = _call_solver(spec, init, theta)
+        with torch.enable_grad(), limits_named():
+            results, lanes = _call_solver(spec, init, spec.seen(theta))
     except FAILURES as error:
         if failed is None or not failed.ndim or isinstance(error, ImplicitLayerError):
             raise
         raise no_lane_named(error, failed.shape) from error
+    if spec.accumulated != accumulated:
+        raise SolverOutputError(
+            "the solver has added to .grad of a tensor that the objective closes over (by .backward()): its gradient "
+            "would be wrong. Take torch.autograd.grad(value, x) in the solver, or pass the tensor as one more theta."
+        )
     for i, version in enumerate(versions):
         if theta[i]._version != version:
             raise _changed_in_place(spec.residual, init, theta, i)
@@ -120,7 +130,10 @@ def _solved(spec: LayerSpec, init: Leaves, theta: Leaves, failed: torch.Tensor |
     spec.aux[:] = aux if lanes else aux[:1]
 
     with second_derivatives():
-        return _checked(spec, x, theta, init, [result for result, _ in results], failed)
+        plain = spec.wanted and not plainly_impossible()
+        reaching = spec.reaching(given, [t.requires_grad for t in given])[0] if plain else theta
+        seen, solved = spec.seen(theta), [result for result, _ in results]
+        return _checked(spec, x, seen, init, solved, failed, reaching)
 
 
 def _checked(
@@ -130,14 +143,16 @@ def _checked(
     init: Leaves,
     results: list[SolverResult],
     failed: torch.Tensor | None,
+    reaching: Leaves,
 ) -> Leaves:
-    """The answer x, polished, judged and recorded."""
+    """The answer x, polished, judged and recorded; ``reaching``: theta, for the graph that derivatives are made of."""
     residual = spec.residual
     measures = spec.stationarity_rtol is not None or spec.polish > 0 or (spec.wanted and listening_in_depth())
-    at = residual.attached(x, theta) if measures else None  # one run for both checks
+    keeps = spec.closed is not None and any(t.requires_grad for t in reaching)
+    at = residual.attached(x, reaching) if measures or keeps else None  # one run for all
     if spec.closed is not None:
-        run = at if at is not None else _run_of(residual, x, theta)
-        residual.refuse_hidden(x, theta, spec.closed, run)
+        run = at if at is not None else _run_of(residual, x, reaching)
+        keeps = residual.refuse_hidden(x, reaching, run) and keeps and not spec.closed.borrows
         spec.flaw[:] = [wrong_third_derivative(run.outputs)]
         del run
 
@@ -145,14 +160,15 @@ def _checked(
     polished: Polish | None = None
     if measures:
         measured = stationarity(residual, x, theta, init, at)
-        del at
         if spec.polish:
             rtol = math.inf if spec.stationarity_rtol is None else spec.stationarity_rtol
             polished = polish(residual, x, theta, init, measured, spec.linear_solver, spec.polish, rtol)
             x, measured = polished.x, polished.at
     constraints = spec.calling.constraints
-    active_set = None if constraints is None or not spec.wanted else constraints.examine(residual, x, theta)
     kept = 0 if polished is None else polished.kept
+    if kept:
+        at = residual.attached(x, reaching) if keeps or constraints is not None else None
+    active_set = None if constraints is None or not spec.wanted else constraints.examine(residual, x, at)
     if failed is None:
         _record(spec, results, measured, kept, active_set, None)
     limited = _worst_status(results) is Status.MAX_STEPS_REACHED and not kept
@@ -166,6 +182,8 @@ def _checked(
             spec.answer[:] = [AnswerCheck.of(measured, rtol, spec.on_failure, spec.linear_solver, nearest)]
     if failed is not None:  # what the judges find belongs to the record
         _record(spec, results, measured, kept, active_set, failed.clone())
+    elif keeps and at is not None:
+        spec.graph.append(at)
     return x
 
 
@@ -175,7 +193,7 @@ def _run_of(residual: Residual, x: Leaves, theta: Leaves) -> Attached:
         return residual.attached(x, theta)
     points = [leaf.detach().requires_grad_() for leaf in x]
     with torch.enable_grad():
-        return Attached(points, [], residual.outputs(points, theta))
+        return Attached(points, theta, [], residual.plain_outputs(points, theta))
 
 
 def _changed_in_place(residual: Residual, init: Leaves, theta: Leaves, index: int) -> ImplicitLayerError:

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from implicitlayer._capture import ClosedOver
 from implicitlayer._failures import failed_lanes, finite_data, replaced
+from implicitlayer._limits_of_torch import second_derivatives
 from implicitlayer._records import BackwardRecord, ForwardRecord
+from implicitlayer._surroundings import plain_surroundings
 from implicitlayer._types import Leaves, OnFailure
 from implicitlayer.implicit._certificate import Assumptions
 from implicitlayer.implicit._distance import AnswerCheck
 from implicitlayer.implicit._forward import Calling, solve_forward
-from implicitlayer.implicit._rules import Matrix, implicit_jvp, implicit_vjp
+from implicitlayer.implicit._rules import Matrix, implicit_jvp, implicit_vjp, plainly
+from implicitlayer.linear._jacobian import Graph
 from implicitlayer.linear._repair import NegativeCurvature
-from implicitlayer.linear._residual import Residual
+from implicitlayer.linear._residual import Attached, Residual
 from implicitlayer.linear._solve import alive, fill, lanes_first, over_batched_vectors
 
 __all__ = ["ImplicitArgmin"]
@@ -43,6 +47,7 @@ class LayerSpec:
     aux: list[Any] = field(default_factory=list)
     answer: list[AnswerCheck] = field(default_factory=list)  # left by forward for the derivatives
     flaw: list[str] = field(default_factory=list)  # left by forward: why second derivatives would be wrong
+    graph: list[Attached] = field(default_factory=list)  # left by forward for the first plain backward
 
     @property
     def masks(self) -> bool:
@@ -57,6 +62,59 @@ class LayerSpec:
             return x, rest, None
         failed = failed_lanes(x, self.residual.lane_dims)
         return replaced(failed, x, rest[:k]), finite_data(rest[k:]), failed
+
+    def seen(self, theta: Leaves) -> Leaves:
+        """Detached theta for solver and checks, with the closed-over leaves that a checkpoint will read again."""
+        own: Sequence[torch.Tensor] = self.closed or ()
+        if (
+            self.closed is None
+            or not self.closed.checkpoints
+            or self.residual.levels
+            or not all(t.is_leaf for t in own)
+        ):
+            return theta
+        return [*theta[: self.calling.num_theta], *own]
+
+    @property
+    def accumulated(self) -> list[tuple[int, int]]:
+        """What tells a change of .grad of the closed-over leaves."""
+        gradients = [t.grad for t in self.closed or () if t.is_leaf]
+        return [(0, 0) if g is None else (id(g), g._version) for g in gradients]
+
+    def reaching(self, theta: Leaves, needed: Sequence[bool]) -> tuple[Leaves, bool]:
+        """theta leaves for a plain graph that reaches the ``needed`` ones; whether it is sure to miss nothing."""
+        own: list[torch.Tensor] = []
+        if self.closed:
+            hidden = theta[self.calling.num_theta :]
+            own = self.closed.standing(hidden) if not self.residual.levels else own
+            self.closed.stood |= bool(own)
+        explicit = theta[: len(theta) - len(own)]
+        leaves = [t.detach().requires_grad_(need) for t, need in zip(explicit, needed, strict=False)]
+        return [*leaves, *own], len(leaves) == self.calling.num_theta
+
+    def take_graph(self, x: Leaves, theta: Leaves, needed: Sequence[bool]) -> Graph | None:
+        """F for a plain backward; None where only torch.func finds all of its derivatives.
+
+        The graph that forward has left goes with the first backward, unless that is told to retain it.
+        """
+        if not plainly():
+            return None
+        held = self.graph[0] if self.graph else None
+        if held is not None and self.closed is not None:
+            self.closed.refuse_changed()
+        if held is not None and not torch._C._autograd._get_current_graph_task_keep_graph():
+            self.graph.clear()
+        reaching, complete = self.reaching(theta, needed)
+        if held is None and not complete:
+            return None
+        return Graph(partial(self.residual.for_derivatives, [t.detach() for t in x], reaching), held)
+
+    def refuse_unseen(self, x: Leaves, theta: Leaves) -> None:
+        """Raise where a closed-over leaf stood for itself and no mode sees it read: a derivative would miss it."""
+        if self.closed is not None and self.closed.stood:
+            with plain_surroundings(x), second_derivatives():
+                self.residual.refuse_unseen(x, theta)
+            self.closed.stood = False
 
     @property
     def how(self) -> dict[str, Any]:
@@ -108,8 +166,10 @@ class ImplicitArgmin(torch.autograd.Function):
             return (None,) * (1 + k + len(theta))
         needed = ctx.needs_input_grad[1 + k :]
 
-        # plain autograd hides the arguments of custom Functions from the mode that swaps closed-over tensors in
-        how = {**spec.how, "kind": "backward", "one_graph": len(theta) == spec.calling.num_theta}
+        graph = spec.take_graph(x, theta, needed)
+        how = {**spec.how, "kind": "backward", "graph": graph}
+        if graph is None:
+            spec.refuse_unseen(x, theta)
 
         def rule(v: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
             filled = fill(v, x) if failed is None else replaced(failed, fill(v, x), 0.0)
@@ -124,6 +184,8 @@ class ImplicitArgmin(torch.autograd.Function):
         k = spec.num_x
         saved = alive(ctx.saved_tensors)
         x, theta, failed = spec.at(saved)
+
+        spec.refuse_unseen(x, theta)
 
         def rule(directions: list[torch.Tensor | None]) -> Leaves:
             result = implicit_jvp(spec.residual, x, theta, directions, kind="forward-mode", **spec.how)

@@ -26,7 +26,7 @@ from implicitlayer.implicit._kkt_linear import KktSolver
 from implicitlayer.implicit._layer import ImplicitLayer, check_init
 from implicitlayer.implicit._roles import check_roles
 from implicitlayer.implicit._verdict import tell_step_limit
-from implicitlayer.linear._residual import Residual
+from implicitlayer.linear._residual import Attached, Residual
 
 __all__ = ["ConstrainedLayer", "Multipliers", "constrained_argmin"]
 
@@ -235,7 +235,7 @@ class KktLayer(ImplicitLayer):
         seen = masked(function, x_spec.num_leaves)
         return seen, residual, Constraints(None, _no_prox, self._examine, self._judge)
 
-    def _examine(self, residual: Residual, x: Leaves, theta: Leaves) -> ActiveSet:
+    def _examine(self, residual: Residual, x: Leaves, at: Attached | None) -> ActiveSet:
         # a solver of all lanes reports once, any other one once for each lane of vmap
         batched = bool(getattr(self.solver, "batched", False)) or not residual.levels
         self.active_set = self.found[0] if batched else stacked(self.found, x[0].shape[: len(residual.levels)])

@@ -23,7 +23,7 @@ import torch
 from implicitlayer._errors import ObjectiveError, SolverOutputError
 from implicitlayer._tree import TreeSpec, flatten, ravel, tree_map, unflatten
 from implicitlayer._types import FlatFunction, Leaves
-from implicitlayer.linear._residual import Residual, check_value
+from implicitlayer.linear._residual import Residual, check_value, slope
 
 __all__ = ["ConditionsResidual", "ConstrainedProblem", "Form", "Lagrangian", "Unknowns", "masked"]
 
@@ -220,8 +220,7 @@ class ConstrainedProblem:
 
         if not self.forms[which].size:
             return self._rest[which]
-        result: torch.Tensor = torch.func.grad(of_multipliers)(self._rest[which])
-        return result
+        return slope(of_multipliers, self._rest[which])
 
     def rows(self, which: int, x: Leaves, spec: TreeSpec, theta: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """Values [*lanes, k] and gradients [*lanes, k, n] of equations (0) or inequalities (1) at detached leaves."""

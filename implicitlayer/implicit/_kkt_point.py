@@ -15,7 +15,7 @@ from implicitlayer.implicit._kkt_active import Conditions, length_of_step
 from implicitlayer.implicit._kkt_lagrangian import ConstrainedProblem, Unknowns
 from implicitlayer.implicit._kkt_linear import KktSolver
 from implicitlayer.linear._jacobian import Jacobian
-from implicitlayer.linear._residual import Residual
+from implicitlayer.linear._residual import Residual, gradient_of
 
 __all__ = ["PointOfProblem"]
 
@@ -96,18 +96,21 @@ class PointOfProblem:
         spec = flatten(Unknowns(unflatten(x, self.spec), y, z, held))[1]
 
         def slopes(leaves: Leaves, _: Leaves) -> Leaves:
-            total = lambda p: self.problem.scalar(unflatten(p, spec), *self.theta).sum()  # noqa: E731
-            return list(torch.func.grad(total)(list(leaves)))
+            return gradient_of(self.problem.scalar(unflatten(leaves, spec), *self.theta), leaves)
 
         # the matrix is symmetric: its transpose has the cheaper products
         residual = Residual(slopes, is_gradient=False, lane_dims_of_function=lane_dims)
+
+        def flat_slopes(leaves: Leaves) -> torch.Tensor:
+            return ravel([leaf.detach() for leaf in residual.attached(leaves, []).value], lane_dims)
+
         with torch.enable_grad():
-            slope = ravel(residual(at, []), lane_dims)
+            slope = flat_slopes(at)
             operator = Jacobian(residual, len(at)).linearize(at)
             solver = KktSolver(self.flat(x).shape[-1], y.shape[-1], z.shape[-1])
             solution = solver(operator, slope)
             moved = unravel(ravel(at, lane_dims) - solution.value, at, lane_dims)
-            after = ravel(residual(moved, []), lane_dims)
+            after = flat_slopes(moved)
         better = (solution.codes <= Status.STAGNATED) & (_norm(after) < _norm(slope))  # usable, see Status
         if not bool(better.any()):
             return None

@@ -12,7 +12,7 @@ from implicitlayer._capture import ClosedOver, announce, derivatives_possible, f
 from implicitlayer._copying import CopiesFunctions
 from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
 from implicitlayer._flat import Signature, flat_function, flat_parts, like_x
-from implicitlayer._limits_of_torch import name_limit
+from implicitlayer._limits_of_torch import limits_named
 from implicitlayer._records import CallRecords, Record
 from implicitlayer._surroundings import out_of_inference, outside_compiled_code
 from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, tree_map, unflatten
@@ -110,11 +110,11 @@ class ImplicitLayer(CopiesFunctions):
         if watched:
             # the function is run for this anyway: what is wrong with its value is said before the solver starts
             try:
-                hidden = find_closed_over(
-                    self._read(user_function), (init, *theta), lambda value: self._check_value(value, x, x_spec)
-                )
+                with limits_named():
+                    hidden = find_closed_over(
+                        self._read(user_function), (init, *theta), lambda value: self._check_value(value, x, x_spec)
+                    )
             except Exception as error:
-                name_limit(error)
                 tell_arguments(error, self.function, init, theta)
                 raise
             _refuse_complex([*tensors, *hidden])
@@ -169,6 +169,7 @@ class ImplicitLayer(CopiesFunctions):
             function=_minus_identity(function) if self.kind == "fixed_point" else function,
             is_gradient=self.kind == "argmin",
             lane_dims_of_function=self.batch_dims,
+            num_fixed=len(hidden) if hidden.checkpoints else 0,
             parts=flat_parts(self.function, x_spec, signature, hidden, self.batch_dims),
         )
         return function, residual, None

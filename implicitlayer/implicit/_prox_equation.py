@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from implicitlayer._capture import ClosedOver, Reading, refuse_other_leaves
+from implicitlayer._capture import ClosedOver, Reading
 from implicitlayer._tree import TreeSpec, flatten, ravel, unflatten, unravel
 from implicitlayer._types import FlatFunction, Leaves
 from implicitlayer.linear._residual import Attached, Residual, check_value, no_graph, pull_back, pullback
@@ -132,8 +132,8 @@ class At(Attached):
     Attributes:
         lane_dims, num_levels: leading dimensions that are lanes, and those of them that the function does not see.
         report_of: ``([*x leaves, *y leaves, step], theta leaves) -> leaves``: see :meth:`ProxProblem.report`.
-        x, theta: the tensors that were given.
-        objective: the values [*lanes].
+        x: the tensors that were given.
+        detached: whether the objective does not depend on x as far as autograd sees.
         slope, y, near: grad f, x - eta grad f and its prox, leaves with a graph.
         diagonal: of P, the derivative of the prox; None where that is no diagonal matrix, or not written out.
         step: eta [*lanes], a constant.
@@ -143,18 +143,12 @@ class At(Attached):
     num_levels: int
     report_of: FlatFunction
     x: Leaves
-    theta: Leaves
-    objective: torch.Tensor
+    detached: bool
     slope: Leaves
     y: Leaves
     near: Leaves
     diagonal: Leaves | None
     step: torch.Tensor
-
-    def is_at(self, x: Leaves, theta: Leaves) -> bool:
-        """Whether it was made of these very tensors."""
-        given, own = [*x, *theta], [*self.x, *self.theta]
-        return len(given) == len(own) and all(a is b for a, b in zip(given, own, strict=True))
 
     @cached_property
     def _steps(self) -> Leaves:
@@ -213,9 +207,8 @@ class At(Attached):
 
 @dataclass(eq=False)
 class OfCall:
-    """What the checks of one call share, and the eta that they leave for its plain backwards; see NOTE [one eta]."""
+    """The eta that the checks of a call leave for its plain backwards; see NOTE [one eta]."""
 
-    at: At | None = None
     step: torch.Tensor | None = None
 
 
@@ -241,19 +234,9 @@ class ProxResidual(Residual):
     is_fixed_point: ClassVar[bool] = True
 
     def attached(self, x: Leaves, theta: Leaves) -> At:
-        """F and its pieces at plain tensors; kept for the other checks until :meth:`settle`."""
-        kept = self.of_call.at
-        if kept is not None and kept.is_at(x, theta):
-            return kept
+        """F and its pieces at plain tensors."""
         with torch.enable_grad():
-            at = self._at([leaf.detach().requires_grad_() for leaf in x], theta, x)
-        if self.of_call.step is None:
-            self.of_call.at = at
-        return at
-
-    def settle(self, at: At) -> None:
-        """The checks are over: eta stays, and nothing else."""
-        self.of_call.step, self.of_call.at = at.step, None
+            return self._at([leaf.detach().requires_grad_() for leaf in x], theta, x)
 
     def leaves_piece(self, x: Leaves, theta: Leaves, step: Leaves) -> torch.Tensor:
         """Whether the term holds other entries at x - step."""
@@ -263,10 +246,9 @@ class ProxResidual(Residual):
         changed = [a != b for a, b in zip(here.report[: len(x)], there.report[: len(x)], strict=True)]
         return ravel(changed, self.lane_dims).any(-1)
 
-    def refuse_hidden(self, x: Leaves, theta: Leaves, closed: Leaves, at: Attached | None = None) -> None:
-        """As for every residual, from the graph that the other checks need too."""
-        here = self.attached(x, theta)
-        refuse_other_leaves(here.outputs, here.points, lambda: self._at(here.points, theta, x).outputs)
+    def plain_outputs(self, points: Leaves, theta: Leaves) -> Leaves:
+        """Objective and prox."""
+        return self._at(points, theta, points).outputs
 
     def kept_graph_gradient(self, x: Leaves, theta: Leaves) -> Leaves:
         """F by plain autograd from points that require a gradient."""
@@ -292,7 +274,10 @@ class ProxResidual(Residual):
         value = [v - p for v, p in zip(points, near, strict=True)]
         # no reference to this residual: a circle would keep the tensors until the garbage collector comes
         lanes = self.lane_dims, len(self.levels), self.over_lanes(self.report)
-        return At(points, value, [values, *near], *lanes, x, theta, values, slope, y, near, diagonal, step)
+        detached = all(leaf is None for leaf in slopes)
+        # nor to x, which may become the layer's output and hold the graph that holds this
+        here = [leaf.detach() for leaf in x]
+        return At(points, theta, value, [values, *near], *lanes, here, detached, slope, y, near, diagonal, step)
 
     def _step(self, points: Leaves, slope: Leaves) -> torch.Tensor:
         lanes, kept = points[0].shape[: self.lane_dims], self.of_call.step
@@ -311,5 +296,5 @@ def positive(scale: torch.Tensor) -> torch.Tensor:
 
 def refuse_detached(at: At) -> None:
     """A gradient that autograd cannot see would make every point of the set a solution."""
-    if not at.objective.requires_grad:
+    if at.detached:
         raise no_graph()

@@ -20,7 +20,7 @@ from implicitlayer.implicit._kkt_active import Tolerances
 from implicitlayer.implicit._kkt_lagrangian import Unknowns
 from implicitlayer.implicit._kkt_linear import KktSolver
 from implicitlayer.implicit._qp_solve import QuadraticSolver
-from implicitlayer.linear._residual import Residual
+from implicitlayer.linear._residual import Attached, Residual
 
 __all__ = ["qp"]
 
@@ -159,26 +159,29 @@ def _scalar(
 # (dF/dtheta)'u are read off <F, u>, term by term.
 
 
-def _written_out(unknowns: Leaves, data: Leaves) -> tuple[Callable[[Leaves], Leaves], Callable[[Leaves], Leaves]]:
-    """u -> (dF/dz)'u and u -> (dF/d data)'u at plain tensors."""
-    x, y, z, held = unknowns
-    Q, _, A, _, G, _ = data
-    Q = (Q + Q.mT) / 2
+def _written_out(unknowns: Leaves, data: Leaves) -> Attached:
+    return _Products(unknowns, data, value=[], outputs=[])
 
-    def to_unknowns(u: Leaves) -> Leaves:
+
+class _Products(Attached):
+    """The products of F's derivatives at plain tensors."""
+
+    def pull(self, u: Leaves) -> Leaves:
+        held, (Q, _, A, _, G, _) = self.points[3], self.theta
         ux, uy, uz, ua = u
-        pulled = times(Q, ux) + times(A.mT, uy) + times(G.mT, held * uz)
+        pulled = (times(Q, ux) + times(Q.mT, ux)) / 2 + times(A.mT, uy) + times(G.mT, held * uz)
         return [pulled, times(A, ux), held * (times(G, ux) + uz) - uz, ua]
 
-    def to_data(u: Leaves) -> Leaves:
+    def pull_theta(self, u: Leaves, needed: Sequence[bool]) -> list[torch.Tensor | None]:
+        x, y, z, held = self.points
         ux, uy, uz = u[0], u[1], held * u[2]
         by_Q = ux[..., :, None] * x[..., None, :]
         by_A = y[..., :, None] * ux[..., None, :] + uy[..., :, None] * x[..., None, :]
         by_G = (held * z)[..., :, None] * ux[..., None, :] + uz[..., :, None] * x[..., None, :]
         found = [(by_Q + by_Q.mT) / 2, ux, by_A, -uy, by_G, -uz]
-        return [g.sum_to_size(t.shape) for g, t in zip(found, data, strict=True)]  # shared data: the sum over programs
-
-    return to_unknowns, to_data
+        # shared data: the sum over programs
+        chosen = zip(found, self.theta, needed, strict=True)
+        return [leaf.sum_to_size(like.shape) if need else None for leaf, like, need in chosen]
 
 
 def _without_missing(G: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -21,7 +21,7 @@ from implicitlayer._surroundings import plain_surroundings
 from implicitlayer._types import Leaves
 from implicitlayer.implicit._certificate import Assumptions, gradient_error
 from implicitlayer.implicit._distance import AnswerCheck, Seen
-from implicitlayer.linear._jacobian import Curvature, Jacobian, OneGraph, Watch, pull_tensors, push_tensors
+from implicitlayer.linear._jacobian import Curvature, Graph, Jacobian, OneGraph, Watch, pull_tensors, push_tensors
 from implicitlayer.linear._residual import Residual
 from implicitlayer.linear._solve import Judge, SolveSpec, solve
 
@@ -38,24 +38,24 @@ def implicit_vjp(
     matrix: Matrix = _HESSIAN,
     assumptions: Assumptions | None = None,
     answer: AnswerCheck | None = None,
-    one_graph: bool = False,
+    graph: Graph | None = None,
     **how: Any,
 ) -> list[torch.Tensor | None]:
     """Cotangents of the theta leaves that are ``needed``, from the cotangent of x.
 
-    ``matrix``: what stands for dF/dx, as (curvature, damping). ``answer``: what checks
-    the answer of the call on the way. ``one_graph``:
-    whether the function may be run once by plain autograd where nothing else is at work. ``how``: solver, on_failure,
+    ``matrix``: what stands for dF/dx, as (curvature, damping). ``answer``: what checks the answer of the call on the
+    way. ``graph``: F by plain autograd, used where nothing else is at work. ``how``: solver, on_failure,
     negative_curvature, kind and listener of the linear solve.
     """
     certify = partial(gradient_error, assumptions, tuple(needed))
     watch, judge = _checks(answer, matrix)
     jacobian = Jacobian(residual, len(x), True, *matrix, watch)
-    source = residual.seen_by(needed)
-    mixed: OneGraph | Callable[[Leaves], Leaves] = lambda t: source(x, t)  # noqa: E731
-    if one_graph and _plainly():
-        jacobian = OneGraph(**vars(jacobian), x=[t.detach() for t in x], needed=needed if source is residual else ())
-        mixed = jacobian if source is residual else mixed
+    mixed: OneGraph | Callable[[Leaves], Leaves]
+    if graph is not None and plainly():
+        mixed = jacobian = OneGraph(**vars(jacobian), graph=graph)
+    else:
+        source = residual.seen_by(needed)
+        mixed = lambda t: source(x, t)  # noqa: E731
     spec = SolveSpec(jacobian, len(x), certify=certify, judge=judge, **how)
     with plain_surroundings(x), second_derivatives():
         u = solve(spec, cotangent, [*x, *theta])
@@ -71,7 +71,7 @@ def _checks(answer: AnswerCheck | None, matrix: Matrix) -> tuple[Watch | None, J
     return partial(answer.see, seen), partial(answer.judge, seen) if matrix == _HESSIAN else None
 
 
-def _plainly() -> bool:
+def plainly() -> bool:
     """Whether nobody will differentiate what is computed now, and no transform is at work."""
     return not (
         torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

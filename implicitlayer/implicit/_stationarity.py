@@ -61,9 +61,9 @@ def is_rounding(value: torch.Tensor, norm: torch.Tensor, residual: Residual, x: 
         turned: torch.Tensor = leaf.detach() * (1 + h * signs.to(leaf.dtype))
         return turned
 
-    size = torch.zeros_like(norm)
+    size, free = torch.zeros_like(norm), len(theta) - residual.num_fixed
     for draw in range(_DRAWS):  # one choice of signs may cancel by chance
-        flat = _value_at(residual, x, [changed(t, draw) for t in theta])
+        flat = _value_at(residual, x, [*(changed(t, draw) for t in theta[:free]), *theta[free:]])
         size = torch.maximum(size, lane_norm(flat - value) / h)
     rounding: torch.Tensor = norm <= _ROUNDINGS * eps * size
     return rounding

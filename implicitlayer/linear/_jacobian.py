@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, Protocol
 
 import torch
 
+from implicitlayer._capture import plainly_impossible
 from implicitlayer._tree import ravel, unravel
 from implicitlayer._types import Leaves
 from implicitlayer.linear._operator import FlatOperator
-from implicitlayer.linear._residual import Residual, pull_back, pullback, pushforward, vjp
+from implicitlayer.linear._residual import Attached, Residual, pullback, pushforward, vjp
 
 Curvature = Literal["hessian", "gauss_newton"]
+Products = tuple[Callable[[Leaves], Leaves], Callable[[Leaves], Leaves]]
 Watch = Callable[[Residual, Leaves, Leaves, torch.Tensor], None]
 
 
@@ -97,20 +100,20 @@ class Jacobian:
         """The flat operator at plain tensors, its graph built at the first product and kept for all others."""
         x, theta = tensors[: self.num_x], tensors[self.num_x :]
         lane_dims = self.lane_dims
-        kept: list[Callable[[Leaves], Leaves]] = []
+        kept: list[Products] = []
 
         def prepare() -> None:
             if not kept:
-                kept.append(self._pulled(list(x), list(theta)))
+                kept.append(self._products(list(x), list(theta)))
 
         def pull(vector: torch.Tensor) -> torch.Tensor:
             prepare()
             with torch.no_grad():
-                return damped(kept[0](unravel(vector, x, lane_dims)), vector)
+                return damped(kept[0][0](unravel(vector, x, lane_dims)), vector)
 
         def push(vector: torch.Tensor) -> torch.Tensor:
-            tangents = unravel(vector, x, lane_dims)
-            return damped(pushforward(lambda x_: self.residual(x_, theta), x, tangents, like=x), vector)
+            prepare()
+            return damped(kept[0][1](unravel(vector, x, lane_dims)), vector)
 
         def damped(product: Leaves, vector: torch.Tensor) -> torch.Tensor:
             flat = ravel(product, lane_dims)
@@ -124,13 +127,25 @@ class Jacobian:
             return FlatOperator(pull, push, symmetric=False, prepare=prepare)
         return FlatOperator(push, pull, symmetric=False)
 
-    def _pulled(self, x: Leaves, theta: Leaves) -> Callable[[Leaves], Leaves]:
-        """u -> J'u from a graph that is kept."""
+    def _products(self, x: Leaves, theta: Leaves) -> Products:
+        """u -> J'u and u -> J u from a graph that is kept."""
         if self.curvature == "gauss_newton":
-            return self.residual.gauss_newton(x, theta)
+            product = self.residual.gauss_newton(x, theta)
+            return product, product
+        at = self._attached(x, theta)
+        if at is not None:
+            self._show(at.value, x, theta)
+            return at.pull, at.push
         value, pull_all = vjp(lambda x_: self.residual.kept_graph_gradient(x_, theta), x)
         self._show(value, x, theta)
-        return lambda u: list(pull_all(u)[0])
+        push = partial(pushforward, lambda x_: self.residual(x_, theta), x, like=x)
+        return lambda u: list(pull_all(u)[0]), push
+
+    def _attached(self, x: Leaves, theta: Leaves) -> Attached | None:
+        """F with a plain graph; None where only torch.func is sure to see what is swapped for one lane of a level."""
+        recordable = not (torch.is_inference_mode_enabled() or any(t.is_inference() for t in (*x, *theta)))
+        plain = recordable and not (plainly_impossible() or self.residual.levels)
+        return self.residual.attached(x, theta) if plain else None
 
     def _show(self, value: Leaves, x: Leaves, theta: Leaves) -> None:
         """Let the watch see F(x, theta)."""
@@ -169,48 +184,37 @@ class Jacobian:
 
 # NOTE [one graph]: a plain backward asks for A and for the derivative in theta once each, at plain tensors. One run of
 # the function, with a graph that reaches x and theta, has both: products with A pull back to x, and -(dF/dtheta)'u
-# is one more pull-back of the same F. No level of torch.func is needed, nor a second run.
+# is one more pull-back of the same F. No level of torch.func is needed. The run is that of the forward pass's checks,
+# which leave it to the first backward; a later one makes its own.
+
+
+@dataclass(eq=False)
+class Graph:
+    """F at plain tensors with its graph: ``held``, or made when it is first asked for."""
+
+    make: Callable[[], Attached]
+    held: Attached | None = None
+
+    def get(self) -> Attached:
+        if self.held is None:
+            self.held = self.make()
+        return self.held
 
 
 @dataclass(frozen=True, eq=False)
 class OneGraph(Jacobian):
-    """A reverse-mode :class:`Jacobian` at plain tensors whose graph reaches theta too; see NOTE [one graph].
+    """A reverse-mode :class:`Jacobian` at plain tensors whose graph reaches theta too; see NOTE [one graph]."""
 
-    ``needed`` says which theta leaves to reach from ``x``; empty reaches none.
-    """
+    graph: Graph = field(kw_only=True)
 
-    needed: tuple[bool, ...] = ()
-    x: Leaves = field(default_factory=list)
-    reached: list[int] = field(default_factory=list)
-    to_theta: list[Callable[[Leaves], Leaves]] = field(default_factory=list)  # u -> (dF/dtheta)'u, of those reached
+    def _attached(self, x: Leaves, theta: Leaves) -> Attached | None:
+        return self.graph.get()
 
-    def _pulled(self, x: Leaves, theta: Leaves) -> Callable[[Leaves], Leaves]:
-        if self.curvature == "gauss_newton":
-            return super()._pulled(x, theta)
-        reached = [i for i, (need, t) in enumerate(zip(self.needed, theta, strict=False)) if need]
-        self.reached[:] = reached = [i for i in reached if theta[i].is_floating_point()]
-        if self.residual.written_out is not None and not self.residual.levels and self.watch is None:
-            to_x, to_all = self.residual.written_out(x, theta)
-            self.to_theta[:] = [lambda u: [leaf for i, leaf in enumerate(to_all(u)) if i in reached]]
-            return to_x
-        points, data = [leaf.detach().requires_grad_() for leaf in x], [leaf.detach() for leaf in theta]
-        for i in reached:
-            data[i].requires_grad_()
-        with torch.enable_grad():
-            found = self.residual.with_graph(points, data)
-        self._show(found.value, x, theta)
-        self.to_theta[:] = [lambda u: pull_back(found.value, [data[i] for i in reached], u)]
-        return found.pull
-
-    def pull_theta(self, theta: Leaves, needed: tuple[bool, ...], u: Leaves) -> list[torch.Tensor | None]:
+    def pull_theta(self, needed: tuple[bool, ...], u: Leaves) -> list[torch.Tensor | None]:
         """(dF/dtheta)' u for the needed theta leaves, None for the others."""
-        if not self.to_theta and any(
-            needed
-        ):  # no product was asked for (a zero cotangent), or the matrix was another one
-            replace(self, curvature="hessian", watch=None)._pulled(self.x, theta)
-        found = dict(zip(self.reached, self.to_theta[0](u), strict=True)) if self.reached else {}
-        self.to_theta.clear()  # a record may hold this object; the graph has served
-        return [found.get(i) if needed[i] else None for i in range(len(theta))]
+        pulled = self.graph.get().pull_theta(u, needed)
+        self.graph.held = None  # a record may hold this object; the graph has served
+        return pulled
 
 
 def _as_lanes(leaf: torch.Tensor, like: torch.Tensor, lane_dims: int) -> torch.Tensor:
@@ -225,7 +229,7 @@ def pull_tensors(
 ) -> list[torch.Tensor | None]:
     """Pull ``cotangent`` back through ``function`` to the floating tensors that need it; None for the others."""
     if isinstance(function, OneGraph):
-        return function.pull_theta(tensors, needed, cotangent)
+        return function.pull_theta(needed, cotangent)
     chosen = [i for i, t in enumerate(tensors) if needed[i] and t.is_floating_point()]
     result: list[torch.Tensor | None] = [None] * len(tensors)
     if chosen:

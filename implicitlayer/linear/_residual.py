@@ -6,44 +6,74 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 
-from implicitlayer._capture import plainly_impossible, refuse_hidden_tensors, refuse_other_leaves
+from implicitlayer._capture import plainly_impossible
 from implicitlayer._errors import ObjectiveError
 from implicitlayer._flat import NO_PARTS, Parts
+from implicitlayer._graph_leaves import leaves_of, other_leaves, refuse_hidden_tensors
 from implicitlayer._types import FlatFunction, Leaves
 
 Randomness = str
-# (x, theta) -> the products u -> (dF/dx)'u and u -> (dF/dtheta)'u, the latter with one leaf per theta leaf
-WrittenOut = Callable[[Leaves, Leaves], tuple[Callable[[Leaves], Leaves], Callable[[Leaves], Leaves]]]
 # torch annotates its results as two or three values
 vjp: Callable[..., Any] = torch.func.vjp
 
 
 @dataclass(frozen=True, eq=False)
 class Attached:
-    """F at detached points, with a graph that reaches the points.
+    """F at detached points, with a graph that reaches the points, and what requires a gradient of theta.
 
     Attributes:
         points: the leaves of x, detached, which require a gradient.
+        theta: the leaves that the function was given.
         value: the leaves of F.
         outputs: what the function itself returned.
     """
 
     points: Leaves
+    theta: Leaves
     value: Leaves
     outputs: Leaves
+    _pushed: list[Leaves] = field(default_factory=list, kw_only=True)
 
     def pull(self, u: Leaves) -> Leaves:
         """(dF/dx)' u; the graph is kept."""
         return pull_back(self.value, self.points, u)
 
+    def push(self, u: Leaves) -> Leaves:
+        """(dF/dx) u: the pull-back w -> J'w is linear, so the gradient of w -> <J'w, u> is J u, at any w."""
+        if not self._pushed:
+            dummies = [torch.zeros_like(leaf, requires_grad=True) for leaf in self.value]
+            live = [i for i, leaf in enumerate(self.value) if leaf.requires_grad]
+            pulled: Sequence[torch.Tensor] = ()
+            if live:
+                outputs, cotangents = [self.value[i] for i in live], [dummies[i] for i in live]
+                how = {"create_graph": True, "materialize_grads": True}
+                with torch.enable_grad():
+                    pulled = torch.autograd.grad(outputs, self.points, cotangents, **how)
+            self._pushed[:] = [list(pulled), dummies]
+        pulled, dummies = self._pushed
+        return pull_back(list(pulled), dummies, u)
+
+    def pull_theta(self, u: Leaves, needed: Sequence[bool]) -> list[torch.Tensor | None]:
+        """(dF/dtheta)' u for the needed leaves, None for the others; the graph is kept."""
+        reached = [i for i, leaf in enumerate(self.theta) if needed[i] and leaf.requires_grad]
+        found: list[torch.Tensor | None] = [None] * len(self.theta)
+        if reached:
+            pulled = pull_back(self.value, [self.theta[i] for i in reached], u)
+            for i, leaf in zip(reached, pulled, strict=True):
+                found[i] = leaf
+        return found
+
     def least_size(self) -> torch.Tensor | None:
         """The least size [*lanes], in units of x, that a distance is compared with; None where none is known."""
         return None
+
+
+WrittenOut = Callable[[Leaves, Leaves], Attached]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +88,7 @@ class Residual:
         levels: one entry per vmap level, outermost first: for each theta leaf whether it has that level's lanes. The
             leaves of x have the lanes of every level.
         parts: what the objective tells about itself.
+        num_fixed: leaves at the end of theta that have no other values than those of the call.
         written_out: the products of F's derivatives at plain tensors, where somebody has written them out; only used
             without levels.
     """
@@ -67,6 +98,7 @@ class Residual:
     lane_dims_of_function: int = 0
     levels: tuple[tuple[tuple[bool, ...], Randomness], ...] = ()
     parts: Parts = NO_PARTS
+    num_fixed: int = 0
     written_out: WrittenOut | None = None
 
     is_fixed_point: ClassVar[bool] = False  # whether x - F(x) is nearer to the solution than x, or as near
@@ -115,33 +147,48 @@ class Residual:
         with torch.enable_grad():
             return self.with_graph([leaf.detach().requires_grad_() for leaf in x], theta)
 
+    def for_derivatives(self, x: Leaves, theta: Leaves) -> Attached:
+        """F at plain tensors for products and derivatives; no more of its value than these need."""
+        if self.written_out is None or self.levels:
+            return self.attached(x, theta)
+        return self.written_out(x, theta)
+
     def with_graph(self, points: Leaves, theta: Leaves) -> Attached:
         """F with a graph that reaches ``points``, and those of theta, that require a gradient."""
         outputs = self.outputs(points, theta)
-        return Attached(points, gradient_of(outputs[0], points) if self.is_gradient else outputs, outputs)
+        value = gradient_of(outputs[0], points) if self.is_gradient else outputs
+        return Attached(points, theta, value, outputs)
 
     def leaves_piece(self, x: Leaves, theta: Leaves, step: Leaves) -> torch.Tensor:
         """Lanes, bool [*lanes], where x - step is on another piece of F than x; of a smooth F nowhere."""
         return torch.zeros(x[0].shape[: self.lane_dims], dtype=torch.bool, device=x[0].device)
 
-    def refuse_hidden(self, x: Leaves, theta: Leaves, closed: Leaves, at: Attached | None = None) -> None:
+    def plain_outputs(self, points: Leaves, theta: Leaves) -> Leaves:
+        """What ``function`` returns, with a plain graph to what it reads."""
+        return self.outputs(points, theta)
+
+    def refuse_hidden(self, x: Leaves, theta: Leaves, at: Attached | None = None) -> bool:
         """Raise ClosureError where the function reads a tensor that requires a gradient and is no argument.
 
-        ``closed``: what it was found to close over. ``at``: its run at x, where there is one.
+        ``at``: its run at x, where there is one. Returns whether a plain graph holds every derivative: it does not
+        where a custom Function reads a tensor that is swapped, which only torch.func sees.
         """
-
-        def refuse() -> None:
-            refuse_hidden_tensors(self.outputs, x, theta)
-
-        if plainly_impossible():
-            return refuse()
         points = [leaf.detach().requires_grad_() for leaf in x] if at is None else at.points
 
-        def run() -> Leaves:
+        def again() -> Leaves:
             with torch.enable_grad():
-                return self.outputs(points, theta)
+                return self.plain_outputs(points, theta)
 
-        refuse_other_leaves(run() if at is None else at.outputs, points, run, refuse if closed else None)
+        if not plainly_impossible():
+            outputs = again() if at is None else at.outputs
+            if not other_leaves(outputs, [*points, *theta], again):
+                return True
+        self.refuse_unseen(x, theta)
+        return False
+
+    def refuse_unseen(self, x: Leaves, theta: Leaves) -> None:
+        """The same by torch.func, of what no mode sees."""
+        refuse_hidden_tensors(self.outputs, [leaf.detach() for leaf in x], [leaf.detach() for leaf in theta])
 
     def gauss_newton(self, x: Leaves, theta: Leaves) -> Callable[[Leaves], Leaves]:
         """u -> J' (d^2 loss / d outputs^2) J u with J = d model / dx: the Hessian without the curvature of the model.
@@ -179,6 +226,21 @@ def gradient_of(values: torch.Tensor, x: Leaves) -> Leaves:
     if all(leaf is None for leaf in found):  # theta alone may have given the value its graph
         raise no_graph()
     return [torch.zeros_like(like) if leaf is None else leaf for leaf, like in zip(found, x, strict=True)]
+
+
+def slope(function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -> torch.Tensor:
+    """The gradient of ``function`` at a constant, differentiable in all else that it reads.
+
+    That is ``torch.func.grad``, without a level of it (and its reference cycles) where nothing needs one.
+    """
+    if plainly_impossible():
+        result: torch.Tensor = torch.func.grad(function)(at)
+        return result
+    attached = torch.is_grad_enabled()
+    with torch.enable_grad():
+        point = at.detach().requires_grad_()
+        (found,) = torch.autograd.grad(function(point), point, create_graph=attached)
+    return found if any(leaf is not point for leaf in leaves_of([found])) else found.detach()
 
 
 def no_graph() -> ObjectiveError:

@@ -87,11 +87,20 @@ def test_vmap_inside_the_objective_is_fine() -> None:
     compare(vmap(grad(scalar(run)))(*lanes), vmap(grad(scalar(explicit)))(*lanes))
 
 
-def test_a_closed_over_tensor_that_the_objective_maps_over_itself_is_refused() -> None:
-    t = positive(3, seed=2).requires_grad_()
-    layer = il.argmin(lambda x: torch.vmap(lambda x, t: x**4 / 4 - t * x)(x, t).sum(), newton)
-    with pytest.raises(il.ClosureError, match="one more theta"):
-        layer(torch.ones(3, dtype=torch.float64))
+def test_a_closed_over_tensor_that_the_objective_maps_over_itself_is_differentiated_or_refused() -> None:
+    """A leaf stands for itself in a plain backward; nothing else can be followed into the map."""
+    leaf = positive(3, seed=2).requires_grad_()
+    for t in (leaf, 1 * leaf):
+        layer = il.argmin(lambda x, t=t: torch.vmap(lambda x, t: x**4 / 4 - t * x)(x, t).sum(), newton)
+        if t is leaf:
+            x = layer(torch.ones(3, dtype=torch.float64))
+            (gradient,) = torch.autograd.grad(x.sum(), t, retain_graph=True)
+            compare(gradient, t.detach() ** (-2 / 3) / 3)
+            with pytest.raises(il.ClosureError, match="one more theta"):
+                torch.autograd.grad(x.sum(), t, create_graph=True)
+        else:
+            with pytest.raises(il.ClosureError, match="one more theta"):
+                layer(torch.ones(3, dtype=torch.float64))
 
 
 def test_functional_gradients_inside_the_objective_are_fine() -> None:

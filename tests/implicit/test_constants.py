@@ -1,4 +1,4 @@
-"""Tensors that an objective closes over and that need no gradient: read again by backward, so watched."""
+"""What an objective closes over and needs no gradient: of the call in a first derivative, watched in others."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def ridge(matrix: Tensor, b: Tensor, a: Tensor) -> Tensor:
     return torch.linalg.solve(matrix.T @ matrix + a * torch.eye(3, dtype=F64), matrix.T @ b)
 
 
-def test_a_closure_over_the_data_of_a_loop_is_refused_and_data_as_theta_is_right() -> None:
+def test_a_closure_over_the_data_of_a_loop_is_that_of_each_call_and_never_that_of_the_last() -> None:
     a = torch.tensor(0.5, dtype=F64, requires_grad=True)
     data = [(randn(n, 3, seed=n), randn(n, seed=n + 1)) for n in (4, 5, 6)]
     closing, passing = torch.zeros((), dtype=F64), torch.zeros((), dtype=F64)
@@ -30,10 +30,12 @@ def test_a_closure_over_the_data_of_a_loop_is_refused_and_data_as_theta_is_right
         )
         passing = passing + (layer(START, a, matrix, b) ** 2).sum()
     with pytest.raises(il.ClosureError, match="was replaced by another one"):
-        torch.autograd.grad(closing, a)
+        torch.autograd.grad(closing, a, create_graph=True)  # derivatives that can be differentiated run it again
     explicit = sum((ridge(m, b, a) ** 2).sum() for m, b in data)
     # systems of condition below 100, solved at rtol 1e-10
-    torch.testing.assert_close(torch.autograd.grad(passing, a), torch.autograd.grad(explicit, a), rtol=1e-8, atol=0)
+    expected = torch.autograd.grad(explicit, a)
+    torch.testing.assert_close(torch.autograd.grad(passing, a), expected, rtol=1e-8, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(closing, a), expected, rtol=1e-8, atol=0)
 
 
 def test_a_closed_over_tensor_that_was_changed_in_place_is_refused() -> None:
@@ -70,7 +72,7 @@ def test_a_matrix_that_is_not_symmetric_is_transposed_in_reverse_without_being_t
         torch.testing.assert_close(got, expected, rtol=1e-8, atol=1e-10)
 
 
-def test_a_number_that_changed_since_the_call_is_an_error_in_backward() -> None:
+def test_a_number_that_changed_since_the_call_is_that_of_the_call_or_an_error_in_backward() -> None:
     numbers = {"strength": 1.0}
 
     def objective(x: Tensor, t: Tensor) -> Tensor:
@@ -81,11 +83,27 @@ def test_a_number_that_changed_since_the_call_is_an_error_in_backward() -> None:
     x = layer(torch.zeros(3, dtype=F64), t)
     numbers["strength"] = 9.0
     with pytest.raises(il.ClosureError, match="the objective has changed: at the solution its gradient"):
-        x.sum().backward()
-    # the same number again: right, x = t / 2
+        torch.autograd.grad(x.sum(), t, create_graph=True)
+    # the gradient of the call, x = t / 2
     x = layer(torch.zeros(3, dtype=F64), t)
+    numbers["strength"] = 1.0
     x.sum().backward()
     assert t.grad is not None and torch.allclose(t.grad, torch.full((3,), 0.1, dtype=F64), rtol=1e-12)
+
+
+def test_an_array_that_was_written_to_since_the_call_is_an_error_in_backward() -> None:
+    # torch does not see what NumPy writes: a graph of the call would be half of that call
+    for as_tensor in (torch.from_numpy, torch.as_tensor):
+        array = np.ones(3)
+        layer = il.argmin(
+            lambda x, t, a=array, read=as_tensor: (read(a) * (x - t) ** 2).sum() + (x**2).sum(),
+            lambda f, x, t, a=array: t * torch.tensor(a / (1 + a)),
+        )
+        t = torch.ones(3, dtype=F64, requires_grad=True)
+        x = layer(torch.zeros(3, dtype=F64), t)
+        array *= 3
+        with pytest.raises(il.ClosureError, match="the objective has changed: at the solution its gradient"):
+            x.sum().backward()
 
 
 def test_a_number_that_changed_is_found_in_roots_and_under_vmap() -> None:
@@ -95,7 +113,9 @@ def test_a_number_that_changed_is_found_in_roots_and_under_vmap() -> None:
     x = torch.func.vmap(lambda a: layer(torch.ones((), dtype=F64), a))(a)
     numbers["shift"] = 1.0
     with pytest.raises(il.ClosureError, match="the objective has changed"):
-        x.sum().backward()
+        torch.autograd.grad(x.sum(), a, create_graph=True)
+    # the gradient of the call: x = a^(1/3)
+    torch.testing.assert_close(torch.autograd.grad(x.sum(), a)[0], a.detach() ** (-2 / 3) / 3, rtol=1e-12, atol=0)
 
 
 def test_an_objective_that_draws_random_numbers_is_not_passed_over() -> None:
@@ -142,7 +162,7 @@ def test_a_change_in_a_small_lane_does_not_hide_behind_a_large_one(by_vmap: bool
         x = layer(torch.zeros(2, 1, dtype=F64), t)
         factors[1] = 5.0
     with pytest.raises(il.ClosureError, match=r"has changed in lane 1 of \(2,\)"):
-        x.sum().backward()
+        torch.autograd.grad(x.sum(), t, create_graph=True)
 
 
 def test_an_exact_answer_of_zero_from_a_start_at_zero_is_no_false_alarm() -> None:

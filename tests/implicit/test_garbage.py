@@ -22,9 +22,26 @@ def pair(x: dict[str, Tensor], t: Tensor) -> Tensor:
     return ((x["a"] - t) ** 2).sum() + (x["b"] ** 2).sum()
 
 
+WEIGHT = torch.ones(3, dtype=F64, requires_grad=True)
+
+
+def closing_over(made: Tensor, t: Tensor) -> Any:
+    return il.argmin(lambda x, t: quartic(x, made * t), il.solvers.LBFGS(rtol=1e-10))(ZEROS, t)
+
+
 def in_a_dict(t: Tensor) -> Any:
     layer = il.argmin(pair, lambda f, x, t: {"b": 0 * t, "a": t.detach()})
     return layer({"a": ZEROS, "b": ZEROS}, t)["a"]
+
+
+class Weighted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.norm = nn.Parameter(torch.ones(3, dtype=F64)), nn.LayerNorm(3).double()
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        value: Tensor = ((x - self.weight * t) ** 2).sum() + 0.1 * self.norm(x - t).square()[0]
+        return value
 
 
 EYE = torch.eye(3, dtype=F64)
@@ -38,6 +55,19 @@ LAYERS: dict[str, Callable[[Tensor], Any]] = {
     "a box": lambda t: il.argmin(quartic, il.solvers.ProjectedGradient(rtol=1e-9), constraint=il.sets.NonNegative())(
         ZEROS, t
     ),
+    "weights of a module": il.ArgminLayer(Weighted(), il.solvers.LBFGS(rtol=1e-10), init=torch.zeros_like),
+    "a closed-over weight": lambda t: il.argmin(lambda x, t: quartic(x, WEIGHT * t), il.solvers.LBFGS(rtol=1e-10))(
+        ZEROS, t
+    ),
+    "what was made of a weight": lambda t: closing_over(2 * WEIGHT, t),
+    "Newton steps": lambda t: il.argmin(quartic, il.solvers.LBFGS(rtol=1e-3), polish=2)(ZEROS, t),
+    "SLSQP": lambda t: il.constrained_argmin(
+        quartic,
+        il.solvers.SciPyMinimize("SLSQP"),
+        equality=lambda x, t: x.sum() - WEIGHT[0],
+        inequality=lambda x, t: x - 2,
+    )(ZEROS, t),
+    "a root": lambda t: il.root(lambda x, t: x**3 + WEIGHT * x - t, il.solvers.Newton())(ZEROS, t),
     "qp": lambda t: il.qp(EYE, -t, None, None, EYE, torch.ones(3, dtype=F64)),
 }
 
@@ -50,13 +80,17 @@ def forward(call: Callable[[Tensor], Any]) -> None:
     call(TARGET.detach())
 
 
+def kept(call: Callable[[Tensor], Any]) -> None:
+    call(TARGET)  # with a graph for a backward that never comes
+
+
 def watched(call: Callable[[Tensor], Any]) -> None:
     with il.diagnostics() as records:
         call(TARGET).sum().backward()
     assert [str(record) for record in records]
 
 
-@pytest.mark.parametrize("use", [forward, backward, watched])
+@pytest.mark.parametrize("use", [forward, kept, backward, watched])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_call_leaves_nothing_to_the_garbage_collector(name: str, use: Callable[..., None]) -> None:
     use(LAYERS[name])  # what is made once and kept is made now
@@ -98,28 +132,3 @@ def test_records_live_on_with_the_list_that_the_user_holds() -> None:
     layer(ZEROS, TARGET.detach())
     x.sum().backward()
     assert [type(record) for record in records] == [il.ForwardRecord, il.BackwardRecord]
-
-
-class Weighted(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(3, dtype=F64))
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return ((x - self.weight * t) ** 2).sum()
-
-
-def test_the_weights_of_a_module_do_not_wait_for_the_garbage_collector() -> None:
-    layer = il.ArgminLayer(Weighted(), lambda f, x, t: t.detach().clone(), init=torch.zeros_like)
-    layer(TARGET).sum().backward()
-    gc.collect()
-    gc.disable()
-    gc.set_debug(gc.DEBUG_SAVEALL)
-    try:
-        layer(TARGET).sum().backward()
-        gc.collect()
-        assert not [thing for thing in gc.garbage if isinstance(thing, Tensor)]
-    finally:
-        gc.set_debug(0)
-        gc.garbage.clear()
-        gc.enable()

@@ -148,10 +148,11 @@ def test_the_products_written_out_are_those_of_autograd_with_shared_data_too() -
     z = [leaf.requires_grad_() for leaf in z]
     u = [randn(*leaf.shape, seed=10 + k) for k, leaf in enumerate(z)]
     F = torch.autograd.grad(_scalar(unknowns(z), *data).sum(), z, create_graph=True)
-    to_z, to_data = _written_out([leaf.detach() for leaf in z], [leaf.detach() for leaf in data])
-    for products, inputs in ((to_z(u), z), (to_data(u), data)):
+    at = _written_out([leaf.detach() for leaf in z], [leaf.detach() for leaf in data])
+    for products, inputs in ((at.pull(u), z), (at.pull_theta(u, [True] * len(data)), data)):
         expected = torch.autograd.grad(F, inputs, u, retain_graph=True, materialize_grads=True)
         for got, want in zip(products, expected, strict=True):
+            assert got is not None
             assert got.shape == want.shape and relative_error(got, want) < 1e-13  # sums of a dozen products
 
 

@@ -32,9 +32,9 @@ LAYER_MUTANTS = [
     ),
     Mutant(
         "mixed derivative of the one graph doubled",
-        "linear/_jacobian.py",
-        "pull_back(found.value, [data[i] for i in reached], u)",
-        "pull_back(found.value, [data[i] for i in reached], [2 * v for v in u])",
+        "linear/_residual.py",
+        "pull_back(self.value, [self.theta[i] for i in reached], u)",
+        "pull_back(self.value, [self.theta[i] for i in reached], [2 * v for v in u])",
         "theta_bar = -2 (dF/dtheta)' u in a plain backward",
     ),
     Mutant(

@@ -120,16 +120,16 @@ def test_the_checks_of_a_call_run_the_objective_once_and_a_backward_once_more() 
     x = il.argmin(counted, lambda f, x, t: t.clamp_min(0), constraint=NonNegative())(ZERO, t)
     assert runs[0] == 2  # the search for closed-over tensors is the other one; the solver made none
     x.sum().backward()
-    assert runs[0] == 3
+    assert runs[0] == 2  # the graph of the checks serves it
     assert t.grad is not None and torch.equal(t.grad, (t.detach() > 0).to(F64))
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_no_graph_of_the_checks_outlives_the_call(wanted: bool) -> None:
+def test_a_graph_of_the_checks_outlives_the_call_only_for_the_first_backward(wanted: bool) -> None:
     gc.disable()  # what only the garbage collector would find counts as alive
     try:
         x = layer_of("l1")(ZERO, *(t.requires_grad_(wanted) for t in theta()))
-        assert not [o for o in gc.get_objects() if type(o) is At]
+        assert sum(type(o) is At for o in gc.get_objects()) == wanted
         if wanted:
             x.sum().backward()
             assert not [o for o in gc.get_objects() if type(o) is At]
