@@ -7,7 +7,6 @@ from implicitlayer import fewshot as fewshot
 from implicitlayer import meta as meta
 from implicitlayer import sets as sets
 from implicitlayer import solvers as solvers
-from implicitlayer._active_set import ActiveSet
 from implicitlayer._errors import (
     ClosureError,
     ConvergenceWarning,
@@ -29,36 +28,33 @@ from implicitlayer._errors import (
     UnboundedError,
     UnsupportedTransformError,
 )
-from implicitlayer._records import BackwardRecord, ForwardRecord, GradientError, diagnostics
-from implicitlayer._solution import LinearSolution, RecordingSolver, SolverResult
-from implicitlayer._status import Status
-from implicitlayer.implicit import (
-    ActiveConstraints,
-    ArgminLayer,
+from implicitlayer.api import ArgminLayer, FixedPointLayer, RootLayer, argmin, fixed_point, root
+from implicitlayer.base._active_set import ActiveSet
+from implicitlayer.base._records import BackwardRecord, ForwardRecord, GradientError, diagnostics
+from implicitlayer.base._solution import LinearSolution, RecordingSolver, SolverResult
+from implicitlayer.base._status import Status
+from implicitlayer.constrained import ConstrainedLayer, Multipliers, constrained_argmin, qp
+from implicitlayer.equation import (
     Assumptions,
-    Bregman,
     Composite,
-    ConstrainedLayer,
-    FixedPointLayer,
-    GradientExplanation,
+    HessianOperator,
+    composite,
+    hessian_operator,
+    hvp,
+    least_squares,
+    linear_solve,
+)
+from implicitlayer.explain import GradientExplanation, explain_gradient
+from implicitlayer.layer import (
+    Bregman,
     ImplicitArgmin,
     ImplicitLayer,
     LearnedStrength,
     MatrixStrength,
-    Multipliers,
     OperatorStrength,
     Proximal,
-    RootLayer,
-    argmin,
     bregman,
-    composite,
-    constrained_argmin,
-    explain_gradient,
-    fixed_point,
-    least_squares,
     proximal,
-    qp,
-    root,
 )
 from implicitlayer.linear import (
     Bicgstab,
@@ -66,7 +62,6 @@ from implicitlayer.linear import (
     Dense,
     FlatOperator,
     Gmres,
-    HessianOperator,
     Jacobi,
     LinearSolver,
     Minres,
@@ -74,10 +69,8 @@ from implicitlayer.linear import (
     NormalEquations,
     Nystrom,
     WarmStart,
-    hessian_operator,
-    hvp,
-    linear_solve,
 )
+from implicitlayer.programs import ActiveConstraints
 from implicitlayer.sets._regularizers import L1, ElasticNet, GroupL1
 from implicitlayer.sets._user import Prox
 

@@ -153,7 +153,7 @@ def test_a_record_of_a_batch_prints_ranges() -> None:
 
 
 def test_collecting_without_depth_measures_nothing_more_and_holds_no_tensors() -> None:
-    from implicitlayer._records import collect
+    from implicitlayer.base._records import collect
 
     with collect(in_depth=False) as records:
         tracking(stationarity_rtol=None)(torch.zeros(3, dtype=F64), leaf(3)).sum().backward()

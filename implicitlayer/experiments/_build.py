@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from implicitlayer.equation import Composite, composite
 from implicitlayer.experiments._command import resume_command
 from implicitlayer.experiments._settings import Data, Experiment
 from implicitlayer.fewshot import (
@@ -22,7 +23,6 @@ from implicitlayer.fewshot import (
     task_accuracy,
     task_cross_entropy,
 )
-from implicitlayer.implicit import Composite, composite
 from implicitlayer.linear import ConjugateGradient
 from implicitlayer.meta import (
     ANIL,

@@ -1,4 +1,4 @@
-"""Linear operators, linear solvers and the differentiable linear solve."""
+"""Linear solvers of A u = b from products with A; they know no objective."""
 
 from implicitlayer.linear._bicgstab import Bicgstab
 from implicitlayer.linear._cg import ConjugateGradient
@@ -9,7 +9,6 @@ from implicitlayer.linear._neumann import Neumann
 from implicitlayer.linear._normal import NormalEquations
 from implicitlayer.linear._operator import FlatOperator, LinearSolver
 from implicitlayer.linear._preconditioners import Jacobi, Nystrom
-from implicitlayer.linear._public import HessianOperator, hessian_operator, hvp, linear_solve
 from implicitlayer.linear._warm_start import WarmStart
 
 __all__ = [
@@ -18,7 +17,6 @@ __all__ = [
     "Dense",
     "FlatOperator",
     "Gmres",
-    "HessianOperator",
     "Jacobi",
     "LinearSolver",
     "Minres",
@@ -26,7 +24,4 @@ __all__ = [
     "NormalEquations",
     "Nystrom",
     "WarmStart",
-    "hessian_operator",
-    "hvp",
-    "linear_solve",
 ]

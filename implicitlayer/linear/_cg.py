@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from implicitlayer._ritz import RitzValues
-from implicitlayer._solution import LinearSolution
-from implicitlayer._status import Status
+from implicitlayer.base._ritz import RitzValues
+from implicitlayer.base._solution import LinearSolution
+from implicitlayer.base._status import Status
 from implicitlayer.linear._common import NOISE, SLACK, STEPS_BETWEEN_SYNCS, Limits, lane_norm
 from implicitlayer.linear._operator import FlatOperator, LinearSolver, lane_dot, lane_scale
 from implicitlayer.linear._preconditioners import Precondition, Preconditioner

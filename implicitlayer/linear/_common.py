@@ -11,8 +11,8 @@ from typing import ClassVar
 
 import torch
 
-from implicitlayer._solution import LinearSolution
-from implicitlayer._status import Status
+from implicitlayer.base._solution import LinearSolution
+from implicitlayer.base._status import Status
 from implicitlayer.linear._operator import FlatOperator, LinearSolver, default_rtol, lane_dot, lane_scale
 from implicitlayer.linear._preconditioners import Precondition, Preconditioner
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from implicitlayer._solution import LinearSolution
-from implicitlayer._status import Status
+from implicitlayer.base._solution import LinearSolution
+from implicitlayer.base._status import Status
 from implicitlayer.linear._common import NOISE, Correction, Limits, Round, select
 from implicitlayer.linear._direct import refine_direct
 from implicitlayer.linear._operator import FlatOperator, LinearSolver

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from implicitlayer._solution import LinearSolution
-from implicitlayer._status import Status
+from implicitlayer.base._solution import LinearSolution
+from implicitlayer.base._status import Status
 from implicitlayer.linear._common import Correction, Limits, Round, refine
 from implicitlayer.linear._operator import FlatOperator
 

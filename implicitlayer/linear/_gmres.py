@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import torch
 
-from implicitlayer._status import Status
+from implicitlayer.base._status import Status
 from implicitlayer.linear._common import (
     CONTINUE,
     LIMIT,

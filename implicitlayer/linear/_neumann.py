@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from implicitlayer._solution import LinearSolution
-from implicitlayer._status import Status
+from implicitlayer.base._solution import LinearSolution
+from implicitlayer.base._status import Status
 from implicitlayer.linear._common import any_runs, lane_norm, select
 from implicitlayer.linear._operator import FlatOperator, LinearSolver, lane_scale
 

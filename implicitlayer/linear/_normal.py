@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from implicitlayer._solution import LinearSolution
-from implicitlayer._status import Status
+from implicitlayer.base._solution import LinearSolution
+from implicitlayer.base._status import Status
 from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.linear._common import CONTINUE, LIMIT, Correction, Limits, Round, lane_norm, refine, select
 from implicitlayer.linear._operator import FlatOperator, LinearSolver, Product

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from implicitlayer._solution import LinearSolution
-from implicitlayer._status import Status
-from implicitlayer._tree import flatten, ravel, unflatten, unravel
+from implicitlayer.base._solution import LinearSolution
+from implicitlayer.base._status import Status
+from implicitlayer.base._tree import flatten, ravel, unflatten, unravel
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 

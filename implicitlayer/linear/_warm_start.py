@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from implicitlayer._solution import LinearSolution
-from implicitlayer._status import Status
+from implicitlayer.base._solution import LinearSolution
+from implicitlayer.base._status import Status
 from implicitlayer.linear._common import SLACK, Limits, lane_norm, select
 from implicitlayer.linear._operator import FlatOperator, LinearSolver
 

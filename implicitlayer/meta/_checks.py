@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from implicitlayer._tree import flatten, flatten_with_names
-from implicitlayer._types import PyTree
+from implicitlayer.base._tree import flatten, flatten_with_names
+from implicitlayer.base._types import PyTree
 
 
 def check_one_per_task(name: str, values: Any, num_tasks: int) -> torch.Tensor:

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from implicitlayer._tree import tree_map
-from implicitlayer._types import PyTree
+from implicitlayer.base._tree import tree_map
+from implicitlayer.base._types import PyTree
 from implicitlayer.meta._method import num_tasks
 from implicitlayer.meta._tasks import Episode
 

@@ -6,9 +6,10 @@ from dataclasses import KW_ONLY, dataclass
 
 import torch
 
-from implicitlayer._tree import tree_map
-from implicitlayer._types import InnerSolver, PyTree
-from implicitlayer.implicit import argmin, proximal
+from implicitlayer.api import argmin
+from implicitlayer.base._tree import tree_map
+from implicitlayer.base._types import InnerSolver, PyTree
+from implicitlayer.layer import proximal
 from implicitlayer.meta._method import (
     MetaMethod,
     Strength,

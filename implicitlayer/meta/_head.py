@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from implicitlayer._types import PyTree
+from implicitlayer.base._types import PyTree
 from implicitlayer.meta._checks import check_integer, check_one_per_task
 from implicitlayer.meta._method import MetaMethod, learned_tensors, num_tasks, one_per_task
 from implicitlayer.meta._unrolled import MAML

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from implicitlayer._types import InnerSolver, OnFailure, PyTree
-from implicitlayer.implicit import Proximal, argmin, proximal
+from implicitlayer.api import argmin
+from implicitlayer.base._types import InnerSolver, OnFailure, PyTree
+from implicitlayer.equation._jacobian import Curvature
+from implicitlayer.equation._repair import NegativeCurvature
+from implicitlayer.layer import Proximal, proximal
 from implicitlayer.linear import ConjugateGradient
-from implicitlayer.linear._jacobian import Curvature
-from implicitlayer.linear._repair import NegativeCurvature
 from implicitlayer.meta._checks import PerTask
 from implicitlayer.meta._method import (
     MetaMethod,

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import torch
 
-from implicitlayer._records import collect
-from implicitlayer._types import PyTree
+from implicitlayer.base._records import collect
+from implicitlayer.base._types import PyTree
 from implicitlayer.meta._checks import check_one_per_task
 from implicitlayer.meta._chunks import in_chunks
 from implicitlayer.meta._method import MetaMethod, num_tasks

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import torch
 
-from implicitlayer._tree import flatten, tree_map
-from implicitlayer._types import PyTree
-from implicitlayer.implicit import MatrixStrength, OperatorStrength, proximal
+from implicitlayer.base._tree import flatten, tree_map
+from implicitlayer.base._types import PyTree
+from implicitlayer.layer import MatrixStrength, OperatorStrength, proximal
 from implicitlayer.meta._checks import PerTask, check_batch_leaves, check_theta
 
 Strength = float | torch.Tensor | PyTree

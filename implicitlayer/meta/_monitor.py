@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from implicitlayer._records import BackwardRecord, Record
-from implicitlayer._types import PyTree
+from implicitlayer.base._records import BackwardRecord, Record
+from implicitlayer.base._types import PyTree
 from implicitlayer.meta._method import MetaMethod, num_tasks, one_per_task
 
 

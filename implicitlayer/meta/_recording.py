@@ -16,13 +16,13 @@ from typing import Any
 
 import torch
 
-from implicitlayer._capture import find_closed_over
 from implicitlayer._errors import ImplicitLayerWarning
-from implicitlayer._solution import LinearSolution, RecordingSolver, SolverResult
-from implicitlayer._status import Status
-from implicitlayer._tree import flatten, ravel, unflatten, unravel
-from implicitlayer._types import Leaves, PyTree
-from implicitlayer._warn import warn
+from implicitlayer.base._solution import LinearSolution, RecordingSolver, SolverResult
+from implicitlayer.base._status import Status
+from implicitlayer.base._tree import flatten, ravel, unflatten, unravel
+from implicitlayer.base._types import Leaves, PyTree
+from implicitlayer.base._warn import warn
+from implicitlayer.equation._capture import find_closed_over
 from implicitlayer.linear._operator import FlatOperator, LinearSolver
 from implicitlayer.solvers import GradientDescent
 from implicitlayer.solvers._step_size import moves, present

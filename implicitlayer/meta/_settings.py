@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from implicitlayer._tree import flatten
+from implicitlayer.base._tree import flatten
 
 # Metadata of a dataclass field that says how numbers are computed, not which: a run may go on with another value.
 EXECUTION = {"execution": True}

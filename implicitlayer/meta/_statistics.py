@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from implicitlayer._types import PyTree
+from implicitlayer.base._types import PyTree
 from implicitlayer.meta._checks import check_integer, check_one_per_task
 from implicitlayer.meta._chunks import in_chunks, take_tasks
 from implicitlayer.meta._distributed import WorkerGroup

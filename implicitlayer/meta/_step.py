@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import torch
 
-from implicitlayer._solution import RecordingSolver, SolverResult
-from implicitlayer._tree import flatten, tree_map, unflatten
-from implicitlayer._types import InnerSolver, PyTree
+from implicitlayer.base._solution import RecordingSolver, SolverResult
+from implicitlayer.base._tree import flatten, tree_map, unflatten
+from implicitlayer.base._types import InnerSolver, PyTree
 from implicitlayer.meta._method import learned_tensors
 from implicitlayer.solvers import GradientDescent
 from implicitlayer.solvers._leaves import value_and_gradient

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any, Protocol
 
-from implicitlayer._types import PyTree
+from implicitlayer.base._types import PyTree
 
 Episode = tuple[PyTree, PyTree]
 

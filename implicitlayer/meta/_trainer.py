@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from implicitlayer._errors import NonFiniteError
-from implicitlayer._types import PyTree
-from implicitlayer._warn import warn
+from implicitlayer.base._types import PyTree
+from implicitlayer.base._warn import warn
 from implicitlayer.meta._chunks import largest_chunk, take_tasks
 from implicitlayer.meta._collapse import MAX_ROLLBACKS, CollapseError, CollapseWarning, advice, collapse
 from implicitlayer.meta._distributed import WorkerLostError, launch_command

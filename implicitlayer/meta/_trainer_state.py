@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from implicitlayer._tree import flatten
-from implicitlayer._types import PyTree
+from implicitlayer.base._tree import flatten
+from implicitlayer.base._types import PyTree
 from implicitlayer.meta._checkpoint import CheckpointError, load_checkpoint
 from implicitlayer.meta._checks import check_integer, check_number
 from implicitlayer.meta._collapse import ON_COLLAPSE, OnCollapse

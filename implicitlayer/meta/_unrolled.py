@@ -11,9 +11,9 @@ from typing import Any, Literal
 
 import torch
 
-from implicitlayer._surroundings import out_of_inference
-from implicitlayer._tree import flatten, unflatten
-from implicitlayer._types import Leaves, PyTree
+from implicitlayer.base._surroundings import out_of_inference
+from implicitlayer.base._tree import flatten, unflatten
+from implicitlayer.base._types import Leaves, PyTree
 from implicitlayer.meta._checks import check_integer
 from implicitlayer.meta._method import (
     MetaMethod,

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from implicitlayer._tree import flatten, tree_map, unflatten
+from implicitlayer.base._tree import flatten, tree_map, unflatten
 from implicitlayer.sets._term import ProximalTerm, check_entries, joined, norm_of, number_like, parted
 
 __all__ = ["Affine"]

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from implicitlayer._tree import flatten, unflatten
+from implicitlayer.base._tree import flatten, unflatten
 from implicitlayer.sets._term import (
     ProximalTerm,
     check_entries,

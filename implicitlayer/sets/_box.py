@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from implicitlayer._tree import flatten, unflatten
-from implicitlayer._types import Leaves
+from implicitlayer.base._tree import flatten, unflatten
+from implicitlayer.base._types import Leaves
 from implicitlayer.sets._term import ProximalTerm, check_entries, is_plain, joined, norm_of, spread
 
 __all__ = ["Box", "NonNegative"]

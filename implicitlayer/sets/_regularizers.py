@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from implicitlayer._tree import flatten, lane_reduce, unflatten
-from implicitlayer._types import Leaves
+from implicitlayer.base._tree import flatten, lane_reduce, unflatten
+from implicitlayer.base._types import Leaves
 from implicitlayer.sets._term import ProximalTerm, check_entries, expand_like, norm_of, spread
 
 __all__ = ["L1", "ElasticNet", "GroupL1", "Regularizer"]

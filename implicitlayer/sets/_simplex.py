@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from implicitlayer._tree import flatten, tree_map
+from implicitlayer.base._tree import flatten, tree_map
 from implicitlayer.sets._term import ProximalTerm, check_entries, joined, norm_of, parted, per_lane
 
 __all__ = ["Simplex"]

@@ -19,9 +19,9 @@ from typing import Any, ClassVar
 import torch
 from torch.utils import _pytree as pytree
 
-from implicitlayer._copying import CopiesFunctions
-from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, ravel, tree_map, unflatten, unravel
-from implicitlayer._types import Leaves
+from implicitlayer.base._copying import CopiesFunctions
+from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, ravel, tree_map, unflatten, unravel
+from implicitlayer.base._types import Leaves
 
 __all__ = ["PerPart", "ProximalTerm", "resolve"]
 

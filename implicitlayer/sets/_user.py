@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from implicitlayer._tree import flatten, unflatten
+from implicitlayer.base._tree import flatten, unflatten
 from implicitlayer.sets._term import ProximalTerm, expand_like, joined, largest_of, leaves_like, norm_of
 
 __all__ = ["Projection", "Prox"]

@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from implicitlayer._solution import RecordingSolver, SolverResult
-from implicitlayer._tree import flatten, lane_reduce, leaves_norm, unflatten
-from implicitlayer._types import Leaves
+from implicitlayer.base._solution import RecordingSolver, SolverResult
+from implicitlayer.base._tree import flatten, lane_reduce, leaves_norm, unflatten
+from implicitlayer.base._types import Leaves
 from implicitlayer.solvers._descent import rounds_between_syncs
 from implicitlayer.solvers._inputs import check_limits
 from implicitlayer.solvers._leaves import choose, lanes_like, value_and_gradient

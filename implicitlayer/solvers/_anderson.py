@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from implicitlayer._solution import SolverResult
+from implicitlayer.base._solution import SolverResult
 from implicitlayer.solvers._outcome import PATIENCE
 from implicitlayer.solvers._progress import reporting
 from implicitlayer.solvers._root_problem import RootProblem, RootSolver

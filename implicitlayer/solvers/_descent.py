@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
-from implicitlayer._solution import RecordingSolver, SolverResult
-from implicitlayer._status import Status
+from implicitlayer.base._solution import RecordingSolver, SolverResult
+from implicitlayer.base._status import Status
 from implicitlayer.linear._common import STEPS_BETWEEN_SYNCS
 from implicitlayer.linear._operator import lane_dot
 from implicitlayer.solvers._inputs import check_limits

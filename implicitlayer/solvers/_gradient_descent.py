@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from implicitlayer._solution import RecordingSolver, SolverResult
-from implicitlayer._tree import flatten, leaves_norm, unflatten
-from implicitlayer._types import Leaves
+from implicitlayer.base._solution import RecordingSolver, SolverResult
+from implicitlayer.base._tree import flatten, leaves_norm, unflatten
+from implicitlayer.base._types import Leaves
 from implicitlayer.linear._operator import lane_dot
 from implicitlayer.solvers._descent import descend, rounds_between_syncs
 from implicitlayer.solvers._inputs import check_limits

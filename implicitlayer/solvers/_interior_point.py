@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
-from implicitlayer._interior_point import QuadraticSolution, interior_point
+from implicitlayer.programs._interior_point import QuadraticSolution, interior_point
 from implicitlayer.solvers._progress import Iteration, reporting
 
 __all__ = ["OSQP", "Clarabel", "InteriorPoint"]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from implicitlayer._solution import SolverResult
+from implicitlayer.base._solution import SolverResult
 from implicitlayer.linear._operator import lane_dot
 from implicitlayer.solvers._descent import Limited, descend, rounds_between_syncs
 from implicitlayer.solvers._line_search import LineSearch

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from implicitlayer._tree import flatten, unflatten
-from implicitlayer._types import Leaves
+from implicitlayer.base._tree import flatten, unflatten
+from implicitlayer.base._types import Leaves
 from implicitlayer.solvers._inputs import check_attached
 
 __all__: list[str] = []

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from implicitlayer._solution import LinearSolution, SolverResult
+from implicitlayer.base._solution import LinearSolution, SolverResult
 from implicitlayer.linear._dense import Dense, materialise
 from implicitlayer.linear._operator import FlatOperator, lane_dot
 from implicitlayer.solvers._progress import reporting

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from implicitlayer._solution import SolverResult
-from implicitlayer._status import Status
-from implicitlayer._tree import finite_lanes, lane_reduce, leaves_norm, name_lanes
-from implicitlayer._types import Leaves
+from implicitlayer.base._solution import SolverResult
+from implicitlayer.base._status import Status
+from implicitlayer.base._tree import finite_lanes, lane_reduce, leaves_norm, name_lanes
+from implicitlayer.base._types import Leaves
 from implicitlayer.solvers._leaves import lanes_like
 
 __all__: list[str] = []

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 
 from implicitlayer._errors import ObjectiveError
-from implicitlayer._tree import flatten, leaves_norm, ravel, unflatten, unravel
-from implicitlayer._types import Leaves
+from implicitlayer.base._tree import flatten, leaves_norm, ravel, unflatten, unravel
+from implicitlayer.base._types import Leaves
 from implicitlayer.linear._operator import lane_scale
 from implicitlayer.solvers._inputs import check_unknowns
 from implicitlayer.solvers._leaves import value_and_gradient

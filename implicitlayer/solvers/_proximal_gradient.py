@@ -14,9 +14,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from implicitlayer._solution import RecordingSolver, SolverResult
-from implicitlayer._tree import flatten, lane_reduce, leaves_norm, unflatten
-from implicitlayer._types import Leaves
+from implicitlayer.base._solution import RecordingSolver, SolverResult
+from implicitlayer.base._tree import flatten, lane_reduce, leaves_norm, unflatten
+from implicitlayer.base._types import Leaves
 from implicitlayer.sets._term import expand_like, resolve
 from implicitlayer.solvers._inputs import check_limits, check_num_steps, check_unknowns
 from implicitlayer.solvers._leaves import choose, value_and_gradient

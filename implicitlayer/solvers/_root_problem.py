@@ -9,14 +9,14 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from implicitlayer._errors import ObjectiveError
-from implicitlayer._flat import like_x
-from implicitlayer._solution import RecordingSolver, SolverResult
-from implicitlayer._status import Status
-from implicitlayer._tree import flatten, leaves_norm, ravel, unflatten, unravel
-from implicitlayer._types import Leaves
-from implicitlayer.linear._jacobian import Jacobian
+from implicitlayer.base._solution import RecordingSolver, SolverResult
+from implicitlayer.base._status import Status
+from implicitlayer.base._tree import flatten, leaves_norm, ravel, unflatten, unravel
+from implicitlayer.base._types import Leaves
+from implicitlayer.equation._flat import like_x
+from implicitlayer.equation._jacobian import Jacobian
+from implicitlayer.equation._residual import Residual
 from implicitlayer.linear._operator import FlatOperator
-from implicitlayer.linear._residual import Residual
 from implicitlayer.solvers._inputs import check_limits
 from implicitlayer.solvers._outcome import outcome
 from implicitlayer.solvers._progress import Iteration, Report

@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from implicitlayer._solution import RecordingSolver, SolverResult
-from implicitlayer._status import Status
-from implicitlayer._tree import flatten, leaves_norm, ravel, unflatten, unravel
+from implicitlayer.base._solution import RecordingSolver, SolverResult
+from implicitlayer.base._status import Status
+from implicitlayer.base._tree import flatten, leaves_norm, ravel, unflatten, unravel
 from implicitlayer.solvers._inputs import check_attached, check_unknowns
 from implicitlayer.solvers._progress import Iteration, reporting
 from implicitlayer.solvers._scipy_limits import bounds_of_layer, constraints_of_layer, refuse_hidden_limits

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 
 from implicitlayer._errors import StationarityError
-from implicitlayer._tree import TreeSpec, flatten, ravel, tree_map, unflatten, unravel
-from implicitlayer._types import Leaves
+from implicitlayer.base._tree import TreeSpec, flatten, ravel, tree_map, unflatten, unravel
+from implicitlayer.base._types import Leaves
 from implicitlayer.sets._box import Box, NonNegative
 from implicitlayer.sets._term import PerPart, ProximalTerm, resolve
 

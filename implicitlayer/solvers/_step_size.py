@@ -10,8 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
-from implicitlayer._tree import TreeSpec, flatten, leaves_in_order, ravel, unflatten, unravel
-from implicitlayer._types import Leaves
+from implicitlayer.base._tree import TreeSpec, flatten, leaves_in_order, ravel, unflatten, unravel
+from implicitlayer.base._types import Leaves
 
 __all__: list[str] = []
 

@@ -7,8 +7,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from implicitlayer._solution import RecordingSolver, SolverResult
-from implicitlayer._tree import flatten, leaves_norm, unflatten
+from implicitlayer.base._solution import RecordingSolver, SolverResult
+from implicitlayer.base._tree import flatten, leaves_norm, unflatten
 from implicitlayer.solvers._inputs import check_attached, check_num_steps, check_unknowns
 from implicitlayer.solvers._outcome import finite_leaves, outcome
 from implicitlayer.solvers._progress import Iteration, Report, reporting

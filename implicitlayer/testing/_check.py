@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from implicitlayer._errors import ImplicitLayerWarning, LinearSolveError, StationarityError, StationarityWarning
-from implicitlayer._solution import SolverResult
-from implicitlayer.implicit._argmin import argmin, fixed_point, root
-from implicitlayer.implicit._layer import ImplicitLayer
+from implicitlayer.api._argmin import argmin, fixed_point, root
+from implicitlayer.base._solution import SolverResult
+from implicitlayer.layer._layer import ImplicitLayer
 from implicitlayer.testing._another import another_problem
 from implicitlayer.testing._differences import DENSE_LIMIT, Accuracy
 from implicitlayer.testing._follows import check_followed

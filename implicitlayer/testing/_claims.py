@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from implicitlayer._solution import LinearSolution, RecordingSolver
+from implicitlayer.base._solution import LinearSolution, RecordingSolver
 from implicitlayer.linear._bicgstab import Bicgstab
 from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.linear._minres import Minres

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import InvalidArgument
 
 from implicitlayer._errors import NonFiniteError, SolverOutputError, StationarityWarning
-from implicitlayer._tree import flatten, tree_map, unflatten
+from implicitlayer.base._tree import flatten, tree_map, unflatten
 
 __all__ = ["Fault", "SolverFailedError", "faults", "faulty_solvers"]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from implicitlayer._tree import flatten, flatten_with_names
-from implicitlayer.implicit._argmin import argmin
+from implicitlayer.api._argmin import argmin
+from implicitlayer.base._tree import flatten, flatten_with_names
 from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.testing import _arrays as arrays
 from implicitlayer.testing import _families as families

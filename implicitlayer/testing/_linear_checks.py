@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from implicitlayer._errors import LinearSolveError
-from implicitlayer._status import Status
-from implicitlayer.linear._public import linear_solve
+from implicitlayer.base._status import Status
+from implicitlayer.equation._public import linear_solve
 from implicitlayer.testing import _arrays as arrays
 from implicitlayer.testing._claims import LinearClaim
 from implicitlayer.testing._linear_lanes import (

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from implicitlayer._solution import LinearSolution
-from implicitlayer._status import Status
+from implicitlayer.base._solution import LinearSolution
+from implicitlayer.base._status import Status
 from implicitlayer.linear._operator import FlatOperator
 from implicitlayer.testing import _arrays as arrays
 from implicitlayer.testing._claims import LinearClaim

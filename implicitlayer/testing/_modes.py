@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from implicitlayer.implicit._layer import ImplicitLayer
+from implicitlayer.layer._layer import ImplicitLayer
 from implicitlayer.testing import _differences as differences
 from implicitlayer.testing._differences import Accuracy, Difference, SolverDifferences
 from implicitlayer.testing._references import DenseSystem, Equation, Leaves, Wall, flat, plain, scales

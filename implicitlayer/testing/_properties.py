@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from implicitlayer._tree import tree_map
-from implicitlayer.implicit._argmin import argmin, fixed_point, root
-from implicitlayer.implicit._layer import ImplicitLayer
+from implicitlayer.api._argmin import argmin, fixed_point, root
+from implicitlayer.base._tree import tree_map
+from implicitlayer.layer._layer import ImplicitLayer
 from implicitlayer.testing._case import Case, Layer, dot, pull
 from implicitlayer.testing._references import F64, Equation, flat
 

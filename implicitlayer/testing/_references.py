@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from implicitlayer._solution import SolverResult
-from implicitlayer._tree import TreeSpec, flatten, flatten_with_names, tree_map, unflatten
+from implicitlayer.base._solution import SolverResult
+from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, tree_map, unflatten
 
 Leaves = list[torch.Tensor]
 F64 = torch.float64

@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.errors import InvalidArgument
 
-from implicitlayer._tree import flatten, ravel, unflatten, unravel
+from implicitlayer.base._tree import flatten, ravel, unflatten, unravel
 from implicitlayer.testing import _arrays as arrays
 from implicitlayer.testing._strategies import SEEDS, Dtypes, Numbers, as_strategy, checked
 

@@ -12,7 +12,7 @@ from references import F64
 from torch import Tensor
 
 import implicitlayer as il
-from implicitlayer.implicit._explain import explain_gradient
+from implicitlayer.explain._explain import explain_gradient
 
 
 def detached_in_a_block(x: Tensor, t: Tensor) -> Tensor:

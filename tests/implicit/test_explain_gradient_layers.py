@@ -14,7 +14,7 @@ from references import F64
 from torch import Tensor, nn
 
 import implicitlayer as il
-from implicitlayer.implicit._explain import explain_gradient
+from implicitlayer.explain._explain import explain_gradient
 
 
 class Box:

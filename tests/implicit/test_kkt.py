@@ -11,8 +11,8 @@ from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import implicitlayer as il
 from implicitlayer._errors import InfeasibleError, KinkError, KinkWarning
-from implicitlayer.implicit._kkt_linear import KktFactors, KktMatrices
-from implicitlayer.implicit._kkt_multipliers import multipliers, nonnegative_least_squares
+from implicitlayer.programs._kkt_linear import KktFactors, KktMatrices
+from implicitlayer.programs._kkt_multipliers import multipliers, nonnegative_least_squares
 
 optimize = pytest.importorskip("scipy.optimize")
 
@@ -254,7 +254,7 @@ def test_the_factors_are_right_and_tell_what_is_wrong() -> None:
 
 
 def test_the_dense_solve_refuses_to_fill_the_memory() -> None:
-    from implicitlayer.implicit._kkt_linear import KktSolver
+    from implicitlayer.programs._kkt_linear import KktSolver
 
     layer = il.constrained_argmin(squares, exact, inequality=bound, linear_solver=KktSolver(3, 0, 3, max_size=5))
     x = layer(torch.zeros(3, dtype=F64), torch.tensor([2.0, 0.5, 0.0], dtype=F64, requires_grad=True))

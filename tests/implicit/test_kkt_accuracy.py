@@ -7,7 +7,7 @@ from references import F64
 
 import implicitlayer as il
 from implicitlayer._errors import InfeasibleError, KinkWarning
-from implicitlayer.implicit._kkt_active import length_of_step
+from implicitlayer.programs._kkt_active import length_of_step
 
 
 def half_squares(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

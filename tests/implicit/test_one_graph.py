@@ -9,7 +9,7 @@ import torch
 from references import F64, randn, relative_error
 
 import implicitlayer as il
-from implicitlayer.linear._jacobian import OneGraph
+from implicitlayer.equation._jacobian import OneGraph
 
 Tensor = torch.Tensor
 

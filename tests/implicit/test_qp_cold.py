@@ -6,10 +6,11 @@ from references import F64, randn, relative_error
 from solvers.test_interior_point import Program, programs
 
 import implicitlayer as il
-from implicitlayer._interior_point import interior_point
-from implicitlayer.implicit import _qp_cold, _qp_solve
-from implicitlayer.implicit._qp_cold import answers
-from implicitlayer.implicit._qp_exact import TIGHT, exact, factorised, violation
+from implicitlayer.constrained import _qp_solve
+from implicitlayer.programs import _qp_cold
+from implicitlayer.programs._interior_point import interior_point
+from implicitlayer.programs._qp_cold import answers
+from implicitlayer.programs._qp_exact import TIGHT, exact, factorised, violation
 
 ROUNDING = 1e-9  # of solves with the matrix of a random program, condition below 1e5
 

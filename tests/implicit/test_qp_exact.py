@@ -9,8 +9,8 @@ from references import F64, randn
 
 import implicitlayer as il
 from implicitlayer._errors import KinkWarning
-from implicitlayer._interior_point import Data, QuadraticSolution, interior_point
-from implicitlayer.implicit._qp_exact import TIGHT, exact, undecided, violation
+from implicitlayer.programs._interior_point import Data, QuadraticSolution, interior_point
+from implicitlayer.programs._qp_exact import TIGHT, exact, undecided, violation
 from implicitlayer.solvers import OSQP, Clarabel, InteriorPoint
 
 optimize = pytest.importorskip("scipy.optimize")

@@ -9,13 +9,13 @@ from references import F64, randn, relative_error
 from solvers.test_interior_point import Program, programs
 
 import implicitlayer as il
-from implicitlayer._interior_point import QuadraticSolution, interior_point
-from implicitlayer.implicit import _qp_solve
-from implicitlayer.implicit._qp import _scalar, _written_out
-from implicitlayer.implicit._qp_exact import TIGHT, Exact, conditions, exact, factorised, violation
-from implicitlayer.implicit._qp_schur import SchurRows
-from implicitlayer.implicit._qp_single import exact_cold, exact_near
-from implicitlayer.implicit._qp_terms import SingleProgram
+from implicitlayer.constrained import _qp_solve
+from implicitlayer.constrained._qp import _scalar, _written_out
+from implicitlayer.programs._interior_point import QuadraticSolution, interior_point
+from implicitlayer.programs._qp_exact import TIGHT, Exact, conditions, exact, factorised, violation
+from implicitlayer.programs._qp_schur import SchurRows
+from implicitlayer.programs._qp_single import exact_cold, exact_near
+from implicitlayer.programs._qp_terms import SingleProgram
 
 ROUNDING = 1e-9  # of solves with the matrix of a random program, condition below 1e5
 
@@ -157,7 +157,7 @@ def test_the_products_written_out_are_those_of_autograd_with_shared_data_too() -
 
 
 def unknowns(z: list[torch.Tensor]) -> Any:
-    from implicitlayer.implicit._kkt_lagrangian import Unknowns
+    from implicitlayer.constrained._kkt_lagrangian import Unknowns
 
     return Unknowns(*z)
 

@@ -13,7 +13,7 @@ from linear_systems import Counted, indefinite_matrix
 from references import F64, randn, spd_matrix
 
 import implicitlayer as il
-from implicitlayer._ritz import RitzValues
+from implicitlayer.base._ritz import RitzValues
 
 DIGITS = 2e-3
 

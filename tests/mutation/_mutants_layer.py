@@ -2,10 +2,10 @@
 
 from mutation._harness import Mutant
 
-RULES = "implicit/_rules.py"
-FUNCTION = "implicit/_function.py"
-FORWARD = "implicit/_forward.py"
-PROXIMAL = "implicit/_proximal.py"
+RULES = "equation/_rules.py"
+FUNCTION = "layer/_function.py"
+FORWARD = "layer/_forward.py"
+PROXIMAL = "layer/_proximal.py"
 
 LAYER_MUTANTS = [
     Mutant(
@@ -32,7 +32,7 @@ LAYER_MUTANTS = [
     ),
     Mutant(
         "mixed derivative of the one graph doubled",
-        "linear/_residual.py",
+        "equation/_residual.py",
         "pull_back(self.value, [self.theta[i] for i in reached], u)",
         "pull_back(self.value, [self.theta[i] for i in reached], [2 * v for v in u])",
         "theta_bar = -2 (dF/dtheta)' u in a plain backward",
@@ -188,7 +188,7 @@ LAYER_MUTANTS = [
     ),
     Mutant(
         "polish steps away from the solution",
-        "implicit/_polish.py",
+        "layer/_polish.py",
         "moved = self.leaves(ravel(start[0], self.residual.lane_dims) - step)",
         "moved = self.leaves(ravel(start[0], self.residual.lane_dims) + step)",
         "polish never helps",
@@ -196,7 +196,7 @@ LAYER_MUTANTS = [
     ),
     Mutant(
         "distance to the solution underestimated a millionfold",
-        "implicit/_stationarity.py",
+        "equation/_stationarity.py",
         "squared / lane_norm(product) * scale[..., 0], 0.0)",
         "1e-6 * squared / lane_norm(product) * scale[..., 0], 0.0)",
         "an answer that is not stationary stays silent",
@@ -204,7 +204,7 @@ LAYER_MUTANTS = [
     ),
     Mutant(
         "the backward solve believes the forward pass",
-        "implicit/_distance.py",
+        "equation/_distance.py",
         "far = suspicious & (relative > self.rtol)",
         "far = suspicious & (relative > 1e9)",
         "answers far along flat directions stay silent",
@@ -212,14 +212,14 @@ LAYER_MUTANTS = [
     ),
     Mutant(
         "gradient at the answer measured by its own size",
-        "implicit/_stationarity.py",
+        "equation/_stationarity.py",
         "squared / lane_norm(product) * scale[..., 0], 0.0)",
         "squared / lane_norm(product), 0.0)",
         "a solution that is right to rounding counts as not stationary",
     ),
     Mutant(
         "closed-over tensors are not fed back",
-        "_capture.py",
+        "equation/_capture.py",
         "return self.values.get(id(value), value)",
         "return value",
         "a theta that the objective closes over gets no gradient",
@@ -227,7 +227,7 @@ LAYER_MUTANTS = [
     ),
     Mutant(
         "closed-over leaves are not found",
-        "_capture.py",
+        "equation/_capture.py",
         "return tensor.requires_grad or _has_tangent(tensor)",
         "return tensor.requires_grad and not tensor.is_leaf or _has_tangent(tensor)",
         "the finder passes over tensors that require a gradient; the second line of defence must speak",
@@ -235,7 +235,7 @@ LAYER_MUTANTS = [
     ),
     Mutant(
         "leaves joined in reverse order",
-        "_tree.py",
+        "base/_tree.py",
         "leaf.shape[lane_dims:].numel()) for leaf in leaves], -1)",
         "leaf.shape[lane_dims:].numel()) for leaf in reversed(leaves)], -1)",
         "cotangents of one leaf end in another",
@@ -243,7 +243,7 @@ LAYER_MUTANTS = [
     ),
     Mutant(
         "fixed-point residual without x",
-        "implicit/_layer.py",
+        "layer/_layer.py",
         "return lambda x, theta: [a - b for a, b in zip(x, function(x, theta), strict=True)]",
         "return lambda x, theta: [0 * a - b for a, b in zip(x, function(x, theta), strict=True)]",
         "J in place of I - J",
@@ -275,7 +275,7 @@ LAYER_MUTANTS = [
     ),
     Mutant(
         "sum of squares replaced by their mean",
-        "_tree.py",
+        "base/_tree.py",
         "        return values.sum()",
         "        return values.mean()",
         "the proximal term is divided by the number of unknowns",
@@ -283,7 +283,7 @@ LAYER_MUTANTS = [
     ),
     Mutant(
         "a polish step kept without comparing",
-        "implicit/_polish.py",
+        "layer/_polish.py",
         "mask = b[1].norm < a[1].norm",
         "mask = torch.ones_like(b[1].norm, dtype=torch.bool)",
         "polish may lead away from the solution",
@@ -291,7 +291,7 @@ LAYER_MUTANTS = [
     ),
     Mutant(
         "the worst status of the lanes becomes the best",
-        "_solution.py",
+        "base/_solution.py",
         "Status(int(self.codes.max()))",
         "Status(int(self.codes.min()))",
         "a lane that failed is hidden by one that did not",
@@ -299,7 +299,7 @@ LAYER_MUTANTS = [
     ),
     Mutant(
         "no tolerance for forces in the active set",
-        "implicit/_kkt_active.py",
+        "programs/_kkt_active.py",
         "near & (force > active_rtol * self.scale[..., None])",
         "near & (force > 0)",
         "a multiplier that is zero up to rounding holds its border, and no kink is told",

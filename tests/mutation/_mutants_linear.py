@@ -2,10 +2,10 @@
 
 from mutation._harness import Mutant
 
-SOLVE = "linear/_solve.py"
-JACOBIAN = "linear/_jacobian.py"
-RESIDUAL = "linear/_residual.py"
-REPAIR = "linear/_repair.py"
+SOLVE = "equation/_solve.py"
+JACOBIAN = "equation/_jacobian.py"
+RESIDUAL = "equation/_residual.py"
+REPAIR = "equation/_repair.py"
 COMMON = "linear/_common.py"
 OPERATOR = "linear/_operator.py"
 

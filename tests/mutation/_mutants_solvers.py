@@ -233,7 +233,7 @@ SOLVER_MUTANTS = [
     ),
     Mutant(
         "repair keeps the failed lanes",
-        "linear/_repair.py",
+        "equation/_repair.py",
         "value=select(mask, new.value, old.value),",
         "value=select(~mask, new.value, old.value),",
         "the iterate that met negative curvature in place of that of MINRES",

@@ -15,12 +15,12 @@ from mutation._harness import Mutant, StaleMutantError, first_catch, fresh_packa
 from mutation._mutants import MUTANTS
 from mutation._suite import suite
 
-from implicitlayer.implicit import _forward
+from implicitlayer.layer import _forward
 
 CONTROL_PARTS = 8
 FAULT = Mutant(
     "NaN in the answer becomes zero",
-    "implicit/_forward.py",
+    "layer/_forward.py",
     "value.detach().to(like.dtype, copy=True)",
     "value.detach().to(like.dtype, copy=True).nan_to_num()",
     "a solver that failed passes for one that stopped at zero",
@@ -56,13 +56,13 @@ def nothing(il: Any, testing: Any) -> list[tuple[str, Callable[[], None]]]:
 
 
 def test_a_mutant_whose_source_is_gone_is_an_error() -> None:
-    stale = Mutant("stale", "implicit/_rules.py", "a line that is not there", "", "nothing")
-    with pytest.raises(StaleMutantError, match=r"'stale': its old source stands 0 times in implicit/_rules.py"):
+    stale = Mutant("stale", "equation/_rules.py", "a line that is not there", "", "nothing")
+    with pytest.raises(StaleMutantError, match=r"'stale': its old source stands 0 times in equation/_rules.py"):
         first_catch(stale, nothing)
 
 
 def test_a_mutant_whose_source_is_ambiguous_is_an_error() -> None:
-    ambiguous = Mutant("ambiguous", "implicit/_rules.py", "import", "", "nothing")
+    ambiguous = Mutant("ambiguous", "equation/_rules.py", "import", "", "nothing")
     with pytest.raises(StaleMutantError, match="not once"):
         first_catch(ambiguous, nothing)
 
@@ -76,7 +76,7 @@ def test_only_the_package_inside_the_block_has_the_fault() -> None:
     finders = list(sys.meta_path)
     with fresh_package(FAULT) as (il, _):
         assert il is sys.modules["implicitlayer"] and il is not before.get("implicitlayer")
-        inside = sys.modules["implicitlayer.implicit._forward"]._check_leaf(math.nan, "x", torch.zeros(()))
+        inside = sys.modules["implicitlayer.layer._forward"]._check_leaf(math.nan, "x", torch.zeros(()))
     after = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "implicitlayer"}
     assert after == before and sys.meta_path == finders
     assert inside == 0 and _forward._check_leaf(math.nan, "x", torch.zeros(())).isnan()

@@ -10,8 +10,8 @@ from references import F64, randn, relative_error, spd_matrix
 from torch import Tensor
 
 import implicitlayer as il
-from implicitlayer.implicit import _prox_equation
-from implicitlayer.implicit._prox_equation import At
+from implicitlayer.constrained import _prox_equation
+from implicitlayer.constrained._prox_equation import At
 from implicitlayer.sets import Affine, Ball, Box, NonNegative, Projection, Simplex
 
 H = spd_matrix(5, 1.0, seed=1)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from references import F64, randn, relative_error
 
-from implicitlayer._interior_point import ProgramStatus, interior_point
+from implicitlayer.programs._interior_point import ProgramStatus, interior_point
 from implicitlayer.solvers import InteriorPoint
 
 optimize = pytest.importorskip("scipy.optimize")

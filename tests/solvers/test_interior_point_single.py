@@ -5,8 +5,8 @@ import torch
 from references import F64, randn, relative_error
 from solvers.test_interior_point import Program, programs
 
-import implicitlayer._interior_point as module
-from implicitlayer._interior_point import ProgramStatus, QuadraticSolution, interior_point
+import implicitlayer.programs._interior_point as module
+from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolution, interior_point
 
 
 def by_lanes(data: Program, monkeypatch: pytest.MonkeyPatch) -> QuadraticSolution:

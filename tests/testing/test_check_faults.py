@@ -13,7 +13,9 @@ from references import F64, newton, randn, smooth_objective
 from torch import Tensor
 
 import implicitlayer as il
-from implicitlayer.implicit import _argmin, _function, _rules
+from implicitlayer.api import _argmin
+from implicitlayer.equation import _rules
+from implicitlayer.layer import _function
 from implicitlayer.testing._check import check_argmin_gradients
 from implicitlayer.testing._report import GradientCheckError, GradientReport
 

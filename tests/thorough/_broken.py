@@ -9,7 +9,7 @@ import torch
 
 import implicitlayer as il
 from implicitlayer import testing
-from implicitlayer._types import OnFailure
+from implicitlayer.base._types import OnFailure
 from tests.thorough._family import DrawnFamily
 from tests.thorough._quadratics import SEEDS
 from tests.thorough._reference import F64, Tensor

@@ -9,7 +9,7 @@ from torch.func import grad, jvp, vmap
 
 import implicitlayer as il
 from implicitlayer import testing
-from implicitlayer._types import OnFailure
+from implicitlayer.base._types import OnFailure
 from tests.thorough._family import DrawnFamily
 from tests.thorough._quadratics import DTYPES, SEEDS, condition_of, must_be_right
 from tests.thorough._reference import F64, Dense, Tensor, newton_traced

@@ -1,0 +1,13 @@
+"""``il.argmin``, ``il.root``, ``il.fixed_point`` and their modules: what chooses among the layers."""
+
+from implicitlayer.api._argmin import argmin, fixed_point, root
+from implicitlayer.api._module import ArgminLayer, FixedPointLayer, RootLayer
+
+__all__ = [
+    "ArgminLayer",
+    "FixedPointLayer",
+    "RootLayer",
+    "argmin",
+    "fixed_point",
+    "root",
+]

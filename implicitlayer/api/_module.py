@@ -1,0 +1,141 @@
+"""The layer as an ``nn.Module``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from implicitlayer.api._argmin import argmin, fixed_point, root
+from implicitlayer.base._copying import CopiesFunctions
+from implicitlayer.base._records import Record
+from implicitlayer.layer._layer import ImplicitLayer
+
+__all__ = ["ArgminLayer", "FixedPointLayer", "RootLayer"]
+
+
+class ArgminLayer(CopiesFunctions, nn.Module):
+    """:func:`argmin` as a module: ``forward(*theta) -> x``, or ``forward(init, *theta)`` without a stored ``init``.
+
+    An objective that is an ``nn.Module`` is registered, so its parameters are in ``parameters()`` and
+    ``state_dict()``, move with ``.to()``, and get gradients. The layer pickles and copies if the objective, solver and
+    ``init`` do. No lambda pickles; ``copy.deepcopy`` of a module gives a layer in it whose objective is a lambda or
+    nested function over the module (its parts, its tensors) the weights of the copy. What a function reads as a global,
+    or through an object of your own that can be called, stays shared.
+
+    The weights of a call are kept for its backward, whatever happens to the module in between
+    (``torch.func.functional_call``, ensembles by ``vmap``).
+
+    BatchNorm inside an objective: batch statistics (``track_running_stats=False``) and frozen running statistics
+    (``eval()`` mode) differentiate under every transform; in train mode running statistics would be written at every
+    evaluation of the solver, which is an error.
+
+    Args:
+        objective, solver: as in :func:`argmin`.
+        init: starting point: a tensor or pytree (a tensor is registered as a buffer), or a function of ``theta``;
+            None if ``forward`` is to receive it first.
+        settings: keyword arguments of :func:`argmin`.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> layer = il.ArgminLayer(
+        ...     lambda x, t: ((x - t) ** 2).sum() + (x**2).sum(), lambda f, x, t: t / 2, init=torch.zeros_like
+        ... )
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), layer)
+        >>> model(torch.ones(3)).shape
+        torch.Size([2])
+    """
+
+    _facade: ClassVar[Callable[..., ImplicitLayer]] = staticmethod(argmin)
+
+    def __init__(
+        self,
+        objective: Callable[..., Any],
+        solver: Callable[..., Any],
+        *,
+        init: Any = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        self.objective = objective
+        self._layer: ImplicitLayer = self._facade(objective, solver, **settings)
+        if isinstance(init, torch.Tensor):
+            self.register_buffer("init", init)
+        else:
+            self.init = init
+
+    @property
+    def last_record(self) -> Record | None:
+        """The latest diagnostics record, None before the first call."""
+        return self._layer.last_record
+
+    @property
+    def records(self) -> list[Record]:
+        """Diagnostics of the latest call."""
+        return self._layer.records
+
+    def forward(self, *args: Any) -> Any:
+        """x for ``theta``."""
+        # a layer of this call's own: threads may call at once, and the weights of a call go with its graph
+        layer = replace(self._layer, function=self._with_weights_of_now())
+        init = self.init
+        if init is None:
+            if not args:
+                raise TypeError("forward(init, *theta) needs init: none was stored in the layer.")
+            init, *args = args  # type: ignore[assignment]
+        elif callable(init) and not isinstance(init, torch.Tensor):
+            with torch.no_grad():
+                init = init(*args)
+        solution = layer(init, *args)
+        self._layer.records = layer.records
+        return solution
+
+    def _with_weights_of_now(self) -> Callable[..., Any]:
+        objective = self.objective
+        # an objective that knows its parts (see NOTE [objectives with parts]) is used as it is
+        if not isinstance(objective, nn.Module) or hasattr(objective, "as_composite"):
+            return objective
+        weights = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
+        return lambda x, *theta: torch.func.functional_call(objective, weights, (x, *theta))
+
+
+class RootLayer(ArgminLayer):
+    """:func:`root` as a module; the residual stands in the place of :class:`ArgminLayer`'s objective.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> layer = il.RootLayer(lambda x, a: x**3 - a, lambda r, x, a: a ** (1 / 3), init=torch.ones_like)
+        >>> layer(torch.tensor([8.0, 27.0], dtype=torch.float64)).tolist()
+        [2.0, 3.0]
+    """
+
+    _facade = staticmethod(root)
+
+
+class FixedPointLayer(ArgminLayer):
+    """:func:`fixed_point` as a module: a deep equilibrium model where the map is an ``nn.Module``.
+
+    Source: Bai, Kolter, Koltun, Deep Equilibrium Models, NeurIPS 2019.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> class Cell(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.linear = torch.nn.Linear(2, 2)
+        ...     def forward(self, z, u):
+        ...         return 0.1 * torch.tanh(self.linear(z)) + u
+        >>> def iterate(map, z, u):
+        ...     for _ in range(30):
+        ...         z = map(z, u)
+        ...     return z
+        >>> model = il.FixedPointLayer(Cell(), iterate, init=torch.zeros_like)
+        >>> model(torch.ones(2)).sum().backward()
+        >>> model.objective.linear.weight.grad is not None
+        True
+    """
+
+    _facade = staticmethod(fixed_point)

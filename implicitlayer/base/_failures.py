@@ -1,0 +1,90 @@
+"""Where a failure of some lanes is decided: an error, or with ``on_failure="mask"`` a mark on these lanes."""
+
+# NOTE [masked lanes]: with ``on_failure="mask"`` a lane that has failed is NaN in the layer's answer, and has a zero
+# derivative; no other lane notices. Whoever finds lanes bad says so by :func:`refuse`, and goes on with whatever finite
+# numbers stand there. x itself carries the mask to the derivatives: NaN is in no other lane.
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from implicitlayer._errors import SolverOutputError
+from implicitlayer.base._solution import SolverResult
+from implicitlayer.base._status import Status
+from implicitlayer.base._tree import ravel
+from implicitlayer.base._types import Leaves
+
+_active = threading.local()
+# of a solver, not of its code
+FAILURES = (ArithmeticError, np.linalg.LinAlgError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
+
+
+@contextmanager
+def marking(masks: bool, lanes: torch.Size, like: torch.Tensor) -> Iterator[torch.Tensor | None]:
+    """The lanes that fail in the block, bool [*lanes]; None where a failure is an error."""
+    before = getattr(_active, "failed", None)
+    _active.failed = torch.zeros(lanes, dtype=torch.bool, device=like.device) if masks else None
+    try:
+        yield _active.failed
+    finally:
+        _active.failed = before
+
+
+def refuse(lanes: torch.Tensor, error: Exception) -> None:
+    """Mark ``lanes`` as failed, or raise ``error`` where failures are not masked."""
+    failed = getattr(_active, "failed", None)
+    if failed is None or failed.shape != lanes.shape:
+        raise error
+    failed |= lanes
+
+
+def masking() -> bool:
+    """Whether failures mark their lanes, and are no errors."""
+    return getattr(_active, "failed", None) is not None
+
+
+def standing(lanes: torch.Tensor) -> torch.Tensor:
+    """Those of ``lanes`` that have not failed: of a failed one no warning is due."""
+    failed = getattr(_active, "failed", None)
+    return lanes if failed is None or failed.shape != lanes.shape else lanes & ~failed
+
+
+def over_lanes(lanes: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+    """``lanes`` [*lanes] in as many dimensions as ``leaf`` [*lanes, ...]."""
+    return lanes.reshape((*lanes.shape, *[1] * (leaf.ndim - lanes.ndim)))
+
+
+def replaced(lanes: torch.Tensor, leaves: Sequence[torch.Tensor], by: Sequence[torch.Tensor] | float) -> Leaves:
+    """The leaves with other values in ``lanes``."""
+    values = [torch.full_like(leaf, by) for leaf in leaves] if isinstance(by, float) else by
+    return [torch.where(over_lanes(lanes, leaf), value, leaf) for leaf, value in zip(leaves, values, strict=True)]
+
+
+def failed_lanes(x: Leaves, lane_dims: int) -> torch.Tensor:
+    """The lanes [*lanes] of a layer's answer that are masked."""
+    return ravel(x, lane_dims).isnan().any(-1)
+
+
+def finite_data(theta: Leaves) -> Leaves:
+    """theta with ones in place of NaN and Inf, which only masked lanes read."""
+    return [torch.where(t.isfinite(), t, 1.0) if t.is_floating_point() else t for t in theta]
+
+
+def failed_result(value: Any, error: Exception) -> SolverResult:
+    """What stands for the answer of a solver that raised, in a lane that is masked."""
+    return SolverResult(value, Status.NONFINITE, message=f"the solver raised {type(error).__name__}: {error}")
+
+
+def no_lane_named(error: Exception, lanes: torch.Size) -> SolverOutputError:
+    """The error for a solver of several lanes that raised."""
+    return SolverOutputError(
+        f'the solver of {lanes.numel()} lanes raised {type(error).__name__}: {error}. on_failure="mask" masks lanes, '
+        "and an exception does not say which of them it was about. Return NaN in the lanes that fail, or map over the "
+        "lanes with torch.vmap in place of batch_dims: a solver that raises is then called for one lane at a time."
+    )

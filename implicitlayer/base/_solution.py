@@ -1,0 +1,186 @@
+"""What a solve returns: the value and how far it can be believed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from implicitlayer._errors import (
+    ConvergenceWarning,
+    IndefiniteError,
+    LinearSolveError,
+    NonFiniteError,
+    NotConvergedError,
+    SingularError,
+)
+from implicitlayer.base._ritz import RitzValues
+from implicitlayer.base._status import Status
+from implicitlayer.base._tree import name_lanes
+from implicitlayer.base._types import OnFailure
+from implicitlayer.base._warn import warn
+
+__all__ = ["LinearSolution", "RecordingSolver", "SolverResult"]
+
+
+@dataclass(frozen=True, eq=False)
+class LinearSolution:
+    """Solution of ``A value = rhs`` and its numbers, lane by lane.
+
+    Attributes:
+        value: shape and structure of the right-hand side.
+        codes: int tensor [*lanes], one :class:`Status` per lane.
+        steps: int tensor [*lanes], matrix products used by the iteration.
+        residual_norm: tensor [*lanes], ``||rhs - A value||_2``; recomputed with one more product where
+            ``residual_is_true``, else the one carried along by the recurrence.
+        relative_residual: ``residual_norm / ||rhs||_2``; 0 for a zero right-hand side.
+        smallest_curvature: tensor [*lanes], smallest ``p'Ap / p'Mp`` seen (M: the preconditioner's matrix, identity
+            without one); +inf where no product was made.
+        residual_is_true: whether the residual was recomputed from the value.
+        method: name of the linear solver.
+        rtol: relative tolerance asked for; None where only a number of steps was.
+        ritz: the coefficients behind the Ritz values; None where the solver has none.
+        preconditioned: whether the Ritz values are in the units of a preconditioner of the user's.
+        remedy: what was done about negative curvature, in words; empty where nothing was.
+        damping: tensor [*lanes], added to the matrix by that remedy; None where nothing was.
+    """
+
+    value: Any
+    codes: torch.Tensor
+    steps: torch.Tensor
+    residual_norm: torch.Tensor
+    relative_residual: torch.Tensor
+    smallest_curvature: torch.Tensor
+    residual_is_true: bool
+    method: str
+    rtol: float | None = None
+    ritz: RitzValues | None = None
+    preconditioned: bool = False
+    remedy: str = ""
+    damping: torch.Tensor | None = None
+
+    @property
+    def ritz_values(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Smallest and largest Ritz value, tensors [*lanes]: estimates, from inside, of the ends of the spectrum.
+
+        Of A; with a preconditioner M (a proximal objective's strength is one), of M^-1 A. From the coefficients of
+        conjugate gradients, at no further product; NaN where there are none (other solvers, no step made).
+        """
+        if self.ritz is None:
+            unknown = torch.full_like(self.relative_residual, math.nan)
+            return unknown, unknown
+        return self.ritz.extremes(self.relative_residual)
+
+    @property
+    def condition_estimate(self) -> torch.Tensor:
+        """Tensor [*lanes], largest over smallest Ritz value: a lower estimate of the condition number.
+
+        Infinite where the smallest is not positive; NaN where there are no Ritz values.
+        """
+        low, high = self.ritz_values
+        return torch.where(low > 0, high / low, torch.where(low.isnan(), math.nan, math.inf))
+
+    @property
+    def status(self) -> Status:
+        """The status; of a batch, that of its worst lane."""
+        return Status(int(self.codes.max())) if self.codes.numel() else Status.CONVERGED
+
+    @property
+    def num_steps(self) -> int:
+        """Steps made; of a batch, those of its slowest lane."""
+        return int(self.steps.max()) if self.steps.numel() else 0
+
+    def describe(self) -> str:
+        """What happened, with the numbers of the worst lane, and what to do."""
+        status = self.status
+        bad = self.codes == int(status)
+        lane = name_lanes(bad)
+        pick = tuple(bad.nonzero()[0].tolist()) if bad.numel() else ()
+
+        def at(values: torch.Tensor) -> Any:
+            return values[pick].item() if values.numel() else 0
+
+        curvature = at(self.smallest_curvature)
+        known = self.smallest_curvature.numel() > 0 and math.isfinite(curvature) and not self.remedy
+        what = {
+            Status.INDEFINITE: f"met p'Ap/p'p = {curvature:.3g} <= 0",
+            Status.SINGULAR: f"met p'Ap/p'p = {curvature:.3g}, zero to working precision,"
+            if known
+            else "found the matrix singular to working precision",
+            Status.NONFINITE: "met NaN or Inf in a Hessian-vector product",
+        }.get(status, f"ended with status {status.name.lower()}")
+        asked = "" if self.rtol is None else f", rtol {self.rtol:.1e}"
+        kind = "true" if self.residual_is_true else "recursive"
+        if self.remedy:
+            what += f" ({self.remedy})"
+        return (
+            f"{self.method} {what}{lane} after {at(self.steps)} steps ({kind} relative residual "
+            f"{at(self.relative_residual):.2e}{asked}). {status.help}"
+        )
+
+    def enforce(self, on_failure: OnFailure, context: str = "") -> None:
+        """Apply the failure policy.
+
+        ``"raise"`` makes every failure an error. ``"warn"`` warns where the value still approximates the answer
+        (step limit before the tolerance, stagnation) and raises where it does not (negative curvature, singular,
+        diverged). ``"ignore"`` keeps silent; only NaN and Inf are an error under every policy.
+        """
+        status = self.status
+        if status.ok:
+            return
+        message = context + self.describe()
+        if on_failure == "mask":  # whoever solves sets the lanes to zero
+            return
+        if status is Status.NONFINITE:
+            raise NonFiniteError(message)
+        if on_failure == "ignore":
+            return
+        if on_failure == "warn" and status.usable:
+            warn(message, ConvergenceWarning, f"{context}{self.method}{status}")
+            return
+        error: type[LinearSolveError] = {
+            Status.INDEFINITE: IndefiniteError,
+            Status.SINGULAR: SingularError,
+        }.get(status, NotConvergedError)
+        raise error(message, self)
+
+
+@dataclass(frozen=True, eq=False)
+class SolverResult:
+    """What an inner solver may return in place of the bare value, so that records can tell how it ended.
+
+    Attributes:
+        value: the unknowns, in the structure of ``init``.
+        status: how the solver ended, as it says itself.
+        num_steps: its steps, if it counts them.
+        message: its own words.
+        aux: anything the caller should get back (``solver_has_aux=True`` returns it beside the value).
+    """
+
+    value: Any
+    status: Status | None = None
+    num_steps: int | None = None
+    message: str = ""
+    aux: Any = field(default=None)
+
+
+class RecordingSolver:
+    """Base class of inner solvers that tell how they ended: a subclass defines ``run``, layers call it.
+
+    ``solver(objective, init, *theta)`` returns the bare value, so a subclass is a solver like any other callable.
+
+    Attributes:
+        finds: what it looks for, if it can say so: layers refuse a solver of another problem than theirs.
+    """
+
+    finds: ClassVar[Literal["minimum", "root"] | None] = None
+
+    def run(self, objective: Callable[..., Any], init: Any, *theta: Any) -> SolverResult:
+        """Solve, and return the value with status and step count."""
+        raise NotImplementedError
+
+    def __call__(self, objective: Callable[..., Any], init: Any, *theta: Any) -> Any:
+        return self.run(objective, init, *theta).value

@@ -1,0 +1,11 @@
+"""Layers over sets, with constraints and with non-smooth regularisers, and quadratic programs."""
+
+from implicitlayer.constrained._kkt import ConstrainedLayer, Multipliers, constrained_argmin
+from implicitlayer.constrained._qp import qp
+
+__all__ = [
+    "ConstrainedLayer",
+    "Multipliers",
+    "constrained_argmin",
+    "qp",
+]

@@ -1,0 +1,126 @@
+"""A problem of ``il.constrained_argmin`` at the answer of its solver: optimality conditions, error, a Newton step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from implicitlayer._errors import NonFiniteError
+from implicitlayer.base._status import Status
+from implicitlayer.base._tree import TreeSpec, flatten, name_lanes, ravel, unflatten, unravel
+from implicitlayer.base._types import Leaves
+from implicitlayer.constrained._kkt_lagrangian import ConstrainedProblem, Unknowns
+from implicitlayer.equation._jacobian import Jacobian
+from implicitlayer.equation._residual import Residual, gradient_of
+from implicitlayer.programs._kkt_active import Conditions, length_of_step
+from implicitlayer.programs._kkt_linear import KktSolver
+
+__all__ = ["PointOfProblem"]
+
+
+@dataclass(frozen=True, eq=False)
+class PointOfProblem:
+    """A problem, or one per lane, to be looked at where the solver ended."""
+
+    problem: ConstrainedProblem
+    spec: TreeSpec
+    theta: tuple[Any, ...]
+    init: Leaves
+
+    def flat(self, leaves: Leaves) -> torch.Tensor:
+        """Leaves as [*lanes, n]."""
+        return ravel(leaves, self.problem.lane_dims)
+
+    def conditions(self, x: Leaves) -> Conditions:
+        """The terms of the optimality conditions at x."""
+        points = [leaf.detach().requires_grad_() for leaf in x]
+        with torch.enable_grad():  # lanes are independent: the gradient of their sum holds that of each
+            value = self.problem(unflatten(points, self.spec), *self.theta).sum()
+            gradient = self._grad(value, points, create_graph=True)
+            slope = self.flat(gradient)
+            product = along = [torch.zeros_like(p) for p in points]
+            if slope.requires_grad:
+                direction = self.flat([p.detach() for p in points])
+                product = self._grad((slope * direction).sum(), points, create_graph=False, retain_graph=True)
+                along = self._grad((slope * slope.detach()).sum(), points, create_graph=False)
+        h, rows_h = self.problem.rows(0, x, self.spec, self.theta)
+        g, rows_g = self.problem.rows(1, x, self.spec, self.theta)
+        flat, start = self.flat(x).double(), self.flat(self.init).double()
+        slope = slope.detach().double()
+        found = Conditions(
+            flat, flat - start, slope, self.flat(product).double(), h, rows_h, g, rows_g,
+            torch.finfo(x[0].dtype).eps, length_of_step(slope, self.flat(along).double()),
+        )  # fmt: skip
+        terms = torch.cat([found.gradient, found.h, rows_h.flatten(-2), found.g, rows_g.flatten(-2)], -1)
+        finite = terms.isfinite().all(-1)
+        if not bool(finite.all()):
+            raise NonFiniteError(
+                "the objective, a constraint or one of their gradients holds NaN or Inf at the solver's answer"
+                f"{name_lanes(~finite)}. Check theta for NaN, and that the functions are differentiable there."
+            )
+        return found
+
+    def error(self, x: Leaves, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """Distance from the solution that the gradient left of the Lagrangian implies, [*lanes], by one product."""
+        points, dtype = [leaf.detach().requires_grad_() for leaf in x], x[0].dtype
+        rest = (y.to(dtype), z.to(dtype), torch.ones_like(z, dtype=dtype))
+        with torch.enable_grad():
+            value = self.problem.scalar(Unknowns(unflatten(points, self.spec), *rest), *self.theta).sum()
+            slope = self.flat(self._grad(value, points, create_graph=True))
+            product = [torch.zeros_like(p) for p in points]
+            if slope.requires_grad:
+                product = self._grad((slope * slope.detach()).sum(), points, create_graph=False)
+        return length_of_step(slope.detach().double(), self.flat(product).double())
+
+    @staticmethod
+    def _grad(value: torch.Tensor, points: Leaves, create_graph: bool, retain_graph: bool | None = None) -> Leaves:
+        if not value.requires_grad:
+            return [torch.zeros_like(p) for p in points]
+        return list(
+            torch.autograd.grad(
+                value, points, create_graph=create_graph, retain_graph=retain_graph, materialize_grads=True
+            )
+        )
+
+    def newton_step(
+        self, x: Leaves, y: torch.Tensor, z: torch.Tensor, held: torch.Tensor
+    ) -> tuple[Leaves, torch.Tensor, torch.Tensor] | None:
+        """x and multipliers after a Newton step on the conditions with this active set, in the lanes that it improves.
+
+        None if it improves none.
+        """
+        dtype, lane_dims, k = x[0].dtype, self.problem.lane_dims, len(x)
+        at = [*x, *(t.to(dtype) for t in (y, z, held))]
+        spec = flatten(Unknowns(unflatten(x, self.spec), y, z, held))[1]
+
+        def slopes(leaves: Leaves, _: Leaves) -> Leaves:
+            return gradient_of(self.problem.scalar(unflatten(leaves, spec), *self.theta), leaves)
+
+        # the matrix is symmetric: its transpose has the cheaper products
+        residual = Residual(slopes, is_gradient=False, lane_dims_of_function=lane_dims)
+
+        def flat_slopes(leaves: Leaves) -> torch.Tensor:
+            return ravel([leaf.detach() for leaf in residual.attached(leaves, []).value], lane_dims)
+
+        with torch.enable_grad():
+            slope = flat_slopes(at)
+            operator = Jacobian(residual, len(at)).linearize(at)
+            solver = KktSolver(self.flat(x).shape[-1], y.shape[-1], z.shape[-1])
+            solution = solver(operator, slope)
+            moved = unravel(ravel(at, lane_dims) - solution.value, at, lane_dims)
+            after = flat_slopes(moved)
+        better = (solution.codes <= Status.STAGNATED) & (_norm(after) < _norm(slope))  # usable, see Status
+        if not bool(better.any()):
+            return None
+        chosen = [
+            torch.where(better.reshape(better.shape + (1,) * (new.ndim - lane_dims)), new, old)
+            for new, old in zip(moved, at, strict=True)
+        ]
+        return chosen[:k], chosen[k].double(), chosen[k + 1].double()
+
+
+def _norm(vectors: torch.Tensor) -> torch.Tensor:
+    norms: torch.Tensor = torch.linalg.vector_norm(vectors, dim=-1)
+    return norms

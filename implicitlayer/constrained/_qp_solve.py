@@ -1,0 +1,279 @@
+"""The forward solve of ``il.qp``: a solver's answer, made exact for its active set."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from implicitlayer._errors import (
+    IndefiniteError,
+    InfeasibleError,
+    NonFiniteError,
+    NotConvergedError,
+    SolverOutputError,
+    UnboundedError,
+)
+from implicitlayer.base._failures import refuse
+from implicitlayer.base._solution import SolverResult
+from implicitlayer.base._status import Status
+from implicitlayer.base._tree import name_lanes
+from implicitlayer.base._types import OnFailure
+from implicitlayer.constrained._kkt_lagrangian import Unknowns
+from implicitlayer.programs._interior_point import Data, ProgramStatus, QuadraticSolution, interior_point
+from implicitlayer.programs._kkt_active import ActiveConstraints, Tolerances
+from implicitlayer.programs._kkt_linear import Factors, KktFactors, KktMatrices
+from implicitlayer.programs._kkt_multipliers import multipliers
+from implicitlayer.programs._qp_cold import answers
+from implicitlayer.programs._qp_exact import (
+    ENOUGH,
+    TIGHT,
+    Exact,
+    Start,
+    conditions,
+    error_of_x,
+    exact,
+    undecided,
+    violation,
+)
+from implicitlayer.programs._qp_rank import Equations, RankFactors, independent_equations
+from implicitlayer.programs._qp_single import exact_cold, exact_near
+from implicitlayer.programs._qp_terms import SingleProgram
+
+_NEAR = 1e-2  # a user's answer whose conditions hold to this is corrected; a worse one is judged as it is
+_LATE = 1e-9  # of the interior point
+_EARLY = 1e-4  # the same of one program: proved that early, it saves a quarter of the steps
+_TIGHTEST = 1e-14  # no more than rounding allows: the interior point goes on while it improves
+
+
+@dataclass(eq=False)
+class QuadraticSolver:
+    """A solver of quadratic programs as a batched solver of the layer's scalar."""
+
+    solver: Callable[..., Any] | None
+    tolerances: Tolerances
+    hold_kinks: bool
+    on_failure: OnFailure
+    found: list[ActiveConstraints] = field(default_factory=list)
+    prepared: list[Factors | KktMatrices] = field(default_factory=list)
+    equations: Equations | None = None  # in the place of those of the call, where these depend on each other
+    batched: bool = True
+
+    def __call__(self, scalar: Callable[..., Any], start: Unknowns, *data: torch.Tensor) -> SolverResult:
+        lanes = start.x.shape[:-1]
+        ranks = (2, 1, 2, 1, 2, 1)
+        full = [t.detach().double().expand(*lanes, *t.shape[-k:]) for t, k in zip(data, ranks, strict=True)]
+        Q, p, A, b, G, h = full
+        given: Data = ((Q + Q.mT) / 2, p, A, b, G, h)
+        eps = torch.finfo(start.x.dtype).eps
+        self.given, self.equations = given, independent_equations(given, eps)
+        program = given if self.equations is None else self.equations.data
+        found, active, held = self._single(program, start.x) or self._judged(program, start.x)
+        solution = found.solution
+        factors: Factors | KktMatrices | None = found.factors
+        if factors is None or not torch.equal(held, found.held):
+            rows, mask = torch.cat([program[2], G], -2), torch.cat([torch.ones_like(program[3]), held.double()], -1)
+            matrices = KktMatrices(program[0], rows, mask)
+            factors = matrices if self.equations is None else KktFactors(matrices, eps)
+        if self.equations is not None:
+            assert not isinstance(factors, KktMatrices)
+            factors = RankFactors(factors, self.equations, A)
+            independent = active.independent & ~self.equations.deficient
+            old = self.equations.old_multipliers(active.equality)
+            active = replace(active, equality=old, independent=independent)
+        self.found.append(active)
+        self.prepared.append(factors)
+        rest = (active.equality, torch.where(held, active.inequality, 0.0), held)
+        z = Unknowns(*(t.to(start.x.dtype) for t in (solution.x, *rest)))
+        return SolverResult(z, Status.CONVERGED, int(solution.steps.max()) if solution.steps.numel() else 0)
+
+    def _single(self, data: Data, like: torch.Tensor) -> tuple[Exact, ActiveConstraints, torch.Tensor] | None:
+        """The short way, for one program on the CPU; None where it does not lead to a proof."""
+        if self.solver is not None or data[1].shape[:-1].numel() != 1 or data[1].device.type != "cpu":
+            return None
+        with np.errstate(all="ignore"):  # what overflows is not proved
+            program = SingleProgram(data)
+        if not program.finite:
+            return None
+        found, eps = exact_cold(program), torch.finfo(like.dtype).eps
+        if found is None:
+            _refuse_indefinite(data[0], eps)
+            # the active set shows long before the last steps, and what is proved needs no further one
+            found = exact_near(program, interior_point(data, _EARLY))
+        if found is None:
+            return None
+        with np.errstate(all="ignore"):
+            return found, *program.active_set(found, eps, self.tolerances.active_rtol, self.hold_kinks)
+
+    def _judged(self, program: Data, like: torch.Tensor) -> tuple[Exact, ActiveConstraints, torch.Tensor]:
+        """The solutions, what is known of their constraints, and the mask of what is to hold as an equation."""
+        found, doubtful = self._solved(program, torch.finfo(like.dtype).eps)
+        solution = found.solution
+        proved = bool((solution.error <= TIGHT).all())  # then x is not wrong by anything, and nothing is undecided
+        active, held = conditions(program, solution.x, like.dtype).active_set(
+            solution.equality,
+            solution.inequality,
+            self.tolerances.active_rtol,
+            self.hold_kinks,
+            wrong_by=None if proved else error_of_x(program, solution),
+            undecided=None if proved else doubtful,
+        )
+        self._refuse(solution, active)
+        return found, active, held
+
+    def _solved(self, program: Data, eps: float) -> tuple[Exact, torch.Tensor]:
+        """The solution, and the mask of inequalities that stay undecided."""
+        if self.solver is not None:
+            equations = self.equations
+            if equations is None:
+                return self._exact(program, self._answer(program, self.solver))
+            answer = self._answer(self.given, self.solver)  # of the equations as they were given
+            return self._exact(program, replace(answer, equality=equations.new_multipliers(answer.equality)))
+        _refuse_indefinite(program[0], eps)
+        return self._exact(program, *answers(program, _LATE))
+
+    def _answer(self, program: Data, solver: Callable[..., Any]) -> QuadraticSolution:
+        lanes = program[1].shape[:-1]
+        if getattr(solver, "batched", False):
+            return self._read(solver(*program), program)
+        flat = [t.reshape(lanes.numel(), *t.shape[len(lanes) :]) for t in program]
+        answers = []
+        for i in range(lanes.numel()):
+            one: Data = tuple(t[i] for t in flat)  # type: ignore[assignment]
+            answers.append(self._read(solver(*one), one))
+        names = QuadraticSolution.__dataclass_fields__
+        stacks = {name: torch.stack([getattr(answer, name) for answer in answers]) for name in names}
+        return QuadraticSolution(**{name: t.reshape((*lanes, *t.shape[1:])) for name, t in stacks.items()})
+
+    def _read(self, answer: Any, program: Data) -> QuadraticSolution:
+        """What a solver returned, with multipliers fitted where it gave none."""
+        _, p, _, b, _, h = program
+        if isinstance(answer, QuadraticSolution):
+            return answer
+        given = None
+        if isinstance(answer, tuple):
+            if len(answer) != 2 or not isinstance(answer[1], tuple | list) or len(answer[1]) != 2:
+                raise SolverOutputError(
+                    "the solver of a quadratic program must return x or (x, (y, z)) with multipliers."
+                )
+            answer, given = answer
+        x = _as_tensor(answer, p, "x")
+        if given is None:
+            y, z = self._fitted(program, x)
+        else:
+            y, z = _as_tensor(given[0], b, "the multipliers of A x = b"), _as_tensor(given[1], h, "those of G x <= h")
+        lanes = p.shape[:-1]
+        codes = torch.full(lanes, int(ProgramStatus.SOLVED), device=p.device)
+        return QuadraticSolution(x, y, z, codes, torch.zeros_like(codes), torch.zeros(lanes, dtype=p.dtype))
+
+    def _fitted(self, program: Data, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        at = conditions(program, x, x.dtype)
+        near = at.near(max(self.tolerances.active_rtol, 1e-5))
+        lanes = x.shape[:-1]
+        if not lanes:
+            return multipliers(at.gradient, at.rows_h, at.rows_g, near)
+        pairs = []
+        for lane in itertools.product(*(range(size) for size in lanes)):
+            parts = (at.gradient, at.rows_h, at.rows_g, near)
+            pairs.append(multipliers(*(t[lane] for t in parts)))
+        y, z = (torch.stack(parts) for parts in zip(*pairs, strict=True))
+        return y.reshape(*lanes, -1), z.reshape(*lanes, -1)
+
+    def _exact(
+        self, program: Data, answer: QuadraticSolution, start: Start | None = None
+    ) -> tuple[Exact, torch.Tensor]:
+        """The solution next to the answer, and the mask of inequalities that stay undecided."""
+        # The library's own answer is a place to start from; a user's is corrected, but not replaced by another one.
+        near = torch.ones_like(answer.error, dtype=torch.bool)
+        if self.solver is not None:
+            near = violation(program, answer) <= _NEAR
+        found = exact(program, answer, near, start)
+        rough = near & ~(found.error <= TIGHT)
+        if self.solver is None:
+            rough = rough & (answer.codes != int(ProgramStatus.NONFINITE))
+            if bool(rough.any()):
+                found = self._again(program, found, rough)
+            # what satisfies the conditions is a solution, whatever the interior point made of the program
+            codes = torch.where(found.error <= TIGHT, int(ProgramStatus.SOLVED), answer.codes)
+            found = replace(found, solution=replace(found.solution, codes=codes))
+        doubtful = near & ~(found.error <= TIGHT)
+        solution = replace(found.solution, error=found.error)
+        either = undecided(program, answer) | undecided(program, solution)
+        return replace(found, solution=solution), either & doubtful[..., None]
+
+    def _again(self, program: Data, found: Exact, rough: torch.Tensor) -> Exact:
+        """Lanes whose active set was not found, from a point that is as near to the solution as rounding allows."""
+        some: Data = tuple(t[rough] for t in program)  # type: ignore[assignment]
+        answer = interior_point(some, _TIGHTEST)
+        other = exact(some, answer, torch.ones_like(answer.error, dtype=torch.bool))
+        better = other.error < found.error[rough]
+        parts = {name: getattr(found.solution, name).clone() for name in ("x", "equality", "inequality")}
+        error = found.error.clone()
+        for name, part in parts.items():
+            part[rough] = torch.where(better[:, None], getattr(other.solution, name), part[rough])
+        error[rough] = torch.where(better, other.error, error[rough])
+        return replace(found, solution=replace(found.solution, **parts), error=error)
+
+    def _refuse(self, solution: QuadraticSolution, active: ActiveConstraints) -> None:
+        """A program without a solution is an error, named by its lanes."""
+        codes = solution.codes
+        errors: dict[ProgramStatus, type[Exception]] = {
+            ProgramStatus.NONFINITE: NonFiniteError,
+            ProgramStatus.INFEASIBLE: InfeasibleError,
+            ProgramStatus.UNBOUNDED: UnboundedError,
+        }
+        for status, error in errors.items():
+            bad = codes == int(status)
+            if bool(bad.any()):
+                what = status.name.lower() if status is not ProgramStatus.NONFINITE else "not finite"
+                refuse(bad, error(f"the quadratic program is {what}{name_lanes(bad)}. {status.help}"))
+        bad = ~(solution.error <= ENOUGH)
+        if self.solver is None and self.on_failure != "ignore" and bool(bad.any()):
+            worst = float(solution.error[bad].max())
+            failure = NotConvergedError(
+                f"the quadratic program was not solved{name_lanes(bad)}: after {int(solution.steps.max())} "
+                f"interior-point steps a condition of optimality is violated by {worst:.1e} of its terms (allowed "
+                f"{ENOUGH:.0e}). "
+                f"{ProgramStatus.MAX_STEPS_REACHED.help}",
+                solution,
+            )
+            refuse(bad, failure)
+
+
+def _as_tensor(value: Any, like: torch.Tensor, name: str) -> torch.Tensor:
+    tensor = torch.as_tensor(np.asarray(value) if not isinstance(value, torch.Tensor) else value)
+    if tensor.shape != like.shape:
+        raise SolverOutputError(
+            f"the solver returned {name} with shape {tuple(tensor.shape)}, expected {tuple(like.shape)}."
+        )
+    if not bool(tensor.isfinite().all()):
+        raise NonFiniteError(
+            f"the solver returned NaN or Inf in {name}: it diverged or failed, or there is no solution."
+        )
+    return tensor.detach().to(like)
+
+
+def _refuse_indefinite(Q: torch.Tensor, eps: float) -> None:
+    """Raise if a Q whose entries have this relative error has an eigenvalue below zero, by more than rounding."""
+    finite = Q.isfinite().flatten(-2).all(-1)
+    Q = torch.where(finite[..., None, None], Q, 0.0)
+    n = Q.shape[-1]
+    size = Q.abs().flatten(-2).amax(-1) if n else Q.new_zeros(Q.shape[:-2])
+    noise = max(10 * eps, 1e3 * torch.finfo(Q.dtype).eps) * n * size + torch.finfo(Q.dtype).tiny
+    shift = torch.diag_embed(noise[..., None].expand(Q.shape[:-1]))
+    _, info = torch.linalg.cholesky_ex(Q + shift)
+    suspects = info > 0
+    if bool(suspects.any()):
+        lowest = torch.linalg.eigvalsh(Q).amin(-1)
+        bad = suspects & (lowest < -noise)
+        if bool(bad.any()):
+            error = IndefiniteError(
+                f"Q is not positive semidefinite{name_lanes(bad)}: its smallest eigenvalue is "
+                f"{float(lowest[bad].min()):.3g}. il.qp solves convex programs; il.constrained_argmin differentiates "
+                "the answer of any solver of a non-convex one."
+            )
+            refuse(bad, error)

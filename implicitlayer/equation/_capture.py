@@ -1,0 +1,392 @@
+"""Closed-over tensors: found by running the function once, then fed back as explicit arguments."""
+
+# A tensor that an objective reads from its closure, a global or a module would get no gradient: the Function behind
+# the layer sees only its arguments. One pass under a TorchFunctionMode sees every tensor that enters an operation;
+# what is neither an argument nor made inside comes from outside. Those that need a derivative become extra theta, and
+# a second mode swaps their values in wherever the function is run.
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from implicitlayer._errors import ClosureError
+from implicitlayer.base._surroundings import ReadingMode, draws_since, plain_surroundings, saves_by_hooks
+from implicitlayer.base._tree import is_data, tree_leaves, tree_map
+from implicitlayer.equation._normalisation import PLAIN
+from implicitlayer.equation._state import (
+    BORROWING,
+    DETACHING,
+    LAYOUT,
+    NUMBERS,
+    NUMPY,
+    FirstRun,
+    Sources,
+    refuse_numbers,
+    refuse_numpy,
+)
+
+
+def needs_derivative(tensor: torch.Tensor) -> bool:
+    """Whether a derivative with respect to ``tensor`` may be asked for, or a transform has wrapped it."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return True
+    with torch._C.DisableTorchFunction():  # the tensor itself, not what an enclosing layer has swapped in for it
+        return tensor.requires_grad or _has_tangent(tensor)
+
+
+def derivatives_possible() -> bool:
+    """Whether anything that is computed now can be differentiated or is being transformed."""
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+# NOTE [leaves]: a mode swaps what torch's functions read. It does not see what a custom Function hands to autograd, nor
+# what a checkpoint reads when it runs its part again. Plain autograd needs no swap for a leaf: the graph ends there,
+# and a derivative can be asked for there. Other tensors have a graph that leads on, perhaps into a second one that was
+# found, and would be counted twice; hooks of a leaf would run twice. These are swapped.
+#
+# NOTE [constants]: a backward may run it again, perhaps long after the call. A closure then reads what its names
+# mean by that time: in a loop over data sets, the last one. So the tensors from outside that need no derivative are
+# remembered with their versions, and a later run that does not read them, or finds them changed, is an error. Those
+# that the first run after the finder's does not meet were made by the function itself (torch.from_numpy is not seen).
+
+
+class ClosedOver(list[torch.Tensor]):
+    """Closed-over tensors that need a derivative.
+
+    Attributes:
+        normalises: whether the function calls a normalisation of torch.
+        draws: whether the function draws random numbers from torch's generators.
+        checkpoints: whether it saves tensors by hooks of its own, as torch.utils.checkpoint does.
+        borrows: whether it makes tensors of arrays that others may write to.
+        stood: whether a plain graph was made in which they stand for themselves; see NOTE [leaves].
+        constants: all other tensors from outside, with their versions; see NOTE [constants].
+        settled: whether a second run has confirmed the constants.
+        first: what the first run leaves for the second to check; see NOTE [state].
+    """
+
+    normalises: bool = False
+    draws: bool = False
+    checkpoints: bool = False
+    borrows: bool = False
+    stood: bool = False
+    constants: tuple[tuple[torch.Tensor, int], ...] = ()
+    settled: bool = False
+    first: FirstRun | None = None
+
+    def standing(self, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors, where each of ``values`` is one and stands for itself, else none; see NOTE [leaves]."""
+        pairs = zip(self, values, strict=True)
+        stand = all(own is value and own.is_leaf and not own._backward_hooks for own, value in pairs)
+        return list(self) if stand else []
+
+    def settle(self, met: set[int], read: int) -> None:
+        """Keep the constants that a second run has met; ``read``: the theta that it has read."""
+        kept = tuple((tensor, version) for tensor, version in self.constants if id(tensor) in met)
+        self.borrows |= len(kept) < len(self.constants)
+        self.constants, self.settled = kept, True
+        first, self.first = self.first, None  # it holds the arguments of the call
+        if first is not None:
+            first.check(met, read)
+
+    def refuse_changed(self, met: set[int] | None = None) -> None:
+        """Raise if a constant has been changed in place, or is none of those that a later run has ``met``."""
+        for tensor, version in self.constants:
+            changed = tensor._version != version
+            if changed or (met is not None and id(tensor) not in met):
+                raise ClosureError(
+                    f"since the layer was called, a tensor of shape {tuple(tensor.shape)} that the objective closes "
+                    "over "
+                    + ("was changed in place" if changed else "was replaced by another one, or is read no longer")
+                    + ": the gradient would be that of another problem. Pass it to the layer as one more theta (a "
+                    "closure in a loop reads the data of the last round by the time of backward)."
+                )
+
+
+def find_closed_over(
+    function: Callable[..., Any], args: tuple[Any, ...], check: Callable[[Any], object] | None = None
+) -> ClosedOver:
+    """Tensors that ``function(*args)`` reads from outside and that need a derivative, in order of first use.
+
+    What the function returns is handed to ``check``, so that nonsense is found before a long solve.
+
+    It is run on aliases of the tensors in ``args``: one that is closed over as well is found.
+    """
+    leaves = [leaf for leaf in tree_leaves(args) if is_data(leaf)]
+    plain = not plainly_impossible()
+    sources = Sources.of(args, leaves, needs_derivative)
+
+    def run(shift: float = 0.0) -> tuple[_Finder, Any]:
+        aliases = {id(leaf): _alias(leaf, plain and sources.needs(i)) for i, leaf in enumerate(leaves)}
+        aliased = tree_map(lambda leaf: aliases.get(id(leaf), leaf), args)
+        given = [aliases[id(leaf)] for leaf in leaves]
+        finder = _Finder(given, sources.by_id(given), shift)
+        if check is not None:
+            finder.touched = {*finder.bits, *(id(alias) for alias in given[: sources.num_x])}
+        if not plain:
+            with torch.no_grad(), finder:
+                return finder, function(*aliased)
+        # the graph goes no further than the aliases; a function that takes derivatives of its own needs one
+        with plain_surroundings(leaves), torch.enable_grad(), finder:
+            return finder, function(*aliased)
+
+    drawn = draws_since(leaves)
+    first, value = run()
+    draws = drawn()
+    if check is not None:
+        check(value)
+    if first.numbers and plain and check is not None:
+        refuse_numbers(sources, first.numbers, value, run)
+    found = ClosedOver(tensor for tensor in first.outside if needs_derivative(tensor))
+    found.normalises, found.draws = first.normalises, draws
+    found.checkpoints, found.borrows = first.checkpoints and plain, first.borrows
+    found.constants = tuple((t, t._version) for t in first.outside if not needs_derivative(t) and not t.is_inference())
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) or sources.made_since(t) for t in found):
+        # A vmap inside the function hands its results out unseen. They are new tensors in a second run, while those
+        # from outside are the same (the first run's are alive, so no id is used twice).
+        again = {id(tensor) for tensor in run()[0].outside}
+        found[:] = [tensor for tensor in found if id(tensor) in again]
+    if plain and check is not None:
+        del value  # and with it the graph: of what the run has made, the function's own is what lives on
+        found.first = FirstRun(sources, first.read, first.made_of_theta(), lambda: run()[0].read)
+    return found
+
+
+def plainly_impossible() -> bool:
+    """Whether a transform or forward mode is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _alias(leaf: torch.Tensor, attached: bool) -> torch.Tensor:
+    if leaf.is_inference() and not torch.is_inference_mode_enabled():
+        leaf = leaf.clone()  # a graph cannot save the other one
+    return leaf.detach().requires_grad_() if attached else leaf.view_as(leaf)
+
+
+class Reading:
+    """What one evaluation, in as many runs as it takes, reads of the tensors that a function closes over."""
+
+    def __init__(self, closed: ClosedOver) -> None:
+        self.closed = closed
+        self.met: set[int] = set()
+        self.read = 0
+        self.unmet: dict[int, tuple[int, ...]] | None = None
+
+    def add(self, mode: _Substitute) -> Reading:
+        """What one more run has read."""
+        self.met |= mode.met
+        self.read |= mode.read
+        last = self.unmet
+        self.unmet = mode.unmet if last is None else {key: mode.unmet[key] for key in last if key in mode.unmet}
+        return self
+
+    def finish(self) -> None:
+        """Raise ClosureError if a tensor that must be read was not, or was changed; see NOTE [constants]."""
+        if self.unmet is None:  # there is nothing to watch
+            return
+        if self.closed.settled:
+            self.closed.refuse_changed(self.met)
+        else:
+            self.closed.settle(self.met, self.read)
+        if self.unmet:
+            raise ClosureError(
+                f"the objective no longer reads a closed-over tensor of shape {next(iter(self.unmet.values()))} that "
+                "it read when the layer was called: module weights that were swapped for the call only (as "
+                "torch.func.functional_call does), or a branch. Pass the tensor to the layer as one more theta, or use "
+                "il.ArgminLayer, which keeps the weights of the call."
+            )
+
+
+def call_with(
+    function: Callable[..., Any],
+    originals: Sequence[torch.Tensor],
+    values: Sequence[torch.Tensor],
+    args: Sequence[Any],
+    *,
+    reads_all: bool = False,
+    reading: Reading | None = None,
+) -> Any:
+    """``function(*args)`` with every read of ``originals[i]`` answered by ``values[i]``.
+
+    With ``reads_all``, an original that is never read is an error: the function reads something else in its place, and
+    its value and gradient would be wrong without a word. ``reading`` makes this one run of several that together read
+    all. With neither, and nothing to swap in, the function runs as it is: a solver calls it often.
+    """
+    closed = originals if isinstance(originals, ClosedOver) else ClosedOver(originals)
+    first = closed.first
+    watched = (bool(closed.constants) or first is not None) and (reads_all or reading is not None)
+    swaps = not all(own is value for own, value in zip(originals, values, strict=True))
+    if not swaps and not watched and (closed.checkpoints or not closed.normalises):
+        return function(*args)
+    if swaps and closed.checkpoints:
+        raise _read_again(originals)
+    given = None if first is None or not watched else first.given(args)
+    operations = {} if closed.checkpoints else PLAIN  # a checkpoint would run again without this mode
+    with _Substitute(originals, values, operations, given) as mode:
+        result = function(*args)
+    if reading is not None:
+        reading.add(mode)
+    elif reads_all:
+        Reading(closed).add(mode).finish()
+    return result
+
+
+def _read_again(originals: Sequence[torch.Tensor]) -> ClosureError:
+    return ClosureError(
+        "the objective uses torch.utils.checkpoint (or hooks on saved tensors) and closes over tensors that require a "
+        f"gradient (the first of shape {tuple(originals[0].shape)}): a checkpoint reads them again when nothing can "
+        "follow it. That is right for leaves without hooks, as module weights are, in a first derivative outside "
+        "torch.func. Else pass them to the layer as thetas, or call checkpoint around the layer, not inside."
+    )
+
+
+def announce(tensor: Any) -> Any:
+    """Let an enclosing finder see ``tensor``: our own Functions take tensors past every TorchFunctionMode."""
+    if is_data(tensor) and torch._C._len_torch_function_stack() > 0:
+        alias: torch.Tensor = tensor.view_as(tensor)
+        return alias
+    return tensor
+
+
+def _has_tangent(tensor: torch.Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+
+
+def _tensors_in(values: Iterable[Any], found: list[torch.Tensor]) -> list[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            _tensors_in(value, found)
+        elif isinstance(value, dict):
+            _tensors_in(value.values(), found)
+    return found
+
+
+class _Finder(ReadingMode):
+    """Collects tensors that enter an operation without being known; keeps all alive, so that ids stay unique."""
+
+    def __init__(self, known: Sequence[torch.Tensor], bits: dict[int, int], shift: float = 0.0) -> None:
+        super().__init__()
+        self.known = {id(tensor): tensor for tensor in known}
+        self.bits = bits
+        self.touched: set[int] = set()  # what must not go to NumPy, and all that is made of it, detached or not
+        self.read = 0
+        self.numbers = 0
+        self.shift = shift
+        self.outside: list[torch.Tensor] = []
+        self.level = torch._C._functorch.maybe_current_level() or 0
+        self.normalises = self.checkpoints = self.borrows = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == LAYOUT:
+            return func(*args)
+        if saves_by_hooks():
+            self.checkpoints = True
+        entering = _tensors_in(args, [])
+        if kwargs:
+            _tensors_in(kwargs.values(), entering)
+        if func in BORROWING and not isinstance(args[0] if args else None, float | int | torch.Tensor):
+            self.borrows = True
+        if func in PLAIN:
+            self.normalises = True
+            PLAIN[func](*args, **(kwargs or {}))  # for its checks
+        if func is torch.Tensor.add_ and id(args[0]) not in self.known and not args[0].is_floating_point():
+            return args[0]  # a counter (BatchNorm has one): this run does not count, and transforms forbid the write
+        for tensor in entering:
+            if id(tensor) not in self.known:
+                self.known[id(tensor)] = tensor
+                self.meet(tensor)
+        source = 0
+        for tensor in entering:
+            source |= self.bits.get(id(tensor), 0)
+        self.read |= source
+        touches = any(id(tensor) in self.touched for tensor in entering)
+        if touches and func in NUMPY:
+            raise refuse_numpy(entering[0])
+        if func in NUMBERS:
+            self.numbers |= source
+            return NUMBERS[func](entering[0].detach(), self.shift if source else 0.0)
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors_in((result,), []):
+            self.known.setdefault(id(tensor), tensor)
+            if touches:
+                self.touched.add(id(tensor))
+            if source and func not in DETACHING:
+                self.bits.setdefault(id(tensor), source)
+        return result
+
+    def made_of_theta(self) -> list[tuple[weakref.ref[torch.Tensor], int]]:
+        """Every tensor that was made of theta, and of which; it is held no longer."""
+        made = [(weakref.ref(self.known[key]), bits) for key, bits in self.bits.items()]
+        self.known.clear()
+        return made
+
+    def meet(self, tensor: torch.Tensor) -> None:
+        """A tensor from outside, or one that a transform inside the function has wrapped."""
+        core = torch._C._functorch
+        if core.maybe_get_level(tensor) <= self.level:
+            self.outside.append(tensor)
+            return
+        inside = tensor
+        while core.maybe_get_level(tensor) > self.level:
+            tensor = core.get_unwrapped(tensor)
+        if id(tensor) not in self.known and needs_derivative(tensor):
+            raise ClosureError(
+                f"the objective hands a closed-over tensor of shape {tuple(tensor.shape)} that requires a gradient to "
+                f"a transform of its own (where it arrives with shape {tuple(inside.shape)}). Pass it to the layer as "
+                "one more theta."
+            )
+
+
+class _Substitute(ReadingMode):
+    """Swaps the values of closed-over tensors in, and plain operations for torch's normalisations."""
+
+    def __init__(
+        self,
+        originals: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        operations: dict[Any, Any],
+        given: dict[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.originals, self.operations, self.given = originals, operations, given or {}
+        self.met: set[int] = set()  # ids of all that entered an operation; what is asked for here outlives the run
+        self.values = {id(old): new for old, new in zip(originals, values, strict=True) if new is not old}
+
+    @property
+    def read(self) -> int:
+        """The bits of the arguments that were read."""
+        read = 0
+        for key, bits in self.given.items():
+            read |= bits if key in self.met else 0
+        return read
+
+    @property
+    def unmet(self) -> dict[int, tuple[int, ...]]:
+        """Shapes of the originals that were not read, by id."""
+        return {id(old): tuple(old.shape) for old in self.originals if id(old) not in self.met}
+
+    def swap(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self.values.get(id(value), value)
+        if isinstance(value, (list, tuple)):
+            items = [self.swap(item) for item in value]
+            if all(new is old for new, old in zip(items, value, strict=True)):
+                return value
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        if isinstance(value, dict):
+            return {key: self.swap(item) for key, item in value.items()}
+        return value
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        entering = _tensors_in(args, [])
+        self.met.update(map(id, _tensors_in(kwargs.values(), entering) if kwargs else entering))
+        if self.values:
+            args, kwargs = self.swap(args), self.swap(kwargs)
+        return self.operations.get(func, func)(*args, **kwargs)

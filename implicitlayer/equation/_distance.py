@@ -1,0 +1,191 @@
+"""What the derivatives of a call learn of its answer: whether the objective is still the same, and the distance."""
+
+# NOTE [a changed objective]: a backward may run it again, and tensors that it closes over are watched, but not
+# Python numbers, NumPy arrays or a random state. F(x) comes for free with the linearisation. If it has grown, and the
+# point is now further from a solution than the call allowed (by the same lower bound: no false alarm), the objective is
+# not that of the call.
+#
+# NOTE [two sides]: with delta = x - x* and F = J delta to first order, the forward pass knows ||delta|| from below, by
+# one product. The solve of a derivative, J'u = v, knows the other side at no product:
+#     ||delta|| = ||J^-1 F|| <= ||F|| / s,    s the smallest singular value of J.
+# Conjugate gradients estimate s by their smallest Ritz value (of M^-1 J with a metric M: ||F|| is then multiplied with
+# ||M^-1||). Other solvers show ||J^-1|| >= ||u|| / ||v||; a v of no special direction has a part of 1 / sqrt(n) along
+# the worst one, so sqrt(n) ||u|| / ||v|| stands for it. Neither is a bound, but they err on the other side than the
+# forward pass does. Where both agree that the answer is near enough, nothing more is done. Where they do not, the
+# Newton step J^-1 F itself, made once, decides: it is delta to first order.
+#
+# With constraints the unknowns are (x, multipliers), in different units, and J is symmetric: u = J^-1 (v, 0) has the
+# parts u_x = (J^-1)_xx v and u_c = (J^-1)_xc' v, and delta_x = (J^-1)_xx F_x + (J^-1)_xc F_c. So each part of F goes
+# with the same part of u, ||F_x|| ||u_x|| + ||F_c|| ||u_c||, and no unit is mixed with another.
+#
+# NOTE [pieces]: with a set or a regulariser F has pieces, one for each choice of entries that are held, and x* may be
+# on another one than x. If so, the Newton step leads out of the piece of x (a solution of the equation of that piece
+# inside of it would be x*, which is the only one). So the distance that matters is that from the nearest kink, too.
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from implicitlayer._errors import ClosureError
+from implicitlayer.base._records import AnswerDistance
+from implicitlayer.base._solution import LinearSolution
+from implicitlayer.base._tree import name_lanes, unravel
+from implicitlayer.base._types import Leaves, OnFailure
+from implicitlayer.equation._jacobian import Jacobian, OperatorFamily
+from implicitlayer.equation._residual import Residual
+from implicitlayer.equation._stationarity import Stationarity, is_rounding, newton_step, stationarity
+from implicitlayer.linear._common import lane_norm
+from implicitlayer.linear._operator import FlatOperator
+
+__all__ = ["AnswerCheck"]
+
+# The gradient must have grown by this factor between call and backward before it is looked at more closely.
+_GROWN = 10.0
+# A kink nearer than this many times the estimate of the error is looked at: y = x - eta grad f moves by a few times
+# as much as x.
+_NEAR = 10.0
+
+Seen = list[tuple[torch.Tensor, torch.Tensor]]  # F(x) [*lanes, n] and its norm, once the solve has linearised
+
+
+@dataclass(eq=False)
+class AnswerCheck:
+    """What a forward pass leaves for the solves behind its derivatives.
+
+    Attributes:
+        norm, distance, size: [*lanes], of F(x), from x to a solution (from below), of x.
+        rtol, on_failure, linear_solver: of the layer.
+        nearest: [*lanes], distance of the nearest kink; None where there is none to be crossed without a word.
+        done: whether nothing is left to find out: the distance is rounding, or was told, or has been decided.
+        num_x: how many entries of the unknowns, from the first, the distance is of; None for all.
+    """
+
+    norm: torch.Tensor
+    distance: torch.Tensor
+    size: torch.Tensor
+    rtol: float
+    on_failure: OnFailure
+    linear_solver: Any
+    nearest: torch.Tensor | None
+    done: bool
+    num_x: int | None = None
+
+    @classmethod
+    def of(
+        cls, at: Stationarity, rtol: float, on_failure: OnFailure, linear_solver: Any, nearest: torch.Tensor | None
+    ) -> AnswerCheck:
+        """The check of an answer that the forward pass has measured."""
+        near = at.distance <= torch.finfo(at.gradient.dtype).eps * at.size
+        told = at.relative > rtol
+        done = on_failure == "ignore" or bool(near.all()) or bool(told.any())
+        return cls(at.norm, at.distance, at.size, rtol, on_failure, linear_solver, nearest, done)
+
+    def see(self, seen: Seen, residual: Residual, x: Leaves, theta: Leaves, value: torch.Tensor) -> None:
+        """F(x) as a solve meets it; refused where it is that of another objective: NOTE [a changed objective]."""
+        norm = self.norm
+        found = lane_norm(value) if value.shape[-1] else value.new_zeros(value.shape[:-1])
+        if found.shape[found.ndim - norm.ndim :] != norm.shape:
+            return  # levels of a transform come first, so that the call's lanes are the last ones
+        seen[:] = [] if self.done else [(value, found)]
+        if not bool((found > _GROWN * norm).any()):
+            return
+        now = stationarity(residual, x, theta, x)
+        moved = (now.distance > torch.maximum(self.rtol * self.size, 2 * self.distance)) & (now.norm > _GROWN * norm)
+        if not bool(moved.any()):
+            return
+        if not bool((moved & ~is_rounding(now.gradient, now.norm, residual, x, theta)).any()):
+            return
+        pick = tuple(moved.nonzero()[0].tolist())
+        before = norm.expand(now.norm.shape)[pick].item()
+        raise ClosureError(
+            f"since the layer was called, the objective has changed{name_lanes(moved)}: at the solution its "
+            f"gradient (the residual) had norm {before:.3g}, and now has {now.norm[pick].item():.3g}. The gradient "
+            "would be that of another problem. A number or array that the objective closes over has changed (pass "
+            "it to the layer as one more theta), or the objective is random (dropout: call .eval(), or draw the "
+            "mask once and pass it as a theta)."
+        )
+
+    def judge(
+        self,
+        seen: Seen,
+        family: OperatorFamily,
+        tensors: Leaves,
+        operator: FlatOperator,
+        rhs: torch.Tensor,
+        solution: LinearSolution,
+    ) -> AnswerDistance | None:
+        """How far the answer is, in the light of a solve behind a derivative: NOTE [two sides]; None if not seen."""
+        if not seen:
+            return None
+        value, norm = seen.pop()
+        if self.done or solution.remedy or not solution.status.usable:
+            return None
+        assert isinstance(family, Jacobian)
+        allowed = self.rtol * self.size
+        if self.nearest is not None:
+            allowed = torch.minimum(allowed, self.nearest / _NEAR)
+        metric = _inverse_metric_norm(operator)
+        pull = norm * metric
+        suspicious = (norm > 0) & (
+            solution.ritz.any_below(pull / allowed.to(pull.dtype))
+            if solution.ritz is not None and not solution.preconditioned
+            else metric * self._reach(value, solution, rhs) > allowed
+        )
+        found = AnswerDistance(pull / self.size)
+        if not bool(suspicious.any()):
+            return found
+        self.done = True
+        x, theta = tensors[: family.num_x], tensors[family.num_x :]
+        suspicious = suspicious & ~is_rounding(value, norm, family.residual, x, theta)
+        if not bool(suspicious.any()):
+            return found
+        step = newton_step(family.residual, x, theta, value, self.linear_solver)
+        relative = torch.where(suspicious, lane_norm(step[..., : self.num_x]) / self.size, self.distance / self.size)
+        elsewhere = torch.zeros_like(suspicious)
+        if self.nearest is not None:
+            elsewhere = suspicious & family.residual.leaves_piece(x, theta, unravel(step, x, family.lane_dims))
+        far = suspicious & (relative > self.rtol)
+        found.newton = relative
+        if bool(far.any()):
+            pick, found.lost = tuple(far.nonzero()[0].tolist()), far
+            found.message = (
+                f"the solver's answer is not stationary{name_lanes(far)}: a Newton step from it is "
+                f"{relative[pick].item():.1e} of its size long (allowed {self.rtol:.1e}), although the gradient there "
+                "is small: the problem is ill-conditioned. The implicit gradient carries an error of that order. Solve "
+                "the inner problem more tightly, pass polish=1 for a Newton step after the solver, or "
+                "stationarity_rtol=None if an early stop is intended."
+            )
+        elif bool(elsewhere.any()):
+            pick, found.lost = tuple(elsewhere.nonzero()[0].tolist()), elsewhere
+            found.message = (
+                f"the solver's answer is too rough to tell its active set{name_lanes(elsewhere)}: a Newton step from "
+                f"it, {relative[pick].item():.1e} of its size long, changes which entries are held (at a bound, at "
+                "zero). The implicit gradient is that of another active set than the solution's. Solve the inner "
+                "problem more tightly, pass polish=5 for Newton steps after the solver, or stationarity_rtol=None if "
+                "an early stop is intended."
+            )
+        return found
+
+    def _reach(self, value: torch.Tensor, solution: LinearSolution, rhs: torch.Tensor) -> torch.Tensor:
+        """How far the answer may be, [*lanes], by a solve without Ritz values: NOTE [two sides]."""
+        kept = getattr(self.linear_solver, "by_kept_factors", None)
+        step = None if kept is None else kept(value)
+        if step is not None:  # factors make the Newton step itself at no product
+            return lane_norm(step)
+        n = rhs.shape[-1]
+        k = n if self.num_x is None else self.num_x
+        v, u, F = rhs.abs().amax(-1).double(), solution.value.abs().double(), value.double()
+        parts = [lane_norm(F[..., part]) * u[..., part].amax(-1) for part in (slice(k), slice(k, n))[: 1 + (k < n)]]
+        reach: torch.Tensor = math.sqrt(k) * sum(parts) / torch.where(v > 0, v, torch.inf)
+        return reach
+
+
+def _inverse_metric_norm(operator: FlatOperator) -> float | torch.Tensor:
+    """||M^-1|| of the metric of an operator, per lane (of a full matrix, by the pivots of its factor)."""
+    if operator.metric_factor is not None:
+        return operator.metric_factor.diagonal(dim1=-2, dim2=-1).double().amin(-1) ** -2
+    return 1.0 if operator.inverse_metric is None else operator.inverse_metric.double().amax(-1)

@@ -1,0 +1,173 @@
+"""User functions of pytrees as pure functions of flat lists of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from implicitlayer._errors import ObjectiveError
+from implicitlayer.base._tree import TreeSpec, flatten, is_data, leaves_in_order, unflatten
+from implicitlayer.base._types import FlatFunction, Leaves
+from implicitlayer.equation._capture import call_with
+
+
+@dataclass(frozen=True, eq=False)
+class Signature:
+    """The structure of theta: tensor leaves apart from everything that is passed through."""
+
+    spec: TreeSpec
+    leaves: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...]) -> Signature:
+        leaves, spec = flatten(args)
+        return cls(spec, tuple(leaves))
+
+    @property
+    def tensors(self) -> Leaves:
+        return [leaf for leaf in self.leaves if is_data(leaf)]
+
+    def rebuild(self, tensors: Leaves) -> tuple[Any, ...]:
+        """The arguments with their tensors replaced in order; surplus tensors (closed-over ones) are not read."""
+        values = iter(tensors)
+        filled = [next(values) if is_data(leaf) else leaf for leaf in self.leaves]
+        rebuilt: tuple[Any, ...] = unflatten(filled, self.spec)
+        return rebuilt
+
+    @property
+    def first(self) -> Any:
+        """The first argument, with whatever stands for its tensors."""
+        args: tuple[Any, ...] = unflatten(list(self.leaves), self.spec)
+        return args[0]
+
+    def without_tensors(self) -> Signature:
+        """The same structure holding no tensor: functions that outlive the call must not keep data alive."""
+        return Signature(self.spec, tuple(_SLOT if is_data(x) else x for x in self.leaves))
+
+
+_SLOT = torch.empty(0)
+
+
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What an objective tells about itself besides its value; see NOTE [objectives with parts].
+
+    Attributes:
+        metric: ``(x leaves, theta leaves) -> leaves`` broadcastable to x: a positive diagonal close to the Hessian.
+        model, loss: where the objective is ``loss(model(x, theta), theta)``.
+        coupling: the terms of the objective through which the first ``num_coupled`` theta leaves act; no other term
+            reads them.
+    """
+
+    metric: FlatFunction | None = None
+    metric_matrix: FlatFunction | None = None
+    model: FlatFunction | None = None
+    loss: FlatFunction | None = None
+    coupling: FlatFunction | None = None
+    num_coupled: int = 0
+
+
+NO_PARTS = Parts()
+
+
+def flat_function(
+    function: Callable[..., Any], x_spec: TreeSpec, signature: Signature, hidden: Leaves, scalar: bool
+) -> FlatFunction:
+    """``function`` on flat lists, closed-over tensors read from the end of the theta list.
+
+    Its result is a scalar (per lane), or leaves like x.
+    """
+    slots = signature.without_tensors()
+
+    def flat(x: Leaves, theta: Leaves) -> Any:
+        args = (unflatten(x, x_spec), *slots.rebuild(theta))
+        values = theta[len(theta) - len(hidden) :]
+        value = call_with(function, hidden, values, args, reads_all=True)
+        return value if scalar else like_x(value, x, x_spec)
+
+    return flat
+
+
+def like_x(value: Any, x: Sequence[torch.Tensor], x_spec: TreeSpec) -> Leaves:
+    """Leaves of a residual, checked to be one equation per unknown."""
+    leaves = leaves_in_order(value, unflatten(x, x_spec))
+    expected = [tuple(t.shape) for t in x]
+    found = flatten(value)[0] if leaves is None else leaves
+    shapes = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf).__name__ for leaf in found]
+    if leaves is None or shapes != expected:
+        raise ObjectiveError(
+            "the residual must return one equation per unknown, in the structure of x: expected shapes "
+            f"{expected}, got {shapes}."
+        )
+    return list(leaves)
+
+
+def flat_parts(
+    function: Callable[..., Any], x_spec: TreeSpec, signature: Signature, hidden: Leaves, lane_dims: int = 0
+) -> Parts:
+    """What an objective tells about itself besides its value, on flat lists.
+
+    NOTE [objectives with parts]: an objective may have the methods ``curvature_metric(x, *theta)``, a positive
+    diagonal close to its Hessian, in the structure of x, or None; ``curvature_matrix(x, *theta)``, the same as a full
+    matrix [n, n], or None; ``as_composite()``, a :class:`Composite` or None; and
+    ``coupling(lane_dims)``, a function ``(x, first theta) -> value per lane``: the terms that read the first theta.
+    """
+    slots = signature.without_tensors()
+
+    def call(method: Callable[..., Any], first: Any, theta: Leaves) -> Any:
+        return call_with(method, hidden, theta[len(theta) - len(hidden) :], (first, *slots.rebuild(theta)))
+
+    metric: FlatFunction | None = None
+    metric_matrix: FlatFunction | None = None
+    model: FlatFunction | None = None
+    loss: FlatFunction | None = None
+    if hasattr(function, "curvature_metric"):
+        metric_of = function.curvature_metric
+
+        def flat_metric(x: Leaves, theta: Leaves) -> Leaves:
+            # one number for all leaves stays one tensor
+            detached: dict[int, torch.Tensor] = {}
+            diagonal = call(metric_of, unflatten(x, x_spec), theta)
+            leaves = [] if diagonal is None else flatten(diagonal)[0]
+            return [detached.setdefault(id(leaf), leaf.detach()) for leaf in leaves]
+
+        metric = flat_metric
+    if hasattr(function, "curvature_matrix"):
+        matrix_of = function.curvature_matrix
+
+        def flat_matrix(x: Leaves, theta: Leaves) -> Leaves:
+            matrix = call(matrix_of, unflatten(x, x_spec), theta)
+            return [] if matrix is None else [matrix.detach()]
+
+        metric_matrix = flat_matrix
+    composite = function.as_composite() if hasattr(function, "as_composite") else None
+    if composite is not None:
+        outputs_spec: list[TreeSpec] = []  # known once the model has run, which it does before the loss
+
+        def flat_model(x: Leaves, theta: Leaves) -> Leaves:
+            leaves, spec = flatten(call(composite.model, unflatten(x, x_spec), theta))
+            outputs_spec[:] = [spec]
+            return leaves
+
+        def flat_loss(outputs: Leaves, theta: Leaves) -> torch.Tensor:
+            value: torch.Tensor = call(composite.loss, unflatten(outputs, outputs_spec[0]), theta)
+            return value
+
+        model, loss = flat_model, flat_loss
+    coupling: FlatFunction | None = None
+    num_coupled = 0
+    if hasattr(function, "coupling"):
+        coupling_of = function.coupling(lane_dims)
+        num_coupled = sum(is_data(leaf) for leaf in flatten(slots.first)[0])
+
+        def flat_coupling(x: Leaves, theta: Leaves) -> torch.Tensor:
+            first = slots.rebuild(theta)[0]
+            values = theta[len(theta) - len(hidden) :]
+            value: torch.Tensor = call_with(coupling_of, hidden, values, (unflatten(x, x_spec), first))
+            return value
+
+        coupling = flat_coupling
+    return Parts(metric, metric_matrix, model, loss, coupling, num_coupled)

@@ -1,0 +1,84 @@
+"""Where the graph of a value ends: tensors that are no arguments, and functions that cannot be differentiated twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from implicitlayer._errors import ClosureError, ObjectiveError
+from implicitlayer.equation._limits_of_torch import PLAINLY
+
+
+def refuse_hidden_tensors(
+    function: Callable[[list[torch.Tensor], list[torch.Tensor]], list[torch.Tensor]],
+    x: list[torch.Tensor],
+    theta: list[torch.Tensor],
+) -> None:
+    """Raise if ``function(x, theta)`` depends on a tensor that requires a gradient and is not an argument.
+
+    Catches what the finder cannot see: a tensor read on a branch that was not taken at ``init``, or by a scripted
+    module or an extension. Inside a torch.func level the arguments' own graph is on that level, so whatever graph the
+    value has outside of it comes from elsewhere.
+    """
+    with torch.enable_grad():
+        vjp: Callable[..., Any] = torch.func.vjp  # torch annotates its results as two or three values
+        values, _ = vjp(lambda x_: function(x_, theta), x)
+    for value in values:
+        if value.requires_grad:
+            raise _not_followed(next(leaves_of([value]), None))
+
+
+def other_leaves(
+    values: Sequence[torch.Tensor], known: Sequence[torch.Tensor], again: Callable[[], Sequence[torch.Tensor]]
+) -> list[torch.Tensor]:
+    """The leaves of the plain graph of ``values`` that are neither ``known`` nor made by the function itself.
+
+    A leaf that the function makes, to take a derivative, is another one when it is run ``again``.
+    """
+    ids = {id(tensor) for tensor in known}
+    others = [leaf for leaf in leaves_of(values) if id(leaf) not in ids]
+    if not others:
+        return others
+    same = {id(leaf) for leaf in leaves_of(again())}
+    return [leaf for leaf in others if id(leaf) in same]
+
+
+def _not_followed(leaf: torch.Tensor | None) -> ClosureError:
+    shape = "" if leaf is None else f" of shape {tuple(leaf.shape)}"
+    return ClosureError(
+        f"the objective reads a closed-over tensor{shape} that requires a gradient, in a way that could not be "
+        "followed (a branch not taken at init, a scripted or traced module, an extension). Pass it to the layer as one "
+        "more theta."
+    )
+
+
+def refuse_once_differentiable(node: Any) -> None:
+    """Raise for the node of a Function marked once_differentiable: torch takes its second derivative as zero."""
+    function = getattr(type(node), "_forward_cls", None)
+    if function is not None and function.backward.__code__.co_filename == _ONCE.__code__.co_filename:
+        raise ObjectiveError(
+            f"the objective uses the autograd.Function {function.__name__}, which is once_differentiable: torch would "
+            f"take its second derivative as zero in silence, and the gradient would be wrong. {PLAINLY}"
+        )
+
+
+_ONCE = torch.autograd.function.once_differentiable
+
+
+def leaves_of(values: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The leaf tensors that the graph of ``values`` reaches."""
+    yield from (value for value in values if value.grad_fn is None and value.requires_grad)
+    stack = [value.grad_fn for value in values if value.grad_fn is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        refuse_once_differentiable(node)
+        if type(node).__name__ == "AccumulateGrad":
+            variable: torch.Tensor = node.variable  # type: ignore[attr-defined]
+            yield variable
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                stack.append(child)

@@ -1,0 +1,310 @@
+"""The equation F(x, theta) = 0 behind a layer, as a pure function of flat lists of tensors, and its products."""
+
+# F is the gradient of the objective (argmin) or the user's residual (root). Everything in this file is written with
+# torch.func only, so it can be differentiated and vmapped to any order.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+import torch
+
+from implicitlayer._errors import ObjectiveError
+from implicitlayer.base._types import FlatFunction, Leaves
+from implicitlayer.equation._capture import plainly_impossible
+from implicitlayer.equation._flat import NO_PARTS, Parts
+from implicitlayer.equation._graph_leaves import leaves_of, other_leaves, refuse_hidden_tensors
+
+Randomness = str
+# torch annotates its results as two or three values
+vjp: Callable[..., Any] = torch.func.vjp
+
+
+@dataclass(frozen=True, eq=False)
+class Attached:
+    """F at detached points, with a graph that reaches the points, and what requires a gradient of theta.
+
+    Attributes:
+        points: the leaves of x, detached, which require a gradient.
+        theta: the leaves that the function was given.
+        value: the leaves of F.
+        outputs: what the function itself returned.
+    """
+
+    points: Leaves
+    theta: Leaves
+    value: Leaves
+    outputs: Leaves
+    _pushed: list[Leaves] = field(default_factory=list, kw_only=True)
+
+    def pull(self, u: Leaves) -> Leaves:
+        """(dF/dx)' u; the graph is kept."""
+        return pull_back(self.value, self.points, u)
+
+    def push(self, u: Leaves) -> Leaves:
+        """(dF/dx) u: the pull-back w -> J'w is linear, so the gradient of w -> <J'w, u> is J u, at any w."""
+        if not self._pushed:
+            dummies = [torch.zeros_like(leaf, requires_grad=True) for leaf in self.value]
+            live = [i for i, leaf in enumerate(self.value) if leaf.requires_grad]
+            pulled: Sequence[torch.Tensor] = ()
+            if live:
+                outputs, cotangents = [self.value[i] for i in live], [dummies[i] for i in live]
+                how = {"create_graph": True, "materialize_grads": True}
+                with torch.enable_grad():
+                    pulled = torch.autograd.grad(outputs, self.points, cotangents, **how)
+            self._pushed[:] = [list(pulled), dummies]
+        pulled, dummies = self._pushed
+        return pull_back(list(pulled), dummies, u)
+
+    def pull_theta(self, u: Leaves, needed: Sequence[bool]) -> list[torch.Tensor | None]:
+        """(dF/dtheta)' u for the needed leaves, None for the others; the graph is kept."""
+        reached = [i for i, leaf in enumerate(self.theta) if needed[i] and leaf.requires_grad]
+        found: list[torch.Tensor | None] = [None] * len(self.theta)
+        if reached:
+            pulled = pull_back(self.value, [self.theta[i] for i in reached], u)
+            for i, leaf in zip(reached, pulled, strict=True):
+                found[i] = leaf
+        return found
+
+    def least_size(self) -> torch.Tensor | None:
+        """The least size [*lanes], in units of x, that a distance is compared with; None where none is known."""
+        return None
+
+
+WrittenOut = Callable[[Leaves, Leaves], Attached]
+
+
+@dataclass(frozen=True, eq=False)
+class Residual:
+    """F(x, theta) with lanes.
+
+    Attributes:
+        function: objective ``(x leaves, theta leaves) -> tensor`` or residual ``-> leaves like x``, for one lane of
+            every level of ``levels``.
+        is_gradient: whether F is the gradient of ``function`` (then its Jacobian is symmetric).
+        lane_dims_of_function: leading dimensions that ``function`` itself treats as lanes (``batch_dims``).
+        levels: one entry per vmap level, outermost first: for each theta leaf whether it has that level's lanes. The
+            leaves of x have the lanes of every level.
+        parts: what the objective tells about itself.
+        num_fixed: leaves at the end of theta that have no other values than those of the call.
+        written_out: the products of F's derivatives at plain tensors, where somebody has written them out; only used
+            without levels.
+    """
+
+    function: FlatFunction
+    is_gradient: bool
+    lane_dims_of_function: int = 0
+    levels: tuple[tuple[tuple[bool, ...], Randomness], ...] = ()
+    parts: Parts = NO_PARTS
+    num_fixed: int = 0
+    written_out: WrittenOut | None = None
+
+    is_fixed_point: ClassVar[bool] = False  # whether x - F(x) is nearer to the solution than x, or as near
+
+    @property
+    def lane_dims(self) -> int:
+        """Leading dimensions of every leaf of x that enumerate independent problems."""
+        return len(self.levels) + self.lane_dims_of_function
+
+    def with_level(self, theta_has_lanes: tuple[bool, ...], randomness: Randomness) -> Residual:
+        """The same equation with one more (outermost) level of lanes."""
+        return replace(self, levels=((theta_has_lanes, randomness), *self.levels))
+
+    def over_lanes(self, function: FlatFunction) -> FlatFunction:
+        """``function`` of one lane, vectorised over all levels."""
+        for theta_has_lanes, randomness in reversed(self.levels):
+            in_dims = (0, [0 if has else None for has in theta_has_lanes])
+            function = torch.vmap(function, in_dims=in_dims, randomness=randomness)
+        return function
+
+    def values(self, x: Leaves, theta: Leaves) -> torch.Tensor:
+        """The objective of every lane, [*lanes]; only for gradients."""
+        values: torch.Tensor = self.over_lanes(self.function)(x, theta)
+        check_value(values, x[0].shape[: self.lane_dims], self.lane_dims_of_function > 0)
+        return values
+
+    def seen_by(self, needed: Sequence[bool]) -> Residual:
+        """The same equation for derivatives in the ``needed`` theta leaves, without terms that read none of them."""
+        if self.parts.coupling is None or any(needed[self.parts.num_coupled :]):
+            return self
+        return replace(self, function=self.parts.coupling)
+
+    def outputs(self, x: Leaves, theta: Leaves) -> Leaves:
+        """What ``function`` returns for all lanes: the value of the objective, or the residuals."""
+        return [self.values(x, theta)] if self.is_gradient else self(x, theta)
+
+    def __call__(self, x: Leaves, theta: Leaves) -> Leaves:
+        """F(x, theta), leaves like x."""
+        if self.is_gradient:
+            # Lanes are independent, so the gradient of their sum holds the gradient of each.
+            return list(torch.func.grad(lambda x_: self.values(x_, theta).sum())(list(x)))
+        return list(self.over_lanes(self.function)(list(x), theta))
+
+    def attached(self, x: Leaves, theta: Leaves) -> Attached:
+        """F at plain tensors x, with a graph that reaches x alone."""
+        with torch.enable_grad():
+            return self.with_graph([leaf.detach().requires_grad_() for leaf in x], theta)
+
+    def for_derivatives(self, x: Leaves, theta: Leaves) -> Attached:
+        """F at plain tensors for products and derivatives; no more of its value than these need."""
+        if self.written_out is None or self.levels:
+            return self.attached(x, theta)
+        return self.written_out(x, theta)
+
+    def with_graph(self, points: Leaves, theta: Leaves) -> Attached:
+        """F with a graph that reaches ``points``, and those of theta, that require a gradient."""
+        outputs = self.outputs(points, theta)
+        value = gradient_of(outputs[0], points) if self.is_gradient else outputs
+        return Attached(points, theta, value, outputs)
+
+    def leaves_piece(self, x: Leaves, theta: Leaves, step: Leaves) -> torch.Tensor:
+        """Lanes, bool [*lanes], where x - step is on another piece of F than x; of a smooth F nowhere."""
+        return torch.zeros(x[0].shape[: self.lane_dims], dtype=torch.bool, device=x[0].device)
+
+    def plain_outputs(self, points: Leaves, theta: Leaves) -> Leaves:
+        """What ``function`` returns, with a plain graph to what it reads."""
+        return self.outputs(points, theta)
+
+    def refuse_hidden(self, x: Leaves, theta: Leaves, at: Attached | None = None) -> bool:
+        """Raise ClosureError where the function reads a tensor that requires a gradient and is no argument.
+
+        ``at``: its run at x, where there is one. Returns whether a plain graph holds every derivative: it does not
+        where a custom Function reads a tensor that is swapped, which only torch.func sees.
+        """
+        points = [leaf.detach().requires_grad_() for leaf in x] if at is None else at.points
+
+        def again() -> Leaves:
+            with torch.enable_grad():
+                return self.plain_outputs(points, theta)
+
+        if not plainly_impossible():
+            outputs = again() if at is None else at.outputs
+            if not other_leaves(outputs, [*points, *theta], again):
+                return True
+        self.refuse_unseen(x, theta)
+        return False
+
+    def refuse_unseen(self, x: Leaves, theta: Leaves) -> None:
+        """The same by torch.func, of what no mode sees."""
+        refuse_hidden_tensors(self.outputs, [leaf.detach() for leaf in x], [leaf.detach() for leaf in theta])
+
+    def gauss_newton(self, x: Leaves, theta: Leaves) -> Callable[[Leaves], Leaves]:
+        """u -> J' (d^2 loss / d outputs^2) J u with J = d model / dx: the Hessian without the curvature of the model.
+
+        Positive semidefinite for a loss that is convex in the outputs.
+        """
+        if self.parts.model is None or self.parts.loss is None:
+            raise ObjectiveError(
+                'curvature="gauss_newton" needs an objective that says what its model is: il.least_squares(residuals) '
+                "or il.composite(loss, model)."
+            )
+        model, loss = self.over_lanes(self.parts.model), self.over_lanes(self.parts.loss)
+        outputs = list(model(list(x), theta))
+        gradient = torch.func.grad(lambda o: loss(o, theta).sum())
+
+        def product(u: Leaves) -> Leaves:
+            moved = pushforward(lambda x_: model(x_, theta), x, u, like=outputs)
+            return pullback(lambda x_: model(x_, theta), x, pullback(gradient, outputs, moved))
+
+        return product
+
+    def kept_graph_gradient(self, x: Leaves, theta: Leaves) -> Leaves:
+        """F with one level of autograd fewer than ``torch.func.grad``: for one pull-back inside ``torch.func.vjp``."""
+        if not self.is_gradient:
+            return self(x, theta)
+        return gradient_of(self.values(x, theta), x)
+
+
+def gradient_of(values: torch.Tensor, x: Leaves) -> Leaves:
+    """The gradient of the sum of ``values``, with a graph."""
+    value = values.sum()
+    found: Sequence[torch.Tensor | None] = ()
+    if value.requires_grad:
+        found = torch.autograd.grad(value, x, create_graph=True, allow_unused=True)
+    if all(leaf is None for leaf in found):  # theta alone may have given the value its graph
+        raise no_graph()
+    return [torch.zeros_like(like) if leaf is None else leaf for leaf, like in zip(found, x, strict=True)]
+
+
+def slope(function: Callable[[torch.Tensor], torch.Tensor], at: torch.Tensor) -> torch.Tensor:
+    """The gradient of ``function`` at a constant, differentiable in all else that it reads.
+
+    That is ``torch.func.grad``, without a level of it (and its reference cycles) where nothing needs one.
+    """
+    if plainly_impossible():
+        result: torch.Tensor = torch.func.grad(function)(at)
+        return result
+    attached = torch.is_grad_enabled()
+    with torch.enable_grad():
+        point = at.detach().requires_grad_()
+        (found,) = torch.autograd.grad(function(point), point, create_graph=attached)
+    return found if any(leaf is not point for leaf in leaves_of([found])) else found.detach()
+
+
+def no_graph() -> ObjectiveError:
+    """The error of an objective whose derivative cannot be taken."""
+    return ObjectiveError(
+        "the objective does not depend on x in a way autograd can see: its value has no graph. Build it from torch "
+        "operations on x, without .detach(), .item(), .numpy() or torch.no_grad()."
+    )
+
+
+def check_value(values: Any, lanes: torch.Size, has_lanes: bool) -> None:
+    """Raise unless ``values`` is what an objective may return: one floating number (per lane)."""
+    if not isinstance(values, torch.Tensor) or not values.is_floating_point():
+        kind = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
+        hint = ""
+        if isinstance(values, tuple):
+            hint = " If it returns (value, aux), pass objective_has_aux=True."
+        elif not isinstance(values, torch.Tensor):
+            hint = " Write it in torch operations: NumPy and Python numbers have no gradient."
+        raise ObjectiveError(f"the objective must return a real floating tensor, got {kind}.{hint}")
+    if values.shape != lanes:
+        expected = "one value per lane" if has_lanes else "a 0-d tensor"
+        remedy = "Sum or average over the data inside the objective"
+        if has_lanes and values.ndim < len(lanes):
+            remedy = (
+                f"With batch_dims={len(lanes)} the leading dimensions {tuple(lanes)} of x enumerate problems: sum over "
+                "the others only, with .sum(-1) for example, or lower batch_dims if they are one problem"
+            )
+        raise ObjectiveError(
+            f"the objective must return {expected}: expected shape {tuple(lanes)}, got {tuple(values.shape)}. "
+            + remedy
+            + ("." if has_lanes else "; for independent problems in one call pass batch_dims=1.")
+        )
+
+
+def pull_back(value: Leaves, inputs: Leaves, u: Leaves) -> Leaves:
+    """(d value / d inputs)' u by a graph that is kept; zero where nothing depends on an input."""
+    live = [i for i, leaf in enumerate(value) if leaf.requires_grad]
+    if not live:
+        return [torch.zeros_like(leaf) for leaf in inputs]
+    outputs, cotangents = [value[i] for i in live], [u[i] for i in live]
+    return list(torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, materialize_grads=True))
+
+
+# NOTE [one pull-back]: <J'w, .> as the gradient of <f, w>. A pull-back from torch.func.vjp, called after its level is
+# gone, fails inside torch when an output does not depend on an input (it makes zeros like a dead wrapper); a gradient
+# is finished inside its level. torch.func.vjp is used where one linearisation serves many products.
+
+
+def inner(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Sum of the products of all entries of two lists of leaves."""
+    return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
+
+
+def pullback(function: Callable[[Leaves], Leaves], primals: Leaves, cotangents: Leaves) -> Leaves:
+    """J(primals)' cotangents; see NOTE [one pull-back]."""
+    return list(torch.func.grad(lambda p: inner(function(p), cotangents))(list(primals)))
+
+
+def pushforward(function: Callable[[Leaves], Leaves], primals: Leaves, tangents: Leaves, like: Leaves) -> Leaves:
+    """J(primals) tangents by two pull-backs; ``like`` has the shapes of the result.
+
+    The pull-back w -> J'w is linear, so the gradient of w -> <J'w, t> is J t, at any w. Used in place of torch.func.jvp
+    because torch switches forward mode off inside the jvp rule of a custom Function.
+    """
+    dummy = [torch.zeros_like(leaf) for leaf in like]
+    return list(torch.func.grad(lambda w: inner(pullback(function, primals, w), tangents))(dummy))

@@ -1,0 +1,98 @@
+"""The implicit function theorem as plain functions: no solver, no Function, testable alone."""
+
+# F(x*(theta), theta) = 0. Differentiating, (dF/dx) dx + (dF/dtheta) dtheta = 0, hence
+#     forward:  dx = -(dF/dx)^-1 (dF/dtheta) dtheta
+#     reverse:  u = (dF/dx)^-T v,   theta_bar = -(dF/dtheta)' u
+# For an argmin F is the gradient of the objective and dF/dx its Hessian H. For the proximal objective
+# G = L(phi) + lambda/2 ||phi - theta||^2: dF/dtheta = -lambda, so theta_bar = lambda (lambda + H)^-1 v
+# = (I + H/lambda)^-1 v, the meta-gradient of Rajeswaran et al. 2019, Lemma 1.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+from implicitlayer.base._surroundings import plain_surroundings
+from implicitlayer.base._types import Leaves
+from implicitlayer.equation._certificate import Assumptions, gradient_error
+from implicitlayer.equation._distance import AnswerCheck, Seen
+from implicitlayer.equation._jacobian import Curvature, Graph, Jacobian, OneGraph, Watch, pull_tensors, push_tensors
+from implicitlayer.equation._limits_of_torch import second_derivatives
+from implicitlayer.equation._residual import Residual
+from implicitlayer.equation._solve import Judge, SolveSpec, solve
+
+Matrix = tuple[Curvature, float]
+_HESSIAN: Matrix = ("hessian", 0.0)
+
+
+def implicit_vjp(
+    residual: Residual,
+    x: Leaves,
+    theta: Leaves,
+    cotangent: Leaves,
+    needed: tuple[bool, ...],
+    matrix: Matrix = _HESSIAN,
+    assumptions: Assumptions | None = None,
+    answer: AnswerCheck | None = None,
+    graph: Graph | None = None,
+    **how: Any,
+) -> list[torch.Tensor | None]:
+    """Cotangents of the theta leaves that are ``needed``, from the cotangent of x.
+
+    ``matrix``: what stands for dF/dx, as (curvature, damping). ``answer``: what checks the answer of the call on the
+    way. ``graph``: F by plain autograd, used where nothing else is at work. ``how``: solver, on_failure,
+    negative_curvature, kind and listener of the linear solve.
+    """
+    certify = partial(gradient_error, assumptions, tuple(needed))
+    watch, judge = _checks(answer, matrix)
+    jacobian = Jacobian(residual, len(x), True, *matrix, watch)
+    mixed: OneGraph | Callable[[Leaves], Leaves]
+    if graph is not None and plainly():
+        mixed = jacobian = OneGraph(**vars(jacobian), graph=graph)
+    else:
+        source = residual.seen_by(needed)
+        mixed = lambda t: source(x, t)  # noqa: E731
+    spec = SolveSpec(jacobian, len(x), certify=certify, judge=judge, **how)
+    with plain_surroundings(x), second_derivatives():
+        u = solve(spec, cotangent, [*x, *theta])
+        pulled = pull_tensors(mixed, theta, needed, u)
+    return [None if t is None else -t for t in pulled]
+
+
+def _checks(answer: AnswerCheck | None, matrix: Matrix) -> tuple[Watch | None, Judge | None]:
+    """What looks at F on the way of a solve, and at its solution; a matrix that is not J says nothing of the answer."""
+    if answer is None:
+        return None, None
+    seen: Seen = []
+    return partial(answer.see, seen), partial(answer.judge, seen) if matrix == _HESSIAN else None
+
+
+def plainly() -> bool:
+    """Whether nobody will differentiate what is computed now, and no transform is at work."""
+    return not (
+        torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
+def implicit_jvp(
+    residual: Residual,
+    x: Leaves,
+    theta: Leaves,
+    tangents: Sequence[torch.Tensor | None],
+    matrix: Matrix = _HESSIAN,
+    assumptions: Assumptions | None = None,
+    answer: AnswerCheck | None = None,
+    **how: Any,
+) -> Leaves | None:
+    """Tangents of x from those of the theta leaves; None if no theta leaf has one."""
+    with plain_surroundings(x), second_derivatives():
+        change = push_tensors(lambda t: residual(x, t), theta, tangents, like=x)
+        if change is None:
+            return None
+        watch, judge = _checks(answer, matrix)
+        spec = SolveSpec(Jacobian(residual, len(x), False, *matrix, watch), len(x), judge=judge, **how)
+        return solve(spec, [-c for c in change], [*x, *theta])

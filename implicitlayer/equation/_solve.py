@@ -1,0 +1,298 @@
+"""The differentiable linear solve: a Function whose derivatives are solves again."""
+
+# NOTE [derivatives of a solve]: A(t) u = b. Differentiating, A du + (dA) u = db, hence
+#     forward:  du = A^-1 (db - dA u)
+#     reverse:  b_bar = A^-T u_bar,   t_bar = -(d/dt <A(t) u, b_bar>)
+# No step of the iteration is ever differentiated: a truncated solve has the derivatives of the system it truncates.
+#
+# NOTE [explicit tensors]: the Function carries plain functions and explicit tensors only. A closure that held a
+# tensor would hide it from the transforms: under vmap(grad) its lanes and its gradient would be lost in silence.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from implicitlayer._errors import NonFiniteError, NotRecordedError, UnsupportedTransformError
+from implicitlayer.base._failures import replaced
+from implicitlayer.base._records import AnswerDistance, BackwardRecord, GradientError, emit, listening_in_depth
+from implicitlayer.base._solution import LinearSolution
+from implicitlayer.base._status import Status
+from implicitlayer.base._surroundings import plain_surroundings
+from implicitlayer.base._tree import finite_lanes, name_lanes, ravel, unravel
+from implicitlayer.base._types import Leaves, OnFailure
+from implicitlayer.equation._jacobian import Jacobian, OneGraph, OperatorFamily, pull_tensors, push_tensors
+from implicitlayer.equation._limits_of_torch import second_derivatives
+from implicitlayer.equation._repair import CHANGES_THE_SYSTEM, NegativeCurvature, repair
+from implicitlayer.linear._cg import ConjugateGradient
+from implicitlayer.linear._common import select
+from implicitlayer.linear._operator import FlatOperator, wrap_value
+
+# (operator family, its tensors, u leaves, right-hand side leaves) -> how far the derivative made of u is from exact
+Certify = Callable[[OperatorFamily, Leaves, Leaves, Leaves], GradientError]
+# (operator family, its tensors, operator, flat right-hand side, solution) -> how far the point of the tensors is off
+Judge = Callable[[OperatorFamily, Leaves, FlatOperator, torch.Tensor, LinearSolution], AnswerDistance | None]
+
+
+_HIGHER = "higher-order"
+_OTHER_SYSTEM = (
+    "the {kind} solve {what}: what was asked for there solves another system, and a derivative through it would not be "
+    'that of the gradient. For second derivatives use a fixed damping=, curvature=, or negative_curvature="minres".'
+)
+
+
+@dataclass(frozen=True, eq=False)
+class SolveSpec:
+    """Everything about a solve that is not a tensor."""
+
+    operator: OperatorFamily
+    num_rhs: int
+    solver: Callable[[FlatOperator, torch.Tensor], LinearSolution]
+    on_failure: OnFailure = "warn"
+    kind: str = "backward"
+    listener: Callable[[BackwardRecord], None] | None = None
+    negative_curvature: NegativeCurvature = "raise"
+    certify: Certify | None = None
+    judge: Judge | None = None
+    flaw: str = ""  # why derivatives in the tensors of the operator would be wrong
+    changed: list[str] = field(default_factory=list)  # what a remedy made of the system, told by forward
+
+    @property
+    def of_derivative(self) -> bool:
+        """Whether this is the solve behind a derivative of a solve."""
+        return self.kind.startswith(_HIGHER)
+
+    def derivative(self, transposed: bool, of_operator: bool) -> SolveSpec:
+        """The spec of the solve behind a derivative of this one; ``of_operator``: in its tensors too."""
+        if self.flaw and of_operator:
+            raise UnsupportedTransformError(self.flaw)
+        if self.changed:
+            raise UnsupportedTransformError(_OTHER_SYSTEM.format(kind=self.kind, what=f"was {self.changed[0]}"))
+        kind = self.kind if self.of_derivative else f"{_HIGHER} {self.kind}"
+        operator = self.operator.transpose() if transposed else self.operator
+        return replace(self, operator=operator, kind=kind, certify=None, judge=None, changed=[])
+
+
+def solve(spec: SolveSpec, rhs: Leaves, tensors: Leaves) -> Leaves:
+    """u with A(tensors) u = rhs, differentiable in rhs and tensors to every order.
+
+    Except for the operator of a plain backward, :class:`OneGraph`: nobody differentiates that.
+    """
+    if isinstance(spec.operator, OneGraph):
+        return list(LinearSolve.forward(spec, *rhs, *tensors))
+    return list(LinearSolve.apply(spec, *rhs, *tensors))
+
+
+class LinearSolve(torch.autograd.Function):
+    """``apply(spec, *rhs, *tensors) -> u leaves``; see NOTE [derivatives of a solve]."""
+
+    @staticmethod
+    def forward(spec: SolveSpec, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        with plain_surroundings(tensors), second_derivatives():
+            return LinearSolve._forward(spec, *tensors)
+
+    @staticmethod
+    def _forward(spec: SolveSpec, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        rhs, parameters = tensors[: spec.num_rhs], list(tensors[spec.num_rhs :])
+        lane_dims = spec.operator.lane_dims
+        flat = ravel(rhs, lane_dims)
+        finite = finite_lanes(flat)
+        if not bool(finite.all()):
+            raise NonFiniteError(
+                f"the right-hand side of the {spec.kind} solve (the cotangent or tangent that reached the layer) "
+                f"holds NaN or Inf{name_lanes(~finite)}. Look for its source in the code that uses the layer's output."
+            )
+        operator = spec.operator.linearize(parameters)
+        solution = wrap_value(operator, flat, spec.solver(operator, flat), type(spec.solver).__name__)
+        policy = spec.negative_curvature
+        if (
+            spec.of_derivative
+            and policy in CHANGES_THE_SYSTEM
+            and bool((solution.codes == int(Status.INDEFINITE)).any())
+        ):
+            raise UnsupportedTransformError(_OTHER_SYSTEM.format(kind=spec.kind, what="met negative curvature"))
+        solution = repair(policy, spec.solver, operator, lambda: spec.operator.gauss_newton(parameters), flat, solution)
+        if solution.remedy and policy in CHANGES_THE_SYSTEM:
+            spec.changed.append(solution.remedy)
+        u = unravel(solution.value, rhs, lane_dims)
+        certificate = None
+        if spec.certify is not None and listening_in_depth():  # it holds tensors, for as long as the record is held
+            free, b = ([t.detach() for t in part] for part in (parameters, rhs))  # no record holds a graph
+            certificate = _while_unchanged(free, partial(spec.certify, spec.operator, free, u, b))
+        answer = None if spec.judge is None else spec.judge(spec.operator, parameters, operator, flat, solution)
+        record = BackwardRecord(spec.kind, replace(solution, value=None), certificate, answer)
+        emit(record)
+        if spec.listener is not None:
+            spec.listener(record)
+        where = _at_maximum(spec, operator, flat, solution) if solution.status is Status.INDEFINITE else ""
+        solution.enforce(spec.on_failure, f"{spec.kind} solve{where}: ")
+        if answer is not None:
+            answer.enforce(spec.on_failure)
+        if spec.on_failure == "mask":
+            lost = solution.codes > int(Status.TRUNCATED)
+            if answer is not None and answer.lost is not None:
+                lost = lost | answer.lost
+            if bool(lost.any()):
+                u = replaced(lost, u, 0.0)
+        return tuple(u)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        spec, *tensors = inputs
+        ctx.spec = spec
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output, *tensors[spec.num_rhs :])
+        ctx.save_for_forward(*output, *tensors[spec.num_rhs :])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
+        spec: SolveSpec = ctx.spec
+        k = spec.num_rhs
+        saved = alive(ctx.saved_tensors)
+        u, tensors = list(saved[:k]), list(saved[k:])
+        if all(c is None for c in cotangents):
+            return (None,) * (1 + k + len(tensors))
+        needed = ctx.needs_input_grad[1 + k :]
+        transposed = spec.derivative(transposed=True, of_operator=any(needed))
+
+        cotangents = alive(cotangents)
+
+        def rule(u_bar: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+            b_bar = solve(transposed, fill(u_bar, u), tensors)
+            t_bar = pull_tensors(lambda t: spec.operator.product(u, t), tensors, needed, b_bar)
+            return [*b_bar, *(None if t is None else -t for t in t_bar)]
+
+        with plain_surroundings(tensors), second_derivatives():
+            return (None, *over_batched_vectors(rule, cotangents))
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        spec: SolveSpec = ctx.spec
+        k = spec.num_rhs
+        saved = alive(ctx.saved_tensors)
+        u, tensors = list(saved[:k]), list(saved[k:])
+
+        def rule(vectors: list[torch.Tensor | None]) -> Leaves:
+            rhs = fill(vectors[:k], u)
+            change = push_tensors(lambda t: spec.operator.product(u, t), tensors, vectors[k:], like=u)
+            if change is not None:
+                rhs = [b - c for b, c in zip(rhs, change, strict=True)]
+            return solve(spec.derivative(transposed=False, of_operator=change is not None), rhs, tensors)
+
+        with plain_surroundings(tensors), second_derivatives():
+            return tuple(over_batched_vectors(rule, tangents))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], spec: SolveSpec, *tensors: torch.Tensor) -> tuple[Any, Any]:
+        k = spec.num_rhs
+        dims = in_dims[1:]
+        forced = [i < k or spec.operator.always_has_lanes(i - k) for i in range(len(tensors))]
+        moved, has = lanes_first(tensors, dims, forced, info.batch_size)
+        lifted = replace(spec, operator=spec.operator.with_level(has[k:], info.randomness))
+        return LinearSolve.apply(lifted, *moved), (0,) * k
+
+
+def _at_maximum(spec: SolveSpec, operator: FlatOperator, rhs: torch.Tensor, solution: LinearSolution) -> str:
+    """Words for a Hessian that is negative definite in a lane that met negative curvature, else none.
+
+    Conjugate gradients on -A from a vector with a part in every eigenspace converge only where no curvature of A that
+    they meet is positive; at a saddle they stop at the first that is.
+    """
+    solver = getattr(spec.solver, "solver", spec.solver)  # inside a warm start
+    gradient = isinstance(spec.operator, Jacobian) and spec.operator.residual.is_gradient
+    if not gradient or spec.on_failure not in ("warn", "raise") or not isinstance(solver, ConjugateGradient):
+        return ""
+    failed = solution.codes == int(Status.INDEFINITE)
+    turn = torch.arange(rhs.shape[-1], device=rhs.device, dtype=torch.float64) * 2.399963  # the golden angle: no period
+    negated = FlatOperator(lambda vector: -operator(vector))
+    found = ConjugateGradient()(negated, select(failed, (2.0 + torch.cos(turn)).to(rhs.dtype).expand_as(rhs)))
+    maximum = failed & (found.codes == int(Status.CONVERGED))
+    if not bool(maximum.any()):
+        return ""
+    return (
+        f" at a maximum of the objective{name_lanes(maximum)} (all curvature is negative there: the solver went up, "
+        "or the objective has the wrong sign; to maximise f, pass -f as the objective)"
+    )
+
+
+def _while_unchanged(tensors: Leaves, certify: Callable[[], GradientError]) -> Callable[[], GradientError]:
+    """``certify``, as long as nobody has written into the tensors that it reads."""
+    versions = [None if t.is_inference() else t._version for t in tensors]
+
+    def checked() -> GradientError:
+        for tensor, version in zip(tensors, versions, strict=True):
+            if version is not None and tensor._version != version:
+                raise NotRecordedError(
+                    f"a tensor of shape {tuple(tensor.shape)} was changed in place since the solve (an optimizer "
+                    "step?): the gradient's error would be that of another problem. Read record.gradient_error before."
+                )
+        return certify()
+
+    return checked
+
+
+def alive(tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """The tensors freed of wrappers whose level is over.
+
+    A graph that is kept beyond the torch.func level that built it (a layer inside the objective of a layer) hands its
+    saved tensors back in such wrappers, which torch does not accept in a new level.
+    """
+    unwrap = torch._C._functorch.unwrap_if_dead
+    return tuple(unwrap(t) if isinstance(t, torch.Tensor) else t for t in tensors)
+
+
+def fill(leaves: Sequence[torch.Tensor | None], like: Leaves) -> Leaves:
+    """Zeros in place of None."""
+    return [torch.zeros_like(x) if leaf is None else leaf for leaf, x in zip(leaves, like, strict=True)]
+
+
+def lanes_first(
+    tensors: tuple[torch.Tensor, ...], dims: tuple[int | None, ...], forced: list[bool], size: int
+) -> tuple[list[torch.Tensor], tuple[bool, ...]]:
+    """Move each vmapped dimension to the front; ``forced`` tensors without lanes get copies of their own.
+
+    Copies, not views: forward mode writes tangents in place, which an expanded tensor refuses.
+    """
+    moved = []
+    for tensor, dim, force in zip(tensors, dims, forced, strict=True):
+        if dim is not None:
+            tensor = tensor.movedim(dim, 0)
+        elif force:
+            tensor = tensor.expand(size, *tensor.shape).clone(memory_format=torch.contiguous_format)
+        moved.append(tensor)
+    return moved, tuple(dim is not None or force for dim, force in zip(dims, forced, strict=True))
+
+
+def over_batched_vectors(
+    rule: Callable[[list[torch.Tensor | None]], Sequence[torch.Tensor | None]], vectors: Sequence[torch.Tensor | None]
+) -> list[torch.Tensor | None]:
+    """``rule`` of cotangents or tangents, under ``is_grads_batched=True`` and its relatives too.
+
+    That option of torch.autograd.grad hands a backward vectors wrapped by an older batching mechanism, which custom
+    Functions do not see; here they are unwrapped, mapped over by ``torch.func.vmap``, and wrapped again.
+    """
+    wrapped = [v for v in vectors if v is not None and torch._C._functorch.is_legacy_batchedtensor(v)]
+    if not wrapped:
+        return list(rule(list(vectors)))
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    # the size asked for is used only for tensors that are not wrapped: a wrapped one comes back with its own
+    size = torch._remove_batch_dim(wrapped[0], level, 1, 0).shape[0]
+    slots = [i for i, v in enumerate(vectors) if v is not None]
+    plain = [torch._remove_batch_dim(v, level, size, 0).clone() for v in vectors if v is not None]
+    present: list[bool] = []
+
+    def some(*lane: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        filled: list[torch.Tensor | None] = [None] * len(vectors)
+        for i, vector in zip(slots, lane, strict=True):
+            filled[i] = vector
+        result = rule(filled)
+        present[:] = [t is not None for t in result]
+        return tuple(t for t in result if t is not None)
+
+    values = iter(torch.vmap(some)(*plain))
+    return [torch._add_batch_dim(next(values), 0, level) if there else None for there in present]

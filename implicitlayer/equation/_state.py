@@ -1,0 +1,176 @@
+"""State between evaluations: what a function has kept of an earlier run, and numbers taken out of theta."""
+
+# NOTE [state]: the first run of an objective (the finder's) and every later one must read the same tensors. A function
+# that keeps what it has made of theta, in a cache, reads no theta later: its gradient would be zero in silence. So the
+# second run must not read a tensor that the first one made of a theta that needs a gradient, and must read every such
+# theta that the first one read. If it does not, one more run at the arguments of the first tells a cache from a branch
+# that depends on x. What is detached by hand is a constant by intention.
+#
+# NOTE [numbers]: .item() takes a number out of a tensor, and no gradient flows through it. A number for a log is
+# harmless. So the function is run again with such numbers changed a little: where its value changes, it uses them.
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from implicitlayer._errors import ClosureError
+from implicitlayer.base._tree import flatten_with_names, is_data, tree_leaves
+
+_SHIFT = 2.0**-10
+_ROUNDINGS = 1e3  # in units of eps: changes of the value below this are rounding
+
+
+_LEAF = torch.zeros((), requires_grad=True)
+
+
+def _next_number() -> int:
+    """The number of the first node that is made from now on."""
+    with torch._C.DisableTorchFunction():  # no business of an enclosing finder's
+        return _number_of(_LEAF.view(()))
+
+
+def _number_of(tensor: torch.Tensor) -> int:
+    node: Any = tensor.grad_fn
+    return -1 if node is None else int(node._sequence_nr())
+
+
+def _shifted(value: Any, shift: float) -> Any:
+    if isinstance(value, list):
+        return [_shifted(item, shift) for item in value]
+    return value + shift * (value if value else 1.0) if isinstance(value, float) and shift else value
+
+
+# What takes a Python number out of a tensor; asked with a relative shift.
+NUMBERS: dict[Any, Callable[[torch.Tensor, float], Any]] = {
+    torch.Tensor.item: lambda tensor, shift: _shifted(tensor.item(), shift),
+    torch.Tensor.tolist: lambda tensor, shift: _shifted(tensor.tolist(), shift),
+    torch.Tensor.__float__: lambda tensor, shift: _shifted(float(tensor), shift),
+}
+NUMPY: set[Any] = {torch.Tensor.numpy, torch.Tensor.__array__}
+LAYOUT: Any = torch.Tensor.layout.__get__  # type: ignore[attr-defined]  # reads no entry
+BORROWING: set[Any] = {torch.as_tensor, torch.asarray, torch.frombuffer}
+DETACHING: set[Any] = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, eq=False)
+class Sources:
+    """The tensors among the arguments: one bit for each theta that needs a derivative, none for the others.
+
+    ``start``: the number of the first node of a graph that is made after this object.
+    """
+
+    bits: tuple[int, ...]
+    theta: tuple[Any, ...]
+    start: int
+    num_x: int
+
+    @classmethod
+    def of(
+        cls, args: tuple[Any, ...], leaves: Sequence[torch.Tensor], needs_derivative: Callable[[torch.Tensor], bool]
+    ) -> Sources:
+        """Those of ``args``, whose tensors are ``leaves``."""
+        first = sum(is_data(leaf) for leaf in tree_leaves(args[0]))
+        bits = [1 << i if needs_derivative(leaf) else 0 for i, leaf in enumerate(leaves[first:])]
+        return cls((*[0] * first, *bits), args[1:], _next_number(), first)
+
+    def needs(self, index: int) -> bool:
+        """Whether the argument in this place is an unknown or needs a derivative."""
+        return index < self.num_x or bool(self.bits[index])
+
+    def made_since(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor may have been made since; nodes are numbered by thread, so it need not be so."""
+        return tensor.grad_fn is not None and _number_of(tensor) >= self.start
+
+    def by_id(self, leaves: Sequence[torch.Tensor]) -> dict[int, int]:
+        """The bits of tensors in the places of the arguments, by their id; one may be in two places.
+
+        Places are counted from the end, where theta is: a proximal operator gets a step beside its point.
+        """
+        found: dict[int, int] = {}
+        for leaf, bit in zip(reversed(leaves), reversed(self.bits), strict=False):
+            if bit:
+                found[id(leaf)] = found.get(id(leaf), 0) | bit
+        return found
+
+    def name(self, bits: int) -> str:
+        """The first theta of those in ``bits``."""
+        pairs = zip(*flatten_with_names(self.theta, "theta"), strict=True)
+        return [name for leaf, name in pairs if is_data(leaf)][(bits & -bits).bit_length() - 1]
+
+
+@dataclass(frozen=True, eq=False)
+class FirstRun:
+    """What the first run leaves for the second one to check; see NOTE [state].
+
+    Attributes:
+        sources: the arguments.
+        read: the bits of what was read.
+        made: tensors that were made of theta, with the bits of their sources. Those alive are the function's.
+        again: the bits of what one more run at the same arguments reads.
+    """
+
+    sources: Sources
+    read: int
+    made: Sequence[tuple[weakref.ref[torch.Tensor], int]]
+    again: Callable[[], int]
+
+    def given(self, args: Sequence[Any]) -> dict[int, int]:
+        """The bits of the arguments of a later run, by id."""
+        return self.sources.by_id([leaf for leaf in tree_leaves(list(args)) if is_data(leaf)])
+
+    def check(self, met: set[int], read: int) -> None:
+        """Raise if the second run read what the first one had made, or no longer reads a theta."""
+        for ref, bits in self.made:
+            tensor = ref()
+            if tensor is not None and id(tensor) in met:
+                raise ClosureError(
+                    f"the objective reads a tensor of shape {tuple(tensor.shape)} that it made of "
+                    f"{self.sources.name(bits)} in an earlier run and has kept (a cache): no gradient flows through "
+                    "it. Compute it anew in every run, or compute it before the layer and pass it as one more theta."
+                )
+        missing = self.read & ~read
+        if missing and (missing := missing & ~self.again()):
+            raise ClosureError(
+                f"the objective read {self.sources.name(missing)} when it was first run, and does not any longer: it "
+                "has kept something that it made of it (a cache), and the gradient would be zero without a word. "
+                "Compute it anew in every run, or compute it before the layer and pass it as one more theta."
+            )
+
+
+def refuse_numbers(sources: Sources, bits: int, value: Any, run: Callable[[float], tuple[Any, Any]]) -> None:
+    """Raise if ``value`` depends on Python numbers that the function took out of theta; see NOTE [numbers]."""
+    if isinstance(value, torch.Tensor) and not (value.ndim or value.requires_grad):
+        return  # no graph at all, which has an error of its own
+    finder, other = run(_SHIFT)
+    same = finder.numbers == bits and not _differ(value, other)
+    if same or (finder.numbers == bits and _differ(value, run(0.0)[1])):  # of a random function nothing is known
+        return
+    name = sources.name(bits)
+    raise ClosureError(
+        f"the objective takes a Python number out of {name} (by .item(), float() or .tolist()) and computes with it: "
+        f"no gradient flows through a number. Compute with the tensor itself; if {name} is meant to be a constant "
+        "here, say so by .detach()."
+    )
+
+
+def refuse_numpy(tensor: torch.Tensor) -> ClosureError:
+    """The error of a function that hands what it made of its arguments to NumPy."""
+    return ClosureError(
+        f"the objective hands a tensor of shape {tuple(tensor.shape)}, which it made of x or theta, to NumPy: what "
+        "NumPy computes has no derivative (nor has .detach().numpy()). Write the objective in torch operations (torch "
+        "has most of NumPy's functions); only the solver may use NumPy."
+    )
+
+
+def _differ(value: Any, other: Any) -> bool:
+    for a, b in zip(tree_leaves(value), tree_leaves(other), strict=True):
+        if isinstance(a, torch.Tensor) and a.is_floating_point():
+            noise = _ROUNDINGS * torch.finfo(a.dtype).eps * a.detach().abs()
+            if bool(((a - b).detach().abs() > noise).any()):
+                return True
+    return False

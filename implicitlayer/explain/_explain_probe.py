@@ -1,0 +1,304 @@
+"""What derivatives say about an objective near ``init``: which tensors reach its value and its gradient in x."""
+
+# F(x, theta) = 0 is the equation behind the layer: F = grad_x f for an argmin, the residual for a root. A theta gets
+# the gradient -(dF/dtheta)' u, so what counts is whether dF/dtheta is there, is zero, or is not: the gradient of
+# <F, r> in theta, with a random r, at random points near init. Every tensor is replaced by an alias that requires a
+# gradient, one for each role it plays, so the answer holds for tensors that require none, and for each role alone.
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from implicitlayer._errors import ClosureError
+from implicitlayer.base._surroundings import out_of_inference, plain_surroundings
+from implicitlayer.base._tree import TreeSpec, flatten, unflatten
+from implicitlayer.base._types import FlatFunction, Leaves
+from implicitlayer.equation._capture import ClosedOver, call_with, find_closed_over
+from implicitlayer.equation._flat import Signature, flat_function, flat_parts
+from implicitlayer.equation._jacobian import pull_tensors
+from implicitlayer.equation._limits_of_torch import second_derivatives
+from implicitlayer.equation._residual import Residual, inner, pull_back
+from implicitlayer.explain._explain_trace import Call, Tracer
+
+Reach = Literal["none", "zero", "nonzero"]  # of a derivative: no graph, zero at every point tried, neither
+_ORDER: tuple[Reach, ...] = ("none", "zero", "nonzero")
+_NUM_POINTS = 2
+_STEP = 1e-2  # of the points tried from init, relative to the largest entry of x or 1
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """A call of a layer, without its solver.
+
+    Attributes:
+        tensors: theta leaves that are tensors, then the closed-over ones.
+        closed: the closed-over ones, whether or not they require a gradient.
+    """
+
+    function: Callable[..., Any]
+    user_function: Callable[..., Any]
+    kind: str
+    batch_dims: int
+    init: Any
+    theta: tuple[Any, ...]
+    x: Leaves
+    x_spec: TreeSpec
+    signature: Signature
+    tensors: Leaves
+    closed: Leaves
+
+    def outputs(self, x: Leaves, tensors: Leaves) -> Leaves:
+        """What the function returns, as leaves; closed-over tensors are read from ``tensors``."""
+        args = (unflatten(x, self.x_spec), *self.signature.rebuild(tensors))
+        originals = ClosedOver(self.closed)
+        originals.normalises = True
+        value = call_with(self.user_function, originals, tensors[len(tensors) - len(self.closed) :], args)
+        if self.kind == "argmin":
+            return [value]
+        return flatten(value)[0]
+
+
+@dataclass(eq=False)
+class Facts:
+    """What was found out about one tensor in one role.
+
+    Attributes:
+        value_path, path: its way to the value of the objective, and to F.
+        first_read: the first call that reads it.
+        matters: whether F changes with its value; None if not asked (there is a derivative), or not a number.
+        cuts: calls where it leaves its graph.
+        vanishes: the call whose result no longer changes with it to first order.
+        numpy: the call by which NumPy reads it.
+        failure: what the layer's own backward raises for it.
+    """
+
+    value_path: Reach = "none"
+    path: Reach = "none"
+    first_read: Call | None = None
+    matters: bool | None = None
+    cuts: list[Call] = field(default_factory=list)
+    vanishes: Call | None = None
+    numpy: Call | None = None
+    failure: Exception | None = None
+
+
+def closed_over_tensors(function: Callable[..., Any], args: tuple[Any, ...]) -> Leaves:
+    """Every tensor that ``function(*args)`` reads from outside, needing a derivative or not.
+
+    What two runs do not both meet was made inside, by a call that no TorchFunctionMode sees.
+    """
+    first, second = (_all(find_closed_over(function, args)) for _ in range(2))
+    again = {id(tensor) for tensor in second}
+    return [tensor for tensor in first if id(tensor) in again]
+
+
+def _all(found: ClosedOver) -> Leaves:
+    return [*found, *(tensor for tensor, _ in found.constants)]
+
+
+def probe(problem: Problem) -> tuple[list[Facts], list[Facts]]:
+    """Facts of the leaves of x, and of ``problem.tensors``."""
+    x_facts, facts = [Facts() for _ in problem.x], [Facts() for _ in problem.tensors]
+    every = [*x_facts, *facts]
+    walks = [walk for start in _starts(problem.x) if (walk := _Walk(problem, start, problem.tensors)).finite]
+    walks = walks[:_NUM_POINTS] or [_Walk(problem, problem.x, problem.tensors)]
+    for walk in walks:
+        for fact, value_path, path in zip(every, walk.value_paths(), walk.paths(), strict=True):
+            fact.value_path = max(fact.value_path, value_path, key=_ORDER.index)
+            fact.path = max(fact.path, path, key=_ORDER.index)
+    tracer = walks[0].tracer
+    for i, fact in enumerate(every):
+        fact.first_read = tracer.first_reads.get(i)
+        fact.cuts = [cut for cut in tracer.cuts if i in cut.sources]
+        fact.numpy = tracer.numpy.get(i)
+        if fact.path != "nonzero" and walks[0].roots[i].requires_grad:
+            fact.matters = walks[0].changes_with(i)
+            if fact.path == "zero":
+                fact.vanishes = walks[0].vanishing_call(i)
+    return x_facts, facts
+
+
+class _Walk:
+    """One evaluation of the objective and of F, with its graph."""
+
+    def __init__(self, problem: Problem, x: Leaves, tensors: Leaves) -> None:
+        self.problem = problem
+        self.num_x = len(x)
+        self.roots = [_alias(t) for t in [*x, *tensors]]
+        copies = [root.clone() for root in self.roots]  # no leaves: the objective may write into them
+        self.tracer = Tracer(copies, self.roots)
+        x, tensors = copies[: self.num_x], copies[self.num_x :]
+        with quietly():
+            self.outputs = self.tracer.run(lambda: problem.outputs(x, tensors))
+        self.equations = self._equations(x)
+        self.finite = all(bool(t.isfinite().all()) for t in [*self.outputs, *self.equations])
+
+    def _equations(self, x: Leaves) -> Leaves:
+        """F, zero where autograd sees no dependence."""
+        if self.problem.kind == "root":
+            return self.outputs
+        if self.problem.kind == "fixed_point":
+            return [a - b for a, b in zip(x, self.outputs, strict=True)]
+        value = self.outputs[0].sum()
+        if not value.requires_grad:
+            return [torch.zeros_like(t) for t in x]
+        return list(torch.autograd.grad(value, x, create_graph=True, materialize_grads=True))
+
+    def value_paths(self) -> list[Reach]:
+        return self._gradients(self.outputs)
+
+    def paths(self) -> list[Reach]:
+        return self._gradients(self.equations)
+
+    def _gradients(self, values: Leaves) -> list[Reach]:
+        chosen = [i for i, root in enumerate(self.roots) if root.requires_grad]
+        combined = self._combine(values)
+        result: list[Reach] = ["none"] * len(self.roots)
+        if combined is None:
+            return result
+        found = torch.autograd.grad(combined, [self.roots[i] for i in chosen], retain_graph=True, allow_unused=True)
+        for i, gradient in zip(chosen, found, strict=True):
+            if gradient is not None:
+                result[i] = "nonzero" if bool((gradient != 0).any()) else "zero"
+        return result
+
+    def _combine(self, values: Leaves) -> torch.Tensor | None:
+        """<values, r> with a random r; None if no value has a graph."""
+        attached = [value for value in values if value.requires_grad]
+        return inner(attached, [_randn(value, 100 + i) for i, value in enumerate(attached)]) if attached else None
+
+    def changes_with(self, i: int) -> bool | None:
+        """Whether F is another one, to the bit, when root ``i`` has other values of the same sign; None: no telling.
+
+        Asked of x, it is the value of the objective (or the residual) that counts.
+        """
+        if not self.finite:
+            return None
+        values = [root.detach() for root in self.roots]
+        values[i] = values[i] + torch.where(values[i] < 0, -1, 1) * (values[i].abs() + 1)
+        try:
+            other = _Walk(self.problem, values[: self.num_x], values[self.num_x :])
+        except Exception:  # the objective refuses the value: it reads it
+            return True
+        before, after = (w.outputs if i < self.num_x else w.equations for w in (self, other))
+        return any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+    def vanishing_call(self, i: int) -> Call | None:
+        """The first call on the way from root ``i`` to F whose result has derivative zero in it."""
+        combined = self._combine(self.equations)
+        for output, call in self.tracer.outputs:
+            if i not in call.sources or combined is None or not output.requires_grad:
+                continue
+            (slope,) = torch.autograd.grad(
+                (output * _randn(output, 200)).sum(), self.roots[i], retain_graph=True, allow_unused=True
+            )
+            (used,) = torch.autograd.grad(combined, output, retain_graph=True, allow_unused=True)
+            if used is not None and (slope is None or not bool((slope != 0).any())):
+                return call
+        return None
+
+
+def layer_failures(problem: Problem) -> list[Exception | None]:
+    """What the layer's own checks and its own backward raise at init, per tensor of ``problem.tensors``.
+
+    The checks concern all tensors; a failing backward is tried for each tensor alone to see which one it is.
+
+    Raises:
+        ObjectiveError: the function returns something that no layer accepts.
+    """
+    args = (problem.init, *problem.theta)
+    refused = _raised(lambda: find_closed_over(problem.user_function, args, lambda value: None))
+    if isinstance(refused, ClosureError):
+        return [refused if t.requires_grad else None for t in problem.tensors]
+    hidden = find_closed_over(problem.user_function, args)
+    explicit = problem.signature.tensors
+    known = {id(t): i for i, t in enumerate(problem.closed, start=len(explicit))}
+    places = [*range(len(explicit)), *(known[id(t)] for t in hidden)]
+    scalar = problem.kind == "argmin"
+    function: FlatFunction = flat_function(problem.user_function, problem.x_spec, problem.signature, hidden, scalar)
+    if problem.kind == "fixed_point":
+        inside = function
+        function = lambda x, t: [a - b for a, b in zip(x, inside(x, t), strict=True)]  # noqa: E731
+    parts = flat_parts(problem.function, problem.x_spec, problem.signature, hidden, problem.batch_dims)
+    residual = Residual(function, scalar, problem.batch_dims, parts=parts)
+    x, tensors = [t.detach() for t in out_of_inference(problem.x)], out_of_inference([*explicit, *hidden])
+    needed = [t.requires_grad and t.is_floating_point() for t in tensors]
+    result: list[Exception | None] = [None] * len(problem.tensors)
+
+    def backward_of(wanted: tuple[bool, ...]) -> Exception | None:
+        point = [t.detach() for t in tensors]
+        source = residual.seen_by(wanted)
+        if not hidden:  # the layer's backward is one of plain autograd
+            data = [t.requires_grad_() if need else t for t, need in zip(point, wanted, strict=True)]
+            return _raised(lambda: plainly(source, data))
+        return _raised(lambda: pull_tensors(lambda t: source(x, t), point, wanted, [torch.ones_like(t) for t in x]))
+
+    def plainly(source: Residual, data: Leaves) -> None:
+        with second_derivatives(), torch.enable_grad():
+            value = source.kept_graph_gradient([t.clone().requires_grad_() for t in x], data)
+            pull_back(value, [t for t in data if t.requires_grad], [torch.ones_like(t) for t in value])
+
+    def checks() -> None:
+        point = [t.detach() for t in tensors]
+        residual.refuse_hidden(x, point)
+        residual.kept_graph_gradient([t.clone().requires_grad_() for t in x], point)
+
+    with plain_surroundings(problem.x):
+        residual.outputs([t.clone() for t in x], [t.detach() for t in tensors])  # misuse is an error here as well
+        failure = _raised(checks)
+        if failure is not None:
+            return [failure if t.requires_grad else None for t in problem.tensors]
+        if any(needed) and backward_of(tuple(needed)) is not None:
+            for i, place in enumerate(places):
+                if needed[i]:
+                    result[place] = backward_of(tuple(j == i for j in range(len(tensors))))
+    return result
+
+
+def _raised(function: Callable[[], Any]) -> Exception | None:
+    try:
+        function()
+    except Exception as error:
+        return error
+    return None
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of its own with the same values, requiring a gradient if it can."""
+    alias = tensor.detach().clone()
+    return alias.requires_grad_() if alias.is_floating_point() else alias
+
+
+def _starts(x: Leaves) -> Iterator[Leaves]:
+    """Points near ``x``: absolute steps first, then relative ones (a logarithm at small x), then x itself."""
+    seeds = range(len(x))
+    for seed in (1000, 2000):
+        yield [t + _STEP * _scale(t) * _randn(t, seed + i) for i, t in zip(seeds, x, strict=True)]
+    for seed in (3000, 4000):
+        yield [t * (1 + _STEP * _randn(t, seed + i)) for i, t in zip(seeds, x, strict=True)]
+    yield x
+
+
+def _scale(t: torch.Tensor) -> float:
+    return max(1.0, float(t.abs().max())) if t.numel() else 1.0
+
+
+def _randn(like: torch.Tensor, seed: int) -> torch.Tensor:
+    """Standard normal numbers that leave the caller's generators alone."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(like.shape, dtype=torch.float64, generator=generator).to(like)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """No warnings, the same random numbers every time, and the caller's as before: an explanation leaves no trace."""
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        yield

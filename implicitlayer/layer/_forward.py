@@ -1,0 +1,408 @@
+"""The forward solve: the black box behind a wall, the checks on its answer, and the record."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from implicitlayer._errors import ImplicitLayerError, NonFiniteError, ObjectiveError, SolverOutputError
+from implicitlayer.base._active_set import ActiveSet
+from implicitlayer.base._failures import FAILURES, failed_result, marking, no_lane_named, refuse, replaced
+from implicitlayer.base._records import ForwardRecord, emit, listening_in_depth
+from implicitlayer.base._solution import RecordingSolver, SolverResult
+from implicitlayer.base._status import Status
+from implicitlayer.base._surroundings import out_of_inference, plain_surroundings, saves_by_hooks, unread
+from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, name_lanes, unflatten
+from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
+from implicitlayer.equation._capture import plainly_impossible
+from implicitlayer.equation._composite import Composite
+from implicitlayer.equation._distance import AnswerCheck
+from implicitlayer.equation._limits_of_torch import limits_named, second_derivatives
+from implicitlayer.equation._normalisation import wrong_third_derivative
+from implicitlayer.equation._residual import Attached, Residual
+from implicitlayer.equation._stationarity import Stationarity, stationarity
+from implicitlayer.layer._polish import Polish, polish
+from implicitlayer.layer._verdict import judge_answer
+
+if TYPE_CHECKING:
+    from implicitlayer.layer._function import LayerSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Calling:
+    """How the user's solver is called: the structures that flat lists of tensors stand for.
+
+    ``rebuild_theta`` turns theta leaves into the user's arguments (closed-over ones at the end are left out);
+    ``flatten_theta`` is its inverse, with the given closed-over leaves appended. ``gives_value``: the solver sees an
+    objective, one number per lane, not a residual or a map. ``constraints``: of a layer over a set.
+    """
+
+    solver: Callable[..., Any]
+    solver_has_aux: bool
+    x_spec: TreeSpec
+    x_names: list[str]
+    rebuild_theta: Callable[[Leaves], tuple[Any, ...]]
+    flatten_theta: Callable[[tuple[Any, ...], Leaves], Leaves]
+    num_theta: int
+    flat_function: FlatFunction
+    user_function: Callable[..., Any] | None
+    gives_value: bool = True
+    constraints: Constraints | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Constraints:
+    """What a layer over a set, or with a regulariser, adds to the forward solve.
+
+    Attributes:
+        terms: the user's set or regulariser, to be recognised by a solver that was given the same.
+        prox: ``([*y leaves, step], theta leaves) -> leaves``, for one lane of every level.
+        examine: ``(residual, x leaves, F there) -> ActiveSet``, of all lanes.
+        judge: applies the failure policy to what was found, and to whether the solver stopped at its step limit;
+            returns what the derivatives are to check of the answer, where the layer does not measure it otherwise.
+    """
+
+    terms: Any
+    prox: FlatFunction
+    examine: Callable[[Residual, Leaves, Attached | None], ActiveSet]
+    judge: Callable[[ActiveSet, OnFailure, bool], AnswerCheck | None]
+
+
+def solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
+    """x leaves, new and detached, from the user's solver; checked, polished and recorded."""
+    hooked = saves_by_hooks()
+    with plain_surroundings([*init, *theta]), unread(), torch.inference_mode(False):
+        x = _solve_forward(spec, out_of_inference(init), out_of_inference(theta))
+    if hooked:  # they say what becomes of memory until backward (a checkpoint, offloading), and cannot see this graph
+        spec.graph.clear()
+    return x
+
+
+def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
+    lanes = init[0].shape[: spec.residual.lane_dims]
+    with marking(spec.masks, lanes, init[0]) as failed:
+        x = _solved(spec, init, theta, failed)
+        return x if failed is None else replaced(failed, x, math.nan)
+
+
+def _solved(spec: LayerSpec, init: Leaves, theta: Leaves, failed: torch.Tensor | None) -> Leaves:
+    """x leaves; lanes that have failed hold anything finite."""
+    given, init, theta = theta, [t.detach() for t in init], [t.detach() for t in theta]
+    versions = [t._version for t in theta]
+    accumulated = spec.accumulated
+    try:
+        with torch.enable_grad(), limits_named():
+            results, lanes = _call_solver(spec, init, spec.seen(theta))
+    except FAILURES as error:
+        if failed is None or not failed.ndim or isinstance(error, ImplicitLayerError):
+            raise
+        raise no_lane_named(error, failed.shape) from error
+    if spec.accumulated != accumulated:
+        raise SolverOutputError(
+            "the solver has added to .grad of a tensor that the objective closes over (by .backward()): its gradient "
+            "would be wrong. Take torch.autograd.grad(value, x) in the solver, or pass the tensor as one more theta."
+        )
+    for i, version in enumerate(versions):
+        if theta[i]._version != version:
+            raise _changed_in_place(spec.residual, init, theta, i)
+    theta = [t.detach() for t in theta]  # a solver may have made them require a gradient
+    checked = [_check_answer(result.value, spec.calling, like) for result, like in results]
+    _check_finite(checked, spec, init)
+    lost = [result for result, _ in results if result.status is Status.NONFINITE]
+    if lost and failed is None:  # else the checks below find out in which lanes
+        words = f" {lost[0].message}" if lost[0].message else ""
+        raise NonFiniteError(
+            "the solver met NaN or Inf and says so, although the point that it returned is finite. Check theta for "
+            f"NaN, and that the objective is finite and differentiable at init and where a step leads.{words}"
+        )
+    x = checked[0]
+    if lanes:
+        x = [torch.stack([lane[i] for lane in checked]).reshape(leaf.shape) for i, leaf in enumerate(init)]
+    if failed is not None:
+        x = replaced(failed, x, init)
+    aux = [result.aux for result, _ in results]
+    spec.aux[:] = aux if lanes else aux[:1]
+
+    with second_derivatives():
+        plain = spec.wanted and not plainly_impossible()
+        reaching = spec.reaching(given, [t.requires_grad for t in given])[0] if plain else theta
+        seen, solved = spec.seen(theta), [result for result, _ in results]
+        return _checked(spec, x, seen, init, solved, failed, reaching)
+
+
+def _checked(
+    spec: LayerSpec,
+    x: Leaves,
+    theta: Leaves,
+    init: Leaves,
+    results: list[SolverResult],
+    failed: torch.Tensor | None,
+    reaching: Leaves,
+) -> Leaves:
+    """The answer x, polished, judged and recorded; ``reaching``: theta, for the graph that derivatives are made of."""
+    residual = spec.residual
+    measures = spec.stationarity_rtol is not None or spec.polish > 0 or (spec.wanted and listening_in_depth())
+    keeps = spec.closed is not None and any(t.requires_grad for t in reaching)
+    at = residual.attached(x, reaching) if measures or keeps else None  # one run for all
+    if spec.closed is not None:
+        run = at if at is not None else _run_of(residual, x, reaching)
+        keeps = residual.refuse_hidden(x, reaching, run) and keeps and not spec.closed.borrows
+        spec.flaw[:] = [wrong_third_derivative(run.outputs)]
+        del run
+
+    measured: Stationarity | None = None
+    polished: Polish | None = None
+    if measures:
+        measured = stationarity(residual, x, theta, init, at)
+        if spec.polish:
+            rtol = math.inf if spec.stationarity_rtol is None else spec.stationarity_rtol
+            polished = polish(residual, x, theta, init, measured, spec.linear_solver, spec.polish, rtol)
+            x, measured = polished.x, polished.at
+    constraints = spec.calling.constraints
+    kept = 0 if polished is None else polished.kept
+    if kept:
+        at = residual.attached(x, reaching) if keeps or constraints is not None else None
+    active_set = None if constraints is None or not spec.wanted else constraints.examine(residual, x, at)
+    if failed is None:
+        _record(spec, results, measured, kept, active_set, None)
+    limited = _worst_status(results) is Status.MAX_STEPS_REACHED and not kept
+    if constraints is not None and active_set is not None:
+        check = constraints.judge(active_set, spec.on_failure, limited)
+        spec.answer[:] = [] if check is None or (failed is not None and bool(failed.any())) else [check]
+    if measured is not None and spec.stationarity_rtol is not None:
+        rtol, nearest = spec.stationarity_rtol, getattr(active_set, "nearest", None)
+        judge_answer(spec, measured, x, theta, limited, polished)
+        if failed is None or not bool(failed.any()):
+            spec.answer[:] = [AnswerCheck.of(measured, rtol, spec.on_failure, spec.linear_solver, nearest)]
+    if failed is not None:  # what the judges find belongs to the record
+        _record(spec, results, measured, kept, active_set, failed.clone())
+    elif keeps and at is not None:
+        spec.graph.append(at)
+    return x
+
+
+def _run_of(residual: Residual, x: Leaves, theta: Leaves) -> Attached:
+    """One run of the function with a graph, and nothing made of it."""
+    if not residual.is_gradient:
+        return residual.attached(x, theta)
+    points = [leaf.detach().requires_grad_() for leaf in x]
+    with torch.enable_grad():
+        return Attached(points, theta, [], residual.plain_outputs(points, theta))
+
+
+def _changed_in_place(residual: Residual, init: Leaves, theta: Leaves, index: int) -> ImplicitLayerError:
+    """The error for theta[index]; one more evaluation tells whether it is the function that changes it."""
+    changed = theta[index]
+    version = changed._version
+    with torch.no_grad():
+        residual.over_lanes(residual.function)(init, theta)
+    what = f"a theta of shape {tuple(changed.shape)} in place; its gradient would be that of another problem."
+    if changed._version == version:
+        return SolverOutputError(f"the solver changed {what} Clone theta inside the solver before changing it.")
+    return ObjectiveError(
+        f"the objective (residual, map) itself changes {what} Write it without in-place operations: an embedding with "
+        "max_norm rescales its weight whenever it is read (leave max_norm out and divide by the norm in the objective)."
+    )
+
+
+def _call_solver(spec: LayerSpec, init: Leaves, theta: Leaves) -> tuple[list[tuple[SolverResult, Leaves]], bool]:
+    """Results with the shape they must have; True where there is one result per lane."""
+    calling, residual = spec.calling, spec.residual
+    explicit, hidden = theta[: calling.num_theta], theta[calling.num_theta :]
+    batched = bool(getattr(calling.solver, "batched", False))
+    lanes_inside = residual.lane_dims_of_function > 0
+    alone = spec.masks and residual.lane_dims == 0  # a solver of several lanes does not say which of them failed
+    if not residual.levels and not hidden and calling.user_function is not None:
+        objective = calling.user_function
+        if calling.gives_value and residual.lane_dims_of_function and not batched:
+            objective = _summed(objective)
+        return [(_run(calling, objective, init, explicit, alone), init)], False
+    if not residual.levels or batched:
+        objective = SeenFunction(calling, residual, hidden, batched)
+        try:
+            return [(_run(calling, objective, init, explicit, alone), init)], False
+        except FAILURES:
+            if not (spec.masks and residual.levels):
+                raise
+    # NOTE [lane by lane]: a black box sees one problem at a time, as it would in a Python loop. A batched one that has
+    # raised sees one at a time too, with lanes of size one, where a failure is to cost no other lane.
+    single = residual
+    if not batched:
+        single = Residual(residual.function, residual.is_gradient, residual.lane_dims_of_function, parts=residual.parts)
+    results = []
+    for lane in itertools.product(*(range(size) for size in init[0].shape[: len(residual.levels)])):
+        at = [slice(index, index + 1) if batched else index for index in lane]
+        lane_theta = []
+        for i, tensor in enumerate(theta):
+            picks = tuple(index for index, (has, _) in zip(at, residual.levels, strict=True) if has[i])
+            lane_theta.append(tensor[picks])
+        lane_init = [t[tuple(at)] for t in init]
+        explicit, hidden = lane_theta[: calling.num_theta], lane_theta[calling.num_theta :]
+        objective = SeenFunction(calling, single, hidden, batched)
+        results.append((_run(calling, objective, lane_init, explicit, spec.masks and not lanes_inside), lane_init))
+    return results, True
+
+
+class SeenFunction:
+    """The objective (residual, map) as a solver sees it: lanes vectorised, closed-over values filled in.
+
+    Attributes:
+        lane_dims: leading dimensions of every leaf that the solver may treat as independent problems.
+        terms: the set or regulariser of the layer, None without one.
+    """
+
+    def __init__(self, calling: Calling, residual: Residual, hidden: Leaves, batched: bool) -> None:
+        self._calling, self._residual, self._hidden, self._batched = calling, residual, hidden, batched
+        self._function = residual.over_lanes(calling.flat_function)
+        self.lane_dims = residual.lane_dims if batched else 0
+        self.terms = None if calling.constraints is None else calling.constraints.terms
+
+    def __call__(self, x: Any, *theta: Any) -> Any:
+        leaves, _ = flatten(x)
+        value = self._function(leaves, self._calling.flatten_theta(theta, self._hidden))
+        if not self._calling.gives_value:
+            return unflatten(value, self._calling.x_spec)
+        return value.sum() if not self._batched and value.ndim else value
+
+    def as_composite(self) -> Composite | None:
+        """The model and loss of an objective that tells them, on flat lists of leaves; see equation/_flat.py."""
+        parts, over_lanes = self._residual.parts, self._residual.over_lanes
+        if parts.model is None or parts.loss is None:
+            return None
+        model, loss = over_lanes(parts.model), over_lanes(parts.loss)
+
+        def values(outputs: Any, *theta: Any) -> torch.Tensor:
+            value: torch.Tensor = loss(outputs, self._calling.flatten_theta(theta, self._hidden))
+            return value.sum() if not self._batched and value.ndim else value
+
+        def outputs_of(x: Any, *theta: Any) -> Any:
+            leaves, _ = flatten(x)
+            return model(leaves, self._calling.flatten_theta(theta, self._hidden))
+
+        return Composite(values, outputs_of)
+
+    def prox(self, y: Any, step: torch.Tensor, *theta: Any) -> Any:
+        """The proximal operator of the layer's set or regulariser, lane by lane; ``step`` is 0-d or [*lanes]."""
+        assert self._calling.constraints is not None
+        leaves, spec = flatten(y)
+        steps = step.expand(leaves[0].shape[: self._residual.lane_dims])
+        prox = self._residual.over_lanes(self._calling.constraints.prox)
+        return unflatten(prox([*leaves, steps], self._calling.flatten_theta(theta, self._hidden)), spec)
+
+
+def _summed(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda x, *theta: function(x, *theta).sum()
+
+
+def _run(calling: Calling, objective: Callable[..., Any], init: Leaves, theta: Leaves, masks: bool) -> SolverResult:
+    """Call the solver; copies of ``init`` protect the caller's tensors from solvers that work in place."""
+    start = unflatten([t.clone() for t in init], calling.x_spec)
+    run = calling.solver.run if isinstance(calling.solver, RecordingSolver) else calling.solver
+    try:
+        answer = run(objective, start, *calling.rebuild_theta(theta))
+    except FAILURES as error:
+        if not masks:
+            raise
+        return failed_result(unflatten([torch.full_like(t, math.nan) for t in init], calling.x_spec), error)
+    aux = None
+    if calling.solver_has_aux and not isinstance(answer, SolverResult):
+        if not isinstance(answer, tuple) or len(answer) != 2:
+            raise SolverOutputError(
+                f"with solver_has_aux=True the solver must return (x, aux), got {type(answer).__name__}. "
+                "If the auxiliary output belongs to the objective, pass objective_has_aux=True instead."
+            )
+        answer, aux = answer
+    return answer if isinstance(answer, SolverResult) else SolverResult(answer, aux=aux)
+
+
+_RESULT_OBJECT = " It has an attribute x: if that is the solution (as in SciPy's OptimizeResult), return .x of it."
+
+
+def _check_answer(answer: Any, calling: Calling, like: Leaves) -> Leaves:
+    """The solver's answer as new tensors like ``like``, or an error that names the leaf and both shapes."""
+    leaves, spec = flatten(answer)
+    names = calling.x_names if spec == calling.x_spec else flatten_with_names(answer, "x")[1]
+    by_name = dict(zip(names, leaves, strict=True))
+    if sorted(names) != sorted(calling.x_names):
+        hint = ""
+        if isinstance(answer, tuple) and len(answer) == 2 and not calling.solver_has_aux:
+            hint = " If the solver returns (x, aux), pass solver_has_aux=True."
+        elif hasattr(answer, "x"):
+            hint = _RESULT_OBJECT
+        raise SolverOutputError(
+            f"the solver must return the structure of init: expected leaves {calling.x_names}, got {names}.{hint}"
+        )
+    return [_check_leaf(by_name[name], name, leaf) for name, leaf in zip(calling.x_names, like, strict=True)]
+
+
+def _check_leaf(value: Any, name: str, like: torch.Tensor) -> torch.Tensor:
+    if isinstance(value, torch.Tensor):
+        if value.device != like.device:
+            raise SolverOutputError(
+                f"the solver returned {name} on {value.device}, but init is on {like.device}. Move it there."
+            )
+    elif isinstance(value, (np.ndarray, np.generic, int, float, complex)):
+        value = torch.as_tensor(value).to(like.device)
+    else:
+        hint = _RESULT_OBJECT if hasattr(value, "x") else ""
+        raise SolverOutputError(
+            f"the solver returned {type(value).__name__} for {name}; a tensor or array is needed.{hint}"
+        )
+    if value.shape != like.shape:
+        raise SolverOutputError(
+            f"the solver returned {name} with shape {tuple(value.shape)}, but init has shape {tuple(like.shape)}."
+        )
+    if value.is_complex():
+        raise SolverOutputError(f"the solver returned complex {name}; the unknowns are real ({like.dtype}).")
+    copied: torch.Tensor = value.detach().to(like.dtype, copy=True)
+    return copied
+
+
+def _check_finite(answers: list[Leaves], spec: LayerSpec, init: Leaves) -> None:
+    """Row "solver returns NaN or Inf": name the leaf and the lane."""
+    for i, name in enumerate(spec.calling.x_names):
+        leaf = torch.stack([answer[i] for answer in answers]) if len(answers) > 1 else answers[0][i]
+        lanes, size = init[i].shape[: spec.residual.lane_dims], init[i].shape[spec.residual.lane_dims :].numel()
+        finite = leaf.isfinite().reshape((*lanes, size)).all(-1)
+        if not bool(finite.all()):
+            error = NonFiniteError(
+                f"the solver returned NaN or Inf in {name}{name_lanes(~finite)}: it diverged or failed. Check its step "
+                "size, its own messages and that init and theta are finite."
+            )
+            refuse(~finite, error)
+
+
+def _record(
+    spec: LayerSpec,
+    results: Sequence[SolverResult],
+    measured: Stationarity | None,
+    polished: int,
+    active_set: ActiveSet | None,
+    failed: torch.Tensor | None,
+) -> None:
+    """Emit the record."""
+    counts = [r.num_steps for r in results if r.num_steps is not None]
+    record = ForwardRecord(
+        stationarity_norm=None if measured is None else measured.norm,
+        estimated_distance=None if measured is None else measured.distance,
+        relative_distance=None if measured is None else measured.relative,
+        solver_status=_worst_status(results),
+        num_steps=max(counts) if counts else None,
+        num_polish_steps=polished,
+        rtol=spec.stationarity_rtol,
+        active_set=active_set,
+        failed=failed,
+    )
+    emit(record)
+    if spec.listener is not None:
+        spec.listener(record)
+
+
+def _worst_status(results: Sequence[SolverResult]) -> Status | None:
+    return max((r.status for r in results if r.status is not None), default=None)

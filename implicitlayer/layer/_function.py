@@ -1,0 +1,204 @@
+"""``ImplicitArgmin``: the autograd Function that everything in this library is built on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+
+from implicitlayer.base._failures import failed_lanes, finite_data, replaced
+from implicitlayer.base._records import BackwardRecord, ForwardRecord
+from implicitlayer.base._surroundings import plain_surroundings
+from implicitlayer.base._types import Leaves, OnFailure
+from implicitlayer.equation._capture import ClosedOver
+from implicitlayer.equation._certificate import Assumptions
+from implicitlayer.equation._distance import AnswerCheck
+from implicitlayer.equation._jacobian import Graph
+from implicitlayer.equation._limits_of_torch import second_derivatives
+from implicitlayer.equation._repair import NegativeCurvature
+from implicitlayer.equation._residual import Attached, Residual
+from implicitlayer.equation._rules import Matrix, implicit_jvp, implicit_vjp, plainly
+from implicitlayer.equation._solve import alive, fill, lanes_first, over_batched_vectors
+from implicitlayer.layer._forward import Calling, solve_forward
+
+__all__ = ["ImplicitArgmin"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSpec:
+    """Everything about a call that is not a tensor."""
+
+    residual: Residual
+    calling: Calling
+    num_x: int
+    linear_solver: Callable[..., Any]
+    on_failure: OnFailure = "warn"
+    closed: ClosedOver | None = None  # tensors that the function reads from outside; None: it was not searched
+    wanted: bool = True  # whether something that was given needs a derivative
+    stationarity_rtol: float | None = 1e-3
+    polish: int = 0
+    matrix: Matrix = ("hessian", 0.0)
+    negative_curvature: NegativeCurvature = "raise"
+    assumptions: Assumptions | None = None
+    listener: Callable[[ForwardRecord | BackwardRecord], None] | None = None
+    aux: list[Any] = field(default_factory=list)
+    answer: list[AnswerCheck] = field(default_factory=list)  # left by forward for the derivatives
+    flaw: list[str] = field(default_factory=list)  # left by forward: why second derivatives would be wrong
+    graph: list[Attached] = field(default_factory=list)  # left by forward for the first plain backward
+
+    @property
+    def masks(self) -> bool:
+        """Whether lanes that fail are masked; see NOTE [masked lanes]."""
+        return self.on_failure == "mask"
+
+    def at(self, saved: Sequence[torch.Tensor]) -> tuple[Leaves, Leaves, torch.Tensor | None]:
+        """x, theta and the masked lanes, of the tensors that a call has saved; finite in the masked ones."""
+        k = self.num_x
+        x, rest = list(saved[:k]), list(saved[k:])
+        if not self.masks:
+            return x, rest, None
+        failed = failed_lanes(x, self.residual.lane_dims)
+        return replaced(failed, x, rest[:k]), finite_data(rest[k:]), failed
+
+    def seen(self, theta: Leaves) -> Leaves:
+        """Detached theta for solver and checks, with the closed-over leaves that a checkpoint will read again."""
+        own: Sequence[torch.Tensor] = self.closed or ()
+        if (
+            self.closed is None
+            or not self.closed.checkpoints
+            or self.residual.levels
+            or not all(t.is_leaf for t in own)
+        ):
+            return theta
+        return [*theta[: self.calling.num_theta], *own]
+
+    @property
+    def accumulated(self) -> list[tuple[int, int]]:
+        """What tells a change of .grad of the closed-over leaves."""
+        gradients = [t.grad for t in self.closed or () if t.is_leaf]
+        return [(0, 0) if g is None else (id(g), g._version) for g in gradients]
+
+    def reaching(self, theta: Leaves, needed: Sequence[bool]) -> tuple[Leaves, bool]:
+        """theta leaves for a plain graph that reaches the ``needed`` ones; whether it is sure to miss nothing."""
+        own: list[torch.Tensor] = []
+        if self.closed:
+            hidden = theta[self.calling.num_theta :]
+            own = self.closed.standing(hidden) if not self.residual.levels else own
+            self.closed.stood |= bool(own)
+        explicit = theta[: len(theta) - len(own)]
+        leaves = [t.detach().requires_grad_(need) for t, need in zip(explicit, needed, strict=False)]
+        return [*leaves, *own], len(leaves) == self.calling.num_theta
+
+    def take_graph(self, x: Leaves, theta: Leaves, needed: Sequence[bool]) -> Graph | None:
+        """F for a plain backward; None where only torch.func finds all of its derivatives.
+
+        The graph that forward has left goes with the first backward, unless that is told to retain it.
+        """
+        if not plainly():
+            return None
+        held = self.graph[0] if self.graph else None
+        if held is not None and self.closed is not None:
+            self.closed.refuse_changed()
+        if held is not None and not torch._C._autograd._get_current_graph_task_keep_graph():
+            self.graph.clear()
+        reaching, complete = self.reaching(theta, needed)
+        if held is None and not complete:
+            return None
+        return Graph(partial(self.residual.for_derivatives, [t.detach() for t in x], reaching), held)
+
+    def refuse_unseen(self, x: Leaves, theta: Leaves) -> None:
+        """Raise where a closed-over leaf stood for itself and no mode sees it read: a derivative would miss it."""
+        if self.closed is not None and self.closed.stood:
+            with plain_surroundings(x), second_derivatives():
+                self.residual.refuse_unseen(x, theta)
+            self.closed.stood = False
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """The settings of the solve behind a derivative."""
+        return {
+            "matrix": self.matrix,
+            "solver": self.linear_solver,
+            "on_failure": self.on_failure,
+            "negative_curvature": self.negative_curvature,
+            "assumptions": self.assumptions,
+            "answer": self.answer[0] if self.answer else None,
+            "flaw": self.flaw[0] if self.flaw else "",
+            "listener": self.listener,
+        }
+
+
+class ImplicitArgmin(torch.autograd.Function):
+    """``apply(spec, *init leaves, *theta leaves) -> x leaves``, differentiable in theta.
+
+    ``forward`` runs the black-box solver on plain tensors; ``backward`` and ``jvp`` know nothing of the solver and are
+    made of differentiable pieces, so every order composes; ``vmap`` adds one level of lanes to the same Function.
+    Use :func:`implicitlayer.argmin`, which builds the spec. ``init`` gets no gradient: the solution of a well-posed
+    problem does not depend on where the search started.
+
+    Source: implicit function theorem; Rajeswaran et al. 2019 (arXiv:1909.04630), Lemma 1, for the proximal objective.
+    """
+
+    @staticmethod
+    def forward(spec: LayerSpec, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(solve_forward(spec, list(tensors[: spec.num_x]), list(tensors[spec.num_x :])))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        spec, *tensors = inputs
+        ctx.spec = spec
+        ctx.set_materialize_grads(False)
+        # x* is saved as an output: in a double backward it carries its own dependence on theta
+        kept = tensors if spec.masks else tensors[spec.num_x :]  # init stands in for the x of masked lanes
+        ctx.save_for_backward(*output, *kept)
+        ctx.save_for_forward(*output, *kept)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
+        spec: LayerSpec = ctx.spec
+        k = spec.num_x
+        saved = alive(ctx.saved_tensors)
+        x, theta, failed = spec.at(saved)
+        if all(c is None for c in cotangents):
+            return (None,) * (1 + k + len(theta))
+        needed = ctx.needs_input_grad[1 + k :]
+
+        graph = spec.take_graph(x, theta, needed)
+        how = {**spec.how, "kind": "backward", "graph": graph}
+        if graph is None:
+            spec.refuse_unseen(x, theta)
+
+        def rule(v: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
+            filled = fill(v, x) if failed is None else replaced(failed, fill(v, x), 0.0)
+            return implicit_vjp(spec.residual, x, theta, filled, needed, **how)
+
+        theta_bar = over_batched_vectors(rule, alive(cotangents))
+        return (None, *(None,) * k, *theta_bar)
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        spec: LayerSpec = ctx.spec
+        k = spec.num_x
+        saved = alive(ctx.saved_tensors)
+        x, theta, failed = spec.at(saved)
+
+        spec.refuse_unseen(x, theta)
+
+        def rule(directions: list[torch.Tensor | None]) -> Leaves:
+            result = implicit_jvp(spec.residual, x, theta, directions, kind="forward-mode", **spec.how)
+            if result is None:
+                return [torch.zeros_like(leaf) for leaf in x]
+            return result if failed is None else replaced(failed, result, 0.0)
+
+        return tuple(over_batched_vectors(rule, tangents[k:]))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], spec: LayerSpec, *tensors: torch.Tensor) -> tuple[Any, Any]:
+        k = spec.num_x
+        forced = [i < k for i in range(len(tensors))]
+        moved, has = lanes_first(tensors, in_dims[1:], forced, info.batch_size)
+        lifted = replace(spec, residual=spec.residual.with_level(has[k:], info.randomness))
+        return ImplicitArgmin.apply(lifted, *moved), (0,) * k

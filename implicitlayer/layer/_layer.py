@@ -1,0 +1,262 @@
+"""The callable behind ``il.argmin``, ``il.root`` and ``il.fixed_point``: check, flatten, find closed-over tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
+from implicitlayer.base._copying import CopiesFunctions
+from implicitlayer.base._records import CallRecords, Record
+from implicitlayer.base._surroundings import out_of_inference, outside_compiled_code
+from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, tree_map, unflatten
+from implicitlayer.base._types import FlatFunction, OnFailure
+from implicitlayer.equation._capture import (
+    ClosedOver,
+    announce,
+    derivatives_possible,
+    find_closed_over,
+    needs_derivative,
+)
+from implicitlayer.equation._certificate import Assumptions
+from implicitlayer.equation._flat import Signature, flat_function, flat_parts, like_x
+from implicitlayer.equation._jacobian import Curvature
+from implicitlayer.equation._limits_of_torch import limits_named
+from implicitlayer.equation._repair import POLICIES, NegativeCurvature
+from implicitlayer.equation._residual import Residual, check_value
+from implicitlayer.layer._forward import Calling, Constraints
+from implicitlayer.layer._function import ImplicitArgmin, LayerSpec
+from implicitlayer.layer._roles import tell_arguments
+
+__all__ = ["ImplicitLayer"]
+
+_POLICIES = ("raise", "warn", "ignore", "mask")
+Kind = Literal["argmin", "root", "fixed_point"]
+
+
+@dataclass(eq=False)
+class ImplicitLayer(CopiesFunctions):
+    """A differentiable layer ``(init, *theta) -> x``; made by :func:`argmin`.
+
+    Attributes:
+        records: diagnostics of the latest call: one forward record, then one record per linear solve of its
+            derivatives. Empty before the first call.
+    """
+
+    function: Callable[..., Any]
+    solver: Callable[..., Any]
+    linear_solver: Callable[..., Any]
+    kind: Kind
+    solver_has_aux: bool
+    objective_has_aux: bool
+    on_failure: OnFailure
+    stationarity_rtol: float | None
+    polish: int
+    batch_dims: int
+    curvature: Curvature = "hessian"
+    damping: float = 0.0
+    negative_curvature: NegativeCurvature = "raise"
+    assumptions: Assumptions | None = None
+
+    own_function: ClassVar[bool] = False  # the function is the library's: it closes over nothing, and is not searched
+
+    def __post_init__(self) -> None:
+        self.records: list[Record] = []
+        for name in ("function", "solver", "linear_solver"):
+            if not callable(getattr(self, name)):
+                raise TypeError(f"{name} must be callable, got {type(getattr(self, name)).__name__}.")
+        if self.on_failure not in _POLICIES:
+            raise ValueError(f"on_failure={self.on_failure!r} must be one of {_POLICIES}.")
+        if self.stationarity_rtol is not None and not self.stationarity_rtol >= 0:
+            raise ValueError(
+                f"stationarity_rtol={self.stationarity_rtol} must be non-negative, or None to switch the check off."
+            )
+        if self.curvature not in ("hessian", "gauss_newton"):
+            raise ValueError(f"curvature={self.curvature!r} must be 'hessian' or 'gauss_newton'.")
+        if self.negative_curvature not in POLICIES:
+            raise ValueError(f"negative_curvature={self.negative_curvature!r} must be one of {POLICIES}.")
+        if not isinstance(self.assumptions, Assumptions | None):
+            raise TypeError(f"assumptions must be il.Assumptions(...), got {type(self.assumptions).__name__}.")
+        for name in ("polish", "batch_dims", "damping"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be non-negative.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "records": []}  # records belong to calls, not to the layer
+
+    @property
+    def last_record(self) -> Record | None:
+        """The latest diagnostics record, None before the first call."""
+        return self.records[-1] if self.records else None
+
+    @outside_compiled_code
+    def __call__(self, init: Any, *theta: Any) -> Any:
+        """Solve from ``init`` at ``theta`` and return x, in the structure of ``init``.
+
+        Args:
+            init: pytree of real floating tensors, the starting point; gets no gradient. With ``batch_dims=k`` every
+                leaf has the same k leading lane dimensions.
+            theta: pytrees. Floating tensors are differentiated; integer and bool tensors, numbers and other objects
+                are passed through.
+        """
+        _refuse_forward_over_forward()
+        x, x_names = flatten_with_names(init, "x")
+        check_init(x, x_names, self.batch_dims)
+        x_spec = flatten(init)[1]
+        theta = tree_map(announce, theta)
+        signature = Signature.of(theta)
+        tensors = signature.tensors
+        user_function = without_aux(self.function) if self.objective_has_aux else self.function
+        hidden = ClosedOver()
+        differentiable = derivatives_possible()
+        watched = differentiable and not self.own_function
+        if watched:
+            # the function is run for this anyway: what is wrong with its value is said before the solver starts
+            try:
+                with limits_named():
+                    hidden = find_closed_over(
+                        self._read(user_function), (init, *theta), lambda value: self._check_value(value, x, x_spec)
+                    )
+            except Exception as error:
+                tell_arguments(error, self.function, init, theta)
+                raise
+            _refuse_complex([*tensors, *hidden])
+            _refuse_sparse([*signature.leaves, *hidden])
+        wanted = differentiable and (bool(hidden) or any(needs_derivative(t) for t in tensors))
+        function, residual, constraints = self._equation(user_function, x_spec, signature, hidden)
+        calling = Calling(
+            solver=self.solver,
+            solver_has_aux=self.solver_has_aux,
+            x_spec=x_spec,
+            x_names=x_names,
+            rebuild_theta=signature.rebuild,
+            flatten_theta=lambda args, extra: [*Signature.of(args).tensors, *extra],
+            num_theta=len(tensors),
+            flat_function=function,
+            user_function=None if hidden or constraints is not None else user_function,
+            gives_value=self.kind == "argmin",
+            constraints=constraints,
+        )
+        self.records = records = CallRecords()
+        spec = LayerSpec(
+            residual=residual,
+            calling=calling,
+            num_x=len(x),
+            linear_solver=self.linear_solver,
+            on_failure=self.on_failure,
+            closed=hidden if watched else None,
+            wanted=wanted,
+            stationarity_rtol=self.stationarity_rtol if wanted else None,
+            polish=self.polish,
+            matrix=(self.curvature, float(self.damping)),
+            negative_curvature=self.negative_curvature,
+            assumptions=self.assumptions,
+            listener=records.listener(),
+        )
+        given = [*x, *tensors, *map(announce, hidden)]  # what is hidden may be swapped by a layer around this one
+        solution = unflatten(ImplicitArgmin.apply(spec, *out_of_inference(given)), x_spec)
+        if self.solver_has_aux:
+            return solution, spec.aux[0] if len(spec.aux) == 1 else list(spec.aux)
+        return solution
+
+    def _read(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """What is run to find closed-over tensors."""
+        return function
+
+    def _equation(
+        self, user_function: Callable[..., Any], x_spec: TreeSpec, signature: Signature, hidden: ClosedOver
+    ) -> tuple[FlatFunction, Residual, Constraints | None]:
+        """What the solver sees, the equation that is differentiated, and what constraints add."""
+        function = flat_function(user_function, x_spec, signature, hidden, self.kind == "argmin")
+        residual = Residual(
+            function=_minus_identity(function) if self.kind == "fixed_point" else function,
+            is_gradient=self.kind == "argmin",
+            lane_dims_of_function=self.batch_dims,
+            num_fixed=len(hidden) if hidden.checkpoints else 0,
+            parts=flat_parts(self.function, x_spec, signature, hidden, self.batch_dims),
+        )
+        return function, residual, None
+
+    def _check_value(self, value: Any, x: Sequence[torch.Tensor], x_spec: TreeSpec) -> None:
+        if self.kind == "argmin":
+            check_value(value, x[0].shape[: self.batch_dims], self.batch_dims > 0)
+        else:
+            like_x(value, x, x_spec)
+
+
+def _minus_identity(function: FlatFunction) -> FlatFunction:
+    """The residual x - map(x) of a fixed point."""
+    return lambda x, theta: [a - b for a, b in zip(x, function(x, theta), strict=True)]
+
+
+def without_aux(function: Callable[..., Any]) -> Callable[..., Any]:
+    def value_only(x: Any, *theta: Any) -> Any:
+        result = function(x, *theta)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise ObjectiveError(
+                f"with objective_has_aux=True the objective must return (value, aux), got {type(result).__name__}."
+            )
+        return result[0]
+
+    return value_only
+
+
+def check_init(leaves: Sequence[Any], names: Sequence[str], batch_dims: int) -> None:
+    if not leaves:
+        raise ValueError("init has no leaves: pass a tensor or a pytree of tensors.")
+    for leaf, name in zip(leaves, names, strict=True):
+        if not isinstance(leaf, torch.Tensor):
+            what = type(leaf).__name__ if leaf is not None else "None"
+            remedy = "Use torch.as_tensor." if leaf is not None else "Leave it out, or close over it."
+            raise TypeError(f"init leaf {name} is {what}; the unknowns must be tensors. {remedy}")
+        if leaf.is_complex():
+            raise TypeError(
+                f"init leaf {name} is complex ({leaf.dtype}); the unknowns must be real. Stack real and imaginary "
+                "parts with torch.view_as_real and rebuild the complex tensor inside the objective."
+            )
+        if not leaf.is_floating_point():
+            raise TypeError(f"init leaf {name} has dtype {leaf.dtype}; the unknowns must be floating. Use .double().")
+        if leaf.ndim < batch_dims:
+            raise ValueError(
+                f"batch_dims={batch_dims} counts the leading dimensions of every leaf of init that enumerate problems, "
+                f"but {name} has shape {tuple(leaf.shape)}: batch_dims={leaf.ndim} is the most for it, and "
+                "batch_dims=0 is for a single problem."
+            )
+        if leaf.shape[:batch_dims] != leaves[0].shape[:batch_dims]:
+            raise ValueError(
+                f"with batch_dims={batch_dims} every leaf of init needs the same {batch_dims} leading dimensions: "
+                f"{name} has shape {tuple(leaf.shape)}, {names[0]} {tuple(leaves[0].shape)}."
+            )
+
+
+def _refuse_complex(tensors: Sequence[torch.Tensor]) -> None:
+    for tensor in tensors:
+        if tensor.is_complex() and tensor.requires_grad:
+            raise TypeError(
+                f"a complex theta of shape {tuple(tensor.shape)} requires a gradient; only real ones are "
+                "differentiated. Pass torch.view_as_real of it and rebuild it inside the objective with "
+                "torch.view_as_complex."
+            )
+
+
+def _refuse_sparse(leaves: Sequence[Any]) -> None:
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor) and leaf.layout is not torch.strided and leaf.requires_grad:
+            raise TypeError(
+                f"a sparse theta of shape {tuple(leaf.shape)} ({leaf.layout}) requires a gradient; only dense tensors "
+                "are differentiated. Pass its values (a dense vector) as a theta and build the sparse tensor inside "
+                "the objective, or pass .to_dense(). Without requires_grad it may stay sparse."
+            )
+
+
+def _refuse_forward_over_forward() -> None:
+    """torch answers jvp(jvp(f)) of every custom Function with a silent zero; an error is better."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1:
+        raise UnsupportedTransformError(
+            "forward mode over forward mode (jvp of jvp, jacfwd of jacfwd) through an implicit layer is not possible: "
+            "torch returns zero for it in silence. Use torch.func.hessian (forward over reverse) or jacfwd(jacrev)."
+        )

@@ -1,0 +1,109 @@
+"""Which argument of a layer is the function and which the solver: mix-ups are told where the layer is made."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from implicitlayer._errors import ImplicitLayerError
+from implicitlayer.base._solution import RecordingSolver
+from implicitlayer.base._tree import flatten_with_names, is_data, tree_leaves
+
+_WANTED = {"argmin": "minimum", "root": "root", "fixed_point": "root"}
+_FINDERS = {
+    "minimum": "il.solvers.LBFGS(), NewtonCG() or GradientDescent()",
+    "root": "il.solvers.Newton(), Broyden() or AndersonAcceleration()",
+}
+
+
+def check_roles(layer: str, function: Callable[..., Any], solver: Callable[..., Any], name: str) -> None:
+    """Raise TypeError where function and solver are swapped, are classes, or where the solver solves another problem.
+
+    ``layer``: the name in ``il`` of what is being made; ``name``: that of its function.
+    """
+    call = f"il.{layer}({name}, solver)"
+    if isinstance(function, RecordingSolver):
+        raise TypeError(
+            f"{name}={type(function).__name__}(...) is a solver. The {name} comes first, the solver second: {call}."
+        )
+    for role, value in ((name, function), ("solver", solver)):
+        if inspect.isclass(value):
+            raise TypeError(f"{role}={value.__name__} is a class, and {call} calls what it is given. {_instead(value)}")
+    if isinstance(solver, torch.optim.Optimizer):
+        raise TypeError(f"solver={type(solver).__name__}(...) was made for one run. {_instead(type(solver))}")
+    wanted, finds = _WANTED.get(layer), getattr(solver, "finds", None)
+    if wanted in _FINDERS and finds in _FINDERS and finds != wanted:
+        raise TypeError(
+            f"solver={type(solver).__name__}(...) looks for a {finds}, and il.{layer} needs a {wanted}. Pass "
+            f"{_FINDERS[wanted]}, or a solver of your own."
+        )
+
+
+def tell_arguments(error: Exception, function: Callable[..., Any], init: Any, theta: tuple[Any, ...]) -> None:
+    """Add a note to an error of the user's own function: what it was called with, and what that may be a sign of.
+
+    Python 3.10 has no notes; there the error stays as it is.
+    """
+    if isinstance(error, ImplicitLayerError) or not hasattr(error, "add_note"):
+        return
+    names = ["x", *(f"theta[{i}]" for i in range(len(theta)))]
+    shown = "; ".join(f"{name} {_shown(value)}" for name, value in zip(names, (init, *theta), strict=True))
+    note = (
+        f"The layer called its function as f({', '.join(names)}): {shown}. The unknowns come first, in the structure "
+        "of init, then what the layer is called with after init: layer(init, *theta) runs f(x, *theta)."
+    )
+    dtypes = {leaf.dtype for leaf in tree_leaves((init, *theta)) if is_data(leaf) and leaf.is_floating_point()}
+    if len(dtypes) > 1:
+        note += (
+            f" Their dtypes differ ({', '.join(sorted(map(str, dtypes)))}), which most products of torch refuse: the "
+            "unknowns have the dtype of init, so give init that of the data (init.to(data.dtype))."
+        )
+    if not _takes(function, 1 + len(theta)):
+        note += (
+            f" It does not take {1 + len(theta)} arguments. Is it the solver, f(objective, init, *theta)? That is the "
+            "second argument of a layer."
+        )
+    if _from_numpy(error):
+        note += (
+            " The error comes from NumPy, which has no derivatives: write the function in torch operations (torch has "
+            "most of NumPy's). Only the solver may use NumPy."
+        )
+    error.add_note(note)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{tuple(value.shape)} {value.dtype}"
+    names = flatten_with_names(value, "")[1]
+    inside = f" with {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}" if names != [""] else ""
+    return f"a {type(value).__name__}{inside}"
+
+
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether ``function`` may be called with so many arguments, as far as its signature tells."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # built-in functions may have none
+        return True
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
+
+
+def _from_numpy(error: Exception) -> bool:
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(str(frame.f_globals.get("__name__", "")).startswith("numpy") for frame, _ in frames)
+
+
+def _instead(value: type) -> str:
+    if issubclass(value, torch.optim.Optimizer):
+        made = f"il.solvers.TorchOptimizer(torch.optim.{value.__name__}, max_steps=..., lr=...)"
+        return f"Pass {made}, which makes the optimizer anew for every solve."
+    own = value.__module__.startswith("implicitlayer.solvers")
+    return f"Pass an instance: {'il.solvers.' if own else ''}{value.__name__}(...)."

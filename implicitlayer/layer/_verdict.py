@@ -1,0 +1,151 @@
+"""What the caller is told of an answer when the forward pass is over."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from implicitlayer._errors import ConvergenceWarning, NotConvergedError, StationarityError, StationarityWarning
+from implicitlayer.base._failures import refuse
+from implicitlayer.base._tree import name_lanes
+from implicitlayer.base._types import Leaves, OnFailure
+from implicitlayer.base._warn import warn
+from implicitlayer.equation._stationarity import (
+    CLEAR,
+    Stationarity,
+    far_at_other_draws,
+    has_random_curvature,
+    hessian_change,
+    is_random,
+    is_rounding,
+)
+from implicitlayer.layer._polish import Polish
+
+if TYPE_CHECKING:
+    from implicitlayer.layer._function import LayerSpec
+
+__all__ = ["judge_answer", "tell_step_limit"]
+
+
+# A relative change of the Hessian above this many times stationarity_rtol makes a gradient wrong by more than an answer
+# that is stationarity_rtol away lets expect.
+_CHANGES = 10.0
+
+
+def judge_answer(
+    spec: LayerSpec, measured: Stationarity, x: Leaves, theta: Leaves, limited: bool, polished: Polish | None
+) -> None:
+    """Apply the failure policy: not stationary, Newton steps that led nowhere, a step limit, a Hessian that changes.
+
+    One of them is told, the gravest. ``limited``: the solver says that it stopped at its step limit.
+    """
+    rtol = spec.stationarity_rtol
+    if spec.on_failure == "ignore" or rtol is None:
+        return
+    refused = polished is not None and bool(polished.refused.any())
+    bad = measured.relative > rtol
+    if bool(bad.any()):
+        bad = bad & ~is_rounding(measured.gradient, measured.norm, spec.residual, x, theta)
+    suspect = bad
+    if spec.closed is not None and spec.closed.draws:
+        suspect = bad | far_at_other_draws(spec.residual, x, theta, rtol * measured.size)
+    random = suspect & is_random(measured.gradient, spec.residual, x, theta) if bool(suspect.any()) else suspect
+    if spec.closed is not None and spec.closed.draws:
+        random = random | has_random_curvature(spec.residual, x, theta, rtol)
+    if bool(random.any()):
+        _tell_random(spec, random, bad | random)
+    elif bool(bad.any()):
+        _tell_not_stationary(spec, measured, bad, rtol, limited, refused)
+    elif refused and polished is not None:
+        message = (
+            f"polish={spec.polish} did not help{name_lanes(polished.refused)}: the Newton step from the solver's "
+            "answer is longer than stationarity_rtol allows, and no step made the gradient (the residual) smaller, so "
+            "the answer is as the solver left it. Solve the inner problem more tightly: a Newton step needs a start "
+            "near the solution."
+        )
+        _tell(spec.on_failure, polished.refused, message, "polish refused")
+    elif limited:
+        tell_step_limit(spec.on_failure)
+    else:
+        _judge_change(spec, measured, x, theta, rtol)
+
+
+def _judge_change(spec: LayerSpec, measured: Stationarity, x: Leaves, theta: Leaves, rtol: float) -> None:
+    """A Hessian that changes between the answer and the solution, or seems to because the function is random."""
+    change = hessian_change(spec.residual, x, theta, measured)
+    moved = change > _CHANGES * rtol
+    if not bool(moved.any()):
+        return
+    moved = moved & ~is_rounding(measured.gradient, measured.norm / CLEAR, spec.residual, x, theta)
+    if not bool(moved.any()):
+        return
+    random = moved & is_random(measured.gradient, spec.residual, x, theta)
+    if bool(random.any()):
+        return _tell_random(spec, random, random)
+    pick = tuple(moved.nonzero()[0].tolist())
+    message = (
+        f"the solver's answer is about {measured.relative[pick].item():.1e} of its size from the solution, but the "
+        f"Hessian changes by {change[pick].item():.1e} of itself over that distance{name_lanes(moved)} (a barrier, a "
+        "cusp). The implicit gradient carries an error of that order. Solve the inner problem more tightly, pass "
+        "polish=1 for a Newton step after the solver, or stationarity_rtol=None if an early stop is intended."
+    )
+    _tell(spec.on_failure, moved, message, "changing Hessian")
+
+
+def _tell_random(spec: LayerSpec, random: torch.Tensor, lanes: torch.Tensor) -> None:
+    """Two evaluations in the ``random`` lanes differ; ``lanes``: those that fail by it."""
+    message = (
+        f"the {_what(spec)} is random{name_lanes(random)}: two evaluations at the solver's answer differ, so there "
+        "is no solution to differentiate at. Dropout in train mode does that (call .eval() on its module), and so "
+        "do torch.rand and torch.randn: draw once, before the layer, and pass the draw as one more theta."
+    )
+    _tell(spec.on_failure, lanes, message, "random function")
+
+
+def _tell(on_failure: OnFailure, lanes: torch.Tensor, message: str, kind: str) -> None:
+    if on_failure in ("raise", "mask"):
+        return refuse(lanes, StationarityError(message))
+    warn(message, StationarityWarning, kind)
+
+
+def _what(spec: LayerSpec) -> str:
+    return "gradient of the objective" if spec.residual.is_gradient else "residual"
+
+
+def _tell_not_stationary(
+    spec: LayerSpec, measured: Stationarity, bad: torch.Tensor, rtol: float, limited: bool, refused: bool
+) -> None:
+    """Row "answer not stationary": the implicit gradient there is that of no minimum."""
+    pick = tuple(bad.nonzero()[0].tolist())
+    remedy = "Solve the inner problem more tightly, pass polish=1 for a Newton step after the solver"
+    if refused:
+        remedy = f"polish={spec.polish} did not help (no Newton step made it smaller). Solve the problem more tightly"
+    elif limited:
+        remedy = "The solver stopped at its step limit: raise its max_steps, pass polish=1 for a Newton step after it"
+    message = (
+        f"the solver's answer is not stationary{name_lanes(bad)}: the {_what(spec)} has norm "
+        f"{measured.norm[pick].item():.3g} there, and the solution is at least about "
+        f"{measured.distance[pick].item():.3g} away ({measured.relative[pick].item():.1e} of its size, allowed "
+        f"{rtol:.1e}). The implicit gradient carries an error of that order at least. {remedy}, or "
+        "stationarity_rtol=None if an early stop is intended."
+    )
+    _tell(spec.on_failure, bad, message, f"not stationary {limited} {refused}")
+
+
+def tell_step_limit(on_failure: OnFailure) -> None:
+    """Apply the failure policy to a solver that says that it stopped at its step limit before its tolerance.
+
+    A solver of many lanes does not say which of them it was, so nothing is masked: "mask" warns.
+    """
+    if on_failure == "ignore":
+        return
+    message = (
+        "the solver stopped at its step limit before it reached its tolerance. The gradient at its answer is small, "
+        "but where the problem is ill-conditioned the solution may be far all the same, and the implicit gradient "
+        "wrong. Raise its max_steps, loosen its tolerance, pass polish=1 for a Newton step after the solver, or give "
+        "max_steps alone if a fixed number of steps is intended."
+    )
+    if on_failure == "raise":
+        raise NotConvergedError(message)
+    warn(message, ConvergenceWarning, "step limit of the solver")

@@ -1,0 +1,224 @@
+"""The interior-point method on one program on the CPU: the steps of ``_interior_point`` with NumPy's vectors."""
+
+# An operation on a small tensor costs about a microsecond of dispatch, one on a NumPy array a third, a Python number
+# next to nothing. One small program is all dispatch, so it has this loop of its own; legend and formulas, and what the
+# constants mean, are those of ``_interior_point`` and ``_interior_point_step``. Factorisations and all that is large
+# stay with torch: NumPy's BLAS has threads of its own, which know nothing of ``torch.set_num_threads``.
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from implicitlayer.programs._interior_point_step import (
+    FARTHEST,
+    INDEPENDENT,
+    PATIENCE,
+    SHIFT,
+    TO_BOUNDARY,
+    Data,
+    Newton,
+)
+
+__all__ = ["Array", "Outcome", "iterate_single", "product", "triangular_solves"]
+
+Array = npt.NDArray[np.float64]
+Product = Callable[[Array], Array]
+
+_FEW = 4096  # entries of a matrix up to which NumPy's products are cheaper than calls of torch, and use one thread
+_SMALL = 64  # unknowns up to which the inverse of a factor is cheaper than calls of triangular solves
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """The best point that was met, its distance from the conditions of optimality, and what was proved."""
+
+    x: Array
+    y: Array
+    z: Array
+    error: float
+    steps: int
+    solved: bool
+    infeasible: bool
+    unbounded: bool
+
+
+def iterate_single(
+    data: Data,
+    rtol: float,
+    max_steps: int,
+    bounded: Callable[[], bool],
+    report: Callable[[int, Array, float], None] | None = None,
+) -> Outcome:
+    """Solve the only lane of ``data`` (finite, normalised, every tensor [1, ...] in float64 on the CPU).
+
+    ``bounded`` tells whether the objective has a smallest value; it is asked only where a certificate says otherwise.
+    ``report`` is given the steps made, x and its error in every pass.
+    """
+    Q, p, A, b, G, h = arrays = tuple(np.ascontiguousarray(t.detach()[0].numpy()) for t in data)
+    with np.errstate(all="ignore"):
+        maps = _Maps(*(product(matrix) for matrix in (Q, A, A.T, G, G.T)))
+        x, y = _Step(data, arrays, maps, np.ones_like(h)).solve(-p + maps.Gt(h), -b)
+        slack = h - maps.G(x)
+        s, z = _inside(slack), _inside(-slack)
+        best, best_error, since, steps = (x, y, z), math.inf, 0, 0
+        solved = infeasible = unbounded = False
+        of_x, of_s = np.empty((4, len(p))), np.empty((2, len(h)))  # the terms of r_x and r_s, by rows
+        of_x[3], of_s[1] = p, h
+        largest_b = _largest(b)
+        while True:
+            of_x[0], of_x[1], of_x[2], of_s[0] = maps.Q(x), maps.At(y), maps.Gt(z), maps.G(x)
+            Ax = maps.A(x)
+            r_x, r_y, r_s = np.add.reduce(of_x), Ax - b, of_s[0] + s - h
+            px, by, hz = float(p.dot(x)), float(b.dot(y)), float(h.dot(z))
+            value = max(abs(float(x.dot(of_x[0]))), abs(px), abs(by), abs(hz))
+            error = max(
+                _largest(r_x) / (_largest(of_x) + 1e-3),
+                _largest(r_y) / (max(_largest(Ax), largest_b) + 1e-3),
+                _largest(r_s) / (_largest(of_s) + 1e-3),
+                float(s.dot(z)) / (value + 1e-3),
+            )
+            error = error if error == error else math.inf
+            if report is not None:
+                report(steps, x, error)
+            since += 1
+            if error < best_error:
+                best, best_error, since = (x, y, z), error, 0
+            # NOTE [certificates], each looked at where its leading term has the sign that it needs
+            if -(by + hz) > 0:
+                infeasible = -(by + hz) > FARTHEST * _norm(of_x[1] + of_x[2]) and -(by + hz) > 1e-8 * (
+                    float(np.abs(b * y).sum()) + float(np.abs(h * z).sum())
+                )
+            if -px > 0:
+                against = max(_largest(of_x[0]), _largest(Ax), _largest(of_s[0].clip(min=0)))
+                unbounded = -px > FARTHEST * against and -px > 1e-8 * float(np.abs(p * x).sum()) and not bounded()
+            solved = error <= rtol
+            if solved or infeasible or unbounded or since >= PATIENCE or steps == max_steps:
+                break
+            x, y, z, s = _moved(_Step(data, arrays, maps, z / s), x, y, z, s, r_x, r_y, r_s)
+            steps += 1
+    return Outcome(*best, best_error, steps, solved, infeasible and not solved, unbounded and not solved)
+
+
+@dataclass(frozen=True, eq=False)
+class _Maps:
+    """Products with Q, A, A', G, G'."""
+
+    Q: Product
+    A: Product
+    At: Product
+    G: Product
+    Gt: Product
+
+
+def product(matrix: Array) -> Product:
+    """``v -> matrix v``, by NumPy for a small matrix and by torch for a large one."""
+    if matrix.size <= _FEW:
+        return matrix.dot
+    tensor = torch.from_numpy(matrix)
+
+    def times(vector: Array) -> Array:
+        result: Array = tensor.mv(torch.from_numpy(vector)).numpy()
+        return result
+
+    return times
+
+
+def _moved(
+    step: _Step, x: Array, y: Array, z: Array, s: Array, r_x: Array, r_y: Array, r_s: Array
+) -> tuple[Array, Array, Array, Array]:
+    """The next point: Mehrotra's two solves with the same factors."""
+    w, maps, product, m = step.weights, step.maps, s * z, len(s)
+
+    def newton(r_c: Array) -> tuple[Array, Array, Array, Array]:
+        shifted = (z * r_s - r_c) / s
+        dx, dy = step.solve(-r_x - maps.Gt(shifted), r_y)
+        Gdx = maps.G(dx)
+        return dx, dy, w * Gdx + shifted, -r_s - Gdx
+
+    def length(dz: Array, ds: Array, part: float) -> float:
+        # 1 / (largest -change / value) is the way to the boundary
+        steepest = -min(np.minimum.reduce(ds / s), np.minimum.reduce(dz / z)) if m else 0.0
+        return min(1.0, part / steepest) if steepest > 0 else 1.0
+
+    _, _, dz, ds = newton(product)
+    a = length(dz, ds, 1.0)
+    mean = float(product.sum()) / max(m, 1)
+    sigma = (float((s + a * ds).dot(z + a * dz)) / max(m, 1) / (mean if mean > 0 else 1.0)) ** 3
+    target = product + (a * a) * (ds * dz) - min(max(sigma, 0.0), 1.0) * mean
+    dx, dy, dz, ds = newton(target)
+    a = length(dz, ds, TO_BOUNDARY)
+    return x + a * dx, y + a * dy, z + a * dz, s + a * ds
+
+
+class _Step:
+    """The factors of one step's matrix; where Cholesky is not accurate, those of :class:`Newton`."""
+
+    def __init__(self, data: Data, arrays: tuple[Array, ...], maps: _Maps, weights: Array) -> None:
+        Q, _, A, _, G, _ = arrays
+        self.maps, self.weights, self.e = maps, weights, len(A)
+        matrix = torch.mm(torch.from_numpy(G.T), torch.from_numpy(weights[:, None] * G)).numpy()
+        matrix += Q
+        matrix.flat[:: len(Q) + 1] += SHIFT
+        self.other: Newton | None = None
+        factor, info = torch.linalg.cholesky_ex(torch.from_numpy(matrix))
+        good = not info.item()
+        if good:
+            self.down, self.up = triangular_solves(factor)
+        if good and self.e:
+            half = torch.linalg.solve_triangular(factor, torch.from_numpy(A).mT, upper=False)
+            schur, info = torch.linalg.cholesky_ex(half.mT @ half)
+            pivots = schur.numpy().diagonal()
+            good = not info.item() and bool(pivots.min() > INDEPENDENT * pivots.max())
+            self.half, self.half_t = product(half.numpy()), product(half.numpy().T)
+            self.schur_down, self.schur_up = triangular_solves(schur)
+        if not good:
+            self.other = Newton(data, torch.from_numpy(weights)[None])
+
+    def solve(self, f: Array, r_y: Array) -> tuple[Array, Array]:
+        """dx and dy with M dx + A'dy = f, A dx = -r_y."""
+        if self.other is not None:
+            both = self.other.solve_reduced(torch.from_numpy(f)[None], torch.from_numpy(r_y)[None])
+            return both[0][0].numpy(), both[1][0].numpy()
+        u = self.down(f)
+        if not self.e:
+            return self.up(u), r_y
+        dy = self.schur_up(self.schur_down(self.half_t(u) + r_y))
+        return self.up(u - self.half(dy)), dy
+
+
+def triangular_solves(factor: torch.Tensor) -> tuple[Product, Product]:
+    """Solves with L and with L': by its inverse where that is small, for four of them follow."""
+    n = factor.shape[-1]
+    if n <= _SMALL:
+        inverse = torch.linalg.solve_triangular(factor, torch.eye(n, dtype=factor.dtype), upper=False).numpy()
+        return inverse.dot, inverse.T.dot
+
+    def solve(matrix: torch.Tensor, upper: bool) -> Product:
+        def of(rhs: Array) -> Array:
+            solved = torch.linalg.solve_triangular(matrix, torch.from_numpy(rhs)[:, None], upper=upper)
+            column: Array = solved.numpy()[:, 0]
+            return column
+
+        return of
+
+    return solve(factor, False), solve(factor.mT, True)
+
+
+def _inside(values: Array) -> Array:
+    """The vector moved by one number until all entries are positive, if they are not."""
+    lowest = float(values.min()) if len(values) else 1.0
+    return values if lowest > 1e-3 else values - lowest + 1.0
+
+
+def _largest(values: Array) -> float:
+    return float(np.maximum.reduce(np.abs(values), axis=None)) if values.size else 0.0
+
+
+def _norm(values: Array) -> float:
+    return math.sqrt(float(values.dot(values)))

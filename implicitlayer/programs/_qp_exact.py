@@ -1,0 +1,229 @@
+"""The exact solution of convex quadratic programs near an approximate one, by a search for the active inequalities."""
+
+# NOTE [active set]: an interior point gives for each inequality a force z and a distance s with s z almost zero, but
+# not always one that is much smaller than the other: where the curvature is small, x may be far from a border that
+# pushes with a tiny force. So the guess "active where the force is larger than the distance" is only where the search
+# begins. With the inequalities of the guess as equations one linear solve gives the point; if a held border pulls
+# (z < 0) or another one is crossed, the guess is wrong, and these change sides. The search ends where none does: then
+# the conditions of the program itself hold, which for a convex program proves the solution. It mostly takes one or two
+# solves. Changing all at once may run in a circle, so after _BOLD rounds one changes at a time, that of lowest index
+# (Murty's rule, which ends for strictly convex programs with independent rows).
+#
+# Sources: M. Hintermueller, K. Ito and K. Kunisch, SIAM J. Optim. 13 (2002), for the primal-dual active set step;
+# K. G. Murty, Opsearch 11 (1974), for the rule against circles.
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from implicitlayer.programs._interior_point import Data, QuadraticSolution
+from implicitlayer.programs._kkt_active import Conditions, length_of_step
+from implicitlayer.programs._kkt_linear import Factors, KktFactors, KktMatrices
+
+__all__ = [
+    "CORRECTIONS",
+    "ENOUGH",
+    "ROUNDING",
+    "TIGHT",
+    "Exact",
+    "Start",
+    "conditions",
+    "error_of_x",
+    "exact",
+    "factorised",
+    "undecided",
+    "violation",
+]
+
+TIGHT = 1e-11  # conditions that hold to this hold: rounding of a few solves
+ENOUGH = 1e-6  # an answer whose conditions hold to this is one
+CORRECTIONS = 2  # solves with the factors of the active set: the second repairs the rounding of the first
+_BOLD = 8  # rounds in which every wrong inequality changes sides
+_CAREFUL = 40  # rounds in which one does
+ROUNDING = 64  # signs of numbers below this many eps of everything are not known
+
+
+@dataclass(frozen=True, eq=False)
+class Exact:
+    """Solutions, and what is known of their active sets.
+
+    Attributes:
+        solution: nearer to the conditions of optimality than the answer was, or the answer itself.
+        error: [*lanes], of :func:`violation`.
+        held: bool [*lanes, m], the inequalities held as equations.
+        factors: of the matrix with these; None where it was not needed.
+    """
+
+    solution: QuadraticSolution
+    error: torch.Tensor
+    held: torch.Tensor
+    factors: Factors | None
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where a search begins: inequalities held as equations, bool [*lanes, m], and the factors with these."""
+
+    held: torch.Tensor
+    factors: Factors
+
+
+def conditions(program: Data, x: torch.Tensor, dtype: torch.dtype) -> Conditions:
+    """The terms of the optimality conditions at x; ``dtype`` is that of the data."""
+    Q, p, A, b, G, h = program
+    Qx = _times(Q, x)
+    largest_q, largest_p = Q.abs().flatten(-2).amax(-1), p.abs().amax(-1)
+    pull = torch.where(largest_q > 0, largest_p / torch.where(largest_q > 0, largest_q, 1.0), 0.0)
+    pull = torch.where(pull.isfinite(), pull, 0.0)
+    return Conditions(x, x, Qx + p, Qx, _times(A, x) - b, A, _times(G, x) - h, G, torch.finfo(dtype).eps, pull)
+
+
+def exact(program: Data, answer: QuadraticSolution, near: torch.Tensor, start: Start | None = None) -> Exact:
+    """The solution next to the answer in the lanes of the mask ``near``; see NOTE [active set].
+
+    ``start``: the active set to begin with, and its factors, where they are known.
+    """
+    if start is None:
+        force, distance = _sides(program, answer.x, answer.inequality)
+        start = Start(force > distance, factorised(program, force > distance))
+    first, factors = start.held, start.factors
+    best, error = answer, violation(program, answer)
+    held, lanes = first, near.flatten().nonzero()[:, 0]
+    shape = near.shape
+    program, held = _flat(program, held, shape)
+    held = held[lanes]
+    best, error, near_by = _flat_solution(best, shape), error.flatten(), _flat_solution(answer, shape)
+    inverse: Factors | None = factors
+    for attempt in range(_BOLD + _CAREFUL):
+        if not len(lanes):
+            break
+        here: Data = tuple(t[lanes] for t in program)  # type: ignore[assignment]
+        moved, wrong = _solve(here, _lanes_of(near_by, lanes), held, inverse, lanes, shape)
+        inverse = None
+        _keep(best, error, moved, violation(here, moved), lanes)
+        if attempt >= _BOLD:
+            wrong = wrong & (wrong.cumsum(-1) == 1)
+        go = wrong.any(-1)
+        lanes, held = lanes[go], (held ^ wrong)[go]
+    return Exact(_shaped(best, shape), error.reshape(shape), first, factors)
+
+
+def _solve(
+    program: Data,
+    start: QuadraticSolution,
+    held: torch.Tensor,
+    inverse: Factors | None,
+    lanes: torch.Tensor,
+    shape: torch.Size,
+) -> tuple[QuadraticSolution, torch.Tensor]:
+    """The stationary point with the held inequalities as equations, and the mask of those that contradict it."""
+    Q, p, A, b, G, h = program
+    force = held.to(p.dtype)
+    all_lanes = inverse is not None and len(lanes) == shape.numel()
+    factors: Factors = inverse if inverse is not None and all_lanes else factorised(program, held)
+    x, y, z = start.x, start.equality, start.inequality * force
+    for _ in range(CORRECTIONS):
+        slope = _times(Q, x) + p + _times(A.mT, y) + _times(G.mT, z)
+        off = torch.cat([slope, _times(A, x) - b, force * (_times(G, x) - h)], -1)
+        rhs = off.reshape(*shape, -1, 1) if all_lanes else off[..., None]
+        step = factors.solve(rhs).reshape(off.shape)
+        dx, dy, dz = step.split([p.shape[-1], b.shape[-1], h.shape[-1]], -1)
+        x, y, z = x - dx, y - dy, z - dz
+    pushing, distance = _sides(program, x, z)
+    noise = ROUNDING * torch.finfo(p.dtype).eps * (p.shape[-1] + h.shape[-1]) ** 0.5
+    wrong = torch.where(held, pushing < -noise, distance < -noise)
+    return replace(start, x=x, equality=y, inequality=torch.where(held, z, 0.0)), wrong
+
+
+def violation(program: Data, at: QuadraticSolution) -> torch.Tensor:
+    """The largest violation of a condition of optimality, each relative to the size of its terms, [*lanes]."""
+    _, _, A, _, G, _ = program
+    where = conditions(program, at.x, at.x.dtype)
+    force, distance = _sides(program, at.x, at.inequality.clamp(min=0), where)
+    slope = where.gradient + _times(A.mT, at.equality) + _times(G.mT, at.inequality.clamp(min=0))
+    norms = torch.linalg.vector_norm(A, dim=-1)
+    equations = (where.h / torch.where(norms > 0, norms, 1.0)).abs() / _length(where)[..., None]
+    slack = torch.minimum(force, distance.clamp(min=0))  # complementarity: one of the two is zero
+    still = torch.linalg.vector_norm(slope, dim=-1) / _above_zero(where.scale)
+    parts = [still[..., None], equations, (-distance).clamp(min=0), slack]
+    return torch.cat(parts, -1).amax(-1).nan_to_num(torch.inf)
+
+
+def error_of_x(program: Data, at: QuadraticSolution) -> torch.Tensor:
+    """How far x is from the solution as far as the remaining gradient tells, [*lanes]; ``at.error`` is its violation.
+
+    Zero where that gradient is rounding, and where the answer is no solution: of that one another warning speaks.
+    """
+    Q, _, A, _, G, _ = program
+    where = conditions(program, at.x, at.x.dtype)
+    slope = where.gradient + _times(A.mT, at.equality) + _times(G.mT, at.inequality)
+    return torch.where((at.error > TIGHT) & (at.error <= ENOUGH), length_of_step(slope, _times(Q, slope)), 0.0)
+
+
+def undecided(program: Data, at: QuadraticSolution) -> torch.Tensor:
+    """Inequalities [*lanes, m] whose force and distance both differ from zero: either may be meant."""
+    force, distance = _sides(program, at.x, at.inequality)
+    return torch.minimum(force, distance) > TIGHT
+
+
+def _sides(
+    program: Data, x: torch.Tensor, z: torch.Tensor, where: Conditions | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Forces relative to the terms of the gradient, and signed distances relative to a length of the program."""
+    where = conditions(program, x, x.dtype) if where is None else where
+    force = z * torch.linalg.vector_norm(program[4], dim=-1) / _above_zero(where.scale)[..., None]
+    return force, where.border_distance() / _length(where)[..., None]
+
+
+def _length(where: Conditions) -> torch.Tensor:
+    return torch.maximum(where.size, where.reach)
+
+
+def _above_zero(scale: torch.Tensor) -> torch.Tensor:
+    return torch.where(scale > 0, scale, 1.0)
+
+
+def factorised(program: Data, held: torch.Tensor) -> KktFactors:
+    """The factors of the program's matrix with the inequalities ``held`` [*lanes, m] as equations."""
+    Q, p, A, b, G, _ = program
+    mask = torch.cat([torch.ones_like(b), held.to(p.dtype)], -1)
+    return KktFactors(KktMatrices(Q, torch.cat([A, G], -2), mask), torch.finfo(p.dtype).eps)
+
+
+def _times(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    return (matrix @ vector[..., None])[..., 0]
+
+
+def _flat(program: Data, held: torch.Tensor, shape: torch.Size) -> tuple[Data, torch.Tensor]:
+    k = len(shape)
+    flat: Data = tuple(t.reshape(shape.numel(), *t.shape[k:]) for t in program)  # type: ignore[assignment]
+    return flat, held.reshape(shape.numel(), *held.shape[k:])
+
+
+_PARTS = ("x", "equality", "inequality")
+
+
+def _flat_solution(solution: QuadraticSolution, shape: torch.Size) -> QuadraticSolution:
+    parts = {name: getattr(solution, name).reshape(shape.numel(), getattr(solution, name).shape[-1]) for name in _PARTS}
+    return replace(solution, **{name: part.clone() for name, part in parts.items()})
+
+
+def _shaped(solution: QuadraticSolution, shape: torch.Size) -> QuadraticSolution:
+    parts = {name: getattr(solution, name) for name in _PARTS}
+    return replace(solution, **{name: part.reshape(*shape, part.shape[-1]) for name, part in parts.items()})
+
+
+def _lanes_of(solution: QuadraticSolution, lanes: torch.Tensor) -> QuadraticSolution:
+    return replace(solution, **{name: getattr(solution, name)[lanes] for name in _PARTS})
+
+
+def _keep(
+    best: QuadraticSolution, error: torch.Tensor, moved: QuadraticSolution, new: torch.Tensor, lanes: torch.Tensor
+) -> None:
+    """Write the lanes of ``moved`` over those of ``best`` where they are nearer to the conditions of optimality."""
+    better = new <= error[lanes]
+    error[lanes[better]] = new[better]
+    for name in _PARTS:
+        getattr(best, name)[lanes[better]] = getattr(moved, name)[better]
