@@ -3,6 +3,7 @@
 #   make demo               train iMAML on the embedded Glyphs characters, a table and a picture at the end (minutes)
 #   make demo DATA=<dir>    the same on Omniglot: <dir> holds images_background.zip and images_evaluation.zip, or their extracted folders
 #   make test               all tests         make test ARGS="-k conjugate -x"
+#   make check              formatting, lint, types and the tests of the core: before every commit
 #   make test-thorough      more than 10,000 random problems with known answers, the figures as a table (3 to 10 minutes)
 #                           ARGS="--minutes 3", ARGS="--family root --seed 7"; tables in runs/thorough/
 #   make paper-cpu          the paper's figures and tables, reduced for a CPU (at most 25 minutes on 2 cores); results in runs/paper/
@@ -36,7 +37,7 @@ PAGE  := $(if $(REFRESH),docs/paper.md,runs/paper/paper.md)
 INTO  := --output-dir "$(PAPER)"
 REAL  := $(if $(DATA),--data-dir "$(DATA)")
 
-.PHONY: help demo test test-thorough paper-cpu lint format bench clean
+.PHONY: help demo test check test-thorough paper-cpu lint format bench clean
 help:
 	@sed -n '1,/PIP_FLAGS/s/^# \{0,1\}//p' Makefile
 
@@ -59,6 +60,10 @@ demo: $(VENV)/with-examples
 
 test: $(VENV)/with-dev
 	$(RUN) "$(BIN)/python" -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
+
+CORE := tests/implicit tests/linear $(wildcard tests/test_reliability*.py) tests/test_structure.py tests/test_torch_names.py
+check: lint
+	$(RUN) "$(BIN)/python" -m pytest -q -n $(WORKERS) --dist worksteal $(CORE) $(ARGS)
 
 test-thorough: $(VENV)/with-dev
 	$(RUN) "$(BIN)/python" -m tests.thorough $(ARGS)

@@ -57,7 +57,7 @@ def relative(path: Path) -> str:
 
 
 def layer_of(module: str) -> str | None:
-    """`implicitlayer.linear._cg` -> "linear"; `implicitlayer._errors` -> "base"; `implicitlayer`, the facade -> None."""
+    """`implicitlayer.linear._cg` -> "linear"; `implicitlayer._errors` -> "base"; `implicitlayer` -> None."""
     parts = module.split(".")
     if len(parts) == 1:
         return None

@@ -10,7 +10,8 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch.overrides import TorchFunctionMode
 
-_hooks = torch._C._autograd
+from implicitlayer import _torch
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -28,14 +29,14 @@ def plain_surroundings(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
             if torch.is_autocast_enabled(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
         popped = []
-        while (pair := _hooks._top_saved_tensors_default_hooks(False)) is not None:
+        while (pair := _torch.saving_hooks(False)) is not None:
             popped.append(pair)
-            _hooks._pop_saved_tensors_default_hooks()
+            _torch.pop_saving_hooks()
         try:
             yield
         finally:
             for pack, unpack in reversed(popped):
-                _hooks._push_saved_tensors_default_hooks(pack, unpack)
+                _torch.push_saving_hooks(pack, unpack)
 
 
 class ReadingMode(TorchFunctionMode):
@@ -49,22 +50,22 @@ def unread() -> Iterator[None]:
     What a solver does is no part of the function around it: it may use NumPy and Python numbers. Modes of others (a
     default device is one) stay.
     """
-    modes = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack())][::-1]
+    modes = [_torch.pop_mode() for _ in range(_torch.num_modes())][::-1]
     others = [mode for mode in modes if not isinstance(mode, ReadingMode)]
     for mode in others:
-        torch._C._push_on_torch_function_stack(mode)
+        _torch.push_mode(mode)
     try:
         yield
     finally:
         for _ in others:
-            torch._C._pop_torch_function_stack()
+            _torch.pop_mode()
         for mode in modes:
-            torch._C._push_on_torch_function_stack(mode)
+            _torch.push_mode(mode)
 
 
 def saves_by_hooks() -> bool:
     """Whether hooks on saved tensors are active."""
-    return _hooks._top_saved_tensors_default_hooks(True) is not None
+    return _torch.saving_hooks(True) is not None
 
 
 def out_of_inference(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -74,7 +75,7 @@ def out_of_inference(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 def outside_compiled_code(function: Callable[P, R]) -> Callable[P, R]:
     """A graph break around ``function`` in code compiled by torch.compile: solvers are black boxes to it too."""
-    uncompiled: Callable[P, R] = torch._compile._disable_dynamo(function)  # does not import the compiler by itself
+    uncompiled: Callable[P, R] = _torch.not_compiled(function)  # does not import the compiler by itself
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -92,7 +93,7 @@ def draws_since(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
     before = [generator.get_state() for generator in generators]
 
     def drawn() -> bool:
-        with torch._C.DisableTorchFunction():  # no business of an enclosing finder's
+        with _torch.without_modes():  # no business of an enclosing finder's
             return not all(torch.equal(a, b.get_state()) for a, b in zip(before, generators, strict=True))
 
     return drawn

@@ -21,6 +21,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from implicitlayer import _torch
 from implicitlayer.base._tree import TreeSpec, flatten, ravel, unflatten, unravel
 from implicitlayer.base._types import FlatFunction, Leaves
 from implicitlayer.equation._capture import ClosedOver, Reading
@@ -283,7 +284,7 @@ class ProxResidual(Residual):
         lanes, kept = points[0].shape[: self.lane_dims], self.of_call.step
         if self.step_size is not None:
             return points[0].detach().new_full(lanes, self.step_size)
-        if kept is not None and kept.shape == lanes and not torch._C._are_functorch_transforms_active():
+        if kept is not None and kept.shape == lanes and not _torch.transforms_active():
             return kept
         product = pull_back(slope, points, signs(points, len(self.levels)))
         return step_of(points, slope, product, self.lane_dims)

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from implicitlayer import _torch
 from implicitlayer.base._surroundings import outside_compiled_code
 from implicitlayer.base._tree import TreeSpec
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
@@ -187,7 +188,7 @@ class _Products(Attached):
 def _without_missing(G: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The same with 0'x <= 1 in place of rows without a bound; :data:`_NO_BOUND` is what most solvers take for none."""
     missing = h >= _NO_BOUND
-    if not torch._C._are_functorch_transforms_active() and not bool(missing.any()):
+    if not _torch.transforms_active() and not bool(missing.any()):
         return G, h
     return torch.where(missing[..., None], 0.0, G), torch.where(missing, 1.0, h)
 
@@ -252,7 +253,7 @@ def _on_all_levels(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     The solver sees the data with the lanes of all levels in front; it could not tell which level a lane belongs to if
     an argument had some of them only.
     """
-    if not torch._C._are_functorch_transforms_active():
+    if not _torch.transforms_active():
         return list(tensors)
     zeros = [torch.zeros_like(t.detach().reshape(-1)[:1]).sum() for t in tensors]
     zero = torch.stack(zeros).sum()

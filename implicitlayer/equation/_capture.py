@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
+from implicitlayer import _torch
 from implicitlayer._errors import ClosureError
 from implicitlayer.base._surroundings import ReadingMode, draws_since, plain_surroundings, saves_by_hooks
 from implicitlayer.base._tree import is_data, tree_leaves, tree_map
@@ -33,15 +34,15 @@ from implicitlayer.equation._state import (
 
 def needs_derivative(tensor: torch.Tensor) -> bool:
     """Whether a derivative with respect to ``tensor`` may be asked for, or a transform has wrapped it."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    if _torch.is_wrapped(tensor):
         return True
-    with torch._C.DisableTorchFunction():  # the tensor itself, not what an enclosing layer has swapped in for it
+    with _torch.without_modes():  # the tensor itself, not what an enclosing layer has swapped in for it
         return tensor.requires_grad or _has_tangent(tensor)
 
 
 def derivatives_possible() -> bool:
     """Whether anything that is computed now can be differentiated or is being transformed."""
-    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch.is_grad_enabled() or _torch.transforms_active() or _torch.forward_mode_active()
 
 
 # NOTE [leaves]: a mode swaps what torch's functions read. It does not see what a custom Function hands to autograd, nor
@@ -145,7 +146,7 @@ def find_closed_over(
     found.normalises, found.draws = first.normalises, draws
     found.checkpoints, found.borrows = first.checkpoints and plain, first.borrows
     found.constants = tuple((t, t._version) for t in first.outside if not needs_derivative(t) and not t.is_inference())
-    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) or sources.made_since(t) for t in found):
+    if any(_torch.is_wrapped(t) or sources.made_since(t) for t in found):
         # A vmap inside the function hands its results out unseen. They are new tensors in a second run, while those
         # from outside are the same (the first run's are alive, so no id is used twice).
         again = {id(tensor) for tensor in run()[0].outside}
@@ -158,7 +159,7 @@ def find_closed_over(
 
 def plainly_impossible() -> bool:
     """Whether a transform or forward mode is at work."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _torch.transforms_active() or _torch.forward_mode_active()
 
 
 def _alias(leaf: torch.Tensor, attached: bool) -> torch.Tensor:
@@ -246,14 +247,14 @@ def _read_again(originals: Sequence[torch.Tensor]) -> ClosureError:
 
 def announce(tensor: Any) -> Any:
     """Let an enclosing finder see ``tensor``: our own Functions take tensors past every TorchFunctionMode."""
-    if is_data(tensor) and torch._C._len_torch_function_stack() > 0:
+    if is_data(tensor) and _torch.num_modes() > 0:
         alias: torch.Tensor = tensor.view_as(tensor)
         return alias
     return tensor
 
 
 def _has_tangent(tensor: torch.Tensor) -> bool:
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
+    return _torch.forward_mode_active() and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _tensors_in(values: Iterable[Any], found: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -279,7 +280,7 @@ class _Finder(ReadingMode):
         self.numbers = 0
         self.shift = shift
         self.outside: list[torch.Tensor] = []
-        self.level = torch._C._functorch.maybe_current_level() or 0
+        self.level = _torch.current_level()
         self.normalises = self.checkpoints = self.borrows = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -328,13 +329,12 @@ class _Finder(ReadingMode):
 
     def meet(self, tensor: torch.Tensor) -> None:
         """A tensor from outside, or one that a transform inside the function has wrapped."""
-        core = torch._C._functorch
-        if core.maybe_get_level(tensor) <= self.level:
+        if _torch.level_of(tensor) <= self.level:
             self.outside.append(tensor)
             return
         inside = tensor
-        while core.maybe_get_level(tensor) > self.level:
-            tensor = core.get_unwrapped(tensor)
+        while _torch.level_of(tensor) > self.level:
+            tensor = _torch.unwrapped(tensor)
         if id(tensor) not in self.known and needs_derivative(tensor):
             raise ClosureError(
                 f"the objective hands a closed-over tensor of shape {tuple(tensor.shape)} that requires a gradient to "

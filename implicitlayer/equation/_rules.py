@@ -14,8 +14,8 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
+from implicitlayer import _torch
 from implicitlayer.base._surroundings import plain_surroundings
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._certificate import Assumptions, gradient_error
@@ -73,9 +73,7 @@ def _checks(answer: AnswerCheck | None, matrix: Matrix) -> tuple[Watch | None, J
 
 def plainly() -> bool:
     """Whether nobody will differentiate what is computed now, and no transform is at work."""
-    return not (
-        torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    )
+    return not (torch.is_grad_enabled() or _torch.transforms_active() or _torch.forward_mode_active())
 
 
 def implicit_jvp(

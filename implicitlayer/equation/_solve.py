@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from implicitlayer import _torch
 from implicitlayer._errors import NonFiniteError, NotRecordedError, UnsupportedTransformError
 from implicitlayer.base._failures import replaced
 from implicitlayer.base._records import AnswerDistance, BackwardRecord, GradientError, emit, listening_in_depth
@@ -241,8 +242,7 @@ def alive(tensors: Sequence[Any]) -> tuple[Any, ...]:
     A graph that is kept beyond the torch.func level that built it (a layer inside the objective of a layer) hands its
     saved tensors back in such wrappers, which torch does not accept in a new level.
     """
-    unwrap = torch._C._functorch.unwrap_if_dead
-    return tuple(unwrap(t) if isinstance(t, torch.Tensor) else t for t in tensors)
+    return tuple(_torch.unwrapped_if_over(t) if isinstance(t, torch.Tensor) else t for t in tensors)
 
 
 def fill(leaves: Sequence[torch.Tensor | None], like: Leaves) -> Leaves:
@@ -275,15 +275,14 @@ def over_batched_vectors(
     That option of torch.autograd.grad hands a backward vectors wrapped by an older batching mechanism, which custom
     Functions do not see; here they are unwrapped, mapped over by ``torch.func.vmap``, and wrapped again.
     """
-    wrapped = [v for v in vectors if v is not None and torch._C._functorch.is_legacy_batchedtensor(v)]
+    wrapped = [v for v in vectors if v is not None and _torch.is_batched_by_grad(v)]
     if not wrapped:
         return list(rule(list(vectors)))
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
+    level = _torch.batch_level()
     # the size asked for is used only for tensors that are not wrapped: a wrapped one comes back with its own
-    size = torch._remove_batch_dim(wrapped[0], level, 1, 0).shape[0]
+    size = _torch.remove_batch(wrapped[0], level, 1, 0).shape[0]
     slots = [i for i, v in enumerate(vectors) if v is not None]
-    plain = [torch._remove_batch_dim(v, level, size, 0).clone() for v in vectors if v is not None]
+    plain = [_torch.remove_batch(v, level, size, 0).clone() for v in vectors if v is not None]
     present: list[bool] = []
 
     def some(*lane: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -295,4 +294,4 @@ def over_batched_vectors(
         return tuple(t for t in result if t is not None)
 
     values = iter(torch.vmap(some)(*plain))
-    return [torch._add_batch_dim(next(values), 0, level) if there else None for there in present]
+    return [_torch.add_batch(next(values), 0, level) if there else None for there in present]

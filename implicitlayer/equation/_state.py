@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from implicitlayer import _torch
 from implicitlayer._errors import ClosureError
 from implicitlayer.base._tree import flatten_with_names, is_data, tree_leaves
 
@@ -30,7 +31,7 @@ _LEAF = torch.zeros((), requires_grad=True)
 
 def _next_number() -> int:
     """The number of the first node that is made from now on."""
-    with torch._C.DisableTorchFunction():  # no business of an enclosing finder's
+    with _torch.without_modes():  # no business of an enclosing finder's
         return _number_of(_LEAF.view(()))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from implicitlayer import _torch
 from implicitlayer._errors import UnsupportedTransformError
 from implicitlayer.api._module import ArgminLayer
 from implicitlayer.base._surroundings import plain_surroundings
@@ -65,7 +66,7 @@ def explain_gradient(layer: ImplicitLayer | ArgminLayer, /, *args: Any) -> Gradi
     if isinstance(settings, ProxLayer):
         settings = settings.as_root(function)
         function = settings.function
-    if torch._C._are_functorch_transforms_active():
+    if _torch.transforms_active():
         raise UnsupportedTransformError(
             "explain_gradient was called inside a torch.func transform, whose tensors have no requires_grad to "
             "explain. Call it outside, with plain tensors that require a gradient."

@@ -20,6 +20,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from implicitlayer import _torch
+
 R = TypeVar("R")
 Sources = frozenset[int]
 NOTHING: Sources = frozenset()
@@ -208,7 +210,7 @@ def _union(parts: Iterable[Sources]) -> Sources:
 
 
 def _wrapped(tensor: torch.Tensor) -> bool:
-    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return _torch.is_wrapped(tensor)
 
 
 def _user_line() -> tuple[SourceLine | None, str, bool]:

@@ -27,7 +27,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
+
+from implicitlayer import _torch
 
 SUMMED = (0, 1, 2)  # the axes K, H, W: batch statistics belong to one task and one channel
 
@@ -36,22 +38,21 @@ AnyFunction = TypeVar("AnyFunction", bound=type[Function])
 
 def hand_written(x: Tensor) -> bool:
     """Whether Functions run rather than plain operations: on the CPU, outside forward mode; NOTE [orders and modes]."""
-    return x.device.type == "cpu" and forward_ad._current_level < 0
+    return x.device.type == "cpu" and not _torch.forward_mode_active()
 
 
 def mapped(tensor: Tensor) -> bool:
     """Whether ``tensor`` stands for many under `torch.func.vmap`."""
-    functorch = torch._C._functorch
-    while functorch.is_functorch_wrapped_tensor(tensor):
-        if functorch.is_batchedtensor(tensor):
+    while _torch.is_wrapped(tensor):
+        if _torch.is_mapped(tensor):
             return True
-        tensor = functorch.get_unwrapped(tensor)
+        tensor = _torch.unwrapped(tensor)
     return False
 
 
 def needs_plain_operations(data: Tensor) -> bool:
     """Whether data of a task is differentiated or transformed, or of no fixed precision."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(data)
+    wrapped = _torch.is_wrapped(data)
     return data.requires_grad or wrapped or torch.is_autocast_enabled("cpu")
 
 

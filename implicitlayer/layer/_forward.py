@@ -21,13 +21,13 @@ from implicitlayer.base._surroundings import out_of_inference, plain_surrounding
 from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, name_lanes, unflatten
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.equation._capture import plainly_impossible
-from implicitlayer.equation._composite import Composite
 from implicitlayer.equation._distance import AnswerCheck
 from implicitlayer.equation._limits_of_torch import limits_named, second_derivatives
 from implicitlayer.equation._normalisation import wrong_third_derivative
 from implicitlayer.equation._residual import Attached, Residual
 from implicitlayer.equation._stationarity import Stationarity, stationarity
 from implicitlayer.layer._polish import Polish, polish
+from implicitlayer.layer._seen import SeenFunction, summed
 from implicitlayer.layer._verdict import judge_answer
 
 if TYPE_CHECKING:
@@ -221,7 +221,7 @@ def _call_solver(spec: LayerSpec, init: Leaves, theta: Leaves) -> tuple[list[tup
     if not residual.levels and not hidden and calling.user_function is not None:
         objective = calling.user_function
         if calling.gives_value and residual.lane_dims_of_function and not batched:
-            objective = _summed(objective)
+            objective = summed(objective)
         return [(_run(calling, objective, init, explicit, alone), init)], False
     if not residual.levels or batched:
         objective = SeenFunction(calling, residual, hidden, batched)
@@ -247,57 +247,6 @@ def _call_solver(spec: LayerSpec, init: Leaves, theta: Leaves) -> tuple[list[tup
         objective = SeenFunction(calling, single, hidden, batched)
         results.append((_run(calling, objective, lane_init, explicit, spec.masks and not lanes_inside), lane_init))
     return results, True
-
-
-class SeenFunction:
-    """The objective (residual, map) as a solver sees it: lanes vectorised, closed-over values filled in.
-
-    Attributes:
-        lane_dims: leading dimensions of every leaf that the solver may treat as independent problems.
-        terms: the set or regulariser of the layer, None without one.
-    """
-
-    def __init__(self, calling: Calling, residual: Residual, hidden: Leaves, batched: bool) -> None:
-        self._calling, self._residual, self._hidden, self._batched = calling, residual, hidden, batched
-        self._function = residual.over_lanes(calling.flat_function)
-        self.lane_dims = residual.lane_dims if batched else 0
-        self.terms = None if calling.constraints is None else calling.constraints.terms
-
-    def __call__(self, x: Any, *theta: Any) -> Any:
-        leaves, _ = flatten(x)
-        value = self._function(leaves, self._calling.flatten_theta(theta, self._hidden))
-        if not self._calling.gives_value:
-            return unflatten(value, self._calling.x_spec)
-        return value.sum() if not self._batched and value.ndim else value
-
-    def as_composite(self) -> Composite | None:
-        """The model and loss of an objective that tells them, on flat lists of leaves; see equation/_flat.py."""
-        parts, over_lanes = self._residual.parts, self._residual.over_lanes
-        if parts.model is None or parts.loss is None:
-            return None
-        model, loss = over_lanes(parts.model), over_lanes(parts.loss)
-
-        def values(outputs: Any, *theta: Any) -> torch.Tensor:
-            value: torch.Tensor = loss(outputs, self._calling.flatten_theta(theta, self._hidden))
-            return value.sum() if not self._batched and value.ndim else value
-
-        def outputs_of(x: Any, *theta: Any) -> Any:
-            leaves, _ = flatten(x)
-            return model(leaves, self._calling.flatten_theta(theta, self._hidden))
-
-        return Composite(values, outputs_of)
-
-    def prox(self, y: Any, step: torch.Tensor, *theta: Any) -> Any:
-        """The proximal operator of the layer's set or regulariser, lane by lane; ``step`` is 0-d or [*lanes]."""
-        assert self._calling.constraints is not None
-        leaves, spec = flatten(y)
-        steps = step.expand(leaves[0].shape[: self._residual.lane_dims])
-        prox = self._residual.over_lanes(self._calling.constraints.prox)
-        return unflatten(prox([*leaves, steps], self._calling.flatten_theta(theta, self._hidden)), spec)
-
-
-def _summed(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    return lambda x, *theta: function(x, *theta).sum()
 
 
 def _run(calling: Calling, objective: Callable[..., Any], init: Leaves, theta: Leaves, masks: bool) -> SolverResult:

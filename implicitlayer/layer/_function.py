@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from implicitlayer import _torch
 from implicitlayer.base._failures import failed_lanes, finite_data, replaced
 from implicitlayer.base._records import BackwardRecord, ForwardRecord
 from implicitlayer.base._surroundings import plain_surroundings
@@ -102,7 +103,7 @@ class LayerSpec:
         held = self.graph[0] if self.graph else None
         if held is not None and self.closed is not None:
             self.closed.refuse_changed()
-        if held is not None and not torch._C._autograd._get_current_graph_task_keep_graph():
+        if held is not None and not _torch.keeps_graph():
             self.graph.clear()
         reaching, complete = self.reaching(theta, needed)
         if held is None and not complete:

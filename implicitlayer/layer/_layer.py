@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from implicitlayer import _torch
 from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
 from implicitlayer.base._copying import CopiesFunctions
 from implicitlayer.base._records import CallRecords, Record
@@ -254,8 +255,7 @@ def _refuse_sparse(leaves: Sequence[Any]) -> None:
 
 def _refuse_forward_over_forward() -> None:
     """torch answers jvp(jvp(f)) of every custom Function with a silent zero; an error is better."""
-    stack = torch._C._functorch.get_interpreter_stack() or []
-    if sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack) > 1:
+    if _torch.num_forward_levels() > 1:
         raise UnsupportedTransformError(
             "forward mode over forward mode (jvp of jvp, jacfwd of jacfwd) through an implicit layer is not possible: "
             "torch returns zero for it in silence. Use torch.func.hessian (forward over reverse) or jacfwd(jacrev)."

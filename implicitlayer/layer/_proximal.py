@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from implicitlayer import _torch
 from implicitlayer.base._copying import CopiesFunctions
 from implicitlayer.base._tree import flatten, lane_reduce, leaves_in_order, unflatten
 from implicitlayer.equation._composite import Composite
@@ -206,7 +207,7 @@ def proximal(
     for leaf in [] if callable(strength) or isinstance(strength, _KNOWN) else flatten(strength)[0]:
         if not isinstance(leaf, (int, float, torch.Tensor)) or isinstance(leaf, bool):
             raise ValueError(f"strength must be a number or a tensor, got {type(leaf).__name__}.")
-        wrapped = isinstance(leaf, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf)
+        wrapped = isinstance(leaf, torch.Tensor) and _torch.is_wrapped(leaf)
         if not wrapped and not bool(((torch.as_tensor(leaf) >= 0) & (torch.as_tensor(leaf) < torch.inf)).all()):
             raise ValueError(
                 f"strength={leaf} must be non-negative and finite: a negative one rewards distance from theta."

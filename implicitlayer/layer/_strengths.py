@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from implicitlayer import _torch
 from implicitlayer.base._tree import flatten, ravel, unflatten
 
 __all__ = ["LearnedStrength", "MatrixStrength", "OperatorStrength"]
@@ -53,7 +54,7 @@ class MatrixStrength:
         if not given[0].is_floating_point():
             raise ValueError(f"a strength must be floating, got {given[0].dtype}. Use .double().")
         matrix = self.matrix
-        if matrix is None or torch._C._functorch.is_functorch_wrapped_tensor(matrix):
+        if matrix is None or _torch.is_wrapped(matrix):
             return
         matrix = matrix.detach()
         if not bool(matrix.isfinite().all()):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from implicitlayer import _torch
 from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._status import Status
 from implicitlayer.linear._common import NOISE, Correction, Limits, Round, select
@@ -89,25 +90,12 @@ def materialise(operator: FlatOperator, like: torch.Tensor) -> torch.Tensor:
     if len(columns) < n:
         rest = units[len(columns) :]
         try:
-            columns += [column for part in rest.split(_CHUNK) for column in _side_by_side(operator, part)]
+            columns += [column for part in rest.split(_CHUNK) for column in _torch.mapped_over(operator, part)]
         except RuntimeError:  # a product that vmap cannot follow (NumPy inside, data-dependent code): one by one
             columns += [operator(unit) for unit in rest]
     if not columns:
         return like.new_zeros(*like.shape, 0).double()
     return torch.stack(columns, -1).double()
-
-
-def _side_by_side(operator: FlatOperator, vectors: torch.Tensor) -> torch.Tensor:
-    """``torch.vmap(operator)(vectors)`` of one tensor, without the reference cycles of its trees."""
-    core, size = torch._C._functorch, vectors.shape[0]
-    level = core._vmap_increment_nesting(size, "error")
-    try:
-        products: torch.Tensor = core._remove_batch_dim(
-            operator(core._add_batch_dim(vectors, 0, level)), level, size, 0
-        )
-    finally:
-        core._vmap_decrement_nesting()
-    return products
 
 
 def factorise(

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from implicitlayer import _torch
 from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._status import Status
 from implicitlayer.linear._common import SLACK, Limits, lane_norm, select
@@ -79,7 +80,7 @@ class WarmStart(LinearSolver):
 
     def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution:
         """Solve for a flat right-hand side [*lanes, n]."""
-        if torch._C._functorch.is_functorch_wrapped_tensor(rhs):
+        if _torch.is_wrapped(rhs):
             solution: LinearSolution = self.solver.solve(operator, rhs)
             return solution
         key = (tuple(rhs.shape), rhs.dtype, rhs.device)

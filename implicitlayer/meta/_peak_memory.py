@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from implicitlayer._torch import TorchDispatchMode, tree_leaves
 
 
 class PeakMemory(TorchDispatchMode):

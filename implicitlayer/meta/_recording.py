@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from implicitlayer import _torch
 from implicitlayer._errors import ImplicitLayerWarning
 from implicitlayer.base._solution import LinearSolution, RecordingSolver, SolverResult
 from implicitlayer.base._status import Status
@@ -269,7 +270,7 @@ class Recordings:
         phi = flatten(init)[0]
         if len({leaf.dtype for leaf in phi}) > 1 or len({leaf.device for leaf in leaves}) > 1:
             return "the tensors have several dtypes or devices"
-        if torch._C._are_functorch_transforms_active():
+        if _torch.transforms_active():
             return "a transform of torch.func is active"
         closed = find_closed_over(objective, (init, theta, support))
         known = {id(tensor) for tensor in own}

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch.utils import _pytree as pytree
 
+from implicitlayer import _torch
 from implicitlayer.base._copying import CopiesFunctions
 from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, ravel, tree_map, unflatten, unravel
 from implicitlayer.base._types import Leaves
@@ -277,7 +278,7 @@ def norm_in_units(vector: torch.Tensor, dim: Any = -1) -> torch.Tensor:
 
 def is_plain(value: Any) -> bool:
     """Whether the numbers of ``value`` can be looked at: no transform has wrapped it."""
-    return not (isinstance(value, torch.Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(value))
+    return not (isinstance(value, torch.Tensor) and _torch.is_wrapped(value))
 
 
 def check_entries(value: Any, name: str, rule: str, holds: Any) -> None:

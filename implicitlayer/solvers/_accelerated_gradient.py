@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from implicitlayer import _torch
 from implicitlayer.base._solution import RecordingSolver, SolverResult
 from implicitlayer.base._tree import flatten, lane_reduce, leaves_norm, unflatten
 from implicitlayer.base._types import Leaves
@@ -135,7 +136,7 @@ class AcceleratedGradient(RecordingSolver):
                     running, stalled = torch.ones_like(norm, dtype=torch.bool), torch.zeros_like(norm, dtype=torch.bool)
                 assert running is not None
                 doubt = partial(contradiction, y, gradient, before, curvature, lane_dims)
-                move = partial(relative_move, y, before and list(torch._foreach_sub(y, before[0])), lane_dims)
+                move = partial(relative_move, y, before and list(_torch.foreach_sub(y, before[0])), lane_dims)
                 stalled = stalled | watch.look(running, norm, value.double(), doubt, move, every == 1)
                 before = y, gradient
                 running = (norm > tolerance) & ~stalled
@@ -151,7 +152,7 @@ class AcceleratedGradient(RecordingSolver):
                 curvature = problem.search(y, value, gradient, norm, curvature, active, self.strong_convexity or 0.0)
             assert curvature is not None
             x_new = _add(y, gradient, -1 / curvature)
-            change = list(torch._foreach_sub(x_new, x))
+            change = list(_torch.foreach_sub(x_new, x))
             y_new = _add(x_new, change, momentum.next(gradient, change, curvature, lane_dims))
             x, y = _where(running, x_new, x), _where(running, y_new, y)
         finite = finite_leaves(x, lane_dims)
@@ -262,7 +263,7 @@ def _add(x: Leaves, direction: Leaves, factor: float | torch.Tensor) -> Leaves:
     """x + factor * direction, with one factor for all or one per lane."""
     if isinstance(factor, torch.Tensor):
         return [torch.addcmul(a, _like(factor, a), b) for a, b in zip(x, direction, strict=True)]
-    return list(torch._foreach_add(x, direction, alpha=factor))
+    return list(_torch.foreach_add(x, direction, alpha=factor))
 
 
 def _where(running: torch.Tensor | None, new: Leaves, old: Leaves) -> Leaves:

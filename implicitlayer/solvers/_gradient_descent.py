@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from implicitlayer import _torch
 from implicitlayer.base._solution import RecordingSolver, SolverResult
 from implicitlayer.base._tree import flatten, leaves_norm, unflatten
 from implicitlayer.base._types import Leaves
@@ -120,9 +121,9 @@ class GradientDescent(RecordingSolver):
             if step >= self.max_steps:
                 break
             if isinstance(step_size, int | float):
-                torch._foreach_add_(x, gradient, alpha=-step_size)
+                _torch.foreach_add_(x, gradient, alpha=-step_size)
             else:
-                torch._foreach_sub_(x, _constant(moves(step_size, gradient, spec, value.ndim)))
+                _torch.foreach_sub_(x, _constant(moves(step_size, gradient, spec, value.ndim)))
         finite = finite_leaves(x, value.ndim if self.max_steps else 0)
         return outcome(unflatten(x, spec), self.max_steps, wanted=False, reached=~finite, finite=finite)
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from implicitlayer import _torch
 from implicitlayer.base._tree import TreeSpec, flatten, leaves_in_order, ravel, unflatten, unravel
 from implicitlayer.base._types import Leaves
 
@@ -77,7 +78,7 @@ def moves(step_size: StepSize, gradient: Leaves, spec: TreeSpec, lane_dims: int)
         ValueError: another structure, or a shape that does not fit.
     """
     if isinstance(step_size, int | float):
-        return list(torch._foreach_mul(gradient, float(step_size)))
+        return list(_torch.foreach_mul(gradient, float(step_size)))
     if isinstance(step_size, torch.Tensor):
         return [_times(step_size, g) for g in gradient]
     if isinstance(step_size, _Matrix):

@@ -1,0 +1,102 @@
+"""Names of torch that are not public, under names that say what they are for; no other file touches any.
+
+``tests/test_torch_names.py`` checks what the package relies on of each, and says what breaks when torch changes it.
+(Attributes of tensors and graph nodes, such as ``_version``, are read where they are needed.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = ["TorchDispatchMode", "tree_leaves"]
+
+_functorch: Any = torch._C._functorch
+_autograd: Any = torch._C._autograd
+_core: Any = torch._C
+
+# Transforms of torch.func. A tensor inside one is wrapped, once for every level that is active around it.
+transforms_active: Callable[[], bool] = _core._are_functorch_transforms_active
+is_wrapped: Callable[[torch.Tensor], bool] = _functorch.is_functorch_wrapped_tensor
+is_mapped: Callable[[torch.Tensor], bool] = _functorch.is_batchedtensor  # its outermost wrapper is that of vmap
+unwrapped: Callable[[torch.Tensor], torch.Tensor] = _functorch.get_unwrapped  # one wrapper less
+unwrapped_if_over: Callable[[torch.Tensor], torch.Tensor] = _functorch.unwrap_if_dead  # of a level that has ended
+level_of: Callable[[torch.Tensor], int] = _functorch.maybe_get_level  # -1 for a plain tensor
+
+
+def current_level() -> int:
+    """The number of the innermost transform, 0 outside."""
+    level: int | None = _functorch.maybe_current_level()
+    return level or 0
+
+
+def num_forward_levels() -> int:
+    """How many ``torch.func.jvp`` are active, one inside the other."""
+    stack = _functorch.get_interpreter_stack() or []
+    return sum(level.key() == _functorch.TransformType.Jvp for level in stack)
+
+
+def mapped_over(function: Callable[[torch.Tensor], torch.Tensor], vectors: torch.Tensor) -> torch.Tensor:
+    """``torch.vmap(function)(vectors)`` of one tensor, without the reference cycles of its trees."""
+    size = vectors.shape[0]
+    level = _functorch._vmap_increment_nesting(size, "error")
+    try:
+        mapped = function(_functorch._add_batch_dim(vectors, 0, level))
+        result: torch.Tensor = _functorch._remove_batch_dim(mapped, level, size, 0)
+    finally:
+        _functorch._vmap_decrement_nesting()
+    return result
+
+
+def forward_mode_active() -> bool:
+    """Whether forward mode is at work, by ``torch.func.jvp`` or ``forward_ad.dual_level``."""
+    return forward_ad._current_level >= 0
+
+
+# The older batching of ``torch.autograd.grad(is_grads_batched=True)``, which custom Functions do not see. The numbers
+# are dim and level, and level, size and dim.
+is_batched_by_grad: Callable[[torch.Tensor], bool] = _functorch.is_legacy_batchedtensor
+add_batch: Callable[[torch.Tensor, int, int], torch.Tensor] = torch._add_batch_dim
+remove_batch: Callable[[torch.Tensor, int, int, int], torch.Tensor] = torch._remove_batch_dim
+
+
+def batch_level() -> int:
+    """The number of the innermost level of that batching."""
+    level: int = _core._vmapmode_increment_nesting() - 1
+    _core._vmapmode_decrement_nesting()
+    return level
+
+
+# Modes of ``torch.overrides``, and hooks on saved tensors: stacks that a layer looks at, or runs without.
+without_modes: Callable[[], AbstractContextManager[None]] = _core.DisableTorchFunction
+num_modes: Callable[[], int] = _core._len_torch_function_stack
+pop_mode: Callable[[], Any] = _core._pop_torch_function_stack
+push_mode: Callable[[Any], None] = _core._push_on_torch_function_stack
+
+
+def saving_hooks(ignore_tracing: bool = False) -> Any:
+    """The pair of hooks on saved tensors that is on top, None without any."""
+    return _autograd._top_saved_tensors_default_hooks(ignore_tracing)
+
+
+pop_saving_hooks: Callable[[], None] = _autograd._pop_saved_tensors_default_hooks
+push_saving_hooks: Callable[[Any, Any], None] = _autograd._push_saved_tensors_default_hooks
+
+# Inside a backward: whether it was asked to keep the graph.
+keeps_graph: Callable[[], bool] = _autograd._get_current_graph_task_keep_graph
+
+# A graph break of torch.compile that does not import the compiler by itself.
+not_compiled: Callable[[Any], Any] = torch._compile._disable_dynamo
+
+# One call for a list of tensors.
+foreach_add = torch._foreach_add
+foreach_add_ = torch._foreach_add_
+foreach_sub = torch._foreach_sub
+foreach_sub_ = torch._foreach_sub_
+foreach_mul = torch._foreach_mul
