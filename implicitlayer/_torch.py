@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-__all__ = ["TorchDispatchMode", "tree_leaves"]
+__all__ = ["TorchDispatchMode", "pytree"]
 
 _functorch: Any = torch._C._functorch
 _autograd: Any = torch._C._autograd
@@ -78,13 +78,8 @@ without_modes: Callable[[], AbstractContextManager[None]] = _core.DisableTorchFu
 num_modes: Callable[[], int] = _core._len_torch_function_stack
 pop_mode: Callable[[], Any] = _core._pop_torch_function_stack
 push_mode: Callable[[Any], None] = _core._push_on_torch_function_stack
-
-
-def saving_hooks(ignore_tracing: bool = False) -> Any:
-    """The pair of hooks on saved tensors that is on top, None without any."""
-    return _autograd._top_saved_tensors_default_hooks(ignore_tracing)
-
-
+# The pair of hooks on saved tensors that is on top, None without any; True: also while a compiler traces.
+saving_hooks: Callable[[bool], Any] = _autograd._top_saved_tensors_default_hooks
 pop_saving_hooks: Callable[[], None] = _autograd._pop_saved_tensors_default_hooks
 push_saving_hooks: Callable[[Any, Any], None] = _autograd._push_saved_tensors_default_hooks
 

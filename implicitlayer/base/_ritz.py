@@ -27,6 +27,7 @@ Array = npt.NDArray[np.float64]
 
 _TRIALS = 64  # per sweep
 _DIGITS = 1e-3  # relative width of the bracket at the end
+_TINY, _LARGE = float(np.finfo(float).tiny), 1e300
 _SMALLEST = 1e-20  # of the largest magnitude: what is below counts as zero
 
 
@@ -120,7 +121,7 @@ def _extremes(pivots: Array, betas: Array) -> tuple[Array, Array]:
     reach = np.abs(diagonal)
     reach[1:] += side
     reach[:-1] += side
-    bound = np.maximum(reach.max(0), np.finfo(float).tiny) * (1 + 1e-6)  # Gershgorin
+    bound = np.maximum(reach.max(0), _TINY) * (1 + 1e-6)  # Gershgorin
     d, b, diagonal = d / bound, b, diagonal / bound
     low = _smallest(d, b)
     high = -_smallest(-d, b)
@@ -156,11 +157,14 @@ def _any_below(d: Array, b: Array, shift: Array) -> npt.NDArray[np.bool_]:
     """Whether an eigenvalue lies below ``shift`` [trials, lanes]."""
     t = -shift
     found = np.zeros(shift.shape, dtype=bool)
-    for j in range(len(d)):
-        plus = d[j] + t
-        plus = np.where(plus == 0, -np.finfo(float).tiny, plus)
+    last = len(d) - 1
+    for j, pivot in enumerate(d):
+        plus = pivot + t
+        plus[plus == 0] = -_TINY
         found |= plus < 0
-        if j < len(b):
-            t = t * (b[j] * d[j] / plus) - shift
-            t = np.clip(t, -1e300, 1e300)
+        if j < last:
+            np.divide(b[j] * pivot, plus, out=plus)
+            plus *= t
+            plus -= shift
+            t = np.minimum(np.maximum(plus, -_LARGE, out=plus), _LARGE, out=plus)
     return found

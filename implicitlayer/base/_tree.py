@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
+
+from implicitlayer._torch import pytree
 
 TreeSpec = pytree.TreeSpec
 _LEAF: TreeSpec = pytree.tree_flatten(0)[1]

@@ -18,9 +18,9 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from implicitlayer import _torch
+from implicitlayer._torch import pytree
 
 R = TypeVar("R")
 Sources = frozenset[int]

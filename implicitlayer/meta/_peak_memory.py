@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from implicitlayer._torch import TorchDispatchMode, tree_leaves
+from implicitlayer._torch import TorchDispatchMode, pytree
 
 
 class PeakMemory(TorchDispatchMode):
@@ -37,9 +37,9 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and count the storages it made."""
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        given = {t.untyped_storage()._cdata for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
+        for tensor in pytree.tree_leaves(result):
             if not isinstance(tensor, torch.Tensor):
                 continue
             storage = tensor.untyped_storage()

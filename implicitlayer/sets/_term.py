@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch.utils import _pytree as pytree
 
 from implicitlayer import _torch
+from implicitlayer._torch import pytree
 from implicitlayer.base._copying import CopiesFunctions
 from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, ravel, tree_map, unflatten, unravel
 from implicitlayer.base._types import Leaves
