@@ -1,7 +1,8 @@
 """The equation F(x, theta) = 0 behind a layer, as a pure function of flat lists of tensors, and its products."""
 
-# F is the gradient of the objective (argmin) or the user's residual (root). Everything in this file is written with
-# torch.func only, so it can be differentiated and vmapped to any order.
+# F is the gradient of the objective (argmin) or the user's residual (root). `Attached` holds a plain graph of it, for
+# first derivatives outside transforms; all else is written with torch.func only, so it can be differentiated and
+# vmapped to any order.
 
 from __future__ import annotations
 

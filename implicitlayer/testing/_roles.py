@@ -92,8 +92,9 @@ def roles() -> list[ThetaRole]:
 def theta_roles() -> st.SearchStrategy[ThetaRole]:
     """Strategy of the ways in which a theta can be given to a layer, simplest first.
 
-    Leaf, non-leaf, view, ``nn.Parameter``, inside a dict, frozen, closed over, the same tensor twice, also as init;
-    beside an unused tensor, an integer tensor, a bool tensor, a Python number, a string or None.
+    Leaf, non-leaf, view, ``nn.Parameter``, inside a dict, frozen, closed over (as a leaf, and computed), the same
+    tensor twice, also as init; beside an unused tensor, an integer tensor, a bool tensor, a Python number, a string or
+    None.
 
     Returns:
         Strategy of :class:`ThetaRole`.
@@ -198,7 +199,16 @@ def _frozen(problem: _Problem) -> RoleCase:
 
 def _closed_over(problem: _Problem) -> RoleCase:
     """The objective closes over the last theta, which is no argument of the layer."""
-    *first, last = problem.theta
+    return _over(problem, problem.theta[-1])
+
+
+def _closed_over_computed(problem: _Problem) -> RoleCase:
+    """The objective closes over the last theta, which was computed from a leaf."""
+    return _over(problem, 2 * problem.theta[-1] - problem.theta[-1])
+
+
+def _over(problem: _Problem, last: torch.Tensor) -> RoleCase:
+    first = problem.theta[:-1]
     return RoleCase(
         lambda x, *args: problem.function(x, *args, last),
         lambda function, init, *args: problem.solver(function, init, *args, last.detach()),
@@ -256,6 +266,7 @@ _ROLES: dict[str, Callable[[_Problem], RoleCase]] = {
     "in a dict": _in_a_dict,
     "frozen": _frozen,
     "closed over": _closed_over,
+    "closed over, computed": _closed_over_computed,
     "same tensor twice": _twice,
     "also init": _also_init,
     "beside an unused tensor": _unused,

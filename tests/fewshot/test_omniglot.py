@@ -14,7 +14,7 @@ from implicitlayer.fewshot import DatasetError, Omniglot, _omniglot
 from implicitlayer.fewshot._splits import OMNIGLOT_SIZES, SEED, hash_split, load_splits
 
 needs_data = pytest.mark.skipif(
-    "IMPLICITLAYER_DATA" not in os.environ, reason="real Omniglot: set IMPLICITLAYER_DATA to the folder with its zips"
+    not os.environ.get("IMPLICITLAYER_DATA"), reason="real Omniglot: set IMPLICITLAYER_DATA to the folder with its zips"
 )
 
 

@@ -23,6 +23,7 @@ ROLES = [
     "in a dict",
     "frozen",
     "closed over",
+    "closed over, computed",
     "same tensor twice",
     "also init",
     "beside an unused tensor",
