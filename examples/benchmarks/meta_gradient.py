@@ -41,6 +41,7 @@ from _meta_gradient_rivals import (
 )
 
 import implicitlayer as il
+from implicitlayer import experiments
 
 
 def library(theta: Params, tasks: Any, s: Settings) -> Gradient:
@@ -165,7 +166,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     about = {
         "command": " ".join(["python", *sys.argv]),
-        "machine": f"{platform.machine()}, {cpu_name()}",
+        "machine": f"{platform.machine()}, {experiments.machine()['cpu']}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torchopt": metadata.version("torchopt") if torchopt is not None else "left out: not installed",
@@ -195,14 +196,6 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     flat_memory = list(memory["implicitlayer"].values())
     assert max(flat_memory) <= 1.01 * min(flat_memory), flat_memory
     return results
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown processor"
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 import implicitlayer as il
+from implicitlayer import experiments
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = {
@@ -164,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
 
     about = {
         "command": " ".join(["python", *sys.argv]),
-        "machine": f"{platform.machine()}, {cpu_name()}",
+        "machine": f"{platform.machine()}, {experiments.machine()['cpu']}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": 1,
@@ -187,14 +188,6 @@ def row(case: str, numbers: dict[str, float]) -> str:
         words += f"   earlier {numbers['earlier seconds']:6.2f} s {numbers['earlier mib']:6.0f} MiB"
         words += f"   ratio {numbers['present seconds'] / numbers['earlier seconds']:.2f}"
     return words
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown processor"
 
 
 if __name__ == "__main__":

@@ -75,7 +75,7 @@ def out_of_inference(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 def outside_compiled_code(function: Callable[P, R]) -> Callable[P, R]:
     """A graph break around ``function`` in code compiled by torch.compile: solvers are black boxes to it too."""
-    uncompiled: Callable[P, R] = _torch.not_compiled(function)  # does not import the compiler by itself
+    uncompiled: Callable[P, R] = _torch.not_compiled(function)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:

@@ -67,18 +67,23 @@ def refuse_once_differentiable(node: Any) -> None:
 _ONCE = torch.autograd.function.once_differentiable
 
 
-def leaves_of(values: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """The leaf tensors that the graph of ``values`` reaches."""
-    yield from (value for value in values if value.grad_fn is None and value.requires_grad)
-    stack = [value.grad_fn for value in values if value.grad_fn is not None]
+def nodes_of(values: Sequence[torch.Tensor]) -> Iterator[Any]:
+    """Every node of the graph of ``values``, once."""
+    stack: list[Any] = [value.grad_fn for value in values if value.grad_fn is not None]
     seen = set(stack)
     while stack:
         node = stack.pop()
-        refuse_once_differentiable(node)
-        if type(node).__name__ == "AccumulateGrad":
-            variable: torch.Tensor = node.variable  # type: ignore[attr-defined]
-            yield variable
+        yield node
         for child, _ in node.next_functions:
             if child is not None and child not in seen:
                 seen.add(child)
                 stack.append(child)
+
+
+def leaves_of(values: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """The leaf tensors that the graph of ``values`` reaches."""
+    yield from (value for value in values if value.grad_fn is None and value.requires_grad)
+    for node in nodes_of(values):
+        refuse_once_differentiable(node)
+        if type(node).__name__ == "AccumulateGrad":
+            yield node.variable

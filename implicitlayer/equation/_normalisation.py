@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from implicitlayer._errors import ClosureError
+from implicitlayer.equation._graph_leaves import nodes_of
 
 Maybe = torch.Tensor | None
 
@@ -137,10 +138,7 @@ _NODES = ("NativeLayerNormBackward", "NativeBatchNormBackward", "CudnnBatchNormB
 
 def wrong_third_derivative(values: Sequence[torch.Tensor]) -> str:
     """Words for a kernel in the graph of ``values`` whose third derivative is wrong; empty where there is none."""
-    stack = [value.grad_fn for value in values if value.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        node: Any = stack.pop()
+    for node in nodes_of(values):
         name = type(node).__name__.rstrip("0123456789")
         # with frozen statistics the same node is right; what torch has freed it does not tell
         if name in _NODES and getattr(node, "_saved_training", True):
@@ -151,8 +149,4 @@ def wrong_third_derivative(values: Sequence[torch.Tensor]) -> str:
                 f"in torch. Call torch.nn.functional.{kind.replace(' ', '_')} or its module in the objective: the "
                 "plain formula is then used."
             )
-        for child, _ in node.next_functions:
-            if child is not None and child not in seen:
-                seen.add(child)
-                stack.append(child)
     return ""

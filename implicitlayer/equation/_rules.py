@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from implicitlayer import _torch
 from implicitlayer.base._surroundings import plain_surroundings
 from implicitlayer.base._types import Leaves
+from implicitlayer.equation._capture import derivatives_possible
 from implicitlayer.equation._certificate import Assumptions, gradient_error
 from implicitlayer.equation._distance import AnswerCheck, Seen
 from implicitlayer.equation._jacobian import Curvature, Graph, Jacobian, OneGraph, Watch, pull_tensors, push_tensors
@@ -51,7 +51,7 @@ def implicit_vjp(
     watch, judge = _checks(answer, matrix)
     jacobian = Jacobian(residual, len(x), True, *matrix, watch)
     mixed: OneGraph | Callable[[Leaves], Leaves]
-    if graph is not None and plainly():
+    if graph is not None and not derivatives_possible():
         mixed = jacobian = OneGraph(**vars(jacobian), graph=graph)
     else:
         source = residual.seen_by(needed)
@@ -69,11 +69,6 @@ def _checks(answer: AnswerCheck | None, matrix: Matrix) -> tuple[Watch | None, J
         return None, None
     seen: Seen = []
     return partial(answer.see, seen), partial(answer.judge, seen) if matrix == _HESSIAN else None
-
-
-def plainly() -> bool:
-    """Whether nobody will differentiate what is computed now, and no transform is at work."""
-    return not (torch.is_grad_enabled() or _torch.transforms_active() or _torch.forward_mode_active())
 
 
 def implicit_jvp(

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from implicitlayer import _torch
 from implicitlayer._torch import pytree
+from implicitlayer.equation._graph_leaves import nodes_of
 
 R = TypeVar("R")
 Sources = frozenset[int]
@@ -145,14 +146,9 @@ class Tracer(TorchFunctionMode):
         known = self.live.get(id(tensor))
         if known is not None or id(tensor) in self.touched or not tensor.requires_grad:
             return known or NOTHING
-        found, stack, seen = NOTHING, [tensor.grad_fn], {tensor.grad_fn}
-        while stack:
-            node = stack.pop()
+        found = NOTHING
+        for node in nodes_of([tensor]):
             found |= self.leaves.get(id(getattr(node, "variable", None)), NOTHING)
-            for child, _ in node.next_functions if node is not None else ():
-                if child is not None and child not in seen:
-                    seen.add(child)
-                    stack.append(child)
         self.kept.append(tensor)
         self.live[id(tensor)] = found
         return found

@@ -14,14 +14,14 @@ from implicitlayer.base._failures import failed_lanes, finite_data, replaced
 from implicitlayer.base._records import BackwardRecord, ForwardRecord
 from implicitlayer.base._surroundings import plain_surroundings
 from implicitlayer.base._types import Leaves, OnFailure
-from implicitlayer.equation._capture import ClosedOver
+from implicitlayer.equation._capture import ClosedOver, derivatives_possible
 from implicitlayer.equation._certificate import Assumptions
 from implicitlayer.equation._distance import AnswerCheck
 from implicitlayer.equation._jacobian import Graph
 from implicitlayer.equation._limits_of_torch import second_derivatives
 from implicitlayer.equation._repair import NegativeCurvature
 from implicitlayer.equation._residual import Attached, Residual
-from implicitlayer.equation._rules import Matrix, implicit_jvp, implicit_vjp, plainly
+from implicitlayer.equation._rules import Matrix, implicit_jvp, implicit_vjp
 from implicitlayer.equation._solve import alive, fill, lanes_first, over_batched_vectors
 from implicitlayer.layer._forward import Calling, solve_forward
 
@@ -98,7 +98,7 @@ class LayerSpec:
 
         The graph that forward has left goes with the first backward, unless that is told to retain it.
         """
-        if not plainly():
+        if derivatives_possible():
             return None
         held = self.graph[0] if self.graph else None
         if held is not None and self.closed is not None:
