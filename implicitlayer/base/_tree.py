@@ -16,18 +16,27 @@ _LEAF: TreeSpec = pytree.tree_flatten(0)[1]
 
 def flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
     """Leaves of ``tree`` and its structure; a bare tensor, the commonest tree, takes no walk."""
+    if isinstance(tree, torch.Tensor):
+        return [tree], _LEAF
     leaves: list[Any] = []
     return leaves, _walk(tree, leaves)
 
 
 def _walk(tree: Any, leaves: list[Any]) -> TreeSpec:
     # torch's own walk is a closure that calls itself: every call leaves a cycle, which only the garbage collector frees
-    kind = None if isinstance(tree, torch.Tensor) else pytree._get_node_type(tree)
+    kind = pytree._get_node_type(tree)
     if kind not in pytree.SUPPORTED_NODES:
         leaves.append(tree)
         return _LEAF
     children, context = pytree.SUPPORTED_NODES[kind].flatten_fn(tree)
-    return TreeSpec(kind, context, [_walk(child, leaves) for child in children])
+    specs = []
+    for child in children:
+        if isinstance(child, torch.Tensor):
+            leaves.append(child)
+            specs.append(_LEAF)
+        else:
+            specs.append(_walk(child, leaves))
+    return TreeSpec(kind, context, specs)
 
 
 def tree_leaves(tree: Any) -> list[Any]:

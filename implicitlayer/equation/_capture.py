@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import weakref
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -16,8 +17,8 @@ from torch.autograd import forward_ad
 
 from implicitlayer import _torch
 from implicitlayer._errors import ClosureError
-from implicitlayer.base._surroundings import ReadingMode, draws_since, plain_surroundings, saves_by_hooks
-from implicitlayer.base._tree import is_data, tree_leaves, tree_map
+from implicitlayer.base._surroundings import ReadingMode, draws_since, plain_surroundings
+from implicitlayer.base._tree import flatten, is_data, unflatten
 from implicitlayer.equation._normalisation import PLAIN
 from implicitlayer.equation._state import (
     BORROWING,
@@ -34,10 +35,14 @@ from implicitlayer.equation._state import (
 
 def needs_derivative(tensor: torch.Tensor) -> bool:
     """Whether a derivative with respect to ``tensor`` may be asked for, or a transform has wrapped it."""
-    if _torch.is_wrapped(tensor):
-        return True
-    with _torch.without_modes():  # the tensor itself, not what an enclosing layer has swapped in for it
-        return tensor.requires_grad or _has_tangent(tensor)
+    return needing((tensor,))[0]
+
+
+def needing(tensors: Iterable[torch.Tensor]) -> list[bool]:
+    """The same of each of ``tensors``."""
+    forward = _torch.forward_mode_active()
+    with _torch.without_modes():  # the tensors themselves, not what an enclosing layer has swapped in for them
+        return [_torch.is_wrapped(t) or t.requires_grad or (forward and _has_tangent(t)) for t in tensors]
 
 
 def derivatives_possible() -> bool:
@@ -94,6 +99,15 @@ class ClosedOver(list[torch.Tensor]):
         if first is not None:
             first.check(met, read)
 
+    def confirm(self, theta: Sequence[torch.Tensor], reached: Iterable[torch.Tensor]) -> None:
+        """The same of a run whose graph reaches these tensors, where nothing is to be watched."""
+        if self.first is None:
+            return
+        ids, read = {id(tensor) for tensor in reached}, 0
+        for tensor, bits in zip(theta, self.first.sources.bits[self.first.sources.num_x :], strict=False):
+            read |= bits if id(tensor) in ids else 0
+        self.settle(set(), read)
+
     def refuse_changed(self, met: set[int] | None = None) -> None:
         """Raise if a constant has been changed in place, or is none of those that a later run has ``met``."""
         for tensor, version in self.constants:
@@ -117,23 +131,29 @@ def find_closed_over(
 
     It is run on aliases of the tensors in ``args``: one that is closed over as well is found.
     """
-    leaves = [leaf for leaf in tree_leaves(args) if is_data(leaf)]
+    everything, spec = flatten(args)
+    places = [i for i, leaf in enumerate(everything) if is_data(leaf)]
+    leaves = [everything[i] for i in places]
+    num_x = bisect_left(places, len(flatten(args[0])[0]))
     plain = not plainly_impossible()
-    sources = Sources.of(args, leaves, needs_derivative)
+    sources = Sources.of(args[1:], num_x, needing(leaves[num_x:]))
+    attached = [plain and (i < num_x or bit > 0) for i, bit in enumerate(sources.bits)]
 
     def run(shift: float = 0.0) -> tuple[_Finder, Any]:
-        aliases = {id(leaf): _alias(leaf, plain and sources.needs(i)) for i, leaf in enumerate(leaves)}
-        aliased = tree_map(lambda leaf: aliases.get(id(leaf), leaf), args)
+        aliases = {id(leaf): _alias(leaf, own) for leaf, own in zip(leaves, attached, strict=True)}
         given = [aliases[id(leaf)] for leaf in leaves]
+        aliased = list(everything)
+        for place, alias in zip(places, given, strict=True):
+            aliased[place] = alias
         finder = _Finder(given, sources.by_id(given), shift)
         if check is not None:
-            finder.touched = {*finder.bits, *(id(alias) for alias in given[: sources.num_x])}
+            finder.touched = {*finder.bits, *map(id, given[:num_x])}
         if not plain:
             with torch.no_grad(), finder:
-                return finder, function(*aliased)
+                return finder, function(*unflatten(aliased, spec))
         # the graph goes no further than the aliases; a function that takes derivatives of its own needs one
         with plain_surroundings(leaves), torch.enable_grad(), finder:
-            return finder, function(*aliased)
+            return finder, function(*unflatten(aliased, spec))
 
     drawn = draws_since(leaves)
     first, value = run()
@@ -142,11 +162,13 @@ def find_closed_over(
         check(value)
     if first.numbers and plain and check is not None:
         refuse_numbers(sources, first.numbers, value, run)
-    found = ClosedOver(tensor for tensor in first.outside if needs_derivative(tensor))
+    needed = needing(first.outside)
+    found = ClosedOver(t for t, need in zip(first.outside, needed, strict=True) if need)
     found.normalises, found.draws = first.normalises, draws
     found.checkpoints, found.borrows = first.checkpoints and plain, first.borrows
-    found.constants = tuple((t, t._version) for t in first.outside if not needs_derivative(t) and not t.is_inference())
-    if any(_torch.is_wrapped(t) or sources.made_since(t) for t in found):
+    constants = [t for t, need in zip(first.outside, needed, strict=True) if not (need or t.is_inference())]
+    found.constants = tuple([(t, t._version) for t in constants])
+    if found and any(_torch.is_wrapped(t) or sources.made_since(t) for t in found):
         # A vmap inside the function hands its results out unseen. They are new tensors in a second run, while those
         # from outside are the same (the first run's are alive, so no id is used twice).
         again = {id(tensor) for tensor in run()[0].outside}
@@ -219,7 +241,9 @@ def call_with(
     """
     closed = originals if isinstance(originals, ClosedOver) else ClosedOver(originals)
     first = closed.first
-    watched = (bool(closed.constants) or first is not None) and (reads_all or reading is not None)
+    watched = (bool(closed.constants) or (first is not None and bool(first.made))) and (
+        reads_all or reading is not None
+    )
     swaps = not all(own is value for own, value in zip(originals, values, strict=True))
     if not swaps and not watched and (closed.checkpoints or not closed.normalises):
         return function(*args)
@@ -268,6 +292,17 @@ def _tensors_in(values: Iterable[Any], found: list[torch.Tensor]) -> list[torch.
     return found
 
 
+def _entering(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> list[torch.Tensor]:
+    """The tensors among the arguments of an operation; most are given one by one."""
+    found: list[torch.Tensor] = []
+    for value in args:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple, dict)):
+            _tensors_in((value,), found)
+    return _tensors_in(kwargs.values(), found) if kwargs else found
+
+
 class _Finder(ReadingMode):
     """Collects tensors that enter an operation without being known; keeps all alive, so that ids stay unique."""
 
@@ -286,11 +321,9 @@ class _Finder(ReadingMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func == LAYOUT:
             return func(*args)
-        if saves_by_hooks():
+        if _torch.saving_hooks(True) is not None:
             self.checkpoints = True
-        entering = _tensors_in(args, [])
-        if kwargs:
-            _tensors_in(kwargs.values(), entering)
+        entering = _entering(args, kwargs)
         if func in BORROWING and not isinstance(args[0] if args else None, float | int | torch.Tensor):
             self.borrows = True
         if func in PLAIN:
@@ -302,18 +335,18 @@ class _Finder(ReadingMode):
             if id(tensor) not in self.known:
                 self.known[id(tensor)] = tensor
                 self.meet(tensor)
-        source = 0
+        source, touches = 0, False
         for tensor in entering:
             source |= self.bits.get(id(tensor), 0)
+            touches = touches or id(tensor) in self.touched
         self.read |= source
-        touches = any(id(tensor) in self.touched for tensor in entering)
         if touches and func in NUMPY:
             raise refuse_numpy(entering[0])
         if func in NUMBERS:
             self.numbers |= source
             return NUMBERS[func](entering[0].detach(), self.shift if source else 0.0)
         result = func(*args, **(kwargs or {}))
-        for tensor in _tensors_in((result,), []):
+        for tensor in (result,) if isinstance(result, torch.Tensor) else _tensors_in((result,), []):
             self.known.setdefault(id(tensor), tensor)
             if touches:
                 self.touched.add(id(tensor))
@@ -322,10 +355,10 @@ class _Finder(ReadingMode):
         return result
 
     def made_of_theta(self) -> list[tuple[weakref.ref[torch.Tensor], int]]:
-        """Every tensor that was made of theta, and of which; it is held no longer."""
+        """The tensors that were made of theta and that others hold, and of which; they are held here no longer."""
         made = [(weakref.ref(self.known[key]), bits) for key, bits in self.bits.items()]
         self.known.clear()
-        return made
+        return [pair for pair in made if pair[0]() is not None]
 
     def meet(self, tensor: torch.Tensor) -> None:
         """A tensor from outside, or one that a transform inside the function has wrapped."""
@@ -385,8 +418,7 @@ class _Substitute(ReadingMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        entering = _tensors_in(args, [])
-        self.met.update(map(id, _tensors_in(kwargs.values(), entering) if kwargs else entering))
+        self.met.update(map(id, _entering(args, kwargs)))
         if self.values:
             args, kwargs = self.swap(args), self.swap(kwargs)
         return self.operations.get(func, func)(*args, **kwargs)

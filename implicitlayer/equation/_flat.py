@@ -16,39 +16,45 @@ from implicitlayer.equation._capture import call_with
 
 @dataclass(frozen=True, eq=False)
 class Signature:
-    """The structure of theta: tensor leaves apart from everything that is passed through."""
+    """The structure of theta: tensor leaves apart from everything that is passed through.
+
+    ``places``: where in ``leaves`` the tensors are.
+    """
 
     spec: TreeSpec
     leaves: tuple[Any, ...]
+    places: tuple[int, ...]
 
     @classmethod
     def of(cls, args: tuple[Any, ...]) -> Signature:
         leaves, spec = flatten(args)
-        return cls(spec, tuple(leaves))
+        return cls(spec, tuple(leaves), tuple([i for i, leaf in enumerate(leaves) if is_data(leaf)]))
 
     @property
     def tensors(self) -> Leaves:
-        return [leaf for leaf in self.leaves if is_data(leaf)]
+        return [self.leaves[i] for i in self.places]
 
     def rebuild(self, tensors: Leaves) -> tuple[Any, ...]:
         """The arguments with their tensors replaced in order; surplus tensors (closed-over ones) are not read."""
-        values = iter(tensors)
-        filled = [next(values) if is_data(leaf) else leaf for leaf in self.leaves]
+        filled = list(self.leaves)
+        for place, tensor in zip(self.places, tensors, strict=False):
+            filled[place] = tensor
         rebuilt: tuple[Any, ...] = unflatten(filled, self.spec)
         return rebuilt
 
     @property
-    def first(self) -> Any:
-        """The first argument, with whatever stands for its tensors."""
-        args: tuple[Any, ...] = unflatten(list(self.leaves), self.spec)
-        return args[0]
+    def num_in_first(self) -> int:
+        """How many of the tensors are in the first argument."""
+        args: tuple[Any, ...] = unflatten(self.leaves, self.spec)
+        end = len(flatten(args[0])[0])
+        return sum(place < end for place in self.places)
 
     def without_tensors(self) -> Signature:
         """The same structure holding no tensor: functions that outlive the call must not keep data alive."""
-        return Signature(self.spec, tuple(_SLOT if is_data(x) else x for x in self.leaves))
-
-
-_SLOT = torch.empty(0)
+        filled: list[Any] = list(self.leaves)
+        for place in self.places:
+            filled[place] = None
+        return Signature(self.spec, tuple(filled), self.places)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,7 +167,7 @@ def flat_parts(
     num_coupled = 0
     if hasattr(function, "coupling"):
         coupling_of = function.coupling(lane_dims)
-        num_coupled = sum(is_data(leaf) for leaf in flatten(slots.first)[0])
+        num_coupled = slots.num_in_first
 
         def flat_coupling(x: Leaves, theta: Leaves) -> torch.Tensor:
             first = slots.rebuild(theta)[0]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from implicitlayer._errors import ClosureError, ObjectiveError
 from implicitlayer.equation._limits_of_torch import PLAINLY
+from implicitlayer.equation._normalisation import NORMALISATIONS, wrong_third_derivative
 
 
 def refuse_hidden_tensors(
@@ -27,18 +28,18 @@ def refuse_hidden_tensors(
         values, _ = vjp(lambda x_: function(x_, theta), x)
     for value in values:
         if value.requires_grad:
-            raise _not_followed(next(leaves_of([value]), None))
+            raise _not_followed(next(iter(leaves_of([value])), None))
 
 
 def other_leaves(
-    values: Sequence[torch.Tensor], known: Sequence[torch.Tensor], again: Callable[[], Sequence[torch.Tensor]]
+    leaves: Sequence[torch.Tensor], known: Sequence[torch.Tensor], again: Callable[[], Sequence[torch.Tensor]]
 ) -> list[torch.Tensor]:
-    """The leaves of the plain graph of ``values`` that are neither ``known`` nor made by the function itself.
+    """Those of the ``leaves`` of a run of a function that are neither ``known`` nor made by the function itself.
 
     A leaf that the function makes, to take a derivative, is another one when it is run ``again``.
     """
     ids = {id(tensor) for tensor in known}
-    others = [leaf for leaf in leaves_of(values) if id(leaf) not in ids]
+    others = [leaf for leaf in leaves if id(leaf) not in ids]
     if not others:
         return others
     same = {id(leaf) for leaf in leaves_of(again())}
@@ -54,10 +55,9 @@ def _not_followed(leaf: torch.Tensor | None) -> ClosureError:
     )
 
 
-def refuse_once_differentiable(node: Any) -> None:
-    """Raise for the node of a Function marked once_differentiable: torch takes its second derivative as zero."""
-    function = getattr(type(node), "_forward_cls", None)
-    if function is not None and function.backward.__code__.co_filename == _ONCE.__code__.co_filename:
+def _refuse_once_differentiable(function: Any) -> None:
+    """Raise for a Function marked once_differentiable: torch takes its second derivative as zero."""
+    if function.backward.__code__.co_filename == _ONCE.__code__.co_filename:
         raise ObjectiveError(
             f"the objective uses the autograd.Function {function.__name__}, which is once_differentiable: torch would "
             f"take its second derivative as zero in silence, and the gradient would be wrong. {PLAINLY}"
@@ -67,23 +67,34 @@ def refuse_once_differentiable(node: Any) -> None:
 _ONCE = torch.autograd.function.once_differentiable
 
 
-def nodes_of(values: Sequence[torch.Tensor]) -> Iterator[Any]:
+def nodes_of(values: Sequence[torch.Tensor]) -> list[Any]:
     """Every node of the graph of ``values``, once."""
-    stack: list[Any] = [value.grad_fn for value in values if value.grad_fn is not None]
-    seen = set(stack)
-    while stack:
-        node = stack.pop()
-        yield node
+    found: list[Any] = [value.grad_fn for value in values if value.grad_fn is not None]
+    seen = set(found)
+    for node in found:  # which grows
         for child, _ in node.next_functions:
             if child is not None and child not in seen:
                 seen.add(child)
-                stack.append(child)
+                found.append(child)
+    return found
 
 
-def leaves_of(values: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+def leaves_of(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The leaf tensors that the graph of ``values`` reaches."""
-    yield from (value for value in values if value.grad_fn is None and value.requires_grad)
+    return ends_of(values)[0]
+
+
+def ends_of(values: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], str]:
+    """The leaf tensors that the graph of ``values`` reaches, and what is wrong with its third derivative."""
+    leaves = [value for value in values if value.grad_fn is None and value.requires_grad]
+    flaw = ""
     for node in nodes_of(values):
-        refuse_once_differentiable(node)
-        if type(node).__name__ == "AccumulateGrad":
-            yield node.variable
+        kind = type(node)
+        function = getattr(kind, "_forward_cls", None)
+        if function is not None:
+            _refuse_once_differentiable(function)
+        elif kind.__name__ == "AccumulateGrad":
+            leaves.append(node.variable)
+        elif kind.__name__.rstrip("0123456789") in NORMALISATIONS:
+            flaw = flaw or wrong_third_derivative(node)
+    return leaves, flaw

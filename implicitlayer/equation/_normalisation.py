@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 
 from implicitlayer._errors import ClosureError
-from implicitlayer.equation._graph_leaves import nodes_of
 
 Maybe = torch.Tensor | None
 
@@ -133,20 +132,23 @@ PLAIN: dict[Any, Callable[..., torch.Tensor]] = {
     torch.layer_norm: _torch_layer_norm,
 }
 
-_NODES = ("NativeLayerNormBackward", "NativeBatchNormBackward", "CudnnBatchNormBackward", "MiopenBatchNormBackward")
+NORMALISATIONS = {
+    "NativeLayerNormBackward",
+    "NativeBatchNormBackward",
+    "CudnnBatchNormBackward",
+    "MiopenBatchNormBackward",
+}
 
 
-def wrong_third_derivative(values: Sequence[torch.Tensor]) -> str:
-    """Words for a kernel in the graph of ``values`` whose third derivative is wrong; empty where there is none."""
-    for node in nodes_of(values):
-        name = type(node).__name__.rstrip("0123456789")
-        # with frozen statistics the same node is right; what torch has freed it does not tell
-        if name in _NODES and getattr(node, "_saved_training", True):
-            kind = "layer norm" if "Layer" in name else "batch norm"
-            return (
-                f"the objective reaches torch's own kernel of {kind} in a way that could not be followed (a scripted "
-                "module, torch.ops): its third derivative, which a second derivative through the layer needs, is wrong "
-                f"in torch. Call torch.nn.functional.{kind.replace(' ', '_')} or its module in the objective: the "
-                "plain formula is then used."
-            )
-    return ""
+def wrong_third_derivative(node: Any) -> str:
+    """Words for one of NORMALISATIONS in a graph, whose third derivative is wrong; empty where it is right."""
+    # with frozen statistics the same node is right; what torch has freed it does not tell
+    if not getattr(node, "_saved_training", True):
+        return ""
+    kind = "layer norm" if "Layer" in type(node).__name__ else "batch norm"
+    return (
+        f"the objective reaches torch's own kernel of {kind} in a way that could not be followed (a scripted "
+        "module, torch.ops): its third derivative, which a second derivative through the layer needs, is wrong "
+        f"in torch. Call torch.nn.functional.{kind.replace(' ', '_')} or its module in the objective: the "
+        "plain formula is then used."
+    )

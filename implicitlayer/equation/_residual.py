@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +17,7 @@ from implicitlayer._errors import ObjectiveError
 from implicitlayer.base._types import FlatFunction, Leaves
 from implicitlayer.equation._capture import plainly_impossible
 from implicitlayer.equation._flat import NO_PARTS, Parts
-from implicitlayer.equation._graph_leaves import leaves_of, other_leaves, refuse_hidden_tensors
+from implicitlayer.equation._graph_leaves import ends_of, leaves_of, other_leaves, refuse_hidden_tensors
 
 Randomness = str
 # torch annotates its results as two or three values
@@ -39,6 +40,11 @@ class Attached:
     value: Leaves
     outputs: Leaves
     _pushed: list[Leaves] = field(default_factory=list, kw_only=True)
+
+    @cached_property
+    def ends(self) -> tuple[list[torch.Tensor], str]:
+        """The leaves that the graph of the outputs reaches, and what is wrong with its third derivative."""
+        return ends_of(self.outputs)
 
     def pull(self, u: Leaves) -> Leaves:
         """(dF/dx)' u; the graph is kept."""
@@ -160,6 +166,14 @@ class Residual:
         value = gradient_of(outputs[0], points) if self.is_gradient else outputs
         return Attached(points, theta, value, outputs)
 
+    def run(self, x: Leaves, theta: Leaves) -> Attached:
+        """One run of the function with a graph, and nothing made of it."""
+        if not self.is_gradient:
+            return self.attached(x, theta)
+        points = [leaf.detach().requires_grad_() for leaf in x]
+        with torch.enable_grad():
+            return Attached(points, theta, [], self.plain_outputs(points, theta))
+
     def leaves_piece(self, x: Leaves, theta: Leaves, step: Leaves) -> torch.Tensor:
         """Lanes, bool [*lanes], where x - step is on another piece of F than x; of a smooth F nowhere."""
         return torch.zeros(x[0].shape[: self.lane_dims], dtype=torch.bool, device=x[0].device)
@@ -168,22 +182,19 @@ class Residual:
         """What ``function`` returns, with a plain graph to what it reads."""
         return self.outputs(points, theta)
 
-    def refuse_hidden(self, x: Leaves, theta: Leaves, at: Attached | None = None) -> bool:
+    def refuse_hidden(self, x: Leaves, theta: Leaves, at: Attached) -> bool:
         """Raise ClosureError where the function reads a tensor that requires a gradient and is no argument.
 
-        ``at``: its run at x, where there is one. Returns whether a plain graph holds every derivative: it does not
-        where a custom Function reads a tensor that is swapped, which only torch.func sees.
+        ``at``: its run at x. Returns whether a plain graph holds every derivative: it does not where a custom Function
+        reads a tensor that is swapped, which only torch.func sees.
         """
-        points = [leaf.detach().requires_grad_() for leaf in x] if at is None else at.points
 
         def again() -> Leaves:
             with torch.enable_grad():
-                return self.plain_outputs(points, theta)
+                return self.plain_outputs(at.points, theta)
 
-        if not plainly_impossible():
-            outputs = again() if at is None else at.outputs
-            if not other_leaves(outputs, [*points, *theta], again):
-                return True
+        if not plainly_impossible() and not other_leaves(at.ends[0], [*at.points, *theta], again):
+            return True
         self.refuse_unseen(x, theta)
         return False
 

@@ -71,17 +71,10 @@ class Sources:
     num_x: int
 
     @classmethod
-    def of(
-        cls, args: tuple[Any, ...], leaves: Sequence[torch.Tensor], needs_derivative: Callable[[torch.Tensor], bool]
-    ) -> Sources:
-        """Those of ``args``, whose tensors are ``leaves``."""
-        first = sum(is_data(leaf) for leaf in tree_leaves(args[0]))
-        bits = [1 << i if needs_derivative(leaf) else 0 for i, leaf in enumerate(leaves[first:])]
-        return cls((*[0] * first, *bits), args[1:], _next_number(), first)
-
-    def needs(self, index: int) -> bool:
-        """Whether the argument in this place is an unknown or needs a derivative."""
-        return index < self.num_x or bool(self.bits[index])
+    def of(cls, theta: tuple[Any, ...], num_x: int, needed: Sequence[bool]) -> Sources:
+        """Those of ``(x, *theta)``, where x has ``num_x`` tensors; ``needed``: which of theta need a derivative."""
+        bits = [1 << i if need else 0 for i, need in enumerate(needed)]
+        return cls((*[0] * num_x, *bits), theta, _next_number(), num_x)
 
     def made_since(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor may have been made since; nodes are numbered by thread, so it need not be so."""
@@ -111,7 +104,8 @@ class FirstRun:
     Attributes:
         sources: the arguments.
         read: the bits of what was read.
-        made: tensors that were made of theta, with the bits of their sources. Those alive are the function's.
+        made: tensors that were made of theta and are the function's, as they are still alive, with the bits of their
+            sources.
         again: the bits of what one more run at the same arguments reads.
     """
 

@@ -23,7 +23,6 @@ from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.equation._capture import plainly_impossible
 from implicitlayer.equation._distance import AnswerCheck
 from implicitlayer.equation._limits_of_torch import limits_named, second_derivatives
-from implicitlayer.equation._normalisation import wrong_third_derivative
 from implicitlayer.equation._residual import Attached, Residual
 from implicitlayer.equation._stationarity import Stationarity, stationarity
 from implicitlayer.layer._polish import Polish, polish
@@ -151,9 +150,10 @@ def _checked(
     keeps = spec.closed is not None and any(t.requires_grad for t in reaching)
     at = residual.attached(x, reaching) if measures or keeps else None  # one run for all
     if spec.closed is not None:
-        run = at if at is not None else _run_of(residual, x, reaching)
+        run = at if at is not None else residual.run(x, reaching)
         keeps = residual.refuse_hidden(x, reaching, run) and keeps and not spec.closed.borrows
-        spec.flaw[:] = [wrong_third_derivative(run.outputs)]
+        reached, spec.flaw[:] = run.ends[0], [run.ends[1]]
+        spec.closed.confirm(reaching, reached)
         del run
 
     measured: Stationarity | None = None
@@ -185,15 +185,6 @@ def _checked(
     elif keeps and at is not None:
         spec.graph.append(at)
     return x
-
-
-def _run_of(residual: Residual, x: Leaves, theta: Leaves) -> Attached:
-    """One run of the function with a graph, and nothing made of it."""
-    if not residual.is_gradient:
-        return residual.attached(x, theta)
-    points = [leaf.detach().requires_grad_() for leaf in x]
-    with torch.enable_grad():
-        return Attached(points, theta, [], residual.plain_outputs(points, theta))
 
 
 def _changed_in_place(residual: Residual, init: Leaves, theta: Leaves, index: int) -> ImplicitLayerError:

@@ -20,7 +20,7 @@ from implicitlayer.equation._capture import (
     announce,
     derivatives_possible,
     find_closed_over,
-    needs_derivative,
+    needing,
 )
 from implicitlayer.equation._certificate import Assumptions
 from implicitlayer.equation._flat import Signature, flat_function, flat_parts, like_x
@@ -107,7 +107,7 @@ class ImplicitLayer(CopiesFunctions):
         x, x_names = flatten_with_names(init, "x")
         check_init(x, x_names, self.batch_dims)
         x_spec = flatten(init)[1]
-        theta = tree_map(announce, theta)
+        theta = tree_map(announce, theta) if _torch.num_modes() else theta
         signature = Signature.of(theta)
         tensors = signature.tensors
         user_function = without_aux(self.function) if self.objective_has_aux else self.function
@@ -126,7 +126,7 @@ class ImplicitLayer(CopiesFunctions):
                 raise
             _refuse_complex([*tensors, *hidden])
             _refuse_sparse([*signature.leaves, *hidden])
-        wanted = differentiable and (bool(hidden) or any(needs_derivative(t) for t in tensors))
+        wanted = differentiable and (bool(hidden) or any(needing(tensors)))
         function, residual, constraints = self._equation(user_function, x_spec, signature, hidden)
         calling = Calling(
             solver=self.solver,
