@@ -50,11 +50,20 @@ class RitzValues:
         self._rounds.append(lists)
         return lists
 
+    @property
+    def _by_lanes(self) -> bool:
+        """Whether the coefficients are tensors."""
+        for pivots, _ in self._rounds:
+            if pivots:
+                return isinstance(pivots[0], torch.Tensor)
+        return False
+
     def any_below(self, shift: torch.Tensor) -> torch.Tensor:
         """Lanes, bool [*lanes], with a Ritz value below ``shift`` [*lanes]: one sweep, far cheaper than the values."""
-        if shift.numel() == 1 and not any(isinstance(p[0], torch.Tensor) for p, _ in self._rounds if p):
-            value = float(shift)
-            negative = any(_below(pivots, betas, value) for pivots, betas in self._rounds)
+        if shift.numel() == 1 and not self._by_lanes:
+            value, negative = float(shift), False
+            for pivots, betas in self._rounds:
+                negative = negative or _below(pivots, betas, value)
             return torch.full_like(shift, negative, dtype=torch.bool)
         below = torch.zeros(shift.numel(), dtype=torch.bool)
         for pivots, betas in self._rounds:

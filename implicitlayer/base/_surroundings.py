@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from operator import attrgetter
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -16,6 +17,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+_DEVICE_TYPE = attrgetter("device.type")
+
+
 @contextmanager
 def plain_surroundings(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
     """Run the block without saved-tensor hooks and autocast, whatever is active around it.
@@ -25,7 +29,7 @@ def plain_surroundings(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
     forward and the backward solve different objectives; the layer works in the dtype of its tensors.
     """
     with ExitStack() as stack:
-        for device_type in {t.device.type for t in tensors}:
+        for device_type in set(map(_DEVICE_TYPE, tensors)):
             if torch.is_autocast_enabled(device_type):
                 stack.enter_context(torch.autocast(device_type, enabled=False))
         popped = []
@@ -50,6 +54,9 @@ def unread() -> Iterator[None]:
     What a solver does is no part of the function around it: it may use NumPy and Python numbers. Modes of others (a
     default device is one) stay.
     """
+    if not _torch.num_modes():
+        yield
+        return
     modes = [_torch.pop_mode() for _ in range(_torch.num_modes())][::-1]
     others = [mode for mode in modes if not isinstance(mode, ReadingMode)]
     for mode in others:

@@ -61,6 +61,11 @@ def is_data(leaf: Any) -> bool:
     return isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided
 
 
+def places_of_data(leaves: Sequence[Any]) -> list[int]:
+    """Where in ``leaves`` such tensors are."""
+    return [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.layout is torch.strided]
+
+
 def flatten_with_names(tree: Any, root: str) -> tuple[list[Any], list[str]]:
     """Leaves of ``tree`` and a readable name for each, such as ``x['weight'][0]``."""
     if isinstance(tree, torch.Tensor):

@@ -125,7 +125,7 @@ class ProxLayer(ImplicitLayer):
         self, function: Callable[..., Any], x_spec: TreeSpec, signature: Signature, hidden: ClosedOver
     ) -> tuple[FlatFunction, ProxResidual, Constraints]:
         problem = ProxProblem(function, self.terms, self.terms_name, self.batch_dims, self.step_size)
-        slots = signature.without_tensors()  # what outlives the call must not keep its data alive
+        slots = signature.slots  # what outlives the call must not keep its data alive
 
         def call(
             what: Callable[..., Any], given: tuple[Any, ...], theta: Leaves, reading: Reading | None = None

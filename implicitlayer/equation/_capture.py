@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from implicitlayer import _torch
 from implicitlayer._errors import ClosureError
 from implicitlayer.base._surroundings import ReadingMode, draws_since, plain_surroundings
-from implicitlayer.base._tree import flatten, is_data, unflatten
+from implicitlayer.base._tree import flatten, is_data, places_of_data, unflatten
 from implicitlayer.equation._normalisation import PLAIN
 from implicitlayer.equation._state import (
     BORROWING,
@@ -65,6 +65,7 @@ class ClosedOver(list[torch.Tensor]):
     """Closed-over tensors that need a derivative.
 
     Attributes:
+        wanted: whether a derivative may be asked for, in one of them or in an argument but the first.
         normalises: whether the function calls a normalisation of torch.
         draws: whether the function draws random numbers from torch's generators.
         checkpoints: whether it saves tensors by hooks of its own, as torch.utils.checkpoint does.
@@ -75,6 +76,7 @@ class ClosedOver(list[torch.Tensor]):
         first: what the first run leaves for the second to check; see NOTE [state].
     """
 
+    wanted: bool = False
     normalises: bool = False
     draws: bool = False
     checkpoints: bool = False
@@ -132,15 +134,20 @@ def find_closed_over(
     It is run on aliases of the tensors in ``args``: one that is closed over as well is found.
     """
     everything, spec = flatten(args)
-    places = [i for i, leaf in enumerate(everything) if is_data(leaf)]
+    places = places_of_data(everything)
     leaves = [everything[i] for i in places]
     num_x = bisect_left(places, len(flatten(args[0])[0]))
     plain = not plainly_impossible()
-    sources = Sources.of(args[1:], num_x, needing(leaves[num_x:]))
+    needed = needing(leaves[num_x:])
+    sources = Sources.of(args[1:], num_x, needed)
     attached = [plain and (i < num_x or bit > 0) for i, bit in enumerate(sources.bits)]
 
     def run(shift: float = 0.0) -> tuple[_Finder, Any]:
-        aliases = {id(leaf): _alias(leaf, own) for leaf, own in zip(leaves, attached, strict=True)}
+        aliases: dict[int, torch.Tensor] = {}
+        for leaf, own in zip(leaves, attached, strict=True):
+            # a graph cannot save a tensor of inference mode
+            source = leaf.clone() if leaf.is_inference() and not torch.is_inference_mode_enabled() else leaf
+            aliases[id(leaf)] = source.detach().requires_grad_() if own else source.view_as(source)
         given = [aliases[id(leaf)] for leaf in leaves]
         aliased = list(everything)
         for place, alias in zip(places, given, strict=True):
@@ -162,11 +169,12 @@ def find_closed_over(
         check(value)
     if first.numbers and plain and check is not None:
         refuse_numbers(sources, first.numbers, value, run)
-    needed = needing(first.outside)
-    found = ClosedOver(t for t, need in zip(first.outside, needed, strict=True) if need)
+    outside = needing(first.outside) if first.outside else []
+    found = ClosedOver([t for t, need in zip(first.outside, outside, strict=True) if need])
+    found.wanted = any(needed) or bool(found)
     found.normalises, found.draws = first.normalises, draws
     found.checkpoints, found.borrows = first.checkpoints and plain, first.borrows
-    constants = [t for t, need in zip(first.outside, needed, strict=True) if not (need or t.is_inference())]
+    constants = [t for t, need in zip(first.outside, outside, strict=True) if not (need or t.is_inference())]
     found.constants = tuple([(t, t._version) for t in constants])
     if found and any(_torch.is_wrapped(t) or sources.made_since(t) for t in found):
         # A vmap inside the function hands its results out unseen. They are new tensors in a second run, while those
@@ -182,12 +190,6 @@ def find_closed_over(
 def plainly_impossible() -> bool:
     """Whether a transform or forward mode is at work."""
     return _torch.transforms_active() or _torch.forward_mode_active()
-
-
-def _alias(leaf: torch.Tensor, attached: bool) -> torch.Tensor:
-    if leaf.is_inference() and not torch.is_inference_mode_enabled():
-        leaf = leaf.clone()  # a graph cannot save the other one
-    return leaf.detach().requires_grad_() if attached else leaf.view_as(leaf)
 
 
 class Reading:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from implicitlayer._errors import ObjectiveError
-from implicitlayer.base._tree import TreeSpec, flatten, is_data, leaves_in_order, unflatten
+from implicitlayer.base._tree import TreeSpec, flatten, leaves_in_order, places_of_data, unflatten
 from implicitlayer.base._types import FlatFunction, Leaves
 from implicitlayer.equation._capture import call_with
 
@@ -28,7 +29,7 @@ class Signature:
     @classmethod
     def of(cls, args: tuple[Any, ...]) -> Signature:
         leaves, spec = flatten(args)
-        return cls(spec, tuple(leaves), tuple([i for i, leaf in enumerate(leaves) if is_data(leaf)]))
+        return cls(spec, tuple(leaves), tuple(places_of_data(leaves)))
 
     @property
     def tensors(self) -> Leaves:
@@ -49,7 +50,8 @@ class Signature:
         end = len(flatten(args[0])[0])
         return sum(place < end for place in self.places)
 
-    def without_tensors(self) -> Signature:
+    @cached_property
+    def slots(self) -> Signature:
         """The same structure holding no tensor: functions that outlive the call must not keep data alive."""
         filled: list[Any] = list(self.leaves)
         for place in self.places:
@@ -86,7 +88,7 @@ def flat_function(
 
     Its result is a scalar (per lane), or leaves like x.
     """
-    slots = signature.without_tensors()
+    slots = signature.slots
 
     def flat(x: Leaves, theta: Leaves) -> Any:
         args = (unflatten(x, x_spec), *slots.rebuild(theta))
@@ -121,7 +123,7 @@ def flat_parts(
     matrix [n, n], or None; ``as_composite()``, a :class:`Composite` or None; and
     ``coupling(lane_dims)``, a function ``(x, first theta) -> value per lane``: the terms that read the first theta.
     """
-    slots = signature.without_tensors()
+    slots = signature.slots
 
     def call(method: Callable[..., Any], first: Any, theta: Leaves) -> Any:
         return call_with(method, hidden, theta[len(theta) - len(hidden) :], (first, *slots.rebuild(theta)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Literal, Protocol
 
 import torch
@@ -12,7 +12,7 @@ import torch
 from implicitlayer.base._tree import ravel, unravel
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._capture import plainly_impossible
-from implicitlayer.equation._residual import Attached, Residual, pullback, pushforward, vjp
+from implicitlayer.equation._residual import Attached, Residual, pull_back, pullback, pushforward, vjp
 from implicitlayer.linear._operator import FlatOperator
 
 Curvature = Literal["hessian", "gauss_newton"]
@@ -67,7 +67,7 @@ class Jacobian:
     damping: float = 0.0
     watch: Watch | None = None  # sees F(x, theta), flat, whenever a solve linearises
 
-    @property
+    @cached_property
     def lane_dims(self) -> int:
         return self.residual.lane_dims
 
@@ -102,22 +102,24 @@ class Jacobian:
         lane_dims = self.lane_dims
         kept: list[Products] = []
 
+        damping = self.damping
+
         def prepare() -> None:
             if not kept:
                 kept.append(self._products(list(x), list(theta)))
 
         def pull(vector: torch.Tensor) -> torch.Tensor:
-            prepare()
+            if not kept:
+                prepare()
             with torch.no_grad():
-                return damped(kept[0][0](unravel(vector, x, lane_dims)), vector)
+                flat = ravel(kept[0][0](unravel(vector, x, lane_dims)), lane_dims)
+                return flat + damping * vector if damping else flat
 
         def push(vector: torch.Tensor) -> torch.Tensor:
-            prepare()
-            return damped(kept[0][1](unravel(vector, x, lane_dims)), vector)
-
-        def damped(product: Leaves, vector: torch.Tensor) -> torch.Tensor:
-            flat = ravel(product, lane_dims)
-            return flat + self.damping * vector if self.damping else flat
+            if not kept:
+                prepare()
+            flat = ravel(kept[0][1](unravel(vector, x, lane_dims)), lane_dims)
+            return flat + damping * vector if damping else flat
 
         if self.residual.is_gradient:
             diagonal, factor = self._inverse_metric(x, theta), self._metric_factor(x, theta)
@@ -135,7 +137,8 @@ class Jacobian:
         at = self._attached(x, theta)
         if at is not None:
             self._show(at.value, x, theta)
-            return at.pull, at.push
+            pull = partial(pull_back, at.value, at.points) if type(at) is Attached else at.pull
+            return pull, at.push
         value, pull_all = vjp(lambda x_: self.residual.kept_graph_gradient(x_, theta), x)
         self._show(value, x, theta)
         push = partial(pushforward, lambda x_: self.residual(x_, theta), x, like=x)

@@ -78,21 +78,23 @@ def limits_named() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        named = _named(str(error)) if not isinstance(error, ImplicitLayerError) else None
-        if named is None:
-            raise
-        raise ObjectiveError(named) from error
+        name_limit(error)
+        raise
 
 
 @contextmanager
 def second_derivatives() -> Iterator[None]:
     """The same of a block that takes derivatives of user code, with kernels that have second ones; see the top."""
-    switched = [switch for enabled, switch in _SWITCHES if enabled()]
-    for switch in switched:
-        switch(False)
+    switched = []
+    for enabled, switch in _SWITCHES:
+        if enabled():
+            switch(False)
+            switched.append(switch)
     try:
-        with limits_named():
-            yield
+        yield
+    except RuntimeError as error:
+        name_limit(error)
+        raise
     finally:
         for switch in switched:
             switch(True)
@@ -100,7 +102,8 @@ def second_derivatives() -> Iterator[None]:
 
 def name_limit(error: Exception) -> None:
     """Raise an ObjectiveError from ``error`` if it is one of torch's that says what torch cannot do."""
-    named = _named(str(error)) if isinstance(error, RuntimeError) else None
+    unknown = isinstance(error, RuntimeError) and not isinstance(error, ImplicitLayerError)
+    named = _named(str(error)) if unknown else None
     if named is not None:
         raise ObjectiveError(named) from error
 

@@ -110,7 +110,7 @@ class Residual:
 
     is_fixed_point: ClassVar[bool] = False  # whether x - F(x) is nearer to the solution than x, or as near
 
-    @property
+    @cached_property
     def lane_dims(self) -> int:
         """Leading dimensions of every leaf of x that enumerate independent problems."""
         return len(self.levels) + self.lane_dims_of_function
@@ -290,10 +290,13 @@ def check_value(values: Any, lanes: torch.Size, has_lanes: bool) -> None:
 
 def pull_back(value: Leaves, inputs: Leaves, u: Leaves) -> Leaves:
     """(d value / d inputs)' u by a graph that is kept; zero where nothing depends on an input."""
-    live = [i for i, leaf in enumerate(value) if leaf.requires_grad]
-    if not live:
+    outputs, cotangents = [], []
+    for leaf, cotangent in zip(value, u, strict=True):
+        if leaf.requires_grad:
+            outputs.append(leaf)
+            cotangents.append(cotangent)
+    if not outputs:
         return [torch.zeros_like(leaf) for leaf in inputs]
-    outputs, cotangents = [value[i] for i in live], [u[i] for i in live]
     return list(torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, materialize_grads=True))
 
 

@@ -84,7 +84,7 @@ def solve(spec: SolveSpec, rhs: Leaves, tensors: Leaves) -> Leaves:
     Except for the operator of a plain backward, :class:`OneGraph`: nobody differentiates that.
     """
     if isinstance(spec.operator, OneGraph):
-        return list(LinearSolve.forward(spec, *rhs, *tensors))
+        return list(LinearSolve.plainly(spec, *rhs, *tensors))
     return list(LinearSolve.apply(spec, *rhs, *tensors))
 
 
@@ -94,10 +94,10 @@ class LinearSolve(torch.autograd.Function):
     @staticmethod
     def forward(spec: SolveSpec, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         with plain_surroundings(tensors), second_derivatives():
-            return LinearSolve._forward(spec, *tensors)
+            return LinearSolve.plainly(spec, *tensors)
 
     @staticmethod
-    def _forward(spec: SolveSpec, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def plainly(spec: SolveSpec, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         rhs, parameters = tensors[: spec.num_rhs], list(tensors[spec.num_rhs :])
         lane_dims = spec.operator.lane_dims
         flat = ravel(rhs, lane_dims)
@@ -242,7 +242,7 @@ def alive(tensors: Sequence[Any]) -> tuple[Any, ...]:
     A graph that is kept beyond the torch.func level that built it (a layer inside the objective of a layer) hands its
     saved tensors back in such wrappers, which torch does not accept in a new level.
     """
-    return tuple(_torch.unwrapped_if_over(t) if isinstance(t, torch.Tensor) else t for t in tensors)
+    return tuple([_torch.unwrapped_if_over(t) if isinstance(t, torch.Tensor) else t for t in tensors])
 
 
 def fill(leaves: Sequence[torch.Tensor | None], like: Leaves) -> Leaves:

@@ -13,7 +13,7 @@ import torch
 
 from implicitlayer._errors import ImplicitLayerError, NonFiniteError, ObjectiveError, SolverOutputError
 from implicitlayer.base._active_set import ActiveSet
-from implicitlayer.base._failures import FAILURES, failed_result, marking, no_lane_named, refuse, replaced
+from implicitlayer.base._failures import FAILURES, failed_result, marking, masking, no_lane_named, refuse, replaced
 from implicitlayer.base._records import ForwardRecord, emit, listening_in_depth
 from implicitlayer.base._solution import RecordingSolver, SolverResult
 from implicitlayer.base._status import Status
@@ -77,24 +77,23 @@ def solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
     """x leaves, new and detached, from the user's solver; checked, polished and recorded."""
     hooked = saves_by_hooks()
     with plain_surroundings([*init, *theta]), unread(), torch.inference_mode(False):
-        x = _solve_forward(spec, out_of_inference(init), out_of_inference(theta))
+        init, theta = out_of_inference(init), out_of_inference(theta)
+        if spec.masks or masking():  # by a layer around this one, whose lanes are others
+            with marking(spec.masks, init[0].shape[: spec.residual.lane_dims], init[0]) as failed:
+                x = _solved(spec, init, theta, failed)
+                x = x if failed is None else replaced(failed, x, math.nan)
+        else:
+            x = _solved(spec, init, theta, None)
     if hooked:  # they say what becomes of memory until backward (a checkpoint, offloading), and cannot see this graph
         spec.graph.clear()
     return x
-
-
-def _solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
-    lanes = init[0].shape[: spec.residual.lane_dims]
-    with marking(spec.masks, lanes, init[0]) as failed:
-        x = _solved(spec, init, theta, failed)
-        return x if failed is None else replaced(failed, x, math.nan)
 
 
 def _solved(spec: LayerSpec, init: Leaves, theta: Leaves, failed: torch.Tensor | None) -> Leaves:
     """x leaves; lanes that have failed hold anything finite."""
     given, init, theta = theta, [t.detach() for t in init], [t.detach() for t in theta]
     versions = [t._version for t in theta]
-    accumulated = spec.accumulated
+    accumulated = spec.accumulated if spec.closed else []
     try:
         with torch.enable_grad(), limits_named():
             results, lanes = _call_solver(spec, init, spec.seen(theta))
@@ -102,7 +101,7 @@ def _solved(spec: LayerSpec, init: Leaves, theta: Leaves, failed: torch.Tensor |
         if failed is None or not failed.ndim or isinstance(error, ImplicitLayerError):
             raise
         raise no_lane_named(error, failed.shape) from error
-    if spec.accumulated != accumulated:
+    if spec.closed and spec.accumulated != accumulated:
         raise SolverOutputError(
             "the solver has added to .grad of a tensor that the objective closes over (by .backward()): its gradient "
             "would be wrong. Take torch.autograd.grad(value, x) in the solver, or pass the tensor as one more theta."
@@ -171,7 +170,7 @@ def _checked(
     active_set = None if constraints is None or not spec.wanted else constraints.examine(residual, x, at)
     if failed is None:
         _record(spec, results, measured, kept, active_set, None)
-    limited = _worst_status(results) is Status.MAX_STEPS_REACHED and not kept
+    limited = not kept and _worst_status(results) is Status.MAX_STEPS_REACHED
     if constraints is not None and active_set is not None:
         check = constraints.judge(active_set, spec.on_failure, limited)
         spec.answer[:] = [] if check is None or (failed is not None and bool(failed.any())) else [check]
@@ -345,4 +344,4 @@ def _record(
 
 
 def _worst_status(results: Sequence[SolverResult]) -> Status | None:
-    return max((r.status for r in results if r.status is not None), default=None)
+    return max([r.status for r in results if r.status is not None], default=None)

@@ -126,7 +126,7 @@ class ImplicitLayer(CopiesFunctions):
                 raise
             _refuse_complex([*tensors, *hidden])
             _refuse_sparse([*signature.leaves, *hidden])
-        wanted = differentiable and (bool(hidden) or any(needing(tensors)))
+        wanted = hidden.wanted if watched else differentiable and any(needing(tensors))
         function, residual, constraints = self._equation(user_function, x_spec, signature, hidden)
         calling = Calling(
             solver=self.solver,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 
@@ -77,7 +78,7 @@ class ConjugateGradient(LinearSolver):
     def __post_init__(self) -> None:
         self.limits  # noqa: B018  checks the arguments
 
-    @property
+    @cached_property
     def limits(self) -> Limits:
         """The three arguments that say when to stop."""
         return Limits(self.rtol, self.atol, self.max_steps)
@@ -90,8 +91,9 @@ class ConjugateGradient(LinearSolver):
     def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution:
         given = self.preconditioner
         precondition = (given.build(operator, rhs) if isinstance(given, Preconditioner) else given) or (
-            operator.precondition
+            None if operator.metric_factor is None and operator.inverse_metric is None else operator.precondition
         )
+        asked = self.limits.has_tolerance
         scale = lane_scale(rhs)
         b = rhs / scale
         norm = lane_dot(b, b).sqrt()
@@ -100,12 +102,12 @@ class ConjugateGradient(LinearSolver):
         if rtol is not None:
             tolerance = torch.maximum(rtol * norm, self.atol / scale[..., 0].double())
         if self.max_steps == 0:
-            return self._zero_steps(precondition(b) * scale, norm, scale, rtol)
+            return self._zero_steps((b if precondition is None else precondition(b)) * scale, norm, scale, rtol)
         max_steps = self.max_steps if self.max_steps is not None else 10 * max(rhs.shape[-1], 1)
         # one system on the CPU: Python numbers cost a fraction of 0-d tensors
         alone = norm.numel() == 1 and rhs.device.type == "cpu"
         iterate = _iterate_single if alone else _iterate_lanes
-        limit = Status.MAX_STEPS_REACHED if self.has_tolerance else Status.STEP_LIMIT
+        limit = Status.MAX_STEPS_REACHED if asked else Status.STEP_LIMIT
         # a recursive residual below eps says nothing more, and its square soon underflows
         stop = torch.maximum(tolerance, torch.finfo(b.dtype).eps * norm)
 
@@ -123,7 +125,7 @@ class ConjugateGradient(LinearSolver):
         touched = bool(running.any())
         while touched and bool(running.any()):
             iterate(operator, precondition, run, running, stop, max_steps, limit)
-            if not self.has_tolerance:
+            if not asked:
                 break
             run.residual = b - operator(run.value)
             true_norm = lane_dot(run.residual, run.residual).sqrt()
@@ -133,9 +135,11 @@ class ConjugateGradient(LinearSolver):
             claims = (run.codes == int(Status.CONVERGED)) & (run.residual_norm > 2 * tolerance)
             running = running & claims & (run.residual_norm < 0.5 * previous) & (run.steps < max_steps)
             previous = run.residual_norm
-        if touched and self.has_tolerance:
+        if touched and asked:
             run.codes = self._ill_conditioned(run, unit, norm)
-        return self._finish(run, lambda: precondition(b), norm, scale, tolerance, rtol, touched)
+        return self._finish(
+            run, lambda: b if precondition is None else precondition(b), norm, scale, tolerance, rtol, touched
+        )
 
     def _unit(self, operator: FlatOperator) -> float | torch.Tensor | None:
         """What curvatures p'Ap / p'Mp are to be multiplied with to be those of A; None where M is no number."""
@@ -184,7 +188,8 @@ class ConjugateGradient(LinearSolver):
     ) -> LinearSolution:
         residual, codes = run.residual_norm, run.codes
         relative = torch.where(norm > 0, residual / norm, torch.zeros_like(norm))
-        if not self.has_tolerance:
+        asked = self.limits.has_tolerance
+        if not asked:
             blown_up = (codes == int(Status.STEP_LIMIT)) & (relative > _BLOWN_UP)
             codes = torch.where(blown_up, int(Status.DIVERGED), codes)
         else:
@@ -208,7 +213,7 @@ class ConjugateGradient(LinearSolver):
             residual_norm=residual * scale[..., 0],
             relative_residual=relative,
             smallest_curvature=run.smallest if run.smallest is not None else torch.full_like(norm, math.inf),
-            residual_is_true=self.has_tolerance and touched,
+            residual_is_true=asked and touched,
             method=_NAME,
             rtol=rtol,
             ritz=run.ritz,
@@ -248,7 +253,7 @@ class _Run:
 
 def _iterate_single(
     operator: FlatOperator,
-    precondition: Precondition,
+    precondition: Precondition | None,
     run: _Run,
     running: torch.Tensor,
     tolerance: torch.Tensor,
@@ -257,9 +262,12 @@ def _iterate_single(
 ) -> None:
     """Conjugate gradients on one system [n] (or [1, n]), with Python numbers for the scalars."""
     x, r = run.value, run.residual.clone()
-    z = precondition(r)
+    # BLAS keeps several partial sums; in float32 those of lane_dot are more exact
+    dot = torch.dot if x.ndim == 1 and x.dtype is torch.float64 else lane_dot
+    product = operator.matvec
+    z = r if precondition is None else precondition(r)
     p = z.clone()
-    rz = pdp = lane_dot(r, z).item()
+    rz = pdp = dot(r, z).item()
     tol, steps = tolerance.item(), int(run.steps)
     smallest = math.inf if run.smallest is None else run.smallest.item()
     largest = 0.0 if run.largest is None else run.largest.item()
@@ -272,8 +280,8 @@ def _iterate_single(
     low = tol if run.floor is None else run.floor.item()
     arrived = False
     while steps < max_steps:
-        ap = operator(p)
-        pap = lane_dot(p, ap).item()
+        ap = product(p)
+        pap = dot(p, ap).item()
         steps += 1
         if not math.isfinite(pap) or not rz > 0:
             code = Status.NONFINITE if not math.isfinite(pap) else Status.INDEFINITE
@@ -287,9 +295,10 @@ def _iterate_single(
         alpha = rz / pap
         x = x.add(p, alpha=alpha)
         r.sub_(ap, alpha=alpha)
-        z = precondition(r)
-        rz_new = lane_dot(r, z).item()
-        rnorm = math.sqrt(lane_dot(r, r).item() if preconditioned else rz_new)
+        if precondition is not None:
+            z = precondition(r)
+        rz_new = dot(r, z).item()
+        rnorm = math.sqrt(dot(r, r).item() if preconditioned else rz_new)
         arrived = rnorm <= tol
         if arrived and (aim is None or rnorm <= max(low, aim * smallest * float(lane_norm(x)))):
             code = Status.CONVERGED
@@ -324,7 +333,7 @@ class _Keep:
 
 def _iterate_lanes(
     operator: FlatOperator,
-    precondition: Precondition,
+    precondition: Precondition | None,
     run: _Run,
     running: torch.Tensor,
     tolerance: torch.Tensor,
@@ -336,7 +345,7 @@ def _iterate_lanes(
     A frozen lane keeps its direction: one product serves all lanes, and what it is there (also NaN) is never read.
     """
     x, r = run.value, run.residual.clone()
-    z = precondition(r)
+    z = r if precondition is None else precondition(r)
     p = z
     rz = pdp = lane_dot(r, z)
     smallest = torch.full_like(tolerance, math.inf) if run.smallest is None else run.smallest
@@ -380,7 +389,7 @@ def _iterate_lanes(
         alpha = keep(rz / pap, none).to(x.dtype).unsqueeze(-1)
         x = keep.vectors(torch.addcmul(x, alpha, p), x)
         r = torch.addcmul(r, alpha, ap, value=-1)  # of lanes that run: nobody reads the others'
-        z = precondition(r)
+        z = r if precondition is None else precondition(r)
         rz_new = lane_dot(r, z)
         rnorm = keep((lane_dot(r, r) if preconditioned else rz_new).sqrt(), rnorm)
         arrived = keep(rnorm <= tolerance, arrived)
