@@ -23,8 +23,8 @@ from implicitlayer.base._tree import TreeSpec, flatten, name_lanes, ravel, tree_
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.base._warn import warn
 from implicitlayer.constrained._prox_equation import At, ProxProblem, ProxResidual, positive, refuse_detached
-from implicitlayer.equation._capture import ClosedOver, Reading, call_with
-from implicitlayer.equation._flat import Signature, flat_function
+from implicitlayer.equation._capture import ClosedOver
+from implicitlayer.equation._flat import Reading, Signature, call_with, flat_function
 from implicitlayer.equation._residual import Attached, Residual
 from implicitlayer.layer._forward import Constraints
 from implicitlayer.layer._layer import ImplicitLayer, without_aux

@@ -24,7 +24,8 @@ import torch
 from implicitlayer import _torch
 from implicitlayer.base._tree import TreeSpec, flatten, ravel, unflatten, unravel
 from implicitlayer.base._types import FlatFunction, Leaves
-from implicitlayer.equation._capture import ClosedOver, Reading
+from implicitlayer.equation._capture import ClosedOver
+from implicitlayer.equation._flat import Reading
 from implicitlayer.equation._residual import Attached, Residual, check_value, no_graph, pull_back, pullback
 from implicitlayer.sets._term import expand_like, largest_of, resolve
 

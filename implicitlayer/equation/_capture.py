@@ -192,85 +192,6 @@ def plainly_impossible() -> bool:
     return _torch.transforms_active() or _torch.forward_mode_active()
 
 
-class Reading:
-    """What one evaluation, in as many runs as it takes, reads of the tensors that a function closes over."""
-
-    def __init__(self, closed: ClosedOver) -> None:
-        self.closed = closed
-        self.met: set[int] = set()
-        self.read = 0
-        self.unmet: dict[int, tuple[int, ...]] | None = None
-
-    def add(self, mode: _Substitute) -> Reading:
-        """What one more run has read."""
-        self.met |= mode.met
-        self.read |= mode.read
-        last = self.unmet
-        self.unmet = mode.unmet if last is None else {key: mode.unmet[key] for key in last if key in mode.unmet}
-        return self
-
-    def finish(self) -> None:
-        """Raise ClosureError if a tensor that must be read was not, or was changed; see NOTE [constants]."""
-        if self.unmet is None:  # there is nothing to watch
-            return
-        if self.closed.settled:
-            self.closed.refuse_changed(self.met)
-        else:
-            self.closed.settle(self.met, self.read)
-        if self.unmet:
-            raise ClosureError(
-                f"the objective no longer reads a closed-over tensor of shape {next(iter(self.unmet.values()))} that "
-                "it read when the layer was called: module weights that were swapped for the call only (as "
-                "torch.func.functional_call does), or a branch. Pass the tensor to the layer as one more theta, or use "
-                "il.ArgminLayer, which keeps the weights of the call."
-            )
-
-
-def call_with(
-    function: Callable[..., Any],
-    originals: Sequence[torch.Tensor],
-    values: Sequence[torch.Tensor],
-    args: Sequence[Any],
-    *,
-    reads_all: bool = False,
-    reading: Reading | None = None,
-) -> Any:
-    """``function(*args)`` with every read of ``originals[i]`` answered by ``values[i]``.
-
-    With ``reads_all``, an original that is never read is an error: the function reads something else in its place, and
-    its value and gradient would be wrong without a word. ``reading`` makes this one run of several that together read
-    all. With neither, and nothing to swap in, the function runs as it is: a solver calls it often.
-    """
-    closed = originals if isinstance(originals, ClosedOver) else ClosedOver(originals)
-    first = closed.first
-    watched = (bool(closed.constants) or (first is not None and bool(first.made))) and (
-        reads_all or reading is not None
-    )
-    swaps = not all(own is value for own, value in zip(originals, values, strict=True))
-    if not swaps and not watched and (closed.checkpoints or not closed.normalises):
-        return function(*args)
-    if swaps and closed.checkpoints:
-        raise _read_again(originals)
-    given = None if first is None or not watched else first.given(args)
-    operations = {} if closed.checkpoints else PLAIN  # a checkpoint would run again without this mode
-    with _Substitute(originals, values, operations, given) as mode:
-        result = function(*args)
-    if reading is not None:
-        reading.add(mode)
-    elif reads_all:
-        Reading(closed).add(mode).finish()
-    return result
-
-
-def _read_again(originals: Sequence[torch.Tensor]) -> ClosureError:
-    return ClosureError(
-        "the objective uses torch.utils.checkpoint (or hooks on saved tensors) and closes over tensors that require a "
-        f"gradient (the first of shape {tuple(originals[0].shape)}): a checkpoint reads them again when nothing can "
-        "follow it. That is right for leaves without hooks, as module weights are, in a first derivative outside "
-        "torch.func. Else pass them to the layer as thetas, or call checkpoint around the layer, not inside."
-    )
-
-
 def announce(tensor: Any) -> Any:
     """Let an enclosing finder see ``tensor``: our own Functions take tensors past every TorchFunctionMode."""
     if is_data(tensor) and _torch.num_modes() > 0:
@@ -294,7 +215,7 @@ def _tensors_in(values: Iterable[Any], found: list[torch.Tensor]) -> list[torch.
     return found
 
 
-def _entering(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> list[torch.Tensor]:
+def tensors_entering(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> list[torch.Tensor]:
     """The tensors among the arguments of an operation; most are given one by one."""
     found: list[torch.Tensor] = []
     for value in args:
@@ -325,7 +246,7 @@ class _Finder(ReadingMode):
             return func(*args)
         if _torch.saving_hooks(True) is not None:
             self.checkpoints = True
-        entering = _entering(args, kwargs)
+        entering = tensors_entering(args, kwargs)
         if func in BORROWING and not isinstance(args[0] if args else None, float | int | torch.Tensor):
             self.borrows = True
         if func in PLAIN:
@@ -376,51 +297,3 @@ class _Finder(ReadingMode):
                 f"a transform of its own (where it arrives with shape {tuple(inside.shape)}). Pass it to the layer as "
                 "one more theta."
             )
-
-
-class _Substitute(ReadingMode):
-    """Swaps the values of closed-over tensors in, and plain operations for torch's normalisations."""
-
-    def __init__(
-        self,
-        originals: Sequence[torch.Tensor],
-        values: Sequence[torch.Tensor],
-        operations: dict[Any, Any],
-        given: dict[int, int] | None = None,
-    ) -> None:
-        super().__init__()
-        self.originals, self.operations, self.given = originals, operations, given or {}
-        self.met: set[int] = set()  # ids of all that entered an operation; what is asked for here outlives the run
-        self.values = {id(old): new for old, new in zip(originals, values, strict=True) if new is not old}
-
-    @property
-    def read(self) -> int:
-        """The bits of the arguments that were read."""
-        read = 0
-        for key, bits in self.given.items():
-            read |= bits if key in self.met else 0
-        return read
-
-    @property
-    def unmet(self) -> dict[int, tuple[int, ...]]:
-        """Shapes of the originals that were not read, by id."""
-        return {id(old): tuple(old.shape) for old in self.originals if id(old) not in self.met}
-
-    def swap(self, value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return self.values.get(id(value), value)
-        if isinstance(value, (list, tuple)):
-            items = [self.swap(item) for item in value]
-            if all(new is old for new, old in zip(items, value, strict=True)):
-                return value
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        if isinstance(value, dict):
-            return {key: self.swap(item) for key, item in value.items()}
-        return value
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        self.met.update(map(id, _entering(args, kwargs)))
-        if self.values:
-            args, kwargs = self.swap(args), self.swap(kwargs)
-        return self.operations.get(func, func)(*args, **kwargs)

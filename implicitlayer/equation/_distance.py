@@ -36,7 +36,7 @@ from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._tree import name_lanes, unravel
 from implicitlayer.base._types import Leaves, OnFailure
 from implicitlayer.equation._jacobian import Jacobian, OperatorFamily
-from implicitlayer.equation._residual import Residual
+from implicitlayer.equation._residual import Attached, Residual
 from implicitlayer.equation._stationarity import Stationarity, is_rounding, newton_step, stationarity
 from implicitlayer.linear._common import lane_norm
 from implicitlayer.linear._operator import FlatOperator
@@ -182,6 +182,26 @@ class AnswerCheck:
         parts = [lane_norm(F[..., part]) * u[..., part].amax(-1) for part in (slice(k), slice(k, n))[: 1 + (k < n)]]
         reach: torch.Tensor = math.sqrt(k) * sum(parts) / torch.where(v > 0, v, torch.inf)
         return reach
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What a forward pass has found out, for the derivatives of its answer.
+
+    Attributes:
+        answer: the check of the answer; None where nothing is to be checked.
+        flaw: why second derivatives would be wrong; empty where they are right.
+        graph: F at the answer with a graph, for the first plain backward; None where none may be kept.
+        aux: what the solver returned beside its answer, one entry per run.
+    """
+
+    answer: AnswerCheck | None = None
+    flaw: str = ""
+    graph: Attached | None = None
+    aux: tuple[Any, ...] = ()
+
+
+NOTHING_FOUND = Found()
 
 
 def _inverse_metric_norm(operator: FlatOperator) -> float | torch.Tensor:

@@ -16,7 +16,7 @@ from implicitlayer.equation._flat import Signature, flat_function, flat_parts
 from implicitlayer.equation._jacobian import Curvature, Jacobian, OperatorFamily
 from implicitlayer.equation._repair import POLICIES, NegativeCurvature
 from implicitlayer.equation._residual import Residual, pullback
-from implicitlayer.equation._solve import SolveSpec, solve
+from implicitlayer.equation._solve import Settings, SolveSpec, solve
 from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.linear._minres import Minres
 from implicitlayer.linear._operator import FlatOperator
@@ -230,8 +230,8 @@ def linear_solve(
         signature = Signature.of(tensors)
         parameters = [*signature.tensors, *hidden]
         family = _LinearFunction(flat_function(operator, spec, signature, hidden, False), like, symmetric=symmetric)
-    how = SolveSpec(family, len(leaves), solver, on_failure, kind="linear", negative_curvature=negative_curvature)
-    return unflatten(solve(how, leaves, parameters), spec)
+    settings = Settings(solver, on_failure, negative_curvature=negative_curvature)
+    return unflatten(solve(SolveSpec(family, len(leaves), settings, "linear"), leaves, parameters), spec)
 
 
 def _matrix_product(u: Leaves, tensors: Leaves) -> Leaves:

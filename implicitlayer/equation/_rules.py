@@ -11,22 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 
 from implicitlayer.base._surroundings import plain_surroundings
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._capture import derivatives_possible
-from implicitlayer.equation._certificate import Assumptions, gradient_error
-from implicitlayer.equation._distance import AnswerCheck, Seen
-from implicitlayer.equation._jacobian import Curvature, Graph, Jacobian, OneGraph, Watch, pull_tensors, push_tensors
+from implicitlayer.equation._certificate import gradient_error
+from implicitlayer.equation._distance import NOTHING_FOUND, Found, Seen
+from implicitlayer.equation._jacobian import Graph, Jacobian, OneGraph, Watch, pull_tensors, push_tensors
 from implicitlayer.equation._limits_of_torch import second_derivatives
 from implicitlayer.equation._residual import Residual
-from implicitlayer.equation._solve import Judge, SolveSpec, solve
-
-Matrix = tuple[Curvature, float]
-_HESSIAN: Matrix = ("hessian", 0.0)
+from implicitlayer.equation._solve import Judge, Settings, SolveSpec, solve
 
 
 def implicit_vjp(
@@ -35,40 +31,37 @@ def implicit_vjp(
     theta: Leaves,
     cotangent: Leaves,
     needed: tuple[bool, ...],
-    matrix: Matrix = _HESSIAN,
-    assumptions: Assumptions | None = None,
-    answer: AnswerCheck | None = None,
+    settings: Settings,
+    found: Found = NOTHING_FOUND,
     graph: Graph | None = None,
-    **how: Any,
 ) -> list[torch.Tensor | None]:
     """Cotangents of the theta leaves that are ``needed``, from the cotangent of x.
 
-    ``matrix``: what stands for dF/dx, as (curvature, damping). ``answer``: what checks the answer of the call on the
-    way. ``graph``: F by plain autograd, used where nothing else is at work. ``how``: solver, on_failure,
-    negative_curvature, kind and listener of the linear solve.
+    ``found``: what the forward pass has found. ``graph``: F by plain autograd, used where nothing else is at work.
     """
-    certify = partial(gradient_error, assumptions, tuple(needed))
-    watch, judge = _checks(answer, matrix)
-    jacobian = Jacobian(residual, len(x), True, *matrix, watch)
+    certify = partial(gradient_error, settings.assumptions, tuple(needed))
+    watch, judge = _checks(found, settings)
+    jacobian = Jacobian(residual, len(x), True, settings.curvature, settings.damping, watch)
     mixed: OneGraph | Callable[[Leaves], Leaves]
     if graph is not None and not derivatives_possible():
         mixed = jacobian = OneGraph(**vars(jacobian), graph=graph)
     else:
         source = residual.seen_by(needed)
         mixed = lambda t: source(x, t)  # noqa: E731
-    spec = SolveSpec(jacobian, len(x), certify=certify, judge=judge, **how)
+    spec = SolveSpec(jacobian, len(x), settings, "backward", certify, judge, found.flaw)
     with plain_surroundings(x), second_derivatives():
         u = solve(spec, cotangent, [*x, *theta])
         pulled = pull_tensors(mixed, theta, needed, u)
     return [None if t is None else -t for t in pulled]
 
 
-def _checks(answer: AnswerCheck | None, matrix: Matrix) -> tuple[Watch | None, Judge | None]:
+def _checks(found: Found, settings: Settings) -> tuple[Watch | None, Judge | None]:
     """What looks at F on the way of a solve, and at its solution; a matrix that is not J says nothing of the answer."""
+    answer = found.answer
     if answer is None:
         return None, None
     seen: Seen = []
-    return partial(answer.see, seen), partial(answer.judge, seen) if matrix == _HESSIAN else None
+    return partial(answer.see, seen), partial(answer.judge, seen) if settings.true_matrix else None
 
 
 def implicit_jvp(
@@ -76,16 +69,15 @@ def implicit_jvp(
     x: Leaves,
     theta: Leaves,
     tangents: Sequence[torch.Tensor | None],
-    matrix: Matrix = _HESSIAN,
-    assumptions: Assumptions | None = None,
-    answer: AnswerCheck | None = None,
-    **how: Any,
+    settings: Settings,
+    found: Found = NOTHING_FOUND,
 ) -> Leaves | None:
     """Tangents of x from those of the theta leaves; None if no theta leaf has one."""
     with plain_surroundings(x), second_derivatives():
         change = push_tensors(lambda t: residual(x, t), theta, tangents, like=x)
         if change is None:
             return None
-        watch, judge = _checks(answer, matrix)
-        spec = SolveSpec(Jacobian(residual, len(x), False, *matrix, watch), len(x), judge=judge, **how)
+        watch, judge = _checks(found, settings)
+        jacobian = Jacobian(residual, len(x), False, settings.curvature, settings.damping, watch)
+        spec = SolveSpec(jacobian, len(x), settings, "forward-mode", None, judge, found.flaw)
         return solve(spec, [-c for c in change], [*x, *theta])

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,13 +20,14 @@ import torch
 from implicitlayer import _torch
 from implicitlayer._errors import NonFiniteError, NotRecordedError, UnsupportedTransformError
 from implicitlayer.base._failures import replaced
-from implicitlayer.base._records import AnswerDistance, BackwardRecord, GradientError, emit, listening_in_depth
+from implicitlayer.base._records import AnswerDistance, BackwardRecord, GradientError, Record, emit, listening_in_depth
 from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._status import Status
 from implicitlayer.base._surroundings import plain_surroundings
 from implicitlayer.base._tree import finite_lanes, name_lanes, ravel, unravel
 from implicitlayer.base._types import Leaves, OnFailure
-from implicitlayer.equation._jacobian import Jacobian, OneGraph, OperatorFamily, pull_tensors, push_tensors
+from implicitlayer.equation._certificate import Assumptions
+from implicitlayer.equation._jacobian import Curvature, Jacobian, OneGraph, OperatorFamily, pull_tensors, push_tensors
 from implicitlayer.equation._limits_of_torch import second_derivatives
 from implicitlayer.equation._repair import CHANGES_THE_SYSTEM, NegativeCurvature, repair
 from implicitlayer.linear._cg import ConjugateGradient
@@ -47,35 +48,62 @@ _OTHER_SYSTEM = (
 
 
 @dataclass(frozen=True, eq=False)
+class Settings:
+    """How a linear solve behind a derivative is made, as the user of a layer has chosen.
+
+    Attributes:
+        solver: the linear solver.
+        on_failure: the failure policy.
+        curvature, damping: the matrix that stands for dF/dx: the Hessian or the Gauss-Newton matrix, plus a multiple of
+            the identity.
+        negative_curvature: what is done where it is met.
+        assumptions: what the user knows of the problem, for error bounds.
+        listener: who gets the record.
+    """
+
+    solver: Callable[[FlatOperator, torch.Tensor], LinearSolution]
+    on_failure: OnFailure = "warn"
+    curvature: Curvature = "hessian"
+    damping: float = 0.0
+    negative_curvature: NegativeCurvature = "raise"
+    assumptions: Assumptions | None = None
+    listener: Callable[[Record], None] | None = None
+
+    @property
+    def true_matrix(self) -> bool:
+        """Whether the matrix is dF/dx itself."""
+        return self.curvature == "hessian" and self.damping == 0
+
+
+@dataclass(frozen=True, eq=False)
 class SolveSpec:
     """Everything about a solve that is not a tensor."""
 
     operator: OperatorFamily
     num_rhs: int
-    solver: Callable[[FlatOperator, torch.Tensor], LinearSolution]
-    on_failure: OnFailure = "warn"
+    settings: Settings
     kind: str = "backward"
-    listener: Callable[[BackwardRecord], None] | None = None
-    negative_curvature: NegativeCurvature = "raise"
     certify: Certify | None = None
     judge: Judge | None = None
     flaw: str = ""  # why derivatives in the tensors of the operator would be wrong
-    changed: list[str] = field(default_factory=list)  # what a remedy made of the system, told by forward
 
     @property
     def of_derivative(self) -> bool:
         """Whether this is the solve behind a derivative of a solve."""
         return self.kind.startswith(_HIGHER)
 
-    def derivative(self, transposed: bool, of_operator: bool) -> SolveSpec:
-        """The spec of the solve behind a derivative of this one; ``of_operator``: in its tensors too."""
+    def derivative(self, transposed: bool, of_operator: bool, changed: str) -> SolveSpec:
+        """The spec of the solve behind a derivative of this one.
+
+        ``of_operator``: in its tensors too; ``changed``: what a remedy has made of the system.
+        """
         if self.flaw and of_operator:
             raise UnsupportedTransformError(self.flaw)
-        if self.changed:
-            raise UnsupportedTransformError(_OTHER_SYSTEM.format(kind=self.kind, what=f"was {self.changed[0]}"))
+        if changed:
+            raise UnsupportedTransformError(_OTHER_SYSTEM.format(kind=self.kind, what=f"was {changed}"))
         kind = self.kind if self.of_derivative else f"{_HIGHER} {self.kind}"
         operator = self.operator.transpose() if transposed else self.operator
-        return replace(self, operator=operator, kind=kind, certify=None, judge=None, changed=[])
+        return replace(self, operator=operator, kind=kind, certify=None, judge=None)
 
 
 def solve(spec: SolveSpec, rhs: Leaves, tensors: Leaves) -> Leaves:
@@ -84,20 +112,23 @@ def solve(spec: SolveSpec, rhs: Leaves, tensors: Leaves) -> Leaves:
     Except for the operator of a plain backward, :class:`OneGraph`: nobody differentiates that.
     """
     if isinstance(spec.operator, OneGraph):
-        return list(LinearSolve.plainly(spec, *rhs, *tensors))
-    return list(LinearSolve.apply(spec, *rhs, *tensors))
+        return list(LinearSolve.plainly(spec, *rhs, *tensors)[:-1])
+    return list(LinearSolve.apply(spec, *rhs, *tensors)[:-1])
 
 
 class LinearSolve(torch.autograd.Function):
-    """``apply(spec, *rhs, *tensors) -> u leaves``; see NOTE [derivatives of a solve]."""
+    """``apply(spec, *rhs, *tensors) -> (*u leaves, what a remedy has made of the system)``.
+
+    See NOTE [derivatives of a solve].
+    """
 
     @staticmethod
-    def forward(spec: SolveSpec, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(spec: SolveSpec, *tensors: torch.Tensor) -> tuple[Any, ...]:
         with plain_surroundings(tensors), second_derivatives():
             return LinearSolve.plainly(spec, *tensors)
 
     @staticmethod
-    def plainly(spec: SolveSpec, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def plainly(spec: SolveSpec, *tensors: torch.Tensor) -> tuple[Any, ...]:
         rhs, parameters = tensors[: spec.num_rhs], list(tensors[spec.num_rhs :])
         lane_dims = spec.operator.lane_dims
         flat = ravel(rhs, lane_dims)
@@ -107,18 +138,18 @@ class LinearSolve(torch.autograd.Function):
                 f"the right-hand side of the {spec.kind} solve (the cotangent or tangent that reached the layer) "
                 f"holds NaN or Inf{name_lanes(~finite)}. Look for its source in the code that uses the layer's output."
             )
+        settings = spec.settings
+        solver, policy = settings.solver, settings.negative_curvature
         operator = spec.operator.linearize(parameters)
-        solution = wrap_value(operator, flat, spec.solver(operator, flat), type(spec.solver).__name__)
-        policy = spec.negative_curvature
+        solution = wrap_value(operator, flat, solver(operator, flat), type(solver).__name__)
         if (
             spec.of_derivative
             and policy in CHANGES_THE_SYSTEM
             and bool((solution.codes == int(Status.INDEFINITE)).any())
         ):
             raise UnsupportedTransformError(_OTHER_SYSTEM.format(kind=spec.kind, what="met negative curvature"))
-        solution = repair(policy, spec.solver, operator, lambda: spec.operator.gauss_newton(parameters), flat, solution)
-        if solution.remedy and policy in CHANGES_THE_SYSTEM:
-            spec.changed.append(solution.remedy)
+        solution = repair(policy, solver, operator, lambda: spec.operator.gauss_newton(parameters), flat, solution)
+        changed = solution.remedy if policy in CHANGES_THE_SYSTEM else ""
         u = unravel(solution.value, rhs, lane_dims)
         certificate = None
         if spec.certify is not None and listening_in_depth():  # it holds tensors, for as long as the record is held
@@ -127,38 +158,39 @@ class LinearSolve(torch.autograd.Function):
         answer = None if spec.judge is None else spec.judge(spec.operator, parameters, operator, flat, solution)
         record = BackwardRecord(spec.kind, replace(solution, value=None), certificate, answer)
         emit(record)
-        if spec.listener is not None:
-            spec.listener(record)
+        if settings.listener is not None:
+            settings.listener(record)
         where = _at_maximum(spec, operator, flat, solution) if solution.status is Status.INDEFINITE else ""
-        solution.enforce(spec.on_failure, f"{spec.kind} solve{where}: ")
+        solution.enforce(settings.on_failure, f"{spec.kind} solve{where}: ")
         if answer is not None:
-            answer.enforce(spec.on_failure)
-        if spec.on_failure == "mask":
+            answer.enforce(settings.on_failure)
+        if settings.on_failure == "mask":
             lost = solution.codes > int(Status.TRUNCATED)
             if answer is not None and answer.lost is not None:
                 lost = lost | answer.lost
             if bool(lost.any()):
                 u = replaced(lost, u, 0.0)
-        return tuple(u)
+        return (*u, changed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
         spec, *tensors = inputs
+        *u, ctx.changed = output
         ctx.spec = spec
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output, *tensors[spec.num_rhs :])
-        ctx.save_for_forward(*output, *tensors[spec.num_rhs :])
+        ctx.save_for_backward(*u, *tensors[spec.num_rhs :])
+        ctx.save_for_forward(*u, *tensors[spec.num_rhs :])
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         spec: SolveSpec = ctx.spec
-        k = spec.num_rhs
+        k, cotangents = spec.num_rhs, grads[:-1]
         saved = alive(ctx.saved_tensors)
         u, tensors = list(saved[:k]), list(saved[k:])
         if all(c is None for c in cotangents):
             return (None,) * (1 + k + len(tensors))
         needed = ctx.needs_input_grad[1 + k :]
-        transposed = spec.derivative(transposed=True, of_operator=any(needed))
+        transposed = spec.derivative(True, any(needed), ctx.changed)
 
         cotangents = alive(cotangents)
 
@@ -182,10 +214,10 @@ class LinearSolve(torch.autograd.Function):
             change = push_tensors(lambda t: spec.operator.product(u, t), tensors, vectors[k:], like=u)
             if change is not None:
                 rhs = [b - c for b, c in zip(rhs, change, strict=True)]
-            return solve(spec.derivative(transposed=False, of_operator=change is not None), rhs, tensors)
+            return solve(spec.derivative(False, change is not None, ctx.changed), rhs, tensors)
 
         with plain_surroundings(tensors), second_derivatives():
-            return tuple(over_batched_vectors(rule, tangents))
+            return (*over_batched_vectors(rule, tangents), None)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], spec: SolveSpec, *tensors: torch.Tensor) -> tuple[Any, Any]:
@@ -194,7 +226,7 @@ class LinearSolve(torch.autograd.Function):
         forced = [i < k or spec.operator.always_has_lanes(i - k) for i in range(len(tensors))]
         moved, has = lanes_first(tensors, dims, forced, info.batch_size)
         lifted = replace(spec, operator=spec.operator.with_level(has[k:], info.randomness))
-        return LinearSolve.apply(lifted, *moved), (0,) * k
+        return LinearSolve.apply(lifted, *moved), (*[0] * k, None)
 
 
 def _at_maximum(spec: SolveSpec, operator: FlatOperator, rhs: torch.Tensor, solution: LinearSolution) -> str:
@@ -203,9 +235,9 @@ def _at_maximum(spec: SolveSpec, operator: FlatOperator, rhs: torch.Tensor, solu
     Conjugate gradients on -A from a vector with a part in every eigenspace converge only where no curvature of A that
     they meet is positive; at a saddle they stop at the first that is.
     """
-    solver = getattr(spec.solver, "solver", spec.solver)  # inside a warm start
+    solver = getattr(spec.settings.solver, "solver", spec.settings.solver)  # inside a warm start
     gradient = isinstance(spec.operator, Jacobian) and spec.operator.residual.is_gradient
-    if not gradient or spec.on_failure not in ("warn", "raise") or not isinstance(solver, ConjugateGradient):
+    if not gradient or spec.settings.on_failure not in ("warn", "raise") or not isinstance(solver, ConjugateGradient):
         return ""
     failed = solution.codes == int(Status.INDEFINITE)
     turn = torch.arange(rhs.shape[-1], device=rhs.device, dtype=torch.float64) * 2.399963  # the golden angle: no period

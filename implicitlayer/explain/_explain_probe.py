@@ -19,8 +19,8 @@ from implicitlayer._errors import ClosureError
 from implicitlayer.base._surroundings import out_of_inference, plain_surroundings
 from implicitlayer.base._tree import TreeSpec, flatten, unflatten
 from implicitlayer.base._types import FlatFunction, Leaves
-from implicitlayer.equation._capture import ClosedOver, call_with, find_closed_over
-from implicitlayer.equation._flat import Signature, flat_function, flat_parts
+from implicitlayer.equation._capture import ClosedOver, find_closed_over
+from implicitlayer.equation._flat import Signature, call_with, flat_function, flat_parts
 from implicitlayer.equation._jacobian import pull_tensors
 from implicitlayer.equation._limits_of_torch import second_derivatives
 from implicitlayer.equation._residual import Residual, inner, pull_back

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from implicitlayer.base._surroundings import out_of_inference, plain_surrounding
 from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, name_lanes, unflatten
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.equation._capture import plainly_impossible
-from implicitlayer.equation._distance import AnswerCheck
+from implicitlayer.equation._distance import AnswerCheck, Found
 from implicitlayer.equation._limits_of_torch import limits_named, second_derivatives
 from implicitlayer.equation._residual import Attached, Residual
 from implicitlayer.equation._stationarity import Stationarity, stationarity
@@ -73,24 +73,24 @@ class Constraints:
     judge: Callable[[ActiveSet, OnFailure, bool], AnswerCheck | None]
 
 
-def solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> Leaves:
-    """x leaves, new and detached, from the user's solver; checked, polished and recorded."""
+def solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> tuple[Leaves, Found]:
+    """x leaves, new and detached, from the user's solver; checked, polished and recorded. And what was found."""
     hooked = saves_by_hooks()
     with plain_surroundings([*init, *theta]), unread(), torch.inference_mode(False):
         init, theta = out_of_inference(init), out_of_inference(theta)
         if spec.masks or masking():  # by a layer around this one, whose lanes are others
             with marking(spec.masks, init[0].shape[: spec.residual.lane_dims], init[0]) as failed:
-                x = _solved(spec, init, theta, failed)
+                x, found = _solved(spec, init, theta, failed)
                 x = x if failed is None else replaced(failed, x, math.nan)
         else:
-            x = _solved(spec, init, theta, None)
+            x, found = _solved(spec, init, theta, None)
     if hooked:  # they say what becomes of memory until backward (a checkpoint, offloading), and cannot see this graph
-        spec.graph.clear()
-    return x
+        found = replace(found, graph=None)
+    return x, found
 
 
-def _solved(spec: LayerSpec, init: Leaves, theta: Leaves, failed: torch.Tensor | None) -> Leaves:
-    """x leaves; lanes that have failed hold anything finite."""
+def _solved(spec: LayerSpec, init: Leaves, theta: Leaves, failed: torch.Tensor | None) -> tuple[Leaves, Found]:
+    """x leaves, and what was found; lanes that have failed hold anything finite."""
     given, init, theta = theta, [t.detach() for t in init], [t.detach() for t in theta]
     versions = [t._version for t in theta]
     accumulated = spec.accumulated if spec.closed else []
@@ -125,13 +125,13 @@ def _solved(spec: LayerSpec, init: Leaves, theta: Leaves, failed: torch.Tensor |
     if failed is not None:
         x = replaced(failed, x, init)
     aux = [result.aux for result, _ in results]
-    spec.aux[:] = aux if lanes else aux[:1]
 
     with second_derivatives():
         plain = spec.wanted and not plainly_impossible()
         reaching = spec.reaching(given, [t.requires_grad for t in given])[0] if plain else theta
         seen, solved = spec.seen(theta), [result for result, _ in results]
-        return _checked(spec, x, seen, init, solved, failed, reaching)
+        x, found = _checked(spec, x, seen, init, solved, failed, reaching)
+    return x, replace(found, aux=tuple(aux if lanes else aux[:1]))
 
 
 def _checked(
@@ -142,16 +142,17 @@ def _checked(
     results: list[SolverResult],
     failed: torch.Tensor | None,
     reaching: Leaves,
-) -> Leaves:
+) -> tuple[Leaves, Found]:
     """The answer x, polished, judged and recorded; ``reaching``: theta, for the graph that derivatives are made of."""
-    residual = spec.residual
+    residual, flaw = spec.residual, ""
+    answer: AnswerCheck | None = None
     measures = spec.stationarity_rtol is not None or spec.polish > 0 or (spec.wanted and listening_in_depth())
     keeps = spec.closed is not None and any(t.requires_grad for t in reaching)
     at = residual.attached(x, reaching) if measures or keeps else None  # one run for all
     if spec.closed is not None:
         run = at if at is not None else residual.run(x, reaching)
         keeps = residual.refuse_hidden(x, reaching, run) and keeps and not spec.closed.borrows
-        reached, spec.flaw[:] = run.ends[0], [run.ends[1]]
+        reached, flaw = run.ends
         spec.closed.confirm(reaching, reached)
         del run
 
@@ -161,7 +162,7 @@ def _checked(
         measured = stationarity(residual, x, theta, init, at)
         if spec.polish:
             rtol = math.inf if spec.stationarity_rtol is None else spec.stationarity_rtol
-            polished = polish(residual, x, theta, init, measured, spec.linear_solver, spec.polish, rtol)
+            polished = polish(residual, x, theta, init, measured, spec.settings.solver, spec.polish, rtol)
             x, measured = polished.x, polished.at
     constraints = spec.calling.constraints
     kept = 0 if polished is None else polished.kept
@@ -173,17 +174,15 @@ def _checked(
     limited = not kept and _worst_status(results) is Status.MAX_STEPS_REACHED
     if constraints is not None and active_set is not None:
         check = constraints.judge(active_set, spec.on_failure, limited)
-        spec.answer[:] = [] if check is None or (failed is not None and bool(failed.any())) else [check]
+        answer = None if failed is not None and bool(failed.any()) else check
     if measured is not None and spec.stationarity_rtol is not None:
         rtol, nearest = spec.stationarity_rtol, getattr(active_set, "nearest", None)
         judge_answer(spec, measured, x, theta, limited, polished)
         if failed is None or not bool(failed.any()):
-            spec.answer[:] = [AnswerCheck.of(measured, rtol, spec.on_failure, spec.linear_solver, nearest)]
+            answer = AnswerCheck.of(measured, rtol, spec.on_failure, spec.settings.solver, nearest)
     if failed is not None:  # what the judges find belongs to the record
         _record(spec, results, measured, kept, active_set, failed.clone())
-    elif keeps and at is not None:
-        spec.graph.append(at)
-    return x
+    return x, Found(answer, flaw, at if keeps and failed is None else None)
 
 
 def _changed_in_place(residual: Residual, init: Leaves, theta: Leaves, index: int) -> ImplicitLayerError:
@@ -339,8 +338,8 @@ def _record(
         failed=failed,
     )
     emit(record)
-    if spec.listener is not None:
-        spec.listener(record)
+    if spec.settings.listener is not None:
+        spec.settings.listener(record)
 
 
 def _worst_status(results: Sequence[SolverResult]) -> Status | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,18 +11,14 @@ import torch
 
 from implicitlayer import _torch
 from implicitlayer.base._failures import failed_lanes, finite_data, replaced
-from implicitlayer.base._records import BackwardRecord, ForwardRecord
 from implicitlayer.base._surroundings import plain_surroundings
 from implicitlayer.base._types import Leaves, OnFailure
 from implicitlayer.equation._capture import ClosedOver, derivatives_possible
-from implicitlayer.equation._certificate import Assumptions
-from implicitlayer.equation._distance import AnswerCheck
 from implicitlayer.equation._jacobian import Graph
 from implicitlayer.equation._limits_of_torch import second_derivatives
-from implicitlayer.equation._repair import NegativeCurvature
 from implicitlayer.equation._residual import Attached, Residual
-from implicitlayer.equation._rules import Matrix, implicit_jvp, implicit_vjp
-from implicitlayer.equation._solve import alive, fill, lanes_first, over_batched_vectors
+from implicitlayer.equation._rules import implicit_jvp, implicit_vjp
+from implicitlayer.equation._solve import Settings, alive, fill, lanes_first, over_batched_vectors
 from implicitlayer.layer._forward import Calling, solve_forward
 
 __all__ = ["ImplicitArgmin"]
@@ -35,25 +31,21 @@ class LayerSpec:
     residual: Residual
     calling: Calling
     num_x: int
-    linear_solver: Callable[..., Any]
-    on_failure: OnFailure = "warn"
+    settings: Settings
     closed: ClosedOver | None = None  # tensors that the function reads from outside; None: it was not searched
     wanted: bool = True  # whether something that was given needs a derivative
     stationarity_rtol: float | None = 1e-3
     polish: int = 0
-    matrix: Matrix = ("hessian", 0.0)
-    negative_curvature: NegativeCurvature = "raise"
-    assumptions: Assumptions | None = None
-    listener: Callable[[ForwardRecord | BackwardRecord], None] | None = None
-    aux: list[Any] = field(default_factory=list)
-    answer: list[AnswerCheck] = field(default_factory=list)  # left by forward for the derivatives
-    flaw: list[str] = field(default_factory=list)  # left by forward: why second derivatives would be wrong
-    graph: list[Attached] = field(default_factory=list)  # left by forward for the first plain backward
+
+    @property
+    def on_failure(self) -> OnFailure:
+        """The failure policy."""
+        return self.settings.on_failure
 
     @property
     def masks(self) -> bool:
         """Whether lanes that fail are masked; see NOTE [masked lanes]."""
-        return self.on_failure == "mask"
+        return self.settings.on_failure == "mask"
 
     def at(self, saved: Sequence[torch.Tensor]) -> tuple[Leaves, Leaves, torch.Tensor | None]:
         """x, theta and the masked lanes, of the tensors that a call has saved; finite in the masked ones."""
@@ -93,18 +85,10 @@ class LayerSpec:
         leaves = [t.detach().requires_grad_(need) for t, need in zip(explicit, needed, strict=False)]
         return [*leaves, *own], len(leaves) == self.calling.num_theta
 
-    def take_graph(self, x: Leaves, theta: Leaves, needed: Sequence[bool]) -> Graph | None:
-        """F for a plain backward; None where only torch.func finds all of its derivatives.
-
-        The graph that forward has left goes with the first backward, unless that is told to retain it.
-        """
-        if derivatives_possible():
-            return None
-        held = self.graph[0] if self.graph else None
+    def graph_for(self, x: Leaves, theta: Leaves, needed: Sequence[bool], held: Attached | None) -> Graph | None:
+        """F for a plain backward, ``held`` or to be made; None where only torch.func finds all of its derivatives."""
         if held is not None and self.closed is not None:
             self.closed.refuse_changed()
-        if held is not None and not _torch.keeps_graph():
-            self.graph.clear()
         reaching, complete = self.reaching(theta, needed)
         if held is None and not complete:
             return None
@@ -117,26 +101,13 @@ class LayerSpec:
                 self.residual.refuse_unseen(x, theta)
             self.closed.stood = False
 
-    @property
-    def how(self) -> dict[str, Any]:
-        """The settings of the solve behind a derivative."""
-        return {
-            "matrix": self.matrix,
-            "solver": self.linear_solver,
-            "on_failure": self.on_failure,
-            "negative_curvature": self.negative_curvature,
-            "assumptions": self.assumptions,
-            "answer": self.answer[0] if self.answer else None,
-            "flaw": self.flaw[0] if self.flaw else "",
-            "listener": self.listener,
-        }
-
 
 class ImplicitArgmin(torch.autograd.Function):
-    """``apply(spec, *init leaves, *theta leaves) -> x leaves``, differentiable in theta.
+    """``apply(spec, *init leaves, *theta leaves) -> (*x leaves, found)``, differentiable in theta.
 
     ``forward`` runs the black-box solver on plain tensors; ``backward`` and ``jvp`` know nothing of the solver and are
     made of differentiable pieces, so every order composes; ``vmap`` adds one level of lanes to the same Function.
+    ``found`` is what the forward pass has found out, no tensor.
     Use :func:`implicitlayer.argmin`, which builds the spec. ``init`` gets no gradient: the solution of a well-posed
     problem does not depend on where the search started.
 
@@ -144,37 +115,42 @@ class ImplicitArgmin(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(spec: LayerSpec, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(solve_forward(spec, list(tensors[: spec.num_x]), list(tensors[spec.num_x :])))
+    def forward(spec: LayerSpec, *tensors: torch.Tensor) -> tuple[Any, ...]:
+        x, found = solve_forward(spec, list(tensors[: spec.num_x]), list(tensors[spec.num_x :]))
+        return (*x, found)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
         spec, *tensors = inputs
-        ctx.spec = spec
+        *x, found = output
+        ctx.spec, ctx.found, ctx.graph = spec, replace(found, graph=None, aux=()), found.graph
         ctx.set_materialize_grads(False)
         # x* is saved as an output: in a double backward it carries its own dependence on theta
         kept = tensors if spec.masks else tensors[spec.num_x :]  # init stands in for the x of masked lanes
-        ctx.save_for_backward(*output, *kept)
-        ctx.save_for_forward(*output, *kept)
+        ctx.save_for_backward(*x, *kept)
+        ctx.save_for_forward(*x, *kept)
 
     @staticmethod
-    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[Any, ...]:
         spec: LayerSpec = ctx.spec
-        k = spec.num_x
+        k, cotangents = spec.num_x, grads[:-1]
         saved = alive(ctx.saved_tensors)
         x, theta, failed = spec.at(saved)
         if all(c is None for c in cotangents):
             return (None,) * (1 + k + len(theta))
         needed = ctx.needs_input_grad[1 + k :]
 
-        graph = spec.take_graph(x, theta, needed)
-        how = {**spec.how, "kind": "backward", "graph": graph}
+        graph = None
+        if not derivatives_possible():  # else torch.func is at work, or this backward is differentiated
+            graph = spec.graph_for(x, theta, needed, ctx.graph)
+            if not _torch.keeps_graph():  # it goes with the first backward that is not told to keep it
+                ctx.graph = None
         if graph is None:
             spec.refuse_unseen(x, theta)
 
         def rule(v: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
             filled = fill(v, x) if failed is None else replaced(failed, fill(v, x), 0.0)
-            return implicit_vjp(spec.residual, x, theta, filled, needed, **how)
+            return implicit_vjp(spec.residual, x, theta, filled, needed, spec.settings, ctx.found, graph)
 
         theta_bar = over_batched_vectors(rule, alive(cotangents))
         return (None, *(None,) * k, *theta_bar)
@@ -189,12 +165,12 @@ class ImplicitArgmin(torch.autograd.Function):
         spec.refuse_unseen(x, theta)
 
         def rule(directions: list[torch.Tensor | None]) -> Leaves:
-            result = implicit_jvp(spec.residual, x, theta, directions, kind="forward-mode", **spec.how)
+            result = implicit_jvp(spec.residual, x, theta, directions, spec.settings, ctx.found)
             if result is None:
                 return [torch.zeros_like(leaf) for leaf in x]
             return result if failed is None else replaced(failed, result, 0.0)
 
-        return tuple(over_batched_vectors(rule, tangents[k:]))
+        return (*over_batched_vectors(rule, tangents[k:]), None)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], spec: LayerSpec, *tensors: torch.Tensor) -> tuple[Any, Any]:
@@ -202,4 +178,4 @@ class ImplicitArgmin(torch.autograd.Function):
         forced = [i < k for i in range(len(tensors))]
         moved, has = lanes_first(tensors, in_dims[1:], forced, info.batch_size)
         lifted = replace(spec, residual=spec.residual.with_level(has[k:], info.randomness))
-        return ImplicitArgmin.apply(lifted, *moved), (0,) * k
+        return ImplicitArgmin.apply(lifted, *moved), (*[0] * k, None)

@@ -28,6 +28,7 @@ from implicitlayer.equation._jacobian import Curvature
 from implicitlayer.equation._limits_of_torch import limits_named
 from implicitlayer.equation._repair import POLICIES, NegativeCurvature
 from implicitlayer.equation._residual import Residual, check_value
+from implicitlayer.equation._solve import Settings
 from implicitlayer.layer._forward import Calling, Constraints
 from implicitlayer.layer._function import ImplicitArgmin, LayerSpec
 from implicitlayer.layer._roles import tell_arguments
@@ -146,21 +147,25 @@ class ImplicitLayer(CopiesFunctions):
             residual=residual,
             calling=calling,
             num_x=len(x),
-            linear_solver=self.linear_solver,
-            on_failure=self.on_failure,
+            settings=Settings(
+                solver=self.linear_solver,
+                on_failure=self.on_failure,
+                curvature=self.curvature,
+                damping=float(self.damping),
+                negative_curvature=self.negative_curvature,
+                assumptions=self.assumptions,
+                listener=records.listener(),
+            ),
             closed=hidden if watched else None,
             wanted=wanted,
             stationarity_rtol=self.stationarity_rtol if wanted else None,
             polish=self.polish,
-            matrix=(self.curvature, float(self.damping)),
-            negative_curvature=self.negative_curvature,
-            assumptions=self.assumptions,
-            listener=records.listener(),
         )
         given = [*x, *tensors, *map(announce, hidden)]  # what is hidden may be swapped by a layer around this one
-        solution = unflatten(ImplicitArgmin.apply(spec, *out_of_inference(given)), x_spec)
+        *leaves, found = ImplicitArgmin.apply(spec, *out_of_inference(given))
+        solution = unflatten(leaves, x_spec)
         if self.solver_has_aux:
-            return solution, spec.aux[0] if len(spec.aux) == 1 else list(spec.aux)
+            return solution, found.aux[0] if len(found.aux) == 1 else list(found.aux)
         return solution
 
     def _read(self, function: Callable[..., Any]) -> Callable[..., Any]:

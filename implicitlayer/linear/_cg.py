@@ -15,7 +15,7 @@ import torch
 from implicitlayer.base._ritz import RitzValues
 from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._status import Status
-from implicitlayer.linear._common import NOISE, SLACK, STEPS_BETWEEN_SYNCS, Limits, lane_norm
+from implicitlayer.linear._common import NOISE, SLACK, STEPS_BETWEEN_SYNCS, Keep, Limits, lane_norm
 from implicitlayer.linear._operator import FlatOperator, LinearSolver, lane_dot, lane_scale
 from implicitlayer.linear._preconditioners import Precondition, Preconditioner
 
@@ -316,21 +316,6 @@ def _iterate_single(
     run.smallest, run.largest = torch.full_like(tolerance, smallest), torch.full_like(tolerance, largest)
 
 
-class _Keep:
-    """Picks the new values of running lanes and the old ones of all others."""
-
-    def __init__(self, running: torch.Tensor) -> None:
-        # asking is free on the CPU only, where it saves a pass over everything
-        self.all = running.device.type == "cpu" and bool(running.all())
-        self.running = running
-
-    def __call__(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-        return new if self.all else torch.where(self.running, new, old)
-
-    def vectors(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-        return new if self.all else torch.where(self.running.unsqueeze(-1), new, old)
-
-
 def _iterate_lanes(
     operator: FlatOperator,
     precondition: Precondition | None,
@@ -358,13 +343,13 @@ def _iterate_lanes(
     pivots, betas = run.ritz.new_round()
     arrived = torch.zeros_like(running)
     none, nan = tolerance.new_zeros(()), tolerance.new_full((), math.nan)  # Python numbers cost torch.where a copy each
-    keep, first_round = _Keep(running), not bool(run.steps.any())
+    keep, first_round = Keep(running), not bool(run.steps.any())
     for step in range(max_steps):
         if step % sync == 0 and not (keep.all or bool(running.any())):
             break
         if not first_round:  # lanes have made different numbers of steps
             running = running & (steps < max_steps)
-            keep = _Keep(running)
+            keep = Keep(running)
         ap = operator(p)
         pap = lane_dot(p, ap)
         steps = steps + running
@@ -385,7 +370,7 @@ def _iterate_lanes(
             codes = torch.where(down & ~arrived, int(Status.INDEFINITE), codes)
             codes = torch.where(running & ~finite, int(Status.NONFINITE), codes)
             running = seen & ~(flat | down)
-            keep = _Keep(running)
+            keep = Keep(running)
         alpha = keep(rz / pap, none).to(x.dtype).unsqueeze(-1)
         x = keep.vectors(torch.addcmul(x, alpha, p), x)
         r = torch.addcmul(r, alpha, ap, value=-1)  # of lanes that run: nobody reads the others'
@@ -398,7 +383,7 @@ def _iterate_lanes(
             if run.aim is not None and run.floor is not None:
                 reached = reached & (rnorm <= torch.maximum(run.floor, run.aim * smallest * lane_norm(x)))
             running = running & ~reached
-            keep = _Keep(running)
+            keep = Keep(running)
         beta = keep(rz_new / rz, nan)
         betas.append(beta)
         pdp = keep(rz_new + beta * beta * pdp, pdp)

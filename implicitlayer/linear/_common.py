@@ -136,6 +136,21 @@ def select(mask: torch.Tensor, vector: torch.Tensor, other: torch.Tensor | None 
     return torch.where(mask.unsqueeze(-1), vector, torch.zeros_like(vector) if other is None else other)
 
 
+class Keep:
+    """Picks the new values of running lanes and the old ones of all others."""
+
+    def __init__(self, running: torch.Tensor) -> None:
+        # asking is free on the CPU only, where it saves a pass over everything
+        self.all = running.device.type == "cpu" and bool(running.all())
+        self.running = running
+
+    def __call__(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        return new if self.all else torch.where(self.running, new, old)
+
+    def vectors(self, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        return new if self.all else torch.where(self.running.unsqueeze(-1), new, old)
+
+
 def refine(
     operator: FlatOperator, rhs: torch.Tensor, limits: Limits, correct: Callable[[Round], Correction], method: str
 ) -> LinearSolution:
