@@ -73,6 +73,7 @@ class ConjugateGradient(LinearSolver):
     atol: float = 0.0
     max_steps: int | None = None
     preconditioner: Precondition | Preconditioner | None = None
+    systems = "positive definite"
 
     def __post_init__(self) -> None:
         self.limits  # noqa: B018  checks the arguments
@@ -185,8 +186,7 @@ class ConjugateGradient(LinearSolver):
         residual, codes = run.residual_norm, run.codes
         relative = torch.where(norm > 0, residual / norm, torch.zeros_like(norm))
         if not self.has_tolerance:
-            blown_up = (codes == int(Status.STEP_LIMIT)) & (relative > _BLOWN_UP)
-            codes = torch.where(blown_up, int(Status.DIVERGED), codes)
+            codes = torch.where((codes == int(Status.STEP_LIMIT)) & (relative > _BLOWN_UP), int(Status.DIVERGED), codes)
         else:
             reached = residual <= SLACK * tolerance
             stuck = (codes == int(Status.CONVERGED)) & ~reached
