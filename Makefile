@@ -4,7 +4,7 @@
 #   make demo DATA=<dir>    the same on Omniglot: <dir> holds images_background.zip and images_evaluation.zip, or their extracted folders
 #   make test               all tests         make test ARGS="-k conjugate -x"
 #   make check              formatting, lint, types and the tests of the core: before every commit
-#   make test-thorough      more than 10,000 random problems with known answers, the figures as a table (3 to 10 minutes)
+#   make test-thorough      more than 10,000 random problems with known answers, the figures as a table, and seeded faults (5 to 12 minutes)
 #                           ARGS="--minutes 3", ARGS="--family root --seed 7"; tables in runs/thorough/
 #   make paper-cpu          the paper's figures and tables, reduced for a CPU (at most 25 minutes on 2 cores); results in runs/paper/
 #                           DATA=<dir>  a folder with omniglot/ and mini_imagenet/; without it, Glyphs take their place
@@ -67,6 +67,7 @@ check: lint
 
 test-thorough: $(VENV)/with-dev
 	$(RUN) "$(BIN)/python" -m tests.thorough $(ARGS)
+	$(RUN) "$(BIN)/python" -m pytest -m thorough -n $(WORKERS) --dist worksteal -v -q tests/mutation
 
 # Threads that wait sleep: by default they spin, and beside other work a step then takes up to ten times as long.
 paper-cpu: export OMP_WAIT_POLICY = PASSIVE

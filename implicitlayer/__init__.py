@@ -163,6 +163,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name in ("testing", "experiments"):  # imported when first used: Hypothesis, an extra; presets and runs
-        return importlib.import_module(f"implicitlayer.{name}")
-    raise AttributeError(f"module 'implicitlayer' has no attribute {name!r}")
+    if name == "testing":  # imported when first used: Hypothesis is an extra
+        return importlib.import_module("implicitlayer.testing")
+    moved = " any more: it is examples/paper/train.py of the source" if name == "experiments" else ""
+    raise AttributeError(f"module 'implicitlayer' has no attribute {name!r}{moved}")

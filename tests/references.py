@@ -36,12 +36,28 @@ def spd_matrix(n: int, log10_cond: float, seed: int) -> Tensor:
     return testing.spd_matrix(n, log10_cond=log10_cond, seed=seed)
 
 
+def rows(values: Tensor, inputs: Sequence[Tensor], create_graph: bool = False) -> list[Tensor]:
+    """The derivative of all ``values`` in each input, [values, entries of it], one row of autograd at a time."""
+    how = {"retain_graph": True, "create_graph": create_graph, "materialize_grads": True}
+    found = [torch.autograd.grad(value, inputs, **how) for value in values.reshape(-1)]
+    of_each = zip(*found, strict=True) if found else [()] * len(inputs)
+    return [
+        torch.stack([part.reshape(-1) for part in parts]) if parts else leaf.new_zeros(0, leaf.numel())
+        for parts, leaf in zip(of_each, inputs, strict=True)
+    ]
+
+
+def dense_jacobian(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
+    """[outputs, inputs]."""
+    at = at.detach().requires_grad_()
+    return rows(function(at), [at])[0]
+
+
 def dense_hessian(objective: Callable[..., Tensor], x: Tensor, theta: Sequence[Tensor]) -> Tensor:
-    """d^2 f / dx dx as [n, n], one row of autograd at a time."""
+    """d^2 f / dx dx as [n, n]."""
     x = x.detach().requires_grad_()
     (gradient,) = torch.autograd.grad(objective(x, *theta), x, create_graph=True)
-    rows = [torch.autograd.grad(g, x, retain_graph=True)[0].reshape(-1) for g in gradient.reshape(-1)]
-    return torch.stack(rows) if rows else x.new_zeros(0, 0)
+    return rows(gradient, [x])[0]
 
 
 def dense_gradients(
@@ -83,6 +99,28 @@ def newton(objective: Callable[..., Tensor], init: Tensor, *theta: Any) -> Tenso
         if float(step.norm()) <= 1e-15 * (1 + float(x.norm())):
             break
     return x.detach()
+
+
+def newton_root(function: Callable[..., Tensor], init: Tensor, *theta: Any) -> Tensor:
+    """Newton's method for ``function(x, *theta) = 0``, down to rounding."""
+    x = init.detach()
+    for _ in range(30):
+        step = torch.linalg.solve(dense_jacobian(lambda y: function(y, *theta), x), function(x, *theta))
+        x = (x - step).detach()
+        if float(step.norm()) < 1e-15:
+            break
+    return x
+
+
+class Energy(torch.nn.Module):
+    """softplus(net x) + 1/2 ||x - t||^2, strongly convex in x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Linear(3, 4, dtype=F64)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return torch.nn.functional.softplus(self.net(x)).sum() + 0.5 * ((x - t) ** 2).sum()
 
 
 def smooth_objective(x: Tensor, weight: Tensor, offset: Tensor, log_strength: Tensor) -> Tensor:

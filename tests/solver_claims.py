@@ -54,6 +54,13 @@ LINEAR = [
     testing.linear(il.Dense()),
     testing.linear(il.Neumann(40)),  # 0.5^40 = 1e-12
 ]
+_LISTED = {type(claim.solver) for claim in LINEAR}
+LINEAR += [
+    testing.linear(example)
+    for kind in testing.extensions(il.LinearSolver, "implicitlayer")
+    if kind not in _LISTED
+    for example in kind.examples()
+]
 
 # A tolerance of 2e-8 on the gradient leaves x within 4e-7. It is absolute, because one check begins at the solution.
 # In float32 nobody reaches it: the limits of steps are what the promise takes in float64, with some to spare.
@@ -94,4 +101,11 @@ INNER = [
         OnTheGradient(solvers.AndersonAcceleration(atol=1e-9, max_steps=40), fixed_point=True),
         name="AndersonAcceleration, gradient",
     ),
+]
+_LISTED = {type(claim.solver) for claim in INNER}
+INNER += [
+    testing.inner(example)
+    for kind in testing.extensions(il.RecordingSolver, "implicitlayer")
+    if kind not in _LISTED
+    for example in kind.examples()
 ]

@@ -6,33 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from references import F64, randn, relative_error
+from log_layer import leaf, log_layer, log_objective, log_solver, zeros
+from references import F64, relative_error
 from torch import Tensor
 from torch.func import grad, jacfwd, jacrev, vmap
 
 import implicitlayer as il
 from implicitlayer import testing
-
-
-def log_objective(x: Tensor, t: Tensor) -> Tensor:
-    return (x.exp() - t * x).sum()
-
-
-def log_solver(objective: Any, x: Tensor, t: Tensor) -> Tensor:
-    return t.log()
-
-
-def log_layer(**settings: Any) -> il.ImplicitLayer:
-    """x = log t, dx/dt = 1/t."""
-    return il.argmin(log_objective, log_solver, **settings)
-
-
-def leaf(*shape: int, seed: int = 0) -> Tensor:
-    return (randn(*shape, seed=seed).abs() + 0.5).requires_grad_()
-
-
-def zeros(*shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=F64)
 
 
 def tracking(solver: Any, **settings: Any) -> il.ImplicitLayer:

@@ -41,7 +41,9 @@ from _meta_gradient_rivals import (
 )
 
 import implicitlayer as il
-from implicitlayer import experiments
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "paper"))
+import experiments
 
 
 def library(theta: Params, tasks: Any, s: Settings) -> Gradient:

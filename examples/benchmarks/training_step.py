@@ -29,7 +29,9 @@ from typing import Any
 import torch
 
 import implicitlayer as il
-from implicitlayer import experiments
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "paper"))
+import experiments
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = {

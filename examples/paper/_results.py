@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from experiments import machine, versions
 
 import implicitlayer as il
-from implicitlayer.experiments import machine, versions
 
 # Not the folder of the committed results: those are refreshed on purpose, with --output-dir examples/paper/results.
 OUTPUT_DIR = Path("runs") / "paper"

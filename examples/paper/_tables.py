@@ -12,11 +12,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import experiments
 import torch
 from _results import OUTPUT_DIR, device_option, load_result, save_result
 
 import implicitlayer as il
-from implicitlayer import experiments
 
 METHODS = {
     "imaml-gd": "iMAML, GD",

@@ -35,11 +35,11 @@ paper's network, data and inner problem, with the meta-batch and the outer rate 
 for iMAML with gradient descent, `released-...` (the settings of the authors' code, but solving the paper's system):
 
 ```text
-python -m implicitlayer.experiments --help                               all presets
-python -m implicitlayer.experiments paper-omniglot-5w1s-imaml-gd --help  its settings, and what the paper leaves open
-python -m implicitlayer.experiments paper-omniglot-5w1s-imaml-gd --data.dir <folder> --run.device cuda --run.minutes 5
-python -m implicitlayer.experiments --resume <run folder>                go on after Ctrl-C, a crash or a power cut
-torchrun --nproc-per-node 4 -m implicitlayer.experiments ...             tasks shared among processes
+python examples/paper/train.py --help                               all presets
+python examples/paper/train.py paper-omniglot-5w1s-imaml-gd --help  its settings, and what the paper leaves open
+python examples/paper/train.py paper-omniglot-5w1s-imaml-gd --data.dir <folder> --run.device cuda --run.minutes 5
+python examples/paper/train.py --resume <run folder>                go on after Ctrl-C, a crash or a power cut
+torchrun --nproc-per-node 4 examples/paper/train.py ...             tasks shared among processes
 ```
 
 MAML with Nesterov's steps is `--method.inner-momentum 0.9` (say) on a preset of maml; truncated back-propagation has

@@ -17,6 +17,7 @@ from implicitlayer._errors import (
     NotConvergedError,
     SingularError,
 )
+from implicitlayer.base._extension import Extension
 from implicitlayer.base._ritz import RitzValues
 from implicitlayer.base._status import Status
 from implicitlayer.base._tree import name_lanes
@@ -167,13 +168,15 @@ class SolverResult:
     aux: Any = field(default=None)
 
 
-class RecordingSolver:
+class RecordingSolver(Extension):
     """Base class of inner solvers that tell how they ended: a subclass defines ``run``, layers call it.
 
     ``solver(objective, init, *theta)`` returns the bare value, so a subclass is a solver like any other callable.
+    ``il.testing.extension_checks(il.RecordingSolver)`` finds it, and tests it as a minimiser unless it finds roots.
 
     Attributes:
         finds: what it looks for, if it can say so: layers refuse a solver of another problem than theirs.
+        batched: if it is there and true, the solver takes many problems at once: an objective that returns [*lanes].
     """
 
     finds: ClassVar[Literal["minimum", "root"] | None] = None

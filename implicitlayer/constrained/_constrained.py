@@ -28,8 +28,7 @@ from implicitlayer.equation._flat import Reading, Signature, call_with, flat_fun
 from implicitlayer.equation._residual import Attached, Residual
 from implicitlayer.layer._forward import Constraints
 from implicitlayer.layer._layer import ImplicitLayer, without_aux
-from implicitlayer.linear._cg import ConjugateGradient
-from implicitlayer.linear._minres import Minres
+from implicitlayer.linear._operator import is_for_symmetric
 from implicitlayer.sets._term import expand_like, largest_of, resolve
 
 __all__ = ["ProxLayer"]
@@ -76,7 +75,7 @@ class ProxLayer(ImplicitLayer):
                 f"assumptions are those of a lemma without constraints; it does not hold for a layer with a "
                 f"{self.terms_name}. Leave them out: record.gradient_error is then an estimate."
             )
-        if isinstance(self.linear_solver, ConjugateGradient | Minres):
+        if is_for_symmetric(self.linear_solver):
             raise ValueError(
                 f"linear_solver={type(self.linear_solver).__name__}() is for symmetric systems; that of a layer with a "
                 f"{self.terms_name} is not. Leave it out (il.Gmres), or use il.Bicgstab or il.Dense."

@@ -18,8 +18,7 @@ from implicitlayer.equation._repair import POLICIES, NegativeCurvature
 from implicitlayer.equation._residual import Residual, pullback
 from implicitlayer.equation._solve import Settings, SolveSpec, solve
 from implicitlayer.linear._cg import ConjugateGradient
-from implicitlayer.linear._minres import Minres
-from implicitlayer.linear._operator import FlatOperator
+from implicitlayer.linear._operator import FlatOperator, is_for_symmetric
 
 __all__ = ["HessianOperator", "hessian_operator", "hvp", "linear_solve"]
 
@@ -196,7 +195,7 @@ def linear_solve(
         solver: a linear solver; default :class:`ConjugateGradient`, which needs a symmetric positive-definite system.
         tensors: pytrees that the function depends on.
         symmetric: whether A = A'. False makes reverse mode solve with the transpose, which is right for every A.
-            Default: True for :class:`ConjugateGradient` and :class:`Minres`, which need it; False for all others.
+            Default: True for a solver of symmetric systems, such as :class:`ConjugateGradient`; False for all others.
         on_failure, negative_curvature: as in :func:`argmin`.
 
     Example:
@@ -211,7 +210,7 @@ def linear_solve(
         raise ValueError(f"negative_curvature={negative_curvature!r} must be one of {POLICIES}.")
     solver = solver if solver is not None else ConjugateGradient()
     if symmetric is None:
-        symmetric = isinstance(solver, (ConjugateGradient, Minres))
+        symmetric = is_for_symmetric(solver)
     leaves, spec = flatten(rhs)
     like = tuple(_Form(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
     family: OperatorFamily

@@ -68,6 +68,7 @@ class Bicgstab(KrylovSolver):
     """
 
     method: ClassVar[str] = "Bi-CGSTAB"
+    systems = "contraction"  # it breaks down where eigenvalues surround zero (rotations)
 
     def correct(self, operator: FlatOperator, precondition: Precondition, start: Round) -> Correction:
         """The recurrence, run from zero on the right-hand side ``start.residual`` until it breaks down."""

@@ -74,6 +74,7 @@ class ConjugateGradient(LinearSolver):
     atol: float = 0.0
     max_steps: int | None = None
     preconditioner: Precondition | Preconditioner | None = None
+    systems = "positive definite"
 
     def __post_init__(self) -> None:
         self.limits  # noqa: B018  checks the arguments
@@ -190,8 +191,7 @@ class ConjugateGradient(LinearSolver):
         relative = torch.where(norm > 0, residual / norm, torch.zeros_like(norm))
         asked = self.limits.has_tolerance
         if not asked:
-            blown_up = (codes == int(Status.STEP_LIMIT)) & (relative > _BLOWN_UP)
-            codes = torch.where(blown_up, int(Status.DIVERGED), codes)
+            codes = torch.where((codes == int(Status.STEP_LIMIT)) & (relative > _BLOWN_UP), int(Status.DIVERGED), codes)
         else:
             reached = residual <= SLACK * tolerance
             stuck = (codes == int(Status.CONVERGED)) & ~reached

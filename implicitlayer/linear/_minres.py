@@ -80,6 +80,7 @@ class Minres(KrylovSolver):
     """
 
     method: ClassVar[str] = "MINRES"
+    systems = "symmetric"
 
     def correct(self, operator: FlatOperator, precondition: Precondition, start: Round) -> Correction:
         """The recurrence, run from zero on the right-hand side ``start.residual``."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -51,6 +52,13 @@ class Neumann(LinearSolver):
 
     num_terms: int
     step_size: float = 1.0
+
+    systems = "contraction"
+
+    @classmethod
+    def examples(cls, *given: Any) -> list[Neumann]:
+        """As many terms as a contraction by 1/2 takes to 1e-12."""
+        return [cls(40)]
 
     def __post_init__(self) -> None:
         if self.num_terms < 1:

@@ -78,7 +78,7 @@ class NormalEquations(LinearSolver):
                 symmetric=True,
                 inverse_metric=None if operator.inverse_metric is None else (operator.inverse_metric * sigma) ** 2,
             )
-            found = inner.solve(normal, select(steep, gradient / sigma))
+            found = inner(normal, select(steep, gradient / sigma))
             value = found.value / sigma
             norm = lane_norm(r - operator(value))
             # found: A'(r - A d) is a small part of A'r. If r - A d is not a small part of r, A' does not see it.

@@ -7,10 +7,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 
+from implicitlayer.base._extension import Extension
 from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._status import Status
 from implicitlayer.base._tree import flatten, ravel, unflatten, unravel
@@ -56,23 +57,36 @@ class FlatOperator:
         return vector if self.inverse_metric is None else vector / self.inverse_metric
 
 
-class LinearSolver:
+class LinearSolver(Extension):
     """Base class of linear solvers: ``solver(operator, rhs) -> LinearSolution``.
 
     ``operator`` is a function ``v -> A v``, a tensor [*lanes, n, n], or a :class:`FlatOperator`; ``rhs`` is a tensor
     or a pytree of tensors. Only a matrix [*lanes, n, n] or a FlatOperator with a right-hand side [*lanes, n] has
     lanes; for a plain function all entries of ``rhs``, whatever its shape, are the unknowns of one system.
+
+    A subclass defines ``solve``. ``il.testing.extension_checks(il.LinearSolver)`` finds it, and tests what it says of
+    itself.
+
+    Attributes:
+        systems: which matrices it is for: ``"general"``, ``"symmetric"``, ``"positive definite"``, or
+            ``"contraction"`` (I - J with ``||J|| < 1``). One for symmetric matrices is never asked for a transposed
+            solve, and refused where a system is not symmetric.
     """
 
-    def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution:
-        """Solve for a flat right-hand side [*lanes, n]."""
+    systems: ClassVar[Literal["positive definite", "symmetric", "general", "contraction"]] = "general"
+
+    def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution | torch.Tensor:
+        """Solve for a flat right-hand side [*lanes, n].
+
+        Where it returns a bare tensor, its residual and status are computed by one product more.
+        """
         raise NotImplementedError
 
     def __call__(self, operator: Any, rhs: Any) -> LinearSolution:
-        if isinstance(operator, FlatOperator):
-            return self.solve(operator, rhs)
         if isinstance(operator, torch.Tensor):
-            return self.solve(_matrix_operator(operator, rhs), rhs)
+            operator = _matrix_operator(operator, rhs)
+        if isinstance(operator, FlatOperator):
+            return wrap_value(operator, rhs, self.solve(operator, rhs), type(self).__name__)
         leaves, spec = flatten(rhs)
         if not leaves or not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
             raise TypeError(f"rhs must be a tensor or a pytree of tensors, got {type(rhs).__name__}.")
@@ -81,8 +95,13 @@ class LinearSolver:
             product, _ = flatten(operator(unflatten(unravel(vector, leaves, 0), spec)))
             return ravel(product, 0)
 
-        solution = self.solve(FlatOperator(matvec), ravel(leaves, 0))
+        solution = self(FlatOperator(matvec), ravel(leaves, 0))
         return _replace_value(solution, unflatten(unravel(solution.value, leaves, 0), spec))
+
+
+def is_for_symmetric(solver: Any) -> bool:
+    """Whether a linear solver says that it is for symmetric systems only; a plain function says nothing."""
+    return getattr(solver, "systems", "general") in ("symmetric", "positive definite")
 
 
 def _matrix_operator(matrix: torch.Tensor, rhs: torch.Tensor) -> FlatOperator:

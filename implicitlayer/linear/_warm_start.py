@@ -58,6 +58,16 @@ class WarmStart(LinearSolver):
             )
 
     @property
+    def systems(self) -> Any:  # type: ignore[override]
+        """Those of the solver."""
+        return getattr(self.solver, "systems", "general")
+
+    @classmethod
+    def examples(cls, *given: Any) -> list[WarmStart]:
+        """None: its rounding depends on the solve before, so that repeats are no more than close."""
+        return []
+
+    @property
     def rtol(self) -> float | None:
         """That of the solver."""
         value: float | None = self.solver.rtol
@@ -81,11 +91,11 @@ class WarmStart(LinearSolver):
     def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution:
         """Solve for a flat right-hand side [*lanes, n]."""
         if _torch.is_wrapped(rhs):
-            solution: LinearSolution = self.solver.solve(operator, rhs)
+            solution: LinearSolution = self.solver(operator, rhs)
             return solution
         key = (tuple(rhs.shape), rhs.dtype, rhs.device)
         start = self._kept.get(key)
-        solution = self.solver.solve(operator, rhs) if start is None else self._corrected(operator, rhs, start)
+        solution = self.solver(operator, rhs) if start is None else self._corrected(operator, rhs, start)
         # a lane that failed, or had nothing to solve, keeps its old start
         worth = (solution.codes <= int(Status.STAGNATED)) & (rhs != 0).any(-1) & solution.value.isfinite().all(-1)
         self._kept[key] = select(worth, solution.value.detach(), start)
@@ -96,7 +106,7 @@ class WarmStart(LinearSolver):
         live = norm.isfinite() & (norm > 0)
         start = select(live, start)
         if not bool((start != 0).any()):
-            solution: LinearSolution = self.solver.solve(operator, rhs)
+            solution: LinearSolution = self.solver(operator, rhs)
             return solution
         residual = rhs - operator(start)
         better = live & (lane_norm(residual) < norm)
@@ -108,7 +118,7 @@ class WarmStart(LinearSolver):
         if rtol is not None:
             atol = max(rtol, float((limits.atol / unit[live]).min())) if limits.atol > 0 and live.any() else rtol
             solver = replace(solver, rtol=0.0, atol=atol)
-        found: LinearSolution = solver.solve(operator, residual / unit.unsqueeze(-1))
+        found: LinearSolution = solver(operator, residual / unit.unsqueeze(-1))
         value, residual_norm = start + found.value * unit.unsqueeze(-1), found.residual_norm * unit
         if found.residual_is_true:
             # a start far larger than the answer costs digits that the correction cannot see: look at the sum
@@ -116,7 +126,7 @@ class WarmStart(LinearSolver):
             allowed = SLACK * torch.clamp((rtol or 0.0) * norm, min=limits.atol)
             lost = (found.codes == int(Status.CONVERGED)) & (residual_norm > allowed)
             if bool(lost.any()):  # and begin at zero
-                fresh: LinearSolution = self.solver.solve(operator, select(lost, rhs))
+                fresh: LinearSolution = self.solver(operator, select(lost, rhs))
                 value = select(lost, fresh.value, value)
                 residual_norm = torch.where(lost, fresh.residual_norm, residual_norm)
                 found = replace(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import torch
 
@@ -21,6 +22,7 @@ from implicitlayer.meta._method import (
     regularised,
 )
 from implicitlayer.meta._step import LastStep, StepSizeGradient, check_step_size_gradient
+from implicitlayer.solvers._gradient_descent import GradientDescent
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +31,13 @@ class _FirstOrder(MetaMethod):
     inner_solver: InnerSolver
     _: KW_ONLY
     strength: Strength = 0.0
+
+    exact = False
+
+    @classmethod
+    def examples(cls, *given: Any) -> list[Any]:
+        """A few steps of gradient descent."""
+        return [cls(given[0], GradientDescent(0.1, max_steps=3))]
 
     def __post_init__(self) -> None:
         check_strength(self.task_loss, self.strength)

@@ -29,6 +29,11 @@ class _LinearHead(MetaMethod):
     _: KW_ONLY
     head: tuple[str, str] = ("head.weight", "head.bias")
 
+    @classmethod
+    def examples(cls, *given: Any) -> list[Any]:
+        """On the features of the task loss that is given."""
+        return [cls(given[0].features, given[0].loss)]
+
     def task_loss(self, params: PyTree, batch: PyTree) -> torch.Tensor:  # type: ignore[override]
         """The loss [B] of the whole network on ``batch = (inputs, targets)``."""
         inputs, targets = batch
@@ -92,6 +97,11 @@ class ANIL(_LinearHead):
     _: KW_ONLY
     step_size: StepSize
     num_steps: int
+
+    @classmethod
+    def examples(cls, *given: Any) -> list[ANIL]:
+        """Three steps of the head."""
+        return [cls(given[0].features, given[0].loss, step_size=0.3, num_steps=3)]
 
     def __post_init__(self) -> None:
         check_integer("num_steps", self.num_steps, 0)

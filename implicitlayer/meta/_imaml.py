@@ -27,6 +27,7 @@ from implicitlayer.meta._method import (
 from implicitlayer.meta._recording import Moment, Recordings, ReplayedProducts
 from implicitlayer.meta._settings import EXECUTION
 from implicitlayer.meta._step import LastStep, StepSizeGradient, check_step_size_gradient
+from implicitlayer.solvers._gradient_descent import GradientDescent
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +108,11 @@ class iMAML(MetaMethod):
     step_size_gradient: StepSizeGradient = None
     capture: bool = field(default=False, metadata=EXECUTION)
     _recordings: Recordings = field(default_factory=Recordings, init=False, repr=False)
+
+    @classmethod
+    def examples(cls, *given: Any) -> list[iMAML]:
+        """Inner problem and meta-gradient solved to the end."""
+        return [cls(given[0], GradientDescent(0.3, max_steps=100), linear_solver=ConjugateGradient())]
 
     def __post_init__(self) -> None:
         check_strength(self.task_loss, self.strength)

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
+from implicitlayer.base._extension import Extension
 from implicitlayer.base._tree import flatten, tree_map
 from implicitlayer.base._types import PyTree
 from implicitlayer.layer import MatrixStrength, OperatorStrength, proximal
@@ -28,16 +29,24 @@ class TaskLoss(Protocol):
     def __call__(self, params: PyTree, batch: PyTree, /) -> torch.Tensor: ...
 
 
-class MetaMethod(abc.ABC):
+class MetaMethod(abc.ABC, Extension):
     """A way to adapt ``theta`` to tasks, and to differentiate what comes of it.
 
     A method is used through two calls::
 
         phi = method.adapt(theta, support)        # task parameters, a leading B on every leaf
         losses = method(theta, support, query)    # [B]; losses.mean().backward() leaves the meta-gradient in theta
+
+    A subclass defines ``adapt``. ``il.testing.extension_checks(il.meta.MetaMethod)`` finds it; ``examples(task_loss)``
+    are the instances that are tested, by default ``cls(task_loss)``.
+
+    Attributes:
+        exact: whether the meta-gradient is the derivative of the query losses after adaptation; if not, it is a
+            direction that lowers them.
     """
 
     task_loss: TaskLoss
+    exact: ClassVar[bool] = True
 
     @abc.abstractmethod
     def adapt(self, theta: PyTree, support: PyTree) -> PyTree:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -117,15 +116,3 @@ class Progress:
         if self._bar is not None:
             self._bar.refresh()
             self._bar.close()
-
-
-def watched(episodes: Iterable[Any], total_tasks: int, *, name: str, show: bool) -> Iterator[Any]:
-    """``episodes``, with a bar that says how many of ``total_tasks`` the user of the iterator is done with."""
-    progress, done, started = Progress(0.0, name=name, show=show), 0, time.perf_counter()
-    try:
-        for episode in episodes:
-            yield episode
-            done += num_tasks(episode)
-            progress.show(done / total_tasks, time.perf_counter() - started, f"{done} of {total_tasks} tasks")
-    finally:
-        progress.close()

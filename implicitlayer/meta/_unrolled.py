@@ -74,6 +74,11 @@ class MAML(MetaMethod):
     strength: StrengthLike = 0.0
     momentum: Momentum = 0.0
 
+    @classmethod
+    def examples(cls, *given: Any) -> list[Any]:
+        """Three steps."""
+        return [cls(given[0], step_size=0.3, num_steps=3)]
+
     def __post_init__(self) -> None:
         check_integer("num_steps", self.num_steps, 0)
         check_strength(self.task_loss, self.strength)
@@ -177,6 +182,13 @@ class TruncatedMAML(MAML):
 
     _: KW_ONLY
     num_backward_steps: int = 1
+
+    exact = False
+
+    @classmethod
+    def examples(cls, *given: Any) -> list[TruncatedMAML]:
+        """Three steps, the last of them differentiated."""
+        return [cls(given[0], step_size=0.3, num_steps=3, strength=1.0)]
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from implicitlayer.base._tree import flatten, tree_map, unflatten
-from implicitlayer.sets._term import ProximalTerm, check_entries, joined, norm_of, number_like, parted
+from implicitlayer.sets._set import ConvexSet
+from implicitlayer.sets._term import check_entries, joined, norm_of, number_like, parted
 
 __all__ = ["Affine"]
 
 
 @dataclass(frozen=True, eq=False)
-class Affine(ProximalTerm):
+class Affine(ConvexSet):
     """``A x = b``, for the entries of x as one vector (of a pytree: all its leaves in order).
 
     Args:
@@ -56,6 +57,11 @@ class Affine(ProximalTerm):
             raise ValueError(f"A of shape {tuple(a.shape)} needs {a.shape[-1]} unknowns; x has {x.shape[-1]} entries.")
         return a, b
 
+    @classmethod
+    def examples(cls, *given: Any) -> list[Affine]:
+        """A plane."""
+        return [cls(torch.tensor([[1.0, 2.0, 0.0, -1.0]]), torch.tensor([0.5]))]
+
     def project(self, y: Any, lane_dims: int = 0) -> Any:
         """The nearest solution of A x = b, in the structure of y."""
         flat = joined(y, lane_dims)
@@ -65,10 +71,6 @@ class Affine(ProximalTerm):
         known = a.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
         inverse = torch.linalg.pinv(torch.where(known, a, 0.0))
         return parted(flat - (inverse @ missing.unsqueeze(-1))[..., 0], y, lane_dims)
-
-    def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
-        """The projection."""
-        return self.project(y, lane_dims)
 
     def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
         """No entry is held alone (the equations always are), and there is no kink."""

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 import torch
 
 from implicitlayer.base._tree import flatten, unflatten
+from implicitlayer.sets._set import ConvexSet
 from implicitlayer.sets._term import (
-    ProximalTerm,
     check_entries,
     joined,
     norm_in_units,
@@ -24,7 +24,7 @@ __all__ = ["Ball"]
 
 
 @dataclass(frozen=True, eq=False)
-class Ball(ProximalTerm):
+class Ball(ConvexSet):
     """``||x - center||_2 <= radius``, over all entries (of a pytree: of all its leaves together).
 
     Args:
@@ -70,10 +70,6 @@ class Ball(ProximalTerm):
         length = norm_in_units(offset / unit)
         direction = offset / unit / torch.where(inside | (length == 0), 1.0, length)
         return parted(torch.where(inside, offset + center, center + radius * direction), y, lane_dims)
-
-    def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
-        """The projection."""
-        return self.project(y, lane_dims)
 
     def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
         """All entries of a problem on the sphere, and how far y is from the sphere; a ball of radius 0 has no kink."""

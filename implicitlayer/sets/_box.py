@@ -10,13 +10,14 @@ import torch
 
 from implicitlayer.base._tree import flatten, unflatten
 from implicitlayer.base._types import Leaves
-from implicitlayer.sets._term import ProximalTerm, check_entries, is_plain, joined, norm_of, spread
+from implicitlayer.sets._set import ConvexSet
+from implicitlayer.sets._term import check_entries, is_plain, joined, norm_of, spread
 
 __all__ = ["Box", "NonNegative"]
 
 
 @dataclass(frozen=True, eq=False)
-class Box(ProximalTerm):
+class Box(ConvexSet):
     """``lower <= x <= upper``, entry by entry.
 
     The projection clamps; its derivative is 1 in x at a free entry, and 1 in the bound at an entry on that bound.
@@ -48,6 +49,12 @@ class Box(ProximalTerm):
                 if is_plain(a) and is_plain(b) and bool((torch.as_tensor(a) > torch.as_tensor(b)).any()):
                     raise ValueError(f"lower={a} must not be above upper={b}: the box is empty.")
 
+    @classmethod
+    def examples(cls, *given: Any) -> list[Box]:
+        """Finite and infinite bounds, and a fixed entry."""
+        lower, upper = torch.tensor([-0.5, -1.0, 0.2, -math.inf]), torch.tensor([0.5, math.inf, 0.2, 0.1])
+        return [cls(-0.5, 0.5), cls(lower, upper)]
+
     def _bounds(self, x: Any) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         lower, upper = spread(self.lower, x, "lower"), spread(self.upper, x, "upper")
         return list(zip(flatten(x)[0], lower, upper, strict=True))
@@ -59,10 +66,6 @@ class Box(ProximalTerm):
             for v, lo, hi in self._bounds(y)
         ]
         return unflatten(leaves, flatten(y)[1])
-
-    def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
-        """The projection."""
-        return self.project(y, lane_dims)
 
     def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
         """Entries on a bound, and how far y is from changing sides; fixed entries have no kink."""
@@ -85,7 +88,7 @@ class Box(ProximalTerm):
 
 
 @dataclass(frozen=True, eq=False)
-class NonNegative(ProximalTerm):
+class NonNegative(ConvexSet):
     """``x >= 0``, entry by entry.
 
     Example:
@@ -96,10 +99,6 @@ class NonNegative(ProximalTerm):
 
     def project(self, y: Any, lane_dims: int = 0) -> Any:
         """The positive part, in the structure of y."""
-        return _POSITIVE.project(y, lane_dims)
-
-    def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
-        """The projection."""
         return _POSITIVE.project(y, lane_dims)
 
     def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from implicitlayer.base._tree import flatten, tree_map
-from implicitlayer.sets._term import ProximalTerm, check_entries, joined, norm_of, parted, per_lane
+from implicitlayer.sets._set import ConvexSet
+from implicitlayer.sets._term import check_entries, joined, norm_of, parted, per_lane
 
 __all__ = ["Simplex"]
 
 
 @dataclass(frozen=True, eq=False)
-class Simplex(ProximalTerm):
+class Simplex(ConvexSet):
     """``x >= 0`` and ``sum x = total``: probabilities, for total 1.
 
     Args:
@@ -80,10 +81,6 @@ class Simplex(ProximalTerm):
             return torch.where(z <= 0, 0.0, z)
 
         return self._along(y, lane_dims, nearest)
-
-    def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
-        """The projection."""
-        return self.project(y, lane_dims)
 
     def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
         """Entries at zero (the sum is always active), and how far each is from joining or leaving them."""

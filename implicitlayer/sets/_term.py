@@ -21,13 +21,14 @@ import torch
 from implicitlayer import _torch
 from implicitlayer._torch import pytree
 from implicitlayer.base._copying import CopiesFunctions
+from implicitlayer.base._extension import Extension
 from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, ravel, tree_map, unflatten, unravel
 from implicitlayer.base._types import Leaves
 
 __all__ = ["PerPart", "ProximalTerm", "resolve"]
 
 
-class ProximalTerm(CopiesFunctions):
+class ProximalTerm(CopiesFunctions, Extension):
     """A set, or a convex term added to the objective, known by its proximal operator.
 
     x and y are pytrees whose leaves have the same ``lane_dims`` leading lane dimensions; ``step`` has shape [*lanes].

@@ -13,13 +13,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from implicitlayer import _torch
 from implicitlayer.base._solution import RecordingSolver, SolverResult
 from implicitlayer.base._tree import flatten, lane_reduce, leaves_norm, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.solvers._descent import rounds_between_syncs
 from implicitlayer.solvers._inputs import check_limits
-from implicitlayer.solvers._leaves import choose, lanes_like, value_and_gradient
+from implicitlayer.solvers._leaves import add, choose, lanes_as, minus, value_and_gradient
+from implicitlayer.solvers._momentum import Momentum
 from implicitlayer.solvers._outcome import StallWatch, contradiction, finite_leaves, outcome, relative_move
 from implicitlayer.solvers._progress import Iteration, Report, reporting
 
@@ -113,7 +113,7 @@ class AcceleratedGradient(RecordingSolver):
         problem = _Problem(objective, spec, theta)
         x = [leaf.detach().clone() for leaf in leaves]
         y = [leaf.clone() for leaf in x]
-        momentum = _Momentum(self.strong_convexity)
+        momentum = Momentum(self.strong_convexity)
         curvature: float | torch.Tensor | None = self.smoothness
         has_tolerance = self.rtol > 0 or self.atol > 0
         tolerance: torch.Tensor | None = None
@@ -133,14 +133,17 @@ class AcceleratedGradient(RecordingSolver):
                 if tolerance is None:
                     tolerance = torch.clamp(self.rtol * norm, min=self.atol)
                     watch = StallWatch.unset(norm, x[0].dtype)
-                    running, stalled = torch.ones_like(norm, dtype=torch.bool), torch.zeros_like(norm, dtype=torch.bool)
+                    running, stalled = (
+                        torch.ones_like(norm, dtype=torch.bool),
+                        torch.zeros_like(norm, dtype=torch.bool),
+                    )
                 assert running is not None
                 doubt = partial(contradiction, y, gradient, before, curvature, lane_dims)
-                move = partial(relative_move, y, before and list(_torch.foreach_sub(y, before[0])), lane_dims)
+                move = partial(relative_move, y, before and minus(y, before[0]), lane_dims)
                 stalled = stalled | watch.look(running, norm, value.double(), doubt, move, every == 1)
                 before = y, gradient
                 running = (norm > tolerance) & ~stalled
-                x = _where(running, x, y)  # a lane that has arrived stays where its gradient was measured
+                x = choose(running, x, y)  # a lane that has arrived stays where its gradient was measured
                 if step == self.max_steps or (step % every == 0 and not bool(running.any())):
                     reached, finite = norm <= tolerance, norm.isfinite() & finite_leaves(x, lane_dims)
                     stalled = stalled & ~reached
@@ -151,37 +154,12 @@ class AcceleratedGradient(RecordingSolver):
                 active = active if running is None else active & running
                 curvature = problem.search(y, value, gradient, norm, curvature, active, self.strong_convexity or 0.0)
             assert curvature is not None
-            x_new = _add(y, gradient, -1 / curvature)
-            change = list(_torch.foreach_sub(x_new, x))
-            y_new = _add(x_new, change, momentum.next(gradient, change, curvature, lane_dims))
-            x, y = _where(running, x_new, x), _where(running, y_new, y)
+            x_new = add(y, gradient, -1 / curvature)
+            change = minus(x_new, x)
+            y_new = add(x_new, change, momentum.next(gradient, change, curvature, lane_dims))
+            x, y = choose(running, x_new, x), choose(running, y_new, y)
         finite = finite_leaves(x, lane_dims)
         return outcome(unflatten(x, spec), self.max_steps, wanted=False, reached=finite, finite=finite)
-
-
-class _Momentum:
-    """The factor m of each step: constant with mu, else Nesterov's sequence with restarts, per lane."""
-
-    def __init__(self, strong_convexity: float | None) -> None:
-        self.mu = strong_convexity
-        self.t: torch.Tensor | None = None
-
-    def next(
-        self, gradient: Leaves, change: Leaves, curvature: float | torch.Tensor, lane_dims: int
-    ) -> float | torch.Tensor:
-        if self.mu is not None:
-            root = (curvature / self.mu) ** 0.5
-            return (root - 1) / (root + 1)
-        # cosines: their sign is that of the inner product, and they neither overflow nor underflow
-        sizes = leaves_norm(gradient, lane_dims), leaves_norm(change, lane_dims)
-        cosine = torch.zeros_like(sizes[0])
-        for g, d in zip(gradient, change, strict=True):
-            cosine = cosine + lane_reduce((g / _like(sizes[0], g)) * (d / _like(sizes[1], d)), lane_dims)
-        uphill = cosine > 0
-        t = torch.ones_like(cosine) if self.t is None else self.t
-        t_next = (1 + (1 + 4 * t * t).sqrt()) / 2
-        self.t = torch.where(uphill, torch.ones_like(t), t_next)
-        return torch.where(uphill, torch.zeros_like(t), (t - 1) / t_next)
 
 
 class _Problem:
@@ -219,7 +197,7 @@ class _Problem:
         slack = _NOISE * torch.finfo(value.dtype).eps * (value.double().abs() + norm * size)
 
         def enough(trial: torch.Tensor) -> torch.Tensor:
-            point, decrease = _add(y, gradient, -1 / trial), norm * (norm / (2 * trial))
+            point, decrease = add(y, gradient, -1 / trial), norm * (norm / (2 * trial))
             drowned = active & (decrease <= _DROWNED * slack)
             if not bool(drowned.any()):
                 return self.value(point).double() <= value.double() - decrease + slack
@@ -227,7 +205,7 @@ class _Problem:
             unit = torch.where(active, norm, 1.0)
             turned = torch.zeros_like(norm)
             for new, old in zip(slope, gradient, strict=True):
-                turned = turned + lane_reduce((new / _like(unit, new)) * (old / _like(unit, old)), value.ndim)
+                turned = turned + lane_reduce((new / lanes_as(unit, new)) * (old / lanes_as(unit, old)), value.ndim)
             return torch.where(drowned, turned >= -_TURNED, reached.double() <= value.double() - decrease + slack)
 
         def grow(estimate: torch.Tensor, factor: float) -> torch.Tensor:
@@ -252,20 +230,3 @@ class _Problem:
                     break
                 estimate = torch.where(shrinking, less, estimate)
         return estimate
-
-
-def _like(per_lane: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
-    """[*lanes] as [*lanes, 1, ...] in the leaf's dtype, to be multiplied with it."""
-    return lanes_like(per_lane, leaf).to(leaf.dtype)
-
-
-def _add(x: Leaves, direction: Leaves, factor: float | torch.Tensor) -> Leaves:
-    """x + factor * direction, with one factor for all or one per lane."""
-    if isinstance(factor, torch.Tensor):
-        return [torch.addcmul(a, _like(factor, a), b) for a, b in zip(x, direction, strict=True)]
-    return list(_torch.foreach_add(x, direction, alpha=factor))
-
-
-def _where(running: torch.Tensor | None, new: Leaves, old: Leaves) -> Leaves:
-    """The new leaves of running lanes and the old ones of all others; all are new where no mask is kept."""
-    return new if running is None else choose(running, new, old)

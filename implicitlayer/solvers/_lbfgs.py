@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from implicitlayer.base._solution import SolverResult
+from implicitlayer.linear._common import times
 from implicitlayer.linear._operator import lane_dot
 from implicitlayer.solvers._descent import Limited, descend, rounds_between_syncs
 from implicitlayer.solvers._line_search import LineSearch
@@ -102,10 +103,10 @@ class _TwoLoop:
         for s, y, rho in reversed(self.pairs):
             alpha = rho * lane_dot(s, q)
             alphas.append(alpha)
-            q = q - _times(alpha, y)
-        q = _times(torch.where(known, self.gamma, 1.0), q)
+            q = q - times(alpha, y)
+        q = times(torch.where(known, self.gamma, 1.0), q)
         for (s, y, rho), alpha in zip(self.pairs, reversed(alphas), strict=True):
-            q = q + _times(alpha - rho * lane_dot(y, q), s)
+            q = q + times(alpha - rho * lane_dot(y, q), s)
         return -q, torch.where(known, 1.0, 1 / norm)
 
     def moved(self, lanes: torch.Tensor, step: torch.Tensor, change: torch.Tensor, search: LineSearch) -> None:
@@ -160,7 +161,7 @@ class _Matrices:
         """-H g and the first trial 1; without a pair -g and a trial of length 1."""
         known = self.gamma > 0
         g = self._columns(gradient)
-        direction = _times(self.gamma, self._rows(self.P.mT @ (self.P @ g))) + self._rows(self.R @ g)
+        direction = times(self.gamma, self._rows(self.P.mT @ (self.P @ g))) + self._rows(self.R @ g)
         return -torch.where(known.unsqueeze(-1), direction, gradient), torch.where(known, 1.0, 1 / norm)
 
     def moved(self, lanes: torch.Tensor, step: torch.Tensor, change: torch.Tensor, search: LineSearch) -> None:
@@ -200,11 +201,6 @@ def _scales(
     rho, gamma = 1 / curvature, curvature / square
     good = lanes & (curvature > _LEAST * (search.step * search.slope).abs()) & rho.isfinite() & gamma.isfinite()
     return rho, gamma, good
-
-
-def _times(factor: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    """One factor per lane, float64 [*lanes], times [*lanes, n]."""
-    return factor.unsqueeze(-1).to(vector.dtype) * vector
 
 
 def _where(

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from implicitlayer import _torch
 from implicitlayer.base._tree import flatten, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.solvers._inputs import check_attached
@@ -39,6 +40,25 @@ def lanes_like(per_lane: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
     return per_lane.reshape((*per_lane.shape, *[1] * (leaf.ndim - per_lane.ndim)))
 
 
-def choose(mask: torch.Tensor, new: Leaves, old: Leaves) -> Leaves:
-    """The new leaves in the lanes of ``mask``, the old ones in all others."""
+def lanes_as(per_lane: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+    """The same in the leaf's dtype, to be multiplied with it."""
+    return lanes_like(per_lane, leaf).to(leaf.dtype)
+
+
+def minus(a: Leaves, b: Leaves) -> Leaves:
+    """a - b."""
+    return list(_torch.foreach_sub(a, b))
+
+
+def add(x: Leaves, direction: Leaves, factor: float | torch.Tensor) -> Leaves:
+    """x + factor * direction, with one factor for all or one per lane."""
+    if isinstance(factor, torch.Tensor):
+        return [torch.addcmul(a, lanes_as(factor, a), b) for a, b in zip(x, direction, strict=True)]
+    return list(_torch.foreach_add(x, direction, alpha=factor))
+
+
+def choose(mask: torch.Tensor | None, new: Leaves, old: Leaves) -> Leaves:
+    """The new leaves in the lanes of ``mask``, the old ones in all others; all are new where there is no mask."""
+    if mask is None:
+        return new
     return [torch.where(lanes_like(mask, a), a, b) for a, b in zip(new, old, strict=True)]

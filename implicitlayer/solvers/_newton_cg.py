@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from implicitlayer.base._solution import SolverResult
+from implicitlayer.linear._common import times
 from implicitlayer.linear._operator import lane_dot
 from implicitlayer.solvers._descent import Limited, descend, rounds_between_syncs
 from implicitlayer.solvers._line_search import LineSearch
@@ -134,14 +135,14 @@ class _Truncated:
             if k == 0:
                 known = curvature.isfinite() & (curvature != 0)
                 length = torch.where(known, rr / curvature.abs(), 1 / norm)
-                d = torch.where((active & ~good).unsqueeze(-1), _times(length, p), d)
+                d = torch.where((active & ~good).unsqueeze(-1), times(length, p), d)
             here = good.unsqueeze(-1)
             alpha = rr / curvature
-            d = torch.where(here, d + _times(alpha, p), d)
-            r = torch.where(here, r - _times(alpha, product), r)
+            d = torch.where(here, d + times(alpha, p), d)
+            r = torch.where(here, r - times(alpha, product), r)
             rr_next = lane_dot(r, r)
             active = good & (rr_next.sqrt() > (limit if k + 1 < _FEW else loose))
-            p = torch.where(active.unsqueeze(-1), r + _times(rr_next / rr, p), p)
+            p = torch.where(active.unsqueeze(-1), r + times(rr_next / rr, p), p)
             rr = rr_next
         return d, torch.ones_like(norm)
 
@@ -151,8 +152,3 @@ class _Truncated:
     def forget(self, lanes: torch.Tensor) -> torch.Tensor:
         """There is nothing to forget."""
         return torch.zeros_like(lanes)
-
-
-def _times(factor: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    """One factor per lane, float64 [*lanes], times [*lanes, n]."""
-    return factor.unsqueeze(-1).to(vector.dtype) * vector

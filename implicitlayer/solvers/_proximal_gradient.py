@@ -19,7 +19,8 @@ from implicitlayer.base._tree import flatten, lane_reduce, leaves_norm, unflatte
 from implicitlayer.base._types import Leaves
 from implicitlayer.sets._term import expand_like, resolve
 from implicitlayer.solvers._inputs import check_limits, check_num_steps, check_unknowns
-from implicitlayer.solvers._leaves import choose, value_and_gradient
+from implicitlayer.solvers._leaves import add, choose, minus, value_and_gradient
+from implicitlayer.solvers._momentum import Momentum
 from implicitlayer.solvers._outcome import StallWatch, contradiction, finite_leaves, outcome, relative_move
 from implicitlayer.solvers._progress import Iteration, reporting
 
@@ -108,7 +109,7 @@ class ProximalGradient(RecordingSolver):
             curvature = _curvature_along(objective, z, slope, spec, theta, lane_dims)
         else:
             curvature = torch.full(value.shape, 1 / self.step_size, dtype=torch.float64, device=value.device)
-        t = torch.ones_like(curvature)
+        momentum = Momentum(None)
         tolerance: torch.Tensor | None = None
         running = torch.ones(value.shape, dtype=torch.bool, device=value.device)
         reached = stalled = ~running
@@ -124,7 +125,7 @@ class ProximalGradient(RecordingSolver):
                 if self.step_size is None:
                     at = lambda p: value_and_gradient(objective, p, spec, theta)  # noqa: E731
                     curvature, new = _backtrack(at, prox, z, value, slope, curvature, new, running)
-                norm = curvature * leaves_norm(_minus(z, new), lane_dims)
+                norm = curvature * leaves_norm(minus(z, new), lane_dims)
                 if report is not None:
                     report(Iteration(step, value, norm, unflatten(new, spec)))
                 if tolerance is None:
@@ -132,16 +133,12 @@ class ProximalGradient(RecordingSolver):
                     tolerance = torch.clamp(self.rtol * scale, min=self.atol)
                 if has_tolerance:
                     doubt = partial(contradiction, z, slope, before, curvature, lane_dims)
-                    move = partial(relative_move, z, before and _minus(z, before[0]), lane_dims)
+                    move = partial(relative_move, z, before and minus(z, before[0]), lane_dims)
                     stalled = stalled | watch.look(running, norm, value.double(), doubt, move, True)
                     before = z, slope
-                change = _minus(new, x)
-                uphill = _dot(_minus(z, new), change, lane_dims) > 0
-                t_next = (1 + (1 + 4 * t * t).sqrt()) / 2
-                momentum = torch.where(uphill, 0.0, (t - 1) / t_next) if self.accelerated else torch.zeros_like(t)
-                t = torch.where(uphill, 1.0, t_next)
-                z_new = [a + expand_like(momentum, a) * d for a, d in zip(new, change, strict=True)]
-                x, z = choose(running, new, x), choose(running, z_new, z)
+                change = minus(new, x)
+                ahead = momentum.next(minus(z, new), change, curvature, lane_dims) if self.accelerated else 0.0
+                x, z = choose(running, new, x), choose(running, add(new, change, ahead), z)
                 if has_tolerance:
                     reached = reached | (running & (norm <= tolerance))
                     running = running & ~reached & ~stalled
@@ -216,12 +213,12 @@ def _backtrack(
     slack = _NOISE * eps * (value.double().abs() + norm * leaves_norm(z, value.ndim))
     gradient_noise = _NOISE * eps * norm
     for _ in range(_MAX_DOUBLINGS):
-        change = _minus(new, z)
+        change = minus(new, z)
         size = leaves_norm(change, value.ndim)
         bend = curvature * size * size
         value_new, slope_new = at(new)
         by_value = value_new.double() - value.double() - _dot(slope, change, value.ndim) <= bend / 2
-        turned = _dot(_minus(slope_new, slope), change, value.ndim)
+        turned = _dot(minus(slope_new, slope), change, value.ndim)
         enough = torch.where(bend > _DROWNED * slack, by_value, turned <= bend + gradient_noise * size)
         short = running & ~enough & value.isfinite() & (size > 0)
         if not bool(short.any()):
@@ -233,10 +230,6 @@ def _backtrack(
 
 def _stepped(prox: Prox, z: Leaves, slope: Leaves, curvature: torch.Tensor) -> Leaves:
     return prox([a - g / expand_like(curvature, a) for a, g in zip(z, slope, strict=True)], curvature)
-
-
-def _minus(a: Leaves, b: Leaves) -> Leaves:
-    return [x - y for x, y in zip(a, b, strict=True)]
 
 
 def _dot(a: Leaves, b: Leaves, lane_dims: int) -> torch.Tensor:

@@ -12,10 +12,6 @@ from typing import Any
 import torch
 
 from implicitlayer.base._solution import LinearSolution, RecordingSolver
-from implicitlayer.linear._bicgstab import Bicgstab
-from implicitlayer.linear._cg import ConjugateGradient
-from implicitlayer.linear._minres import Minres
-from implicitlayer.linear._neumann import Neumann
 from implicitlayer.linear._operator import FlatOperator, LinearSolver, default_rtol
 
 __all__ = ["InnerClaim", "LinearClaim", "inner", "linear"]
@@ -102,7 +98,7 @@ def linear(
         solver: ``solver(operator, rhs) -> il.LinearSolution`` or a tensor. ``operator(v)`` is ``A v``,
             ``operator.transpose_matvec(v)`` is ``A' v``; rhs is a tensor [n], or [*lanes, n] if ``batched``.
         systems: ``"positive definite"``, ``"symmetric"``, ``"general"``, or ``"contraction"``: A = I - J with
-            ``||J||_2 = 1/2``. Default: what the package's own solvers are for, else ``"positive definite"``.
+            ``||J||_2 = 1/2``. Default: its attribute ``systems``, else ``"positive definite"``.
         rtol: promised ``||b - A u||_2 / ||b||_2`` in float64, positive; in float32 it counts as 1e-4 at least.
             Default 1e-9, ten times the package's own tolerance.
         log10_cond: logarithm of the hardest condition number at which that is promised, at least 0.
@@ -130,7 +126,7 @@ def linear(
         testing.linear(Minres, systems='symmetric', rtol=1e-09)
     """
     _check_callable(solver, "solver(operator, rhs)")
-    systems = _own_systems(solver) if systems is None else systems
+    systems = getattr(solver, "systems", "positive definite") if systems is None else systems
     if systems not in SYSTEMS:
         raise ValueError(f"systems={systems!r} must be one of {SYSTEMS}.")
     rtol = 10 * default_rtol(torch.float64) if rtol is None else rtol
@@ -232,13 +228,10 @@ def claim_of(solver: Any) -> LinearClaim | InnerClaim:
     )
 
 
-def _own_systems(solver: Any) -> str:
-    if isinstance(solver, Minres):
-        return "symmetric"
-    if isinstance(solver, (Neumann, Bicgstab)):  # Bi-CGSTAB breaks down where eigenvalues surround zero (rotations)
-        return "contraction"
-    general = isinstance(solver, LinearSolver) and not isinstance(solver, ConjugateGradient)
-    return "general" if general and type(solver).__module__.startswith("implicitlayer.") else "positive definite"
+def require(condition: bool, who: Any, text: str) -> None:
+    """Raise AssertionError that begins with the name of what is checked."""
+    if not condition:
+        raise AssertionError(f"{getattr(who, 'name', type(who).__name__)} {text}.")
 
 
 def _one_step(solver: Any, rtol: float) -> Callable[..., Any] | None:

@@ -15,7 +15,7 @@ from implicitlayer.base._tree import flatten, flatten_with_names
 from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.testing import _arrays as arrays
 from implicitlayer.testing import _families as families
-from implicitlayer.testing._claims import InnerClaim
+from implicitlayer.testing._claims import InnerClaim, require
 from implicitlayer.testing._problems import ArgminProblem
 
 F64, F32 = torch.float64, torch.float32
@@ -74,8 +74,8 @@ def check_init_and_theta_are_left_alone(claim: InnerClaim) -> None:
     _solve(claim, problem.objective, init, *theta)
     for i, (now, then) in enumerate(zip(tensors, before, strict=True)):
         name = f"theta[{i - 1}]" if i else "init"
-        _require(torch.equal(now, then), claim, f"changed {name} in place")
-        _require(now._version == versions[i], claim, f"wrote to {name} in place")
+        require(torch.equal(now, then), claim, f"changed {name} in place")
+        require(now._version == versions[i], claim, f"wrote to {name} in place")
 
 
 def check_the_graph_of_init_is_ignored(claim: InnerClaim) -> None:
@@ -85,10 +85,10 @@ def check_the_graph_of_init_is_ignored(claim: InnerClaim) -> None:
     plain = _solve(claim, problem.objective, leaf.detach().clone(), *_detached(problem))[0]
     (x,) = _solve(claim, problem.objective, leaf * 1, *_detached(problem))
     apart = float((x - plain).norm())
-    _require(
+    require(
         apart <= 2 * claim.accuracy * max(1.0, float(plain.norm())), claim, f"gives another answer ({apart:.2e} apart)"
     )
-    _require(leaf.grad is None, claim, "left a gradient behind in the tensor that init was made from")
+    require(leaf.grad is None, claim, "left a gradient behind in the tensor that init was made from")
 
 
 def check_repeats_are_bitwise_equal(claim: InnerClaim) -> None:
@@ -99,7 +99,7 @@ def check_repeats_are_bitwise_equal(claim: InnerClaim) -> None:
     _solve(claim, other.objective, init + 1, *_detached(other))
     second = _solve(claim, problem.objective, init, *_detached(problem))[0]
     apart = float((second - first).norm())
-    _require(torch.equal(first, second), claim, f"gave two answers to one problem, {apart:.2e} apart")
+    require(torch.equal(first, second), claim, f"gave two answers to one problem, {apart:.2e} apart")
 
 
 def check_gradients_of_an_argmin_layer(claim: InnerClaim) -> None:
@@ -144,7 +144,7 @@ def check_batch_equals_loop(claim: InnerClaim) -> None:
         apart = float((together[i] - alone).norm())
         allowed = 2 * claim.accuracy * max(1.0, float(alone.norm()))
         text = f"solves lane {i} of a batch otherwise than alone: {apart:.2e} apart, {allowed:.2e} allowed"
-        _require(apart <= allowed, claim, text)
+        require(apart <= allowed, claim, text)
 
 
 def check_a_finished_lane_is_frozen(claim: InnerClaim) -> None:
@@ -161,7 +161,7 @@ def check_a_finished_lane_is_frozen(claim: InnerClaim) -> None:
     early, late = (_solve(claim, over_lanes, init, *(t.clone() for t in stacked))[0][1] for init in (done, far))
     apart = float((early - late).norm())
     text = f"gave one lane of a batch two answers, {apart:.2e} apart, as its neighbours finished early or late"
-    _require(torch.equal(early, late), claim, text)
+    require(torch.equal(early, late), claim, text)
 
 
 def inner_checks(claim: InnerClaim) -> Iterator[Check]:
@@ -201,12 +201,12 @@ def _solve(claim: InnerClaim, objective: Callable[..., Any], init: Any, *theta: 
     answer = claim.solver(objective, init, *theta)
     leaves, names = flatten_with_names(answer, "x")
     expected, expected_names = flatten_with_names(init, "x")
-    _require(names == expected_names, claim, f"returned the leaves {names}, but init has {expected_names}")
+    require(names == expected_names, claim, f"returned the leaves {names}, but init has {expected_names}")
     checked = []
     for leaf, like, name in zip(leaves, expected, names, strict=True):
         value = torch.as_tensor(leaf).detach()
         shapes = f"returned {name} with shape {tuple(value.shape)}, but init has shape {tuple(like.shape)}"
-        _require(value.shape == like.shape, claim, shapes)
+        require(value.shape == like.shape, claim, shapes)
         checked.append(value.to(like.dtype))
     return checked
 
@@ -223,7 +223,7 @@ def _distance_is_small(claim: InnerClaim, x: torch.Tensor, right: torch.Tensor, 
     error = float((x.double() - right).norm()) / max(1.0, float(right.norm()))
     allowed = claim.accuracy if dtype == F64 else max(claim.accuracy, 1e-2)
     text = f"ended {error:.2e} away from the minimiser, {allowed:.1e} is promised ({what})"
-    _require(error <= allowed, claim, text)
+    require(error <= allowed, claim, text)
 
 
 def _layer(claim: InnerClaim, objective: Callable[..., Any]) -> Callable[..., Any]:
@@ -252,9 +252,4 @@ def _gradients_agree(
     for i, (g, r) in enumerate(zip(got, right, strict=True)):
         error = float((g - r).norm()) / size
         text = f"gives {what} a gradient in {names[i]} that is off by {error:.2e}, {allowed:.2e} allowed ({problem!r})"
-        _require(error <= allowed, claim, text)
-
-
-def _require(condition: bool, claim: InnerClaim, text: str) -> None:
-    if not condition:
-        raise AssertionError(f"{claim.name} {text}.")
+        require(error <= allowed, claim, text)

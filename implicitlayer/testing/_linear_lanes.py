@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 
 from implicitlayer.testing import _arrays as arrays
-from implicitlayer.testing._claims import LinearClaim
-from implicitlayer.testing._linear_systems import F64, inverse_norm, require, system, value_of
+from implicitlayer.testing._claims import LinearClaim, require
+from implicitlayer.testing._linear_systems import F64, inverse_norm, system, value_of
 
 
 def check_batch_equals_loop(claim: LinearClaim) -> None:

@@ -11,7 +11,7 @@ from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._status import Status
 from implicitlayer.linear._operator import FlatOperator
 from implicitlayer.testing import _arrays as arrays
-from implicitlayer.testing._claims import LinearClaim
+from implicitlayer.testing._claims import LinearClaim, require
 
 F64 = torch.float64
 # A hundred times eps ||A|| ||u|| (true_residual returns four times that), in so many entries that luck is out.
@@ -137,9 +137,3 @@ def powers_of_ten(claim: LinearClaim, dtype: torch.dtype) -> list[int]:
     """The exponents of the scales to try."""
     most = min(claim.log10_scale, arrays.MAX_LOG10_SCALE[dtype])
     return sorted({sign * power for power in (min(12, most), most) for sign in (-1, 1)})
-
-
-def require(condition: bool, claim: LinearClaim, text: str) -> None:
-    """Raise AssertionError that begins with the name of the solver."""
-    if not condition:
-        raise AssertionError(f"{claim.name} {text}.")

@@ -73,38 +73,14 @@ def spd_matrices(
 def indefinite_matrices(
     *, n: Ints = SIZES, log10_cond: Numbers = CONDITIONS, log10_scale: Numbers = 0, dtype: Dtypes = torch.float64
 ) -> st.SearchStrategy[torch.Tensor]:
-    """Strategy of symmetric, nonsingular matrices that are not positive definite, see :func:`indefinite_matrix`.
-
-    Args, returns and errors as in :func:`spd_matrices`.
-
-    Example:
-        >>> import torch
-        >>> from hypothesis import given
-        >>> from implicitlayer import testing
-        >>> @given(testing.indefinite_matrices(log10_cond=1))
-        ... def some_eigenvalue_is_negative(matrix):
-        ...     assert torch.linalg.eigvalsh(matrix).min() < 0
-        >>> some_eigenvalue_is_negative()
-    """
+    """Strategy of :func:`indefinite_matrix`, symmetric with eigenvalues of both signs, as :func:`spd_matrices`."""
     return _square(arrays.indefinite_matrix, n, log10_cond, log10_scale, dtype)
 
 
 def general_matrices(
     *, n: Ints = SIZES, log10_cond: Numbers = CONDITIONS, log10_scale: Numbers = 0, dtype: Dtypes = torch.float64
 ) -> st.SearchStrategy[torch.Tensor]:
-    """Strategy of nonsingular matrices that are not symmetric, see :func:`general_matrix`.
-
-    Args, returns and errors as in :func:`spd_matrices`; the condition and the scale are those of the singular values.
-
-    Example:
-        >>> import torch
-        >>> from hypothesis import given
-        >>> from implicitlayer import testing
-        >>> @given(testing.general_matrices(n=3, log10_cond=2))
-        ... def the_condition_is_100(matrix):
-        ...     assert abs(torch.linalg.cond(matrix).item() - 100) < 1e-6
-        >>> the_condition_is_100()
-    """
+    """Strategy of :func:`general_matrix`, matrices that are not symmetric, as :func:`spd_matrices`."""
     return _square(arrays.general_matrix, n, log10_cond, log10_scale, dtype)
 
 
@@ -170,15 +146,10 @@ def quadratic_problems(
 ) -> st.SearchStrategy[ArgminProblem]:
     """Strategy of strongly convex quadratics with theta = (A, b), see :func:`quadratic_problem`.
 
-    Args:
-        n: numbers of unknowns, at least 1; default 1 to 6.
-        log10_cond, log10_scale, dtype: as in :func:`spd_matrices`; the scale is that of the objective.
+    Args, errors as in :func:`spd_matrices`, with sizes from 1 to 6; the scale is that of the objective.
 
     Returns:
         Strategy of :class:`ArgminProblem`.
-
-    Raises:
-        hypothesis.errors.InvalidArgument: a value outside its range.
 
     Example:
         >>> from hypothesis import given
@@ -199,19 +170,7 @@ def smooth_convex_problems(
     log10_scale: Numbers = 0,
     dtype: Dtypes = torch.float64,
 ) -> st.SearchStrategy[ArgminProblem]:
-    """Strategy of regularised softplus losses with theta = (W, o, s), see :func:`smooth_convex_problem`.
-
-    Args, returns and errors as in :func:`quadratic_problems`; default conditions 2 to 2000.
-
-    Example:
-        >>> from hypothesis import given
-        >>> from implicitlayer import testing
-        >>> @given(testing.smooth_convex_problems())
-        ... def the_gradient_vanishes_at_the_solution(problem):
-        ...     x = problem.solution(*problem.theta)
-        ...     assert problem.stationarity(x, *problem.theta).norm() < 1e-12
-        >>> the_gradient_vanishes_at_the_solution()
-    """
+    """Strategy of :func:`smooth_convex_problem`, softplus losses, theta = (W, o, s), as :func:`quadratic_problems`."""
     return _square(families.smooth_convex_problem, n, log10_cond, log10_scale, dtype)
 
 
@@ -222,18 +181,7 @@ def nonconvex_problems(
     log10_scale: Numbers = 0,
     dtype: Dtypes = torch.float64,
 ) -> st.SearchStrategy[ArgminProblem]:
-    """Strategy of tilted double wells with theta = (M, d, t), see :func:`nonconvex_problem`.
-
-    Args, returns and errors as in :func:`quadratic_problems`.
-
-    Example:
-        >>> from hypothesis import given
-        >>> from implicitlayer import testing
-        >>> @given(testing.nonconvex_problems())
-        ... def the_saddle_is_another_point(problem):
-        ...     assert (problem.saddle - problem.solution(*problem.theta)).norm() > 0.5
-        >>> the_saddle_is_another_point()
-    """
+    """Strategy of :func:`nonconvex_problem`, tilted wells, theta = (M, d, t), as :func:`quadratic_problems`."""
     return _square(families.nonconvex_problem, n, log10_cond, log10_scale, dtype)
 
 
@@ -244,22 +192,7 @@ def root_problems(
     log10_scale: Numbers = 0,
     dtype: Dtypes = torch.float64,
 ) -> st.SearchStrategy[RootProblem]:
-    """Strategy of residuals with a non-symmetric Jacobian and theta = (A, b, s), see :func:`root_problem`.
-
-    Args and errors as in :func:`quadratic_problems`.
-
-    Returns:
-        Strategy of :class:`RootProblem`.
-
-    Example:
-        >>> from hypothesis import given
-        >>> from implicitlayer import testing
-        >>> @given(testing.root_problems())
-        ... def the_residual_vanishes_at_the_solution(problem):
-        ...     x = problem.solution(*problem.theta)
-        ...     assert problem.residual(x, *problem.theta).norm() < 1e-12
-        >>> the_residual_vanishes_at_the_solution()
-    """
+    """Strategy of :func:`root_problem`, residuals, theta = (A, b, s), as :func:`quadratic_problems`."""
     return _square(families.root_problem, n, log10_cond, log10_scale, dtype)
 
 

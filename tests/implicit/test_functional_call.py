@@ -7,24 +7,13 @@ import weakref
 from typing import Any
 
 import torch
-from references import F64, newton, randn, relative_error
+from references import F64, Energy, newton, randn, relative_error
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import implicitlayer as il
 
 TOLERANCE = 1e-8
-
-
-class Energy(nn.Module):
-    """softplus(net x) + 1/2 ||x - t||^2, strongly convex in x."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Linear(3, 4, dtype=F64)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return nn.functional.softplus(self.net(x)).sum() + 0.5 * ((x - t) ** 2).sum()
 
 
 def energy_layer(**settings: Any) -> il.ArgminLayer:

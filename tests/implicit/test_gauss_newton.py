@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from references import F64, dense_gradients, dense_hessian, newton, randn, relative_error, spd_matrix
+from references import F64, dense_gradients, dense_hessian, dense_jacobian, newton, randn, relative_error, spd_matrix
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
@@ -29,14 +29,9 @@ def half_squares(x: Tensor, t: Tensor) -> Tensor:
     return 0.5 * (residuals(x, t) ** 2).sum()
 
 
-def jacobian_rows(model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    x = x.detach().requires_grad_()
-    return torch.stack([torch.autograd.grad(value, x, retain_graph=True)[0] for value in model(x)])
-
-
 def dense_gauss_newton_gradient(model: Any, loss: Any, x: Tensor, t: Tensor, v: Tensor, damping: float = 0.0) -> Tensor:
     """-(d^2 f / dt dx)' (J' (d^2 loss / dy^2) J + damping)^-1 v, all dense."""
-    jacobian = jacobian_rows(lambda x: model(x, t), x)
+    jacobian = dense_jacobian(lambda x: model(x, t), x)
     matrix = jacobian.T @ dense_hessian(lambda y: loss(y, t), model(x, t).detach(), ()) @ jacobian
     u = torch.linalg.solve(matrix + damping * torch.eye(len(x), dtype=F64), v)
     x, t = x.detach().requires_grad_(), t.detach().requires_grad_()
@@ -152,7 +147,7 @@ def test_inside_a_proximal_objective_the_strength_is_part_of_the_matrix(strength
     leaf = theta.clone().requires_grad_()
     phi = layer(theta, leaf, T)
     (got,) = torch.autograd.grad(phi, leaf, v)
-    jacobian = jacobian_rows(lambda x: residuals(x, T), phi)
+    jacobian = dense_jacobian(lambda x: residuals(x, T), phi)
     d = torch.diag(torch.as_tensor(given, dtype=F64).expand(N))
     assert relative_error(got, d @ torch.linalg.solve(jacobian.T @ jacobian + d, v)) < 1e-11
     exact = d @ torch.linalg.solve(dense_hessian(half_squares, phi, [T]) + d, v)

@@ -10,23 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from references import F64, central_differences, newton, randn, relative_error
+from references import F64, Energy, central_differences, newton, randn, relative_error
 from torch import Tensor, nn
 
 import implicitlayer as il
 
 TOLERANCE = 1e-8
-
-
-class Energy(nn.Module):
-    """softplus(net x) + 1/2 ||x - t||^2, strongly convex in x."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = nn.Linear(3, 4, dtype=F64)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return nn.functional.softplus(self.net(x)).sum() + 0.5 * ((x - t) ** 2).sum()
 
 
 def quadratic(x: Tensor, t: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from references import F64, randn, relative_error
+from references import F64, dense_jacobian, newton_root, randn, relative_error
 from torch import Tensor
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vmap
 
@@ -31,26 +31,6 @@ def residual(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
 
 def contraction(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return 0.5 * (b - w @ torch.tanh(x))
-
-
-def dense_jacobian(function: Callable[[Tensor], Tensor], at: Tensor) -> Tensor:
-    """[outputs, inputs], one row of autograd at a time."""
-    at = at.detach().requires_grad_()
-    rows = [
-        torch.autograd.grad(value, at, retain_graph=True, materialize_grads=True)[0].reshape(-1)
-        for value in function(at).reshape(-1)
-    ]
-    return torch.stack(rows)
-
-
-def newton_root(function: Callable[..., Tensor], init: Tensor, *theta: Any) -> Tensor:
-    x = init.detach()
-    for _ in range(30):
-        step = torch.linalg.solve(dense_jacobian(lambda y: function(y, *theta), x), function(x, *theta))
-        x = (x - step).detach()
-        if float(step.norm()) < 1e-15:
-            break
-    return x
 
 
 def newton_fixed_point(function: Callable[..., Tensor], init: Tensor, *theta: Any) -> Tensor:

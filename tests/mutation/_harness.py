@@ -1,4 +1,4 @@
-"""Imports the package once more with a line of its source changed, in memory, and runs the conformance suite on it."""
+"""Imports the package once more with one expression of a function changed, in memory, and runs the suite on it."""
 
 # A fresh package, all modules of it, is imported beside the one that pytest has: nothing on disk changes, torch and
 # Hypothesis stay as they are, and the old modules are back in sys.modules afterwards. While the block runs the fresh
@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import sys
 import types
@@ -26,19 +27,22 @@ ROOT = Path(__file__).resolve().parents[2] / NAME
 
 
 class StaleMutantError(Exception):
-    """The source that a mutant replaces is not there exactly once: the package has changed, the mutant must too."""
+    """The function or expression of a mutant is not there once: the package has changed, the mutant must too."""
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One seeded fault: ``old`` in the source of ``module`` (such as ``linear/_cg.py``) becomes ``new``.
+    """One seeded fault: in a function of ``module`` (such as ``linear/_cg.py``) the expression ``old`` becomes ``new``.
 
-    ``breaks`` says what becomes wrong, so that nobody takes the mutant for an equivalent one. ``near``: checks whose
-    names begin with this are run first, which saves time; all others follow.
+    ``function`` is its qualified name, ``Class.method.inner``. Expressions are compared as syntax trees, so layout,
+    line breaks and the statements around them do not matter. ``breaks`` says what becomes wrong, so that nobody takes
+    the mutant for an equivalent one. ``near``: checks whose names begin with this are run first, which saves time; all
+    others follow.
     """
 
     name: str
     module: str
+    function: str
     old: str
     new: str
     breaks: str
@@ -48,16 +52,50 @@ class Mutant:
     def module_name(self) -> str:
         return ".".join([NAME, *Path(self.module).with_suffix("").parts])
 
-    def source(self) -> str:
-        """The mutated source of the module."""
-        original = (ROOT / self.module).read_text(encoding="utf-8")
-        count = original.count(self.old)
-        if count != 1:
+    def tree(self) -> ast.Module:
+        """The mutated syntax tree of the module; places in tracebacks are those of the original."""
+        tree = ast.parse((ROOT / self.module).read_text(encoding="utf-8"))
+        function: ast.AST = tree
+        for name in self.function.split("."):
+            found = [n for n in _scope(function) if n.name == name]
+            if len(found) != 1:
+                raise StaleMutantError(
+                    f"mutant {self.name!r}: {self.module} has {len(found)} functions {self.function}."
+                )
+            function = found[0]
+        swap = _Swap(self.old, self.new)
+        swap.visit(function)
+        if swap.count != 1:
             raise StaleMutantError(
-                f"mutant {self.name!r}: its old source stands {count} times in {self.module}, not once:\n{self.old}\n"
-                "Update the mutant to what the package does now."
+                f"mutant {self.name!r}: its expression stands {swap.count} times in {self.function} of {self.module}, "
+                f"not once:\n{self.old}\nUpdate the mutant to what the package does now."
             )
-        return original.replace(self.old, self.new)
+        return ast.fix_missing_locations(tree)
+
+
+def _scope(node: ast.AST) -> Iterator[Any]:
+    """Functions and classes right inside ``node``, also below its branches and loops."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.ClassDef):
+            yield child
+        elif not isinstance(child, ast.Lambda):
+            yield from _scope(child)
+
+
+class _Swap(ast.NodeTransformer):
+    """Puts one expression in the place of another, and counts."""
+
+    def __init__(self, old: str, new: str) -> None:
+        self.old, self.new, self.count = ast.dump(ast.parse(old, mode="eval").body), new, 0
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        if isinstance(node, ast.expr) and ast.dump(node) == self.old:
+            self.count += 1
+            new = ast.parse(self.new, mode="eval").body
+            for part in ast.walk(new):
+                ast.copy_location(part, node)
+            return new
+        return self.generic_visit(node)
 
 
 Suite = Callable[[Any, Any], Iterable[tuple[str, Callable[[], None]]]]
@@ -72,20 +110,20 @@ class Catch:
 
 
 class _Loader(SourceFileLoader):
-    """Loads a module from a given source; file name and lines in tracebacks are those of the original."""
+    """Loads a module from a given syntax tree."""
 
-    def __init__(self, name: str, path: str, source: str) -> None:
+    def __init__(self, name: str, path: str, tree: ast.Module) -> None:
         super().__init__(name, path)
-        self.source = source
+        self.tree = tree
 
     def get_code(self, fullname: str) -> types.CodeType:
-        code: types.CodeType = compile(self.source, self.path, "exec", dont_inherit=True)
+        code: types.CodeType = compile(self.tree, self.path, "exec", dont_inherit=True)
         return code
 
 
 class _Finder(MetaPathFinder):
     def __init__(self, mutant: Mutant) -> None:
-        self.name, self.source = mutant.module_name, mutant.source()
+        self.name, self.tree = mutant.module_name, mutant.tree()
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: types.ModuleType | None = None
@@ -94,7 +132,7 @@ class _Finder(MetaPathFinder):
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         assert spec is not None and spec.origin is not None
-        spec.loader = _Loader(fullname, spec.origin, self.source)
+        spec.loader = _Loader(fullname, spec.origin, self.tree)
         return spec
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from references import F64, newton, randn
+from references import F64, newton, newton_root, randn
 from torch import Tensor
 
 import implicitlayer as il
@@ -33,13 +33,6 @@ def ridge_solution(f: Any, x: Tensor, lam: Tensor, a: Tensor, b: Tensor) -> Tens
 
 def residual(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return 2 * x + w @ torch.tanh(x) - b
-
-
-def newton_root(function: Callable[..., Tensor], x: Tensor, *theta: Any) -> Tensor:
-    for _ in range(20):
-        jacobian = torch.func.jacrev(lambda y: function(y, *theta))(x)
-        x = (x - torch.linalg.solve(jacobian, function(x, *theta))).detach()
-    return x
 
 
 W = 0.6 * randn(3, 3, seed=3)

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from references import F64, newton, randn, smooth_objective
+from references import F64, newton, newton_root, randn, smooth_objective
 from torch import Tensor
 
 import implicitlayer as il
@@ -26,13 +26,6 @@ W, B = 0.6 * randn(3, 3, seed=3), randn(3, seed=4)
 
 def residual(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
     return 2 * x + w @ torch.tanh(x) - b
-
-
-def newton_root(function: Callable[..., Tensor], x: Tensor, *theta: Any) -> Tensor:
-    for _ in range(20):
-        jacobian = torch.func.jacrev(lambda y: function(y, *theta))(x)
-        x = (x - torch.linalg.solve(jacobian, function(x, *theta))).detach()
-    return x
 
 
 def of_argmin(**settings: Any) -> GradientReport:

@@ -29,7 +29,7 @@ PROBLEMS: dict[str, Callable[..., Any]] = {
     "root": testing.root_problems,
 }
 dtypes = st.sampled_from([torch.float64, torch.float32])
-QUICK = settings(derandomize=True, database=None, max_examples=500, phases=[Phase.generate, Phase.shrink])
+QUICK = settings(derandomize=True, database=None, max_examples=2000, phases=[Phase.generate, Phase.shrink])
 
 
 # -------------------------------------------------------------------------------------------------- matrices, problems

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tests.references import rows
 from tests.thorough._trial import residual_allowed
 
 Tensor = torch.Tensor
@@ -36,11 +37,9 @@ class Dense:
         x = problem.solution(*theta).requires_grad_()
         chosen = [theta[i].requires_grad_() for i in (range(len(theta)) if wanted is None else wanted)]
         value = problem.stationarity(x, *theta)
-        rows = [torch.autograd.grad(f, [x, *chosen], retain_graph=True, materialize_grads=True) for f in value]
-        jacobian = torch.stack([row[0] for row in rows])
-        mixed = torch.stack([torch.cat([t.reshape(-1) for t in row[1:]]) for row in rows])
+        jacobian, *mixed = rows(value, [x, *chosen])
         values = torch.linalg.svdvals(jacobian / jacobian.abs().max())
-        return Dense(jacobian, mixed, tuple(t.shape for t in chosen), float(values[0] / values[-1]))
+        return Dense(jacobian, torch.cat(mixed, -1), tuple(t.shape for t in chosen), float(values[0] / values[-1]))
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """One tensor per theta from all entries."""
@@ -100,6 +99,5 @@ def newton_traced(stationarity: Callable[..., Tensor], x: Tensor, theta: Sequenc
     for _ in range(steps):
         x = x if x.requires_grad else x.detach().requires_grad_()
         value = stationarity(x, *theta)
-        rows = [torch.autograd.grad(f, x, create_graph=True, materialize_grads=True)[0] for f in value]
-        x = x - torch.linalg.solve(torch.stack(rows), value)
+        x = x - torch.linalg.solve(rows(value, [x], create_graph=True)[0], value)
     return x

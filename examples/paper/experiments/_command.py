@@ -7,11 +7,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from implicitlayer.experiments._fields import differences
-from implicitlayer.experiments._presets import PRESETS
-from implicitlayer.experiments._settings import Experiment
+from ._fields import differences
+from ._presets import PRESETS
+from ._settings import Experiment
 
-PROGRAM = "python -m implicitlayer.experiments"
+PROGRAM = "python examples/paper/train.py"
 # Folders are a machine's own; whether a bar is shown changes nothing.
 _LEFT_OUT = ("data.dir", "run.dir", "run.progress", "notes", "preset", "setting")
 
@@ -21,7 +21,7 @@ def changes_from_preset(experiment: Experiment) -> list[str]:
 
     Example:
         >>> import dataclasses
-        >>> from implicitlayer.experiments import preset
+        >>> from experiments import preset
         >>> experiment = preset("reduced-glyphs-5w1s-maml")
         >>> changes_from_preset(dataclasses.replace(experiment, run=dataclasses.replace(experiment.run, seed=7)))
         ['run.seed: 0 there, 7 here']
@@ -35,9 +35,9 @@ def command_of(experiment: Experiment) -> str:
     """The command that repeats ``experiment``, with ``<folder>`` for the data; without a preset, its name only.
 
     Example:
-        >>> from implicitlayer.experiments import preset
+        >>> from experiments import preset
         >>> command_of(preset("paper-omniglot-5w1s-imaml-gd"))
-        'python -m implicitlayer.experiments paper-omniglot-5w1s-imaml-gd --data.dir <folder>'
+        'python examples/paper/train.py paper-omniglot-5w1s-imaml-gd --data.dir <folder>'
     """
     if experiment.preset not in PRESETS:
         return f"{PROGRAM} --resume <a folder with this config.json>"
@@ -59,7 +59,7 @@ def resume_command(folder: str | Path) -> str:
 
     Example:
         >>> resume_command("runs/my run")
-        "python -m implicitlayer.experiments --resume 'runs/my run'"
+        "python examples/paper/train.py --resume 'runs/my run'"
     """
     return f"{PROGRAM} --resume {shlex.quote(str(folder))}"
 

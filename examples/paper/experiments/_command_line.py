@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from implicitlayer._errors import ImplicitLayerError
-from implicitlayer.experiments._command import PROGRAM
-from implicitlayer.experiments._presets import PRESETS, preset
-from implicitlayer.experiments._run import run
-from implicitlayer.experiments._settings import Data, Evaluation, Experiment, Method, Network, Outer, Run
+import implicitlayer as il
+
+from ._command import PROGRAM
+from ._presets import PRESETS, preset
+from ._run import run
+from ._settings import Data, Evaluation, Experiment, Method, Network, Outer, Run
 
 _SECTIONS = {"data": Data, "network": Network, "method": Method, "outer": Outer, "evaluation": Evaluation, "run": Run}
 _USAGE = f"""Meta-learning experiments: every cell of the iMAML paper, and the same reduced to a CPU.
@@ -25,7 +26,7 @@ _USAGE = f"""Meta-learning experiments: every cell of the iMAML paper, and the s
     {PROGRAM} --resume RUN                           go on with a run folder (--data.dir, --run.device and what else
                                                      changes no result may follow)
     {PROGRAM} --resume RUN --run.minutes 30          go on with a larger budget, also after the end
-    torchrun --nproc-per-node 4 -m implicitlayer.experiments PRESET ...   tasks shared among processes
+    torchrun --nproc-per-node 4 examples/paper/train.py PRESET ...   tasks shared among processes
 
 Presets:
 """
@@ -67,7 +68,7 @@ def _overridden(experiment: Experiment, arguments: Sequence[str]) -> Experiment:
     except ImportError as error:
         raise ImportError(
             "the command line needs tyro, which is not installed: pip install 'implicitlayer[examples]'. In Python, "
-            "implicitlayer.experiments.run(preset(...)) does without."
+            "experiments.run(experiments.preset(...)) does without."
         ) from error
     fields = [(name, kind, dataclasses.field(default=getattr(experiment, name))) for name, kind in _SECTIONS.items()]
     sections = dataclasses.make_dataclass("Settings", fields, frozen=True)
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         experiment, resume = parse(words)
         results = run(experiment, resume=resume)
-    except (ValueError, ImplicitLayerError, OSError, ImportError) as error:
+    except (ValueError, il.ImplicitLayerError, OSError, ImportError) as error:
         raise SystemExit(f"error: {error}") from None
     except KeyboardInterrupt as stopped:
         raise SystemExit(f"\n{str(stopped) or 'stopped before anything was computed'}") from None

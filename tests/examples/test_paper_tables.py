@@ -14,10 +14,11 @@ import torch
 pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
 
-import implicitlayer as il
-from implicitlayer import experiments
+import experiments
 
-ROOT = Path(__file__).resolve().parents[1]
+import implicitlayer as il
+
+ROOT = Path(__file__).resolve().parents[2]
 PAPER = ROOT / "examples" / "paper"
 
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from implicitlayer.experiments._build import (
+from implicitlayer.meta import Evaluation, Trainer, WorkerGroup, distributed, evaluate
+
+from ._build import (
     accuracy_of,
     build_method,
     build_network,
@@ -16,11 +21,11 @@ from implicitlayer.experiments._build import (
     load_classes,
     test_episodes,
 )
-from implicitlayer.experiments._command import changes_from_preset, command_of, resume_command
-from implicitlayer.experiments._device import allow_tf32, pick_device, set_tf32
-from implicitlayer.experiments._environment import machine, versions
-from implicitlayer.experiments._figures import draw
-from implicitlayer.experiments._folder import (
+from ._command import changes_from_preset, command_of, resume_command
+from ._device import allow_tf32, pick_device, set_tf32
+from ._environment import machine, versions
+from ._figures import draw
+from ._folder import (
     check_folder,
     finished,
     new_folder,
@@ -28,9 +33,7 @@ from implicitlayer.experiments._folder import (
     save_results,
     without_folders,
 )
-from implicitlayer.experiments._settings import Experiment
-from implicitlayer.meta import Evaluation, Trainer, WorkerGroup, distributed, evaluate
-from implicitlayer.meta._monitor import watched
+from ._settings import Experiment
 
 
 def run(experiment: Experiment, *, resume: bool = False) -> dict[str, Any]:
@@ -58,7 +61,7 @@ def run(experiment: Experiment, *, resume: bool = False) -> dict[str, Any]:
 
     Example:
         >>> import tempfile, dataclasses
-        >>> from implicitlayer.experiments import preset, smoke
+        >>> from experiments import preset, smoke
         >>> experiment = smoke(preset("reduced-glyphs-5w1s-fomaml"))
         >>> folder = tempfile.mkdtemp()
         >>> experiment = dataclasses.replace(experiment, run=dataclasses.replace(experiment.run, dir=folder))
@@ -120,7 +123,7 @@ def _test(experiment: Experiment, trainer: Trainer, device: torch.device, group:
     return evaluate(
         build_method(experiment, network, inner_steps=settings.inner_steps),
         trainer.theta,
-        watched(
+        shown(
             test_episodes(experiment, "test", settings.test_tasks, device),
             settings.test_tasks,
             name=f"{experiment.preset}, test",
@@ -130,6 +133,21 @@ def _test(experiment: Experiment, trainer: Trainer, device: torch.device, group:
         transductive=settings.transductive,
         group=group,
     )
+
+
+def shown(episodes: Iterable[Any], total: int, *, name: str, show: bool) -> Iterator[Any]:
+    """``episodes``, with a bar that says how many of ``total`` tasks are done."""
+    with tqdm(
+        total=total,
+        desc=name,
+        disable=not show,
+        bar_format="{desc} {percentage:3.0f}% |{bar}| ETA {remaining}, {n_fmt} of {total_fmt} tasks",
+        mininterval=0.2 if sys.stderr.isatty() else 15.0,  # a log file gets a line now and then
+        dynamic_ncols=True,
+    ) as bar:
+        for episode in episodes:
+            yield episode
+            bar.update(len(episode[0][0]))
 
 
 def _results(

@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 
-from implicitlayer.equation import Composite, composite
-from implicitlayer.experiments._command import resume_command
-from implicitlayer.experiments._settings import Data, Experiment
+from implicitlayer import Composite, ConjugateGradient, composite
 from implicitlayer.fewshot import (
     Conv4,
     EpisodeSampler,
@@ -23,7 +21,6 @@ from implicitlayer.fewshot import (
     task_accuracy,
     task_cross_entropy,
 )
-from implicitlayer.linear import ConjugateGradient
 from implicitlayer.meta import (
     ANIL,
     MAML,
@@ -38,6 +35,9 @@ from implicitlayer.meta import (
     iMAML,
 )
 from implicitlayer.solvers import GradientDescent, NewtonCG
+
+from ._command import resume_command
+from ._settings import Data, Experiment
 
 Episode = tuple[Any, Any]
 
@@ -57,9 +57,7 @@ def load_classes(data: Data, split: str) -> Any:
         if data.dir is not None:
             raise
         # the datasets' own words are for Python: what they call root= has another name here
-        where = (
-            "root= is data.dir of the experiment: --data.dir FOLDER on the command line of implicitlayer.experiments."
-        )
+        where = "root= is data.dir of the experiment: --data.dir FOLDER on the command line of examples/paper/train.py."
         raise FileNotFoundError(f"{error} Here {where}") from None
 
 
@@ -216,7 +214,7 @@ def build_trainer(
         device: where to compute.
 
     Example:
-        >>> from implicitlayer.experiments import preset, smoke
+        >>> from experiments import preset, smoke
         >>> trainer = build_trainer(smoke(preset("reduced-glyphs-5w1s-imaml-gd")))
         >>> len(trainer.fit())
         1
@@ -256,7 +254,7 @@ def smoke(experiment: Experiment) -> Experiment:
     """The same experiment in a second: Glyphs, four filters, one meta-step, few inner steps, tasks and pictures.
 
     Example:
-        >>> from implicitlayer.experiments import preset
+        >>> from experiments import preset
         >>> smoke(preset("paper-omniglot-20w5s-maml")).data.dataset
         'glyphs'
     """

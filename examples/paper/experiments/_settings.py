@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from implicitlayer.experiments._fields import Checked, from_json, number
 from implicitlayer.meta import save_json
+
+from ._fields import Checked, from_json, number
 
 DatasetName = Literal["glyphs", "omniglot", "miniimagenet"]
 MethodName = Literal["imaml-gd", "imaml-hf", "maml", "fomaml", "reptile", "truncated", "anil", "protonet"]

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
-from implicitlayer._errors import ImplicitLayerError
-from implicitlayer.experiments._environment import machine, versions
-from implicitlayer.experiments._fields import differences
-from implicitlayer.experiments._settings import Experiment
+from implicitlayer import ImplicitLayerError
 from implicitlayer.meta import save_json
+
+from ._environment import machine, versions
+from ._fields import differences
+from ._settings import Experiment
 
 BUDGETS = ("max_steps", "minutes")
 # What may change between the parts of one run: how long it is, where data and folder are, what is shown, memory.

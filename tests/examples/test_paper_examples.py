@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-PAPER = Path(__file__).resolve().parents[1] / "examples" / "paper"
+PAPER = Path(__file__).resolve().parents[2] / "examples" / "paper"
 F64 = torch.float64
 
 

@@ -1,9 +1,9 @@
-"""``python -m implicitlayer.experiments``; see :mod:`implicitlayer.experiments`."""
+"""The paper's experiments: ``python examples/paper/train.py --help`` lists the presets and says how."""
 
 import os
 import sys
 
-from implicitlayer.experiments._command_line import main
+from experiments._command_line import main
 
 if __name__ == "__main__":
     main()

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
+import experiments as ex
 import pytest
-
-from implicitlayer import experiments as ex
+from experiments._command_line import parse
 
 
 @pytest.mark.parametrize("name", ex.PRESETS)
@@ -129,12 +130,24 @@ def test_the_command_of_an_experiment_names_what_differs_from_its_preset() -> No
         run=dataclasses.replace(experiment.run, minutes=2.0, dir="/somewhere", tensorboard=True),
     )
     assert ex.command_of(changed) == (
-        "python -m implicitlayer.experiments reduced-glyphs-5w1s-imaml-gd --network.no-zero-head --run.minutes 2.0 "
+        "python examples/paper/train.py reduced-glyphs-5w1s-imaml-gd --network.no-zero-head --run.minutes 2.0 "
         "--run.tensorboard"
     )
     assert ex.changes_from_preset(experiment) == []
     own = dataclasses.replace(experiment, preset="mine")
     assert ex.changes_from_preset(own) == ["no preset"] and "config.json" in ex.command_of(own)
+
+
+COMMITTED = sorted((Path(__file__).resolve().parents[2] / "examples" / "paper" / "results").glob("table*-*.json"))
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_the_command_of_a_committed_result_gives_its_experiment(path: Path) -> None:
+    pytest.importorskip("tyro")
+    result = json.loads(path.read_text(encoding="utf-8"))
+    experiment, _ = parse(shlex.split(result["command"])[2:])
+    assert ex.command_of(experiment) == result["command"]
+    assert ex.changes_from_preset(experiment) == result["results"]["changed_from_preset"]
 
 
 def test_a_preset_names_the_budget_that_it_has() -> None:

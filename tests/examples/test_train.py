@@ -12,8 +12,9 @@ pytest.importorskip("tyro")
 pytest.importorskip("matplotlib")
 pytest.importorskip("PIL")
 
-from implicitlayer import experiments as ex
-from implicitlayer.experiments._command_line import main, parse
+import experiments as ex
+from experiments._command_line import main, parse
+
 from implicitlayer.meta import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +44,7 @@ def test_settings_override_a_preset() -> None:
 def test_the_command_of_a_changed_experiment_gives_it_back() -> None:
     words = ["glyphs", "--run.minutes", "1.5", "--evaluation.no-transductive", "--outer.max-gradient-norm", "None"]
     experiment, _ = parse(words)
-    again, _ = parse(ex.command_of(experiment).split()[3:])
+    again, _ = parse(ex.command_of(experiment).split()[2:])
     assert again == experiment and again != ex.preset("glyphs")
 
 
@@ -139,7 +140,7 @@ def test_ctrl_c_says_how_to_go_on(said: str, monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_ctrl_c_before_the_run_has_nothing_to_go_on_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    from implicitlayer.experiments import _command_line
+    from experiments import _command_line
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -155,7 +156,7 @@ def test_two_processes_share_a_run(tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        [sys.executable, *launcher, "-m", "implicitlayer.experiments", *words],
+        [sys.executable, *launcher, str(ROOT / "examples" / "paper" / "train.py"), *words],
         cwd=tmp_path,
         env=environment,
         capture_output=True,

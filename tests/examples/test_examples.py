@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(p.relative_to(EXAMPLES).as_posix() for p in EXAMPLES.rglob("*.py") if not p.name.startswith("_"))
-# tests/meta/test_demo.py and tests/test_paper_*.py run these and look at all that they write
+# tests/meta/test_demo.py and tests/examples/test_*.py run these and look at all that they write
 ELSEWHERE = {"demo.py", *(script for script in SCRIPTS if script.startswith("paper/"))}
 
 
@@ -58,5 +58,5 @@ def test_every_script_is_run_by_this_file_or_named_as_run_elsewhere() -> None:
     assert "demo.py" in SCRIPTS and "benchmarks/vmapped_layer.py" in SCRIPTS
     tests = ROOT / "tests"
     assert "examples/demo.py" in (tests / "meta" / "test_demo.py").read_text()
-    words = "".join(path.read_text() for path in tests.glob("test_paper_*.py"))
+    words = "".join(path.read_text() for path in tests.glob("examples/test_*.py"))
     assert all(f'"{Path(script).stem}' in words for script in ELSEWHERE if script != "demo.py")

@@ -11,7 +11,7 @@ import difflib
 from collections.abc import Iterator
 from typing import Any
 
-from implicitlayer.experiments._settings import (
+from ._settings import (
     IMPLICIT,
     Data,
     Evaluation,

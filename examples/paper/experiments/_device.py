@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from implicitlayer._errors import ImplicitLayerError
+from implicitlayer import ImplicitLayerError
 from implicitlayer.meta import as_support_query, iMAML
 
 

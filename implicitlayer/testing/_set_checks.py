@@ -1,0 +1,161 @@
+"""The conformance checks of sets and regularisers, on vectors of four entries in float64."""
+
+# y: a point, P: the projection or proximal operator at step 1.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from implicitlayer.api._argmin import argmin
+from implicitlayer.sets._set import ConvexSet
+from implicitlayer.sets._term import ProximalTerm
+from implicitlayer.testing import _arrays as arrays
+from implicitlayer.testing._claims import require
+
+SIZE = 4
+# An exact projection of points of size 1 to 10 is good to a few roundings, one that iterates to 1e-9, say.
+CLOSE = 1e-8
+STEP = 1e-6  # of central differences: CLOSE of two values makes 1e-2, so a rounding of 1e-16 makes 1e-10
+
+Check = Callable[[Any], None]
+
+
+def points() -> list[torch.Tensor]:
+    """Points near zero and far out."""
+    return [size * arrays.normal_tensor((SIZE,), seed=70 + i) for i, size in enumerate((0.3, 1.0, 3.0, 10.0) * 3)]
+
+
+def check_shape_and_dtype(term: ProximalTerm) -> None:
+    """The answer has the shape and dtype of the point, in float64 and float32."""
+    for dtype in (torch.float64, torch.float32):
+        for shape, lane_dims in (((SIZE,), 0), ((3, SIZE), 1)):
+            value = term.prox(arrays.normal_tensor(shape, seed=60, dtype=dtype), 1.0, lane_dims)
+            require(value.shape == shape, term, f"returned shape {tuple(value.shape)} for {shape}")
+            require(value.dtype == dtype, term, f"returned {value.dtype} for {dtype}")
+
+
+def check_the_projection_is_the_nearest_point(term: ConvexSet) -> None:
+    """P(y) is in the set (P moves it no more), and (y - P(y))'(z - P(y)) <= 0 for every z of the set: the nearest."""
+    for y in points():
+        nearest = term.project(y)
+        moved = float((term.project(nearest) - nearest).norm())
+        text = f"moves its own projection by {moved:.2e}: P(P(y)) must be P(y)"
+        require(moved <= CLOSE * (1 + float(nearest.norm())), term, text)
+        for other in points():
+            z = term.project(other)
+            product = float((y - nearest) @ (z - nearest))
+            allowed = CLOSE * (1 + float(y.norm())) * (1 + float((z - nearest).norm()))
+            text = f"has a point nearer to y than P(y): (y - P(y))'(z - P(y)) = {product:.2e} > 0 for another P(z)"
+            require(product <= allowed, term, text)
+
+
+def check_the_prox_is_that_of_a_convex_function(term: ProximalTerm) -> None:
+    """``||P(y) - P(z)||^2 <= (P(y) - P(z))'(y - z)`` at every step, which holds for a convex term and no other."""
+    for step in (0.5, 1.0, 2.0):
+        for y, z in zip(points(), points()[1:], strict=False):
+            apart = term.prox(y, step) - term.prox(z, step)
+            excess = float(apart @ apart - apart @ (y - z))
+            text = f"is no proximal operator: ||P(y) - P(z)||^2 exceeds (P(y) - P(z))'(y - z) by {excess:.2e}"
+            require(excess <= CLOSE * (1 + float((y - z).norm()) ** 2), term, text)
+
+
+def check_the_derivative_is_that_of_the_projection(term: ProximalTerm) -> None:
+    """Autograd's Jacobian is symmetric and agrees with differences, but for points at a kink; ``diagonal`` is it."""
+    compared = 0
+    for i, y in enumerate(points()):
+        jacobian = torch.autograd.functional.jacobian(lambda at: term.prox(at, 1.0), y)
+        crooked = float((jacobian - jacobian.mT).abs().max())
+        require(crooked <= 1e-6, term, f"has a Jacobian that is not symmetric, by {crooked:.2e}")
+        diagonal = term.diagonal(y, 1.0)
+        if diagonal is not None:
+            off = float((jacobian - torch.diag(diagonal)).abs().max())
+            require(off <= 1e-6, term, f"says a diagonal derivative that is off by {off:.2e}")
+        direction = arrays.normal_tensor((SIZE,), seed=90 + i)
+        h = STEP * (1 + y.norm())
+        ahead, here, behind = (term.prox(y + s * h * direction, 1.0) for s in (1, 0, -1))
+        if float(((ahead - here) - (here - behind)).norm() / h) > 1e-3:
+            continue  # a kink between the two, or curvature: nothing can be said
+        compared += 1
+        off = float((jacobian @ direction - (ahead - behind) / (2 * h)).norm())
+        require(off <= 1e-3, term, f"has an autograd derivative that is off by {off:.2e} from differences")
+    require(compared > 0, term, "has kinks at all points that were tried")
+
+
+def check_activity_holds_up_to_the_next_kink(term: ProximalTerm) -> None:
+    """What ``activity`` holds stays held, and free entries free, up to a quarter of the distance of a kink."""
+    for i, y in enumerate(points()):
+        held, margins = term.activity(y, 1.0)
+        require(held.dtype == torch.bool and held.shape == y.shape == margins.shape, term, "has an activity unlike y")
+        require(not bool((margins < 0).any()), term, "says a negative distance from a kink")
+        known = margins[margins.isfinite()]
+        if held.dtype != torch.bool or not known.numel():
+            continue
+        direction = arrays.normal_tensor((SIZE,), seed=110 + i)
+        there = term.activity(y + 0.25 * known.min() * direction / direction.norm(), 1.0)[0]
+        require(
+            torch.equal(held, there), term, f"holds other entries within a quarter of the distance {known.min():.2e}"
+        )
+
+
+def check_violation_is_zero_in_the_set_alone(term: ConvexSet) -> None:
+    """``violation`` is zero at P(y), and positive where P moves y."""
+    for y in points():
+        nearest = term.project(y)
+        inside, outside = float(term.violation(nearest)), float(term.violation(y))
+        require(inside <= CLOSE * (1 + float(y.norm())), term, f"says a violation of {inside:.2e} inside the set")
+        if float((y - nearest).norm()) > 1e-3:
+            require(outside > 1e-6, term, f"says a violation of {outside:.2e} outside the set")
+
+
+def check_lanes_are_independent(term: ProximalTerm) -> None:
+    """With ``lane_dims=1`` every lane is treated as alone."""
+    stacked = torch.stack(points())
+    together = term.prox(stacked, 1.0, 1)
+    for i, y in enumerate(points()):
+        apart = float((together[i] - term.prox(y, 1.0)).norm())
+        require(apart <= CLOSE * (1 + float(y.norm())), term, f"treats lane {i} otherwise than alone, by {apart:.2e}")
+
+
+def check_nan_stays(term: ProximalTerm) -> None:
+    """NaN in the point is not projected away: NOTE [NaN stays]."""
+    y = points()[0]
+    y[1] = torch.nan
+    require(bool(term.prox(y, 1.0).isnan().any()), term, "made finite numbers of NaN")
+
+
+def check_inputs_are_left_alone(term: ProximalTerm) -> None:
+    """The point is not changed in place."""
+    y = points()[0]
+    before, version = y.clone(), y._version
+    term.prox(y, 1.0), term.activity(y, 1.0), term.diagonal(y, 1.0), term.violation(y)
+    require(torch.equal(y, before) and y._version == version, term, "changed the point in place")
+
+
+def check_a_layer_has_its_derivative(term: ProximalTerm) -> None:
+    """The gradient of ``il.argmin`` of 1/2 ||x - t||^2 with the term, in t, is the derivative of P."""
+    y, v = points()[1], arrays.normal_tensor((SIZE,), seed=130)
+    how: dict[str, Any] = {"constraint" if isinstance(term, ConvexSet) else "regularizer": term}
+    layer = argmin(lambda x, t: 0.5 * ((x - t) ** 2).sum(), lambda f, x, t: term.prox(t), **how)
+    t = y.clone().requires_grad_()
+    (got,) = torch.autograd.grad(layer(torch.zeros_like(y), t), t, v)
+    right = torch.autograd.functional.jacobian(lambda at: term.prox(at, 1.0), y).mT @ v
+    off = float((got - right).norm())
+    require(off <= 1e-6, term, f"gives a layer a gradient that is off by {off:.2e}")
+
+
+def term_checks(term: ProximalTerm) -> Iterator[Check]:
+    """The checks of a term, simplest first."""
+    yield check_shape_and_dtype
+    if isinstance(term, ConvexSet):
+        yield check_the_projection_is_the_nearest_point
+        yield check_violation_is_zero_in_the_set_alone
+    yield check_the_prox_is_that_of_a_convex_function
+    yield check_the_derivative_is_that_of_the_projection
+    yield check_activity_holds_up_to_the_next_kink
+    yield check_lanes_are_independent
+    yield check_nan_stays
+    yield check_inputs_are_left_alone
+    yield check_a_layer_has_its_derivative
