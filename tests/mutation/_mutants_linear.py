@@ -14,8 +14,8 @@ LINEAR_MUTANTS = [
         "derivative of a solve without the transpose",
         SOLVE,
         "LinearSolve.backward",
-        "spec.derivative(transposed=True, of_operator=any(needed))",
-        "spec.derivative(transposed=False, of_operator=any(needed))",
+        "spec.derivative(True, any(needed), ctx.changed)",
+        "spec.derivative(False, any(needed), ctx.changed)",
         "second derivatives of roots",
         near="root, double",
     ),
@@ -94,9 +94,9 @@ LINEAR_MUTANTS = [
     Mutant(
         "damping leaks into the default",
         JACOBIAN,
-        "Jacobian.linearize.damped",
-        "flat + self.damping * vector if self.damping else flat",
-        "flat + (self.damping or 0.0001) * vector",
+        "Jacobian.linearize.pull",
+        "flat + damping * vector if damping else flat",
+        "flat + (damping or 0.0001) * vector",
         "every gradient is biased towards zero by about 1e-4",
     ),
     Mutant(

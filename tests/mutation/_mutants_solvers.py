@@ -92,7 +92,7 @@ SOLVER_MUTANTS = [
         "CG believes its recursive residual",
         CG,
         "ConjugateGradient.solve",
-        "not self.has_tolerance",
+        "not asked",
         "True",
         "CONVERGED is said where the true residual has stopped falling",
         near="ConjugateGradient, status",
