@@ -8,10 +8,14 @@ import re
 import subprocess
 import sys
 import types
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+import implicitlayer as il
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "implicitlayer"
@@ -32,7 +36,10 @@ LAYERS["fewshot"] = {"base", "fewshot"}
 LAYERS["meta"] = {*LAYERS["api"], "solvers", "meta"}
 # and nobody imports testing
 LAYERS["testing"] = {*LAYERS["explain"], "solvers", "fewshot", "meta", "testing"}
-MAX_LINES = 400
+MAX_LINES = 400  # of a file
+MAX_PACKAGE_LINES = 33_000
+# The plain path of a layer; wanted are 250 and 14.
+MAX_CALLS, MAX_FILES = 320, 27
 
 
 def tracked_files() -> list[Path]:
@@ -166,6 +173,68 @@ FORBIDDEN = {
     r"^(?:<{7}|>{7})(?: |$)": "a merge conflict",
     r"\bpdb\.set_trace\(\)|^\s*breakpoint\(\)": "a debugger call",
 }
+
+
+def functions() -> Iterator[tuple[Path, ast.FunctionDef]]:
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                yield path, node
+
+
+# What users call with keywords, one for each thing that may be asked for.
+FACADES = {"argmin", "root", "fixed_point", "constrained_argmin", "qp", "check_argmin_gradients", "linear"}
+# What stands in for a function of torch, and has its parameters.
+AS_TORCH_HAS_IT = {"_torch_batch_norm", "_torch_instance_norm", "forward"}
+
+
+def test_functions_have_few_parameters() -> None:
+    many = {}
+    for path, node in functions():
+        given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+        count = sum(argument.arg not in ("self", "cls") for argument in given)
+        if count > 8 and node.name not in FACADES | AS_TORCH_HAS_IT:
+            many[f"{relative(path)}: {node.name}"] = count
+    assert not many, f"more than 8 parameters, what do they have in common? {many}"
+
+
+def test_the_package_does_not_grow(capsys: pytest.CaptureFixture[str]) -> None:
+    counts = dict.fromkeys(LAYERS, 0)
+    for path in PACKAGE.rglob("*.py"):
+        inside = path.relative_to(PACKAGE).parts
+        counts[inside[0] if len(inside) > 1 else "base"] += len(path.read_text(encoding="utf-8").splitlines())
+    with capsys.disabled():
+        print(f"\nlines of the package: {sum(counts.values())}; {counts}")
+    assert sum(counts.values()) <= MAX_PACKAGE_LINES, "leave out as much as comes in: the package is large enough"
+
+
+def test_the_plain_path_is_short(capsys: pytest.CaptureFixture[str]) -> None:
+    """Calls and files of the package between a layer's call and its gradient, with five steps of CG."""
+    layer = il.argmin(
+        lambda x, t, a, b: ((a @ x - b) ** 2).sum() + t * (x**2).sum(),
+        lambda f, x, t, a, b: torch.linalg.solve(a.T @ a + t * torch.eye(20, dtype=a.dtype), a.T @ b),
+        linear_solver=il.ConjugateGradient(max_steps=5),
+    )
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(*size, dtype=torch.float64, generator=generator) for size in ((30, 20), (30,)))
+    t = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    init = torch.zeros(20, dtype=torch.float64)
+    calls: Counter[str] = Counter()
+
+    def count(frame: types.FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
+            calls[frame.f_code.co_filename] += 1
+
+    layer(init, t, a, b).sum().backward()  # what is made once is made here
+    sys.setprofile(count)
+    try:
+        layer(init, t, a, b).sum().backward()
+    finally:
+        sys.setprofile(None)
+    with capsys.disabled():
+        print(f"\nplain path, forward and backward: {calls.total()} calls in {len(calls)} files of the package")
+    assert 0 < calls.total() <= MAX_CALLS
+    assert len(calls) <= MAX_FILES
 
 
 def test_no_file_mentions_what_it_should_not() -> None:

@@ -3,6 +3,9 @@
 import os
 import sys
 
+# Threads that wait shall sleep: by default they spin, and beside other work a step then takes up to ten times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from experiments._command_line import main
 
 if __name__ == "__main__":

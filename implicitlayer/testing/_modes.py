@@ -13,7 +13,16 @@ from implicitlayer.layer._layer import ImplicitLayer
 from implicitlayer.testing import _differences as differences
 from implicitlayer.testing._differences import Accuracy, Difference, SolverDifferences
 from implicitlayer.testing._references import DenseSystem, Equation, Leaves, Wall, flat, plain, scales
-from implicitlayer.testing._report import COARSE, LINEAR, ROUNDING, TRUNCATION, GradientRow, compare, entry_of
+from implicitlayer.testing._report import (
+    COARSE,
+    LINEAR,
+    ROUNDING,
+    TRUNCATION,
+    GradientRow,
+    Place,
+    compare,
+    entry_of,
+)
 
 RANDOM = "a random direction"
 _TINY = 1e-15
@@ -146,10 +155,7 @@ def check_value(check: Check, x: Leaves) -> None:
     known = check.accuracy.x
     size = torch.full_like(known, check.equation.eps * check.accuracy.size)
     row = compare(
-        "x",
-        check.equation.entry,
-        "value",
-        "solver",
+        Place("x", check.equation.entry, "value", "solver"),
         known,
         flat(x),
         {COARSE: check.accuracy.spread, ROUNDING: size},
@@ -177,10 +183,7 @@ def check_vjp(check: Check) -> None:
             if system is not None:
                 solve, explained = system.vjp_error(j, v, check.rtol), system.vjp_error(j, v, residual, rounding=False)
                 dense = compare(
-                    name,
-                    prefixed(kind, entry),
-                    "vjp",
-                    "dense",
+                    Place(name, prefixed(kind, entry), "vjp", "dense"),
                     system.vjp(j, v),
                     got,
                     {LINEAR: solve},
@@ -195,7 +198,7 @@ def check_vjp(check: Check) -> None:
                 # |v| on each part: errors of the entries of x may all add up
                 linear = check.fuzzy(float((got * d).norm())) if solve is None else (solve * d.abs()).sum()
                 coarse = check.accuracy.coarse_vjp(j, v) * d.abs()
-                add_quotient(check, name, label, "vjp", quotient, along, v, linear, coarse.sum())
+                add_quotient(check, name, label, "vjp", quotient, along, v, (linear, coarse.sum()))
 
 
 def check_jvp(check: Check) -> None:
@@ -212,10 +215,16 @@ def check_jvp(check: Check) -> None:
                 expected = system.jacobian(j) @ d
                 check.rows.append(
                     compare(
-                        name, entry, "jvp", "dense", expected, got, {LINEAR: linear}, check.accuracy.size, explained
+                        Place(name, entry, "jvp", "dense"),
+                        expected,
+                        got,
+                        {LINEAR: linear},
+                        check.accuracy.size,
+                        explained,
                     )
                 )
-            add_quotient(check, name, label, "jvp", quotient, got, None, linear, check.accuracy.coarse_jvp(j, d))
+            errors = (linear, check.accuracy.coarse_jvp(j, d))
+            add_quotient(check, name, label, "jvp", quotient, got, None, errors)
     if check.pulled is not None:
         _check_adjoint(check, check.pulled)
 
@@ -265,10 +274,13 @@ def add_quotient(
     quotient: Difference | None,
     got: torch.Tensor,
     v: torch.Tensor | None,
-    linear: torch.Tensor,
-    coarse: torch.Tensor,
+    errors: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
-    """The row of a derivative against a difference; projected on the cotangent v in reverse mode."""
+    """The row of a derivative against a difference; projected on the cotangent v in reverse mode.
+
+    ``errors``: what the linear solve may be off, and what the coarse answer of the solver.
+    """
+    linear, coarse = errors
     natural = check.accuracy.size * (1.0 if v is None else float(v.norm()))
     if quotient is None:
         nan = float("nan")
@@ -291,7 +303,9 @@ def add_quotient(
         COARSE: differences.SAFE_NOISE * (noise + coarse),
         LINEAR: linear,
     }
-    check.rows.append(compare(name, entry, mode, "differences", value, got, parts, natural, resolved=quotient.resolved))
+    check.rows.append(
+        compare(Place(name, entry, mode, "differences"), value, got, parts, natural, resolved=quotient.resolved)
+    )
 
 
 def entry_along(check: Check, label: str) -> Callable[[int], str]:

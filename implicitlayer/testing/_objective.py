@@ -18,7 +18,7 @@ import torch
 from implicitlayer.testing import _differences as differences
 from implicitlayer.testing._modes import RANDOM, Check
 from implicitlayer.testing._references import ROUNDINGS, plain
-from implicitlayer.testing._report import ROUNDING, TRUNCATION, GradientRow, compare
+from implicitlayer.testing._report import ROUNDING, TRUNCATION, GradientRow, Place, compare
 
 DOMAIN = "the step leaves the domain"
 _RETRIES = 5
@@ -117,7 +117,12 @@ def _row(name: str, found: differences.Difference, autograd: torch.Tensor) -> Gr
     entry: Callable[[int], str] = lambda i: RANDOM  # noqa: E731
     natural = float(autograd.norm()) + float(found.value.norm())
     return compare(
-        name, entry, "objective", "differences", found.value, autograd, parts, natural, resolved=found.resolved
+        Place(name, entry, "objective", "differences"),
+        found.value,
+        autograd,
+        parts,
+        natural,
+        resolved=found.resolved,
     )
 
 

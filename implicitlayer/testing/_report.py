@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -155,11 +155,17 @@ def _rank(row: GradientRow) -> int:
     return 2 if row.reference == "-" else 1
 
 
+class Place(NamedTuple):
+    """What a row is about: see :class:`GradientRow`; ``entry`` names entry i."""
+
+    leaf: str
+    entry: Callable[[int], str]
+    mode: str
+    reference: str
+
+
 def compare(
-    leaf: str,
-    entry: Callable[[int], str],
-    mode: str,
-    reference: str,
+    place: Place,
     expected: torch.Tensor,
     got: torch.Tensor,
     parts: Mapping[str, torch.Tensor],
@@ -170,8 +176,7 @@ def compare(
     """The row of the worst entry.
 
     Args:
-        leaf, mode, reference: see :class:`GradientRow`.
-        entry: names entry i.
+        place: what is compared, with what.
         expected, got: float64, [k].
         parts: what the tolerance is made of, each [k] or 0-d.
         natural: size of such a derivative where x and theta have their own sizes; a zero is only judged against it.
@@ -195,7 +200,7 @@ def compare(
     elif known > _NO_DIGIT * size and not known <= _ZERO_DIGITS * natural:
         status = "inconclusive"
     numbers = (float(expected[i]), float(got[i]), float(error[i]), float(tolerance[i]))
-    return GradientRow(leaf, entry(i), mode, reference, *numbers, status, dominating)
+    return GradientRow(place.leaf, place.entry(i), place.mode, place.reference, *numbers, status, dominating)
 
 
 def entry_of(shape: torch.Size) -> Callable[[int], str]:

@@ -14,7 +14,7 @@ from implicitlayer.testing import _differences as differences
 from implicitlayer.testing._differences import Difference
 from implicitlayer.testing._modes import RANDOM, SAFE_RTOL, Check, add_quotient, filled, total
 from implicitlayer.testing._references import ROUNDINGS, DenseSystem, Leaves, flat, plain, scales
-from implicitlayer.testing._report import COARSE, LINEAR, TRUNCATION, compare
+from implicitlayer.testing._report import COARSE, LINEAR, TRUNCATION, Place, compare
 
 _SECOND_ORDER_LEAVES = 8
 _DRAWS = 3
@@ -103,7 +103,7 @@ def check_double(check: Check) -> None:
         scale = size + sum(float((got[j] * d).abs().sum()) for j, d in direction.items())
         quotient = slope.along(direction)
         if quotient is None:
-            add_quotient(check, name, RANDOM, "double", None, reverse, v, reverse, reverse)
+            add_quotient(check, name, RANDOM, "double", None, reverse, v, (reverse, reverse))
             continue
         parts = {
             TRUNCATION: differences.SAFE_TRUNCATION * quotient.truncation,
@@ -116,7 +116,7 @@ def check_double(check: Check) -> None:
                 continue
             label = f"{how} over reverse{random}"
             row = compare(
-                name, lambda i, s=label: s, "double", "differences",  # type: ignore[misc]
+                Place(name, lambda i, s=label: s, "double", "differences"),  # type: ignore[misc]
                 quotient.value[None], value[None], parts, size, resolved=quotient.resolved,
             )  # fmt: skip
             check.rows.append(row)
