@@ -262,7 +262,13 @@ def _check_adjoint(check: Check, pulled: list[torch.Tensor]) -> None:
         tolerance = torch.stack(terms).sum() + equation.eps * v.norm() * check.accuracy.size
     natural = float(v.norm()) * check.accuracy.size
     check.rows.append(
-        compare("all leaves", lambda i: RANDOM, "jvp", "adjoint", right[None], left[None], {LINEAR: tolerance}, natural)
+        compare(
+            Place("all leaves", lambda i: RANDOM, "jvp", "adjoint"),
+            right[None],
+            left[None],
+            {LINEAR: tolerance},
+            natural,
+        )
     )
 
 
