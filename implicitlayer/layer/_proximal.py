@@ -68,9 +68,14 @@ class Proximal(CopiesFunctions):
             slopes = torch.autograd.grad(loss.sum() if loss.ndim else loss, points, materialize_grads=True)
         with torch.no_grad():
             difference = _difference(phi, theta, loss.ndim)
-            value = self._with_penalty(loss.detach(), difference)
-            weighed = zip(slopes, self._strengths(difference), flatten(difference)[0], strict=True)
-            return value, unflatten([slope + strength * d for slope, strength, d in weighed], spec)
+            value, gradient = loss.detach(), []
+            for slope, strength, d in zip(slopes, self._strengths(difference), flatten(difference)[0], strict=True):
+                if _has_entries(strength):
+                    _check_broadcast(strength, d)
+                weighed = strength * d
+                value = value + 0.5 * lane_reduce(weighed * d, loss.ndim)
+                gradient.append(slope + weighed)
+            return value, unflatten(gradient, spec)
 
     def coupling(self, lane_dims: int) -> Callable[[Any, Any], torch.Tensor]:
         """The penalty alone, the only term that reads theta: see NOTE [objectives with parts]."""
