@@ -4,28 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
 from implicitlayer import _torch
 from implicitlayer.base._surroundings import outside_compiled_code
-from implicitlayer.base._tree import TreeSpec
+from implicitlayer.base._tree import TreeSpec, flatten
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.constrained._kkt import AtKink, KktLayer, Multipliers
 from implicitlayer.constrained._kkt_lagrangian import Unknowns
-from implicitlayer.constrained._qp_solve import QuadraticSolver
-from implicitlayer.equation._capture import ClosedOver
+from implicitlayer.constrained._qp_function import ProvedProgram, by_data, in_plain_surroundings
+from implicitlayer.constrained._qp_solve import Proof, QuadraticSolver, cold_start, full_data
+from implicitlayer.equation._capture import ClosedOver, derivatives_possible
 from implicitlayer.equation._flat import Signature
+from implicitlayer.equation._jacobian import Graph
 from implicitlayer.equation._residual import Attached, Residual
+from implicitlayer.equation._rules import implicit_vjp
+from implicitlayer.equation._solve import fill
 from implicitlayer.layer._forward import Constraints
 from implicitlayer.programs._interior_point_step import times
 from implicitlayer.programs._kkt_active import Tolerances
 from implicitlayer.programs._kkt_linear import KktSolver
+from implicitlayer.programs._qp_rank import independent_equations
 
 __all__ = ["qp"]
 
 _NO_BOUND = 1e20
+_STATIONARITY_RTOL = 1e-6
 # How many dimensions of each argument belong to one program.
 _RANKS = {"Q": 2, "p": 1, "A": 2, "b": 1, "G": 2, "h": 1}
 
@@ -101,29 +108,51 @@ def qp(
     """
     batch, (Q, p, A, b, G, h) = _checked({"Q": Q, "p": p, "A": A, "b": b, "G": G, "h": h})
     G, h = _without_missing(G, h)
-    tolerances = Tolerances(stationarity_rtol=1e-6, active_rtol=active_rtol)
+    tolerances = Tolerances(_STATIONARITY_RTOL, active_rtol)
     if at_kink not in ("inactive", "active"):
         raise ValueError(f"at_kink={at_kink!r} must be 'inactive' or 'active'.")
-    n, e, m = p.shape[-1], b.shape[-1], h.shape[-1]
-    solve = QuadraticSolver(solver, tolerances, at_kink == "active", on_failure)
-    layer = _QuadraticLayer(
-        _scalar,
-        solve,
-        linear_solver if linear_solver is not None else KktSolver(n, e, m, prepared=solve.prepared),
-        "argmin",
-        False,
-        False,
-        on_failure,
-        None,
-        0,
-        len(batch),
-        found=solve.found,
-        tolerances=tolerances,
-    )
-    zeros = [torch.zeros(*batch, k, dtype=p.dtype, device=p.device) for k in (n, e, m)]
+    data, lanes = (Q, p, A, b, G, h), len(batch)
+
+    def layer(proof: Proof | None, searched: bool) -> _QuadraticLayer:
+        solve = QuadraticSolver(solver, tolerances, at_kink == "active", on_failure, proof, searched)
+        sizes = p.shape[-1], b.shape[-1], h.shape[-1]
+        default = linear_solver if linear_solver is not None else KktSolver(*sizes, prepared=solve.prepared)
+        layer = _QuadraticLayer(_scalar, solve, default, "argmin", False, False, on_failure, None, 0, lanes)
+        layer.found, layer.tolerances = solve.found, tolerances
+        return layer
+
+    proof, searched = None, False
+    if solver is None and linear_solver is None and in_plain_surroundings(data):
+        program, eps = full_data(data, batch), torch.finfo(p.dtype).eps
+        searched = independent_equations(program, eps) is None
+        proof = cold_start(program, p.dtype) if searched else None
+        if proof is not None and proof.settled(eps, active_rtol, _STATIONARITY_RTOL):
+            general = partial(_general_gradients, layer, proof)
+            x, y, z = ProvedProgram.apply(proof, general, *data)
+            return (x, Multipliers(y, z)) if return_multipliers else x
+    zeros = [torch.zeros(*batch, k, dtype=p.dtype, device=p.device) for k in (p.shape[-1], b.shape[-1], h.shape[-1])]
     start = Unknowns(zeros[0], zeros[1], zeros[2], torch.ones_like(zeros[2]))
-    z = layer(start, *_on_all_levels((Q, p, A, b, G, h)))
-    return (z.x, Multipliers(z.equality, z.inequality)) if return_multipliers else z.x
+    found = layer(proof, searched)(start, *_on_all_levels(data))
+    return (found.x, Multipliers(found.equality, found.inequality)) if return_multipliers else found.x
+
+
+def _general_gradients(
+    layer_of: Callable[[Proof | None, bool], _QuadraticLayer],
+    proof: Proof,
+    z: Leaves,
+    data: Leaves,
+    cotangents: list[torch.Tensor | None],
+    needed: tuple[bool, ...],
+) -> list[torch.Tensor | None]:
+    """The gradients of a proved program as a layer makes them: differentiable to every order, under every transform."""
+    layer, spec, signature = layer_of(proof, True), flatten(Unknowns(*z))[1], Signature.of(tuple(data))
+    assert isinstance(layer.solver, QuadraticSolver)
+    factors = proof.exact().factors
+    layer.solver.prepared.extend([] if factors is None else [factors])
+    _, residual, _ = layer._equation(_scalar, spec, signature, ClosedOver())
+    graph = None if derivatives_possible() else Graph(partial(residual.for_derivatives, z, data))
+    v, solver, policy = fill(cotangents, z), layer.linear_solver, layer.on_failure
+    return implicit_vjp(residual, z, data, v, needed, graph=graph, solver=solver, on_failure=policy, kind="backward")
 
 
 class _QuadraticLayer(KktLayer):
@@ -175,14 +204,7 @@ class _Products(Attached):
 
     def pull_theta(self, u: Leaves, needed: Sequence[bool]) -> list[torch.Tensor | None]:
         x, y, z, held = self.points
-        ux, uy, uz = u[0], u[1], held * u[2]
-        by_Q = ux[..., :, None] * x[..., None, :]
-        by_A = y[..., :, None] * ux[..., None, :] + uy[..., :, None] * x[..., None, :]
-        by_G = (held * z)[..., :, None] * ux[..., None, :] + uz[..., :, None] * x[..., None, :]
-        found = [(by_Q + by_Q.mT) / 2, ux, by_A, -uy, by_G, -uz]
-        # shared data: the sum over programs
-        chosen = zip(found, self.theta, needed, strict=True)
-        return [leaf.sum_to_size(like.shape) if need else None for leaf, like, need in chosen]
+        return by_data((x, y, held * z), (u[0], u[1], held * u[2]), self.theta, needed)
 
 
 def _without_missing(G: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,41 +6,126 @@
 # With L L' = Q, V = L^-1 J' and f = -L^-1 p, the minimum with the rows a held is x = L^-T (f - V w), where
 #     w = a (V'V)_a^-1 a t,   t = V'f - g,   and   J x - g = t - V'V w,
 # with (V'V)_a the rows and columns of a. So a round of the search (NOTE [cold start] in ``_qp_single``) needs nothing
-# of size n: one factorisation of the size of what is held. What it finds is a guess for ``exact``, which proves it or
-# goes on from there.
+# of size n: one factorisation of the size of what is held. What it finds is a guess; made exact and judged by the
+# conditions of the program itself, it is proved or is not.
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
-from implicitlayer.programs._interior_point import Data, ProgramStatus, QuadraticSolution, interior_point
-from implicitlayer.programs._interior_point_step import INDEPENDENT
-from implicitlayer.programs._qp_exact import Start, violation
+from implicitlayer.programs._interior_point import Data, ProgramStatus, QuadraticSolution
+from implicitlayer.programs._interior_point_step import INDEPENDENT, times
+from implicitlayer.programs._kkt_active import ActiveConstraints, Conditions
+from implicitlayer.programs._qp_exact import (
+    CORRECTIONS,
+    EXACT,
+    TIGHT,
+    Exact,
+    conditions,
+    left_of,
+    violation,
+    wrong_sides,
+)
 from implicitlayer.programs._qp_schur import SchurFactors
 
-__all__ = ["answers"]
+__all__ = ["LanesProof", "cold_lanes"]
 
 _ROUNDS = 15
-_GOOD = 1e-6  # conditions that hold to this are the search's; rounding in V'V may leave more where Q is nearly singular
 _NOISE = 1e-10  # of the largest length: a border that is crossed, or pulls, by less is not said to
 _DEFINITE = 1e-5  # smallest pivot of Q, relative to the largest, for which V'V keeps half of the digits
 
 
-def answers(data: Data, rtol: float) -> tuple[QuadraticSolution, Start | None]:
-    """Approximate solutions, of a cold start or else the interior point, and what to go on from (or None)."""
+def cold_lanes(data: Data, dtype: torch.dtype) -> LanesProof:
+    """What a cold start finds of every lane; ``dtype`` is that of the data."""
     system = _System(data)
     w, held, solved, steps = system.search()
-    answer = system.solution(w, steps)
-    solved = solved & (violation(data, answer).flatten() <= _GOOD)
-    if bool(solved.all()):
-        return answer, system.start(held)
-    rest = ~solved.reshape(data[1].shape[:-1])
-    other = interior_point(tuple(t[rest] for t in data), rtol)  # type: ignore[arg-type]
-    for name in QuadraticSolution.__dataclass_fields__:
-        getattr(answer, name)[rest] = getattr(other, name)
-    return answer, None
+    factors = system.factors(held, solved)
+    at = system.solution(w, steps)
+    where, held = conditions(data, at.x, dtype), held.reshape(at.inequality.shape)
+    error, n, e = violation(data, at, where), data[1].shape[-1], data[3].shape[-1]
+    for _ in range(CORRECTIONS):
+        if not bool((solved & (error > EXACT).flatten()).any()):
+            break
+        left = left_of(data, at.equality, at.inequality, where), where.h, torch.where(held, where.g, 0.0)
+        step = factors.solve(torch.cat(left, -1)[..., None])[..., 0]
+        parts = at.x - step[..., :n], at.equality - step[..., n : n + e], at.inequality - step[..., n + e :]
+        new = violation(data, moved := replace(at, x=parts[0], equality=parts[1], inequality=parts[2]))
+        better = new < error
+        if not bool(better.any()):
+            break
+        at, error = at.filled(better, moved.lanes(better)), torch.where(better, new, error)
+        where = conditions(data, at.x, dtype)
+    right = ~wrong_sides(at.inequality, held, where).any(-1)
+    return LanesProof(data, at, where, error, held, solved.reshape(error.shape) & right & (error <= TIGHT), factors)
+
+
+@dataclass(frozen=True, eq=False)
+class LanesProof:
+    """Solutions that satisfy all conditions of optimality to TIGHT in the lanes ``proved``; guesses in the others.
+
+    Attributes:
+        data: the programs. at: x and multipliers. where: the terms of the conditions there.
+        error: [*lanes], the violation. held: bool [*lanes, m], what holds as an equation.
+        factors: with these, in the lanes that are proved.
+    """
+
+    data: Data
+    at: QuadraticSolution
+    where: Conditions
+    error: torch.Tensor
+    held: torch.Tensor
+    proved: torch.Tensor
+    factors: SchurFactors
+
+    def active_set(self, active_rtol: float, hold_kinks: bool) -> tuple[ActiveConstraints, torch.Tensor]:
+        """Which inequalities are active, and what is to hold as an equation."""
+        return self.where.active_set(self.at.equality, self.solution()[2], active_rtol, hold_kinks)
+
+    def settled(self, eps: float, active_rtol: float, rtol: float) -> bool:
+        """Whether all lanes are proved, and what is held is all there is to say of them; see :class:`Terms`."""
+        if not bool(self.proved.all()):
+            return False
+        found, _ = self.active_set(active_rtol, False)
+        fine = (found.active == self.held).all(-1) & (found.num_kinks == 0) & found.independent
+        return bool((fine & (found.relative_violation <= rtol)).all())
+
+    def solution(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x, the multipliers of either kind, and what is held, [*lanes, ...]."""
+        return self.at.x, self.at.equality, torch.where(self.held, self.at.inequality, 0.0), self.held
+
+    def adjoint(self, v: Sequence[torch.Tensor], rtol: float) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """u_x [*lanes, n] and u_w [*lanes, c] with K u = v in every lane; see :meth:`SingleProof.adjoint`."""
+        n, rows = v[0].shape[-1], self._rows
+        b = torch.cat([v[0], self._mask * torch.cat(list(v[1:]), -1)], -1)
+        largest = b.abs().amax(-1, keepdim=True)
+        b = b / torch.where(largest > 0, largest, 1.0)
+        u = self.factors.solve(b[..., None])[..., 0]
+        x, w = u[..., :n], self._mask * u[..., n:]
+        product = torch.cat([times(self.data[0], x) + times(rows.mT, w), self._mask * times(rows, x)], -1)
+        D = self.factors.units
+        residual, size = (torch.linalg.vector_norm(D * part, dim=-1) for part in (b - product, b))
+        if not bool((residual <= 2 * rtol * size).all()):
+            return None
+        return x * largest, w * largest
+
+    @cached_property
+    def _rows(self) -> torch.Tensor:
+        return torch.cat([self.data[2], self.data[4]], -2)
+
+    @cached_property
+    def _mask(self) -> torch.Tensor:
+        return torch.cat([torch.ones_like(self.data[3]), self.held.double()], -1)
+
+    def exact(self) -> Exact:
+        """As the long way puts it; factors where all lanes are proved."""
+        x, y, z, held = self.solution()
+        solution = QuadraticSolution(x, y, z, self.at.codes, self.at.steps, self.error)
+        return Exact(solution, self.error, held, self.factors if bool(self.proved.all()) else None)
 
 
 class _System:
@@ -104,17 +189,16 @@ class _System:
         parts = (x, multipliers[:, : self.e], multipliers[:, self.e :], codes, steps, torch.zeros_like(self.size))
         return QuadraticSolution(*(t.reshape((*self.lanes, *t.shape[1:])) for t in parts))
 
-    def start(self, held: torch.Tensor) -> Start | None:
-        """Factors with these inequalities; None where some are not independent beyond rounding."""
-        rows = torch.cat([held.new_ones(len(held), self.e), held], -1)
+    def factors(self, held: torch.Tensor, solved: torch.Tensor) -> SchurFactors:
+        """Factors with these inequalities in the lanes that are solved."""
+        rows = torch.cat([held.new_ones(len(held), self.e), held], -1) & solved[:, None]
         index, real = _compressed(rows)
         V = self.V.gather(-1, index[:, None, :].expand(-1, self.n, -1)) * real[:, None, :]
         schur, info = torch.linalg.cholesky_ex(V.mT @ V + torch.diag_embed(1 - real))
         pivots = schur.diagonal(dim1=-2, dim2=-1)
-        if pivots.numel() and not bool(((info == 0) & (pivots.amin(-1) > INDEPENDENT * pivots.amax(-1))).all()):
-            return None
-        factors = SchurFactors(self.lanes, self.size, self.lengths, self.L, V, schur, index, rows)
-        return Start(held.reshape((*self.lanes, held.shape[-1])), factors)
+        if pivots.shape[-1]:
+            solved &= (info == 0) & (pivots.amin(-1) > INDEPENDENT * pivots.amax(-1))
+        return SchurFactors(self.lanes, self.size, self.lengths, self.L, V, schur, index, rows)
 
 
 def _multipliers(gram: torch.Tensor, t: torch.Tensor, held: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
