@@ -93,12 +93,12 @@ def by_data(at: Sequence[torch.Tensor], u: Sequence[torch.Tensor], data: Leaves,
     """The derivatives of <F, u> in the data that are needed; summed where programs share them."""
     (x, y, z), (ux, uy, uz) = at, u
     found: Pull = [None] * 6
+    both = torch.stack([ux, x], -2)
     if needed[0]:
-        by_Q = ux[..., :, None] * x[..., None, :]
-        found[0] = (by_Q + by_Q.mT) / 2
+        found[0] = torch.stack([x / 2, ux / 2], -1) @ both
     for k, w, uw in ((2, y, uy), (4, z, uz)):
         if needed[k]:
-            found[k] = w[..., :, None] * ux[..., None, :] + uw[..., :, None] * x[..., None, :]
+            found[k] = torch.stack([w, uw], -1) @ both
         if needed[k + 1]:
             found[k + 1] = -uw
     if needed[1]:

@@ -141,16 +141,19 @@ class _System:
         rows, self.g = rows / self.lengths[..., None], g / self.lengths
         L, info = torch.linalg.cholesky_ex(Q / self.size[:, None, None])
         pivots = L.diagonal(dim1=-2, dim2=-1)
-        finite = self.g.isfinite().all(-1) & p.isfinite().all(-1) & rows.isfinite().flatten(1).all(-1)
+        finite = (self.g.abs().sum(-1) + p.abs().sum(-1) + lengths.sum(-1)).isfinite()
         self.solvable = (info == 0) & (pivots.amin(-1) > _DEFINITE * pivots.amax(-1)) & finite
-        self.L = torch.where(self.solvable[:, None, None], L, torch.eye(self.n, dtype=L.dtype, device=L.device))
-        self.V = torch.linalg.solve_triangular(self.L, rows.mT, upper=False)
-        self.f = torch.linalg.solve_triangular(self.L, (p / -self.size[:, None])[..., None], upper=False)
+        if not bool(self.solvable.all()):
+            L = torch.where(self.solvable[:, None, None], L, torch.eye(self.n, dtype=L.dtype, device=L.device))
+        self.L = L
+        self.V = torch.linalg.solve_triangular(L, rows.mT, upper=False)
+        self.f = torch.linalg.solve_triangular(L, (p / -self.size[:, None])[..., None], upper=False)
         self.at_minimum = (self.V.mT @ self.f)[..., 0]
+        self.gram = self.V.mT @ self.V
 
     def search(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """w [B, c], the mask [B, m] of what is held, that of the lanes that are solved, and their rounds."""
-        t, gram, lanes = self.at_minimum - self.g, self.V.mT @ self.V, self.solvable.nonzero()[:, 0]
+        t, gram, lanes = self.at_minimum - self.g, self.gram, self.solvable.nonzero()[:, 0]
         largest = torch.maximum(self.at_minimum.abs(), self.g.abs())
         noise = _NOISE * largest.amax(-1, keepdim=True) if t.shape[-1] else t
         w, kept, solved = torch.zeros_like(t), torch.zeros_like(t, dtype=torch.bool), torch.zeros_like(self.solvable)
@@ -159,27 +162,34 @@ class _System:
             t, gram, noise = t[lanes], gram[lanes], noise[lanes]
         held, going = torch.zeros_like(t, dtype=torch.bool), torch.ones_like(lanes, dtype=torch.bool)
         held[:, : self.e] = True
-        inequality = ~held
         for step in range(1, _ROUNDS + 1):
             if not len(lanes):
                 break
             found, good = _multipliers(gram, t, held)
             beyond = t - (gram @ found[..., None])[..., 0]
-            crossed, pulling = ~held & (beyond > noise), held & inequality & (found < -noise)
+            wrong = torch.where(held, -found, beyond) > noise
+            wrong[:, : self.e] = False
             # rows that contradict each other pass the factorisation by rounding, and are missed by their own solution
-            good = good & going & ~(held & (beyond.abs() > noise)).any(-1)
-            done = good & ~(crossed | pulling).any(-1)
-            ended = lanes[done]
-            w[ended], kept[ended], solved[ended], steps[ended] = found[done], held[done], True, step
-            stay = held & ~pulling
-            room = ((self.n - stay.sum(-1)) // 2).clamp(min=1)
-            rank = torch.where(crossed, -beyond, math.inf).argsort(-1).argsort(-1)
-            held = stay | (crossed & (rank < room[:, None]))
-            going = good & ~done
+            going = good & going & ~(held & (beyond.abs() > noise)).any(-1)
+            done = going & ~wrong.any(-1)
+            going, num_done = going & ~done, int(done.sum())
+            if num_done:
+                ended = lanes[done]
+                w[ended], kept[ended], solved[ended], steps[ended] = found[done], held[done], True, step
+            held = self._next(held, wrong, beyond)
             if 2 * int(going.sum()) <= len(lanes):
                 lanes, t, gram, noise = lanes[going], t[going], gram[going], noise[going]
-                held, inequality, going = held[going], inequality[going], going[going]
+                held, going = held[going], going[going]
         return w, kept[:, self.e :], solved, steps
+
+    def _next(self, held: torch.Tensor, wrong: torch.Tensor, beyond: torch.Tensor) -> torch.Tensor:
+        """The rows of the next round: without those that pull, with the worst of those that are crossed."""
+        stay, crossed = held & ~wrong, wrong & ~held
+        room = ((self.n - stay.sum(-1)) // 2).clamp(min=1)
+        if bool((crossed.sum(-1) > room).any()):
+            rank = torch.where(crossed, -beyond, math.inf).argsort(-1).argsort(-1)
+            crossed &= rank < room[:, None]
+        return stay | crossed
 
     def solution(self, w: torch.Tensor, steps: torch.Tensor) -> QuadraticSolution:
         """The points that belong to multipliers w [B, c]."""
@@ -193,8 +203,8 @@ class _System:
         """Factors with these inequalities in the lanes that are solved."""
         rows = torch.cat([held.new_ones(len(held), self.e), held], -1) & solved[:, None]
         index, real = _compressed(rows)
-        V = self.V.gather(-1, index[:, None, :].expand(-1, self.n, -1)) * real[:, None, :]
-        schur, info = torch.linalg.cholesky_ex(V.mT @ V + torch.diag_embed(1 - real))
+        V = self.V.gather(-1, index[:, None, :].expand(-1, self.n, -1)).mul_(real[:, None, :])
+        schur, info = torch.linalg.cholesky_ex(_part(self.gram, index, real))
         pivots = schur.diagonal(dim1=-2, dim2=-1)
         if pivots.shape[-1]:
             solved &= (info == 0) & (pivots.amin(-1) > INDEPENDENT * pivots.amax(-1))
@@ -206,9 +216,7 @@ def _multipliers(gram: torch.Tensor, t: torch.Tensor, held: torch.Tensor) -> tup
     index, real = _compressed(held)
     if not index.shape[-1]:
         return torch.zeros_like(t), torch.ones(len(t), dtype=torch.bool, device=t.device)
-    lane = torch.arange(len(t), device=t.device)[:, None, None]
-    some = gram[lane, index[:, :, None], index[:, None, :]] * real[:, :, None] * real[:, None, :]
-    factors, info = torch.linalg.cholesky_ex(some + torch.diag_embed(1 - real))
+    factors, info = torch.linalg.cholesky_ex(_part(gram, index, real))
     w = torch.cholesky_solve((real * t.gather(-1, index))[..., None], factors)[..., 0]
     return torch.zeros_like(t).scatter(-1, index, w * real), info == 0
 
@@ -218,3 +226,11 @@ def _compressed(held: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     most = int(held.sum(-1).max()) if held.numel() else 0
     index = held.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :most]
     return index, held.gather(-1, index).double()
+
+
+def _part(gram: torch.Tensor, index: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """The rows and columns of what is held [B, K, K], and those of the identity where a lane holds fewer."""
+    where = index[:, :, None] * gram.shape[-1] + index[:, None, :]
+    part = gram.flatten(1).gather(1, where.flatten(1)).reshape(where.shape)
+    part.mul_(real[:, :, None]).mul_(real[:, None, :]).diagonal(dim1=-2, dim2=-1).add_(1 - real)
+    return part
