@@ -43,10 +43,9 @@ _DEFINITE = 1e-5  # smallest pivot of Q, relative to the largest, for which V'V 
 def cold_lanes(data: Data, dtype: torch.dtype) -> LanesProof:
     """What a cold start finds of every lane; ``dtype`` is that of the data."""
     system = _System(data)
-    w, held, solved, steps = system.search()
-    factors = system.factors(held, solved)
-    at = system.solution(w, steps)
-    where, held = conditions(data, at.x, dtype), held.reshape(at.inequality.shape)
+    held, solved, steps = system.search()
+    at, factors, solved = system.solution(held, solved, steps)
+    where, held = conditions(data, at.x, dtype), held[:, system.e :].reshape(at.inequality.shape)
     error, n, e = violation(data, at, where), data[1].shape[-1], data[3].shape[-1]
     for _ in range(CORRECTIONS):
         if not bool((solved & (error > EXACT).flatten()).any()):
@@ -149,19 +148,20 @@ class _System:
         self.V = torch.linalg.solve_triangular(L, rows.mT, upper=False)
         self.f = torch.linalg.solve_triangular(L, (p / -self.size[:, None])[..., None], upper=False)
         self.at_minimum = (self.V.mT @ self.f)[..., 0]
-        self.gram = self.V.mT @ self.V
+        self.t, self.gram = self.at_minimum - self.g, self.V.mT @ self.V
 
-    def search(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """w [B, c], the mask [B, m] of what is held, that of the lanes that are solved, and their rounds."""
-        t, gram, lanes = self.at_minimum - self.g, self.gram, self.solvable.nonzero()[:, 0]
+    def search(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The mask [B, c] of what is held, that of the lanes that are solved, and their rounds."""
+        t, gram, lanes = self.t, self.gram, self.solvable.nonzero()[:, 0]
         largest = torch.maximum(self.at_minimum.abs(), self.g.abs())
         noise = _NOISE * largest.amax(-1, keepdim=True) if t.shape[-1] else t
-        w, kept, solved = torch.zeros_like(t), torch.zeros_like(t, dtype=torch.bool), torch.zeros_like(self.solvable)
-        steps = torch.zeros(len(t), dtype=torch.int64, device=t.device)
+        kept, all_solved = torch.zeros_like(t, dtype=torch.bool), torch.zeros_like(self.solvable)
+        rounds = torch.zeros(len(t), dtype=torch.int64, device=t.device)
         if len(lanes) < len(t):
             t, gram, noise = t[lanes], gram[lanes], noise[lanes]
         held, going = torch.zeros_like(t, dtype=torch.bool), torch.ones_like(lanes, dtype=torch.bool)
         held[:, : self.e] = True
+        solved, steps = ~going, torch.zeros_like(lanes)
         for step in range(1, _ROUNDS + 1):
             if not len(lanes):
                 break
@@ -170,17 +170,17 @@ class _System:
             wrong = torch.where(held, -found, beyond) > noise
             wrong[:, : self.e] = False
             # rows that contradict each other pass the factorisation by rounding, and are missed by their own solution
-            going = good & going & ~(held & (beyond.abs() > noise)).any(-1)
-            done = going & ~wrong.any(-1)
-            going, num_done = going & ~done, int(done.sum())
-            if num_done:
-                ended = lanes[done]
-                w[ended], kept[ended], solved[ended], steps[ended] = found[done], held[done], True, step
-            held = self._next(held, wrong, beyond)
-            if 2 * int(going.sum()) <= len(lanes):
-                lanes, t, gram, noise = lanes[going], t[going], gram[going], noise[going]
-                held, going = held[going], going[going]
-        return w, kept[:, self.e :], solved, steps
+            good = good & going & ~(held & (beyond.abs() > noise)).any(-1)
+            going, steps = good & wrong.any(-1), steps + going
+            solved = solved | (good & ~going)
+            few = 2 * int(going.sum()) <= len(lanes)
+            if few or step == _ROUNDS:
+                kept[lanes], all_solved[lanes], rounds[lanes] = held, solved, steps
+            held = torch.where(going[:, None], self._next(held, wrong, beyond), held)
+            if few:
+                lanes, t, gram, noise, held = lanes[going], t[going], gram[going], noise[going], held[going]
+                solved, steps, going = solved[going], steps[going], going[going]
+        return kept, all_solved, rounds
 
     def _next(self, held: torch.Tensor, wrong: torch.Tensor, beyond: torch.Tensor) -> torch.Tensor:
         """The rows of the next round: without those that pull, with the worst of those that are crossed."""
@@ -191,24 +191,24 @@ class _System:
             crossed &= rank < room[:, None]
         return stay | crossed
 
-    def solution(self, w: torch.Tensor, steps: torch.Tensor) -> QuadraticSolution:
-        """The points that belong to multipliers w [B, c]."""
-        x = torch.linalg.solve_triangular(self.L.mT, self.f - self.V @ w[..., None], upper=True)[..., 0]
-        multipliers = w * self.size[:, None] / self.lengths
-        codes = torch.full_like(steps, int(ProgramStatus.SOLVED))
-        parts = (x, multipliers[:, : self.e], multipliers[:, self.e :], codes, steps, torch.zeros_like(self.size))
-        return QuadraticSolution(*(t.reshape((*self.lanes, *t.shape[1:])) for t in parts))
-
-    def factors(self, held: torch.Tensor, solved: torch.Tensor) -> SchurFactors:
-        """Factors with these inequalities in the lanes that are solved."""
-        rows = torch.cat([held.new_ones(len(held), self.e), held], -1) & solved[:, None]
-        index, real = _compressed(rows)
+    def solution(
+        self, held: torch.Tensor, solved: torch.Tensor, steps: torch.Tensor
+    ) -> tuple[QuadraticSolution, SchurFactors, torch.Tensor]:
+        """The points with these rows in the lanes that are solved, the factors, and where these can be relied on."""
+        held = held & solved[:, None]
+        index, real = _compressed(held)
         V = self.V.gather(-1, index[:, None, :].expand(-1, self.n, -1)).mul_(real[:, None, :])
         schur, info = torch.linalg.cholesky_ex(_part(self.gram, index, real))
         pivots = schur.diagonal(dim1=-2, dim2=-1)
         if pivots.shape[-1]:
-            solved &= (info == 0) & (pivots.amin(-1) > INDEPENDENT * pivots.amax(-1))
-        return SchurFactors(self.lanes, self.size, self.lengths, self.L, V, schur, index, rows)
+            solved = solved & (info == 0) & (pivots.amin(-1) > INDEPENDENT * pivots.amax(-1))
+        w = torch.cholesky_solve((real * self.t.gather(-1, index))[..., None], schur)
+        x = torch.linalg.solve_triangular(self.L.mT, self.f - V @ w, upper=True)[..., 0]
+        multipliers = torch.zeros_like(self.t).scatter(-1, index, w[..., 0] * real) * self.size[:, None] / self.lengths
+        codes = torch.full_like(steps, int(ProgramStatus.SOLVED))
+        parts = (x, multipliers[:, : self.e], multipliers[:, self.e :], codes, steps, torch.zeros_like(self.size))
+        at = QuadraticSolution(*(t.reshape((*self.lanes, *t.shape[1:])) for t in parts))
+        return at, SchurFactors(self.lanes, self.size, self.lengths, self.L, V, schur, index, held), solved
 
 
 def _multipliers(gram: torch.Tensor, t: torch.Tensor, held: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -85,8 +85,9 @@ class SchurRows:
             self.factor = factor
             self.down, self.up = triangular_solves(factor)
             rows = torch.from_numpy(program.rows / self.over[:, None])
-            self.V = torch.linalg.solve_triangular(factor.mT, rows, upper=True, left=False)  # [c, n], one row of J each
-            self.times, self.sides = product(self.V.numpy()), program.sides / self.over
+            V = torch.linalg.solve_triangular(factor.mT, rows, upper=True, left=False)
+            self.V = V.numpy()  # [c, n], one row of J each
+            self.times, self.sides = product(self.V), program.sides / self.over
             self.f = self.down(program.p / -program.curved)
             self.t = self.times(self.f) - self.sides
             size = np.abs(self.t)  # where a side is infinite, nothing else is to be measured by it
@@ -97,7 +98,7 @@ class SchurRows:
         keep = np.concatenate([np.arange(self.of.e), self.of.e + held.nonzero()[0]])
         if len(keep) > self.of.n:
             return None
-        V = self.V[torch.from_numpy(keep)]
+        V = torch.from_numpy(self.V[keep])
         schur, info = torch.linalg.cholesky_ex(torch.mm(V, V.mT))
         pivots = schur.numpy().diagonal()
         if len(keep) and (info.item() or not pivots.min() > INDEPENDENT * pivots.max()):
@@ -114,7 +115,8 @@ class SchurSet:
 
     def weights(self, t: Array) -> Array:
         """S^-1 t."""
-        solved: Array = torch.cholesky_solve(torch.from_numpy(t)[:, None], self.schur).numpy()[:, 0]
+        half = torch.linalg.solve_triangular(self.schur, torch.from_numpy(t)[:, None], upper=False)
+        solved: Array = torch.linalg.solve_triangular(self.schur.mT, half, upper=True).numpy()[:, 0]
         return solved
 
     def guess(self) -> tuple[Array, Array]:
