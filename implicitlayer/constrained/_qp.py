@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -16,7 +16,7 @@ from implicitlayer.constrained._kkt import AtKink, KktLayer
 from implicitlayer.constrained._kkt_lagrangian import Unknowns
 from implicitlayer.constrained._qp_arguments import arguments, on_all_levels
 from implicitlayer.constrained._qp_function import ProvedProgram, by_data, in_plain_surroundings
-from implicitlayer.constrained._qp_solve import Proof, QuadraticSolver, cold_start, full_data
+from implicitlayer.constrained._qp_solve import Proof, QuadraticSolver, full_data, searched
 from implicitlayer.equation._capture import ClosedOver, derivatives_possible
 from implicitlayer.equation._flat import Signature
 from implicitlayer.equation._jacobian import Graph
@@ -24,6 +24,7 @@ from implicitlayer.equation._residual import Attached, Residual
 from implicitlayer.equation._rules import implicit_vjp
 from implicitlayer.equation._solve import fill
 from implicitlayer.layer._forward import Constraints
+from implicitlayer.programs._backends import ActiveSet, Search, fastest
 from implicitlayer.programs._interior_point_step import times
 from implicitlayer.programs._kkt_active import Tolerances
 from implicitlayer.programs._kkt_linear import KktSolver
@@ -46,7 +47,7 @@ def qp(
     lower: torch.Tensor | None = None,
     lb: torch.Tensor | None = None,
     ub: torch.Tensor | None = None,
-    solver: Callable[..., Any] | None = None,
+    solver: Callable[..., Any] | Literal["auto"] | None = None,
     linear_solver: Callable[..., Any] | None = None,
     return_multipliers: bool = False,
     on_failure: OnFailure = "warn",
@@ -74,10 +75,14 @@ def qp(
             all programs are equations, outside of transforms.
             Leading dimensions are broadcast: an argument without them is shared by all programs, and its gradient is
             the sum over them.
-        solver: ``solver(Q, p, A, b, G, h) -> x`` or ``(x, (y, z))`` with multipliers y of the equations and z >= 0 of
-            the inequalities; called program by program, or once with all of them if it declares ``batched = True``. An
-            answer whose conditions of optimality hold to 1e-2 of their terms is made exact, a worse one is judged as it
-            is. Default: the interior-point method of :class:`il.solvers.InteriorPoint`.
+        solver: what looks for the active set: :class:`il.solvers.ActiveSet` (the default), ``DAQP``, ``ProxQP``,
+            ``Moreau``, ``QPSolvers``, or ``"auto"`` for the fastest that is installed. What they find is proved, or
+            else an interior point solves the program, so all of them give the same answers;
+            ``record.active_set.found_by`` says who did.
+            Or a function: ``solver(Q, p, A, b, G, h) -> x`` or ``(x, (y, z))`` with multipliers y of the equations and
+            z >= 0 of the inequalities; called program by program, or once with all of them if it declares ``batched =
+            True``. An answer whose conditions of optimality hold to 1e-2 of their terms is made exact, a worse one is
+            judged as it is.
         linear_solver: of the derivatives; default a dense symmetric indefinite solve.
         return_multipliers: return ``(x, Multipliers(equality, inequality))``, all differentiable. Those of G x are
             positive at h and negative at ``lower``; with lb or ub, inequality is the pair of those of G x and of x.
@@ -115,6 +120,10 @@ def qp(
         raise ValueError(f"at_kink={at_kink!r} must be 'inactive' or 'active'.")
     given = {"Q": Q, "p": p, "A": A, "b": b, "G": G, "h": h, "lower": lower, "lb": lb, "ub": ub}
     batch, data, fold = arguments(given)
+    if isinstance(solver, str):
+        if solver != "auto":
+            raise ValueError(f"solver={solver!r} must be 'auto', one of il.solvers, such as DAQP(), or a function.")
+        solver = fastest(data[1].shape[-1])
     settings = _Settings(solver, linear_solver, on_failure, Tolerances(_STATIONARITY_RTOL, active_rtol), at_kink)
     x, y, z = _solution(data, batch, settings)
     return (x, fold(y, z)) if return_multipliers else x
@@ -130,10 +139,18 @@ class _Settings:
     tolerances: Tolerances
     at_kink: AtKink
 
-    def layer(self, data: Leaves, proof: Proof | None, searched: bool) -> _QuadraticLayer:
-        """The general layer, for one call, with what :func:`cold_start` has found where that has ``searched``."""
-        hold = self.at_kink == "active"
-        solve = QuadraticSolver(self.solver, self.tolerances, hold, self.on_failure, proof, searched)
+    @property
+    def search(self) -> Search | None:
+        """The search for the active set; None where a function of the user's solves the program."""
+        if self.solver is None:
+            return ActiveSet()
+        return self.solver if isinstance(self.solver, Search) else None
+
+    def layer(self, data: Leaves, proof: Proof | None, has_searched: bool) -> _QuadraticLayer:
+        """The general layer, for one call, with what :func:`searched` has found where that was made."""
+        hold, user = self.at_kink == "active", None if self.search is not None else self.solver
+        search = self.search or ActiveSet()
+        solve = QuadraticSolver(user, self.tolerances, hold, self.on_failure, search, proof, has_searched)
         n, e, m = (data[k].shape[-1] for k in (1, 3, 5))
         linear = self.linear_solver if self.linear_solver is not None else KktSolver(n, e, m, prepared=solve.prepared)
         lanes = data[1].ndim - 1
@@ -146,17 +163,17 @@ def _solution(
     data: tuple[torch.Tensor, ...], batch: torch.Size, settings: _Settings
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x and the multipliers; by the plain path where that leads to a proof and there is nothing to tell."""
-    p, proof, searched = data[1], None, False
-    if settings.solver is None and settings.linear_solver is None and in_plain_surroundings(data):
+    p, proof, search, has_searched = data[1], None, settings.search, False
+    if search is not None and settings.linear_solver is None and in_plain_surroundings(data):
         program, eps = full_data(data, batch), torch.finfo(p.dtype).eps
-        searched = independent_equations(program, eps) is None
-        proof = cold_start(program, p.dtype) if searched else None
+        has_searched = independent_equations(program, eps) is None
+        proof = searched(program, p.dtype, search) if has_searched else None
         if proof is not None and proof.settled(eps, settings.tolerances.active_rtol, _STATIONARITY_RTOL):
             plain: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
             plain = ProvedProgram.apply(proof, partial(_general_gradients, settings, proof), *data)
             return plain
     n, e, m = (torch.zeros(*batch, data[k].shape[-1], dtype=p.dtype, device=p.device) for k in (1, 3, 5))
-    layer = settings.layer(list(data), proof, searched)
+    layer = settings.layer(list(data), proof, has_searched)
     found = layer(Unknowns(n, e, m, torch.ones_like(m)), *on_all_levels(data))
     return found.x, found.equality, found.inequality
 

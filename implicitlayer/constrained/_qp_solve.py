@@ -24,17 +24,18 @@ from implicitlayer.base._status import Status
 from implicitlayer.base._tree import name_lanes
 from implicitlayer.base._types import OnFailure
 from implicitlayer.constrained._kkt_lagrangian import Unknowns
+from implicitlayer.programs._backends import ActiveSet, Search
 from implicitlayer.programs._interior_point import Data, ProgramStatus, QuadraticSolution, interior_point
 from implicitlayer.programs._kkt_active import ActiveConstraints, Tolerances
 from implicitlayer.programs._kkt_linear import Factors, KktFactors, KktMatrices
 from implicitlayer.programs._kkt_multipliers import multipliers
-from implicitlayer.programs._qp_cold import LanesProof, cold_lanes
+from implicitlayer.programs._qp_cold import LanesProof, cold_lanes, guessed_lanes
 from implicitlayer.programs._qp_exact import ENOUGH, TIGHT, Exact, conditions, error_of_x, exact, undecided, violation
 from implicitlayer.programs._qp_rank import Equations, RankFactors, independent_equations
-from implicitlayer.programs._qp_single import SingleProof, exact_cold, exact_near
+from implicitlayer.programs._qp_single import SingleProof, exact_cold, exact_guess, exact_near
 from implicitlayer.programs._qp_terms import SingleProgram
 
-__all__ = ["Proof", "QuadraticSolver", "cold_start", "full_data"]
+__all__ = ["Proof", "QuadraticSolver", "full_data", "searched"]
 
 Proof = SingleProof | LanesProof
 
@@ -51,16 +52,19 @@ def full_data(data: Sequence[torch.Tensor], lanes: torch.Size) -> Data:
     return (Q + Q.mT) / 2, p, A, b, G, h
 
 
-def cold_start(program: Data, dtype: torch.dtype) -> Proof | None:
+def searched(program: Data, dtype: torch.dtype, search: Search) -> Proof | None:
     """What a search without an interior point finds, for data of this dtype; of one program nothing but a proof.
 
     The equations are independent.
     """
+    own = isinstance(search, ActiveSet) or not program[3].shape[-1] + program[5].shape[-1]
     if not _is_single(program):
-        return cold_lanes(program, dtype)
+        return cold_lanes(program, dtype) if own else guessed_lanes(program, dtype, search(*program), search.name)
     with np.errstate(all="ignore"):  # what overflows is not proved
         one = SingleProgram(program)
-    return exact_cold(one) if one.finite else None
+    if not one.finite:
+        return None
+    return exact_cold(one) if own else exact_guess(one, search(*program), search.name)
 
 
 def _is_single(program: Data) -> bool:
@@ -71,15 +75,17 @@ def _is_single(program: Data) -> bool:
 class QuadraticSolver:
     """A solver of quadratic programs as a batched solver of the layer's scalar.
 
-    ``known`` is what :func:`cold_start` has found for the program of the call, where that was made: ``searched``.
+    ``solver`` is the user's, or None for the search of :func:`searched` and an interior point where that does not do.
+    ``known`` is what the search has found for the program of the call, where that was made: ``has_searched``.
     """
 
     solver: Callable[..., Any] | None
     tolerances: Tolerances
     hold_kinks: bool
     on_failure: OnFailure
+    search: Search = field(default_factory=ActiveSet)
     known: Proof | None = None
-    searched: bool = False
+    has_searched: bool = False
     found: list[ActiveConstraints] = field(default_factory=list)
     prepared: list[Factors | KktMatrices] = field(default_factory=list)
     equations: Equations | None = None  # in the place of those of the call, where these depend on each other
@@ -90,8 +96,8 @@ class QuadraticSolver:
         eps = torch.finfo(start.x.dtype).eps
         self.given, self.equations = given, independent_equations(given, eps)
         program = given if self.equations is None else self.equations.data
-        searched = self.searched or self.solver is not None
-        proof = self.known if searched else cold_start(program, start.x.dtype)
+        has_searched = self.has_searched or self.solver is not None
+        proof = self.known if has_searched else searched(program, start.x.dtype, self.search)
         found, active, held = self._single(program, proof, eps) or self._judged(program, proof, start.x)
         solution = found.solution
         factors: Factors | KktMatrices | None = found.factors
@@ -106,11 +112,20 @@ class QuadraticSolver:
             independent = active.independent & ~self.equations.deficient
             old = self.equations.old_multipliers(active.equality)
             active = replace(active, equality=old, independent=independent)
-        self.found.append(active)
+        self.found.append(replace(active, found_by=self._name(proof)))
         self.prepared.append(factors)
         rest = (active.equality, torch.where(held, active.inequality, 0.0), held)
         z = Unknowns(*(t.to(start.x.dtype) for t in (solution.x, *rest)))
         return SolverResult(z, Status.CONVERGED, int(solution.steps.max()) if solution.steps.numel() else 0)
+
+    def _name(self, proof: Proof | None) -> str:
+        """What found the active set; of lanes that were not all proved, both."""
+        if self.solver is not None:
+            return type(self.solver).__name__
+        if proof is None:
+            return "interior point"
+        some = isinstance(proof, LanesProof) and not bool(proof.proved.all())
+        return f"{proof.found_by}, interior point" if some else proof.found_by
 
     def _single(
         self, program: Data, proof: Proof | None, eps: float

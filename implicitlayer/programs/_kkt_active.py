@@ -74,6 +74,7 @@ class ActiveConstraints(ActiveSet):
         residual: [*lanes], norm of what is left of the conditions of optimality, or of their rounding; None if unknown.
         size, zero: [*lanes], of x, which distances are compared with; a distance below which nothing is: NOTE [scales].
         nearest: [*lanes], distance of x from the nearest border of an inequality that does not hold as an equation.
+        found_by: what found the active set of a quadratic program; empty elsewhere.
     """
 
     equality: torch.Tensor
@@ -84,6 +85,7 @@ class ActiveConstraints(ActiveSet):
     size: torch.Tensor | None = None
     zero: torch.Tensor | None = None
     nearest: torch.Tensor | None = None
+    found_by: str = ""
 
     def judge(self, on_failure: OnFailure, stationarity_rtol: float | None) -> None:
         """Apply the failure policy: outside the constraints, not stationary, at a kink, dependent gradients."""
@@ -304,7 +306,7 @@ def stacked(found: list[ActiveConstraints], lanes: torch.Size) -> ActiveConstrai
         parts = torch.stack([getattr(one, name) for one in found])
         return parts.reshape((*lanes, *parts.shape[1:]))
 
-    names = [name for name in ActiveConstraints.__dataclass_fields__ if name != "kinks_known"]
+    names = [name for name in ActiveConstraints.__dataclass_fields__ if name not in ("kinks_known", "found_by")]
     return ActiveConstraints(kinks_known=True, **{name: stack(name) for name in names})  # type: ignore[arg-type]
 
 

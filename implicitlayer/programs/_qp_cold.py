@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -26,6 +26,7 @@ from implicitlayer.programs._qp_exact import (
     EXACT,
     TIGHT,
     Exact,
+    active_by_force,
     conditions,
     left_of,
     violation,
@@ -33,7 +34,7 @@ from implicitlayer.programs._qp_exact import (
 )
 from implicitlayer.programs._qp_schur import SchurFactors
 
-__all__ = ["LanesProof", "cold_lanes"]
+__all__ = ["LanesProof", "cold_lanes", "guessed_lanes"]
 
 _ROUNDS = 15
 _NOISE = 1e-10  # of the largest length: a border that is crossed, or pulls, by less is not said to
@@ -43,7 +44,31 @@ _DEFINITE = 1e-5  # smallest pivot of Q, relative to the largest, for which V'V 
 def cold_lanes(data: Data, dtype: torch.dtype) -> LanesProof:
     """What a cold start finds of every lane; ``dtype`` is that of the data."""
     system = _System(data)
-    held, solved, steps = system.search()
+    system.whole()
+    return _made_exact(system, dtype, *system.search(), "active set")
+
+
+def guessed_lanes(data: Data, dtype: torch.dtype, answer: QuadraticSolution, found_by: str) -> LanesProof:
+    """The same at an answer, or with its active set where that is not enough."""
+    system, where = _System(data), conditions(data, answer.x, dtype)
+    held = active_by_force(answer.inequality, where)
+    at = replace(answer, inequality=torch.where(held, answer.inequality, 0.0))
+    error = violation(data, at, where)
+    right = (error <= TIGHT) & ~wrong_sides(at.inequality, held, where).any(-1)
+    right = right & system.solvable.reshape(right.shape)
+    rows = system.with_equations(held)
+    if bool(right.all()):
+        make = lambda: system.solution(rows, system.solvable, at.codes.flatten())[1]  # noqa: E731
+        return LanesProof(data, at, where, error, held, right, make, found_by)
+    answered = (at.codes == int(ProgramStatus.SOLVED)).flatten()
+    return _made_exact(system, dtype, rows, system.solvable & answered, at.steps.flatten(), found_by)
+
+
+def _made_exact(
+    system: _System, dtype: torch.dtype, held: torch.Tensor, solved: torch.Tensor, steps: torch.Tensor, found_by: str
+) -> LanesProof:
+    """The points with these rows [B, c], and which of the lanes that are solved are proved there."""
+    data = system.data
     at, factors, solved = system.solution(held, solved, steps)
     where, held = conditions(data, at.x, dtype), held[:, system.e :].reshape(at.inequality.shape)
     error, n, e = violation(data, at, where), data[1].shape[-1], data[3].shape[-1]
@@ -60,7 +85,8 @@ def cold_lanes(data: Data, dtype: torch.dtype) -> LanesProof:
         at, error = at.filled(better, moved.lanes(better)), torch.where(better, new, error)
         where = conditions(data, at.x, dtype)
     right = ~wrong_sides(at.inequality, held, where).any(-1)
-    return LanesProof(data, at, where, error, held, solved.reshape(error.shape) & right & (error <= TIGHT), factors)
+    proved = solved.reshape(error.shape) & right & (error <= TIGHT)
+    return LanesProof(data, at, where, error, held, proved, lambda: factors, found_by)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +96,7 @@ class LanesProof:
     Attributes:
         data: the programs. at: x and multipliers. where: the terms of the conditions there.
         error: [*lanes], the violation. held: bool [*lanes, m], what holds as an equation.
-        factors: with these, in the lanes that are proved.
+        make: makes ``factors``, with these in the lanes that are proved. found_by: the search.
     """
 
     data: Data
@@ -79,7 +105,13 @@ class LanesProof:
     error: torch.Tensor
     held: torch.Tensor
     proved: torch.Tensor
-    factors: SchurFactors
+    make: Callable[[], SchurFactors]
+    found_by: str
+
+    @cached_property
+    def factors(self) -> SchurFactors:
+        """What solves with the matrix."""
+        return self.make()
 
     def active_set(self, active_rtol: float, hold_kinks: bool) -> tuple[ActiveConstraints, torch.Tensor]:
         """Which inequalities are active, and what is to hold as an equation."""
@@ -128,16 +160,18 @@ class LanesProof:
 
 
 class _System:
-    """The programs in scaled units, and what serves every set of held rows."""
+    """The programs in scaled units; after :meth:`whole` what serves every set of held rows."""
+
+    V: torch.Tensor | None = None
 
     def __init__(self, data: Data) -> None:
-        self.lanes = data[1].shape[:-1]
+        self.data, self.lanes = data, data[1].shape[:-1]
         Q, p, A, b, G, h = (t.reshape(self.lanes.numel(), *t.shape[len(self.lanes) :]) for t in data)
         self.n, self.e = p.shape[-1], b.shape[-1]
         rows, g = torch.cat([A, G], -2), torch.cat([b, h], -1)
         size, lengths = Q.abs().flatten(1).amax(-1), torch.linalg.vector_norm(rows, dim=-1)
         self.size, self.lengths = torch.where(size > 0, size, 1.0), torch.where(lengths > 0, lengths, 1.0)
-        rows, self.g = rows / self.lengths[..., None], g / self.lengths
+        self.rows, self.g = rows / self.lengths[..., None], g / self.lengths
         L, info = torch.linalg.cholesky_ex(Q / self.size[:, None, None])
         pivots = L.diagonal(dim1=-2, dim2=-1)
         finite = (self.g.abs().sum(-1) + p.abs().sum(-1) + lengths.sum(-1)).isfinite()
@@ -145,10 +179,18 @@ class _System:
         if not bool(self.solvable.all()):
             L = torch.where(self.solvable[:, None, None], L, torch.eye(self.n, dtype=L.dtype, device=L.device))
         self.L = L
-        self.V = torch.linalg.solve_triangular(L, rows.mT, upper=False)
         self.f = torch.linalg.solve_triangular(L, (p / -self.size[:, None])[..., None], upper=False)
+
+    def whole(self) -> None:
+        """V and what a search wants of it."""
+        self.V = torch.linalg.solve_triangular(self.L, self.rows.mT, upper=False)
         self.at_minimum = (self.V.mT @ self.f)[..., 0]
         self.t, self.gram = self.at_minimum - self.g, self.V.mT @ self.V
+
+    def with_equations(self, held: torch.Tensor) -> torch.Tensor:
+        """The mask [B, c] of these inequalities [*lanes, m] and all equations."""
+        flat = held.reshape(self.lanes.numel(), held.shape[-1])
+        return torch.cat([flat.new_ones(len(flat), self.e), flat], -1)
 
     def search(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The mask [B, c] of what is held, that of the lanes that are solved, and their rounds."""
@@ -197,14 +239,20 @@ class _System:
         """The points with these rows in the lanes that are solved, the factors, and where these can be relied on."""
         held = held & solved[:, None]
         index, real = _compressed(held)
-        V = self.V.gather(-1, index[:, None, :].expand(-1, self.n, -1)).mul_(real[:, None, :])
-        schur, info = torch.linalg.cholesky_ex(_part(self.gram, index, real))
+        if self.V is not None:
+            V = self.V.gather(-1, index[:, None, :].expand(-1, self.n, -1)).mul_(real[:, None, :])
+            gram, t = _part(self.gram, index, real), self.t.gather(-1, index)
+        else:
+            some = self.rows.gather(1, index[:, :, None].expand(-1, -1, self.n)).mul_(real[:, :, None])
+            V = torch.linalg.solve_triangular(self.L, some.mT, upper=False)
+            gram, t = V.mT @ V + torch.diag_embed(1 - real), (V.mT @ self.f)[..., 0] - self.g.gather(-1, index)
+        schur, info = torch.linalg.cholesky_ex(gram)
         pivots = schur.diagonal(dim1=-2, dim2=-1)
         if pivots.shape[-1]:
             solved = solved & (info == 0) & (pivots.amin(-1) > INDEPENDENT * pivots.amax(-1))
-        w = torch.cholesky_solve((real * self.t.gather(-1, index))[..., None], schur)
+        w = torch.cholesky_solve((real * t)[..., None], schur)
         x = torch.linalg.solve_triangular(self.L.mT, self.f - V @ w, upper=True)[..., 0]
-        multipliers = torch.zeros_like(self.t).scatter(-1, index, w[..., 0] * real) * self.size[:, None] / self.lengths
+        multipliers = torch.zeros_like(self.g).scatter(-1, index, w[..., 0] * real) * self.size[:, None] / self.lengths
         codes = torch.full_like(steps, int(ProgramStatus.SOLVED))
         parts = (x, multipliers[:, : self.e], multipliers[:, self.e :], codes, steps, torch.zeros_like(self.size))
         at = QuadraticSolution(*(t.reshape((*self.lanes, *t.shape[1:])) for t in parts))

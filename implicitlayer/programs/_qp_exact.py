@@ -29,6 +29,7 @@ __all__ = [
     "ROUNDING",
     "TIGHT",
     "Exact",
+    "active_by_force",
     "conditions",
     "error_of_x",
     "exact",
@@ -78,8 +79,8 @@ def conditions(program: Data, x: torch.Tensor, dtype: torch.dtype) -> Conditions
 def exact(program: Data, answer: QuadraticSolution, near: torch.Tensor) -> Exact:
     """The solution next to the answer in the lanes of the mask ``near``; see NOTE [active set]."""
     where = conditions(program, answer.x, answer.x.dtype)
-    force, distance = _sides(answer.inequality, where)
-    first, factors = force > distance, factorised(program, force > distance)
+    first = active_by_force(answer.inequality, where)
+    factors = factorised(program, first)
     best, error = answer, violation(program, answer, where)
     held, lanes = first, near.flatten().nonzero()[:, 0]
     shape = near.shape
@@ -163,6 +164,12 @@ def wrong_sides(z: torch.Tensor, held: torch.Tensor, where: Conditions) -> torch
     n, m = where.x.shape[-1], z.shape[-1]
     wrong: torch.Tensor = torch.where(held, force, distance) < -ROUNDING * torch.finfo(z.dtype).eps * (n + m) ** 0.5
     return wrong
+
+
+def active_by_force(z: torch.Tensor, where: Conditions) -> torch.Tensor:
+    """Inequalities [*lanes, m] whose force is larger than their distance, both relative: NOTE [active set]."""
+    force, distance = _sides(z, where)
+    return force > distance
 
 
 def left_of(program: Data, y: torch.Tensor, z: torch.Tensor, where: Conditions) -> torch.Tensor:

@@ -74,7 +74,9 @@ class SchurFactors:
 
 
 class SchurRows:
-    """L and V of one program, and where its minimum without rows is: f = -L^-1 p, and t = V'f - g for the sides g."""
+    """L of one program, f = -L^-1 p, and after :meth:`whole` V of all rows and t = V'f - g for the sides g."""
+
+    V: Array | None = None  # [c, n], one row of J each
 
     def __init__(self, program: SingleProgram) -> None:
         self.of, self.over = program, program.over
@@ -84,21 +86,29 @@ class SchurRows:
         if self.definite:
             self.factor = factor
             self.down, self.up = triangular_solves(factor)
-            rows = torch.from_numpy(program.rows / self.over[:, None])
-            V = torch.linalg.solve_triangular(factor.mT, rows, upper=True, left=False)
-            self.V = V.numpy()  # [c, n], one row of J each
-            self.times, self.sides = product(self.V), program.sides / self.over
-            self.f = self.down(program.p / -program.curved)
-            self.t = self.times(self.f) - self.sides
-            size = np.abs(self.t)  # where a side is infinite, nothing else is to be measured by it
-            self.size = float(np.where(size < math.inf, size, 0.0).max()) if len(size) else 0.0
+
+    def whole(self) -> None:
+        """V and t, which a search wants."""
+        program = self.of
+        self.V = self._solved(program.rows / self.over[:, None])
+        self.times, self.sides = product(self.V), program.sides / self.over
+        self.f = self.down(program.p / -program.curved)
+        self.t = self.times(self.f) - self.sides
+        size = np.abs(self.t)  # where a side is infinite, nothing else is to be measured by it
+        self.size = float(np.where(size < math.inf, size, 0.0).max()) if len(size) else 0.0
+
+    def _solved(self, rows: Array) -> Array:
+        solved = torch.linalg.solve_triangular(self.factor.mT, torch.from_numpy(rows), upper=True, left=False)
+        array: Array = solved.numpy()
+        return array
 
     def hold(self, held: Mask) -> SchurSet | None:
         """The equations and the inequalities ``held`` [m]; None where they are not independent."""
         keep = np.concatenate([np.arange(self.of.e), self.of.e + held.nonzero()[0]])
         if len(keep) > self.of.n:
             return None
-        V = torch.from_numpy(self.V[keep])
+        some = self._solved(self.of.rows[keep] / self.over[keep, None]) if self.V is None else self.V[keep]
+        V = torch.from_numpy(some)
         schur, info = torch.linalg.cholesky_ex(torch.mm(V, V.mT))
         pivots = schur.numpy().diagonal()
         if len(keep) and (info.item() or not pivots.min() > INDEPENDENT * pivots.max()):

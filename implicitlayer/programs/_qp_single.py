@@ -14,8 +14,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +29,9 @@ from implicitlayer.programs._qp_exact import CORRECTIONS, EXACT, TIGHT, Exact, f
 from implicitlayer.programs._qp_schur import SchurRows, SchurSet
 from implicitlayer.programs._qp_terms import Mask, SingleProgram, Terms
 
-__all__ = ["SingleProof", "exact_cold", "exact_near"]
+__all__ = ["SingleProof", "exact_cold", "exact_guess", "exact_near"]
+
+System = TypeVar("System")
 
 _ROUNDS = 4  # active sets that are tried next to an answer
 _COLD = 15  # from a cold start
@@ -38,14 +42,22 @@ _NOISE = 1e-10  # of the largest length: a border that is crossed, or pulls, by 
 class SingleProof:
     """A solution that satisfies all conditions of optimality to TIGHT, with the inequalities ``held`` [m] as equations.
 
-    ``system`` solves with these.
+    Attributes:
+        terms: at the solution. error: its violation. steps: rounds of the search.
+        make: makes ``system``. found_by: the search.
     """
 
     terms: Terms
     held: Mask
     error: float
     steps: int
-    system: SchurSet | _KktSet
+    make: Callable[[], SchurSet | _KktSet | None]
+    found_by: str
+
+    @cached_property
+    def system(self) -> SchurSet | _KktSet | None:
+        """What solves with the matrix; None where it has no factors that can be relied on."""
+        return self.make()
 
     def settled(self, eps: float, active_rtol: float, rtol: float) -> bool:
         """Whether the active set is all there is to say; see :meth:`Terms.settled`."""
@@ -63,6 +75,8 @@ class SingleProof:
         Rows that are not held count as zero. The residual is that of D K D, in which no unit of the data matters: D is
         the inverse root of the size of Q in x, and its inverse over the length of a row in the multipliers.
         """
+        if self.system is None:
+            return None
         of, keep = self.terms.of, self.system.keep
         f, g = v[0].reshape(-1).numpy(), np.concatenate([part.reshape(-1).numpy() for part in v[1:]])
         largest = max(float(np.abs(f).max()), float(np.abs(g).max()) if len(g) else 0.0)
@@ -82,7 +96,8 @@ class SingleProof:
         x, y, z, held = self.solution()
         left = torch.full(of.lanes, self.error, dtype=torch.float64)
         code, count = (torch.full(of.lanes, number) for number in (int(ProgramStatus.SOLVED), self.steps))
-        return Exact(QuadraticSolution(x, y, z, code, count, left), left, held, self.system.factors(of.lanes))
+        factors = None if self.system is None else self.system.factors(of.lanes)
+        return Exact(QuadraticSolution(x, y, z, code, count, left), left, held, factors)
 
 
 def exact_cold(program: SingleProgram) -> SingleProof | None:
@@ -93,6 +108,7 @@ def exact_cold(program: SingleProgram) -> SingleProof | None:
         rows = SchurRows(program)
         if not rows.definite:
             return None
+        rows.whole()
         held, seen, noise = np.zeros(len(program.sides) - program.e, dtype=bool), set[bytes](), _NOISE * rows.size
         while held.tobytes() not in seen and len(seen) < _COLD:
             seen.add(held.tobytes())
@@ -107,7 +123,8 @@ def exact_cold(program: SingleProgram) -> SingleProof | None:
                 terms, error = _made_exact(program, system)
                 wrong, beyond = terms.wrong(held), terms.away[program.e :]
                 if not wrong.any():
-                    return SingleProof(terms, held, error, len(seen), system) if error <= TIGHT else None
+                    proof = SingleProof(terms, held, error, len(seen), partial(_itself, system), "active set")
+                    return proof if error <= TIGHT else None
             held = _next(program, beyond, held, wrong)
     return None
 
@@ -136,6 +153,34 @@ def _next(program: SingleProgram, beyond: Array, held: Mask, wrong: Mask) -> Mas
         crossed = np.zeros_like(crossed)
         crossed[worst] = True
     return stay | crossed
+
+
+def _itself(system: System) -> System:
+    return system
+
+
+def exact_guess(program: SingleProgram, answer: QuadraticSolution, found_by: str) -> SingleProof | None:
+    """The proved solution of a strictly convex program, at the answer or with its active set."""
+    if not 0 < program.curved < math.inf:
+        return None
+    x, e = answer.x.reshape(-1).numpy(), program.e
+    w = np.concatenate([t.reshape(-1).numpy() for t in (answer.equality, answer.inequality)])
+    with np.errstate(all="ignore"):
+        rows, start = SchurRows(program), Terms(program, x, w)
+        if not rows.definite:
+            return None
+        held = start.force / start.scale > start.away[e:] / -start.length
+        terms = Terms(program, x, np.concatenate([w[:e], np.where(held, w[e:], 0.0)]))
+        make: Callable[[], SchurSet | None] = partial(rows.hold, held)
+        error = terms.violation()
+        if not error <= TIGHT:
+            system = rows.hold(held)
+            if system is None:
+                return None
+            (terms, error), make = _made_exact(program, system), partial(_itself, system)
+        if terms.wrong(held).any() or not error <= TIGHT:
+            return None
+    return SingleProof(terms, held, error, 1, make, found_by)
 
 
 class _KktSet:
@@ -171,6 +216,8 @@ def exact_near(program: SingleProgram, answer: QuadraticSolution) -> SingleProof
             wrong = terms.wrong(held)
             if not wrong.any():
                 error = terms.violation()
-                return SingleProof(terms, held, error, int(answer.steps.max()), system) if error <= TIGHT else None
+                steps = int(answer.steps.max())
+                proof = SingleProof(terms, held, error, steps, partial(_itself, system), "interior point")
+                return proof if error <= TIGHT else None
             held = held ^ wrong
     return None

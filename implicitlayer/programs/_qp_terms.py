@@ -155,7 +155,7 @@ class Terms:
         for name, value in numbers.items():
             dtype = torch.float64 if isinstance(value, float) else None
             tensors[name] = torch.full(of.lanes, value, dtype=dtype)
-        return ActiveConstraints(kinks_known=True, **tensors), of.lane(held)
+        return ActiveConstraints(kinks_known=True, **tensors), of.lane(held)  # type: ignore[arg-type]
 
 
 def _norm(vector: Array) -> float:

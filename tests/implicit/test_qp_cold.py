@@ -66,7 +66,7 @@ def test_gradients_are_those_of_the_interior_point(monkeypatch: pytest.MonkeyPat
     leaves = [t.requires_grad_() for t in programs(8, 8, 2, 10, seed=6)]
     found = torch.autograd.grad((il.qp(*leaves) ** 3).sum(), leaves)
     for module in (_qp, _qp_solve):
-        monkeypatch.setattr(module, "cold_start", lambda program, dtype: None)
+        monkeypatch.setattr(module, "searched", lambda program, dtype, search: None)
     expected = torch.autograd.grad((il.qp(*leaves) ** 3).sum(), leaves)
     for got, want in zip(found, expected, strict=True):
         assert relative_error(got, want) < ROUNDING

@@ -133,7 +133,7 @@ def gradients(data: Program, monkeypatch: pytest.MonkeyPatch | None = None) -> t
     with monkeypatch.context() as patch:
         patch.setattr(_qp_solve.QuadraticSolver, "_single", lambda self, data, proof, eps: None)
         for module in (_qp, _qp_solve):
-            patch.setattr(module, "cold_start", lambda program, dtype: None)
+            patch.setattr(module, "searched", lambda program, dtype, search: None)
         # a graph of the gradient is asked for: that of torch.func, not what is written out
         return torch.autograd.grad(scalar_of(leaves), leaves, create_graph=True)
 
