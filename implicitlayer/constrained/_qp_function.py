@@ -58,7 +58,7 @@ class ProvedProgram(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        saved, needed = alive(ctx.saved_tensors), ctx.needs_input_grad[2:]
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
         solution, data = list(saved[:4]), list(saved[4:])
         given = [c for c in cotangents if c is not None]
         if not given:
@@ -67,6 +67,7 @@ class ProvedProgram(torch.autograd.Function):
             found = _plain(ctx.proof, solution, data, cotangents, needed)
             if found is not None:
                 return (None, None, *found)
+        solution, data = list(alive(solution)), list(alive(data))
         solution[3] = solution[3].to(data[1].dtype)
         rule = lambda v: ctx.general(solution, data, v, needed)  # noqa: E731
         return (None, None, *over_batched_vectors(rule, [*alive(cotangents), None]))
@@ -77,8 +78,7 @@ def _plain(
 ) -> Pull | None:
     """The gradients by the factors of the proof; None where these do not give them to the usual tolerance."""
     x, y, z, _ = solution
-    v = [torch.zeros_like(t) if c is None else c for c, t in zip(cotangents, solution, strict=False)]
-    u = proof.adjoint([t.double() for t in v], default_rtol(x.dtype))
+    u = proof.adjoint([None if c is None else c.double() for c in cotangents], default_rtol(x.dtype))
     if u is None:
         return None
     ux, uw = (-t.to(x.dtype) for t in u)
@@ -103,4 +103,7 @@ def by_data(at: Sequence[torch.Tensor], u: Sequence[torch.Tensor], data: Leaves,
             found[k + 1] = -uw
     if needed[1]:
         found[1] = ux
-    return [None if t is None else t.sum_to_size(like.shape) for t, like in zip(found, data, strict=True)]
+    return [
+        t if t is None or t.shape == like.shape else t.sum_to_size(like.shape)
+        for t, like in zip(found, data, strict=True)
+    ]

@@ -47,8 +47,10 @@ _TIGHTEST = 1e-14  # no more than rounding allows: the interior point goes on wh
 
 def full_data(data: Sequence[torch.Tensor], lanes: torch.Size) -> Data:
     """The program of plain tensors, detached, in float64, Q symmetric, with the dimensions of all lanes."""
-    given = zip(data, (2, 1, 2, 1, 2, 1), strict=True)
-    Q, p, A, b, G, h = (t.detach().double().expand(*lanes, *t.shape[t.ndim - k :]) for t, k in given)
+    Q, p, A, b, G, h = (t.detach().double() for t in data)
+    if lanes:
+        given = zip((Q, p, A, b, G, h), (2, 1, 2, 1, 2, 1), strict=True)
+        Q, p, A, b, G, h = (t.expand(*lanes, *t.shape[t.ndim - k :]) for t, k in given)
     return (Q + Q.mT) / 2, p, A, b, G, h
 
 

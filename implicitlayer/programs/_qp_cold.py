@@ -129,10 +129,12 @@ class LanesProof:
         """x, the multipliers of either kind, and what is held, [*lanes, ...]."""
         return self.at.x, self.at.equality, torch.where(self.held, self.at.inequality, 0.0), self.held
 
-    def adjoint(self, v: Sequence[torch.Tensor], rtol: float) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def adjoint(self, v: Sequence[torch.Tensor | None], rtol: float) -> tuple[torch.Tensor, torch.Tensor] | None:
         """u_x [*lanes, n] and u_w [*lanes, c] with K u = v in every lane; see :meth:`SingleProof.adjoint`."""
-        n, rows = v[0].shape[-1], self._rows
-        b = torch.cat([v[0], self._mask * torch.cat(list(v[1:]), -1)], -1)
+        n, rows = self.at.x.shape[-1], self._rows
+        parts = self.at.x, self.at.equality, self.at.inequality
+        filled = [torch.zeros_like(like) if part is None else part for part, like in zip(v, parts, strict=True)]
+        b = torch.cat([filled[0], self._mask * torch.cat(filled[1:], -1)], -1)
         largest = b.abs().amax(-1, keepdim=True)
         b = b / torch.where(largest > 0, largest, 1.0)
         u = self.factors.solve(b[..., None])[..., 0]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from implicitlayer.base._status import Status
@@ -24,6 +25,7 @@ from implicitlayer.programs._qp_terms import Mask, SingleProgram
 
 __all__ = ["SchurFactors", "SchurRows", "SchurSet"]
 
+_FEW = 32  # rows held up to which NumPy's solve is cheaper than calls of torch, and uses one thread
 _DEFINITE = 1e-7  # smallest pivot of L relative to the largest: the condition of Q is then above 1e14
 
 
@@ -79,7 +81,7 @@ class SchurRows:
     V: Array | None = None  # [c, n], one row of J each
 
     def __init__(self, program: SingleProgram) -> None:
-        self.of, self.over = program, program.over
+        self.of, self.over, self.equations = program, program.over, np.arange(program.e)
         factor, info = torch.linalg.cholesky_ex(torch.from_numpy(program.Q / program.curved))
         pivots = factor.numpy().diagonal()
         self.definite = not info.item() and bool(pivots.min() > _DEFINITE * pivots.max())
@@ -102,10 +104,33 @@ class SchurRows:
         array: Array = solved.numpy()
         return array
 
+    def kept(self, held: Mask) -> npt.NDArray[np.int64] | None:
+        """The equations and the inequalities ``held`` [m]; None where these are more than there are unknowns."""
+        keep = np.concatenate([self.equations, self.of.e + held.nonzero()[0]])
+        return keep if len(keep) <= self.of.n else None
+
+    def guess(self, held: Mask) -> tuple[Array, Array] | None:
+        """w [K] at the minimum with what is held, and J x - g of all rows [c] there, in scaled units."""
+        keep = self.kept(held)
+        if keep is None or self.V is None:
+            return None
+        V, t = self.V[keep], self.t[keep]
+        if len(keep) <= _FEW:
+            try:
+                w = np.linalg.solve(V @ V.T, t)
+            except np.linalg.LinAlgError:
+                return None
+        else:
+            system = self.hold(held)
+            if system is None:
+                return None
+            w = system.weights(t)
+        return w, self.times(self.f - product(V.T)(w)) - self.sides
+
     def hold(self, held: Mask) -> SchurSet | None:
-        """The equations and the inequalities ``held`` [m]; None where they are not independent."""
-        keep = np.concatenate([np.arange(self.of.e), self.of.e + held.nonzero()[0]])
-        if len(keep) > self.of.n:
+        """What solves with these rows; None where they are not independent."""
+        keep = self.kept(held)
+        if keep is None:
             return None
         some = self._solved(self.of.rows[keep] / self.over[keep, None]) if self.V is None else self.V[keep]
         V = torch.from_numpy(some)
@@ -119,7 +144,7 @@ class SchurRows:
 class SchurSet:
     """The factor of S for the rows ``keep`` [K] of one program."""
 
-    def __init__(self, of: SchurRows, keep: Array, V: torch.Tensor, schur: torch.Tensor) -> None:
+    def __init__(self, of: SchurRows, keep: npt.NDArray[np.int64], V: torch.Tensor, schur: torch.Tensor) -> None:
         self.of, self.keep, self.V, self.schur = of, keep, V, schur
         self.back = product(V.numpy().T)
 
@@ -128,11 +153,6 @@ class SchurSet:
         half = torch.linalg.solve_triangular(self.schur, torch.from_numpy(t)[:, None], upper=False)
         solved: Array = torch.linalg.solve_triangular(self.schur.mT, half, upper=True).numpy()[:, 0]
         return solved
-
-    def guess(self) -> tuple[Array, Array]:
-        """w [K] at the minimum, and J x - g of all rows [c] there, in scaled units."""
-        w = self.weights(self.of.t[self.keep])
-        return w, self.of.times(self.of.f - self.back(w)) - self.of.sides
 
     def solve(self, f: Array, g: Array) -> tuple[Array, Array]:
         """u_x [n] and u_w [c] with Q u_x + J'u_w = f, J u_x = g for the held rows of g [c], and u_w zero elsewhere."""

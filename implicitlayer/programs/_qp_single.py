@@ -69,7 +69,7 @@ class SingleProof:
         y, z = self.terms.w[:e], np.where(self.held, self.terms.w[e:], 0.0)
         return of.lane(self.terms.x), of.lane(y), of.lane(z), of.lane(self.held)
 
-    def adjoint(self, v: Sequence[torch.Tensor], rtol: float) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def adjoint(self, v: Sequence[torch.Tensor | None], rtol: float) -> tuple[torch.Tensor, torch.Tensor] | None:
         """u_x [*lanes, n] and u_w [*lanes, c] with K u = v; None where that does not hold to ``rtol``.
 
         Rows that are not held count as zero. The residual is that of D K D, in which no unit of the data matters: D is
@@ -78,7 +78,9 @@ class SingleProof:
         if self.system is None:
             return None
         of, keep = self.terms.of, self.system.keep
-        f, g = v[0].reshape(-1).numpy(), np.concatenate([part.reshape(-1).numpy() for part in v[1:]])
+        sizes = of.n, of.e, len(of.sides) - of.e
+        given = [np.zeros(k) if part is None else part.reshape(-1).numpy() for part, k in zip(v, sizes, strict=True)]
+        f, g = given[0], np.concatenate(given[1:])
         largest = max(float(np.abs(f).max()), float(np.abs(g).max()) if len(g) else 0.0)
         if not largest < math.inf:
             return None
@@ -112,14 +114,16 @@ def exact_cold(program: SingleProgram) -> SingleProof | None:
         held, seen, noise = np.zeros(len(program.sides) - program.e, dtype=bool), set[bytes](), _NOISE * rows.size
         while held.tobytes() not in seen and len(seen) < _COLD:
             seen.add(held.tobytes())
-            system = rows.hold(held)
-            if system is None:
+            guess = rows.guess(held)
+            if guess is None:
                 return None
-            w, beyond = system.guess()
-            beyond = beyond[program.e :]
+            w, beyond = guess[0], guess[1][program.e :]
             wrong = beyond > noise
             wrong[held] = w[program.e :] < -noise
             if not wrong.any():
+                system = rows.hold(held)
+                if system is None:
+                    return None
                 terms, error = _made_exact(program, system)
                 wrong, beyond = terms.wrong(held), terms.away[program.e :]
                 if not wrong.any():
