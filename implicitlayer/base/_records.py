@@ -353,6 +353,11 @@ def collect(in_depth: bool) -> Iterator[list[Record]]:
             _listeners[:] = [entry for entry in _listeners if entry[0] is not records]
 
 
+def listening() -> bool:
+    """Whether anybody collects records."""
+    return bool(_listeners)
+
+
 def listening_in_depth() -> bool:
     """Whether anybody wants all that can be measured."""
     return any(in_depth for _, in_depth in _listeners)

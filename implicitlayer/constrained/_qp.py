@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
 
-from implicitlayer import _torch
 from implicitlayer.base._surroundings import outside_compiled_code
-from implicitlayer.base._tree import TreeSpec
+from implicitlayer.base._tree import TreeSpec, flatten
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
-from implicitlayer.constrained._kkt import AtKink, KktLayer, Multipliers
+from implicitlayer.constrained._kkt import AtKink, KktLayer
 from implicitlayer.constrained._kkt_lagrangian import Unknowns
-from implicitlayer.constrained._qp_solve import QuadraticSolver
-from implicitlayer.equation._capture import ClosedOver
+from implicitlayer.constrained._qp_arguments import arguments, on_all_levels
+from implicitlayer.constrained._qp_function import ProvedProgram, by_data, in_plain_surroundings
+from implicitlayer.constrained._qp_solve import Proof, QuadraticSolver, full_data, searched
+from implicitlayer.equation._capture import ClosedOver, derivatives_possible
 from implicitlayer.equation._flat import Signature
+from implicitlayer.equation._jacobian import Graph
 from implicitlayer.equation._residual import Attached, Residual
+from implicitlayer.equation._rules import implicit_vjp
+from implicitlayer.equation._solve import fill
 from implicitlayer.layer._forward import Constraints
+from implicitlayer.programs._backends import ActiveSet, Search, fastest
 from implicitlayer.programs._interior_point_step import times
 from implicitlayer.programs._kkt_active import Tolerances
 from implicitlayer.programs._kkt_linear import KktSolver
+from implicitlayer.programs._qp_rank import independent_equations
 
 __all__ = ["qp"]
 
-_NO_BOUND = 1e20
-# How many dimensions of each argument belong to one program.
-_RANKS = {"Q": 2, "p": 1, "A": 2, "b": 1, "G": 2, "h": 1}
+_STATIONARITY_RTOL = 1e-6
 
 
 @outside_compiled_code
@@ -39,14 +44,19 @@ def qp(
     G: torch.Tensor | None = None,
     h: torch.Tensor | None = None,
     *,
-    solver: Callable[..., Any] | None = None,
+    lower: torch.Tensor | None = None,
+    lb: torch.Tensor | None = None,
+    ub: torch.Tensor | None = None,
+    solver: Callable[..., Any] | Literal["auto"] | None = None,
     linear_solver: Callable[..., Any] | None = None,
     return_multipliers: bool = False,
     on_failure: OnFailure = "warn",
     active_rtol: float = 1e-8,
     at_kink: AtKink = "inactive",
 ) -> Any:
-    """The x that minimises ``1/2 x'Qx + p'x`` subject to ``A x = b`` and ``G x <= h``, differentiable in all six.
+    """The x that minimises ``1/2 x'Qx + p'x`` under ``A x = b``, ``lower <= G x <= h`` and ``lb <= x <= ub``.
+
+    Differentiable in all of these.
 
     Solved exactly: a few linear solves with inequalities as equations look for the active set for which all conditions
     of optimality hold to rounding (the derivatives use the factors again), from a cold start for a single program on
@@ -59,16 +69,23 @@ def qp(
     Args:
         Q: [*batch, n, n], symmetric positive semidefinite (its symmetric part is used); p: [*batch, n].
         A: [*batch, e, n], b: [*batch, e]; both or neither.
-        G: [*batch, m, n], h: [*batch, m]; both or neither. A bound of 1e20 or more, or inf, is none: its row is left
-            out, lane by lane, and gets no gradient and a multiplier of zero.
+        G: [*batch, m, n], h: [*batch, m]; both or neither, or ``lower`` in the place of h.
+        lower: [*batch, m], of G x. lb, ub: [*batch, n], of x. A side of 1e20 or more, or inf, is none (of lower and lb
+            with a minus), lane by lane: it gets no gradient and a multiplier of zero. Rows whose sides are equal in
+            all programs are equations, outside of transforms.
             Leading dimensions are broadcast: an argument without them is shared by all programs, and its gradient is
             the sum over them.
-        solver: ``solver(Q, p, A, b, G, h) -> x`` or ``(x, (y, z))`` with multipliers y of the equations and z >= 0 of
-            the inequalities; called program by program, or once with all of them if it declares ``batched = True``. An
-            answer whose conditions of optimality hold to 1e-2 of their terms is made exact, a worse one is judged as it
-            is. Default: the interior-point method of :class:`il.solvers.InteriorPoint`.
+        solver: what looks for the active set: :class:`il.solvers.ActiveSet` (the default), ``DAQP``, ``ProxQP``,
+            ``Moreau``, ``QPSolvers``, or ``"auto"`` for the fastest that is installed. What they find is proved, or
+            else an interior point solves the program, so all of them give the same answers;
+            ``record.active_set.found_by`` says who did.
+            Or a function: ``solver(Q, p, A, b, G, h) -> x`` or ``(x, (y, z))`` with multipliers y of the equations and
+            z >= 0 of the inequalities; called program by program, or once with all of them if it declares ``batched =
+            True``. An answer whose conditions of optimality hold to 1e-2 of their terms is made exact, a worse one is
+            judged as it is.
         linear_solver: of the derivatives; default a dense symmetric indefinite solve.
-        return_multipliers: return ``(x, Multipliers(equality, inequality))``, all differentiable.
+        return_multipliers: return ``(x, Multipliers(equality, inequality))``, all differentiable. Those of G x are
+            positive at h and negative at ``lower``; with lb or ub, inequality is the pair of those of G x and of x.
         on_failure: ``"warn"``, ``"raise"``, ``"ignore"`` or ``"mask"``, as in :func:`constrained_argmin`. A
             program that is found to have no solution is an error under every policy but ``"mask"``, which makes it NaN.
         active_rtol: distance from a border, relative to the size of x, and force of a border, relative to the terms of
@@ -99,31 +116,85 @@ def qp(
         >>> [round(v, 12) + 0.0 for v in point.grad.tolist()]
         [0.5, -0.5, 0.0]
     """
-    batch, (Q, p, A, b, G, h) = _checked({"Q": Q, "p": p, "A": A, "b": b, "G": G, "h": h})
-    G, h = _without_missing(G, h)
-    tolerances = Tolerances(stationarity_rtol=1e-6, active_rtol=active_rtol)
     if at_kink not in ("inactive", "active"):
         raise ValueError(f"at_kink={at_kink!r} must be 'inactive' or 'active'.")
-    n, e, m = p.shape[-1], b.shape[-1], h.shape[-1]
-    solve = QuadraticSolver(solver, tolerances, at_kink == "active", on_failure)
-    layer = _QuadraticLayer(
-        _scalar,
-        solve,
-        linear_solver if linear_solver is not None else KktSolver(n, e, m, prepared=solve.prepared),
-        "argmin",
-        False,
-        False,
-        on_failure,
-        None,
-        0,
-        len(batch),
-        found=solve.found,
-        tolerances=tolerances,
-    )
-    zeros = [torch.zeros(*batch, k, dtype=p.dtype, device=p.device) for k in (n, e, m)]
-    start = Unknowns(zeros[0], zeros[1], zeros[2], torch.ones_like(zeros[2]))
-    z = layer(start, *_on_all_levels((Q, p, A, b, G, h)))
-    return (z.x, Multipliers(z.equality, z.inequality)) if return_multipliers else z.x
+    given = {"Q": Q, "p": p, "A": A, "b": b, "G": G, "h": h, "lower": lower, "lb": lb, "ub": ub}
+    batch, data, fold = arguments(given)
+    if isinstance(solver, str):
+        if solver != "auto":
+            raise ValueError(f"solver={solver!r} must be 'auto', one of il.solvers, such as DAQP(), or a function.")
+        solver = fastest(data[1].shape[-1])
+    settings = _Settings(solver, linear_solver, on_failure, Tolerances(_STATIONARITY_RTOL, active_rtol), at_kink)
+    x, y, z = _solution(data, batch, settings)
+    return (x, fold(y, z)) if return_multipliers else x
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """How a program is solved and judged."""
+
+    solver: Callable[..., Any] | None
+    linear_solver: Callable[..., Any] | None
+    on_failure: OnFailure
+    tolerances: Tolerances
+    at_kink: AtKink
+
+    @property
+    def search(self) -> Search | None:
+        """The search for the active set; None where a function of the user's solves the program."""
+        if self.solver is None:
+            return ActiveSet()
+        return self.solver if isinstance(self.solver, Search) else None
+
+    def layer(self, data: Leaves, proof: Proof | None, has_searched: bool) -> _QuadraticLayer:
+        """The general layer, for one call, with what :func:`searched` has found where that was made."""
+        hold, user = self.at_kink == "active", None if self.search is not None else self.solver
+        search = self.search or ActiveSet()
+        solve = QuadraticSolver(user, self.tolerances, hold, self.on_failure, search, proof, has_searched)
+        n, e, m = (data[k].shape[-1] for k in (1, 3, 5))
+        linear = self.linear_solver if self.linear_solver is not None else KktSolver(n, e, m, prepared=solve.prepared)
+        lanes = data[1].ndim - 1
+        layer = _QuadraticLayer(_scalar, solve, linear, "argmin", False, False, self.on_failure, None, 0, lanes)
+        layer.found, layer.tolerances = solve.found, self.tolerances
+        return layer
+
+
+def _solution(
+    data: tuple[torch.Tensor, ...], batch: torch.Size, settings: _Settings
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x and the multipliers; by the plain path where that leads to a proof and there is nothing to tell."""
+    p, proof, search, has_searched = data[1], None, settings.search, False
+    if search is not None and settings.linear_solver is None and in_plain_surroundings(data):
+        program, eps = full_data(data, batch), torch.finfo(p.dtype).eps
+        has_searched = independent_equations(program, eps) is None
+        proof = searched(program, p.dtype, search) if has_searched else None
+        if proof is not None and proof.settled(eps, settings.tolerances.active_rtol, _STATIONARITY_RTOL):
+            plain: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+            plain = ProvedProgram.apply(proof, partial(_general_gradients, settings, proof), *data)
+            return plain
+    n, e, m = (torch.zeros(*batch, data[k].shape[-1], dtype=p.dtype, device=p.device) for k in (1, 3, 5))
+    layer = settings.layer(list(data), proof, has_searched)
+    found = layer(Unknowns(n, e, m, torch.ones_like(m)), *on_all_levels(data))
+    return found.x, found.equality, found.inequality
+
+
+def _general_gradients(
+    settings: _Settings,
+    proof: Proof,
+    z: Leaves,
+    data: Leaves,
+    cotangents: list[torch.Tensor | None],
+    needed: tuple[bool, ...],
+) -> list[torch.Tensor | None]:
+    """The gradients of a proved program as a layer makes them: differentiable to every order, under every transform."""
+    layer, spec, signature = settings.layer(data, proof, True), flatten(Unknowns(*z))[1], Signature.of(tuple(data))
+    assert isinstance(layer.solver, QuadraticSolver)
+    factors = proof.exact().factors
+    layer.solver.prepared.extend([] if factors is None else [factors])
+    _, residual, _ = layer._equation(_scalar, spec, signature, ClosedOver())
+    graph = None if derivatives_possible() else Graph(partial(residual.for_derivatives, z, data))
+    v, solver, policy = fill(cotangents, z), layer.linear_solver, layer.on_failure
+    return implicit_vjp(residual, z, data, v, needed, graph=graph, solver=solver, on_failure=policy, kind="backward")
 
 
 class _QuadraticLayer(KktLayer):
@@ -175,86 +246,4 @@ class _Products(Attached):
 
     def pull_theta(self, u: Leaves, needed: Sequence[bool]) -> list[torch.Tensor | None]:
         x, y, z, held = self.points
-        ux, uy, uz = u[0], u[1], held * u[2]
-        by_Q = ux[..., :, None] * x[..., None, :]
-        by_A = y[..., :, None] * ux[..., None, :] + uy[..., :, None] * x[..., None, :]
-        by_G = (held * z)[..., :, None] * ux[..., None, :] + uz[..., :, None] * x[..., None, :]
-        found = [(by_Q + by_Q.mT) / 2, ux, by_A, -uy, by_G, -uz]
-        # shared data: the sum over programs
-        chosen = zip(found, self.theta, needed, strict=True)
-        return [leaf.sum_to_size(like.shape) if need else None for leaf, like, need in chosen]
-
-
-def _without_missing(G: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same with 0'x <= 1 in place of rows without a bound; :data:`_NO_BOUND` is what most solvers take for none."""
-    missing = h >= _NO_BOUND
-    if not _torch.transforms_active() and not bool(missing.any()):
-        return G, h
-    return torch.where(missing[..., None], 0.0, G), torch.where(missing, 1.0, h)
-
-
-def _checked(given: dict[str, torch.Tensor | None]) -> tuple[torch.Size, tuple[torch.Tensor, ...]]:
-    """The batch dimensions, and all six with as many leading dimensions (of size one where they are shared)."""
-    for name, tensor in given.items():
-        if tensor is None and name not in ("Q", "p"):
-            continue
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
-            raise TypeError(f"{name} must be a real floating tensor, got {kind}. Use torch.as_tensor(..., dtype=...).")
-        if tensor.layout is not torch.strided:
-            raise TypeError(f"{name} is sparse ({tensor.layout}); il.qp solves densely. Pass {name}.to_dense().")
-    Q, p = given["Q"], given["p"]
-    assert Q is not None and p is not None
-    for matrix, vector in (("A", "b"), ("G", "h")):
-        if (given[matrix] is None) != (given[vector] is None):
-            raise ValueError(f"{matrix} and {vector} belong together: give both or neither.")
-        if given[matrix] is None:
-            given = {**given, matrix: p.new_zeros(0, p.shape[-1] if p.ndim else 0), vector: p.new_zeros(0)}
-    tensors = {name: tensor for name, tensor in given.items() if tensor is not None}
-    for name, tensor in tensors.items():
-        if tensor.dtype != p.dtype or tensor.device != p.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} on {tensor.device}, but p is {p.dtype} on {p.device}. Bring all arguments "
-                "to one dtype and device; float64 is recommended."
-            )
-        if tensor.ndim < _RANKS[name]:
-            raise ValueError(
-                f"{name} needs {_RANKS[name]} dimensions after those of the batch, got shape {_shape(tensor)}."
-            )
-    n = p.shape[-1]
-    if not n:
-        raise ValueError(f"p must have at least one entry per program, got shape {_shape(p)}.")
-    expected = {"Q": (n, n), "A": (tensors["b"].shape[-1], n), "G": (tensors["h"].shape[-1], n)}
-    for name, shape in expected.items():
-        if tensors[name].shape[-2:] != shape:
-            raise ValueError(
-                f"{name} must end in dimensions {shape} to fit p and its right-hand side, got shape "
-                f"{_shape(tensors[name])} with p {_shape(p)}."
-            )
-    leading = {name: tensor.shape[: tensor.ndim - _RANKS[name]] for name, tensor in tensors.items()}
-    try:
-        batch = torch.broadcast_shapes(*leading.values())
-    except RuntimeError:
-        shapes = {name: tuple(shape) for name, shape in leading.items()}
-        raise ValueError(f"the batch dimensions do not fit together: {shapes}. They are broadcast.") from None
-    k = len(batch)
-    return batch, tuple(
-        tensor.reshape(*[1] * (k - len(leading[name])), *tensor.shape) for name, tensor in tensors.items()
-    )
-
-
-def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
-
-
-def _on_all_levels(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors, each with the lanes of every vmap level that one of them has.
-
-    The solver sees the data with the lanes of all levels in front; it could not tell which level a lane belongs to if
-    an argument had some of them only.
-    """
-    if not _torch.transforms_active():
-        return list(tensors)
-    zeros = [torch.zeros_like(t.detach().reshape(-1)[:1]).sum() for t in tensors]
-    zero = torch.stack(zeros).sum()
-    return [t + zero for t in tensors]
+        return by_data((x, y, held * z), (u[0], u[1], held * u[2]), self.theta, needed)

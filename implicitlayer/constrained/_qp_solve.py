@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,25 +24,20 @@ from implicitlayer.base._status import Status
 from implicitlayer.base._tree import name_lanes
 from implicitlayer.base._types import OnFailure
 from implicitlayer.constrained._kkt_lagrangian import Unknowns
+from implicitlayer.programs._backends import ActiveSet, Search
 from implicitlayer.programs._interior_point import Data, ProgramStatus, QuadraticSolution, interior_point
 from implicitlayer.programs._kkt_active import ActiveConstraints, Tolerances
 from implicitlayer.programs._kkt_linear import Factors, KktFactors, KktMatrices
 from implicitlayer.programs._kkt_multipliers import multipliers
-from implicitlayer.programs._qp_cold import answers
-from implicitlayer.programs._qp_exact import (
-    ENOUGH,
-    TIGHT,
-    Exact,
-    Start,
-    conditions,
-    error_of_x,
-    exact,
-    undecided,
-    violation,
-)
+from implicitlayer.programs._qp_cold import LanesProof, cold_lanes, guessed_lanes
+from implicitlayer.programs._qp_exact import ENOUGH, TIGHT, Exact, conditions, error_of_x, exact, undecided, violation
 from implicitlayer.programs._qp_rank import Equations, RankFactors, independent_equations
-from implicitlayer.programs._qp_single import exact_cold, exact_near
+from implicitlayer.programs._qp_single import SingleProof, exact_cold, exact_guess, exact_near
 from implicitlayer.programs._qp_terms import SingleProgram
+
+__all__ = ["Proof", "QuadraticSolver", "full_data", "searched"]
+
+Proof = SingleProof | LanesProof
 
 _NEAR = 1e-2  # a user's answer whose conditions hold to this is corrected; a worse one is judged as it is
 _LATE = 1e-9  # of the interior point
@@ -50,74 +45,123 @@ _EARLY = 1e-4  # the same of one program: proved that early, it saves a quarter 
 _TIGHTEST = 1e-14  # no more than rounding allows: the interior point goes on while it improves
 
 
+def full_data(data: Sequence[torch.Tensor], lanes: torch.Size) -> Data:
+    """The program of plain tensors, detached, in float64, Q symmetric, with the dimensions of all lanes."""
+    Q, p, A, b, G, h = (t.detach().double() for t in data)
+    if lanes:
+        given = zip((Q, p, A, b, G, h), (2, 1, 2, 1, 2, 1), strict=True)
+        Q, p, A, b, G, h = (t.expand(*lanes, *t.shape[t.ndim - k :]) for t, k in given)
+    return (Q + Q.mT) / 2, p, A, b, G, h
+
+
+def searched(program: Data, dtype: torch.dtype, search: Search) -> Proof | None:
+    """What a search without an interior point finds, for data of this dtype; of one program nothing but a proof.
+
+    The equations are independent.
+    """
+    own = isinstance(search, ActiveSet) or not program[3].shape[-1] + program[5].shape[-1]
+    if not _is_single(program):
+        return cold_lanes(program, dtype) if own else guessed_lanes(program, dtype, search(*program), search.name)
+    with np.errstate(all="ignore"):  # what overflows is not proved
+        one = SingleProgram(program)
+    if not one.finite:
+        return None
+    return exact_cold(one) if own else exact_guess(one, search(*program), search.name)
+
+
+def _is_single(program: Data) -> bool:
+    return program[1].shape[:-1].numel() == 1 and program[1].device.type == "cpu"
+
+
 @dataclass(eq=False)
 class QuadraticSolver:
-    """A solver of quadratic programs as a batched solver of the layer's scalar."""
+    """A solver of quadratic programs as a batched solver of the layer's scalar.
+
+    ``solver`` is the user's, or None for the search of :func:`searched` and an interior point where that does not do.
+    ``known`` is what the search has found for the program of the call, where that was made: ``has_searched``.
+    """
 
     solver: Callable[..., Any] | None
     tolerances: Tolerances
     hold_kinks: bool
     on_failure: OnFailure
+    search: Search = field(default_factory=ActiveSet)
+    known: Proof | None = None
+    has_searched: bool = False
     found: list[ActiveConstraints] = field(default_factory=list)
     prepared: list[Factors | KktMatrices] = field(default_factory=list)
     equations: Equations | None = None  # in the place of those of the call, where these depend on each other
     batched: bool = True
 
     def __call__(self, scalar: Callable[..., Any], start: Unknowns, *data: torch.Tensor) -> SolverResult:
-        lanes = start.x.shape[:-1]
-        ranks = (2, 1, 2, 1, 2, 1)
-        full = [t.detach().double().expand(*lanes, *t.shape[-k:]) for t, k in zip(data, ranks, strict=True)]
-        Q, p, A, b, G, h = full
-        given: Data = ((Q + Q.mT) / 2, p, A, b, G, h)
+        given = full_data(data, start.x.shape[:-1])
         eps = torch.finfo(start.x.dtype).eps
         self.given, self.equations = given, independent_equations(given, eps)
         program = given if self.equations is None else self.equations.data
-        found, active, held = self._single(program, start.x) or self._judged(program, start.x)
+        has_searched = self.has_searched or self.solver is not None
+        proof = self.known if has_searched else searched(program, start.x.dtype, self.search)
+        found, active, held = self._single(program, proof, eps) or self._judged(program, proof, start.x)
         solution = found.solution
         factors: Factors | KktMatrices | None = found.factors
         if factors is None or not torch.equal(held, found.held):
-            rows, mask = torch.cat([program[2], G], -2), torch.cat([torch.ones_like(program[3]), held.double()], -1)
+            rows = torch.cat([program[2], program[4]], -2)
+            mask = torch.cat([torch.ones_like(program[3]), held.double()], -1)
             matrices = KktMatrices(program[0], rows, mask)
             factors = matrices if self.equations is None else KktFactors(matrices, eps)
         if self.equations is not None:
             assert not isinstance(factors, KktMatrices)
-            factors = RankFactors(factors, self.equations, A)
+            factors = RankFactors(factors, self.equations, given[2])
             independent = active.independent & ~self.equations.deficient
             old = self.equations.old_multipliers(active.equality)
             active = replace(active, equality=old, independent=independent)
-        self.found.append(active)
+        self.found.append(replace(active, found_by=self._name(proof)))
         self.prepared.append(factors)
         rest = (active.equality, torch.where(held, active.inequality, 0.0), held)
         z = Unknowns(*(t.to(start.x.dtype) for t in (solution.x, *rest)))
         return SolverResult(z, Status.CONVERGED, int(solution.steps.max()) if solution.steps.numel() else 0)
 
-    def _single(self, data: Data, like: torch.Tensor) -> tuple[Exact, ActiveConstraints, torch.Tensor] | None:
+    def _name(self, proof: Proof | None) -> str:
+        """What found the active set; of lanes that were not all proved, both."""
+        if self.solver is not None:
+            return type(self.solver).__name__
+        if proof is None:
+            return "interior point"
+        some = isinstance(proof, LanesProof) and not bool(proof.proved.all())
+        return f"{proof.found_by}, interior point" if some else proof.found_by
+
+    def _single(
+        self, program: Data, proof: Proof | None, eps: float
+    ) -> tuple[Exact, ActiveConstraints, torch.Tensor] | None:
         """The short way, for one program on the CPU; None where it does not lead to a proof."""
-        if self.solver is not None or data[1].shape[:-1].numel() != 1 or data[1].device.type != "cpu":
+        if self.solver is not None or not _is_single(program):
             return None
-        with np.errstate(all="ignore"):  # what overflows is not proved
-            program = SingleProgram(data)
-        if not program.finite:
-            return None
-        found, eps = exact_cold(program), torch.finfo(like.dtype).eps
-        if found is None:
-            _refuse_indefinite(data[0], eps)
+        if proof is None:
+            with np.errstate(all="ignore"):
+                one = SingleProgram(program)
+            if not one.finite:
+                return None
+            _refuse_indefinite(program[0], eps)
             # the active set shows long before the last steps, and what is proved needs no further one
-            found = exact_near(program, interior_point(data, _EARLY))
-        if found is None:
+            proof = exact_near(one, interior_point(program, _EARLY))
+        if not isinstance(proof, SingleProof):
             return None
         with np.errstate(all="ignore"):
-            return found, *program.active_set(found, eps, self.tolerances.active_rtol, self.hold_kinks)
+            return proof.exact(), *proof.terms.active_set(eps, self.tolerances.active_rtol, self.hold_kinks)
 
-    def _judged(self, program: Data, like: torch.Tensor) -> tuple[Exact, ActiveConstraints, torch.Tensor]:
+    def _judged(
+        self, program: Data, proof: Proof | None, like: torch.Tensor
+    ) -> tuple[Exact, ActiveConstraints, torch.Tensor]:
         """The solutions, what is known of their constraints, and the mask of what is to hold as an equation."""
-        found, doubtful = self._solved(program, torch.finfo(like.dtype).eps)
+        rtol = self.tolerances.active_rtol
+        if isinstance(proof, LanesProof) and bool(proof.proved.all()):
+            return proof.exact(), *proof.active_set(rtol, self.hold_kinks)
+        found, doubtful = self._solved(program, proof, torch.finfo(like.dtype).eps)
         solution = found.solution
         proved = bool((solution.error <= TIGHT).all())  # then x is not wrong by anything, and nothing is undecided
         active, held = conditions(program, solution.x, like.dtype).active_set(
             solution.equality,
             solution.inequality,
-            self.tolerances.active_rtol,
+            rtol,
             self.hold_kinks,
             wrong_by=None if proved else error_of_x(program, solution),
             undecided=None if proved else doubtful,
@@ -125,7 +169,7 @@ class QuadraticSolver:
         self._refuse(solution, active)
         return found, active, held
 
-    def _solved(self, program: Data, eps: float) -> tuple[Exact, torch.Tensor]:
+    def _solved(self, program: Data, proof: Proof | None, eps: float) -> tuple[Exact, torch.Tensor]:
         """The solution, and the mask of inequalities that stay undecided."""
         if self.solver is not None:
             equations = self.equations
@@ -134,7 +178,23 @@ class QuadraticSolver:
             answer = self._answer(self.given, self.solver)  # of the equations as they were given
             return self._exact(program, replace(answer, equality=equations.new_multipliers(answer.equality)))
         _refuse_indefinite(program[0], eps)
-        return self._exact(program, *answers(program, _LATE))
+        if not isinstance(proof, LanesProof):
+            return self._exact(program, interior_point(program, _LATE))
+        return self._with_proved(program, proof)
+
+    def _with_proved(self, program: Data, proof: LanesProof) -> tuple[Exact, torch.Tensor]:
+        """Those of the lanes that are proved, and of the others as if they were alone."""
+        rest, found = ~proof.proved, proof.exact()
+        some: Data = tuple(t[rest] for t in program)  # type: ignore[assignment]
+        answer = found.solution.lanes(rest)
+        far = ~(answer.error <= ENOUGH)
+        if bool(far.any()):
+            answer = answer.filled(far, interior_point(tuple(t[far] for t in some), _LATE))  # type: ignore[arg-type]
+        other, doubtful = self._exact(some, answer)
+        all_doubtful = torch.zeros_like(found.held)
+        all_doubtful[rest] = doubtful
+        solution = found.solution.filled(rest, other.solution)
+        return Exact(solution, solution.error, found.held, None), all_doubtful
 
     def _answer(self, program: Data, solver: Callable[..., Any]) -> QuadraticSolution:
         lanes = program[1].shape[:-1]
@@ -183,15 +243,13 @@ class QuadraticSolver:
         y, z = (torch.stack(parts) for parts in zip(*pairs, strict=True))
         return y.reshape(*lanes, -1), z.reshape(*lanes, -1)
 
-    def _exact(
-        self, program: Data, answer: QuadraticSolution, start: Start | None = None
-    ) -> tuple[Exact, torch.Tensor]:
+    def _exact(self, program: Data, answer: QuadraticSolution) -> tuple[Exact, torch.Tensor]:
         """The solution next to the answer, and the mask of inequalities that stay undecided."""
         # The library's own answer is a place to start from; a user's is corrected, but not replaced by another one.
         near = torch.ones_like(answer.error, dtype=torch.bool)
         if self.solver is not None:
             near = violation(program, answer) <= _NEAR
-        found = exact(program, answer, near, start)
+        found = exact(program, answer, near)
         rough = near & ~(found.error <= TIGHT)
         if self.solver is None:
             rough = rough & (answer.codes != int(ProgramStatus.NONFINITE))

@@ -90,6 +90,17 @@ class QuadraticSolution:
     steps: torch.Tensor
     error: torch.Tensor
 
+    def lanes(self, mask: torch.Tensor) -> QuadraticSolution:
+        """Copies of the lanes of a bool mask [*lanes], in a row."""
+        return QuadraticSolution(*(getattr(self, name)[mask] for name in self.__dataclass_fields__))
+
+    def filled(self, mask: torch.Tensor, other: QuadraticSolution) -> QuadraticSolution:
+        """The same with ``other`` in the lanes of the mask."""
+        filled = {name: getattr(self, name).clone() for name in self.__dataclass_fields__}
+        for name, values in filled.items():
+            values[mask] = getattr(other, name)
+        return QuadraticSolution(**filled)
+
 
 # (step, x [*lanes, n], largest violation of a condition of optimality [*lanes]), once per pass of the first attempt
 Report = Callable[[int, torch.Tensor, torch.Tensor], None]

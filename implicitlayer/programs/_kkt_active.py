@@ -74,6 +74,7 @@ class ActiveConstraints(ActiveSet):
         residual: [*lanes], norm of what is left of the conditions of optimality, or of their rounding; None if unknown.
         size, zero: [*lanes], of x, which distances are compared with; a distance below which nothing is: NOTE [scales].
         nearest: [*lanes], distance of x from the nearest border of an inequality that does not hold as an equation.
+        found_by: what found the active set of a quadratic program; empty elsewhere.
     """
 
     equality: torch.Tensor
@@ -84,6 +85,7 @@ class ActiveConstraints(ActiveSet):
     size: torch.Tensor | None = None
     zero: torch.Tensor | None = None
     nearest: torch.Tensor | None = None
+    found_by: str = ""
 
     def judge(self, on_failure: OnFailure, stationarity_rtol: float | None) -> None:
         """Apply the failure policy: outside the constraints, not stationary, at a kink, dependent gradients."""
@@ -158,6 +160,16 @@ class Conditions:
     pull: torch.Tensor
 
     @cached_property
+    def norms_h(self) -> torch.Tensor:
+        """Lengths of the gradients of the equations, [*lanes, e]."""
+        return _norm(self.rows_h)
+
+    @cached_property
+    def norms_g(self) -> torch.Tensor:
+        """Lengths of the gradients of the inequalities, [*lanes, m]."""
+        return _norm(self.rows_g)
+
+    @cached_property
     def size(self) -> torch.Tensor:
         """max(||x||, ||x - init||), above rounding."""
         size = torch.maximum(_norm(self.x), _norm(self.away))
@@ -171,20 +183,21 @@ class Conditions:
     @cached_property
     def reach(self) -> torch.Tensor:
         """A length of the data, [*lanes]: NOTE [scales]."""
-        pairs = ((self.h, self.rows_h), (self.g, self.rows_g))
-        offsets = torch.cat([_over(_times(rows, self.x) - values, _norm(rows)).abs() for values, rows in pairs], -1)
+        parts = ((self.h, self.rows_h, self.norms_h), (self.g, self.rows_g, self.norms_g))
+        offsets = torch.cat([_over(_times(rows, self.x) - values, norms).abs() for values, rows, norms in parts], -1)
         # a border through the origin, to rounding, tells no length
         offsets = torch.where(offsets.isfinite() & (offsets > 1e-10 * _norm(self.x)[..., None]), offsets, 0.0)
         farthest = offsets.amax(-1) if offsets.shape[-1] else torch.zeros_like(self.pull)
         return torch.where(farthest > 0, torch.minimum(self.pull, farthest), self.pull)
 
+    @cached_property
     def border_distance(self) -> torch.Tensor:
         """Signed distance of x from the border of each inequality, positive inside, [*lanes, m]."""
-        return _over(-self.g, _norm(self.rows_g))
+        return _over(-self.g, self.norms_g)
 
     def near(self, active_rtol: float) -> torch.Tensor:
         """Inequalities at their border."""
-        return self.border_distance() <= self._tolerance(active_rtol)[..., None]
+        return self.border_distance <= self._tolerance(active_rtol)[..., None]
 
     def _tolerance(self, active_rtol: float) -> torch.Tensor:
         return torch.maximum(active_rtol * self.size, self._zero())
@@ -194,7 +207,7 @@ class Conditions:
 
     def _rounding(self) -> torch.Tensor:
         """What the conditions are rounded by, about: a few eps of their terms."""
-        terms = sum((_norm(rows.flatten(-2)) * self.size for rows in (self.rows_h, self.rows_g)), self.scale)
+        terms = sum((_norm(norms) * self.size for norms in (self.norms_h, self.norms_g)), self.scale)
         rounding: torch.Tensor = 16 * self.eps * terms
         return rounding
 
@@ -213,9 +226,9 @@ class Conditions:
         [*lanes], or if it is ``undecided`` [*lanes, m].
         """
         tolerance = self._tolerance(active_rtol)
-        distance = self.border_distance()
+        distance = self.border_distance
         near = distance <= tolerance[..., None]
-        force = inequality * _norm(self.rows_g)
+        force = inequality * self.norms_g
         active = near & (force > active_rtol * self.scale[..., None])
         kinks = near
         if wrong_by is not None:
@@ -229,7 +242,7 @@ class Conditions:
         kept = torch.where(active, inequality, 0.0)
         slope = self.gradient + _pull(self.rows_h, equality) + _pull(self.rows_g, kept)
         relative = torch.where(self.scale > 0, _norm(slope) / torch.where(self.scale > 0, self.scale, 1.0), 0.0)
-        off = torch.cat([_over(self.h, _norm(self.rows_h)).abs(), (-distance).clamp(min=0)], -1)
+        off = torch.cat([_over(self.h, self.norms_h).abs(), (-distance).clamp(min=0)], -1)
         violation = off.amax(-1) if off.shape[-1] else torch.zeros_like(relative)
         held = active | kinks if hold_kinks else active
         left = _norm(torch.cat([slope, self.h, torch.where(held, self.g, 0.0)], -1))
@@ -255,19 +268,21 @@ class Conditions:
 
     def _independent(self, held: torch.Tensor) -> torch.Tensor:
         """Whether the gradients of what holds are independent, by the singular values of the unit rows."""
-        rows = torch.cat([self.rows_h, self.rows_g * held[..., None]], -2)
-        count = held.sum(-1) + self.rows_h.shape[-2]
-        norms = _norm(rows)[..., None]
-        rows = rows / torch.where(norms > 0, norms, 1.0)
-        if not min(rows.shape[-2:]):
+        norms = torch.cat([self.norms_h, self.norms_g], -1)
+        holds = torch.cat([torch.ones_like(self.h, dtype=torch.bool), held], -1)
+        zero = (norms == 0) & holds
+        count = holds.sum(-1)
+        most = int(count.max()) if count.numel() else 0
+        if not most or not self.x.shape[-1]:
             none: torch.Tensor = count == 0
             return none
-        gram = rows @ rows.mT + torch.diag_embed((_norm(rows) == 0).to(rows.dtype))
-        _, info = torch.linalg.cholesky_ex(
-            gram - DEPENDENT * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-        )
-        zero = (norms[..., 0] == 0) & torch.cat([torch.ones_like(self.h, dtype=torch.bool), held], -1)
-        independent: torch.Tensor = (info == 0) & ~zero.any(-1)
+        # the held rows first, as many as the lane with most of them has, and rows of zeros in the others
+        index = holds.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :most]
+        over = torch.where(holds & ~zero, 1 / torch.where(zero, 1.0, norms), 0.0).gather(-1, index)
+        rows = torch.cat([self.rows_h, self.rows_g], -2)
+        unit = rows.gather(-2, index[..., None].expand(*index.shape, rows.shape[-1])) * over[..., None]
+        gram = unit @ unit.mT + torch.diag_embed((over == 0).to(rows.dtype) - DEPENDENT)
+        independent: torch.Tensor = (torch.linalg.cholesky_ex(gram).info == 0) & ~zero.any(-1)
         return independent
 
 
@@ -291,7 +306,7 @@ def stacked(found: list[ActiveConstraints], lanes: torch.Size) -> ActiveConstrai
         parts = torch.stack([getattr(one, name) for one in found])
         return parts.reshape((*lanes, *parts.shape[1:]))
 
-    names = [name for name in ActiveConstraints.__dataclass_fields__ if name != "kinks_known"]
+    names = [name for name in ActiveConstraints.__dataclass_fields__ if name not in ("kinks_known", "found_by")]
     return ActiveConstraints(kinks_known=True, **{name: stack(name) for name in names})  # type: ignore[arg-type]
 
 

@@ -6,115 +6,259 @@
 # With L L' = Q, V = L^-1 J' and f = -L^-1 p, the minimum with the rows a held is x = L^-T (f - V w), where
 #     w = a (V'V)_a^-1 a t,   t = V'f - g,   and   J x - g = t - V'V w,
 # with (V'V)_a the rows and columns of a. So a round of the search (NOTE [cold start] in ``_qp_single``) needs nothing
-# of size n: one factorisation of the size of what is held. What it finds is a guess for ``exact``, which proves it or
-# goes on from there.
+# of size n: one factorisation of the size of what is held. What it finds is a guess; made exact and judged by the
+# conditions of the program itself, it is proved or is not.
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
-from implicitlayer.programs._interior_point import Data, ProgramStatus, QuadraticSolution, interior_point
-from implicitlayer.programs._interior_point_step import INDEPENDENT
-from implicitlayer.programs._qp_exact import Start, violation
+from implicitlayer.programs._interior_point import Data, ProgramStatus, QuadraticSolution
+from implicitlayer.programs._interior_point_step import INDEPENDENT, times
+from implicitlayer.programs._kkt_active import ActiveConstraints, Conditions
+from implicitlayer.programs._qp_exact import (
+    CORRECTIONS,
+    EXACT,
+    TIGHT,
+    Exact,
+    active_by_force,
+    conditions,
+    left_of,
+    violation,
+    wrong_sides,
+)
 from implicitlayer.programs._qp_schur import SchurFactors
 
-__all__ = ["answers"]
+__all__ = ["LanesProof", "cold_lanes", "guessed_lanes"]
 
 _ROUNDS = 15
-_GOOD = 1e-6  # conditions that hold to this are the search's; rounding in V'V may leave more where Q is nearly singular
 _NOISE = 1e-10  # of the largest length: a border that is crossed, or pulls, by less is not said to
 _DEFINITE = 1e-5  # smallest pivot of Q, relative to the largest, for which V'V keeps half of the digits
 
 
-def answers(data: Data, rtol: float) -> tuple[QuadraticSolution, Start | None]:
-    """Approximate solutions, of a cold start or else the interior point, and what to go on from (or None)."""
+def cold_lanes(data: Data, dtype: torch.dtype) -> LanesProof:
+    """What a cold start finds of every lane; ``dtype`` is that of the data."""
     system = _System(data)
-    w, held, solved, steps = system.search()
-    answer = system.solution(w, steps)
-    solved = solved & (violation(data, answer).flatten() <= _GOOD)
-    if bool(solved.all()):
-        return answer, system.start(held)
-    rest = ~solved.reshape(data[1].shape[:-1])
-    other = interior_point(tuple(t[rest] for t in data), rtol)  # type: ignore[arg-type]
-    for name in QuadraticSolution.__dataclass_fields__:
-        getattr(answer, name)[rest] = getattr(other, name)
-    return answer, None
+    system.whole()
+    return _made_exact(system, dtype, *system.search(), "active set")
+
+
+def guessed_lanes(data: Data, dtype: torch.dtype, answer: QuadraticSolution, found_by: str) -> LanesProof:
+    """The same at an answer, or with its active set where that is not enough."""
+    system, where = _System(data), conditions(data, answer.x, dtype)
+    held = active_by_force(answer.inequality, where)
+    at = replace(answer, inequality=torch.where(held, answer.inequality, 0.0))
+    error = violation(data, at, where)
+    right = (error <= TIGHT) & ~wrong_sides(at.inequality, held, where).any(-1)
+    right = right & system.solvable.reshape(right.shape)
+    rows = system.with_equations(held)
+    if bool(right.all()):
+        make = lambda: system.solution(rows, system.solvable, at.codes.flatten())[1]  # noqa: E731
+        return LanesProof(data, at, where, error, held, right, make, found_by)
+    answered = (at.codes == int(ProgramStatus.SOLVED)).flatten()
+    return _made_exact(system, dtype, rows, system.solvable & answered, at.steps.flatten(), found_by)
+
+
+def _made_exact(
+    system: _System, dtype: torch.dtype, held: torch.Tensor, solved: torch.Tensor, steps: torch.Tensor, found_by: str
+) -> LanesProof:
+    """The points with these rows [B, c], and which of the lanes that are solved are proved there."""
+    data = system.data
+    at, factors, solved = system.solution(held, solved, steps)
+    where, held = conditions(data, at.x, dtype), held[:, system.e :].reshape(at.inequality.shape)
+    error, n, e = violation(data, at, where), data[1].shape[-1], data[3].shape[-1]
+    for _ in range(CORRECTIONS):
+        if not bool((solved & (error > EXACT).flatten()).any()):
+            break
+        left = left_of(data, at.equality, at.inequality, where), where.h, torch.where(held, where.g, 0.0)
+        step = factors.solve(torch.cat(left, -1)[..., None])[..., 0]
+        parts = at.x - step[..., :n], at.equality - step[..., n : n + e], at.inequality - step[..., n + e :]
+        new = violation(data, moved := replace(at, x=parts[0], equality=parts[1], inequality=parts[2]))
+        better = new < error
+        if not bool(better.any()):
+            break
+        at, error = at.filled(better, moved.lanes(better)), torch.where(better, new, error)
+        where = conditions(data, at.x, dtype)
+    right = ~wrong_sides(at.inequality, held, where).any(-1)
+    proved = solved.reshape(error.shape) & right & (error <= TIGHT)
+    return LanesProof(data, at, where, error, held, proved, lambda: factors, found_by)
+
+
+@dataclass(frozen=True, eq=False)
+class LanesProof:
+    """Solutions that satisfy all conditions of optimality to TIGHT in the lanes ``proved``; guesses in the others.
+
+    Attributes:
+        data: the programs. at: x and multipliers. where: the terms of the conditions there.
+        error: [*lanes], the violation. held: bool [*lanes, m], what holds as an equation.
+        make: makes ``factors``, with these in the lanes that are proved. found_by: the search.
+    """
+
+    data: Data
+    at: QuadraticSolution
+    where: Conditions
+    error: torch.Tensor
+    held: torch.Tensor
+    proved: torch.Tensor
+    make: Callable[[], SchurFactors]
+    found_by: str
+
+    @cached_property
+    def factors(self) -> SchurFactors:
+        """What solves with the matrix."""
+        return self.make()
+
+    def active_set(self, active_rtol: float, hold_kinks: bool) -> tuple[ActiveConstraints, torch.Tensor]:
+        """Which inequalities are active, and what is to hold as an equation."""
+        return self.where.active_set(self.at.equality, self.solution()[2], active_rtol, hold_kinks)
+
+    def settled(self, eps: float, active_rtol: float, rtol: float) -> bool:
+        """Whether all lanes are proved, and what is held is all there is to say of them; see :class:`Terms`."""
+        if not bool(self.proved.all()):
+            return False
+        found, _ = self.active_set(active_rtol, False)
+        fine = (found.active == self.held).all(-1) & (found.num_kinks == 0) & found.independent
+        return bool((fine & (found.relative_violation <= rtol)).all())
+
+    def solution(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x, the multipliers of either kind, and what is held, [*lanes, ...]."""
+        return self.at.x, self.at.equality, torch.where(self.held, self.at.inequality, 0.0), self.held
+
+    def adjoint(self, v: Sequence[torch.Tensor | None], rtol: float) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """u_x [*lanes, n] and u_w [*lanes, c] with K u = v in every lane; see :meth:`SingleProof.adjoint`."""
+        n, rows = self.at.x.shape[-1], self._rows
+        parts = self.at.x, self.at.equality, self.at.inequality
+        filled = [torch.zeros_like(like) if part is None else part for part, like in zip(v, parts, strict=True)]
+        b = torch.cat([filled[0], self._mask * torch.cat(filled[1:], -1)], -1)
+        largest = b.abs().amax(-1, keepdim=True)
+        b = b / torch.where(largest > 0, largest, 1.0)
+        u = self.factors.solve(b[..., None])[..., 0]
+        x, w = u[..., :n], self._mask * u[..., n:]
+        product = torch.cat([times(self.data[0], x) + times(rows.mT, w), self._mask * times(rows, x)], -1)
+        D = self.factors.units
+        residual, size = (torch.linalg.vector_norm(D * part, dim=-1) for part in (b - product, b))
+        if not bool((residual <= 2 * rtol * size).all()):
+            return None
+        return x * largest, w * largest
+
+    @cached_property
+    def _rows(self) -> torch.Tensor:
+        return torch.cat([self.data[2], self.data[4]], -2)
+
+    @cached_property
+    def _mask(self) -> torch.Tensor:
+        return torch.cat([torch.ones_like(self.data[3]), self.held.double()], -1)
+
+    def exact(self) -> Exact:
+        """As the long way puts it; factors where all lanes are proved."""
+        x, y, z, held = self.solution()
+        solution = QuadraticSolution(x, y, z, self.at.codes, self.at.steps, self.error)
+        return Exact(solution, self.error, held, self.factors if bool(self.proved.all()) else None)
 
 
 class _System:
-    """The programs in scaled units, and what serves every set of held rows."""
+    """The programs in scaled units; after :meth:`whole` what serves every set of held rows."""
+
+    V: torch.Tensor | None = None
 
     def __init__(self, data: Data) -> None:
-        self.lanes = data[1].shape[:-1]
+        self.data, self.lanes = data, data[1].shape[:-1]
         Q, p, A, b, G, h = (t.reshape(self.lanes.numel(), *t.shape[len(self.lanes) :]) for t in data)
         self.n, self.e = p.shape[-1], b.shape[-1]
         rows, g = torch.cat([A, G], -2), torch.cat([b, h], -1)
         size, lengths = Q.abs().flatten(1).amax(-1), torch.linalg.vector_norm(rows, dim=-1)
         self.size, self.lengths = torch.where(size > 0, size, 1.0), torch.where(lengths > 0, lengths, 1.0)
-        rows, self.g = rows / self.lengths[..., None], g / self.lengths
+        self.rows, self.g = rows / self.lengths[..., None], g / self.lengths
         L, info = torch.linalg.cholesky_ex(Q / self.size[:, None, None])
         pivots = L.diagonal(dim1=-2, dim2=-1)
-        finite = self.g.isfinite().all(-1) & p.isfinite().all(-1) & rows.isfinite().flatten(1).all(-1)
+        finite = (self.g.abs().sum(-1) + p.abs().sum(-1) + lengths.sum(-1)).isfinite()
         self.solvable = (info == 0) & (pivots.amin(-1) > _DEFINITE * pivots.amax(-1)) & finite
-        self.L = torch.where(self.solvable[:, None, None], L, torch.eye(self.n, dtype=L.dtype, device=L.device))
-        self.V = torch.linalg.solve_triangular(self.L, rows.mT, upper=False)
-        self.f = torch.linalg.solve_triangular(self.L, (p / -self.size[:, None])[..., None], upper=False)
-        self.at_minimum = (self.V.mT @ self.f)[..., 0]
+        if not bool(self.solvable.all()):
+            L = torch.where(self.solvable[:, None, None], L, torch.eye(self.n, dtype=L.dtype, device=L.device))
+        self.L = L
+        self.f = torch.linalg.solve_triangular(L, (p / -self.size[:, None])[..., None], upper=False)
 
-    def search(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """w [B, c], the mask [B, m] of what is held, that of the lanes that are solved, and their rounds."""
-        t, gram, lanes = self.at_minimum - self.g, self.V.mT @ self.V, self.solvable.nonzero()[:, 0]
+    def whole(self) -> None:
+        """V and what a search wants of it."""
+        self.V = torch.linalg.solve_triangular(self.L, self.rows.mT, upper=False)
+        self.at_minimum = (self.V.mT @ self.f)[..., 0]
+        self.t, self.gram = self.at_minimum - self.g, self.V.mT @ self.V
+
+    def with_equations(self, held: torch.Tensor) -> torch.Tensor:
+        """The mask [B, c] of these inequalities [*lanes, m] and all equations."""
+        flat = held.reshape(self.lanes.numel(), held.shape[-1])
+        return torch.cat([flat.new_ones(len(flat), self.e), flat], -1)
+
+    def search(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The mask [B, c] of what is held, that of the lanes that are solved, and their rounds."""
+        t, gram, lanes = self.t, self.gram, self.solvable.nonzero()[:, 0]
         largest = torch.maximum(self.at_minimum.abs(), self.g.abs())
         noise = _NOISE * largest.amax(-1, keepdim=True) if t.shape[-1] else t
-        w, kept, solved = torch.zeros_like(t), torch.zeros_like(t, dtype=torch.bool), torch.zeros_like(self.solvable)
-        steps = torch.zeros(len(t), dtype=torch.int64, device=t.device)
+        kept, all_solved = torch.zeros_like(t, dtype=torch.bool), torch.zeros_like(self.solvable)
+        rounds = torch.zeros(len(t), dtype=torch.int64, device=t.device)
         if len(lanes) < len(t):
             t, gram, noise = t[lanes], gram[lanes], noise[lanes]
         held, going = torch.zeros_like(t, dtype=torch.bool), torch.ones_like(lanes, dtype=torch.bool)
         held[:, : self.e] = True
-        inequality = ~held
+        solved, steps = ~going, torch.zeros_like(lanes)
         for step in range(1, _ROUNDS + 1):
             if not len(lanes):
                 break
             found, good = _multipliers(gram, t, held)
             beyond = t - (gram @ found[..., None])[..., 0]
-            crossed, pulling = ~held & (beyond > noise), held & inequality & (found < -noise)
+            wrong = torch.where(held, -found, beyond) > noise
+            wrong[:, : self.e] = False
             # rows that contradict each other pass the factorisation by rounding, and are missed by their own solution
             good = good & going & ~(held & (beyond.abs() > noise)).any(-1)
-            done = good & ~(crossed | pulling).any(-1)
-            ended = lanes[done]
-            w[ended], kept[ended], solved[ended], steps[ended] = found[done], held[done], True, step
-            stay = held & ~pulling
-            room = ((self.n - stay.sum(-1)) // 2).clamp(min=1)
-            rank = torch.where(crossed, -beyond, math.inf).argsort(-1).argsort(-1)
-            held = stay | (crossed & (rank < room[:, None]))
-            going = good & ~done
-            if 2 * int(going.sum()) <= len(lanes):
-                lanes, t, gram, noise = lanes[going], t[going], gram[going], noise[going]
-                held, inequality, going = held[going], inequality[going], going[going]
-        return w, kept[:, self.e :], solved, steps
+            going, steps = good & wrong.any(-1), steps + going
+            solved = solved | (good & ~going)
+            few = 2 * int(going.sum()) <= len(lanes)
+            if few or step == _ROUNDS:
+                kept[lanes], all_solved[lanes], rounds[lanes] = held, solved, steps
+            held = torch.where(going[:, None], self._next(held, wrong, beyond), held)
+            if few:
+                lanes, t, gram, noise, held = lanes[going], t[going], gram[going], noise[going], held[going]
+                solved, steps, going = solved[going], steps[going], going[going]
+        return kept, all_solved, rounds
 
-    def solution(self, w: torch.Tensor, steps: torch.Tensor) -> QuadraticSolution:
-        """The points that belong to multipliers w [B, c]."""
-        x = torch.linalg.solve_triangular(self.L.mT, self.f - self.V @ w[..., None], upper=True)[..., 0]
-        multipliers = w * self.size[:, None] / self.lengths
+    def _next(self, held: torch.Tensor, wrong: torch.Tensor, beyond: torch.Tensor) -> torch.Tensor:
+        """The rows of the next round: without those that pull, with the worst of those that are crossed."""
+        stay, crossed = held & ~wrong, wrong & ~held
+        room = ((self.n - stay.sum(-1)) // 2).clamp(min=1)
+        if bool((crossed.sum(-1) > room).any()):
+            rank = torch.where(crossed, -beyond, math.inf).argsort(-1).argsort(-1)
+            crossed &= rank < room[:, None]
+        return stay | crossed
+
+    def solution(
+        self, held: torch.Tensor, solved: torch.Tensor, steps: torch.Tensor
+    ) -> tuple[QuadraticSolution, SchurFactors, torch.Tensor]:
+        """The points with these rows in the lanes that are solved, the factors, and where these can be relied on."""
+        held = held & solved[:, None]
+        index, real = _compressed(held)
+        if self.V is not None:
+            V = self.V.gather(-1, index[:, None, :].expand(-1, self.n, -1)).mul_(real[:, None, :])
+            gram, t = _part(self.gram, index, real), self.t.gather(-1, index)
+        else:
+            some = self.rows.gather(1, index[:, :, None].expand(-1, -1, self.n)).mul_(real[:, :, None])
+            V = torch.linalg.solve_triangular(self.L, some.mT, upper=False)
+            gram, t = V.mT @ V + torch.diag_embed(1 - real), (V.mT @ self.f)[..., 0] - self.g.gather(-1, index)
+        schur, info = torch.linalg.cholesky_ex(gram)
+        pivots = schur.diagonal(dim1=-2, dim2=-1)
+        if pivots.shape[-1]:
+            solved = solved & (info == 0) & (pivots.amin(-1) > INDEPENDENT * pivots.amax(-1))
+        w = torch.cholesky_solve((real * t)[..., None], schur)
+        x = torch.linalg.solve_triangular(self.L.mT, self.f - V @ w, upper=True)[..., 0]
+        multipliers = torch.zeros_like(self.g).scatter(-1, index, w[..., 0] * real) * self.size[:, None] / self.lengths
         codes = torch.full_like(steps, int(ProgramStatus.SOLVED))
         parts = (x, multipliers[:, : self.e], multipliers[:, self.e :], codes, steps, torch.zeros_like(self.size))
-        return QuadraticSolution(*(t.reshape((*self.lanes, *t.shape[1:])) for t in parts))
-
-    def start(self, held: torch.Tensor) -> Start | None:
-        """Factors with these inequalities; None where some are not independent beyond rounding."""
-        rows = torch.cat([held.new_ones(len(held), self.e), held], -1)
-        index, real = _compressed(rows)
-        V = self.V.gather(-1, index[:, None, :].expand(-1, self.n, -1)) * real[:, None, :]
-        schur, info = torch.linalg.cholesky_ex(V.mT @ V + torch.diag_embed(1 - real))
-        pivots = schur.diagonal(dim1=-2, dim2=-1)
-        if pivots.numel() and not bool(((info == 0) & (pivots.amin(-1) > INDEPENDENT * pivots.amax(-1))).all()):
-            return None
-        factors = SchurFactors(self.lanes, self.size, self.lengths, self.L, V, schur, index, rows)
-        return Start(held.reshape((*self.lanes, held.shape[-1])), factors)
+        at = QuadraticSolution(*(t.reshape((*self.lanes, *t.shape[1:])) for t in parts))
+        return at, SchurFactors(self.lanes, self.size, self.lengths, self.L, V, schur, index, held), solved
 
 
 def _multipliers(gram: torch.Tensor, t: torch.Tensor, held: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,9 +266,7 @@ def _multipliers(gram: torch.Tensor, t: torch.Tensor, held: torch.Tensor) -> tup
     index, real = _compressed(held)
     if not index.shape[-1]:
         return torch.zeros_like(t), torch.ones(len(t), dtype=torch.bool, device=t.device)
-    lane = torch.arange(len(t), device=t.device)[:, None, None]
-    some = gram[lane, index[:, :, None], index[:, None, :]] * real[:, :, None] * real[:, None, :]
-    factors, info = torch.linalg.cholesky_ex(some + torch.diag_embed(1 - real))
+    factors, info = torch.linalg.cholesky_ex(_part(gram, index, real))
     w = torch.cholesky_solve((real * t.gather(-1, index))[..., None], factors)[..., 0]
     return torch.zeros_like(t).scatter(-1, index, w * real), info == 0
 
@@ -134,3 +276,11 @@ def _compressed(held: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     most = int(held.sum(-1).max()) if held.numel() else 0
     index = held.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :most]
     return index, held.gather(-1, index).double()
+
+
+def _part(gram: torch.Tensor, index: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """The rows and columns of what is held [B, K, K], and those of the identity where a lane holds fewer."""
+    where = index[:, :, None] * gram.shape[-1] + index[:, None, :]
+    part = gram.flatten(1).gather(1, where.flatten(1)).reshape(where.shape)
+    part.mul_(real[:, :, None]).mul_(real[:, None, :]).diagonal(dim1=-2, dim2=-1).add_(1 - real)
+    return part

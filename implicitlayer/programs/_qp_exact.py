@@ -25,20 +25,24 @@ from implicitlayer.programs._kkt_linear import Factors, KktFactors, KktMatrices
 __all__ = [
     "CORRECTIONS",
     "ENOUGH",
+    "EXACT",
     "ROUNDING",
     "TIGHT",
     "Exact",
-    "Start",
+    "active_by_force",
     "conditions",
     "error_of_x",
     "exact",
     "factorised",
+    "left_of",
     "undecided",
     "violation",
+    "wrong_sides",
 ]
 
 TIGHT = 1e-11  # conditions that hold to this hold: rounding of a few solves
 ENOUGH = 1e-6  # an answer whose conditions hold to this is one
+EXACT = 1e-14  # conditions that hold to this are not improved
 CORRECTIONS = 2  # solves with the factors of the active set: the second repairs the rounding of the first
 _BOLD = 8  # rounds in which every wrong inequality changes sides
 _CAREFUL = 40  # rounds in which one does
@@ -62,14 +66,6 @@ class Exact:
     factors: Factors | None
 
 
-@dataclass(frozen=True, eq=False)
-class Start:
-    """Where a search begins: inequalities held as equations, bool [*lanes, m], and the factors with these."""
-
-    held: torch.Tensor
-    factors: Factors
-
-
 def conditions(program: Data, x: torch.Tensor, dtype: torch.dtype) -> Conditions:
     """The terms of the optimality conditions at x; ``dtype`` is that of the data."""
     Q, p, A, b, G, h = program
@@ -80,16 +76,12 @@ def conditions(program: Data, x: torch.Tensor, dtype: torch.dtype) -> Conditions
     return Conditions(x, x, Qx + p, Qx, _times(A, x) - b, A, _times(G, x) - h, G, torch.finfo(dtype).eps, pull)
 
 
-def exact(program: Data, answer: QuadraticSolution, near: torch.Tensor, start: Start | None = None) -> Exact:
-    """The solution next to the answer in the lanes of the mask ``near``; see NOTE [active set].
-
-    ``start``: the active set to begin with, and its factors, where they are known.
-    """
-    if start is None:
-        force, distance = _sides(program, answer.x, answer.inequality)
-        start = Start(force > distance, factorised(program, force > distance))
-    first, factors = start.held, start.factors
-    best, error = answer, violation(program, answer)
+def exact(program: Data, answer: QuadraticSolution, near: torch.Tensor) -> Exact:
+    """The solution next to the answer in the lanes of the mask ``near``; see NOTE [active set]."""
+    where = conditions(program, answer.x, answer.x.dtype)
+    first = active_by_force(answer.inequality, where)
+    factors = factorised(program, first)
+    best, error = answer, violation(program, answer, where)
     held, lanes = first, near.flatten().nonzero()[:, 0]
     shape = near.shape
     program, held = _flat(program, held, shape)
@@ -131,19 +123,19 @@ def _solve(
         step = factors.solve(rhs).reshape(off.shape)
         dx, dy, dz = step.split([p.shape[-1], b.shape[-1], h.shape[-1]], -1)
         x, y, z = x - dx, y - dy, z - dz
-    pushing, distance = _sides(program, x, z)
-    noise = ROUNDING * torch.finfo(p.dtype).eps * (p.shape[-1] + h.shape[-1]) ** 0.5
-    wrong = torch.where(held, pushing < -noise, distance < -noise)
+    wrong = wrong_sides(z, held, conditions(program, x, x.dtype))
     return replace(start, x=x, equality=y, inequality=torch.where(held, z, 0.0)), wrong
 
 
-def violation(program: Data, at: QuadraticSolution) -> torch.Tensor:
-    """The largest violation of a condition of optimality, each relative to the size of its terms, [*lanes]."""
-    _, _, A, _, G, _ = program
-    where = conditions(program, at.x, at.x.dtype)
-    force, distance = _sides(program, at.x, at.inequality.clamp(min=0), where)
-    slope = where.gradient + _times(A.mT, at.equality) + _times(G.mT, at.inequality.clamp(min=0))
-    norms = torch.linalg.vector_norm(A, dim=-1)
+def violation(program: Data, at: QuadraticSolution, where: Conditions | None = None) -> torch.Tensor:
+    """The largest violation of a condition of optimality, each relative to the size of its terms, [*lanes].
+
+    ``where``: the conditions at its x, where they are known.
+    """
+    where = conditions(program, at.x, at.x.dtype) if where is None else where
+    force, distance = _sides(at.inequality.clamp(min=0), where)
+    slope = left_of(program, at.equality, at.inequality.clamp(min=0), where)
+    norms = where.norms_h
     equations = (where.h / torch.where(norms > 0, norms, 1.0)).abs() / _length(where)[..., None]
     slack = torch.minimum(force, distance.clamp(min=0))  # complementarity: one of the two is zero
     still = torch.linalg.vector_norm(slope, dim=-1) / _above_zero(where.scale)
@@ -156,25 +148,40 @@ def error_of_x(program: Data, at: QuadraticSolution) -> torch.Tensor:
 
     Zero where that gradient is rounding, and where the answer is no solution: of that one another warning speaks.
     """
-    Q, _, A, _, G, _ = program
-    where = conditions(program, at.x, at.x.dtype)
-    slope = where.gradient + _times(A.mT, at.equality) + _times(G.mT, at.inequality)
-    return torch.where((at.error > TIGHT) & (at.error <= ENOUGH), length_of_step(slope, _times(Q, slope)), 0.0)
+    slope = left_of(program, at.equality, at.inequality, conditions(program, at.x, at.x.dtype))
+    return torch.where((at.error > TIGHT) & (at.error <= ENOUGH), length_of_step(slope, _times(program[0], slope)), 0.0)
 
 
 def undecided(program: Data, at: QuadraticSolution) -> torch.Tensor:
     """Inequalities [*lanes, m] whose force and distance both differ from zero: either may be meant."""
-    force, distance = _sides(program, at.x, at.inequality)
+    force, distance = _sides(at.inequality, conditions(program, at.x, at.x.dtype))
     return torch.minimum(force, distance) > TIGHT
 
 
-def _sides(
-    program: Data, x: torch.Tensor, z: torch.Tensor, where: Conditions | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def wrong_sides(z: torch.Tensor, held: torch.Tensor, where: Conditions) -> torch.Tensor:
+    """Held borders that pull, and others that are crossed, bool [*lanes, m]."""
+    force, distance = _sides(z, where)
+    n, m = where.x.shape[-1], z.shape[-1]
+    wrong: torch.Tensor = torch.where(held, force, distance) < -ROUNDING * torch.finfo(z.dtype).eps * (n + m) ** 0.5
+    return wrong
+
+
+def active_by_force(z: torch.Tensor, where: Conditions) -> torch.Tensor:
+    """Inequalities [*lanes, m] whose force is larger than their distance, both relative: NOTE [active set]."""
+    force, distance = _sides(z, where)
+    return force > distance
+
+
+def left_of(program: Data, y: torch.Tensor, z: torch.Tensor, where: Conditions) -> torch.Tensor:
+    """What is left of the gradient of the Lagrangian, [*lanes, n]."""
+    _, _, A, _, G, _ = program
+    return where.gradient + _times(A.mT, y) + _times(G.mT, z)
+
+
+def _sides(z: torch.Tensor, where: Conditions) -> tuple[torch.Tensor, torch.Tensor]:
     """Forces relative to the terms of the gradient, and signed distances relative to a length of the program."""
-    where = conditions(program, x, x.dtype) if where is None else where
-    force = z * torch.linalg.vector_norm(program[4], dim=-1) / _above_zero(where.scale)[..., None]
-    return force, where.border_distance() / _length(where)[..., None]
+    force = z * where.norms_g / _above_zero(where.scale)[..., None]
+    return force, where.border_distance / _length(where)[..., None]
 
 
 def _length(where: Conditions) -> torch.Tensor:

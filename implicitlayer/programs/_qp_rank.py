@@ -22,9 +22,9 @@ from implicitlayer.linear._common import NOISE
 from implicitlayer.programs._interior_point import Data, ProgramStatus
 from implicitlayer.programs._kkt_linear import Factors
 
-__all__ = ["Equations", "RankFactors", "independent_equations"]
+__all__ = ["NEARLY", "Equations", "RankFactors", "independent_equations"]
 
-_NEARLY = 1e-6  # squared distance of a row from the span of the others, below which the rows count as nearly dependent
+NEARLY = 1e-6  # squared distance of a row from the span of the others, below which the rows count as nearly dependent
 _CONTRADICTION = 1e-6  # the same as for other contradictions of il.qp
 _ROUNDINGS = 64
 
@@ -72,7 +72,7 @@ def independent_equations(data: Data, eps: float) -> Equations | None:
     finite = rows.isfinite().flatten(-2).all(-1) & sides.isfinite().all(-1)
     factor, info = torch.linalg.cholesky_ex(rows @ rows.mT)
     pivots = factor.diagonal(dim1=-2, dim2=-1)
-    nearly = finite & ((info > 0) | ~(pivots.amin(-1) ** 2 > _NEARLY))
+    nearly = finite & ((info > 0) | ~(pivots.amin(-1) ** 2 > NEARLY))
     if not bool(nearly.any()):
         return None
     left, values, right = torch.linalg.svd(torch.where(finite[..., None, None], rows, 0.0), full_matrices=False)

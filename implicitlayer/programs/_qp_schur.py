@@ -13,7 +13,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +21,11 @@ import torch
 from implicitlayer.base._status import Status
 from implicitlayer.programs._interior_point_single import Array, product, triangular_solves
 from implicitlayer.programs._interior_point_step import INDEPENDENT
+from implicitlayer.programs._qp_terms import Mask, SingleProgram
 
 __all__ = ["SchurFactors", "SchurRows", "SchurSet"]
 
+_FEW = 32  # rows held up to which NumPy's solve is cheaper than calls of torch, and uses one thread
 _DEFINITE = 1e-7  # smallest pivot of L relative to the largest: the condition of Q is then above 1e14
 
 
@@ -75,65 +76,98 @@ class SchurFactors:
 
 
 class SchurRows:
-    """L and V of one program: Q [n, n] with its largest entry, A [e, n] and G [m, n] with the lengths of their rows."""
+    """L of one program, f = -L^-1 p, and after :meth:`whole` V of all rows and t = V'f - g for the sides g."""
 
-    def __init__(self, Q: Array, largest: float, A: Array, G: Array, lengths: Array) -> None:
-        self.n, self.e, self.largest = len(Q), len(A), largest
-        self.lengths = np.where(lengths > 0, lengths, 1.0)
-        self.Q = Q / largest
-        self.rows = np.concatenate([A, G]) / self.lengths[:, None]
-        factor, info = torch.linalg.cholesky_ex(torch.from_numpy(self.Q))
+    V: Array | None = None  # [c, n], one row of J each
+
+    def __init__(self, program: SingleProgram) -> None:
+        self.of, self.over, self.equations = program, program.over, np.arange(program.e)
+        factor, info = torch.linalg.cholesky_ex(torch.from_numpy(program.Q / program.curved))
         pivots = factor.numpy().diagonal()
         self.definite = not info.item() and bool(pivots.min() > _DEFINITE * pivots.max())
         if self.definite:
             self.factor = factor
             self.down, self.up = triangular_solves(factor)
-            self.V = torch.linalg.solve_triangular(factor, torch.from_numpy(self.rows).mT, upper=False).numpy()
 
-    def hold(self, held: npt.NDArray[np.bool_]) -> SchurSet | None:
-        """The equations and the inequalities ``held`` [m]; None where they are not independent."""
-        keep = np.concatenate([np.arange(self.e), self.e + held.nonzero()[0]])
-        if len(keep) > self.n:
+    def whole(self) -> None:
+        """V and t, which a search wants."""
+        program = self.of
+        self.V = self._solved(program.rows / self.over[:, None])
+        self.times, self.sides = product(self.V), program.sides / self.over
+        self.f = self.down(program.p / -program.curved)
+        self.t = self.times(self.f) - self.sides
+        size = np.abs(self.t)  # where a side is infinite, nothing else is to be measured by it
+        self.size = float(np.where(size < math.inf, size, 0.0).max()) if len(size) else 0.0
+
+    def _solved(self, rows: Array) -> Array:
+        solved = torch.linalg.solve_triangular(self.factor.mT, torch.from_numpy(rows), upper=True, left=False)
+        array: Array = solved.numpy()
+        return array
+
+    def kept(self, held: Mask) -> npt.NDArray[np.int64] | None:
+        """The equations and the inequalities ``held`` [m]; None where these are more than there are unknowns."""
+        keep = np.concatenate([self.equations, self.of.e + held.nonzero()[0]])
+        return keep if len(keep) <= self.of.n else None
+
+    def guess(self, held: Mask) -> tuple[Array, Array] | None:
+        """w [K] at the minimum with what is held, and J x - g of all rows [c] there, in scaled units."""
+        keep = self.kept(held)
+        if keep is None or self.V is None:
             return None
-        V = torch.from_numpy(self.V[:, keep])
-        schur, info = torch.linalg.cholesky_ex(V.mT @ V)
+        V, t = self.V[keep], self.t[keep]
+        if len(keep) <= _FEW:
+            try:
+                w = np.linalg.solve(V @ V.T, t)
+            except np.linalg.LinAlgError:
+                return None
+        else:
+            system = self.hold(held)
+            if system is None:
+                return None
+            w = system.weights(t)
+        return w, self.times(self.f - product(V.T)(w)) - self.sides
+
+    def hold(self, held: Mask) -> SchurSet | None:
+        """What solves with these rows; None where they are not independent."""
+        keep = self.kept(held)
+        if keep is None:
+            return None
+        some = self._solved(self.of.rows[keep] / self.over[keep, None]) if self.V is None else self.V[keep]
+        V = torch.from_numpy(some)
+        schur, info = torch.linalg.cholesky_ex(torch.mm(V, V.mT))
         pivots = schur.numpy().diagonal()
-        if info.item() or (len(keep) and not pivots.min() > INDEPENDENT * pivots.max()):
+        if len(keep) and (info.item() or not pivots.min() > INDEPENDENT * pivots.max()):
             return None
         return SchurSet(self, keep, V, schur)
 
 
-@dataclass(frozen=True, eq=False)
 class SchurSet:
     """The factor of S for the rows ``keep`` [K] of one program."""
 
-    of: SchurRows
-    keep: npt.NDArray[np.int64]
-    V: torch.Tensor
-    schur: torch.Tensor
+    def __init__(self, of: SchurRows, keep: npt.NDArray[np.int64], V: torch.Tensor, schur: torch.Tensor) -> None:
+        self.of, self.keep, self.V, self.schur = of, keep, V, schur
+        self.back = product(V.numpy().T)
 
-    def point(self, f: Array, g: Array, corrections: int) -> tuple[Array, Array]:
-        """x [n] and w [K] for f [n] and g [K], in scaled units, after that many solves for what is left."""
-        V, Vt = product(self.V.numpy()), product(self.V.numpy().T)
-        down, up = triangular_solves(self.schur)
+    def weights(self, t: Array) -> Array:
+        """S^-1 t."""
+        half = torch.linalg.solve_triangular(self.schur, torch.from_numpy(t)[:, None], upper=False)
+        solved: Array = torch.linalg.solve_triangular(self.schur.mT, half, upper=True).numpy()[:, 0]
+        return solved
 
-        def step(f: Array, g: Array) -> tuple[Array, Array]:
-            f = self.of.down(f)
-            w = up(down(Vt(f) - g)) if len(g) else g
-            return self.of.up(f - V(w)), w
-
-        x, w = step(f, g)
-        rows = self.of.rows[self.keep]
-        Q, J, Jt = product(self.of.Q), product(rows), product(rows.T)
-        for _ in range(corrections):
-            dx, dw = step(f - Q(x) - Jt(w), g - J(x))
-            x, w = x + dx, w + dw
-        return x, w
+    def solve(self, f: Array, g: Array) -> tuple[Array, Array]:
+        """u_x [n] and u_w [c] with Q u_x + J'u_w = f, J u_x = g for the held rows of g [c], and u_w zero elsewhere."""
+        over, size = self.of.over[self.keep], self.of.of.curved
+        f = self.of.down(f / size)
+        w = self.weights(self.V.numpy() @ f - g[self.keep] / over)
+        all_w = np.zeros_like(g)
+        all_w[self.keep] = w * size / over
+        return self.of.up(f - self.back(w)), all_w
 
     def factors(self, lanes: torch.Size) -> SchurFactors:
         """For solves with all of K; ``lanes`` is a shape with one lane."""
-        held = torch.zeros(1, len(self.of.lengths), dtype=torch.bool)
+        held = torch.zeros(1, len(self.of.over), dtype=torch.bool)
         held[:, self.keep] = True
-        size = torch.full((1,), self.of.largest, dtype=self.V.dtype)
-        lengths, index = (torch.from_numpy(array)[None] for array in (self.of.lengths, self.keep))
-        return SchurFactors(lanes, size, lengths, self.of.factor[None], self.V[None], self.schur[None], index, held)
+        size = torch.full((1,), self.of.of.curved, dtype=self.V.dtype)
+        lengths, index = (torch.from_numpy(array)[None] for array in (self.of.over, self.keep))
+        V = self.V.mT[None]
+        return SchurFactors(lanes, size, lengths, self.of.factor[None], V, self.schur[None], index, held)

@@ -8,99 +8,220 @@
 # primal-dual active set step reaches the solution of most strictly convex programs in 3 to 10 rounds, each of them one
 # linear solve with the factors of Q. Of borders that are crossed a round takes the worst, as many as fill half of the
 # freedom that is left: all of them together would soon be more than there are unknowns. A set of borders that comes
-# again, or one that is not independent, ends it.
+# again, or one that is not independent, ends it. Where a round finds nothing wrong, x and its multipliers are made
+# exact and judged by the conditions of the program itself, which prove them or show what else is wrong.
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import TypeVar
 
 import numpy as np
 import torch
 
 from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolution
 from implicitlayer.programs._interior_point_single import Array
-from implicitlayer.programs._qp_exact import CORRECTIONS, TIGHT, Exact, factorised
-from implicitlayer.programs._qp_schur import SchurRows
-from implicitlayer.programs._qp_terms import Mask, SingleProgram
+from implicitlayer.programs._kkt_linear import Factors
+from implicitlayer.programs._qp_exact import CORRECTIONS, EXACT, TIGHT, Exact, factorised
+from implicitlayer.programs._qp_schur import SchurRows, SchurSet
+from implicitlayer.programs._qp_terms import Mask, SingleProgram, Terms
 
-__all__ = ["exact_cold", "exact_near"]
+__all__ = ["SingleProof", "exact_cold", "exact_guess", "exact_near"]
+
+System = TypeVar("System")
 
 _ROUNDS = 4  # active sets that are tried next to an answer
 _COLD = 15  # from a cold start
+_NOISE = 1e-10  # of the largest length: a border that is crossed, or pulls, by less is not said to in a round
 
 
-def exact_cold(program: SingleProgram) -> Exact | None:
+@dataclass(frozen=True, eq=False)
+class SingleProof:
+    """A solution that satisfies all conditions of optimality to TIGHT, with the inequalities ``held`` [m] as equations.
+
+    Attributes:
+        terms: at the solution. error: its violation. steps: rounds of the search.
+        make: makes ``system``. found_by: the search.
+    """
+
+    terms: Terms
+    held: Mask
+    error: float
+    steps: int
+    make: Callable[[], SchurSet | _KktSet | None]
+    found_by: str
+
+    @cached_property
+    def system(self) -> SchurSet | _KktSet | None:
+        """What solves with the matrix; None where it has no factors that can be relied on."""
+        return self.make()
+
+    def settled(self, eps: float, active_rtol: float, rtol: float) -> bool:
+        """Whether the active set is all there is to say; see :meth:`Terms.settled`."""
+        return self.terms.settled(self.held, eps, active_rtol, rtol)
+
+    def solution(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x, the multipliers of either kind, and what is held, [*lanes, ...]."""
+        of, e = self.terms.of, self.terms.of.e
+        y, z = self.terms.w[:e], np.where(self.held, self.terms.w[e:], 0.0)
+        return of.lane(self.terms.x), of.lane(y), of.lane(z), of.lane(self.held)
+
+    def adjoint(self, v: Sequence[torch.Tensor | None], rtol: float) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """u_x [*lanes, n] and u_w [*lanes, c] with K u = v; None where that does not hold to ``rtol``.
+
+        Rows that are not held count as zero. The residual is that of D K D, in which no unit of the data matters: D is
+        the inverse root of the size of Q in x, and its inverse over the length of a row in the multipliers.
+        """
+        if self.system is None:
+            return None
+        of, keep = self.terms.of, self.system.keep
+        sizes = of.n, of.e, len(of.sides) - of.e
+        given = [np.zeros(k) if part is None else part.reshape(-1).numpy() for part, k in zip(v, sizes, strict=True)]
+        f, g = given[0], np.concatenate(given[1:])
+        largest = max(float(np.abs(f).max()), float(np.abs(g).max()) if len(g) else 0.0)
+        if not largest < math.inf:
+            return None
+        f, g, size = f / (largest or 1.0), g / (largest or 1.0), of.curved or 1.0
+        x, w = self.system.solve(f, g)
+        left, unit = f - of.Qx(x) - of.Jw(w), math.sqrt(size) / of.over[keep]
+        off, b = unit * (g - of.Jx(x))[keep], unit * g[keep]
+        if not left.dot(left) / size + off.dot(off) <= (2 * rtol) ** 2 * (f.dot(f) / size + b.dot(b)):
+            return None
+        return of.lane(x * largest), of.lane(w * largest)
+
+    def exact(self) -> Exact:
+        """As the long way puts it, with factors."""
+        of = self.terms.of
+        x, y, z, held = self.solution()
+        left = torch.full(of.lanes, self.error, dtype=torch.float64)
+        code, count = (torch.full(of.lanes, number) for number in (int(ProgramStatus.SOLVED), self.steps))
+        factors = None if self.system is None else self.system.factors(of.lanes)
+        return Exact(QuadraticSolution(x, y, z, code, count, left), left, held, factors)
+
+
+def exact_cold(program: SingleProgram) -> SingleProof | None:
     """The proved solution; see NOTE [cold start]."""
     if not 0 < program.curved < math.inf:
         return None
-    lengths = np.concatenate([program.of_b, program.of_h])
     with np.errstate(all="ignore"):
-        system = SchurRows(program.Q, program.curved, program.A, program.G, lengths)
-        if not system.definite:
+        rows = SchurRows(program)
+        if not rows.definite:
             return None
-        f, borders = program.p / -program.curved, np.concatenate([program.b, program.h]) / system.lengths
-        held, seen, e = np.zeros(len(program.h), dtype=bool), set[bytes](), len(program.b)
+        rows.whole()
+        held, seen, noise = np.zeros(len(program.sides) - program.e, dtype=bool), set[bytes](), _NOISE * rows.size
         while held.tobytes() not in seen and len(seen) < _COLD:
             seen.add(held.tobytes())
-            rows = system.hold(held)
-            if rows is None:
+            guess = rows.guess(held)
+            if guess is None:
                 return None
-            for corrections in (0, CORRECTIONS):  # for the second time where the first finds nothing wrong
-                x, w = rows.point(f, borders[rows.keep], corrections)
-                w = w * program.curved / system.lengths[rows.keep]
-                z = np.zeros_like(program.h)
-                z[held] = w[e:]
-                wrong = program.wrong(x, z, held)
-                if wrong.any():
-                    break
-            else:
-                proved = _proved(program, x, w[:e], z, held, len(seen))
-                return None if proved is None else replace(proved, factors=rows.factors(program.lanes))
-            held = _next(program, x, z, held, wrong)
+            w, beyond = guess[0], guess[1][program.e :]
+            wrong = beyond > noise
+            wrong[held] = w[program.e :] < -noise
+            if not wrong.any():
+                system = rows.hold(held)
+                if system is None:
+                    return None
+                terms, error = _made_exact(program, system)
+                wrong, beyond = terms.wrong(held), terms.away[program.e :]
+                if not wrong.any():
+                    proof = SingleProof(terms, held, error, len(seen), partial(_itself, system), "active set")
+                    return proof if error <= TIGHT else None
+            held = _next(program, beyond, held, wrong)
     return None
 
 
-def _next(program: SingleProgram, x: Array, z: Array, held: Mask, wrong: Mask) -> Mask:
+def _made_exact(program: SingleProgram, system: SchurSet) -> tuple[Terms, float]:
+    """The point of this active set and its violation: each solve for what is left repairs the rounding of the last."""
+    best = Terms(program, *system.solve(-program.p, program.sides))
+    error = best.violation()
+    for _ in range(CORRECTIONS):
+        if error <= EXACT:
+            break
+        dx, dw = system.solve(-best.left, -best.off)
+        terms = Terms(program, best.x + dx, best.w + dw)
+        if not terms.violation() < error:
+            break
+        best, error = terms, terms.violation()
+    return best, error
+
+
+def _next(program: SingleProgram, beyond: Array, held: Mask, wrong: Mask) -> Mask:
     """The borders of the next round: without those that pull, with the worst of those that are crossed."""
     stay, crossed = held & ~wrong, wrong & ~held
-    room = max((len(program.p) - len(program.b) - int(np.count_nonzero(stay))) // 2, 1)
+    room = max((program.n - program.e - int(np.count_nonzero(stay))) // 2, 1)
     if np.count_nonzero(crossed) > room:
-        _, distance = program.sides(x, z)
-        worst = np.argsort(np.where(crossed, distance, math.inf), kind="stable")[:room]
+        worst = np.argsort(np.where(crossed, -beyond, math.inf), kind="stable")[:room]
         crossed = np.zeros_like(crossed)
         crossed[worst] = True
     return stay | crossed
 
 
-def exact_near(program: SingleProgram, answer: QuadraticSolution) -> Exact | None:
-    """The proved solution next to the answer."""
-    x0, y0, z0 = (t.reshape(-1).numpy() for t in (answer.x, answer.equality, answer.inequality))
-    with np.errstate(all="ignore"):
-        force, distance = program.sides(x0, z0)
-        held = force > distance
-        for _ in range(_ROUNDS):
-            factors = factorised(program.data, torch.from_numpy(held).reshape((*program.lanes, -1)))
-            x, y, z = x0, y0, z0 * held
-            for _ in range(CORRECTIONS):
-                off = torch.from_numpy(program.off(x, y, z, held)).reshape((*program.lanes, -1, 1))
-                step = factors.solve(off).reshape(-1).numpy()
-                x, y, z = x - step[: len(x)], y - step[len(x) : len(x) + len(y)], z - step[len(x) + len(y) :]
-            wrong = program.wrong(x, z, held)
-            if not wrong.any():
-                break
-            held = held ^ wrong
-        else:
-            return None
-        proved = _proved(program, x, y, z * held, held, int(answer.steps.max()))
-    return None if proved is None else replace(proved, factors=factors)
+def _itself(system: System) -> System:
+    return system
 
 
-def _proved(program: SingleProgram, x: Array, y: Array, z: Array, held: Mask, steps: int) -> Exact | None:
-    error = program.violation(x, y, z)
-    if not error <= TIGHT:
+def exact_guess(program: SingleProgram, answer: QuadraticSolution, found_by: str) -> SingleProof | None:
+    """The proved solution of a strictly convex program, at the answer or with its active set."""
+    if not 0 < program.curved < math.inf:
         return None
-    x_, y_, z_, held_ = (program.lane(part) for part in (x, y, z, held))
-    left = torch.full(program.lanes, error, dtype=torch.float64)
-    code, count = (torch.full(program.lanes, v) for v in (int(ProgramStatus.SOLVED), steps))
-    return Exact(QuadraticSolution(x_, y_, z_, code, count, left), left, held_, None)
+    x, e = answer.x.reshape(-1).numpy(), program.e
+    w = np.concatenate([t.reshape(-1).numpy() for t in (answer.equality, answer.inequality)])
+    with np.errstate(all="ignore"):
+        rows, start = SchurRows(program), Terms(program, x, w)
+        if not rows.definite:
+            return None
+        held = start.force / start.scale > start.away[e:] / -start.length
+        terms = Terms(program, x, np.concatenate([w[:e], np.where(held, w[e:], 0.0)]))
+        make: Callable[[], SchurSet | None] = partial(rows.hold, held)
+        error = terms.violation()
+        if not error <= TIGHT:
+            system = rows.hold(held)
+            if system is None:
+                return None
+            (terms, error), make = _made_exact(program, system), partial(_itself, system)
+        if terms.wrong(held).any() or not error <= TIGHT:
+            return None
+    return SingleProof(terms, held, error, 1, make, found_by)
+
+
+class _KktSet:
+    """What :class:`SchurSet` does, by the factors of the whole matrix."""
+
+    def __init__(self, program: SingleProgram, held: Mask) -> None:
+        self.of, self.kkt = program, factorised(program.data, program.lane(held))
+        self.keep = np.concatenate([np.arange(program.e), program.e + held.nonzero()[0]])
+
+    def solve(self, f: Array, g: Array) -> tuple[Array, Array]:
+        rhs, n = np.zeros(len(f) + len(g)), len(f)
+        rhs[:n], rhs[n + self.keep] = f, g[self.keep]
+        u: Array = self.kkt.solve(self.of.lane(rhs)[..., None]).reshape(-1).numpy()
+        return u[:n], u[n:]
+
+    def factors(self, lanes: torch.Size) -> Factors:
+        return self.kkt
+
+
+def exact_near(program: SingleProgram, answer: QuadraticSolution) -> SingleProof | None:
+    """The proved solution next to the answer."""
+    x, e = answer.x.reshape(-1).numpy(), program.e
+    w = np.concatenate([t.reshape(-1).numpy() for t in (answer.equality, answer.inequality)])
+    with np.errstate(all="ignore"):
+        start = Terms(program, x, w)
+        held = start.force / start.scale > start.away[e:] / -start.length
+        for _ in range(_ROUNDS):
+            system = _KktSet(program, held)
+            terms = Terms(program, x, np.concatenate([w[:e], w[e:] * held]))
+            for _ in range(CORRECTIONS):
+                dx, dw = system.solve(-terms.left, -terms.off)
+                terms = Terms(program, terms.x + dx, terms.w + dw)
+            wrong = terms.wrong(held)
+            if not wrong.any():
+                error = terms.violation()
+                steps = int(answer.steps.max())
+                proof = SingleProof(terms, held, error, steps, partial(_itself, system), "interior point")
+                return proof if error <= TIGHT else None
+            held = held ^ wrong
+    return None

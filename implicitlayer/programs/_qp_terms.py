@@ -1,7 +1,7 @@
 """The terms of the optimality conditions of one quadratic program on the CPU, with NumPy's vectors."""
 
 # What ``Conditions`` (NOTE [scales]) and ``_qp_exact`` say of many programs, for one of them at a tenth of the cost.
-# Legend: n unknowns, e equations, m inequalities; x [n], y [e], z [m].
+# Legend: n unknowns, c rows J x with sides s, e equations first, then m inequalities; x [n]; w [c], multipliers.
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ import torch
 from implicitlayer.programs._interior_point import Data
 from implicitlayer.programs._interior_point_single import Array, product
 from implicitlayer.programs._kkt_active import ABSOLUTE, DEPENDENT, NOISE, ActiveConstraints
-from implicitlayer.programs._qp_exact import ROUNDING, Exact
+from implicitlayer.programs._qp_exact import ROUNDING
+from implicitlayer.programs._qp_rank import NEARLY
 
-__all__ = ["Mask", "SingleProgram"]
+__all__ = ["Mask", "SingleProgram", "Terms"]
 
 Mask = npt.NDArray[np.bool_]
 
@@ -30,82 +31,115 @@ class SingleProgram:
     def __init__(self, program: Data) -> None:
         self.data, self.lanes = program, program[1].shape[:-1]
         arrays = [t.reshape(t.shape[t.ndim - rank :]).numpy() for t, rank in zip(program, (2, 1) * 3, strict=True)]
-        self.Q, self.p, self.A, self.b, self.G, self.h = arrays
-        self.finite = math.isfinite(sum(float(array.sum()) for array in arrays))  # what overflows is not for here
-        self.of_b, self.of_h = (np.sqrt(np.einsum("ij,ij->i", rows, rows)) for rows in (self.A, self.G))
-        offsets = [np.abs(v[n > 0]) / n[n > 0] for v, n in ((self.b, self.of_b), (self.h, self.of_h))]
-        self.Qx, self.Ax, self.Gx = product(self.Q), product(self.A), product(self.G)
-        self.Ay, self.Gz = product(self.A.T), product(self.G.T)
-        self.offsets = np.concatenate(offsets)
+        self.Q, self.p, A, b, G, h = arrays
+        self.n, self.e = len(self.p), len(b)
+        self.rows, self.sides = np.concatenate([A, G]), np.concatenate([b, h])
+        self.lengths = np.sqrt(np.einsum("ij,ij->i", self.rows, self.rows))
         self.curved, pull = float(np.abs(self.Q).max()), float(np.abs(self.p).max())
+        # what overflows is not for here
+        self.finite = math.isfinite(self.curved + pull + float(self.lengths.sum()) + float(self.sides.sum()))
+        self.over, empty = self.lengths, self.lengths == 0
+        if empty.any():  # the border of a row of zeros is infinitely far, or here where its side is zero too
+            self.over = np.where(empty, 1.0, self.lengths)
+            self.sides = np.where(empty & (self.sides != 0), np.copysign(math.inf, self.sides), self.sides)
+        offsets = np.abs(self.sides) / self.over
+        self.farthest = float(np.where(offsets < math.inf, offsets, 0.0).max()) if len(offsets) else 0.0
         pull = pull / self.curved if self.curved > 0 else 0.0
         self.pull = pull if math.isfinite(pull) else 0.0
-        self.noise = ROUNDING * _EPS * (len(self.p) + len(self.h)) ** 0.5
+        self.noise = ROUNDING * _EPS * (self.n + len(h)) ** 0.5
+        self.Qx, self.Jx, self.Jw = product(self.Q), product(self.rows), product(self.rows.T)
 
-    def wrong(self, x: Array, z: Array, held: Mask) -> Mask:
+    def reach(self, size: float) -> float:
+        """A length of the data, where x has this size."""
+        return min(self.pull, self.farthest) if self.farthest > 1e-10 * size else self.pull
+
+    def independent(self, held: Mask) -> tuple[bool, bool]:
+        """Whether the rows of what holds are independent, and whether its equations are far from being dependent."""
+        lengths = np.concatenate([self.lengths[: self.e], self.lengths[self.e :][held]])
+        if not len(lengths):
+            return True, True
+        if not lengths.all():
+            return False, bool(lengths[: self.e].all())
+        rows = torch.from_numpy(np.concatenate([self.rows[: self.e], self.rows[self.e :][held]]) / lengths[:, None])
+        gram = torch.mm(rows, rows.mT)
+        gram.diagonal().sub_(DEPENDENT)
+        factor, info = torch.linalg.cholesky_ex(gram)
+        # the first e pivots are those of the equations alone
+        apart = self.e < 2 or bool((factor.diagonal().numpy()[: self.e] ** 2 > NEARLY).all())
+        return not info.item(), apart
+
+    def lane(self, vector: npt.NDArray[Any]) -> torch.Tensor:
+        """As a tensor [*lanes, length]."""
+        return torch.from_numpy(vector).reshape((*self.lanes, -1))
+
+
+class Terms:
+    """The terms of the conditions at x and w, and what they say.
+
+    Attributes:
+        left: what is left of the gradient of the Lagrangian, [n]; ``scale`` is the size of its terms.
+        off: J x - s, [c]; ``away`` the same as lengths, positive where an inequality is violated.
+        force: of the inequalities, [m].
+        size, length: of x, and of the program; distances are relative to these.
+    """
+
+    def __init__(self, of: SingleProgram, x: Array, w: Array) -> None:
+        self.of, self.x, self.w = of, x, w
+        curved = of.Qx(x)
+        gradient = curved + of.p
+        self.left, self.off = gradient + of.Jw(w), of.Jx(x) - of.sides
+        self.away, self.force = self.off / of.over, w[of.e :] * of.lengths[of.e :]
+        scale, self.size = _norm(gradient) + _norm(curved), _norm(x)
+        self.scale = scale if scale != 0 else 1.0
+        self.length = max(self.size, NOISE * _EPS * of.n**0.5, of.reach(self.size))
+
+    def wrong(self, held: Mask) -> Mask:
         """Held borders that pull, and others that are crossed."""
-        force, distance = self.sides(x, z)
-        wrong: Mask = np.where(held, force, distance) < -self.noise
+        wrong: Mask = np.where(held, self.force / self.scale, self.away[self.of.e :] / -self.length) < -self.of.noise
         return wrong
 
-    def _reach(self, size: float) -> float:
-        far = self.offsets[(self.offsets > 1e-10 * size) & (self.offsets < math.inf)]
-        farthest = float(far.max()) if len(far) else 0.0
-        return min(self.pull, farthest) if farthest > 0 else self.pull
+    def violation(self) -> float:
+        """The largest violation of a condition of optimality, relative to the size of its terms.
 
-    def _scales(self, x: Array) -> tuple[Array, float, float]:
-        """The gradient, the size of its terms, and a length of the program."""
-        curved, size = self.Qx(x), _norm(x)
-        slope = curved + self.p
-        return slope, _norm(slope) + _norm(curved), max(size, NOISE * _EPS * len(x) ** 0.5, self._reach(size))
+        Of an inequality with force a and distance b, the conditions a >= 0, b >= 0 and a b = 0 are min(a, b) = 0.
+        """
+        both = np.minimum(self.force / self.scale, self.away[self.of.e :] / -self.length)
+        equations = np.abs(self.away[: self.of.e]) / self.length
+        parts = _norm(self.left) / self.scale, _largest(equations), _largest(np.abs(both))
+        return max(parts) if sum(parts) < math.inf else math.inf  # NaN is not below inf
 
-    def _distance(self, x: Array, length: float) -> Array:
-        inside = self.h - self.Gx(x)
-        distance: Array = np.where(self.of_h > 0, inside / self.of_h, np.where(inside == 0, 0.0, inside * math.inf))
-        return distance / length
+    def borders(self, eps: float, active_rtol: float) -> tuple[float, float, float, Mask, Mask]:
+        """For data with this relative error: the size of x, distances that are zero and at the border, and who is.
 
-    def sides(self, x: Array, z: Array) -> tuple[Array, Array]:
-        """Forces relative to the terms of the gradient, signed distances relative to a length of the program."""
-        _, scale, length = self._scales(x)
-        return z * self.of_h / (scale if scale > 0 else 1.0), self._distance(x, length)
-
-    def off(self, x: Array, y: Array, z: Array, held: Mask) -> Array:
-        """The conditions with the held inequalities as equations."""
-        slope = self.Qx(x) + self.p + self.Ay(y) + self.Gz(z)
-        return np.concatenate([slope, self.Ax(x) - self.b, held * (self.Gx(x) - self.h)])
-
-    def violation(self, x: Array, y: Array, z: Array) -> float:
-        """The largest violation of a condition of optimality, relative to the size of its terms."""
-        slope, scale, length = self._scales(x)
-        scale, z = scale if scale > 0 else 1.0, z.clip(min=0)
-        still = _norm(slope + self.Ay(y) + self.Gz(z)) / scale
-        equations = np.abs(self.Ax(x) - self.b) / np.where(self.of_b > 0, self.of_b, 1.0) / length
-        force, distance = z * self.of_h / scale, self._distance(x, length)
-        slack = np.minimum(force, distance.clip(min=0))  # complementarity: one of the two is zero
-        worst = float(np.concatenate([[still], equations, (-distance).clip(min=0), slack]).max())
-        return worst if worst == worst else math.inf
-
-    def active_set(
-        self, found: Exact, eps: float, active_rtol: float, hold_kinks: bool
-    ) -> tuple[ActiveConstraints, torch.Tensor]:
-        """What :meth:`Conditions.active_set` says of a proved solution, for data with this relative error."""
-        solution = found.solution
-        x, y, z = (t.reshape(-1).numpy() for t in (solution.x, solution.equality, solution.inequality))
-        slope, scale, _ = self._scales(x)
-        size = _norm(x)
-        zero = max(ABSOLUTE, 16 * eps) * self._reach(size)
-        size = max(size, NOISE * eps * len(x) ** 0.5)
+        The masks [m] are that of the inequalities at their border, and that of those with a force too.
+        """
+        zero, size = max(ABSOLUTE, 16 * eps) * self.of.reach(self.size), max(self.size, NOISE * eps * self.of.n**0.5)
         tolerance = max(active_rtol * size, zero)
-        with np.errstate(all="ignore"):
-            distance = self._distance(x, 1.0)
-            off = np.concatenate([np.abs(self.Ax(x) - self.b) / self.of_b, (-distance).clip(min=0)])
-        off[: len(y)][self.of_b == 0] = np.where(self.b[self.of_b == 0] == 0, 0.0, math.inf)
-        near = distance <= tolerance
-        active = near & (z * self.of_h > active_rtol * scale)
+        near = -self.away[self.of.e :] <= tolerance
+        return size, zero, tolerance, near, near & (self.force > active_rtol * self.scale)
+
+    def farthest_outside(self) -> float:
+        """The largest distance from a constraint."""
+        return max(_largest(np.abs(self.away[: self.of.e])), _largest(self.away[self.of.e :]))
+
+    def settled(self, held: Mask, eps: float, active_rtol: float, rtol: float) -> bool:
+        """Whether ``held`` is all there is to say of a proved solution.
+
+        No kink, rows that are independent, x inside of the constraints to ``rtol`` of its size.
+        """
+        size, zero, _, near, active = self.borders(eps, active_rtol)
+        if not (np.array_equal(near, held) and np.array_equal(active, held)):
+            return False
+        return self.farthest_outside() <= max(zero, rtol * size) and all(self.of.independent(held))
+
+    def active_set(self, eps: float, active_rtol: float, hold_kinks: bool) -> tuple[ActiveConstraints, torch.Tensor]:
+        """What :meth:`Conditions.active_set` says of a proved solution, for data with this relative error."""
+        of, e = self.of, self.of.e
+        size, zero, tolerance, near, active = self.borders(eps, active_rtol)
         kinks = near & ~active
-        kept = np.where(active, z, 0.0)
-        left = _norm(slope + self.Ay(y) + self.Gz(kept)) / scale if scale > 0 else 0.0
-        violation = float(off.max()) if len(off) else 0.0
+        kept = np.where(active, self.w[e:], 0.0)
+        left = self.left - of.Jw(np.concatenate([np.zeros(e), self.w[e:] - kept]))
+        violation = self.farthest_outside()
         held = active | kinks if hold_kinks else active
         numbers = {
             "num_active": int(np.count_nonzero(active)),
@@ -113,32 +147,20 @@ class SingleProgram:
             "tolerance": tolerance,
             "violation": violation,
             "relative_violation": 0.0 if violation <= zero else violation / size,
-            "stationarity": left,
-            "independent": self._independent(held),
+            "stationarity": _norm(left) / self.scale,
+            "independent": of.independent(held)[0],
         }
-        vectors = {"active": active, "kinks": kinks, "inequality": kept}
-        tensors = {name: self.lane(vector) for name, vector in vectors.items()}
+        vectors = {"active": active, "kinks": kinks, "equality": self.w[:e], "inequality": kept}
+        tensors = {name: of.lane(vector) for name, vector in vectors.items()}
         for name, value in numbers.items():
             dtype = torch.float64 if isinstance(value, float) else None
-            tensors[name] = torch.full(self.lanes, value, dtype=dtype)
-        return ActiveConstraints(kinks_known=True, equality=solution.equality, **tensors), self.lane(held)
-
-    def lane(self, vector: npt.NDArray[Any]) -> torch.Tensor:
-        """As a tensor [*lanes, length]."""
-        return torch.from_numpy(vector).reshape((*self.lanes, -1))
-
-    def _independent(self, held: Mask) -> bool:
-        """Whether the rows of what holds are independent."""
-        lengths = np.concatenate([self.of_b, self.of_h[held]])
-        if not len(lengths):
-            return True
-        if not lengths.all():
-            return False
-        rows = torch.from_numpy(np.concatenate([self.A, self.G[held]]) / lengths[:, None])
-        gram = rows @ rows.mT
-        gram.diagonal().sub_(DEPENDENT)
-        return not torch.linalg.cholesky_ex(gram).info.item()
+            tensors[name] = torch.full(of.lanes, value, dtype=dtype)
+        return ActiveConstraints(kinks_known=True, **tensors), of.lane(held)  # type: ignore[arg-type]
 
 
 def _norm(vector: Array) -> float:
-    return float(np.linalg.norm(vector)) if len(vector) else 0.0
+    return math.sqrt(vector.dot(vector))
+
+
+def _largest(vector: Array) -> float:
+    return float(np.maximum.reduce(vector, initial=0.0))

@@ -1,5 +1,6 @@
 """Inner solvers that obey the solver protocol ``solver(objective, init, *theta) -> x``."""
 
+from implicitlayer.programs._backends import DAQP, ActiveSet, Moreau, ProxQP, QPSolvers
 from implicitlayer.solvers._accelerated_gradient import AcceleratedGradient
 from implicitlayer.solvers._anderson import AndersonAcceleration
 from implicitlayer.solvers._gradient_descent import GradientDescent
@@ -14,19 +15,24 @@ from implicitlayer.solvers._scipy import SciPyMinimize
 from implicitlayer.solvers._torch_optimizer import TorchOptimizer
 
 __all__ = [
+    "DAQP",
     "LBFGS",
     "OSQP",
     "AcceleratedGradient",
+    "ActiveSet",
     "AndersonAcceleration",
     "Broyden",
     "Clarabel",
     "GradientDescent",
     "InteriorPoint",
     "Iteration",
+    "Moreau",
     "Newton",
     "NewtonCG",
     "ProjectedGradient",
+    "ProxQP",
     "ProximalGradient",
+    "QPSolvers",
     "SciPyMinimize",
     "TorchOptimizer",
 ]

@@ -3,46 +3,40 @@
 import pytest
 import torch
 from references import F64, randn, relative_error
-from solvers.test_interior_point import Program, programs
+from solvers.test_interior_point import programs
 
 import implicitlayer as il
-from implicitlayer.constrained import _qp_solve
-from implicitlayer.programs import _qp_cold
+from implicitlayer.constrained import _qp, _qp_solve
+from implicitlayer.constrained._qp_solve import QuadraticSolver
 from implicitlayer.programs._interior_point import interior_point
-from implicitlayer.programs._qp_cold import answers
+from implicitlayer.programs._kkt_active import Tolerances
+from implicitlayer.programs._qp_cold import cold_lanes
 from implicitlayer.programs._qp_exact import TIGHT, exact, factorised, violation
 
 ROUNDING = 1e-9  # of solves with the matrix of a random program, condition below 1e5
 
 
 @pytest.mark.parametrize(("n", "e", "m"), [(1, 0, 1), (4, 2, 0), (6, 0, 12), (10, 3, 12), (30, 5, 40)])
-def test_what_the_search_finds_are_solutions(n: int, e: int, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_search_proves_are_solutions(n: int, e: int, m: int) -> None:
     data = programs(30, n, e, m, seed=n + e)
-    rest: list[int] = []
-
-    def counted(some: Program, rtol: float) -> object:
-        rest.append(len(some[1]))
-        return interior_point(some, rtol)
-
-    monkeypatch.setattr(_qp_cold, "interior_point", counted)
-    answer, _ = answers(data, 1e-9)
-    assert sum(rest) <= 6  # a search that fails falls back in silence, and slowly
-    # V'V keeps the digits that the condition of Q, at most 1e5 here, leaves: the exact solve comes after it
-    assert float(violation(data, answer).max()) < 1e-8
+    found = cold_lanes(data, F64)
+    proved = found.proved
+    assert int((~proved).sum()) <= 6  # a search that fails falls back in silence, and slowly
+    assert float(violation(data, found.at)[proved].max()) <= TIGHT
     exactly = exact(data, interior_point(data), torch.ones(30, dtype=torch.bool)).solution
     for name in ("x", "equality", "inequality"):
-        assert relative_error(getattr(answer, name), getattr(exactly, name)) < 1e-6
+        assert relative_error(getattr(found.at, name)[proved], getattr(exactly, name)[proved]) < ROUNDING
 
 
 def test_the_factors_are_those_of_the_whole_matrix_in_every_lane() -> None:
     n, e, m = 10, 2, 12
     data = tuple(t.reshape(4, 5, *t.shape[1:]) for t in programs(20, n, e, m, seed=4))
-    answer, start = answers(data, 1e-9)  # type: ignore[arg-type]
-    assert start is not None and start.held.shape == (4, 5, m)
-    assert len({int(count) for count in start.held.sum(-1).flatten()}) > 1  # lanes hold different numbers of rows
+    found = cold_lanes(data, F64)  # type: ignore[arg-type]
+    assert bool(found.proved.all()) and found.held.shape == (4, 5, m)
+    assert len({int(count) for count in found.held.sum(-1).flatten()}) > 1  # lanes hold different numbers of rows
     rhs = randn(4, 5, n + e + m, 3, seed=0)
-    assert relative_error(start.factors.solve(rhs), factorised(data, start.held).solve(rhs)) < ROUNDING  # type: ignore[arg-type]
-    assert start.factors.codes.shape == answer.codes.shape == (4, 5)
+    assert relative_error(found.factors.solve(rhs), factorised(data, found.held).solve(rhs)) < ROUNDING  # type: ignore[arg-type]
+    assert found.factors.codes.shape == found.at.codes.shape == (4, 5)
 
 
 def test_lanes_that_the_search_cannot_solve_are_left_to_the_interior_point() -> None:
@@ -52,7 +46,9 @@ def test_lanes_that_the_search_cannot_solve_are_left_to_the_interior_point() -> 
     h = torch.cat([h, torch.full((6, 10), 10.0, dtype=F64)], -1)
     G[3, 1], h[3, 1] = G[3, 0], h[3, 0]  # a border that is given twice
     data = Q, p, A, b, G, h
-    found = exact(data, answers(data, 1e-9)[0], torch.ones(6, dtype=torch.bool))
+    proof = cold_lanes(data, F64)
+    assert not bool(proof.proved[1])
+    found, _ = QuadraticSolver(None, Tolerances(1e-6, 1e-8), False, "warn")._solved(data, proof, torch.finfo(F64).eps)
     assert float(found.error.max()) <= TIGHT
     for lane in range(6):
         alone = tuple(t[lane : lane + 1] for t in data)
@@ -69,7 +65,8 @@ def test_no_constraint_at_all_and_no_lane_at_all() -> None:
 def test_gradients_are_those_of_the_interior_point(monkeypatch: pytest.MonkeyPatch) -> None:
     leaves = [t.requires_grad_() for t in programs(8, 8, 2, 10, seed=6)]
     found = torch.autograd.grad((il.qp(*leaves) ** 3).sum(), leaves)
-    monkeypatch.setattr(_qp_solve, "answers", lambda program, rtol: (interior_point(program, rtol), None))
+    for module in (_qp, _qp_solve):
+        monkeypatch.setattr(module, "searched", lambda program, dtype, search: None)
     expected = torch.autograd.grad((il.qp(*leaves) ** 3).sum(), leaves)
     for got, want in zip(found, expected, strict=True):
         assert relative_error(got, want) < ROUNDING
@@ -90,9 +87,8 @@ def test_what_the_search_calls_solved_satisfies_the_conditions_with_a_nearly_sin
     Q = V * torch.logspace(0, -12, n, dtype=F64) @ V.mT
     _, p, A, b, G, h = programs(lanes, n, 1, 8, seed=1)
     data = (Q + Q.mT) / 2, p, A, b, G, h
-    answer, start = answers(data, 1e-9)
-    # what is called solved by the search satisfies the conditions; the interior point judges itself otherwise
-    assert start is None or float(violation(data, answer).max()) <= 1e-6
+    found = cold_lanes(data, F64)
+    assert not bool((found.proved & (violation(data, found.at) > TIGHT)).any())
 
 
 def test_overflow_inside_is_no_warning_and_float32_gram_matrices_are_no_refusal() -> None:

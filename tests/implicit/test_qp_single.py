@@ -9,12 +9,12 @@ from references import F64, randn, relative_error
 from solvers.test_interior_point import Program, programs
 
 import implicitlayer as il
-from implicitlayer.constrained import _qp_solve
+from implicitlayer.constrained import _qp, _qp_solve
 from implicitlayer.constrained._qp import _scalar, _written_out
 from implicitlayer.programs._interior_point import QuadraticSolution, interior_point
-from implicitlayer.programs._qp_exact import TIGHT, Exact, conditions, exact, factorised, violation
+from implicitlayer.programs._qp_exact import TIGHT, conditions, exact, factorised, violation
 from implicitlayer.programs._qp_schur import SchurRows
-from implicitlayer.programs._qp_single import exact_cold, exact_near
+from implicitlayer.programs._qp_single import SingleProof, exact_cold, exact_near
 from implicitlayer.programs._qp_terms import SingleProgram
 
 ROUNDING = 1e-9  # of solves with the matrix of a random program, condition below 1e5
@@ -25,8 +25,10 @@ ROUNDING = 1e-9  # of solves with the matrix of a random program, condition belo
 def test_the_exact_solution_is_that_of_many_programs(n: int, e: int, m: int, cold: bool) -> None:
     data = programs(1, n, e, m, seed=n + e)
     answer = interior_point(data)
-    one, many = single(data, None if cold else answer), exact(data, answer, torch.tensor([True]))
-    assert one is not None and bool((one.error <= TIGHT).all()) and bool((one.held == many.held).all())
+    proof, many = single(data, None if cold else answer), exact(data, answer, torch.tensor([True]))
+    assert proof is not None
+    one = proof.exact()
+    assert bool((one.error <= TIGHT).all()) and bool((one.held == many.held).all())
     # its own error is the violation that the long way measures, up to rounding
     assert float((one.error - violation(data, one.solution)).abs()) < 1e-14
     for name in ("x", "equality", "inequality"):
@@ -36,7 +38,7 @@ def test_the_exact_solution_is_that_of_many_programs(n: int, e: int, m: int, col
     assert relative_error(one.factors.solve(rhs), factorised(data, many.held).solve(rhs)) < ROUNDING
 
 
-def single(data: Program, answer: QuadraticSolution | None) -> Exact | None:
+def single(data: Program, answer: QuadraticSolution | None) -> SingleProof | None:
     """The exact solution next to the answer, or from a cold start."""
     program = SingleProgram(data)
     return exact_cold(program) if answer is None else exact_near(program, answer)
@@ -46,7 +48,7 @@ def test_what_is_not_proved_is_left_to_the_long_way() -> None:
     data = programs(1, 6, 0, 12, seed=1)
     far = interior_point(data, max_steps=0)  # the start of the search: no active set can be told from it
     found = single(data, far)
-    assert found is None or bool((violation(data, found.solution) <= TIGHT).all())
+    assert found is None or bool((violation(data, found.exact().solution) <= TIGHT).all())
     Q, p, A, b, G, h = data
     impossible = Q, p, A, b, torch.cat([G, -G], 1), torch.cat([h, -h - 1], -1)  # G x <= h and G x >= h + 1
     assert single(impossible, interior_point(impossible)) is None and single(impossible, None) is None
@@ -70,18 +72,18 @@ def test_scales_of_the_data_do_not_matter_to_a_cold_start() -> None:
     for length, cost, row in ((1e-9, 1.0, 1e7), (1e6, 1e-12, 1e-5), (1.0, 1e100, 1.0)):
         scaled = single((Q * cost, p * cost * length, A * row, b * row * length, G * row, h * row * length), None)
         assert scaled is not None and bool((scaled.held == plain.held).all())
-        assert relative_error(scaled.solution.x / length, plain.solution.x) < ROUNDING
+        assert relative_error(scaled.solution()[0] / length, plain.solution()[0]) < ROUNDING
 
 
 @pytest.mark.parametrize("hold_kinks", [False, True])
 @pytest.mark.parametrize("eps", [torch.finfo(torch.float64).eps, torch.finfo(torch.float32).eps])
 def test_the_active_set_is_what_many_programs_say(eps: float, hold_kinks: bool) -> None:
     for data in (*(programs(1, n, e, m, seed=7) for n, e, m in ((3, 0, 2), (4, 2, 0), (10, 3, 12))), *degenerate()):
-        program, dtype = SingleProgram(data), torch.float64 if eps < 1e-10 else torch.float32
+        dtype = torch.float64 if eps < 1e-10 else torch.float32
         found = single(data, None)
         assert found is not None
-        at = found.solution
-        one, held = program.active_set(found, eps, 1e-8, hold_kinks)
+        at = found.exact().solution
+        one, held = found.terms.active_set(eps, 1e-8, hold_kinks)
         many, also_held = conditions(data, at.x, dtype).active_set(at.equality, at.inequality, 1e-8, hold_kinks)
         assert torch.equal(held, also_held) and one.kinks_known == many.kinks_known
         for name in ("active", "kinks", "num_active", "num_kinks", "independent"):
@@ -110,7 +112,8 @@ def degenerate() -> list[Program]:
 
 def test_rows_that_depend_on_each_other_have_no_factors() -> None:
     Q, rows = np.eye(3), np.array([[1.0, 0.0, 0.0], [2.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
-    system = SchurRows(Q, 1.0, rows[:0], rows, np.array([1.0, 2.0, 1.0]))
+    data = *(Q, np.ones(3)), rows[:0], np.ones(0), rows, np.ones(3)
+    system = SchurRows(SingleProgram(tuple(torch.from_numpy(array) for array in data)))  # type: ignore[arg-type]
     assert system.hold(np.array([True, True, False])) is None
     assert system.hold(np.array([True, False, True])) is not None
 
@@ -128,7 +131,9 @@ def gradients(data: Program, monkeypatch: pytest.MonkeyPatch | None = None) -> t
     if monkeypatch is None:
         return torch.autograd.grad(scalar_of(leaves), leaves)
     with monkeypatch.context() as patch:
-        patch.setattr(_qp_solve.QuadraticSolver, "_single", lambda self, data, like: None)
+        patch.setattr(_qp_solve.QuadraticSolver, "_single", lambda self, data, proof, eps: None)
+        for module in (_qp, _qp_solve):
+            patch.setattr(module, "searched", lambda program, dtype, search: None)
         # a graph of the gradient is asked for: that of torch.func, not what is written out
         return torch.autograd.grad(scalar_of(leaves), leaves, create_graph=True)
 

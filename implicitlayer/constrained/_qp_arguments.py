@@ -1,0 +1,192 @@
+"""The arguments of ``il.qp``: checked, with both sides of rows and bounds of x as rows of one kind."""
+
+# NOTE [two sides]: lower <= G x <= h and lb <= x <= ub are rows G x <= h, -G x <= -lower, x <= ub, -x <= -lb of one
+# program, each of them left out where no program has that side. A row whose sides are equal in every program is an
+# equation, with its sides' mean on the right: of two tensors that are equal only a change of both at once keeps the
+# program feasible, and the solution follows it. Inside a transform no value can be looked at, and every side is a row.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from implicitlayer import _torch
+from implicitlayer.constrained._kkt import Multipliers
+
+__all__ = ["Fold", "arguments", "on_all_levels"]
+
+_NO_BOUND = 1e20
+# How many dimensions of each argument belong to one program.
+_RANKS = {"Q": 2, "p": 1, "A": 2, "b": 1, "G": 2, "h": 1, "lower": 1, "lb": 1, "ub": 1}
+
+# multipliers of the equations and of the one-sided rows -> those of what was given
+Fold = Callable[[torch.Tensor, torch.Tensor], Multipliers]
+
+
+def arguments(given: dict[str, Any]) -> tuple[torch.Size, tuple[torch.Tensor, ...], Fold]:
+    """The batch dimensions, Q, p, A, b, G, h, and what turns their multipliers into those of the arguments."""
+    both = any(given[name] is not None for name in ("lower", "lb", "ub"))
+    batch, tensors = _checked(given)
+    Q, p, A, b = (tensors[name] for name in ("Q", "p", "A", "b"))
+    if not both:
+        G, h = _without_missing(tensors["G"], tensors["h"])
+        return batch, (Q, p, A, b, G, h), Multipliers
+    rows = [_Rows.of(tensors["G"], tensors.get("lower"), tensors.get("h"))]
+    if "lb" in tensors or "ub" in tensors:
+        eye = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device).reshape(*[1] * len(batch), *Q.shape[-2:])
+        rows.append(_Rows.of(eye, tensors.get("lb"), tensors.get("ub")))
+    parts = [part.one_sided() for part in rows]
+    A, b = _joined([A, *(part[0] for part in parts)], -2), _joined([b, *(part[1] for part in parts)], -1)
+    G, h = _joined([part[2] for part in parts], -2), _joined([part[3] for part in parts], -1)
+    e = tensors["b"].shape[-1]
+
+    def fold(y: torch.Tensor, z: torch.Tensor) -> Multipliers:
+        ys = y.split([e, *(len(part.equal) for part in rows)], -1)
+        zs = z.split([len(part.above) + len(part.below) for part in rows], -1)
+        found = [part.multipliers(y, z) for part, y, z in zip(rows, ys[1:], zs, strict=True)]
+        return Multipliers(ys[0], found[0] if len(found) == 1 else tuple(found))
+
+    return batch, (Q, p, A, b, *_without_missing(G, h)), fold
+
+
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """Rows with two sides; the indices of those that are equations, and of those with a side above and below."""
+
+    matrix: torch.Tensor
+    lower: torch.Tensor
+    upper: torch.Tensor
+    equal: torch.Tensor
+    above: torch.Tensor
+    below: torch.Tensor
+
+    @classmethod
+    def of(cls, matrix: torch.Tensor, lower: torch.Tensor | None, upper: torch.Tensor | None) -> _Rows:
+        """The rows lower <= matrix x <= upper; None: no side."""
+        m, device = matrix.shape[-2], matrix.device
+        none = matrix.new_full((*[1] * (matrix.ndim - 2), m), torch.inf)
+        sides = (-none if lower is None else lower), (none if upper is None else upper)
+        if _torch.transforms_active():
+            masks = torch.zeros(3, m, dtype=torch.bool, device=device)
+            masks[1], masks[2] = upper is not None, lower is not None
+        else:
+            low, high = (t.detach() for t in sides)
+            # NaN is a side: the solver refuses it
+            found = (low == high) & (high.abs() < _NO_BOUND), ~(high >= _NO_BOUND), ~(low <= -_NO_BOUND)
+            equal, above, below = (t.flatten(0, -2) if t.ndim > 1 else t[None] for t in found)
+            same = equal.all(0)
+            masks = torch.stack([same, above.any(0) & ~same, below.any(0) & ~same])
+        equal, above, below = (mask.nonzero()[:, 0] for mask in masks)
+        return cls(matrix, *sides, equal, above, below)
+
+    def one_sided(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Rows and right-hand sides of the equations, and of the inequalities."""
+
+        def pick(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+            return tensor.index_select(tensor.ndim + dim, index)
+
+        A, above, below = (pick(self.matrix, -2, index) for index in (self.equal, self.above, self.below))
+        mean = (pick(self.lower, -1, self.equal) + pick(self.upper, -1, self.equal)) / 2
+        h = _joined([pick(self.upper, -1, self.above), -pick(self.lower, -1, self.below)], -1)
+        return A, mean, torch.cat([above, -below], -2), h
+
+    def multipliers(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        """[*lanes, m]: positive at the upper side, negative at the lower one, of either sign where they are equal."""
+        above, below = z.split([len(self.above), len(self.below)], -1)
+        found = z.new_zeros(*z.shape[:-1], self.matrix.shape[-2])
+        for index, part in ((self.equal, y), (self.above, above), (self.below, -below)):
+            found = found.index_add(-1, index, part)
+        return found
+
+
+def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """One tensor of all parts along ``dim``; their dimensions before that are broadcast."""
+    parts = [part for part in parts if part.shape[dim]] or parts[:1]
+    if len(parts) == 1:
+        return parts[0]
+    leading = torch.broadcast_shapes(*(part.shape[:dim] for part in parts))
+    return torch.cat([part.expand(*leading, *part.shape[dim:]) for part in parts], dim)
+
+
+def _without_missing(G: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same with 0'x <= 1 in place of rows without a bound; :data:`_NO_BOUND` is what most solvers take for none."""
+    missing = h >= _NO_BOUND
+    if not _torch.transforms_active() and not bool(missing.any()):
+        return G, h
+    return torch.where(missing[..., None], 0.0, G), torch.where(missing, 1.0, h)
+
+
+def _checked(given: dict[str, Any]) -> tuple[torch.Size, dict[str, torch.Tensor]]:
+    """The batch dimensions, and what is given with as many leading dimensions (of size one where it is shared)."""
+    given = {name: value for name, value in given.items() if value is not None or name in ("Q", "p")}
+    for name, tensor in given.items():
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+            raise TypeError(f"{name} must be a real floating tensor, got {kind}. Use torch.as_tensor(..., dtype=...).")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name} is sparse ({tensor.layout}); il.qp solves densely. Pass {name}.to_dense().")
+    p = given["p"]
+    sides = ("b",), ("h", "lower")
+    for matrix, vectors in zip(("A", "G"), sides, strict=True):
+        if (matrix in given) != any(vector in given for vector in vectors):
+            names = " or ".join(vectors)
+            raise ValueError(f"{matrix} and {names} belong together: give both or neither.")
+        if matrix not in given:
+            given |= {matrix: p.new_zeros(0, p.shape[-1] if p.ndim else 0), vectors[0]: p.new_zeros(0)}
+    tensors: dict[str, torch.Tensor] = given
+    for name, tensor in tensors.items():
+        if tensor.dtype != p.dtype or tensor.device != p.device:
+            raise ValueError(
+                f"{name} is {tensor.dtype} on {tensor.device}, but p is {p.dtype} on {p.device}. Bring all arguments "
+                "to one dtype and device; float64 is recommended."
+            )
+        if tensor.ndim < _RANKS[name]:
+            raise ValueError(
+                f"{name} needs {_RANKS[name]} dimensions after those of the batch, got shape {_shape(tensor)}."
+            )
+    n = p.shape[-1]
+    if not n:
+        raise ValueError(f"p must have at least one entry per program, got shape {_shape(p)}.")
+    rows = {
+        matrix: next(tensors[v] for v in vectors if v in tensors) for matrix, vectors in zip("AG", sides, strict=True)
+    }
+    expected = {"Q": (n, n), "A": (rows["A"].shape[-1], n), "G": (rows["G"].shape[-1], n)}
+    expected |= dict.fromkeys(("h", "lower"), (rows["G"].shape[-1],)) | dict.fromkeys(("lb", "ub"), (n,))
+    for name, shape in expected.items():
+        if name in tensors and tensors[name].shape[-len(shape) :] != shape:
+            raise ValueError(
+                f"{name} must end in dimensions {shape} to fit p and its right-hand side, got shape "
+                f"{_shape(tensors[name])} with p {_shape(p)}."
+            )
+    leading = {name: tensor.shape[: tensor.ndim - _RANKS[name]] for name, tensor in tensors.items()}
+    if not any(leading.values()):
+        return torch.Size(()), tensors
+    try:
+        batch = torch.broadcast_shapes(*leading.values())
+    except RuntimeError:
+        shapes = {name: tuple(shape) for name, shape in leading.items()}
+        raise ValueError(f"the batch dimensions do not fit together: {shapes}. They are broadcast.") from None
+    k = len(batch)
+    return batch, {
+        name: tensor.reshape(*[1] * (k - len(leading[name])), *tensor.shape) for name, tensor in tensors.items()
+    }
+
+
+def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(tensor.shape)
+
+
+def on_all_levels(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The tensors, each with the lanes of every vmap level that one of them has.
+
+    The solver sees the data with the lanes of all levels in front; it could not tell which level a lane belongs to if
+    an argument had some of them only.
+    """
+    if not _torch.transforms_active():
+        return list(tensors)
+    zeros = [torch.zeros_like(t.detach().reshape(-1)[:1]).sum() for t in tensors]
+    zero = torch.stack(zeros).sum()
+    return [t + zero for t in tensors]

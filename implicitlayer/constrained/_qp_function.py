@@ -1,0 +1,109 @@
+"""The plain path of ``il.qp``: a Function whose backward is one solve with the factors of the forward pass."""
+
+# NOTE [plain path]: a program whose solution is proved, with nothing to tell about it, needs none of what a layer does
+# for solvers and functions that it does not know. This Function hands the proof to backward, which solves K u = v with
+# its factors, looks at the residual, and reads the gradients off. Everything else is left to the general layer, of
+# which this is a special case, with the same numbers: a kink, a program that is not proved, a transform, records that
+# somebody collects; and in backward a second derivative, batched cotangents, or a solve that is not good enough.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from implicitlayer import _torch
+from implicitlayer.base._records import listening
+from implicitlayer.base._surroundings import saves_by_hooks
+from implicitlayer.base._types import Leaves
+from implicitlayer.constrained._qp_solve import Proof
+from implicitlayer.equation._capture import derivatives_possible
+from implicitlayer.equation._solve import alive, over_batched_vectors
+from implicitlayer.linear._operator import default_rtol
+
+__all__ = ["ProvedProgram", "by_data", "in_plain_surroundings"]
+
+Pull = list[torch.Tensor | None]
+# (x, y, z and mask of the proof, data, cotangents of these four, which data need a gradient) -> their gradients
+General = Callable[[Leaves, Leaves, Pull, tuple[bool, ...]], Pull]
+
+
+def in_plain_surroundings(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether nothing is at work around a call that the plain path would have to know."""
+    return not (
+        _torch.transforms_active()
+        or _torch.forward_mode_active()
+        or _torch.num_modes()
+        or listening()
+        or saves_by_hooks()
+        or any(t.is_inference() for t in tensors)
+    )
+
+
+class ProvedProgram(torch.autograd.Function):
+    """``apply(proof, general, Q, p, A, b, G, h) -> x, y, z``; see NOTE [plain path]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, proof: Proof, general: General, *data: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x, y, z, held = proof.solution()
+        dtype = data[1].dtype
+        x, y, z = (t.to(dtype, copy=True) for t in (x, y, z))  # what is handed out may be written to
+        ctx.proof, ctx.general = proof, general
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, y, z, held, *data)
+        return x, y, z
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        saved, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        solution, data = list(saved[:4]), list(saved[4:])
+        given = [c for c in cotangents if c is not None]
+        if not given:
+            return (None,) * 8
+        if not (derivatives_possible() or listening() or any(_torch.is_batched_by_grad(c) for c in given)):
+            found = _plain(ctx.proof, solution, data, cotangents, needed)
+            if found is not None:
+                return (None, None, *found)
+        solution, data = list(alive(solution)), list(alive(data))
+        solution[3] = solution[3].to(data[1].dtype)
+        rule = lambda v: ctx.general(solution, data, v, needed)  # noqa: E731
+        return (None, None, *over_batched_vectors(rule, [*alive(cotangents), None]))
+
+
+def _plain(
+    proof: Proof, solution: Leaves, data: Leaves, cotangents: Sequence[torch.Tensor | None], needed: tuple[bool, ...]
+) -> Pull | None:
+    """The gradients by the factors of the proof; None where these do not give them to the usual tolerance."""
+    x, y, z, _ = solution
+    u = proof.adjoint([None if c is None else c.double() for c in cotangents], default_rtol(x.dtype))
+    if u is None:
+        return None
+    ux, uw = (-t.to(x.dtype) for t in u)
+    return by_data((x, y, z), (ux, uw[..., : y.shape[-1]], uw[..., y.shape[-1] :]), data, needed)
+
+
+# With F the conditions of ``_qp`` at u = (u_x, u_y, u_z), u_z zero where an inequality is not held, as z is:
+#     <F, u> = u_x'(Q x + p + A'y + G'z) + u_y'(A x - b) + u_z'(G x - h),   Q its symmetric part.
+
+
+def by_data(at: Sequence[torch.Tensor], u: Sequence[torch.Tensor], data: Leaves, needed: Sequence[bool]) -> Pull:
+    """The derivatives of <F, u> in the data that are needed; summed where programs share them."""
+    (x, y, z), (ux, uy, uz) = at, u
+    found: Pull = [None] * 6
+    both = torch.stack([ux, x], -2)
+    if needed[0]:
+        found[0] = torch.stack([x / 2, ux / 2], -1) @ both
+    for k, w, uw in ((2, y, uy), (4, z, uz)):
+        if needed[k]:
+            found[k] = torch.stack([w, uw], -1) @ both
+        if needed[k + 1]:
+            found[k + 1] = -uw
+    if needed[1]:
+        found[1] = ux
+    return [
+        t if t is None or t.shape == like.shape else t.sum_to_size(like.shape)
+        for t, like in zip(found, data, strict=True)
+    ]

@@ -1,0 +1,248 @@
+"""Other people's solvers of quadratic programs, as the search for the active set of ``il.qp``."""
+
+# NOTE [search]: what such a solver returns is a guess. Where the conditions of optimality of the program itself hold
+# there, or at the point that its active set belongs to, to rounding, the solution is proved; every other lane is solved
+# by the library itself, which also finds out what is wrong with it. So a solver that fails, or is not accurate, costs
+# time and nothing else, and kinks, curvature and programs without a solution are told as ever.
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from implicitlayer.programs._interior_point import Data, ProgramStatus, QuadraticSolution
+from implicitlayer.programs._qp_cold import cold_lanes
+
+__all__ = ["DAQP", "ActiveSet", "Moreau", "ProxQP", "QPSolvers", "Search", "fastest"]
+
+Vector = npt.NDArray[np.float64]
+# x, y, z of one program, or None where it was not solved
+Answer = tuple[Any, Any, Any] | None
+
+_FAR = 1e20  # what these solvers take for no side
+_SMALL = 64  # unknowns up to which DAQP is faster than the search of the library (measured, one core)
+
+
+class Search:
+    """Base class: a solver of programs that ``il.qp`` takes its guess of the active set from; see NOTE [search].
+
+    A subclass has ``one``. Called with Q, p, A, b, G, h (leading dimensions are lanes), it returns a
+    :class:`QuadraticSolution` whose ``codes`` say which lanes were solved.
+    """
+
+    batched: ClassVar[bool] = True
+    package: ClassVar[str] = ""
+
+    @property
+    def name(self) -> str:
+        """What records call it."""
+        return type(self).__name__
+
+    def module(self) -> Any:
+        """The package, or an error that names the extra."""
+        try:
+            return import_module(self.package)
+        except ImportError as error:
+            raise ImportError(
+                f"il.solvers.{type(self).__name__} needs {self.package}: pip install 'implicitlayer[qp]'."
+            ) from error
+
+    def one(self, Q: Vector, p: Vector, A: Vector, b: Vector, G: Vector, h: Vector) -> Answer:
+        """The answer of one program, with y of either sign and z >= 0."""
+        raise NotImplementedError
+
+    def all(self, arrays: list[Vector]) -> list[Answer]:
+        """The answers of all lanes [B]."""
+        return [self.one(*(array[i] for array in arrays)) for i in range(len(arrays[1]))]
+
+    def __call__(
+        self, Q: torch.Tensor, p: torch.Tensor, A: torch.Tensor, b: torch.Tensor, G: torch.Tensor, h: torch.Tensor
+    ) -> QuadraticSolution:
+        data: Data = (Q, p, A, b, G, h)
+        lanes = p.shape[:-1]
+        arrays = [t.detach().reshape(lanes.numel(), *t.shape[len(lanes) :]).cpu().numpy() for t in data]
+        sizes = p.shape[-1], b.shape[-1], h.shape[-1]
+        found = [np.zeros((lanes.numel(), size)) for size in sizes]
+        codes = np.full(lanes.numel(), int(ProgramStatus.MAX_STEPS_REACHED))
+        # what is not finite is not for compiled code that may trust it
+        rows = [array.reshape(len(array), -1) for array in arrays]
+        finite = np.logical_and.reduce([np.isfinite(array).all(1) for array in rows])
+        if not finite.all():
+            arrays = [array[finite] for array in arrays]
+        for i, answer in zip(finite.nonzero()[0], self.all(arrays) if finite.any() else [], strict=True):
+            if answer is not None and all(np.isfinite(part).all() for part in answer):
+                codes[i] = int(ProgramStatus.SOLVED)
+                for into, part in zip(found, answer, strict=True):
+                    into[i] = part
+        parts = [torch.from_numpy(part).reshape(*lanes, -1).to(p.device) for part in found]
+        ends = torch.from_numpy(codes).reshape(lanes).to(p.device)
+        error = torch.where(ends == int(ProgramStatus.SOLVED), 0.0, math.inf).to(p.dtype)
+        return QuadraticSolution(parts[0], parts[1], parts[2], ends, torch.zeros_like(ends), error)
+
+
+@dataclass(frozen=True)
+class ActiveSet(Search):
+    """The library's own search from a cold start: what ``il.qp`` takes where no solver is named.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> eye, ones = torch.eye(2).double(), torch.ones(2).double()
+        >>> il.qp(eye, -ones, ub=0.5 * ones, solver=il.solvers.ActiveSet()).tolist()
+        [0.5, 0.5]
+    """
+
+    def __call__(
+        self, Q: torch.Tensor, p: torch.Tensor, A: torch.Tensor, b: torch.Tensor, G: torch.Tensor, h: torch.Tensor
+    ) -> QuadraticSolution:
+        found = cold_lanes((Q, p, A, b, G, h), torch.float64)
+        codes = torch.where(found.proved, int(ProgramStatus.SOLVED), int(ProgramStatus.MAX_STEPS_REACHED))
+        return replace(found.exact().solution, codes=codes)
+
+
+@dataclass(frozen=True)
+class DAQP(Search):
+    """DAQP, a dual active-set method in C: the fastest for programs of up to about 64 unknowns.
+
+    Args:
+        settings: of ``daqp.solve``.
+
+    Raises:
+        ImportError: when used, if daqp is missing; ``pip install 'implicitlayer[qp]'``.
+
+    Source: D. Arnstrom, A. Bemporad and D. Axehill, IEEE Transactions on Automatic Control 67 (2022).
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    package: ClassVar[str] = "daqp"
+
+    def all(self, arrays: list[Vector]) -> list[Answer]:
+        """The answers of all lanes [B]."""
+        solve, (Q, p, A, b, G, h) = self.module().solve, arrays
+        e, m = b.shape[-1], h.shape[-1]
+        rows, above = np.concatenate([A, G], 1), np.concatenate([b, h], 1)
+        below = np.concatenate([b, np.full_like(h, -1e30)], 1)
+        sense = np.array([5] * e + [0] * m, dtype=np.int32)
+        answers: list[Answer] = []
+        for i in range(len(p)):
+            x, _, flag, info = solve(Q[i], p[i], rows[i], above[i], below[i], sense, **self.settings)
+            answers.append((x, info["lam"][:e], info["lam"][e:]) if flag == 1 else None)
+        return answers
+
+
+@dataclass(frozen=True)
+class ProxQP(Search):
+    """ProxQP of proxsuite, a proximal augmented Lagrangian method in C++, one program at a time.
+
+    Args:
+        settings: of ``proxsuite.proxqp.dense.solve``; by default ``eps_abs = 1e-9``.
+
+    Raises:
+        ImportError: when used, if proxsuite is missing; ``pip install 'implicitlayer[qp]'``.
+
+    Source: A. Bambade et al., IEEE Transactions on Robotics 41 (2025).
+    """
+
+    settings: dict[str, Any] = field(default_factory=lambda: {"eps_abs": 1e-9})
+
+    package: ClassVar[str] = "proxsuite"
+
+    def one(self, Q: Vector, p: Vector, A: Vector, b: Vector, G: Vector, h: Vector) -> Answer:
+        """The answer of one program."""
+        found = self.module().proxqp.dense.solve(Q, p, A, b, G, np.full_like(h, -_FAR), h, **self.settings)
+        solved = found.info.status.name == "PROXQP_SOLVED"
+        return (found.x, found.y, found.z) if solved else None
+
+
+@dataclass(frozen=True)
+class Moreau(Search):
+    """Moreau's dual active-set method in Rust, all lanes in one call, on the CPU.
+
+    Args:
+        settings: of ``moreau.Settings``; by default the active-set method.
+
+    Raises:
+        ImportError: when used, if moreau is missing; ``pip install 'implicitlayer[qp]'``.
+    """
+
+    settings: dict[str, Any] = field(default_factory=lambda: {"solver": "active_set"})
+    _made: dict[tuple[int, ...], Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    package: ClassVar[str] = "moreau"
+
+    def all(self, arrays: list[Vector]) -> list[Answer]:
+        """The answers of all lanes [B]."""
+        moreau, (Q, p, A, b, G, h) = self.module(), arrays
+        e = b.shape[-1]
+        lanes, n, c = len(p), p.shape[-1], e + h.shape[-1]
+        key = lanes, n, e, c
+        if key not in self._made:  # a solver belongs to one shape; the latest is kept
+            self._made.clear()
+            columns = [np.tile(np.arange(n), k) for k in (n, c)]
+            offsets = [n * np.arange(k + 1) for k in (n, c)]
+            cones = moreau.Cones(num_zero_cones=e, num_nonneg_cones=c - e)
+            how = moreau.Settings(**self.settings, device="cpu", batch_size=lanes)
+            shape = offsets[0], columns[0], offsets[1], columns[1]
+            self._made[key] = moreau.CompiledSolver(n, c, *shape, cones, how)
+        solver = self._made[key]
+        solver.setup(Q.reshape(lanes, -1), np.concatenate([A, G], 1).reshape(lanes, -1))
+        found = solver.solve(p, np.concatenate([b, h], 1))
+        x, w = np.asarray(found.x).reshape(lanes, n), np.asarray(found.z).reshape(lanes, c)
+        solved = [status == moreau.SolverStatus.Solved for status in solver.info.status]
+        return [(x[i], w[i, :e], w[i, e:]) if solved[i] else None for i in range(lanes)]
+
+
+@dataclass(frozen=True)
+class QPSolvers(Search):
+    """Any solver of the package qpsolvers, one program at a time.
+
+    Args:
+        solver: its name there: ``"piqp"``, ``"quadprog"``, ``"clarabel"``, ...
+        settings: keyword arguments of ``qpsolvers.solve_problem``.
+
+    Raises:
+        ImportError: when used, if qpsolvers is missing; ``pip install 'implicitlayer[qp]'``.
+        ValueError: when used, if that solver is not installed.
+    """
+
+    solver: str
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    package: ClassVar[str] = "qpsolvers"
+
+    @property
+    def name(self) -> str:
+        """What records call it."""
+        return f"QPSolvers({self.solver})"
+
+    def one(self, Q: Vector, p: Vector, A: Vector, b: Vector, G: Vector, h: Vector) -> Answer:
+        """The answer of one program."""
+        package = self.module()
+        if self.solver not in package.available_solvers:
+            raise ValueError(
+                f"solver={self.solver!r} must be one of those that qpsolvers finds here, "
+                f"{sorted(package.available_solvers)}. pip install {self.solver} may bring it."
+            )
+        equations, rows = ((A, b) if len(b) else (None, None)), ((G, h) if len(h) else (None, None))
+        problem = package.Problem(Q, p, *rows, *equations)
+        try:
+            found = package.solve_problem(problem, solver=self.solver, **self.settings)
+        except package.exceptions.QPError:  # what is wrong with the program is found out by the library
+            return None
+        if not found.found:
+            return None
+        none = np.zeros(0)
+        return found.x, none if found.y is None else found.y, none if found.z is None else found.z
+
+
+def fastest(num_unknowns: int) -> Search:
+    """The fastest of what is installed for programs of that size."""
+    small = num_unknowns <= _SMALL and find_spec("daqp") is not None
+    return DAQP() if small else ActiveSet()
