@@ -22,7 +22,7 @@ from implicitlayer.equation._flat import Signature
 from implicitlayer.equation._jacobian import Graph
 from implicitlayer.equation._residual import Attached, Residual
 from implicitlayer.equation._rules import implicit_vjp
-from implicitlayer.equation._solve import fill
+from implicitlayer.equation._solve import Settings, fill
 from implicitlayer.layer._forward import Constraints
 from implicitlayer.programs._backends import ActiveSet, Search, fastest
 from implicitlayer.programs._interior_point_step import times
@@ -194,7 +194,7 @@ def _general_gradients(
     _, residual, _ = layer._equation(_scalar, spec, signature, ClosedOver())
     graph = None if derivatives_possible() else Graph(partial(residual.for_derivatives, z, data))
     v, solver, policy = fill(cotangents, z), layer.linear_solver, layer.on_failure
-    return implicit_vjp(residual, z, data, v, needed, graph=graph, solver=solver, on_failure=policy, kind="backward")
+    return implicit_vjp(residual, z, data, v, needed, Settings(solver, policy), graph=graph)
 
 
 class _QuadraticLayer(KktLayer):
