@@ -76,9 +76,13 @@ def finite_data(theta: Leaves) -> Leaves:
     return [torch.where(t.isfinite(), t, 1.0) if t.is_floating_point() else t for t in theta]
 
 
-def failed_result(value: Any, error: Exception) -> SolverResult:
+class FailedResult(SolverResult):
     """What stands for the answer of a solver that raised, in a lane that is masked."""
-    return SolverResult(value, Status.NONFINITE, message=f"the solver raised {type(error).__name__}: {error}")
+
+
+def failed_result(value: Any, error: Exception) -> FailedResult:
+    """The same, with ``value`` for the unknowns."""
+    return FailedResult(value, Status.NONFINITE, message=f"the solver raised {type(error).__name__}: {error}")
 
 
 def no_lane_named(error: Exception, lanes: torch.Size) -> SolverOutputError:

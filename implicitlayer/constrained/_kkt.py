@@ -23,7 +23,7 @@ from implicitlayer.equation._flat import Signature
 from implicitlayer.equation._residual import Attached, Residual
 from implicitlayer.layer._forward import Constraints
 from implicitlayer.layer._layer import ImplicitLayer, check_init
-from implicitlayer.layer._roles import check_roles
+from implicitlayer.layer._roles import check_linear_solver, check_roles
 from implicitlayer.layer._verdict import tell_step_limit
 from implicitlayer.programs._kkt_active import ActiveConstraints, Tolerances, stacked
 from implicitlayer.programs._kkt_linear import KktSolver
@@ -165,6 +165,7 @@ class ConstrainedLayer(CopiesFunctions):
         for name in ("equality", "inequality", "linear_solver"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise TypeError(f"{name} must be callable or None, got {type(getattr(self, name)).__name__}.")
+        check_linear_solver(self.linear_solver)
         if self.equality is None and self.inequality is None:
             raise ValueError("constrained_argmin needs equality= or inequality=. Without constraints use il.argmin.")
         if self.at_kink not in ("inactive", "active"):

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from implicitlayer._errors import NonFiniteError, SolverOutputError
-from implicitlayer.base._failures import FAILURES, failed_result, masking, refuse, replaced
-from implicitlayer.base._solution import RecordingSolver, SolverResult
-from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, name_lanes, unflatten
+from implicitlayer.base._failures import FailedResult, masking, refuse, replaced
+from implicitlayer.base._solution import SolverResult
+from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, name_lanes
 from implicitlayer.base._types import Leaves
 from implicitlayer.constrained._kkt_lagrangian import ConstrainedProblem, Form
-from implicitlayer.layer._forward import _check_leaf
+from implicitlayer.layer._forward import _check_leaf, called
 from implicitlayer.programs._kkt_multipliers import Known
 
 __all__ = ["Answer", "Caller"]
@@ -83,16 +83,10 @@ class Caller:
     def _call(
         self, problem: ConstrainedProblem, init: Leaves, spec: TreeSpec, theta: tuple[Any, ...], lanes: torch.Size
     ) -> Answer:
-        run = self.solver.run if isinstance(self.solver, RecordingSolver) else self.solver
-        # a copy of init: solvers may work in place
-        try:
-            answer = run(problem, unflatten([t.clone() for t in init], spec), *theta)
-        except FAILURES as error:
-            if lanes or not masking():
-                raise
+        answer = called(self.solver, problem, init, spec, theta, masks=not lanes and masking())
+        if isinstance(answer, FailedResult):
             none = [self._vectors(None, form, lanes, init[0].device)[0] for form in self.forms]
-            result = failed_result([torch.full_like(t, torch.nan) for t in init], error)
-            return Answer(result.value, [(none[0], none[1])], [result])
+            return Answer(flatten(answer.value)[0], [(none[0], none[1])], [answer])
         result = answer if isinstance(answer, SolverResult) else SolverResult(answer)
         try:
             x, given = self._read(result.value, init)

@@ -26,6 +26,7 @@ from implicitlayer.equation._limits_of_torch import limits_named, second_derivat
 from implicitlayer.equation._residual import Attached, Residual
 from implicitlayer.equation._stationarity import Stationarity, stationarity
 from implicitlayer.layer._polish import Polish, polish
+from implicitlayer.layer._roles import tell_solver
 from implicitlayer.layer._seen import SeenFunction, summed
 from implicitlayer.layer._verdict import judge_answer
 
@@ -239,15 +240,8 @@ def _call_solver(spec: LayerSpec, init: Leaves, theta: Leaves) -> tuple[list[tup
 
 
 def _run(calling: Calling, objective: Callable[..., Any], init: Leaves, theta: Leaves, masks: bool) -> SolverResult:
-    """Call the solver; copies of ``init`` protect the caller's tensors from solvers that work in place."""
-    start = unflatten([t.clone() for t in init], calling.x_spec)
-    run = calling.solver.run if isinstance(calling.solver, RecordingSolver) else calling.solver
-    try:
-        answer = run(objective, start, *calling.rebuild_theta(theta))
-    except FAILURES as error:
-        if not masks:
-            raise
-        return failed_result(unflatten([torch.full_like(t, math.nan) for t in init], calling.x_spec), error)
+    """The result of the solver."""
+    answer = called(calling.solver, objective, init, calling.x_spec, calling.rebuild_theta(theta), masks)
     aux = None
     if calling.solver_has_aux and not isinstance(answer, SolverResult):
         if not isinstance(answer, tuple) or len(answer) != 2:
@@ -257,6 +251,25 @@ def _run(calling: Calling, objective: Callable[..., Any], init: Leaves, theta: L
             )
         answer, aux = answer
     return answer if isinstance(answer, SolverResult) else SolverResult(answer, aux=aux)
+
+
+def called(
+    solver: Callable[..., Any], problem: Any, init: Leaves, x_spec: TreeSpec, theta: tuple[Any, ...], masks: bool
+) -> Any:
+    """What a solver of the user's returns; where it raises and ``masks``, a :func:`failed_result`.
+
+    Copies of ``init`` protect the caller's tensors from solvers that work in place.
+    """
+    run = solver.run if isinstance(solver, RecordingSolver) else solver
+    try:
+        return run(problem, unflatten([t.clone() for t in init], x_spec), *theta)
+    except TypeError as error:
+        tell_solver(error, solver, len(theta))
+        raise
+    except FAILURES as error:
+        if not masks:
+            raise
+        return failed_result(unflatten([torch.full_like(t, math.nan) for t in init], x_spec), error)
 
 
 _RESULT_OBJECT = " It has an attribute x: if that is the solution (as in SciPy's OptimizeResult), return .x of it."

@@ -31,7 +31,7 @@ from implicitlayer.equation._residual import Residual, check_value
 from implicitlayer.equation._solve import Settings
 from implicitlayer.layer._forward import Calling, Constraints
 from implicitlayer.layer._function import ImplicitArgmin, LayerSpec
-from implicitlayer.layer._roles import tell_arguments
+from implicitlayer.layer._roles import check_linear_solver, tell_arguments
 
 __all__ = ["ImplicitLayer"]
 
@@ -70,6 +70,7 @@ class ImplicitLayer(CopiesFunctions):
         for name in ("function", "solver", "linear_solver"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"{name} must be callable, got {type(getattr(self, name)).__name__}.")
+        check_linear_solver(self.linear_solver)
         if self.on_failure not in _POLICIES:
             raise ValueError(f"on_failure={self.on_failure!r} must be one of {_POLICIES}.")
         if self.stationarity_rtol is not None and not self.stationarity_rtol >= 0:

@@ -75,6 +75,23 @@ def tell_arguments(error: Exception, function: Callable[..., Any], init: Any, th
     error.add_note(note)
 
 
+def tell_solver(error: TypeError, solver: Callable[..., Any], num_theta: int) -> None:
+    """Add a note to an error of a solver that does not take what the layer calls it with."""
+    if not hasattr(error, "add_note") or _takes(solver, 2 + num_theta):
+        return
+    names = ", ".join(["objective", "init", *(f"theta[{i}]" for i in range(num_theta))])
+    error.add_note(
+        f"The layer called its solver as solver({names}), and it does not take {2 + num_theta} arguments. Write it as "
+        "solver(objective, init, *theta), also where it needs none of theta."
+    )
+
+
+def check_linear_solver(solver: Any) -> None:
+    """Raise TypeError for a class where an instance is needed."""
+    if inspect.isclass(solver):
+        raise TypeError(f"linear_solver={solver.__name__} is a class. Pass an instance: il.{solver.__name__}(...).")
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, torch.Tensor):
         return f"{tuple(value.shape)} {value.dtype}"

@@ -13,6 +13,7 @@ from torch import Tensor
 import implicitlayer as il
 
 ZEROS = torch.zeros(3, dtype=F64)
+needs_notes = pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have notes since Python 3.11")
 
 
 def theta() -> Tensor:
@@ -53,6 +54,39 @@ def test_a_class_in_the_place_of_the_objective_is_told_to_be_an_instance() -> No
         il.argmin(torch.nn.Linear, il.solvers.LBFGS())
 
 
+WITH_SOLVER: dict[str, Callable[..., Any]] = {
+    "argmin": lambda solver, **how: il.argmin(distance, solver, **how),
+    "root": lambda solver, **how: il.root(lambda x, t: x - t, solver, **how),
+    "fixed_point": lambda solver, **how: il.fixed_point(lambda x, t: 0.5 * (x + t), solver, **how),
+    "constrained_argmin": lambda solver, **how: il.constrained_argmin(
+        distance, solver, inequality=lambda x, t: x - 9.0, **how
+    ),
+}
+
+
+@pytest.mark.parametrize("make", WITH_SOLVER.values(), ids=WITH_SOLVER)
+def test_a_class_in_the_place_of_a_linear_solver_is_told_to_be_an_instance(make: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match=r"linear_solver=Minres is a class\. Pass an instance: il\.Minres\(\.\.\.\)"):
+        make(lambda f, x, t: t, linear_solver=il.Minres)
+
+
+@needs_notes
+@pytest.mark.parametrize("make", WITH_SOLVER.values(), ids=WITH_SOLVER)
+def test_a_solver_with_another_number_of_arguments_is_told_what_it_is_called_with(make: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError) as caught:
+        make(lambda f, x: x)(ZEROS, theta())
+    (note,) = caught.value.__notes__
+    assert "called its solver as solver(objective, init, theta[0])" in note
+    assert "Write it as solver(objective, init, *theta)" in note
+
+
+@needs_notes
+def test_another_type_error_of_a_solver_gets_no_note() -> None:
+    with pytest.raises(TypeError) as caught:
+        il.argmin(distance, lambda f, x, t: x + None)(ZEROS, theta())
+    assert not hasattr(caught.value, "__notes__")
+
+
 def test_an_optimizer_of_torch_that_was_made_is_told_to_be_wrapped() -> None:
     optimizer: Any = torch.optim.Adam([theta()])
     with pytest.raises(TypeError, match=r"solver=Adam\(\.\.\.\) was made for one run.*il.solvers.TorchOptimizer"):
@@ -87,7 +121,6 @@ def test_a_solver_of_roots_is_refused_where_a_minimum_is_sought(make: Callable[.
         make(distance, solver)
 
 
-needs_notes = pytest.mark.skipif(sys.version_info < (3, 11), reason="exceptions have notes since Python 3.11")
 SOLVER = il.solvers.LBFGS()
 WEIGHT = torch.tensor([[1.0, 0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 0.0, 1.0], [0.0, 0.0, 1.0, 1.0, 0.0]], dtype=F64)
 
