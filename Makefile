@@ -67,7 +67,7 @@ check: lint
 
 test-thorough: $(VENV)/with-dev
 	$(RUN) "$(BIN)/python" -m tests.thorough $(ARGS)
-	$(RUN) "$(BIN)/python" -m pytest -m thorough -n $(WORKERS) --dist worksteal -v -q tests/mutation
+	$(RUN) "$(BIN)/python" -m pytest -m thorough -n $(WORKERS) --dist worksteal -v tests/mutation
 
 # Threads that wait sleep: by default they spin, and beside other work a step then takes up to ten times as long.
 paper-cpu: export OMP_WAIT_POLICY = PASSIVE

@@ -33,8 +33,7 @@ class ConvexSet(ProximalTerm, abc.ABC):
     Example:
         >>> import torch, implicitlayer as il
         >>> class Line(il.sets.ConvexSet):  # all entries are equal
-        ...     @abc.abstractmethod
-    def project(self, y, lane_dims=0):
+        ...     def project(self, y, lane_dims=0):
         ...         return y.mean(-1, keepdim=True).expand_as(y)
         >>> Line().project(torch.tensor([1.0, 3.0])).tolist()
         [2.0, 2.0]

@@ -22,7 +22,7 @@ from implicitlayer import _torch
 from implicitlayer._torch import pytree
 from implicitlayer.base._copying import CopiesFunctions
 from implicitlayer.base._extension import Extension
-from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, ravel, tree_map, unflatten, unravel
+from implicitlayer.base._tree import TreeSpec, flatten, leaves_in_order, ravel, tree_map, unflatten, unravel
 from implicitlayer.base._types import Leaves
 
 __all__ = ["PerPart", "ProximalTerm", "resolve"]
@@ -183,16 +183,13 @@ def free(x: Any) -> tuple[Any, Any]:
 
 def leaves_like(tree: Any, like: Any, name: str) -> list[Any]:
     """Leaves of ``tree`` in the order of those of ``like``; the order of dictionary keys does not matter."""
-    leaves, spec = flatten(tree)
-    expected = flatten(like)[1]
-    if spec == expected:
-        return leaves
-    leaves, names = flatten_with_names(tree, "")
-    wanted = flatten_with_names(like, "")[1]
-    if sorted(names) != sorted(wanted):
-        raise ValueError(f"{name} must be one tensor or number, or have the structure of x: {expected}, got {spec}.")
-    by_name = dict(zip(names, leaves, strict=True))
-    return [by_name[key] for key in wanted]
+    leaves = leaves_in_order(tree, like)
+    if leaves is None:
+        raise ValueError(
+            f"{name} must be one tensor or number, or have the structure of x: {flatten(like)[1]}, got "
+            f"{flatten(tree)[1]}."
+        )
+    return leaves
 
 
 def spread(value: Any, x: Any, name: str) -> Leaves:

@@ -20,7 +20,7 @@ import experiments as ex
 from experiments import _device as device_module
 from experiments._figures import draw
 
-from implicitlayer.meta import load_checkpoint
+from implicitlayer.meta import CheckpointError, load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,6 +66,25 @@ def test_a_finished_run_goes_on_with_a_larger_budget(tmp_path: Path) -> None:
     ex.run(of("other", 4))
     theta, unbroken = (load_checkpoint(tmp_path / name / "checkpoint.pt")["theta"] for name in ("run", "other"))
     assert all(torch.equal(a, b) for a, b in zip(theta, unbroken, strict=True))
+
+
+def test_a_run_of_before_the_task_loss_had_a_class_goes_on(tmp_path: Path) -> None:
+    """Its checkpoints say of the loss what iMAML's own description of a composite is."""
+
+    def of(steps: int) -> ex.Experiment:
+        return tiny(tmp_path, "reduced-glyphs-5w1s-imaml-gd", max_steps=steps)
+
+    ex.run(of(2))
+    for name in ("checkpoint.pt", "best.pt"):
+        state = load_checkpoint(tmp_path / name)
+        assert state["settings"]["method"]["task_loss"] == "TaskLoss"
+        state["settings"]["method"]["task_loss"] = {"class": "Composite", "loss": "function", "model": "function"}
+        save_checkpoint(tmp_path / name, state)
+    assert ex.run(of(3), resume=True)["meta_steps"] == 3
+    state["settings"]["method"]["task_loss"] = "AnotherLoss"
+    save_checkpoint(tmp_path / "checkpoint.pt", state)
+    with pytest.raises(CheckpointError, match=r"method\.task_loss: 'AnotherLoss' there, 'TaskLoss' here"):
+        ex.run(of(4), resume=True)
 
 
 def test_a_run_leaves_its_folder(tmp_path: Path) -> None:

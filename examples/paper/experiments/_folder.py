@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from implicitlayer import ImplicitLayerError
-from implicitlayer.meta import save_json
+from implicitlayer.meta import CheckpointError, load_checkpoint, save_checkpoint, save_json
 
 from ._environment import machine, versions
 from ._fields import differences
@@ -31,6 +31,8 @@ CIRCUMSTANCES = (
     "run.tasks_per_chunk",
     "run.memory_budget",
 )
+
+_COMPOSITE = {"class": "Composite", "loss": "function", "model": "function"}
 
 
 class RunFolderError(ImplicitLayerError, ValueError):
@@ -105,6 +107,24 @@ def open_folder(folder: Path, experiment: Experiment, device: torch.device, num_
     starts = _read(path).get("starts", []) if path.exists() else []
     start = {"machine": machine(device), "versions": versions(), "processes": num_processes}
     save_json(path, {"starts": [*starts, start]})
+
+
+def renew(folder: Path) -> None:
+    """Rename the task loss in checkpoints of runs that were begun when it was a composite and not yet a ``TaskLoss``.
+
+    It is the same loss: :meth:`TaskLoss.as_composite` is what it was.
+    """
+    for path in (folder / "checkpoint.pt", folder / "best.pt"):
+        if not path.exists():
+            continue
+        try:
+            state = load_checkpoint(path)
+        except CheckpointError:  # the trainer says so, and what to do
+            return
+        method = state.get("settings", {}).get("method", {})
+        if method.get("task_loss") == _COMPOSITE:
+            method["task_loss"] = "TaskLoss"
+            save_checkpoint(path, state)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from ._folder import (
     finished,
     new_folder,
     open_folder,
+    renew,
     save_results,
     without_folders,
 )
@@ -87,8 +88,10 @@ def run(experiment: Experiment, *, resume: bool = False) -> dict[str, Any]:
         trainer = build_trainer(experiment, run_dir=folder, device=device)
         if group.is_first:
             open_folder(folder, experiment, device, group.size)
+            renew(folder)
             if experiment.run.dir is None:
                 print(f"run folder: {folder}", flush=True)
+        _wait(group)  # until the checkpoints are those of now
         try:
             return _run(experiment, trainer, folder, device, group)
         except KeyboardInterrupt as stopped:
