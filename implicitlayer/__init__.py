@@ -28,7 +28,7 @@ from implicitlayer._errors import (
     UnboundedError,
     UnsupportedTransformError,
 )
-from implicitlayer.api import ArgminLayer, FixedPointLayer, RootLayer, argmin, fixed_point, root
+from implicitlayer.api import ArgminLayer, FixedPointLayer, RootLayer, argmin, fixed_point, root, value
 from implicitlayer.base._active_set import ActiveSet
 from implicitlayer.base._records import BackwardRecord, ForwardRecord, GradientError, diagnostics
 from implicitlayer.base._solution import LinearSolution, RecordingSolver, SolverResult
@@ -159,6 +159,7 @@ __all__ = [
     "sets",
     "solvers",
     "testing",
+    "value",
 ]
 
 

@@ -2,6 +2,7 @@
 
 from implicitlayer.api._argmin import argmin, fixed_point, root
 from implicitlayer.api._module import ArgminLayer, FixedPointLayer, RootLayer
+from implicitlayer.api._value import value
 
 __all__ = [
     "ArgminLayer",
@@ -10,4 +11,5 @@ __all__ = [
     "argmin",
     "fixed_point",
     "root",
+    "value",
 ]

@@ -185,6 +185,12 @@ class ConstrainedLayer(CopiesFunctions):
     @outside_compiled_code
     def __call__(self, init: Any, *theta: Any) -> Any:
         """Solve from ``init`` at ``theta``; return x in the structure of ``init``, or (x, :class:`Multipliers`)."""
+        x, multipliers = self.solved(init, theta)
+        return (x, multipliers) if self.return_multipliers else x
+
+    @outside_compiled_code
+    def solved(self, init: Any, theta: tuple[Any, ...]) -> tuple[Any, Multipliers]:
+        """x and its multipliers."""
         leaves, names = flatten_with_names(init, "x")
         check_init(leaves, names, self.batch_dims)
         lanes = leaves[0].shape[: self.batch_dims]
@@ -214,8 +220,6 @@ class ConstrainedLayer(CopiesFunctions):
         z = layer(scalar.start(init, lanes), *theta)
         self.records = layer.records
         self.active_set = layer.active_set or self.active_set  # a call without a derivative looks for none
-        if not self.return_multipliers:
-            return z.x
         return z.x, Multipliers(forms[0].rebuild(z.equality), forms[1].rebuild(z.inequality))
 
 

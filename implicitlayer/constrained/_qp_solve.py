@@ -27,7 +27,7 @@ from implicitlayer.constrained._kkt_lagrangian import Unknowns
 from implicitlayer.programs._backends import ActiveSet, Search
 from implicitlayer.programs._interior_point import Data, ProgramStatus, QuadraticSolution, interior_point
 from implicitlayer.programs._kkt_active import ActiveConstraints, Tolerances
-from implicitlayer.programs._kkt_linear import Factors, KktFactors, KktMatrices
+from implicitlayer.programs._kkt_linear import Factors, KktFactors, KktMatrices, PartedFactors
 from implicitlayer.programs._kkt_multipliers import multipliers
 from implicitlayer.programs._qp_cold import LanesProof, cold_lanes, guessed_lanes
 from implicitlayer.programs._qp_exact import ENOUGH, TIGHT, Exact, conditions, error_of_x, exact, undecided, violation
@@ -193,8 +193,10 @@ class QuadraticSolver:
         other, doubtful = self._exact(some, answer)
         all_doubtful = torch.zeros_like(found.held)
         all_doubtful[rest] = doubtful
-        solution = found.solution.filled(rest, other.solution)
-        return Exact(solution, solution.error, found.held, None), all_doubtful
+        solution, held = found.solution.filled(rest, other.solution), found.held.clone()
+        held[rest] = other.held
+        factors = None if other.factors is None else PartedFactors(rest, proof.factors, other.factors)
+        return Exact(solution, solution.error, held, factors), all_doubtful
 
     def _answer(self, program: Data, solver: Callable[..., Any]) -> QuadraticSolution:
         lanes = program[1].shape[:-1]

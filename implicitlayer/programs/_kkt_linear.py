@@ -27,7 +27,7 @@ from implicitlayer.linear._common import NOISE, Correction, Limits, Round
 from implicitlayer.linear._direct import refine_direct
 from implicitlayer.linear._operator import FlatOperator, LinearSolver
 
-__all__ = ["Factors", "KktFactors", "KktMatrices", "KktSolver"]
+__all__ = ["Factors", "KktFactors", "KktMatrices", "KktSolver", "PartedFactors"]
 
 _SUSPICIOUS = 1e4  # a pivot below this many times the noise sends the lane the slow way
 
@@ -121,6 +121,23 @@ class KktFactors:
             value = torch.where(self.good[..., None, None], value, other)
         usable = (self.codes == int(Status.CONVERGED)) | (self.codes == int(Status.SINGULAR))
         return torch.where(usable[..., None, None], value * scale, 0.0)
+
+
+class PartedFactors:
+    """Solves with K by other factors in the lanes of a mask ``rest`` [*lanes], whose lanes these have in a row."""
+
+    def __init__(self, rest: torch.Tensor, most: Factors, others: Factors) -> None:
+        self.rest, self.most, self.others = rest, most, others
+        pairs = ((getattr(most, name).clone(), getattr(others, name)) for name in ("codes", "curvature", "units"))
+        self.codes, self.curvature, self.units = (self._filled(*pair) for pair in pairs)
+
+    def _filled(self, values: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        values[self.rest] = others
+        return values
+
+    def solve(self, rhs: torch.Tensor) -> torch.Tensor:
+        """K^-1 rhs for [*lanes, n + c, k]."""
+        return self._filled(self.most.solve(rhs), self.others.solve(rhs[self.rest]))
 
 
 class _NullSpace:
