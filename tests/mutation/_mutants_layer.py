@@ -185,7 +185,7 @@ LAYER_MUTANTS = [
     Mutant(
         "the solver works on the caller's init",
         FORWARD,
-        "_run",
+        "called",
         "[t.clone() for t in init]",
         "init",
         "a solver that works in place overwrites the caller's tensor",
