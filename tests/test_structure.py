@@ -183,7 +183,16 @@ def functions() -> Iterator[tuple[Path, ast.FunctionDef]]:
 
 
 # What users call with keywords, one for each thing that may be asked for.
-FACADES = {"argmin", "root", "fixed_point", "constrained_argmin", "qp", "_value_of_qp", "check_argmin_gradients", "linear"}
+FACADES = {
+    "argmin",
+    "root",
+    "fixed_point",
+    "constrained_argmin",
+    "qp",
+    "_value_of_qp",
+    "check_argmin_gradients",
+    "linear",
+}
 # What stands in for a function of torch, and has its parameters.
 AS_TORCH_HAS_IT = {"_torch_batch_norm", "_torch_instance_norm", "forward"}
 
