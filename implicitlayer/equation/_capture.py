@@ -27,7 +27,9 @@ from implicitlayer.equation._state import (
     NUMBERS,
     NUMPY,
     FirstRun,
+    Run,
     Sources,
+    refuse_kept,
     refuse_numbers,
     refuse_numpy,
 )
@@ -142,25 +144,32 @@ def find_closed_over(
     sources = Sources.of(args[1:], num_x, needed)
     attached = [plain and (i < num_x or bit > 0) for i, bit in enumerate(sources.bits)]
 
+    marks: list[Run] = []
+
     def run(shift: float = 0.0) -> tuple[_Finder, Any]:
         aliases: dict[int, torch.Tensor] = {}
+        marks.append(mark := Run())
         for leaf, own in zip(leaves, attached, strict=True):
             # a graph cannot save a tensor of inference mode
             source = leaf.clone() if leaf.is_inference() and not torch.is_inference_mode_enabled() else leaf
-            aliases[id(leaf)] = source.detach().requires_grad_() if own else source.view_as(source)
+            alias = mark.marked(source.detach().requires_grad_()) if own else source.view_as(source)
+            aliases[id(leaf)] = alias
         given = [aliases[id(leaf)] for leaf in leaves]
         aliased = list(everything)
         for place, alias in zip(places, given, strict=True):
             aliased[place] = alias
-        finder = _Finder(given, sources.by_id(given), shift)
+        finder = _Finder(given, sources.by_id(given), marks, shift)
         if check is not None:
             finder.touched = {*finder.bits, *map(id, given[:num_x])}
         if not plain:
             with torch.no_grad(), finder:
                 return finder, function(*unflatten(aliased, spec))
         # the graph goes no further than the aliases; a function that takes derivatives of its own needs one
-        with plain_surroundings(leaves), torch.enable_grad(), finder:
-            return finder, function(*unflatten(aliased, spec))
+        try:
+            with plain_surroundings(leaves), torch.enable_grad(), finder:
+                return finder, function(*unflatten(aliased, spec))
+        finally:
+            mark.over = True
 
     drawn = draws_since(leaves)
     first, value = run()
@@ -184,6 +193,9 @@ def find_closed_over(
     if plain and check is not None:
         del value  # and with it the graph: of what the run has made, the function's own is what lives on
         found.first = FirstRun(sources, first.read, first.made_of_theta(), lambda: run()[0].read)
+        if found.first.made:  # something was kept: before the solver meets it, one more run tells whether it is read
+            second, _ = run()
+            found.first.check(set(second.known), second.read)
     return found
 
 
@@ -229,8 +241,12 @@ def tensors_entering(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> li
 class _Finder(ReadingMode):
     """Collects tensors that enter an operation without being known; keeps all alive, so that ids stay unique."""
 
-    def __init__(self, known: Sequence[torch.Tensor], bits: dict[int, int], shift: float = 0.0) -> None:
+    def __init__(
+        self, known: Sequence[torch.Tensor], bits: dict[int, int], marks: Sequence[Run], shift: float = 0.0
+    ) -> None:
         super().__init__()
+        self.marks = marks
+        self.attached: dict[int, torch.Tensor] = {}  # those from outside that have a graph and were not looked at
         self.known = {id(tensor): tensor for tensor in known}
         self.bits = bits
         self.touched: set[int] = set()  # what must not go to NumPy, and all that is made of it, detached or not
@@ -258,6 +274,8 @@ class _Finder(ReadingMode):
             if id(tensor) not in self.known:
                 self.known[id(tensor)] = tensor
                 self.meet(tensor)
+            if id(tensor) in self.attached and func not in DETACHING:  # what is detached by hand may be kept
+                refuse_kept(self.attached.pop(id(tensor)), self.marks)
         source, touches = 0, False
         for tensor in entering:
             source |= self.bits.get(id(tensor), 0)
@@ -286,6 +304,8 @@ class _Finder(ReadingMode):
     def meet(self, tensor: torch.Tensor) -> None:
         """A tensor from outside, or one that a transform inside the function has wrapped."""
         if _torch.level_of(tensor) <= self.level:
+            if tensor.grad_fn is not None or hasattr(tensor, "run_of_layer"):
+                self.attached[id(tensor)] = tensor
             self.outside.append(tensor)
             return
         inside = tensor

@@ -67,11 +67,13 @@ def _refuse_once_differentiable(function: Any) -> None:
 _ONCE = torch.autograd.function.once_differentiable
 
 
-def nodes_of(values: Sequence[torch.Tensor]) -> list[Any]:
-    """Every node of the graph of ``values``, once."""
+def nodes_of(values: Sequence[torch.Tensor], most: int | None = None) -> list[Any]:
+    """Every node of the graph of ``values``, once, but no more than about ``most``."""
     found: list[Any] = [value.grad_fn for value in values if value.grad_fn is not None]
     seen = set(found)
     for node in found:  # which grows
+        if most is not None and len(found) > most:
+            break
         for child, _ in node.next_functions:
             if child is not None and child not in seen:
                 seen.add(child)
@@ -79,9 +81,11 @@ def nodes_of(values: Sequence[torch.Tensor]) -> list[Any]:
     return found
 
 
-def leaves_of(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The leaf tensors that the graph of ``values`` reaches."""
-    return ends_of(values)[0]
+def leaves_of(values: Sequence[torch.Tensor], most: int | None = None) -> list[torch.Tensor]:
+    """The leaf tensors that the graph of ``values`` reaches, by the first ``most`` nodes."""
+    leaves = [value for value in values if value.grad_fn is None and value.requires_grad]
+    nodes = nodes_of(values, most)
+    return leaves + [node.variable for node in nodes if type(node).__name__ == "AccumulateGrad"]
 
 
 def ends_of(values: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], str]:

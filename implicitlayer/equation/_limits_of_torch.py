@@ -49,6 +49,11 @@ _LIMITS = (
         _UNDER_TRANSFORMS,
     ),
     (
+        "Trying to backward through the graph a second time",
+        "a graph that has been used up: something that it has kept of an earlier run (a cache)",
+        "Compute it anew in every run. (Or the solver calls backward twice for one value: then retain_graph=True.)",
+    ),
+    (
         "use_reentrant=True",
         "torch.utils.checkpoint with use_reentrant=True, whose backward has no derivative",
         "Pass use_reentrant=False.",

@@ -6,6 +6,9 @@
 # theta that the first one read. If it does not, one more run at the arguments of the first tells a cache from a branch
 # that depends on x. What is detached by hand is a constant by intention.
 #
+# An error does not empty the cache: called once more, the function reads what it has kept and no theta from the start.
+# What it has kept has a graph that ends at the stand-ins for x and theta of that earlier run, so these carry a mark.
+#
 # NOTE [numbers]: .item() takes a number out of a tensor, and no gradient flows through it. A number for a log is
 # harmless. So the function is run again with such numbers changed a little: where its value changes, it uses them.
 
@@ -21,6 +24,7 @@ import torch
 from implicitlayer import _torch
 from implicitlayer._errors import ClosureError
 from implicitlayer.base._tree import flatten_with_names, is_data, tree_leaves
+from implicitlayer.equation._graph_leaves import leaves_of
 
 _SHIFT = 2.0**-10
 _ROUNDINGS = 1e3  # in units of eps: changes of the value below this are rounding
@@ -56,6 +60,38 @@ NUMPY: set[Any] = {torch.Tensor.numpy, torch.Tensor.__array__}
 LAYOUT: Any = torch.Tensor.layout.__get__  # type: ignore[attr-defined]  # reads no entry
 BORROWING: set[Any] = {torch.as_tensor, torch.asarray, torch.frombuffer}
 DETACHING: set[Any] = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
+
+
+class Run:
+    """The mark of the tensors that stand for x and theta in one run of a function of a layer."""
+
+    __slots__ = ("over",)
+
+    def __init__(self) -> None:
+        self.over = False
+
+    def marked(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor``, which stands for x or theta in this run."""
+        tensor.run_of_layer = self  # type: ignore[attr-defined]
+        return tensor
+
+
+_MOST_NODES = 10_000  # a graph from outside is looked at so far: that of a cache is small
+
+
+def refuse_kept(tensor: torch.Tensor, own: Sequence[Run]) -> None:
+    """Raise for a tensor from outside whose graph ends in a run that is over; see NOTE [state].
+
+    ``own``: the runs of this search, of whose leavings :class:`FirstRun` knows more.
+    """
+    for leaf in leaves_of([tensor], _MOST_NODES):
+        run = getattr(leaf, "run_of_layer", None)
+        if run is not None and run.over and run not in own:
+            raise ClosureError(
+                f"the objective reads a tensor of shape {tuple(tensor.shape)} that it made of x or theta in an earlier "
+                "call and has kept (a cache): no gradient flows through it. Compute it anew in every run, or compute "
+                "it before the layer and pass it as one more theta."
+            )
 
 
 @dataclass(frozen=True, eq=False)

@@ -24,6 +24,7 @@ from implicitlayer.equation._capture import plainly_impossible
 from implicitlayer.equation._distance import AnswerCheck, Found
 from implicitlayer.equation._limits_of_torch import limits_named, second_derivatives
 from implicitlayer.equation._residual import Attached, Residual
+from implicitlayer.equation._state import Run
 from implicitlayer.equation._stationarity import Stationarity, stationarity
 from implicitlayer.layer._polish import Polish, polish
 from implicitlayer.layer._roles import tell_solver
@@ -129,9 +130,13 @@ def _solved(spec: LayerSpec, init: Leaves, theta: Leaves, failed: torch.Tensor |
 
     with second_derivatives():
         plain = spec.wanted and not plainly_impossible()
-        reaching = spec.reaching(given, [t.requires_grad for t in given])[0] if plain else theta
+        mark = Run()
+        reaching = spec.reaching(given, [t.requires_grad for t in given], mark)[0] if plain else theta
         seen, solved = spec.seen(theta), [result for result, _ in results]
-        x, found = _checked(spec, x, seen, init, solved, failed, reaching)
+        try:
+            x, found = _checked(spec, x, seen, init, solved, failed, reaching)
+        finally:
+            mark.over = True
     return x, replace(found, aux=tuple(aux if lanes else aux[:1]))
 
 

@@ -19,6 +19,7 @@ from implicitlayer.equation._limits_of_torch import second_derivatives
 from implicitlayer.equation._residual import Attached, Residual
 from implicitlayer.equation._rules import implicit_jvp, implicit_vjp
 from implicitlayer.equation._solve import Settings, alive, fill, lanes_first, over_batched_vectors
+from implicitlayer.equation._state import Run
 from implicitlayer.layer._forward import Calling, solve_forward
 
 __all__ = ["ImplicitArgmin"]
@@ -74,7 +75,7 @@ class LayerSpec:
         gradients = [t.grad for t in self.closed or () if t.is_leaf]
         return [(0, 0) if g is None else (id(g), g._version) for g in gradients]
 
-    def reaching(self, theta: Leaves, needed: Sequence[bool]) -> tuple[Leaves, bool]:
+    def reaching(self, theta: Leaves, needed: Sequence[bool], mark: Run) -> tuple[Leaves, bool]:
         """theta leaves for a plain graph that reaches the ``needed`` ones; whether it is sure to miss nothing."""
         own: list[torch.Tensor] = []
         if self.closed:
@@ -82,14 +83,14 @@ class LayerSpec:
             own = self.closed.standing(hidden) if not self.residual.levels else own
             self.closed.stood |= bool(own)
         explicit = theta[: len(theta) - len(own)]
-        leaves = [t.detach().requires_grad_(need) for t, need in zip(explicit, needed, strict=False)]
+        leaves = [mark.marked(t.detach().requires_grad_(need)) for t, need in zip(explicit, needed, strict=False)]
         return [*leaves, *own], len(leaves) == self.calling.num_theta
 
     def graph_for(self, x: Leaves, theta: Leaves, needed: Sequence[bool], held: Attached | None) -> Graph | None:
         """F for a plain backward, ``held`` or to be made; None where only torch.func finds all of its derivatives."""
         if held is not None and self.closed is not None:
             self.closed.refuse_changed()
-        reaching, complete = self.reaching(theta, needed)
+        reaching, complete = self.reaching(theta, needed, Run())
         if held is None and not complete:
             return None
         return Graph(partial(self.residual.for_derivatives, [t.detach() for t in x], reaching), held)

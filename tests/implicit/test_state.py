@@ -46,6 +46,60 @@ def test_an_objective_that_keeps_what_it_made_of_theta_is_refused(make: Callable
         getattr(il, kind)(function, lambda f, x, t: make(t).reshape(1))(torch.zeros(1, dtype=F64), t)
 
 
+def by_backward(f: Callable[..., Tensor], x: Tensor, t: Tensor) -> Tensor:
+    """Gradient descent by .backward(), which frees the graph of every value."""
+    x = x.clone().requires_grad_()
+    for _ in range(60):
+        x.grad = None
+        f(x, t).backward()
+        with torch.no_grad():
+            x -= 0.5 * x.grad  # type: ignore[operator]
+    return x.detach()
+
+
+@pytest.mark.parametrize("make", [lambda t: t * t, lambda t: t])
+@pytest.mark.parametrize("solver", [None, by_backward])
+def test_an_objective_that_was_refused_for_a_cache_is_refused_again(make: Any, solver: Any) -> None:
+    objective = cached(make)
+    for _ in range(3):  # from the second call on it reads no theta at all
+        with pytest.raises(il.ClosureError, match=r"in an earlier (run|call) and has kept"):
+            call(objective, solver)
+
+
+@pytest.mark.parametrize("begin", range(1, 9))
+@pytest.mark.parametrize("extra", [0.0, 1.0])
+def test_a_cache_that_begins_at_any_evaluation_never_gives_a_wrong_gradient(begin: int, extra: float) -> None:
+    cache: list[Tensor] = []
+    count = 0
+
+    def objective(x: Tensor, t: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        if count >= begin and not cache:
+            cache.append(t * t)
+        return 0.5 * ((x - (cache[0] if cache else t * t)) ** 2).sum() + extra * t
+
+    refused = 0
+    for _ in range(6):  # each evaluates the objective twice, the solver never
+        try:
+            assert call(objective).item() == pytest.approx(6.0, rel=1e-12)
+        except il.ClosureError:
+            refused += 1
+    assert refused > 0
+
+
+@pytest.mark.parametrize("keep", [lambda v: v, lambda v: v.detach(), lambda v: v.item()])
+def test_what_is_kept_and_not_read_again_or_only_detached_is_fine(keep: Callable[[Tensor], Any]) -> None:
+    log: list[Any] = []
+
+    def objective(x: Tensor, t: Tensor) -> Tensor:
+        log.append(keep(0.5 * ((x - t * t) ** 2).sum()))
+        return 0.5 * ((x - t * t) ** 2).sum()
+
+    assert [call(objective).item() for _ in range(3)] == pytest.approx([6.0] * 3, rel=1e-12)
+    assert len(log) > 3
+
+
 def test_a_cache_is_refused_where_another_term_still_reads_theta() -> None:
     with pytest.raises(il.ClosureError, match=r"made of theta\[0\] in an earlier run"):
         call(cached(lambda t: t * t, extra=1.0))
