@@ -184,6 +184,8 @@ def find_closed_over(
     found.normalises, found.draws = first.normalises, draws
     found.checkpoints, found.borrows = first.checkpoints and plain, first.borrows
     constants = [t for t, need in zip(first.outside, outside, strict=True) if not (need or t.is_inference())]
+    if check is not None and found.wanted:
+        first.refuse_changing({id(tensor) for tensor in constants})
     found.constants = tuple([(t, t._version) for t in constants])
     if found and any(_torch.is_wrapped(t) or sources.made_since(t) for t in found):
         # A vmap inside the function hands its results out unseen. They are new tensors in a second run, while those
@@ -254,6 +256,7 @@ class _Finder(ReadingMode):
         self.numbers = 0
         self.shift = shift
         self.outside: list[torch.Tensor] = []
+        self.versions: list[int] = []  # of these, when they were met
         self.level = _torch.current_level()
         self.normalises = self.checkpoints = self.borrows = False
 
@@ -295,6 +298,17 @@ class _Finder(ReadingMode):
                 self.bits.setdefault(id(tensor), source)
         return result
 
+    def refuse_changing(self, constants: set[int]) -> None:
+        """Raise if the function itself has changed one of ``constants`` in place."""
+        for tensor, version in zip(self.outside, self.versions, strict=True):
+            if id(tensor) in constants and tensor._version != version:
+                raise ClosureError(
+                    f"the objective itself changes a tensor of shape {tuple(tensor.shape)} that it closes over, in "
+                    "place: it is another function at every evaluation, and has no derivative. Modules in train mode "
+                    "do that (spectral norm, buffers that count or average): call .eval() on the module, or keep such "
+                    "a tensor out of the objective."
+                )
+
     def made_of_theta(self) -> list[tuple[weakref.ref[torch.Tensor], int]]:
         """The tensors that were made of theta and that others hold, and of which; they are held here no longer."""
         made = [(weakref.ref(self.known[key]), bits) for key, bits in self.bits.items()]
@@ -307,6 +321,7 @@ class _Finder(ReadingMode):
             if tensor.grad_fn is not None or hasattr(tensor, "run_of_layer"):
                 self.attached[id(tensor)] = tensor
             self.outside.append(tensor)
+            self.versions.append(-1 if tensor.is_inference() else tensor._version)
             return
         inside = tensor
         while _torch.level_of(tensor) > self.level:

@@ -100,6 +100,36 @@ def test_what_is_kept_and_not_read_again_or_only_detached_is_fine(keep: Callable
     assert len(log) > 3
 
 
+class Counts(nn.Module):
+    """Counts its calls in a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(1, 1, dtype=F64)
+        self.register_buffer("calls", torch.zeros(1, dtype=F64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        value: Tensor = self.linear(x)
+        return value
+
+
+@pytest.mark.parametrize("make", [Counts, lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(1, 1, dtype=F64))])
+def test_a_module_that_changes_its_buffers_is_named_and_evaluation_mode_helps(make: Callable[[], nn.Module]) -> None:
+    module = make()
+    module.requires_grad_(False)
+    slope = float(module(torch.ones(1, dtype=F64)) - module(torch.zeros(1, dtype=F64)))
+
+    def objective(x: Tensor, t: Tensor) -> Tensor:
+        return ((x - t) ** 2 + (module(x) - module(torch.zeros_like(x))) ** 2).sum()  # x = t / (1 + slope^2)
+
+    with pytest.raises(il.ClosureError, match=r"objective itself changes a tensor.*\.eval\(\) on the module"):
+        call(objective, il.solvers.NewtonCG(rtol=1e-12))
+    module.eval()
+    assert call(objective, il.solvers.NewtonCG(rtol=1e-12)).item() == pytest.approx(1 / (1 + slope**2), rel=1e-10)
+
+
 def test_a_cache_is_refused_where_another_term_still_reads_theta() -> None:
     with pytest.raises(il.ClosureError, match=r"made of theta\[0\] in an earlier run"):
         call(cached(lambda t: t * t, extra=1.0))
