@@ -153,7 +153,7 @@ def in_words(results: dict[str, Any]) -> str:
         return "diverged"
     return (
         f"{results['accuracy']:.2f} ± {results['interval']:.2f} % on {results['num_tasks']} test tasks "
-        f"({DATASETS[results['dataset']]}), {results['meta_steps']} meta-steps"
+        f"({DATASETS[results['dataset']]}), {meta_steps(results['meta_steps'])}"
     )
 
 
@@ -198,7 +198,7 @@ def shown(result: dict[str, Any]) -> str:
     results = result["results"]
     if "failed" in results:
         return f"diverged ({DATASETS[results['dataset']]})"
-    where = f"{DATASETS[results['dataset']]}, {steps_of(result)} meta-steps, {results['seconds'] / 60:.1f} min"
+    where = f"{DATASETS[results['dataset']]}, {steps_of(result)}, {results['seconds'] / 60:.1f} min"
     how = "" if results["transductive"] else ", not transductive"
     changed = [line.split(":")[0] for line in results["changed_from_preset"]]
     if changed and result["setting"] == "paper":
@@ -210,7 +210,11 @@ def steps_of(result: dict[str, Any]) -> str:
     """Meta-steps made; where the paper's setting was stopped short of those of its preset, of how many."""
     made, planned = result["results"]["meta_steps"], result["results"].get("planned_meta_steps")
     short = result["setting"] == "paper" and planned is not None and made < planned
-    return f"{made:,} of {planned:,}" if short else f"{made:,}"
+    return f"{made:,} of {planned:,} meta-steps" if short else meta_steps(made)
+
+
+def meta_steps(count: int) -> str:
+    return f"{count:,} meta-step{'' if count == 1 else 's'}"
 
 
 def gap(full: Sequence[dict[str, Any]], printed: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from _results import COMMITTED, OUTPUT_DIR, load_result
-from _tables import DATASETS, METHODS, Table, load_results, markdown
+from _tables import DATASETS, METHODS, Table, load_results, markdown, meta_steps
 from table2 import TABLE as TABLE_2
 from table3 import TABLE as TABLE_3
 
@@ -122,7 +122,7 @@ def large(table: Table, results: Path, figures: str) -> list[str]:
 def long_run(entry: dict[str, Any], figures: str) -> list[str]:
     """A run of hours on a CPU: how long, its curve, and where its weights are."""
     results, name = entry["results"], entry["name"]
-    words = f"{name}: {entry['setting'].removeprefix('cpu: ')}; {results['meta_steps']:,} meta-steps"
+    words = f"{name}: {entry['setting'].removeprefix('cpu: ')}; {meta_steps(results['meta_steps'])}"
     weights = f"weights of the best validation: `examples/paper/results/{name}.pt`, a plain state dict."
     return [f"{words}; {weights}", "", *(f"![{name}]({figures}/{figure})" for figure in entry["figures"])]
 

@@ -318,7 +318,7 @@ def test_all_of_it_runs_in_the_smoke_setting(paper: Any, tmp_path: Path, monkeyp
     monkeypatch.setattr(sys, "argv", ["report.py", "--results", "out/smoke", "--output", "out/page.md"])
     paper("report").main()
     page = (folder / "page.md").read_text()
-    assert page.count("(Glyphs, 1 meta-steps") == 14 and "this is not mini-ImageNet" in page
+    assert page.count("(Glyphs, 1 meta-step,") == 14 and "this is not mini-ImageNet" in page
 
 
 def test_the_lines_of_fig2b_are_least_squares(paper: Any) -> None:
