@@ -10,6 +10,7 @@
 #                           DATA=<dir>  a folder with omniglot/ and mini_imagenet/; without it, Glyphs take their place
 #                           REFRESH=1   into examples/paper/results/ and docs/paper.md
 #   make lint               formatting, lint, types
+#   make docs               the site, with the API reference, into site/: every warning and dead link is an error
 #   make bench              the benchmarks of examples/benchmarks/
 #   make clean              remove the environment
 #
@@ -37,7 +38,7 @@ PAGE  := $(if $(REFRESH),docs/paper.md,runs/paper/paper.md)
 INTO  := --output-dir "$(PAPER)"
 REAL  := $(if $(DATA),--data-dir "$(DATA)")
 
-.PHONY: help demo test check test-thorough paper-cpu lint format bench clean
+.PHONY: help demo test check test-thorough paper-cpu lint format docs bench clean
 help:
 	@sed -n '1,/PIP_FLAGS/s/^# \{0,1\}//p' Makefile
 
@@ -88,6 +89,9 @@ lint: $(VENV)/with-dev
 format: $(VENV)/with-dev
 	"$(BIN)/ruff" format .
 	"$(BIN)/ruff" check --fix .
+
+docs: $(VENV)/with-docs
+	"$(BIN)/mkdocs" build --strict
 
 bench: $(VENV)/with-examples
 	@"$(BIN)/python" -m pip install --disable-pip-version-check --quiet -c constraints.txt $(PIP_FLAGS) -e ".[bench]" \

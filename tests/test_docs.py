@@ -65,3 +65,43 @@ def test_a_block_that_needs_a_missing_package_is_told_from_the_others() -> None:
     assert missing_packages("# needs: torch, no_such_package\nimport torch\n") == ["no_such_package"]
     assert missing_packages("# needs: torch\n") == []
     assert missing_packages("x = 1\n# needs: no_such_package\n") == []  # the first line only
+
+
+LINK = re.compile(r"\]\((?![a-z]+:|#)([^)\s#]+)(?:#[^)\s]*)?\)")
+PAGES = [*FILES, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs" / "reference").glob("*.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_leads_to_a_file(path: Path) -> None:
+    """Anchors and what the site makes of the links are checked by ``make docs``."""
+    targets = LINK.findall(path.read_text(encoding="utf-8"))
+    missing = [target for target in targets if not (path.parent / target).exists()]
+    assert not missing, f"{path.name} links to {missing}"
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    listed = set(re.findall(r"[\w/]+\.md", navigation))
+    pages = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert listed == pages | {"index.md", "contributing.md", "security.md"}  # these three: docs/_site/hooks.py
+
+
+def test_the_readme_of_an_index_page_has_absolute_links_to_files_of_the_repository() -> None:
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11 and later
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    repository = project["project"]["urls"]["Repository"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for change in project["tool"]["hatch"]["metadata"]["hooks"]["fancy-pypi-readme"]["substitutions"]:
+        text = re.sub(change["pattern"], change["replacement"], text)
+    assert not LINK.findall(text)
+    paths = re.findall(rf"\]\({re.escape(repository)}/(?:blob|raw)/main/([^)#]+)", text)
+    assert len(paths) == len(LINK.findall((ROOT / "README.md").read_text(encoding="utf-8"))) > 0
+    assert all((ROOT / path).exists() for path in paths)
+
+
+def test_the_address_of_the_repository_is_the_same_everywhere() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
+    assert all(url.startswith(urls["Repository"]) for url in urls.values())
+    assert f"repo_url: {urls['Repository']}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    assert f'repository-code: "{urls["Repository"]}"\n' in (ROOT / "CITATION.cff").read_text(encoding="utf-8")

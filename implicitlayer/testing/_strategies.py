@@ -44,13 +44,13 @@ def spd_matrices(
 ) -> st.SearchStrategy[torch.Tensor]:
     """Strategy of symmetric positive definite matrices with a known spectrum, see :func:`spd_matrix`.
 
+    Each argument is a value or a strategy of values.
+
     Args:
         n: sizes, at least 1; default 1 to 12.
         log10_cond: logarithms of the condition number, from 0 to 20; default 0 to 6.
         log10_scale: logarithms of the largest eigenvalue, within 200 of zero (float64) or 25 (float32).
         dtype: float32 or float64.
-
-        Each is a value or a strategy of values.
 
     Returns:
         Strategy of tensors [n, n].
@@ -94,13 +94,13 @@ def singular_matrices(
 ) -> st.SearchStrategy[torch.Tensor]:
     """Strategy of matrices of deficient rank, see :func:`singular_matrix`.
 
+    Each argument is a value or a strategy of values; of drawn pairs, those with a rank below n are kept.
+
     Args:
         rank: ranks, at least 0; default any below n.
         n: sizes, above the rank; default up to 12 more than the rank.
         kind: ``"positive semidefinite"``, ``"symmetric"`` or ``"general"``.
         log10_scale, dtype: as in :func:`spd_matrices`.
-
-        Each is a value or a strategy of values; of drawn pairs, those with a rank below n are kept.
 
     Returns:
         Strategy of tensors [n, n].
