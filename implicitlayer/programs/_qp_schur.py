@@ -109,12 +109,15 @@ class SchurRows:
         keep = np.concatenate([self.equations, self.of.e + held.nonzero()[0]])
         return keep if len(keep) <= self.of.n else None
 
-    def guess(self, held: Mask) -> tuple[Array, Array] | None:
-        """w [K] at the minimum with what is held, and J x - g of all rows [c] there, in scaled units."""
+    def guess(self, held: Mask) -> tuple[Array, Array, SchurSet | None] | None:
+        """w [K] at the minimum with what is held, and J x - g of all rows [c] there, in scaled units.
+
+        And what solves with these rows, where that was made on the way.
+        """
         keep = self.kept(held)
         if keep is None or self.V is None:
             return None
-        V, t = self.V[keep], self.t[keep]
+        V, t, system = self.V[keep], self.t[keep], None
         if len(keep) <= _FEW:
             try:
                 w = np.linalg.solve(V @ V.T, t)
@@ -125,7 +128,7 @@ class SchurRows:
             if system is None:
                 return None
             w = system.weights(t)
-        return w, self.times(self.f - product(V.T)(w)) - self.sides
+        return w, self.times(self.f - product(V.T)(w)) - self.sides, system
 
     def hold(self, held: Mask) -> SchurSet | None:
         """What solves with these rows; None where they are not independent."""

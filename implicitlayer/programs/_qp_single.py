@@ -121,7 +121,7 @@ def exact_cold(program: SingleProgram) -> SingleProof | None:
             wrong = beyond > noise
             wrong[held] = w[program.e :] < -noise
             if not wrong.any():
-                system = rows.hold(held)
+                system = guess[2] or rows.hold(held)
                 if system is None:
                     return None
                 terms, error = _made_exact(program, system)
