@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
@@ -33,6 +33,7 @@ from implicitlayer.programs._qp_rank import independent_equations
 __all__ = ["qp"]
 
 _STATIONARITY_RTOL = 1e-6
+_SIDES, _POLICIES = get_args(AtKink), get_args(OnFailure)
 
 
 @outside_compiled_code
@@ -116,8 +117,9 @@ def qp(
         >>> [round(v, 12) + 0.0 for v in point.grad.tolist()]
         [0.5, -0.5, 0.0]
     """
-    if at_kink not in ("inactive", "active"):
-        raise ValueError(f"at_kink={at_kink!r} must be 'inactive' or 'active'.")
+    for name, choice, choices in (("at_kink", at_kink, _SIDES), ("on_failure", on_failure, _POLICIES)):
+        if choice not in choices:
+            raise ValueError(f"{name}={choice!r} must be one of {choices}.")
     given = {"Q": Q, "p": p, "A": A, "b": b, "G": G, "h": h, "lower": lower, "lb": lb, "ub": ub}
     batch, data, fold = arguments(given)
     if isinstance(solver, str):

@@ -162,8 +162,8 @@ def _checked(given: dict[str, Any]) -> tuple[torch.Size, dict[str, torch.Tensor]
                 f"{_shape(tensors[name])} with p {_shape(p)}."
             )
     leading = {name: tensor.shape[: tensor.ndim - _RANKS[name]] for name, tensor in tensors.items()}
-    if not any(leading.values()):
-        return torch.Size(()), tensors
+    if len(set(leading.values())) == 1:
+        return leading["p"], tensors
     try:
         batch = torch.broadcast_shapes(*leading.values())
     except RuntimeError:

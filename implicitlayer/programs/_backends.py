@@ -98,10 +98,16 @@ class ActiveSet(Search):
         [0.5, 0.5]
     """
 
+    def all(self, arrays: list[Vector]) -> list[Answer]:
+        """None for all lanes: nothing was found."""
+        return [None] * len(arrays[1])
+
     def __call__(
         self, Q: torch.Tensor, p: torch.Tensor, A: torch.Tensor, b: torch.Tensor, G: torch.Tensor, h: torch.Tensor
     ) -> QuadraticSolution:
         found = cold_lanes((Q, p, A, b, G, h), torch.float64)
+        if found is None:
+            return super().__call__(Q, p, A, b, G, h)
         codes = torch.where(found.proved, int(ProgramStatus.SOLVED), int(ProgramStatus.MAX_STEPS_REACHED))
         return replace(found.exact().solution, codes=codes)
 

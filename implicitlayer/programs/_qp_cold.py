@@ -41,16 +41,21 @@ _NOISE = 1e-10  # of the largest length: a border that is crossed, or pulls, by 
 _DEFINITE = 1e-5  # smallest pivot of Q, relative to the largest, for which V'V keeps half of the digits
 
 
-def cold_lanes(data: Data, dtype: torch.dtype) -> LanesProof:
-    """What a cold start finds of every lane; ``dtype`` is that of the data."""
+def cold_lanes(data: Data, dtype: torch.dtype) -> LanesProof | None:
+    """What a cold start finds of every lane, None where that is nothing; ``dtype`` is that of the data."""
     system = _System(data)
+    if len(system.solvable) and not bool(system.solvable.any()):
+        return None
     system.whole()
     return _made_exact(system, dtype, *system.search(), "active set")
 
 
-def guessed_lanes(data: Data, dtype: torch.dtype, answer: QuadraticSolution, found_by: str) -> LanesProof:
+def guessed_lanes(data: Data, dtype: torch.dtype, answer: QuadraticSolution, found_by: str) -> LanesProof | None:
     """The same at an answer, or with its active set where that is not enough."""
-    system, where = _System(data), conditions(data, answer.x, dtype)
+    system = _System(data)
+    if len(system.solvable) and not bool(system.solvable.any()):
+        return None
+    where = conditions(data, answer.x, dtype)
     held = active_by_force(answer.inequality, where)
     at = replace(answer, inequality=torch.where(held, answer.inequality, 0.0))
     error = violation(data, at, where)

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -75,6 +76,19 @@ class SchurFactors:
         return torch.cat([x, rest], 1).reshape(rhs.shape)
 
 
+class Guess(NamedTuple):
+    """A minimum with the rows ``keep`` [K] held: their w [K], L'x [n], and J x - g of all rows [c], in scaled units.
+
+    ``system`` is what solves with these rows, where that was made on the way.
+    """
+
+    keep: npt.NDArray[np.int64]
+    w: Array
+    half: Array
+    beyond: Array
+    system: SchurSet | None
+
+
 class SchurRows:
     """L of one program, f = -L^-1 p, and after :meth:`whole` V of all rows and t = V'f - g for the sides g."""
 
@@ -109,12 +123,12 @@ class SchurRows:
         keep = np.concatenate([self.equations, self.of.e + held.nonzero()[0]])
         return keep if len(keep) <= self.of.n else None
 
-    def guess(self, held: Mask) -> tuple[Array, Array] | None:
-        """w [K] at the minimum with what is held, and J x - g of all rows [c] there, in scaled units."""
+    def guess(self, held: Mask) -> Guess | None:
+        """The minimum with what is held."""
         keep = self.kept(held)
         if keep is None or self.V is None:
             return None
-        V, t = self.V[keep], self.t[keep]
+        V, t, system = self.V[keep], self.t[keep], None
         if len(keep) <= _FEW:
             try:
                 w = np.linalg.solve(V @ V.T, t)
@@ -125,7 +139,14 @@ class SchurRows:
             if system is None:
                 return None
             w = system.weights(t)
-        return w, self.times(self.f - product(V.T)(w)) - self.sides
+        half = self.f - product(V.T)(w)
+        return Guess(keep, w, half, self.times(half) - self.sides, system)
+
+    def point(self, guess: Guess) -> tuple[Array, Array]:
+        """x [n] and the multipliers of all rows [c], in the units of the program."""
+        w = np.zeros(len(self.over))
+        w[guess.keep] = guess.w * self.of.curved / self.over[guess.keep]
+        return self.up(guess.half), w
 
     def hold(self, held: Mask) -> SchurSet | None:
         """What solves with these rows; None where they are not independent."""

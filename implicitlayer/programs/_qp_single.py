@@ -117,31 +117,32 @@ def exact_cold(program: SingleProgram) -> SingleProof | None:
             guess = rows.guess(held)
             if guess is None:
                 return None
-            w, beyond = guess[0], guess[1][program.e :]
+            beyond = guess.beyond[program.e :]
             wrong = beyond > noise
-            wrong[held] = w[program.e :] < -noise
+            wrong[held] = guess.w[program.e :] < -noise
             if not wrong.any():
-                system = rows.hold(held)
-                if system is None:
-                    return None
-                terms, error = _made_exact(program, system)
+                make = partial(rows.hold, held) if guess.system is None else partial(_itself, guess.system)
+                terms, error = _made_exact(Terms(program, *rows.point(guess)), make)
                 wrong, beyond = terms.wrong(held), terms.away[program.e :]
                 if not wrong.any():
-                    proof = SingleProof(terms, held, error, len(seen), partial(_itself, system), "active set")
+                    proof = SingleProof(terms, held, error, len(seen), make, "active set")
                     return proof if error <= TIGHT else None
             held = _next(program, beyond, held, wrong)
     return None
 
 
-def _made_exact(program: SingleProgram, system: SchurSet) -> tuple[Terms, float]:
-    """The point of this active set and its violation: each solve for what is left repairs the rounding of the last."""
-    best = Terms(program, *system.solve(-program.p, program.sides))
+def _made_exact(best: Terms, make: Callable[[], SchurSet | None]) -> tuple[Terms, float]:
+    """The point and its violation, after solves for what is left, each of which repairs the rounding of the last.
+
+    ``make`` makes what solves with the active set of the point.
+    """
     error = best.violation()
+    system = None if error <= EXACT else make()
     for _ in range(CORRECTIONS):
-        if error <= EXACT:
+        if error <= EXACT or system is None:
             break
         dx, dw = system.solve(-best.left, -best.off)
-        terms = Terms(program, best.x + dx, best.w + dw)
+        terms = Terms(best.of, best.x + dx, best.w + dw)
         if not terms.violation() < error:
             break
         best, error = terms, terms.violation()
@@ -181,7 +182,9 @@ def exact_guess(program: SingleProgram, answer: QuadraticSolution, found_by: str
             system = rows.hold(held)
             if system is None:
                 return None
-            (terms, error), make = _made_exact(program, system), partial(_itself, system)
+            at = Terms(program, *system.solve(-program.p, program.sides))
+            make = partial(_itself, system)
+            terms, error = _made_exact(at, make)
         if terms.wrong(held).any() or not error <= TIGHT:
             return None
     return SingleProof(terms, held, error, 1, make, found_by)

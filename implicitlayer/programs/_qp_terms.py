@@ -30,7 +30,7 @@ class SingleProgram:
 
     def __init__(self, program: Data) -> None:
         self.data, self.lanes = program, program[1].shape[:-1]
-        arrays = [t.reshape(t.shape[t.ndim - rank :]).numpy() for t, rank in zip(program, (2, 1) * 3, strict=True)]
+        arrays = [t.numpy().reshape(t.shape[t.ndim - rank :]) for t, rank in zip(program, (2, 1) * 3, strict=True)]
         self.Q, self.p, A, b, G, h = arrays
         self.n, self.e = len(self.p), len(b)
         self.rows, self.sides = np.concatenate([A, G]), np.concatenate([b, h])
@@ -70,7 +70,7 @@ class SingleProgram:
 
     def lane(self, vector: npt.NDArray[Any]) -> torch.Tensor:
         """As a tensor [*lanes, length]."""
-        return torch.from_numpy(vector).reshape((*self.lanes, -1))
+        return torch.from_numpy(vector.reshape((*self.lanes, len(vector))))
 
 
 class Terms:

@@ -3,23 +3,29 @@
 import pytest
 import torch
 from references import F64, randn, relative_error
-from solvers.test_interior_point import programs
+from solvers.test_interior_point import Program, programs
 
 import implicitlayer as il
 from implicitlayer.constrained import _qp, _qp_solve
 from implicitlayer.constrained._qp_solve import QuadraticSolver
 from implicitlayer.programs._interior_point import interior_point
 from implicitlayer.programs._kkt_active import Tolerances
-from implicitlayer.programs._qp_cold import cold_lanes
+from implicitlayer.programs._qp_cold import LanesProof, cold_lanes
 from implicitlayer.programs._qp_exact import TIGHT, exact, factorised, violation
 
 ROUNDING = 1e-9  # of solves with the matrix of a random program, condition below 1e5
 
 
+def cold(data: Program) -> LanesProof:
+    found = cold_lanes(data, F64)
+    assert found is not None
+    return found
+
+
 @pytest.mark.parametrize(("n", "e", "m"), [(1, 0, 1), (4, 2, 0), (6, 0, 12), (10, 3, 12), (30, 5, 40)])
 def test_what_the_search_proves_are_solutions(n: int, e: int, m: int) -> None:
     data = programs(30, n, e, m, seed=n + e)
-    found = cold_lanes(data, F64)
+    found = cold(data)
     proved = found.proved
     assert int((~proved).sum()) <= 6  # a search that fails falls back in silence, and slowly
     assert float(violation(data, found.at)[proved].max()) <= TIGHT
@@ -31,7 +37,7 @@ def test_what_the_search_proves_are_solutions(n: int, e: int, m: int) -> None:
 def test_the_factors_are_those_of_the_whole_matrix_in_every_lane() -> None:
     n, e, m = 10, 2, 12
     data = tuple(t.reshape(4, 5, *t.shape[1:]) for t in programs(20, n, e, m, seed=4))
-    found = cold_lanes(data, F64)  # type: ignore[arg-type]
+    found = cold(data)  # type: ignore[arg-type]
     assert bool(found.proved.all()) and found.held.shape == (4, 5, m)
     assert len({int(count) for count in found.held.sum(-1).flatten()}) > 1  # lanes hold different numbers of rows
     rhs = randn(4, 5, n + e + m, 3, seed=0)
@@ -46,7 +52,7 @@ def test_lanes_that_the_search_cannot_solve_are_left_to_the_interior_point() -> 
     h = torch.cat([h, torch.full((6, 10), 10.0, dtype=F64)], -1)
     G[3, 1], h[3, 1] = G[3, 0], h[3, 0]  # a border that is given twice
     data = Q, p, A, b, G, h
-    proof = cold_lanes(data, F64)
+    proof = cold(data)
     assert not bool(proof.proved[1])
     found, _ = QuadraticSolver(None, Tolerances(1e-6, 1e-8), False, "warn")._solved(data, proof, torch.finfo(F64).eps)
     assert float(found.error.max()) <= TIGHT
@@ -87,7 +93,7 @@ def test_what_the_search_calls_solved_satisfies_the_conditions_with_a_nearly_sin
     Q = V * torch.logspace(0, -12, n, dtype=F64) @ V.mT
     _, p, A, b, G, h = programs(lanes, n, 1, 8, seed=1)
     data = (Q + Q.mT) / 2, p, A, b, G, h
-    found = cold_lanes(data, F64)
+    found = cold(data)
     assert not bool((found.proved & (violation(data, found.at) > TIGHT)).any())
 
 
