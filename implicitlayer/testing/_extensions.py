@@ -74,8 +74,8 @@ def extension_checks(
     Example:
         >>> import implicitlayer as il
         >>> from implicitlayer import testing
-        >>> checks = dict(testing.extension_checks(il.sets.Box, "implicitlayer"))
-        >>> checks["Box-the_projection_is_the_nearest_point"]()
+        >>> checks = dict(testing.extension_checks(il.sets.NonNegative, "implicitlayer"))
+        >>> checks["NonNegative-the_projection_is_the_nearest_point"]()
     """
     if isinstance(base, Extension):
         yield from ((f"{type(base).__name__}-{check}", function) for check, function in _checks_of(base))
