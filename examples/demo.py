@@ -94,15 +94,10 @@ def run(settings: Settings, run_dir: Path) -> None:
     print(f"Go on, here for twice as long:\n    {resume_command(run_dir)} --minutes {2 * settings.minutes:g}")
 
 
-def make_method(network: Any, settings: Settings, cg_steps: int) -> il.meta.iMAML:
+def make_method(network: Any, settings: Settings, cg_steps: int) -> Any:
     """The whole method: a loss per task, an inner solver, a strength, and so many CG steps for the meta-gradient."""
-
-    def task_loss(params: Any, batch: Any) -> torch.Tensor:
-        images, labels = batch
-        return network.cross_entropy(params, images, labels)
-
     return il.meta.iMAML(
-        task_loss,
+        il.fewshot.ClassificationLoss(network),
         il.solvers.GradientDescent(step_size=settings.inner_step_size, max_steps=settings.inner_steps),
         strength=settings.strength,
         linear_solver=il.ConjugateGradient(max_steps=cg_steps),
@@ -115,12 +110,9 @@ def make_trainer(name: str, network: Any, classes: Any, validation: Any, setting
     theta |= {key: torch.zeros_like(theta[key]) for key in ("head.weight", "head.bias")}
     theta = {key: value.requires_grad_() for key, value in theta.items()}
 
-    def accuracy(params: Any, batch: Any) -> torch.Tensor:
-        images, labels = batch
-        return il.fewshot.task_accuracy(network(params, images), labels)
-
+    method = make_method(network, settings, settings.cg_steps if name == "iMAML" else 0)
     return il.meta.Trainer(
-        make_method(network, settings, settings.cg_steps if name == "iMAML" else 0),
+        method,
         theta,
         make_sampler(classes, settings, rotations="augment", seed=settings.seed),
         torch.optim.Adam(theta.values(), lr=settings.learning_rate),
@@ -129,7 +121,7 @@ def make_trainer(name: str, network: Any, classes: Any, validation: Any, setting
         max_steps=settings.max_steps,
         learning_rate=il.meta.cosine_decay,
         max_gradient_norm=settings.max_gradient_norm,
-        metric=accuracy,
+        metric=method.task_loss.accuracy,
         validation=validation,
         run_dir=run_dir / name.lower(),
         name=f"{name:6}",

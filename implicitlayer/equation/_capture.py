@@ -144,11 +144,11 @@ def find_closed_over(
     sources = Sources.of(args[1:], num_x, needed)
     attached = [plain and (i < num_x or bit > 0) for i, bit in enumerate(sources.bits)]
 
-    marks: list[Run] = []
+    since = Run()
 
     def run(shift: float = 0.0) -> tuple[_Finder, Any]:
         aliases: dict[int, torch.Tensor] = {}
-        marks.append(mark := Run())
+        mark = Run()
         for leaf, own in zip(leaves, attached, strict=True):
             # a graph cannot save a tensor of inference mode
             source = leaf.clone() if leaf.is_inference() and not torch.is_inference_mode_enabled() else leaf
@@ -158,7 +158,7 @@ def find_closed_over(
         aliased = list(everything)
         for place, alias in zip(places, given, strict=True):
             aliased[place] = alias
-        finder = _Finder(given, sources.by_id(given), marks, shift)
+        finder = _Finder(given, sources.by_id(given), since, shift)
         if check is not None:
             finder.touched = {*finder.bits, *map(id, given[:num_x])}
         if not plain:
@@ -243,11 +243,9 @@ def tensors_entering(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> li
 class _Finder(ReadingMode):
     """Collects tensors that enter an operation without being known; keeps all alive, so that ids stay unique."""
 
-    def __init__(
-        self, known: Sequence[torch.Tensor], bits: dict[int, int], marks: Sequence[Run], shift: float = 0.0
-    ) -> None:
+    def __init__(self, known: Sequence[torch.Tensor], bits: dict[int, int], since: Run, shift: float = 0.0) -> None:
         super().__init__()
-        self.marks = marks
+        self.since = since
         self.attached: dict[int, torch.Tensor] = {}  # those from outside that have a graph and were not looked at
         self.known = {id(tensor): tensor for tensor in known}
         self.bits = bits
@@ -278,7 +276,7 @@ class _Finder(ReadingMode):
                 self.known[id(tensor)] = tensor
                 self.meet(tensor)
             if id(tensor) in self.attached and func not in DETACHING:  # what is detached by hand may be kept
-                refuse_kept(self.attached.pop(id(tensor)), self.marks)
+                refuse_kept(self.attached.pop(id(tensor)), self.since)
         source, touches = 0, False
         for tensor in entering:
             source |= self.bits.get(id(tensor), 0)

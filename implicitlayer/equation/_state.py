@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -62,12 +63,16 @@ BORROWING: set[Any] = {torch.as_tensor, torch.asarray, torch.frombuffer}
 DETACHING: set[Any] = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
 
 
+_numbers = itertools.count()
+
+
 class Run:
     """The mark of the tensors that stand for x and theta in one run of a function of a layer."""
 
-    __slots__ = ("over",)
+    __slots__ = ("number", "over")
 
     def __init__(self) -> None:
+        self.number = next(_numbers)
         self.over = False
 
     def marked(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -79,14 +84,15 @@ class Run:
 _MOST_NODES = 10_000  # a graph from outside is looked at so far: that of a cache is small
 
 
-def refuse_kept(tensor: torch.Tensor, own: Sequence[Run]) -> None:
-    """Raise for a tensor from outside whose graph ends in a run that is over; see NOTE [state].
+def refuse_kept(tensor: torch.Tensor, since: Run) -> None:
+    """Raise for a tensor from outside whose graph ends in a run that was over before ``since``; see NOTE [state].
 
-    ``own``: the runs of this search, of whose leavings :class:`FirstRun` knows more.
+    ``since``: the first run of this search. Of what its own runs leave :class:`FirstRun` knows more, and a layer inside
+    the function makes runs of its own.
     """
     for leaf in leaves_of([tensor], _MOST_NODES):
         run = getattr(leaf, "run_of_layer", None)
-        if run is not None and run.over and run not in own:
+        if run is not None and run.over and run.number < since.number:
             raise ClosureError(
                 f"the objective reads a tensor of shape {tuple(tensor.shape)} that it made of x or theta in an earlier "
                 "call and has kept (a cache): no gradient flows through it. Compute it anew in every run, or compute "

@@ -1,5 +1,6 @@
 """Few-shot data and networks."""
 
+from implicitlayer.fewshot._classification import ClassificationLoss
 from implicitlayer.fewshot._dataset import DatasetError, ImageClasses
 from implicitlayer.fewshot._episodes import EpisodeBatch, EpisodeSampler
 from implicitlayer.fewshot._glyphs import Glyphs
@@ -13,6 +14,7 @@ from implicitlayer.fewshot._task_losses import task_accuracy, task_cross_entropy
 
 __all__ = [
     "MLP",
+    "ClassificationLoss",
     "Conv4",
     "DatasetError",
     "EpisodeBatch",

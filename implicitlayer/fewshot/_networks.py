@@ -21,7 +21,7 @@ from implicitlayer.fewshot._initial import DrawnNetwork
 from implicitlayer.fewshot._kernels import hand_written, keep_freed_memory, mapped, needs_plain_operations
 from implicitlayer.fewshot._parameters import stacked_parameters
 from implicitlayer.fewshot._pooling import max_pool
-from implicitlayer.fewshot._task_losses import check_labels, task_cross_entropy
+from implicitlayer.fewshot._task_losses import check_labels, task_accuracy, task_cross_entropy
 
 Downsample = Literal["stride", "max_pool"]
 
@@ -192,6 +192,38 @@ class Conv4(DrawnNetwork):
             >>> network.cross_entropy(params, torch.rand(10, 1, 28, 28), torch.arange(10) % 5).exp()
             tensor(5.)
         """
+        return self._evaluated(params, images, labels, with_accuracy=False)
+
+    def cross_entropy_and_accuracy(
+        self, params: Mapping[str, Tensor], images: Tensor, labels: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Compute each task's mean cross-entropy and its accuracy, in one forward pass.
+
+        Args:
+            params, images, labels: as for `cross_entropy`.
+
+        Returns:
+            The losses, and the shares of images whose largest logit is at the label, without a gradient; both 0-d, or
+            `[B]`.
+
+        Raises:
+            ValueError, TypeError: as for `cross_entropy`.
+
+        Example:
+            >>> network = conv4(num_ways=5, num_filters=8)
+            >>> params = network.init(torch.Generator().manual_seed(0))
+            >>> images, labels = torch.rand(10, 1, 28, 28), torch.arange(10) % 5
+            >>> loss, accuracy = network.cross_entropy_and_accuracy(params, images, labels)
+            >>> bool(accuracy == task_accuracy(network(params, images), labels))
+            True
+        """
+        both = self._evaluated(params, images, labels, with_accuracy=True)
+        return both[..., 0], both[..., 1].detach()
+
+    def _evaluated(
+        self, params: Mapping[str, Tensor], images: Tensor, labels: Tensor, *, with_accuracy: bool
+    ) -> Tensor:
+        """Losses, 0-d or `[B]`; with the accuracies beside them `[..., 2]`."""
         by_hand = (
             self.downsample == "stride"
             and hand_written(images)
@@ -202,13 +234,16 @@ class Conv4(DrawnNetwork):
             and not any(mapped(value) for value in params.values())
         )
         if not by_hand:
-            return task_cross_entropy(self(params, images), labels)
+            logits = self(params, images)
+            losses = task_cross_entropy(logits, labels)
+            return torch.stack([losses, task_accuracy(logits.detach(), labels)], -1) if with_accuracy else losses
         p, images, batched = self._stacked(params, images)
         if not batched:
             labels = labels.unsqueeze(0)
         check_labels(images[..., 0, 0, 0, None], labels)
-        losses = self._in_parts(self._losses, p, images, labels)
-        return losses if batched else losses.squeeze(0)
+        function = self._losses_and_accuracies if with_accuracy else self._losses
+        found = self._in_parts(function, p, images, labels)
+        return found if batched else found.squeeze(0)
 
     def _stacked(
         self, params: Mapping[str, Tensor], images: Tensor, *, without_head: bool = False
@@ -246,13 +281,21 @@ class Conv4(DrawnNetwork):
 
     def _losses(self, p: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
         """Losses `[B]` with derivatives by hand."""
+        return self._evaluation(p, images, labels)(p)
 
+    def _losses_and_accuracies(self, p: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
+        """The same with the accuracies, `[B, 2]`."""
+        evaluation = self._evaluation(p, images, labels)
+        losses = evaluation(p)
+        return torch.stack([losses, task_accuracy(evaluation.loss.log_p.detach(), labels)], -1)
+
+    def _evaluation(self, p: dict[str, Tensor], images: Tensor, labels: Tensor) -> Evaluation:
         def plain(*tensors: Tensor) -> Tensor:
             return task_cross_entropy(self._logits(dict(zip(p, tensors, strict=True)), images), labels)
 
         side = math.ceil(self.image_size / 4)
         loss = Conv4Loss(images, labels, self.num_ways, [side, math.ceil(side / 2)])
-        return Evaluation(loss, list(p), plain)(p)
+        return Evaluation(loss, list(p), plain)
 
     def _logits(self, p: dict[str, Tensor], images: Tensor) -> Tensor:
         """Logits `[B, K, N]` of stacked parameters and images `[B, K, C, height, width]`."""

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -16,8 +17,32 @@ from implicitlayer.meta._method import MetaMethod, num_tasks
 from implicitlayer.meta._monitor import curvature_sums, inner_sums
 from implicitlayer.meta._tasks import Episode
 
-# (phi, query, support) -> [b]
-ChunkMetric = Callable[[PyTree, PyTree, PyTree], torch.Tensor]
+
+@dataclass(frozen=True, eq=False)
+class ChunkMetric:
+    """What is measured on every chunk.
+
+    Attributes:
+        function: ``(phi, query, support) -> [B]``.
+        from_loss: whether it is what the task loss scores, in the forward pass of the query losses.
+    """
+
+    function: Callable[[PyTree, PyTree, PyTree], torch.Tensor]
+    from_loss: bool = False
+
+    def losses_of(
+        self, method: MetaMethod, theta: PyTree, phi: PyTree, query: PyTree
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Query losses [B], and the metric [B] where it comes with them."""
+        if self.from_loss:
+            return method.scored_query_losses(theta, phi, query)
+        return method.query_losses(theta, phi, query), None
+
+    def of(self, phi: PyTree, query: PyTree, support: PyTree) -> torch.Tensor:
+        """The metric [B], measured."""
+        with torch.no_grad():
+            return check_one_per_task("metric", self.function(phi, query, support), num_tasks(support))
+
 
 _NAMES = (
     "tasks",
@@ -107,14 +132,15 @@ def _add_chunk(
 ) -> None:
     with collect(in_depth=False) as records:
         phi = method.adapt(theta, support)
-        losses = method.query_losses(theta, phi, query)
+        if metric is None:
+            losses, scores = method.query_losses(theta, phi, query), None
+        else:
+            losses, scores = metric.losses_of(method, theta, phi, query)
         (losses.sum() / total_tasks).backward()
     totals.add("loss", losses)
     totals.add("tasks", losses.new_tensor(num_tasks(support)))
     if metric is not None:
-        with torch.no_grad():
-            measured = check_one_per_task("metric", metric(phi, query, support), num_tasks(support))
-            totals.add("accuracy", measured)
+        totals.add("accuracy", metric.of(phi, query, support) if scores is None else scores)
     if look:
         for name, values in (curvature_sums(records) | inner_sums(method, theta, phi, support)).items():
             totals.add(name, values)

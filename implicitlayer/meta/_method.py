@@ -17,7 +17,7 @@ from implicitlayer.base._extension import Extension
 from implicitlayer.base._tree import flatten, tree_map
 from implicitlayer.base._types import PyTree
 from implicitlayer.layer import MatrixStrength, OperatorStrength, proximal
-from implicitlayer.meta._checks import PerTask, check_batch_leaves, check_theta
+from implicitlayer.meta._checks import PerTask, check_batch_leaves, check_one_per_task, check_theta
 
 Strength = float | torch.Tensor | PyTree
 StrengthLike = Strength | Callable[[], Strength]
@@ -55,6 +55,17 @@ class MetaMethod(abc.ABC, Extension):
     def query_losses(self, theta: PyTree, phi: PyTree, query: PyTree) -> torch.Tensor:
         """The losses [B] that the outer problem minimises, at the adapted ``phi``."""
         return PerTask(self.task_loss)(phi, query)
+
+    def scored_query_losses(
+        self, theta: PyTree, phi: PyTree, query: PyTree
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The same, and the scores [B] of ``task_loss.scored(phi, query) -> (losses, scores)``; None without one."""
+        scored = getattr(self.task_loss, "scored", None)
+        if scored is None or type(self).query_losses is not MetaMethod.query_losses:
+            return self.query_losses(theta, phi, query), None
+        losses, scores = scored(phi, query)
+        tasks = flatten(phi)[0][0].shape[0]
+        return check_one_per_task("task_loss", losses, tasks), check_one_per_task("scores", scores, tasks)
 
     def __call__(self, theta: PyTree, support: PyTree, query: PyTree) -> torch.Tensor:
         """Query losses [B] after adaptation."""

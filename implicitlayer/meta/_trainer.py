@@ -18,7 +18,7 @@ from implicitlayer.meta._chunks import largest_chunk, take_tasks
 from implicitlayer.meta._collapse import MAX_ROLLBACKS, CollapseError, CollapseWarning, advice, collapse
 from implicitlayer.meta._distributed import WorkerLostError, launch_command
 from implicitlayer.meta._interrupt import StopRequest
-from implicitlayer.meta._meta_gradient import Totals, accumulate, means
+from implicitlayer.meta._meta_gradient import ChunkMetric, Totals, accumulate, means
 from implicitlayer.meta._method import num_tasks
 from implicitlayer.meta._monitor import Progress
 from implicitlayer.meta._peak_memory import peak_memory
@@ -55,7 +55,9 @@ class Trainer(TrainerState):
             (theta, optimizer, data). The largest chunk that fits is found by measurements in the first step.
         max_steps: budget in meta-steps, at least 0.
         max_minutes: budget in minutes of training, at least 0; sampling counts, evaluation and checkpoints do not.
-        metric: ``metric(phi, query) -> [B]``, shown and recorded; see ``transductive``.
+        metric: ``metric(phi, query) -> [B]``, shown and recorded; see ``transductive``. Where it is the method
+            ``accuracy`` of the task loss, and that has ``scored(phi, query) -> (losses, accuracies)`` too, as
+            :class:`il.fewshot.ClassificationLoss` has, training takes it from the forward pass of the query losses.
         transductive: the protocol of ``metric``, see :func:`evaluate`: with False it gets ``(phi, query, support)``.
         learning_rate: factor on the optimizer's rates as a function of the share of the budget used, 0...1.
         scheduler: in place of ``learning_rate``: a ``torch.optim`` scheduler, stepped after every meta-step, or
@@ -286,9 +288,15 @@ class Trainer(TrainerState):
             (take_tasks(episode[0], tasks), take_tasks(episode[1], tasks)),
             total_tasks=total,
             tasks_per_chunk=tasks_per_chunk,
-            metric=None if self.metric is None else self._measure,
+            metric=None if self.metric is None else ChunkMetric(self._measure, self._scored_by_loss),
             look=look,
         )
+
+    @property
+    def _scored_by_loss(self) -> bool:
+        """Whether the metric is the task loss's own accuracy, which comes with the query losses."""
+        known = getattr(self.method.task_loss, "accuracy", None)
+        return known is not None and self.metric == known and self.transductive is not False
 
     def _measure(self, phi: PyTree, query: PyTree, support: PyTree) -> torch.Tensor:
         assert self.metric is not None

@@ -8,7 +8,7 @@ import torch
 from fewshot.network_problems import EXACT, Params, problem, random_like, task
 from torch import Tensor
 
-from implicitlayer.fewshot import Conv4, conv4, task_cross_entropy
+from implicitlayer.fewshot import Conv4, conv4, task_accuracy, task_cross_entropy
 
 Loss = Callable[[Params, Tensor, Tensor], Tensor]
 TINY = conv4(3, in_channels=2, num_filters=3, image_size=9)
@@ -52,6 +52,27 @@ def test_three_orders_of_derivatives_are_those_of_plain_operations(network: Conv
     torch.testing.assert_close(ours[:2], plain[:2], **EXACT)
     torch.testing.assert_close(ours[2:4], plain[2:4], **CURVED)
     torch.testing.assert_close(ours[4], plain[4], rtol=1e-7, atol=1e-5)  # third derivatives: curvatures squared
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("num_images", [6, 30])  # derivatives by hand of few images only
+@pytest.mark.parametrize("num_tasks", [1, 3])
+def test_losses_with_accuracies_are_the_losses_and_the_accuracies(
+    network: Conv4, num_images: int, num_tasks: int
+) -> None:
+    params, images, labels = problem(network, num_tasks, num_images)
+    labels = labels.clone()
+    labels[:, ::2] = network(params, images).argmax(-1)[:, ::2]  # half of them right at least
+    leaves = {name: p.requires_grad_() for name, p in params.items()}
+    losses, accuracies = network.cross_entropy_and_accuracy(leaves, images, labels)
+    assert not accuracies.requires_grad and torch.equal(accuracies, task_accuracy(network(params, images), labels))
+    expected = network.cross_entropy(leaves, images, labels)
+    gradients = [torch.autograd.grad(value.sum(), list(leaves.values())) for value in (losses, expected)]
+    assert torch.equal(losses, expected)
+    torch.testing.assert_close(*gradients, **EXACT)
+    one = {name: p[0] for name, p in params.items()}
+    loss, accuracy = network.cross_entropy_and_accuracy(one, images[0], labels[0])
+    assert loss.ndim == accuracy.ndim == 0 and float(accuracy) == float(accuracies[0])
 
 
 def test_products_of_two_gradients_of_one_evaluation_do_not_mix() -> None:

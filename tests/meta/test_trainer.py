@@ -75,6 +75,42 @@ def few_shot_trainer(run_dir: Path) -> il.meta.Trainer:
     )
 
 
+@pytest.mark.parametrize("name", ["iMAML", "MAML", "FirstOrderMAML", "Reptile"])
+def test_the_accuracy_of_the_loss_comes_from_its_own_forward_pass(name: str) -> None:
+    network = il.fewshot.conv4(3, num_filters=4)
+    images = torch.randint(256, (12, 6, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    classes = il.fewshot.ImageClasses(images, [f"class {k}" for k in range(12)])
+    calls = 0
+
+    class Counted(il.fewshot.ClassificationLoss):
+        def accuracy(self, params: Any, batch: Any) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            return super().accuracy(params, batch)
+
+    def history(own: bool) -> list[float]:
+        theta = {key: leaf.requires_grad_() for key, leaf in network.init(torch.Generator().manual_seed(0)).items()}
+        loss, descent = Counted(network), il.solvers.GradientDescent(step_size=0.1, max_steps=2)
+        method = {
+            "iMAML": lambda: il.meta.iMAML(loss, descent, strength=0.5),
+            "MAML": lambda: il.meta.MAML(loss, step_size=0.1, num_steps=2),
+            "FirstOrderMAML": lambda: il.meta.FirstOrderMAML(loss, descent, strength=0.5),
+            "Reptile": lambda: il.meta.Reptile(loss, descent, strength=0.5),
+        }[name]()
+        sampler = il.fewshot.EpisodeSampler(classes, num_ways=3, num_query=2, seed=4)
+        metric = loss.accuracy if own else lambda phi, query: loss.accuracy(phi, query)
+        optimizer = torch.optim.Adam(theta.values(), lr=1e-2)
+        trainer = il.meta.Trainer(
+            method, theta, sampler, optimizer, max_steps=4, tasks_per_step=3, metric=metric, show_progress=False
+        )
+        return [record[key] for record in trainer.fit() for key in ("loss", "accuracy")]
+
+    measured = history(own=False)
+    asked, calls = calls, 0
+    assert history(own=True) == pytest.approx(measured, rel=1e-5)
+    assert asked == 4 and calls == (4 if name == "Reptile" else 0)  # whose outer loss is not the query loss
+
+
 def test_few_shot_training_resumes_bit_for_bit(tmp_path: Path) -> None:
     straight = few_shot_trainer(tmp_path / "straight")
     straight.fit()

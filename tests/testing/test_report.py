@@ -17,6 +17,7 @@ from implicitlayer.testing._report import (
     GradientCheckError,
     GradientReport,
     GradientRow,
+    Place,
     compare,
     entry_of,
     worst_first,
@@ -29,7 +30,8 @@ def vector(*values: float) -> Tensor:
 
 def row(expected: Tensor, got: Tensor, tolerance: Tensor, natural: float = 1.0, **more: object) -> GradientRow:
     parts = {TRUNCATION: tolerance, COARSE: tolerance / 10}
-    return compare("theta[0]", lambda i: f"[{i}]", "vjp", "dense", expected, got, parts, natural, **more)  # type: ignore[arg-type]
+    place = Place("theta[0]", lambda i: f"[{i}]", "vjp", "dense")
+    return compare(place, expected, got, parts, natural, **more)  # type: ignore[arg-type]
 
 
 def test_the_worst_entry_stands_for_the_row() -> None:

@@ -11,6 +11,7 @@ import torch
 
 from implicitlayer import Composite, ConjugateGradient, composite
 from implicitlayer.fewshot import (
+    ClassificationLoss,
     Conv4,
     EpisodeSampler,
     Glyphs,
@@ -80,14 +81,8 @@ def build_theta(experiment: Experiment, network: Conv4, device: torch.device) ->
     return {name: value.requires_grad_() for name, value in theta.items()}
 
 
-class TaskLoss:
+class TaskLoss(ClassificationLoss):
     """The cross-entropy of a network on ``batch = (images, labels)``, [B], with the parts that Gauss-Newton needs."""
-
-    def __init__(self, network: Conv4) -> None:
-        self.network = network
-
-    def __call__(self, params: Any, batch: Any) -> torch.Tensor:
-        return self.network.cross_entropy(params, *batch)
 
     def as_composite(self) -> Composite:
         """Softmax cross-entropy, convex, of the network's logits."""
@@ -234,7 +229,7 @@ def build_trainer(
         memory_budget=None if run.memory_budget is None else run.memory_budget * 2**20,
         max_steps=run.max_steps,
         max_minutes=run.minutes,
-        metric=accuracy_of(network),
+        metric=getattr(method.task_loss, "accuracy", accuracy_of(network)),
         transductive=True,  # the curves; the test can be the other
         learning_rate=cosine_decay if outer.decay == "cosine" else None,
         max_gradient_norm=outer.max_gradient_norm,
