@@ -47,6 +47,12 @@ class LinearSolution:
         preconditioned: whether the Ritz values are in the units of a preconditioner of the user's.
         remedy: what was done about negative curvature, in words; empty where nothing was.
         damping: tensor [*lanes], added to the matrix by that remedy; None where nothing was.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> solution = il.ConjugateGradient(rtol=1e-8)(lambda v: 2 * v, torch.ones(3))
+        >>> solution.value.tolist(), solution.num_steps, str(solution.status)
+        ([0.5, 0.5, 0.5], 1, 'CONVERGED')
     """
 
     value: Any
@@ -159,6 +165,16 @@ class SolverResult:
         num_steps: its steps, if it counts them.
         message: its own words.
         aux: anything the caller should get back (``solver_has_aux=True`` returns it beside the value).
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> def solver(objective, init, t):
+        ...     return il.SolverResult(t.clone(), il.Status.CONVERGED, num_steps=1)
+        >>> layer = il.argmin(lambda x, t: ((x - t) ** 2).sum(), solver)
+        >>> t = torch.ones(2, requires_grad=True)
+        >>> _ = layer(torch.zeros(2), t)
+        >>> layer.records[0].num_steps
+        1
     """
 
     value: Any
@@ -177,6 +193,21 @@ class RecordingSolver(Extension):
     Attributes:
         finds: what it looks for, if it can say so: layers refuse a solver of another problem than theirs.
         batched: if it is there and true, the solver takes many problems at once: an objective that returns [*lanes].
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> class Halving(il.RecordingSolver):
+        ...     def run(self, objective, init, *theta):
+        ...         x = init
+        ...         for _ in range(20):
+        ...             x = x - 0.25 * torch.func.grad(objective)(x, *theta)
+        ...         return il.SolverResult(x, num_steps=20)
+        ...     @classmethod
+        ...     def examples(cls):
+        ...         return []  # one for this page: not to be found by il.testing.extension_checks
+        >>> x = Halving()(lambda x, t: ((x - t) ** 2).sum(), torch.zeros(2), torch.ones(2))
+        >>> [round(v, 4) for v in x.tolist()]
+        [1.0, 1.0]
     """
 
     finds: ClassVar[Literal["minimum", "root"] | None] = None

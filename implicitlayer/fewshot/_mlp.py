@@ -92,5 +92,10 @@ class MLP(DrawnNetwork):
 
 
 def mlp(*, in_features: int = 1, hidden: Sequence[int] = (40, 40), out_features: int = 1) -> MLP:
-    """Return a fully connected network; the default is the regressor of MAML's sinusoids; see `MLP`."""
+    """A fully connected network, see :class:`MLP`; the default is the regressor of MAML's sinusoids.
+
+    Args:
+        in_features, out_features: numbers per example.
+        hidden: widths of the hidden layers.
+    """
     return MLP(in_features, tuple(hidden), out_features)

@@ -146,6 +146,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
     NumPy's numbers are saved as Python's, and its arrays as tensors.
 
+    Args:
+        path: the file.
+        state: what to save.
+
     Raises:
         CheckpointError: the state holds something that would not be read back; the message gives its path, and no file
             was written.
@@ -163,7 +167,10 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """The state saved at ``path``, on the CPU. Only data is read: a checkpoint cannot run code.
+    """The state saved by :func:`save_checkpoint`, on the CPU. Only data is read: a checkpoint cannot run code.
+
+    Args:
+        path: the file.
 
     Raises:
         CheckpointError: the file is damaged or no checkpoint.
@@ -190,7 +197,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def save_json(path: Path, value: Any) -> None:
-    """Write ``value`` as readable JSON in one step."""
+    """Write ``value`` as readable JSON in one step: the file is the old one or the new one.
+
+    Args:
+        path: the file.
+        value: what JSON knows; all else is written as its ``str``.
+    """
     text = json.dumps(value, indent=2, default=str) + "\n"
     replace_file(path, lambda file: _write_text(file, text))
 
