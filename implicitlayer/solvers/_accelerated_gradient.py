@@ -19,7 +19,7 @@ from implicitlayer.base._types import Leaves
 from implicitlayer.solvers._descent import rounds_between_syncs
 from implicitlayer.solvers._inputs import check_limits
 from implicitlayer.solvers._leaves import add, choose, lanes_as, minus, value_and_gradient
-from implicitlayer.solvers._momentum import Momentum
+from implicitlayer.solvers._momentum import Momentum, leads_uphill
 from implicitlayer.solvers._outcome import StallWatch, contradiction, finite_leaves, outcome, relative_move
 from implicitlayer.solvers._progress import Iteration, Report, reporting
 
@@ -156,7 +156,7 @@ class AcceleratedGradient(RecordingSolver):
             assert curvature is not None
             x_new = add(y, gradient, -1 / curvature)
             change = minus(x_new, x)
-            y_new = add(x_new, change, momentum.next(gradient, change, curvature, lane_dims))
+            y_new = add(x_new, change, momentum.next(partial(leads_uphill, gradient, change, lane_dims), curvature))
             x, y = choose(running, x_new, x), choose(running, y_new, y)
         finite = finite_leaves(x, lane_dims)
         return outcome(unflatten(x, spec), self.max_steps, wanted=False, reached=finite, finite=finite)

@@ -137,7 +137,8 @@ class ProximalGradient(RecordingSolver):
                     stalled = stalled | watch.look(running, norm, value.double(), doubt, move, True)
                     before = z, slope
                 change = minus(new, x)
-                ahead = momentum.next(minus(z, new), change, curvature, lane_dims) if self.accelerated else 0.0
+                uphill = _dot(minus(z, new), change, lane_dims) > 0
+                ahead = momentum.next(lambda: uphill, curvature) if self.accelerated else 0.0  # noqa: B023
                 x, z = choose(running, new, x), choose(running, add(new, change, ahead), z)
                 if has_tolerance:
                     reached = reached | (running & (norm <= tolerance))
