@@ -9,10 +9,10 @@ ProxQP tolerances of 1e-12 forward and backward and proximal parameters of 1e-9 
 good to 1e-5); CVXPYlayers the dense solve of its backward (its default can be far off without a word). il.qp runs at
 its defaults, and with ``solver="auto"`` where DAQP is installed.
 
-All of them take turns in one process on one core; the numbers are processor times, the medians of the rounds, of data
-that change from call to call. Ratios are rival / il.qp within a round (above 1: il.qp is faster). Right means: all
-gradients of the first lane within 1e-6 of one dense solve by hand with the active set of the solution. A rival that is
-not installed is left out with a message.
+All of them take turns, in an order that changes, in one process on one core; the numbers are processor times, the
+medians of the rounds, of data that change from call to call. Ratios are rival / il.qp within a round (above 1: il.qp is
+faster). Right means: all gradients of the first lane within 1e-6 of one dense solve by hand with the active set of the
+solution. A rival that is not installed is left out with a message.
 """
 
 from __future__ import annotations
@@ -22,11 +22,13 @@ import itertools
 import json
 import os
 import platform
+import random
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -183,9 +185,11 @@ def measure(layers: dict[str, Layer], sets: list[list[torch.Tensor]], rounds: in
             rows[name] = {"layer": name, "failed": f"{type(error).__name__}: {error}"[:200]}
     running = {name: layer for name, layer in layers.items() if "failed" not in rows[name]}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in running}
-    turn = itertools.cycle(sets)
+    turn, order = itertools.cycle(sets), list(running.items())
+    shuffle = random.Random(0).shuffle
     for _ in range(rounds):
-        for name, layer in running.items():
+        shuffle(order)  # who comes after whom matters to the caches
+        for name, layer in order:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 both = seconds_of(lambda layer=layer: gradients(layer, next(turn)))  # type: ignore[misc]
@@ -216,6 +220,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, object]]:
     others = rivals()
     rows: list[dict[str, object]] = []
     versions = {"machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
+    packages = [name for name in ("moreau", "proxsuite", "daqp", "qpth", "cvxpylayers") if find_spec(name)]
+    versions |= {name: version(name) for name in packages}
     versions["load"] = " ".join(f"{load:.1f}" for load in os.getloadavg())
     print(f"{versions}, 1 thread, {rounds} rounds, {' '.join(['python', *sys.argv])}")
     print(

@@ -125,7 +125,7 @@ def qp(
     if isinstance(solver, str):
         if solver != "auto":
             raise ValueError(f"solver={solver!r} must be 'auto', one of il.solvers, such as DAQP(), or a function.")
-        solver = fastest(data[1].shape[-1])
+        solver = fastest(data[1].shape[-1], batch.numel())
     settings = _Settings(solver, linear_solver, on_failure, Tolerances(_STATIONARITY_RTOL, active_rtol), at_kink)
     x, y, z = _solution(data, batch, settings)
     return (x, fold(y, z)) if return_multipliers else x

@@ -27,7 +27,7 @@ Vector = npt.NDArray[np.float64]
 Answer = tuple[Any, Any, Any] | None
 
 _FAR = 1e20  # what these solvers take for no side
-_SMALL = 64  # unknowns up to which DAQP is faster than the search of the library (measured, one core)
+_SMALL, _MANY = 64, 2  # unknowns up to which, and programs from which on, DAQP is faster than the library's own search
 
 
 class Search:
@@ -76,15 +76,20 @@ class Search:
         finite = np.logical_and.reduce([np.isfinite(array).all(1) for array in rows])
         if not finite.all():
             arrays = [array[finite] for array in arrays]
-        for i, answer in zip(finite.nonzero()[0], self.all(arrays) if finite.any() else [], strict=True):
-            if answer is not None and all(np.isfinite(part).all() for part in answer):
-                codes[i] = int(ProgramStatus.SOLVED)
-                for into, part in zip(found, answer, strict=True):
-                    into[i] = part
-        parts = [torch.from_numpy(part).reshape(*lanes, -1).to(p.device) for part in found]
+        answers = self.all(arrays) if finite.any() else []
+        lanes_of = [lane for lane, answer in zip(finite.nonzero()[0], answers, strict=True) if answer is not None]
+        if lanes_of:
+            for into, parts in zip(found, zip(*(a for a in answers if a is not None), strict=True), strict=True):
+                into[lanes_of] = np.stack(parts)
+            good = np.logical_and.reduce([np.isfinite(part).all(1) for part in found])
+            found = [np.where(good[:, None], part, 0.0) for part in found]
+            solved = np.zeros_like(good)
+            solved[lanes_of] = True
+            codes[solved & good] = int(ProgramStatus.SOLVED)
+        x, y, z = (torch.from_numpy(part.reshape(*lanes, part.shape[1])).to(p.device) for part in found)
         ends = torch.from_numpy(codes).reshape(lanes).to(p.device)
         error = torch.where(ends == int(ProgramStatus.SOLVED), 0.0, math.inf).to(p.dtype)
-        return QuadraticSolution(parts[0], parts[1], parts[2], ends, torch.zeros_like(ends), error)
+        return QuadraticSolution(x, y, z, ends, torch.zeros_like(ends), error)
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ class ActiveSet(Search):
 
 @dataclass(frozen=True)
 class DAQP(Search):
-    """DAQP, a dual active-set method in C: the fastest for programs of up to about 64 unknowns.
+    """DAQP, a dual active-set method in C: the fastest for many programs of up to about 64 unknowns.
 
     Args:
         settings: of ``daqp.solve``.
@@ -248,7 +253,7 @@ class QPSolvers(Search):
         return found.x, none if found.y is None else found.y, none if found.z is None else found.z
 
 
-def fastest(num_unknowns: int) -> Search:
-    """The fastest of what is installed for programs of that size."""
-    small = num_unknowns <= _SMALL and find_spec("daqp") is not None
-    return DAQP() if small else ActiveSet()
+def fastest(num_unknowns: int, num_programs: int) -> Search:
+    """The fastest of what is installed for that many programs of that size (measured on one core)."""
+    many = num_programs >= _MANY and num_unknowns <= _SMALL and find_spec("daqp") is not None
+    return DAQP() if many else ActiveSet()

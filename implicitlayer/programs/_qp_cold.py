@@ -59,7 +59,7 @@ def guessed_lanes(data: Data, dtype: torch.dtype, answer: QuadraticSolution, fou
     held = active_by_force(answer.inequality, where)
     at = replace(answer, inequality=torch.where(held, answer.inequality, 0.0))
     error = violation(data, at, where)
-    right = (error <= TIGHT) & ~wrong_sides(at.inequality, held, where).any(-1)
+    right = (error <= EXACT) & ~wrong_sides(at.inequality, held, where).any(-1)
     right = right & system.solvable.reshape(right.shape)
     rows = system.with_equations(held)
     if bool(right.all()):

@@ -178,7 +178,7 @@ def exact_guess(program: SingleProgram, answer: QuadraticSolution, found_by: str
         terms = Terms(program, x, np.concatenate([w[:e], np.where(held, w[e:], 0.0)]))
         make: Callable[[], SchurSet | None] = partial(rows.hold, held)
         error = terms.violation()
-        if not error <= TIGHT:
+        if not error <= EXACT:
             system = rows.hold(held)
             if system is None:
                 return None

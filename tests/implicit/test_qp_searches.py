@@ -138,6 +138,15 @@ def test_a_search_that_fails_costs_time_and_nothing_else(lanes: int, answer: Any
     assert torch.allclose(got, torch.tensor([0.0, -1.0], dtype=F64), atol=1e-12)
 
 
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_an_answer_that_is_nearly_exact_is_made_exact(lanes: int) -> None:
+    # x = 0 by an equation: 3e-11 is rounding beside the length of the program, 3 / 0.5, and everything beside x
+    p = torch.full((lanes, 1), -3.0, dtype=F64, requires_grad=True)
+    data = torch.tensor([[0.5]], dtype=F64), p, torch.tensor([[3.0]], dtype=F64), torch.zeros(1, dtype=F64)
+    x, found = il.qp(*data, solver=Nonsense(([3e-11], [1.0], [])), return_multipliers=True)
+    assert float(x.detach().abs().max()) < 1e-20 and torch.allclose(found.equality, torch.ones(lanes, 1, dtype=F64))
+
+
 def test_a_missing_package_is_named_with_the_extra_and_a_wrong_name_with_the_right_ones(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
