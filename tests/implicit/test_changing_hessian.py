@@ -40,3 +40,19 @@ def test_an_ordinary_curve_is_no_changing_hessian() -> None:
         lambda x, t: (torch.cosh(x) - t * x).sum(), lambda f, x, t: torch.asinh(t) * (1 + 9e-4), on_failure="raise"
     )
     layer(torch.zeros(3, dtype=F64), torch.tensor([3.0, -2.0, 0.5], dtype=F64, requires_grad=True)).sum().backward()
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e8, 1e-8])
+@pytest.mark.parametrize("width", [1.0, 1e-2, 1e2])
+def test_a_pseudo_huber_loss_has_its_gradient_in_any_unit(unit: float, width: float) -> None:
+    t = torch.tensor([2.0, -3.0], dtype=F64).mul(unit).requires_grad_()
+    ridge = 1e-3
+
+    def objective(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        u = (x - t) / (width * unit)
+        return (width**2 * ((1 + u * u).sqrt() - 1) + 0.5 * ridge * (x / unit) ** 2).sum()
+
+    x = il.argmin(objective, il.solvers.NewtonCG(rtol=1e-13))(torch.zeros(2, dtype=F64), t)
+    curvature = (1 + ((x - t).detach() / (width * unit)) ** 2) ** -1.5  # of the loss; dx / dt = curvature / (both)
+    expected = curvature / (curvature + ridge)
+    assert torch.allclose(torch.autograd.grad(x.sum(), t)[0], expected, rtol=1e-6, atol=0.0)
