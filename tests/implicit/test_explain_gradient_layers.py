@@ -196,7 +196,7 @@ def test_writing_into_a_closed_over_tensor_is_an_error_as_in_the_layer() -> None
         return t * squares(x)
 
     layer = il.argmin(objective, stay, **SETTINGS)
-    assert "changed in place" in explained(layer, START, t, **{"theta[0]": t})["theta[0]"].verdict
+    assert "the objective itself changes a tensor" in explained(layer, START, t, **{"theta[0]": t})["theta[0]"].verdict
 
 
 def test_a_layer_inside_the_objective_passes_its_theta_on() -> None:
