@@ -35,6 +35,13 @@ class OnTheGradient:
         return self.solver(function, init)
 
 
+def unlisted(listed: list[Any], base: Any, claim: Any) -> list[Any]:
+    """Claims for the package's solvers below ``base`` that ``listed`` says nothing of."""
+    known = {type(one.solver) for one in listed}
+    kinds = [kind for kind in testing.extensions(base, "implicitlayer") if kind not in known]
+    return [claim(example) for kind in kinds for example in kind.examples()]
+
+
 LINEAR = [
     testing.linear(il.ConjugateGradient()),
     testing.linear(il.ConjugateGradient(preconditioner=il.Jacobi()), name="ConjugateGradient, Jacobi"),
@@ -54,13 +61,7 @@ LINEAR = [
     testing.linear(il.Dense()),
     testing.linear(il.Neumann(40)),  # 0.5^40 = 1e-12
 ]
-_LISTED = {type(claim.solver) for claim in LINEAR}
-LINEAR += [
-    testing.linear(example)
-    for kind in testing.extensions(il.LinearSolver, "implicitlayer")
-    if kind not in _LISTED
-    for example in kind.examples()
-]
+LINEAR += unlisted(LINEAR, il.LinearSolver, testing.linear)
 
 # A tolerance of 2e-8 on the gradient leaves x within 4e-7. It is absolute, because one check begins at the solution.
 # In float32 nobody reaches it: the limits of steps are what the promise takes in float64, with some to spare.
@@ -102,10 +103,4 @@ INNER = [
         name="AndersonAcceleration, gradient",
     ),
 ]
-_LISTED = {type(claim.solver) for claim in INNER}
-INNER += [
-    testing.inner(example)
-    for kind in testing.extensions(il.RecordingSolver, "implicitlayer")
-    if kind not in _LISTED
-    for example in kind.examples()
-]
+INNER += unlisted(INNER, il.RecordingSolver, testing.inner)

@@ -189,7 +189,6 @@ FACADES = {
     "fixed_point",
     "constrained_argmin",
     "qp",
-    "_value_of_qp",
     "check_argmin_gradients",
     "linear",
 }

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +28,8 @@ from implicitlayer.equation._capture import plainly_impossible
 from implicitlayer.layer._layer import ImplicitLayer, without_aux
 
 __all__ = ["value"]
+
+_ARGUMENTS = inspect.signature(qp)
 
 
 def value(layer: Callable[..., Any]) -> Callable[..., torch.Tensor]:
@@ -102,21 +105,12 @@ def _of_constrained(layer: ConstrainedLayer) -> Callable[..., torch.Tensor]:
     return smallest
 
 
-def _value_of_qp(
-    Q: torch.Tensor,
-    p: torch.Tensor,
-    A: torch.Tensor | None = None,
-    b: torch.Tensor | None = None,
-    G: torch.Tensor | None = None,
-    h: torch.Tensor | None = None,
-    *,
-    lower: torch.Tensor | None = None,
-    lb: torch.Tensor | None = None,
-    ub: torch.Tensor | None = None,
-    **settings: Any,
-) -> torch.Tensor:
-    """The smallest value of a quadratic program, [*batch]."""
-    x, multipliers = qp(Q, p, A, b, G, h, lower=lower, lb=lb, ub=ub, return_multipliers=True, **settings)
+def _value_of_qp(*args: Any, **settings: Any) -> torch.Tensor:
+    """The smallest value of a quadratic program, [*batch]; arguments are those of :func:`qp`."""
+    given = _ARGUMENTS.bind(*args, **settings).arguments
+    x, multipliers = qp(**given, return_multipliers=True)
+    Q, p = given["Q"], given["p"]
+    A, b, G, h, lower, lb, ub = (given.get(name) for name in ("A", "b", "G", "h", "lower", "lb", "ub"))
     x, y, z = _fixed((x, *multipliers))
     rows, bounds = z if isinstance(z, tuple) else (z, None)
     found: torch.Tensor = (x * (0.5 * _times(Q, x) + p)).sum(-1)

@@ -81,11 +81,9 @@ def nodes_of(values: Sequence[torch.Tensor], most: int | None = None) -> list[An
     return found
 
 
-def leaves_of(values: Sequence[torch.Tensor], most: int | None = None) -> list[torch.Tensor]:
-    """The leaf tensors that the graph of ``values`` reaches, by the first ``most`` nodes."""
-    leaves = [value for value in values if value.grad_fn is None and value.requires_grad]
-    nodes = nodes_of(values, most)
-    return leaves + [node.variable for node in nodes if type(node).__name__ == "AccumulateGrad"]
+def leaves_of(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The leaf tensors that the graph of ``values`` reaches."""
+    return ends_of(values)[0]
 
 
 def ends_of(values: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], str]:

@@ -25,7 +25,7 @@ import torch
 from implicitlayer import _torch
 from implicitlayer._errors import ClosureError
 from implicitlayer.base._tree import flatten_with_names, is_data, tree_leaves
-from implicitlayer.equation._graph_leaves import leaves_of
+from implicitlayer.equation._graph_leaves import nodes_of
 
 _SHIFT = 2.0**-10
 _ROUNDINGS = 1e3  # in units of eps: changes of the value below this are rounding
@@ -90,7 +90,9 @@ def refuse_kept(tensor: torch.Tensor, since: Run) -> None:
     ``since``: the first run of this search. Of what its own runs leave :class:`FirstRun` knows more, and a layer inside
     the function makes runs of its own.
     """
-    for leaf in leaves_of([tensor], _MOST_NODES):
+    # what was made outside may use any Function: its graph is looked at, and not judged
+    ends = [getattr(node, "variable", None) for node in nodes_of([tensor], _MOST_NODES)]
+    for leaf in [tensor, *ends]:
         run = getattr(leaf, "run_of_layer", None)
         if run is not None and run.over and run.number < since.number:
             raise ClosureError(

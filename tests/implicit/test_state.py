@@ -100,6 +100,30 @@ def test_what_is_kept_and_not_read_again_or_only_detached_is_fine(keep: Callable
     assert len(log) > 3
 
 
+class Square(torch.autograd.Function):
+    """Of which torch has a first derivative only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * g
+
+
+def test_a_function_with_one_derivative_is_fine_outside_of_the_objective_and_refused_inside() -> None:
+    w, t = (torch.tensor(value, dtype=F64, requires_grad=True) for value in (3.0, 1.0))
+    v = Square.apply(w)
+    outside = il.argmin(lambda x, t: ((x - v - t) ** 2).sum(), lambda f, x, t: (v + t).detach().reshape(1))
+    assert torch.autograd.grad(outside(torch.zeros(1, dtype=F64), t).sum(), w)[0].item() == pytest.approx(6.0)
+    inside = il.argmin(lambda x, t: ((x - Square.apply(t)) ** 2).sum(), lambda f, x, t: (t * t).reshape(1))
+    with pytest.raises(il.ObjectiveError, match="once_differentiable"):
+        inside(torch.zeros(1, dtype=F64), t)
+
+
 class Counts(nn.Module):
     """Counts its calls in a buffer."""
 
