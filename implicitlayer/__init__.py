@@ -33,6 +33,7 @@ from implicitlayer.base._active_set import ActiveSet
 from implicitlayer.base._records import BackwardRecord, ForwardRecord, GradientError, diagnostics
 from implicitlayer.base._solution import LinearSolution, RecordingSolver, SolverResult
 from implicitlayer.base._status import Status
+from implicitlayer.compiled import CompiledLayer, compile
 from implicitlayer.constrained import ConstrainedLayer, Multipliers, constrained_argmin, qp
 from implicitlayer.equation import (
     Assumptions,
@@ -89,6 +90,7 @@ __all__ = [
     "Bicgstab",
     "Bregman",
     "ClosureError",
+    "CompiledLayer",
     "Composite",
     "ConjugateGradient",
     "ConstrainedLayer",
@@ -142,6 +144,7 @@ __all__ = [
     "WarmStart",
     "argmin",
     "bregman",
+    "compile",
     "composite",
     "constrained_argmin",
     "diagnostics",

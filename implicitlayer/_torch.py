@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -95,3 +96,29 @@ foreach_add_ = torch._foreach_add_
 foreach_sub = torch._foreach_sub
 foreach_sub_ = torch._foreach_sub_
 foreach_mul = torch._foreach_mul
+
+
+def while_loop(
+    going: Callable[..., torch.Tensor], body: Callable[..., Any], state: tuple[torch.Tensor, ...]
+) -> tuple[torch.Tensor, ...]:
+    """``while going(*state): state = body(*state)``, which a compiler keeps as a loop; no shape changes."""
+    from torch._higher_order_ops.while_loop import while_loop as loop  # imports the compiler
+
+    result: tuple[torch.Tensor, ...] = loop(going, body, state)
+    return result
+
+
+def compiler_errors() -> tuple[type[Exception], ...]:
+    """What ``torch.compile`` raises where it cannot follow a function; asked for when an exception is there."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return (TorchDynamoException,)
+
+
+def inductor() -> Callable[..., Any]:
+    """The compiler behind ``torch.compile``: ``(graph, inputs, config_patches=options) -> function``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # its own, of torch 2.13
+        from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx

@@ -29,6 +29,7 @@ LAYERS["programs"] = {"base", "linear", "programs"}
 LAYERS["layer"] = {"base", "linear", "equation", "layer"}
 LAYERS["constrained"] = {"base", "linear", "sets", "equation", "programs", "layer", "constrained"}
 LAYERS["api"] = {*LAYERS["constrained"], "api"}
+LAYERS["compiled"] = {"base", "linear", "equation", "layer", "compiled"}
 LAYERS["explain"] = {*LAYERS["api"], "explain"}
 # solvers never import a layer: a solver does not know how its answer is differentiated
 LAYERS["solvers"] = {"base", "linear", "sets", "equation", "programs", "solvers"}

@@ -18,6 +18,7 @@ from implicitlayer.base._status import Status
 from implicitlayer.linear._common import NOISE, SLACK, STEPS_BETWEEN_SYNCS, Keep, Limits, lane_norm
 from implicitlayer.linear._operator import FlatOperator, LinearSolver, lane_dot, lane_scale
 from implicitlayer.linear._preconditioners import Precondition, Preconditioner
+from implicitlayer.linear._traced import TracedSolution, TracedSystem, conjugate_gradient
 
 __all__ = ["ConjugateGradient"]
 
@@ -88,6 +89,10 @@ class ConjugateGradient(LinearSolver):
     def has_tolerance(self) -> bool:
         """Whether a tolerance was asked for; with ``max_steps`` alone, none was."""
         return self.limits.has_tolerance
+
+    def traced(self, system: TracedSystem) -> TracedSolution:
+        """The same for a compiler; see :func:`implicitlayer.compile`."""
+        return conjugate_gradient(system, self.limits, _AIM, _FURTHER)
 
     def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution:
         given = self.preconditioner

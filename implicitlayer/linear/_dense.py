@@ -15,6 +15,7 @@ from implicitlayer.base._status import Status
 from implicitlayer.linear._common import NOISE, Correction, Limits, Round, select
 from implicitlayer.linear._direct import refine_direct
 from implicitlayer.linear._operator import FlatOperator, LinearSolver
+from implicitlayer.linear._traced import TracedSolution, TracedSystem, dense
 
 __all__ = ["Dense"]
 
@@ -54,6 +55,10 @@ class Dense(LinearSolver):
 
     def __post_init__(self) -> None:
         Limits(self.rtol)
+
+    def traced(self, system: TracedSystem) -> TracedSolution:
+        """The same for a compiler; see :func:`implicitlayer.compile`."""
+        return dense(system, Limits(self.rtol), _SUSPICIOUS)
 
     def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution:
         """Solve for a flat right-hand side [*lanes, n]."""

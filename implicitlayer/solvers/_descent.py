@@ -12,13 +12,15 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 
+from implicitlayer import _torch
 from implicitlayer.base._solution import RecordingSolver, SolverResult
 from implicitlayer.base._status import Status
+from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._common import STEPS_BETWEEN_SYNCS
 from implicitlayer.linear._operator import lane_dot
 from implicitlayer.solvers._inputs import check_limits
 from implicitlayer.solvers._line_search import LineSearch
-from implicitlayer.solvers._outcome import PATIENCE, StallWatch, outcome
+from implicitlayer.solvers._outcome import PATIENCE, StallWatch, codes_of, outcome
 from implicitlayer.solvers._problem import Problem
 from implicitlayer.solvers._progress import Iteration, Report, reporting
 
@@ -42,12 +44,13 @@ _WORDS = {
 class Method(Protocol):
     """How to choose directions. Masks are bool [*lanes]; what is returned for the other lanes is not read."""
 
+    STATE: tuple[str, ...]  # names of the attributes that change
     conjugate: bool  # with exact line searches, n steps solve a quadratic of n unknowns
 
     def direction(
-        self, lanes: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
+        self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A direction [*lanes, n] and the first trial step float64 [*lanes]."""
+        """At x a direction [*lanes, n] and the first trial step float64 [*lanes]."""
 
     def moved(self, lanes: torch.Tensor, step: torch.Tensor, change: torch.Tensor, search: LineSearch) -> None:
         """These lanes made a step; ``change`` is that of the gradient."""
@@ -85,9 +88,63 @@ def descend(settings: Any, problem: Problem, method: Method, curvature: float) -
         return _Descent(settings, problem, method, curvature, report).run()
 
 
+def traced_descent(
+    settings: Any, problem: TracedProblem, method: Callable[[], Method], curvature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same rounds as a loop of a compiler: the point [*lanes, n] and a :class:`Status` per lane.
+
+    ``method`` makes one in its first state: a loop holds tensors only, and every round begins with objects made anew.
+    """
+
+    def descent(state: tuple[torch.Tensor, ...] = ()) -> _Descent:
+        made = _Descent(settings, problem, method(), curvature, None, on_host=False)
+        return restored(made, list(state)) if state else made
+
+    def one_more(*state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        before = descent(state)
+        found = before.method.direction(before.turning, before.x, before.gradient, before.norm)
+        # a loop in the direction makes torch's tracer (2.13) forget what is then written to objects made before it
+        here = descent(state)
+        here.round(found=found)
+        return kept(here)
+
+    last = descent(_torch.while_loop(lambda *state: descent(state).running.any(), one_more, kept(descent())))
+    return last.x, last.codes
+
+
+def kept(value: Any) -> tuple[torch.Tensor, ...]:
+    """Copies of the tensors of what changes in a loop: the attributes that ``STATE`` names, and theirs."""
+    if isinstance(value, torch.Tensor):
+        return (value.clone(),)
+    parts = value if isinstance(value, tuple | list) else [getattr(value, name) for name in value.STATE]
+    return tuple([tensor for part in parts for tensor in kept(part)])
+
+
+def restored(value: Any, tensors: list[torch.Tensor]) -> Any:
+    """The inverse: ``value`` with the tensors that are its, from the front of the list."""
+    if isinstance(value, torch.Tensor):
+        return tensors.pop(0)
+    if isinstance(value, tuple | list):
+        return type(value)([restored(part, tensors) for part in value])
+    for name in value.STATE:
+        setattr(value, name, restored(getattr(value, name), tensors))
+    return value
+
+
 class _Descent:
+    STATE: tuple[str, ...] = (
+        *("x", "gradient", "value", "norm", "steps", "stalled", "direction", "best", "running", "turning"),
+        *("watch", "search", "method"),
+    )
+
     def __init__(
-        self, settings: Any, problem: Problem, method: Method, curvature: float, report: Report | None
+        self,
+        settings: Any,
+        problem: Problem | TracedProblem,
+        method: Method,
+        curvature: float,
+        report: Report | None,
+        on_host: bool | None = None,
     ) -> None:
         self.settings, self.problem, self.method, self.report = settings, problem, method, report
         self.x, self.gradient = problem.start, problem.first_gradient
@@ -101,11 +158,11 @@ class _Descent:
         self.watch = StallWatch(self.norm, self.value, eps)
         self.search = LineSearch(self.norm, eps, curvature, exact_on_quadratics=exact)
         self.direction = torch.zeros_like(self.x)
-        self.on_host = rounds_between_syncs(self.x) == 1
+        self.on_host = rounds_between_syncs(self.x) == 1 if on_host is None else on_host
         self.best = self.x, self.value, self.norm  # at the last gain: after it came rounding errors only
+        self.running = self.turning = self._unfinished()  # bool [*lanes]: not done; to get a new direction
 
-    @property
-    def running(self) -> torch.Tensor:
+    def _unfinished(self) -> torch.Tensor:
         """bool [*lanes]."""
         unfinished: torch.Tensor = (self.norm > self.tolerance) & (self.steps < self.settings.max_steps)
         return unfinished & self.finite & ~self.stalled
@@ -113,38 +170,45 @@ class _Descent:
     def run(self) -> SolverResult:
         every = rounds_between_syncs(self.x)
         self._tell()
-        running = self.running
-        turning: torch.Tensor | None = running
         rounds = 0
-        while rounds % every or bool(running.any()):
+        turns = True
+        while rounds % every or bool(self.running.any()):
             rounds += 1
-            if turning is not None:
-                self._turn(turning)
-            length = torch.where(running, self.search.step, 0.0).unsqueeze(-1).to(self.x.dtype)
-            trial = self._chosen(running, torch.addcmul(self.x, length, self.direction), self.x)
-            value, gradient = self.problem(trial)
-            accepted, failed = self.search.advance(value, lane_dot(gradient, self.direction))
-            accepted, failed = accepted & running, failed & running
-            turning = None
-            if every == 1 and not bool((accepted | failed).any()):
-                continue
-            self.method.moved(accepted, trial - self.x, gradient - self.gradient, self.search)
-            self.x = self._chosen(accepted, trial, self.x)
-            self.gradient = self._chosen(accepted, gradient, self.gradient)
-            self.value = torch.where(accepted, value, self.value)
-            self.norm = torch.where(accepted, self.problem.norm(gradient), self.norm)
-            self.steps = self.steps + accepted
-            retrying = self.method.forget(failed) & failed if every > 1 or bool(failed.any()) else failed
-            stalled = (failed & ~retrying) | self._idle(accepted)
-            if every > 1 or bool(stalled.any()):
-                self.stalled, (x, value, norm) = self.stalled | stalled, self.best
-                self.x = torch.where(stalled.unsqueeze(-1), x, self.x)
-                self.value, self.norm = torch.where(stalled, value, self.value), torch.where(stalled, norm, self.norm)
-            running = self.running
-            if self.report is not None and bool(accepted.any()):
-                self._tell()
-            turning = (accepted | retrying) & running
+            turns = self.round(turns)
         return self._result()
+
+    def round(self, turns: bool = True, found: tuple[torch.Tensor, torch.Tensor] | None = None) -> bool:
+        """One evaluation in all lanes. Returns whether some may need a direction in the next round.
+
+        ``turns``: the same of this round; ``found``: what the method says, where it has been asked.
+        """
+        running, on_host = self.running, self.on_host
+        if turns:
+            self._turn(self.turning, found)
+        length = torch.where(running, self.search.step, 0.0).unsqueeze(-1).to(self.x.dtype)
+        trial = self._chosen(running, torch.addcmul(self.x, length, self.direction), self.x)
+        value, gradient = self.problem(trial)
+        accepted, failed = self.search.advance(value, lane_dot(gradient, self.direction))
+        accepted, failed = accepted & running, failed & running
+        if on_host and not bool((accepted | failed).any()):
+            return False
+        self.method.moved(accepted, trial - self.x, gradient - self.gradient, self.search)
+        self.x = self._chosen(accepted, trial, self.x)
+        self.gradient = self._chosen(accepted, gradient, self.gradient)
+        self.value = torch.where(accepted, value, self.value)
+        self.norm = torch.where(accepted, self.problem.norm(gradient), self.norm)
+        self.steps = self.steps + accepted
+        retrying = self.method.forget(failed) & failed if not on_host or bool(failed.any()) else failed
+        stalled = (failed & ~retrying) | self._idle(accepted)
+        if not on_host or bool(stalled.any()):
+            self.stalled, (x, value, norm) = self.stalled | stalled, self.best
+            self.x = torch.where(stalled.unsqueeze(-1), x, self.x)
+            self.value, self.norm = torch.where(stalled, value, self.value), torch.where(stalled, norm, self.norm)
+        self.running = self._unfinished()
+        if self.report is not None and bool(accepted.any()):
+            self._tell()
+        self.turning = (accepted | retrying) & self.running
+        return True
 
     def _chosen(self, lanes: torch.Tensor, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
         """``new`` [*lanes, n] in some lanes, ``old`` in the others; no copy where one of them is the answer."""
@@ -165,9 +229,9 @@ class _Descent:
         )
         return stalled
 
-    def _turn(self, lanes: torch.Tensor) -> None:
+    def _turn(self, lanes: torch.Tensor, found: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         """New directions and searches in these lanes: the method's, or the steepest one where that leads uphill."""
-        direction, step = self.method.direction(lanes, self.gradient, self.norm)
+        direction, step = found or self.method.direction(lanes, self.x, self.gradient, self.norm)
         slope = lane_dot(self.gradient, direction)
         downhill = (slope < 0) & slope.isfinite()
         direction = self._chosen(downhill, direction, -self.gradient)
@@ -182,16 +246,26 @@ class _Descent:
         unit = self.problem.unit
         step = int(self.steps.max()) if self.steps.numel() else 0
         value = (self.value * unit).to(self.problem.dtype)
-        self.report(Iteration(step, value, self.norm * unit, self.problem.tree(self.x)))
+        self.report(Iteration(step, value, self.norm * unit, self._tree()))
+
+    def _tree(self) -> Any:
+        assert isinstance(self.problem, Problem)
+        return self.problem.tree(self.x)
+
+    def _ends(self) -> dict[str, Any]:
+        reached = self.norm <= self.tolerance
+        return {
+            "wanted": self.settings.has_tolerance,
+            "reached": reached,
+            "finite": self.finite,
+            "stalled": self.stalled,
+        }
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """How every lane has ended."""
+        return codes_of(**self._ends())
 
     def _result(self) -> SolverResult:
         num_steps = int(self.steps.max()) if self.steps.numel() else 0
-        return outcome(
-            self.problem.tree(self.x),
-            num_steps,
-            wanted=self.settings.has_tolerance,
-            reached=self.norm <= self.tolerance,
-            finite=self.finite,
-            stalled=self.stalled,
-            words=_WORDS,
-        )
+        return outcome(self._tree(), num_steps, **self._ends(), words=_WORDS)

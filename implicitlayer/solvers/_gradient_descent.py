@@ -14,12 +14,13 @@ from implicitlayer import _torch
 from implicitlayer.base._solution import RecordingSolver, SolverResult
 from implicitlayer.base._tree import flatten, leaves_norm, unflatten
 from implicitlayer.base._types import Leaves
+from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._operator import lane_dot
-from implicitlayer.solvers._descent import descend, rounds_between_syncs
+from implicitlayer.solvers._descent import descend, kept, restored, rounds_between_syncs, traced_descent
 from implicitlayer.solvers._inputs import check_limits
 from implicitlayer.solvers._leaves import lanes_like, value_and_gradient
 from implicitlayer.solvers._line_search import LineSearch
-from implicitlayer.solvers._outcome import StallWatch, finite_leaves, outcome, relative_move
+from implicitlayer.solvers._outcome import StallWatch, codes_of, finite_leaves, outcome, relative_move
 from implicitlayer.solvers._problem import Problem
 from implicitlayer.solvers._progress import Iteration, Report, reporting
 from implicitlayer.solvers._step_size import StepSize, check_step_size, moves, present
@@ -111,6 +112,14 @@ class GradientDescent(RecordingSolver):
             run = self._to_tolerance if self.has_tolerance else self._fixed_steps
             return run(objective, x, spec, theta, report)
 
+    def traced(self, problem: TracedProblem) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for a compiler; see :func:`implicitlayer.compile`."""
+        if not isinstance(self.step_size, int | float):
+            raise TypeError(f"step_size={type(self.step_size).__name__} is not compiled: give a number.")
+        if self.line_search == "armijo":
+            return traced_descent(self, problem, partial(_Growing, problem, self.step_size), math.inf)
+        return _traced_steps(self, self.step_size, problem)
+
     def _fixed_steps(
         self, objective: Callable[..., Any], x: list[Any], spec: Any, theta: Any, report: Report | None
     ) -> SolverResult:
@@ -160,6 +169,38 @@ class GradientDescent(RecordingSolver):
         )
 
 
+def _traced_steps(
+    settings: GradientDescent, step_size: float, problem: TracedProblem
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The steps of one size as a loop of a compiler; ``kept`` and ``restored`` carry the watch through it."""
+    most, wanted = settings.max_steps, settings.has_tolerance
+    first = leaves_norm([problem.gradient(problem.start)], problem.lane_dims)
+    tolerance = torch.clamp(settings.rtol * first, min=settings.atol)
+    fresh = partial(StallWatch.unset, first, problem.dtype)
+
+    def body(step: torch.Tensor, *state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x, move, norm, running, stalled, *watched = state
+        gradient, value = problem.value_and_gradient(x)
+        if not wanted:
+            return (step + 1, x - step_size * gradient, *(part.clone() for part in state[1:]))
+        norm, watch = leaves_norm([gradient], problem.lane_dims), restored(fresh(), list(watched))
+        weight, moved = partial(torch.ones_like, norm), partial(relative_move, [x], [move], problem.lane_dims)
+        stalled = stalled | watch.look(running, norm, value.double(), weight, moved, False)
+        running = (norm > tolerance) & ~stalled
+        move = torch.where((running & (step < most)).unsqueeze(-1), step_size * gradient, 0.0)
+        return (step + 1, x - move, move, norm, running, stalled, *kept(watch))
+
+    steps = most + wanted  # the last one evaluates only
+    never = torch.zeros_like(first, dtype=torch.bool)
+    state = (problem.start.clone(), torch.full_like(problem.start, torch.inf), first.clone(), ~never, never)
+    counter = torch.zeros((), dtype=torch.int64, device=first.device)
+    _, x, _, norm, _, stalled, *_ = _torch.while_loop(
+        lambda step, *state: (step < steps) & state[3].any(), body, (counter, *state, *kept(fresh()))
+    )
+    reached, finite = norm <= tolerance, norm.isfinite() & x.isfinite().all(-1)
+    return x, codes_of(wanted=wanted, reached=reached, finite=finite, stalled=stalled & ~reached)
+
+
 def _constant(steps: Leaves) -> Leaves:
     if any(step.requires_grad for step in steps):
         raise ValueError(
@@ -183,13 +224,14 @@ def _tell(report: Report | None, step: int, value: torch.Tensor, gradient: Any, 
 class _Growing:
     """The steepest direction, first tried with a step size from the lane's last step: NOTE [first trial]."""
 
+    STATE: tuple[str, ...] = ("trial",)
     conjugate = False
 
-    def __init__(self, problem: Problem, step_size: float) -> None:
+    def __init__(self, problem: Problem | TracedProblem, step_size: float) -> None:
         self.trial = step_size * problem.unit  # gradients are measured in this unit
 
     def direction(
-        self, lanes: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
+        self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """-g and the trial."""
         return -gradient, self.trial

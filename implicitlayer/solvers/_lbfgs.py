@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from implicitlayer.base._solution import SolverResult
+from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._common import times
 from implicitlayer.linear._operator import lane_dot
-from implicitlayer.solvers._descent import Limited, descend, rounds_between_syncs
+from implicitlayer.solvers._descent import Limited, descend, rounds_between_syncs, traced_descent
 from implicitlayer.solvers._line_search import LineSearch
 from implicitlayer.solvers._problem import Problem
 
@@ -79,20 +80,39 @@ class LBFGS(Limited):
         n = problem.start.shape[-1]
         if self.memory is None and n <= _FEW:
             return descend(self, problem, _Matrices(problem.start), _CURVATURE)
+        return descend(self, problem, self._two_loop(problem.start), _CURVATURE)
+
+    def traced(self, problem: TracedProblem) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for a compiler; see :func:`implicitlayer.compile`."""
+        n = problem.start.shape[-1]
+        if self.memory is None and n <= _FEW:
+            return traced_descent(self, problem, lambda: _Matrices(problem.start), _CURVATURE)
+
+        def method() -> _TwoLoop:
+            made, zero = self._two_loop(problem.start), torch.zeros_like(problem.first_value, dtype=torch.float64)
+            nothing = torch.zeros_like(problem.start)
+            made.pairs, made.gamma, made.on_host = [(nothing, nothing, zero)] * made.memory, zero, False
+            return made
+
+        return traced_descent(self, problem, method, _CURVATURE)
+
+    def _two_loop(self, start: torch.Tensor) -> _TwoLoop:
         memory = _PAIRS if self.memory is None else self.memory
-        return descend(self, problem, _TwoLoop(memory, conjugate=memory >= n), _CURVATURE)
+        return _TwoLoop(memory, conjugate=memory >= start.shape[-1], on_host=rounds_between_syncs(start) == 1)
 
 
 class _TwoLoop:
     """The pairs of every lane; a lane that has fewer than the others has zeros in front, which change nothing."""
 
-    def __init__(self, memory: int, *, conjugate: bool = False) -> None:
-        self.memory, self.conjugate = memory, conjugate
+    STATE: tuple[str, ...] = ("pairs", "gamma")
+
+    def __init__(self, memory: int, *, conjugate: bool, on_host: bool) -> None:
+        self.memory, self.conjugate, self.on_host = memory, conjugate, on_host
         self.pairs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.gamma: torch.Tensor | None = None  # float64 [*lanes]: y's / y'y of the newest pair, 0 without one
 
     def direction(
-        self, lanes: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
+        self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """-H g and the first trial 1; without a pair -g and a trial of length 1."""
         if self.gamma is None:
@@ -115,7 +135,7 @@ class _TwoLoop:
         if self.gamma is None:
             self.gamma = torch.zeros_like(gamma)
         self.gamma = torch.where(good, gamma, self.gamma)
-        if rounds_between_syncs(step) == 1 and bool(good.all()):
+        if self.on_host and bool(good.all()):
             self.pairs = [*self.pairs, (step, change, rho)][-self.memory :]
             return
         here, nothing = good.unsqueeze(-1), torch.zeros_like(step)
@@ -146,6 +166,7 @@ class _Matrices:
     ``H = gamma P'P + R`` with P and R that do not depend on gamma: ``P_new = P V``, ``R_new = V'R V + rho s s'``.
     """
 
+    STATE: tuple[str, ...] = ("P", "R", "gamma")
     conjugate = True
 
     def __init__(self, like: torch.Tensor) -> None:
@@ -156,7 +177,7 @@ class _Matrices:
         self.gamma = like.new_zeros(self.lanes, dtype=torch.float64)  # y's / y'y of the newest pair, 0 without one
 
     def direction(
-        self, lanes: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
+        self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """-H g and the first trial 1; without a pair -g and a trial of length 1."""
         known = self.gamma > 0
@@ -174,8 +195,8 @@ class _Matrices:
         # V'R V + rho s s' = R + a s' - rho s (Ry)' with a = (rho + rho^2 y'Ry) s - rho Ry
         Ry = self.R @ y
         a = factor * ((1 + factor * (y.mT @ Ry)) * s - Ry)
-        self.P.baddbmm_(self.P @ y, factor * s.mT, alpha=-1)
-        self.R.baddbmm_(torch.cat([a, -factor * s], -1), torch.cat([s, Ry], -1).mT)
+        self.P = torch.baddbmm(self.P, self.P @ y, factor * s.mT, alpha=-1)
+        self.R = torch.baddbmm(self.R, torch.cat([a, -factor * s], -1), torch.cat([s, Ry], -1).mT)
 
     def forget(self, lanes: torch.Tensor) -> torch.Tensor:
         """Drop the pairs of these lanes; those that had some may go on from the steepest descent."""

@@ -48,6 +48,8 @@ class LineSearch:
     yet is an interval that ends at infinity); the test at rounding level: Hager & Zhang 2005 (SIAM J. Optim. 16).
     """
 
+    STATE: tuple[str, ...] = ("quadratic", "step", "trials", "value", "slope", "low", "high", "settling")
+
     def __init__(self, like: torch.Tensor, eps: float, curvature: float, *, exact_on_quadratics: bool = False) -> None:
         zero, never = torch.zeros_like(like), torch.zeros_like(like, dtype=torch.bool)
         self.eps, self.curvature, self.exact_on_quadratics = eps, curvature, exact_on_quadratics

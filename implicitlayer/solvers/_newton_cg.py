@@ -7,14 +7,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 
+from implicitlayer import _torch
 from implicitlayer.base._solution import SolverResult
+from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._common import times
 from implicitlayer.linear._operator import lane_dot
-from implicitlayer.solvers._descent import Limited, descend, rounds_between_syncs
+from implicitlayer.solvers._descent import Limited, descend, rounds_between_syncs, traced_descent
 from implicitlayer.solvers._line_search import LineSearch
 from implicitlayer.solvers._problem import Curvature, Problem
 
@@ -99,19 +102,31 @@ class NewtonCG(Limited):
         problem = Problem(objective, init, theta, self.curvature)
         return descend(self, problem, _Truncated(self, problem), _CURVATURES[self.line_search])
 
+    def traced(self, problem: TracedProblem) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for a compiler; see :func:`implicitlayer.compile`."""
+        if self.curvature != "hessian":
+            raise TypeError(f'curvature={self.curvature!r} is not compiled. Use curvature="hessian".')
+        method = partial(_TracedTruncated, self, problem)
+        return traced_descent(self, problem, method, _CURVATURES[self.line_search])
+
+
+# r, d, p [*lanes, n], ||r||^2 and the lanes that go on [*lanes]
+_State = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
 
 class _Truncated:
     """Directions by conjugate gradients on the curvature at the point that was evaluated last."""
 
+    STATE: tuple[str, ...] = ()
     conjugate = False
 
-    def __init__(self, settings: NewtonCG, problem: Problem) -> None:
+    def __init__(self, settings: NewtonCG, problem: Problem | TracedProblem) -> None:
         self.settings, self.problem = settings, problem
         self.damping = (settings.damping / problem.unit).unsqueeze(-1).to(problem.start.dtype)
         self.first_norm = problem.norm(problem.first_gradient)
 
     def direction(
-        self, lanes: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
+        self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The truncated Newton direction and the first trial 1."""
         eps = torch.finfo(gradient.dtype).eps
@@ -121,30 +136,42 @@ class _Truncated:
         else:
             asked, most = (norm / self.first_norm).sqrt(), 2 * gradient.shape[-1]
             loose, limit = asked.clamp(max=0.5) * norm, _TIGHT * asked.clamp(max=1.0) * norm
-        every = rounds_between_syncs(gradient)
         r = torch.where(lanes.unsqueeze(-1), -gradient, torch.zeros_like(gradient))
-        d, p = torch.zeros_like(r), r
         rr = lane_dot(r, r)
-        active = lanes & (rr > 0)
+        return self._solve(x, (r, torch.zeros_like(r), r, rr, lanes & (rr > 0)), norm, (limit, loose), most)
+
+    def _solve(
+        self, x: torch.Tensor, state: _State, norm: torch.Tensor, limits: tuple[torch.Tensor, torch.Tensor], most: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        every = rounds_between_syncs(x)
         for k in range(most):
-            if (k % every == 0 and (k > 0 or every == 1)) and not bool(active.any()):
+            if (k % every == 0 and (k > 0 or every == 1)) and not bool(state[-1].any()):
                 break
-            product = self.problem.product(p) + self.damping * p
-            curvature = lane_dot(p, product)
-            good = active & (curvature > 0) & curvature.isfinite()
-            if k == 0:
-                known = curvature.isfinite() & (curvature != 0)
-                length = torch.where(known, rr / curvature.abs(), 1 / norm)
-                d = torch.where((active & ~good).unsqueeze(-1), times(length, p), d)
-            here = good.unsqueeze(-1)
-            alpha = rr / curvature
-            d = torch.where(here, d + times(alpha, p), d)
-            r = torch.where(here, r - times(alpha, product), r)
-            rr_next = lane_dot(r, r)
-            active = good & (rr_next.sqrt() > (limit if k + 1 < _FEW else loose))
-            p = torch.where(active.unsqueeze(-1), r + times(rr_next / rr, p), p)
-            rr = rr_next
-        return d, torch.ones_like(norm)
+            state = self._step(x, state, limits[k + 1 >= _FEW], norm if k == 0 else None)
+        return state[1], torch.ones_like(norm)
+
+    def _product(self, x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        assert isinstance(self.problem, Problem)
+        return self.problem.product(p)  # of its graph at x, the point evaluated last
+
+    def _step(self, x: torch.Tensor, state: _State, limit: torch.Tensor, first: torch.Tensor | None) -> _State:
+        """One product; ``first``: the norm of the gradient, at the first one."""
+        r, d, p, rr, active = state
+        product = self._product(x, p) + self.damping * p
+        curvature = lane_dot(p, product)
+        good = active & (curvature > 0) & curvature.isfinite()
+        if first is not None:
+            known = curvature.isfinite() & (curvature != 0)
+            length = torch.where(known, rr / curvature.abs(), 1 / first)
+            d = torch.where((active & ~good).unsqueeze(-1), times(length, p), d)
+        here = good.unsqueeze(-1)
+        alpha = rr / curvature
+        d = torch.where(here, d + times(alpha, p), d)
+        r = torch.where(here, r - times(alpha, product), r)
+        rr_next = lane_dot(r, r)
+        active = good & (rr_next.sqrt() > limit)
+        p = torch.where(active.unsqueeze(-1), r + times(rr_next / rr, p), p)
+        return r, d, p, rr_next, active
 
     def moved(self, lanes: torch.Tensor, step: torch.Tensor, change: torch.Tensor, search: LineSearch) -> None:
         """Every direction is made anew."""
@@ -152,3 +179,25 @@ class _Truncated:
     def forget(self, lanes: torch.Tensor) -> torch.Tensor:
         """There is nothing to forget."""
         return torch.zeros_like(lanes)
+
+
+class _TracedTruncated(_Truncated):
+    """The same for a compiler."""
+
+    def _product(self, x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+        assert isinstance(self.problem, TracedProblem)
+        return self.problem.curvature(x, p) / self.problem.scale
+
+    def _solve(
+        self, x: torch.Tensor, state: _State, norm: torch.Tensor, limits: tuple[torch.Tensor, torch.Tensor], most: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        def going(k: torch.Tensor, *state: torch.Tensor) -> torch.Tensor:
+            return (k < most) & state[-1].any()
+
+        def body(k: torch.Tensor, r: Any, d: Any, p: Any, rr: Any, active: Any) -> tuple[torch.Tensor, ...]:
+            return (k + 1, *self._step(x, (r, d, p, rr, active), torch.where(k + 1 < _FEW, *limits), None))
+
+        state = self._step(x, state, limits[_FEW <= 1], norm)
+        one = torch.ones((), dtype=torch.int64, device=x.device)
+        found = _torch.while_loop(going, body, (one, *(part.clone() for part in state)))
+        return found[2], torch.ones_like(norm)

@@ -44,6 +44,8 @@ class StallWatch:
         eps: of the dtype.
     """
 
+    STATE: tuple[str, ...] = ("norm", "value", "idle", "steps", "gained")
+
     def __init__(self, norm: torch.Tensor, value: torch.Tensor, eps: float) -> None:
         self.norm, self.value, self.eps = norm, value, eps  # the least norm, and the value at the last gain
         self.idle, self.steps = torch.zeros_like(norm), torch.zeros_like(norm)
@@ -136,14 +138,21 @@ def outcome(
         reached, finite, stalled: bool [*lanes].
         words: messages in place of the usual ones, with ``{where}``.
     """
+    codes = codes_of(wanted=wanted, reached=reached, finite=finite, stalled=stalled)
+    status = Status(int(codes.max())) if codes.numel() else Status.CONVERGED
+    said = {**_WORDS, **(words or {})}.get(status, "")
+    return SolverResult(value, status, steps, said.format(where=name_lanes(codes == int(status))))
+
+
+def codes_of(
+    *, wanted: bool, reached: torch.Tensor, finite: torch.Tensor, stalled: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A :class:`Status` per lane, int64 [*lanes], of what :func:`outcome` takes."""
     missed = Status.MAX_STEPS_REACHED if wanted else Status.STEP_LIMIT
     codes = torch.where(reached, int(Status.CONVERGED if wanted else missed), int(missed))
     if stalled is not None:
         codes = torch.where(stalled, int(Status.STAGNATED), codes)
-    codes = torch.where(finite, codes, int(Status.NONFINITE))
-    status = Status(int(codes.max())) if codes.numel() else Status.CONVERGED
-    said = {**_WORDS, **(words or {})}.get(status, "")
-    return SolverResult(value, status, steps, said.format(where=name_lanes(codes == int(status))))
+    return torch.where(finite, codes, int(Status.NONFINITE))
 
 
 _WORDS = {

@@ -19,10 +19,12 @@ class Fixed:
 
     conjugate = False
 
+    STATE = ()
+
     def __init__(self, direction: Tensor) -> None:
         self.first, self.forgotten = direction, torch.tensor(False)
 
-    def direction(self, lanes: Tensor, gradient: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    def direction(self, lanes: Tensor, x: Tensor, gradient: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         return torch.where(self.forgotten, -gradient, self.first), torch.ones_like(norm)
 
     def moved(self, lanes: Tensor, step: Tensor, change: Tensor, search: Any) -> None: ...

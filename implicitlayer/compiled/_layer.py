@@ -1,0 +1,306 @@
+"""``il.compile``: a layer whose solver and derivative are two compiled functions, with the layer itself behind them."""
+
+# NOTE [the layer behind]: a compiled function cannot raise, and knows no transform. It ends in one bool, whether all
+# checks pass. Where it is false the layer itself, not compiled, is called with the answer that was found: it judges it,
+# and tells what it tells of any answer. The first call of every signature is the layer's own too, with the checks that
+# need a run of the objective in Python (closed-over tensors, caches, random numbers), and so is every call and every
+# derivative under torch.func, forward mode, il.diagnostics(), and at second order.
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from implicitlayer import _torch
+from implicitlayer._errors import ImplicitLayerError, ObjectiveError
+from implicitlayer.base._records import Record, listening
+from implicitlayer.base._solution import SolverResult
+from implicitlayer.base._tree import flatten, unflatten
+from implicitlayer.base._types import Leaves
+from implicitlayer.base._warn import warn
+from implicitlayer.compiled._in_graph import call_in_graph, number_of
+from implicitlayer.compiled._program import Problem, Program, closed_over
+from implicitlayer.equation._capture import find_closed_over, plainly_impossible
+from implicitlayer.equation._flat import Signature, flat_function, flat_parts
+from implicitlayer.layer._layer import ImplicitLayer, without_aux
+
+__all__ = ["CompiledLayer", "compile"]
+
+
+def compile(
+    layer: ImplicitLayer, *, backend: Literal["inductor", "eager"] = "inductor", options: dict[str, Any] | None = None
+) -> CompiledLayer:
+    """The same layer with its solver, its checks and its derivative as two compiled functions, for many small calls.
+
+    One problem of 20 unknowns takes a twentieth to a fifth of the time. The answers are those of the layer, to
+    rounding; its errors and warnings too, for the layer itself judges whatever the compiled checks do not pass. The first call of
+    each signature (structure, shapes, dtypes, devices, what requires a gradient) is made by the layer itself; the second
+    one compiles, for some ten seconds or more. Under ``torch.func``, forward mode and ``il.diagnostics()``, and at
+    second order, the layer itself is called. Inside ``torch.compile(..., fullgraph=True)`` a compiled layer is one
+    operator, without a graph break.
+
+    Args:
+        layer: made by :func:`argmin`, of an objective in torch operations without data-dependent Python control flow,
+            that closes over nothing that requires a gradient. Its solver is :class:`solvers.GradientDescent`,
+            :class:`solvers.LBFGS` or :class:`solvers.NewtonCG`, its linear solver :class:`ConjugateGradient` or
+            :class:`Dense` (or one with a method ``traced`` like theirs).
+        backend: ``"eager"`` traces and runs without a compiler: for tests, and to see what the compiler changes.
+        options: of ``torch.compile``'s inductor; default ``{"cpp_wrapper": True}``.
+
+    Returns:
+        The compiled layer, called as the layer is.
+
+    Raises:
+        TypeError: a solver, linear solver or layer that has no compiled form.
+        ValueError: a setting that has none (``polish``, ``curvature``, ``solver_has_aux``, callbacks).
+        ClosureError: at the call, an objective that closes over what requires a gradient.
+        ObjectiveError: at the call, an objective that the compiler cannot follow, or that draws random numbers.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> solver = il.solvers.NewtonCG(rtol=1e-12)
+        >>> layer = il.compile(il.argmin(lambda x, t: (torch.exp(x) - t * x).sum(), solver))
+        >>> t = torch.tensor([2.0, 4.0], dtype=torch.float64, requires_grad=True)
+        >>> layer(torch.zeros(2, dtype=torch.float64), t).sum().backward()  # x = log t, dx/dt = 1/t
+        >>> [round(value, 9) for value in t.grad.tolist()]
+        [0.5, 0.25]
+    """
+    if type(layer) is not ImplicitLayer or layer.kind != "argmin":
+        raise TypeError(
+            f"layer={type(layer).__name__} has no compiled form: give what il.argmin returns, without constraint= and "
+            "regularizer=. Layers of il.root, il.fixed_point and over sets are used as they are."
+        )
+    for name, known in (("solver", "GradientDescent, LBFGS, NewtonCG"), ("linear_solver", "ConjugateGradient, Dense")):
+        value = getattr(layer, name)
+        if not hasattr(value, "traced") or getattr(value, "preconditioner", None) is not None:
+            raise TypeError(
+                f"{name}={value!r} has no compiled form: {known} have one, without preconditioner. A black-box solver "
+                "cannot be compiled; the layer itself takes any."
+            )
+    for name in ("polish", "solver_has_aux", "assumptions"):
+        if getattr(layer, name):
+            raise ValueError(f"{name}={getattr(layer, name)!r} has no compiled form: leave it out, or use the layer.")
+    if layer.curvature != "hessian":
+        raise ValueError(f"curvature={layer.curvature!r} has no compiled form: use 'hessian', or the layer itself.")
+    for name in ("callback", "progress"):
+        if getattr(layer.solver, name, None):
+            raise ValueError(f"{name}= of the solver cannot be called from compiled code: leave it out.")
+    if backend not in ("inductor", "eager"):
+        raise ValueError(f"backend={backend!r} must be 'inductor' or 'eager'.")
+    return CompiledLayer(layer, backend, {"cpp_wrapper": True} if options is None else options)
+
+
+def _can_compile(tensors: Leaves) -> bool:
+    """Whether there is a compiler for the devices of these; a warning, once, where there is none."""
+    if any(t.device.type != "cpu" for t in tensors):
+        return True  # torch brings its own
+    if any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")):
+        return True
+    warn(
+        "il.compile needs a C++ compiler (g++ or clang++, or $CXX), and there is none: the layer is called as it is.",
+        RuntimeWarning,
+        "no compiler",
+    )
+    return False
+
+
+@dataclass(eq=False)
+class CompiledLayer:
+    """A layer made by :func:`compile`; called as the layer itself.
+
+    Attributes:
+        layer: the layer that was compiled.
+        backend, options: of the compiler.
+    """
+
+    layer: ImplicitLayer
+    backend: str
+    options: dict[str, Any]
+    _programs: dict[Any, Program | None] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.number = number_of(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layer": self.layer, "backend": self.backend, "options": self.options}  # a copy compiles for itself
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledLayer:
+        memo[id(self)] = made = CompiledLayer(copy.deepcopy(self.layer, memo), self.backend, self.options)
+        return made
+
+    @property
+    def records(self) -> list[Record]:
+        """Diagnostics of the latest call that the layer itself has made or judged; the compiled ones leave none."""
+        return self.layer.records
+
+    @property
+    def num_compilations(self) -> int:
+        """How often the compiler has been asked: twice for each signature, for the solver and for the derivative."""
+        return sum(program.num_compilations for program in self._programs.values() if program is not None)
+
+    def __call__(self, init: Any, *theta: Any) -> Any:
+        """Solve from ``init`` at ``theta``, as :class:`ImplicitLayer` does."""
+        if torch.compiler.is_compiling():
+            return call_in_graph(self, init, theta)
+        if plainly_impossible() or _torch.num_modes() or listening() or torch.is_inference_mode_enabled():
+            return self.layer(init, *theta)
+        leaves, spec = flatten(init)
+        signature = Signature.of(theta)
+        tensors = signature.tensors
+        needed = [t.requires_grad for t in tensors] if torch.is_grad_enabled() else [False] * len(tensors)
+        key, slots = _key(spec, leaves, signature, needed)
+        if key not in self._programs:
+            return self._first(key, init, theta, signature, needed)
+        program = self._programs[key]
+        if program is None:
+            return self.layer(init, *theta)
+        call = Call(self.layer, program, spec, slots, len(leaves))
+        return unflatten(_Compiled.apply(call, *leaves, *tensors), spec)
+
+    def prepared(self, init: Any, theta: tuple[Any, ...], needed: list[bool]) -> tuple[Program, Signature]:
+        """The program for these arguments, and theta without its tensors."""
+        leaves, spec = flatten(init)
+        signature = Signature.of(theta)
+        key, slots = _key(spec, leaves, signature, needed)
+        if key not in self._programs:
+            self._first(key, init, theta, signature, needed)
+        program = self._programs[key]
+        assert program is not None  # there is a compiler: it called this
+        return program, slots
+
+    def _first(self, key: Any, init: Any, theta: Any, signature: Signature, needed: list[bool]) -> Any:
+        """The layer's own answer, and what the next call is to run."""
+        tensors = signature.tensors
+        function = without_aux(self.layer.function) if self.layer.objective_has_aux else self.layer.function
+        with torch.enable_grad():
+            hidden = find_closed_over(function, (init, *theta), lambda value: None)
+        if hidden:
+            raise closed_over(len(hidden))
+        answer = self.layer(init, *theta)
+        if hidden.draws:
+            raise ObjectiveError(
+                "the objective draws random numbers, which compiled code would draw anew in every evaluation. Draw "
+                "once, before the layer, and pass the draw as one more theta (dropout: call .eval() on its module)."
+            )
+        leaves, spec = flatten(init)
+        parts = flat_parts(self.layer.function, spec, signature, [], self.layer.batch_dims)
+        if parts.metric_matrix is not None and parts.metric_matrix(leaves, tensors):
+            raise TypeError("an objective with a matrix for its curvature (MatrixStrength) has no compiled form.")
+        problem = Problem(
+            function=flat_function(function, spec, signature, [], True),
+            parts=parts,
+            lane_dims=self.layer.batch_dims,
+            solver=self.layer.solver,
+            linear_solver=self.layer.linear_solver,
+            damping=float(self.layer.damping),
+            rtol=self.layer.stationarity_rtol if any(needed) else None,
+            needed=tuple(needed),
+        )
+        plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (*leaves, *tensors))
+        possible = plain and (self.backend == "eager" or _can_compile([*leaves, *tensors]))
+        self._programs[key] = Program(problem, self.backend, self.options) if possible else None
+        return answer
+
+
+def _key(spec: Any, leaves: Leaves, signature: Signature, needed: list[bool]) -> tuple[Any, Signature]:
+    """What a program is for, and the arguments without their tensors."""
+    slots = signature.slots
+    shapes = [(t.shape, t.stride(), t.dtype, t.device) for t in (*leaves, *signature.tensors)]
+    others = tuple([leaf if isinstance(leaf, int | float | str | None) else id(leaf) for leaf in slots.leaves])
+    return (spec, signature.spec, tuple(shapes), tuple(needed), others, torch.get_default_dtype()), slots
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """What a compiled call needs when it is judged, or differentiated, by the layer itself."""
+
+    layer: ImplicitLayer
+    program: Program
+    spec: Any
+    slots: Signature
+    num_x: int
+
+    def solve(self, init: Leaves, theta: Leaves, judged: Leaves) -> tuple[torch.Tensor, ...]:
+        """(*x leaves, norm, size); ``judged``: theta with what requires a gradient."""
+        x, fine, norm, size = run(self.program.solve, [t.detach() for t in init], [t.detach() for t in theta])
+        if not fine:
+            with torch.enable_grad():
+                x = [t.detach() for t in self.by_layer(x, init, judged)]
+        return (*x, norm, size)
+
+    def pull(self, x: Leaves, theta: Leaves, v: Leaves, norm: torch.Tensor, size: torch.Tensor) -> Leaves | None:
+        """The gradients of the needed theta leaves; None where the layer itself is to be asked."""
+        plain = [t.detach() for t in x], [t.detach() for t in theta], [t.detach().contiguous() for t in v]
+        found, fine = run(self.program.pull, *plain, norm, size)
+        return list(found) if fine else None
+
+    def pull_by_layer(self, x: Leaves, init: Leaves, theta: Leaves, v: Leaves, attached: bool) -> Leaves:
+        """The same by the layer itself; differentiable if ``attached``."""
+        wanted = [t for t, need in zip(theta, self.program.problem.needed, strict=True) if need]
+        with torch.enable_grad():
+            answer = self.by_layer(x, init, theta)
+            return list(torch.autograd.grad(answer, wanted, v, create_graph=attached, materialize_grads=True))
+
+    def by_layer(self, x: Leaves, init: Leaves, theta: Leaves) -> Leaves:
+        """The layer's own answer where its solver returns x."""
+        given = SolverResult(unflatten([t.detach() for t in x], self.spec))
+        layer = replace(self.layer, solver=lambda *_: given)
+        answer = flatten(layer(unflatten(init, self.spec), *self.slots.rebuild(theta)))[0]
+        self.layer.records = layer.records
+        return answer
+
+
+def run(function: Any, *args: Any) -> Any:
+    """What a compiled function returns; an error that says what the compiler could not follow."""
+    try:
+        with torch.no_grad():
+            return function(*args)
+    except _torch.compiler_errors() as error:
+        inner = getattr(error, "inner_exception", None)
+        if isinstance(inner, ImplicitLayerError):
+            raise inner from None
+        said = str(error if inner is None else inner).strip()
+        first = said.splitlines()[0] if said else type(error).__name__
+        raise ObjectiveError(
+            f"the compiler of torch cannot follow the objective: {first} Write it in torch operations, without "
+            ".item(), NumPy or a branch on values; or use the layer itself, not compiled."
+        ) from error
+
+
+class _Compiled(torch.autograd.Function):
+    """``apply(call, *init leaves, *theta leaves) -> x leaves``."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        k = call.num_x
+        *x, norm, size = call.solve(list(tensors[:k]), list(tensors[k:]), list(tensors[k:]))
+        ctx.call = call
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*x, *tensors, norm, size)
+        return tuple(x)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
+        call: Call = ctx.call
+        k = call.num_x
+        *saved, norm, size = ctx.saved_tensors
+        x, init, theta = saved[:k], saved[k : 2 * k], saved[2 * k :]
+        if all(c is None for c in cotangents):
+            return (None,) * (1 + k + len(theta))
+        v = [torch.zeros_like(leaf) if c is None else c for c, leaf in zip(cotangents, x, strict=True)]
+        attached = torch.is_grad_enabled()
+        special = attached or plainly_impossible() or listening() or any(map(_torch.is_batched_by_grad, v))
+        found = None if special else call.pull(x, theta, v, norm, size)
+        if found is None:
+            found = call.pull_by_layer(x, init, theta, v, attached)
+        rest = iter(found)
+        needed = call.program.problem.needed
+        return (None, *(None,) * k, *(next(rest) if need else None for need in needed))

@@ -1,0 +1,184 @@
+"""The two functions of a compiled layer: from init to an answer that is checked, and from a cotangent to gradients."""
+
+# Both end in one bool: whether every check of the layer that is not compiled would pass at once. Where it is false that
+# layer judges the same answer, so nothing is told twice in two ways, and no error or remedy is written here.
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from implicitlayer import _torch
+from implicitlayer._errors import ClosureError
+from implicitlayer.base._status import Status
+from implicitlayer.base._tree import ravel, unravel
+from implicitlayer.base._types import FlatFunction, Leaves
+from implicitlayer.equation._flat import Parts
+from implicitlayer.equation._residual import vjp
+from implicitlayer.equation._traced import TracedProblem
+from implicitlayer.linear._operator import lane_dot, lane_scale
+from implicitlayer.linear._traced import TracedSystem
+
+__all__ = ["Program", "closed_over", "pull", "solve"]
+
+# A change of the gradient between call and backward, and of the Hessian over the distance to the solution, that the
+# layer looks at more closely: equation/_distance.py and layer/_verdict.py.
+_GROWN = 10.0
+_CHANGES = 10.0
+_TIGHT = 0.5
+# The largest of a few Rayleigh quotients is not the largest eigenvalue: this much is left for it.
+_MARGIN = 10.0
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """What is compiled: everything about a call that is not a tensor.
+
+    Attributes:
+        function: objective ``(x leaves, theta leaves) -> value per lane``.
+        parts: what it tells of itself.
+        lane_dims: dimensions of lanes.
+        solver, linear_solver: with a method ``traced``.
+        damping, rtol: of the layer (``stationarity_rtol``).
+        needed: which theta leaves get a gradient.
+    """
+
+    function: FlatFunction
+    parts: Parts
+    lane_dims: int
+    solver: Any
+    linear_solver: Any
+    damping: float
+    rtol: float | None
+    needed: tuple[bool, ...]
+
+    def at(self, init: Leaves, theta: Leaves) -> TracedProblem:
+        """The objective for this theta.
+
+        It gets views: torch's tracer (2.13) keeps what is read of a tensor from outside of a loop, such as .mT, beyond
+        the level of torch.func that it belongs to.
+        """
+        return TracedProblem(lambda x: self.function(x, [t.view_as(t) for t in theta]), init, self.lane_dims)
+
+
+def _norm(vector: torch.Tensor) -> torch.Tensor:
+    scale = lane_scale(vector)
+    part = vector / scale
+    return lane_dot(part, part).sqrt() * scale[..., 0].double()
+
+
+def solve(problem: Problem, init: Leaves, theta: Leaves) -> tuple[Leaves, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x leaves, whether all is well (bool, 0-d), the norm of the gradient there and the size of x, [*lanes]."""
+    traced = problem.at(init, theta)
+    x, codes = problem.solver.traced(traced)
+    fine = (codes <= int(Status.TRUNCATED)) & x.isfinite().all(-1)
+    gradient, pull = vjp(traced.gradient, x)
+    norm, size = _norm(gradient), torch.maximum(_norm(x), _norm(x - traced.start))
+    fine = fine & norm.isfinite()
+    if problem.rtol is not None:
+        # the distance from below, and the change of the Hessian over it: equation/_stationarity.py
+        scale = lane_scale(gradient)
+        (product,) = pull(gradient / scale)
+        unit = _norm(gradient / scale)
+        distance = torch.where(norm > 0, unit * unit / _norm(product) * scale[..., 0], 0.0)
+        least = 1e3 * torch.finfo(x.dtype).eps * max(x.shape[-1], 1) ** 0.5
+        size = torch.clamp(size, min=least)
+        step = torch.where(norm > 0, distance / norm, 0.0).to(x.dtype).unsqueeze(-1)
+        linear = step * product * scale
+        change = 2 * _norm(traced.gradient(x - step * gradient) - gradient + linear) / _norm(linear)
+        tight = distance <= torch.finfo(x.dtype).eps ** _TIGHT * size
+        fine = fine & (distance <= problem.rtol * size) & (tight | (change <= _CHANGES * problem.rtol))
+    return unravel(x, init, problem.lane_dims), fine.all(), norm, size
+
+
+def pull(
+    problem: Problem, x: Leaves, theta: Leaves, cotangent: Leaves, norm: torch.Tensor, size: torch.Tensor
+) -> tuple[Leaves, torch.Tensor]:
+    """Gradients of the needed theta leaves, and whether all is well; ``norm``, ``size``: of :func:`solve`."""
+    traced, lane_dims = problem.at(x, theta), problem.lane_dims
+    flat, rhs = traced.start, ravel(cotangent, lane_dims)
+    gradient = traced.gradient(flat)
+
+    def product(v: torch.Tensor) -> torch.Tensor:
+        return traced.curvature(flat, v) + problem.damping * v
+
+    inverse = None if problem.parts.metric is None else _inverse(problem.parts.metric(x, theta), x, lane_dims)
+    solution = problem.linear_solver.traced(TracedSystem(product, rhs, inverse, gradient))
+    now = _norm(gradient)
+    fine = solution.sure & rhs.isfinite().all(-1) & (now <= _GROWN * norm)
+    if problem.rtol is not None and problem.damping == 0:
+        fine = fine & (_MARGIN * solution.reach <= problem.rtol * size)
+    chosen = [i for i, need in enumerate(problem.needed) if need]
+
+    def of_theta(some: Leaves) -> torch.Tensor:
+        full = list(theta)
+        for i, leaf in zip(chosen, some, strict=True):
+            full[i] = leaf
+        return problem.at(x, full).gradient(flat)
+
+    _, back = vjp(of_theta, [theta[i] for i in chosen])
+    (found,) = back(-solution.value)
+    return found, fine.all()
+
+
+def _inverse(leaves: Leaves, x: Leaves, lane_dims: int) -> torch.Tensor | None:
+    """The inverse of a diagonal metric, [*lanes, n] or [*lanes, 1], as equation/_jacobian.py has it."""
+    if not leaves:
+        return None
+    if all(leaf.ndim <= lane_dims for leaf in leaves) and all(leaf is leaves[0] for leaf in leaves):
+        flat = leaves[0].expand(x[0].shape[:lane_dims]).unsqueeze(-1)
+    else:
+        pairs = zip(leaves, x, strict=True)
+        shaped = [leaf.reshape(*leaf.shape, *[1] * (like.ndim - leaf.ndim)).expand(like.shape) for leaf, like in pairs]
+        flat = ravel(shaped, lane_dims)
+    return torch.where(flat > 0, 1 / flat, torch.ones_like(flat)).to(x[0].dtype)
+
+
+def closed_over(count: int) -> ClosureError:
+    """The error of an objective that reads weights from outside."""
+    return ClosureError(
+        f"the objective closes over {count} tensor{'s' * (count > 1)} that require a gradient (module weights?), and a "
+        "compiled layer differentiates its arguments only. Pass them as one more theta: "
+        "torch.func.functional_call(module, weights, x) with weights = dict(module.named_parameters()). The layer "
+        "itself, not compiled, finds them."
+    )
+
+
+@dataclass(eq=False)
+class Program:
+    """:func:`solve` and :func:`pull` of one problem, compiled when first called.
+
+    Attributes:
+        num_compilations: how often the compiler has been asked.
+    """
+
+    problem: Problem
+    backend: str
+    options: dict[str, Any]
+    num_compilations: int = 0
+    solve: Callable[..., Any] = field(init=False)
+    pull: Callable[..., Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.solve = self._compiled(lambda init, theta: solve(self.problem, init, theta))
+        self.pull = self._compiled(lambda *args: pull(self.problem, *args))
+
+    def _compiled(self, function: Any) -> Callable[..., Any]:
+        # the compiler keeps its results by code objects, and few for each: every program has its own
+        own = types.FunctionType(function.__code__.replace(), globals(), None, None, function.__closure__)
+        compiled: Callable[..., Any] = torch.compile(own, backend=self._backend, dynamic=False, fullgraph=True)
+        return compiled
+
+    def _backend(self, graph: Any, inputs: Sequence[Any]) -> Any:
+        """The compiler of torch, after a look at what the objective reads: what is given requires no gradient."""
+        self.num_compilations += 1
+        count = sum(isinstance(t, torch.Tensor) and t.requires_grad for t in inputs)
+        if count:
+            raise closed_over(count)
+        if self.backend == "eager":
+            return graph.forward
+        return _torch.inductor()(graph, inputs, config_patches=self.options)
