@@ -18,7 +18,7 @@ Claim = LinearClaim | InnerClaim
 def solver_checks(
     solver: Any, kind: Literal["linear", "inner"] | None = None, **claims: Any
 ) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The conformance checks of one solver, each with its name.
+    """The conformance checks of one solver as pairs (name, check); ``check()`` raises AssertionError with the numbers.
 
     A check that the solver does not claim to support is left out.
 
@@ -28,18 +28,14 @@ def solver_checks(
         kind: which of the two it is, where that cannot be told.
         claims: for a bare solver with a ``kind``: the keyword arguments of :func:`linear` or :func:`inner`.
 
-    Yields:
-        Pairs (name, check); ``check()`` raises AssertionError with the numbers.
-
     Raises:
         TypeError: no solver, or one whose kind cannot be told.
         ValueError: an unknown kind; claims without a kind.
 
     Example:
         >>> import implicitlayer as il
-        >>> from implicitlayer import testing
         >>> names = []
-        >>> for name, check in testing.solver_checks(il.Dense()):
+        >>> for name, check in il.testing.solver_checks(il.Dense()):
         ...     check()
         ...     names.append(name)
         >>> names[:2], "batch_equals_loop" in names
@@ -58,11 +54,10 @@ def solver_checks(
 def parametrize_with_solver_checks(solvers: Sequence[Any]) -> Callable[[Callable[..., Any]], Any]:
     """A pytest decorator: one test per solver and check, with ids such as ``Minres-solves_random_systems``.
 
+    The test has the arguments ``solver`` (the claim) and ``check``, and calls ``check(solver)``.
+
     Args:
         solvers: solvers, or claims made by :func:`linear` and :func:`inner`.
-
-    Returns:
-        Decorator of a test with the arguments ``solver`` (the claim) and ``check``, which calls ``check(solver)``.
 
     Raises:
         ImportError: pytest is missing; ``pip install "implicitlayer[testing]"``.
@@ -71,8 +66,8 @@ def parametrize_with_solver_checks(solvers: Sequence[Any]) -> Callable[[Callable
 
     Example:
         >>> import implicitlayer as il
-        >>> from implicitlayer import testing
-        >>> @testing.parametrize_with_solver_checks([il.Minres(), testing.linear(il.Gmres(), rtol=1e-8)])
+        >>> from implicitlayer.testing import linear, parametrize_with_solver_checks
+        >>> @parametrize_with_solver_checks([il.Minres(), linear(il.Gmres(), rtol=1e-8)])
         ... def test_my_solvers(solver, check):
         ...     check(solver)
     """

@@ -26,17 +26,9 @@ def extensions(base: type[Extension], module: str | None = None) -> list[type[Ex
     """The classes below ``base`` that are there to be used: neither abstract nor private.
 
     Args:
-        base: ``il.LinearSolver``, ``il.RecordingSolver``, ``il.sets.ConvexSet`` or ``il.meta.MetaMethod``.
+        base: ``il.LinearSolver``, ``il.RecordingSolver``, ``il.sets.ConvexSet`` or ``il.meta.MetaMethod``, or a class
+            below one of them; TypeError for another.
         module: of classes of this module, or of modules inside it, only; default all but the package's own.
-
-    Raises:
-        TypeError: a class that is none of these and below none.
-
-    Example:
-        >>> import implicitlayer as il
-        >>> from implicitlayer import testing
-        >>> il.sets.Box in testing.extensions(il.sets.ConvexSet, "implicitlayer")
-        True
     """
     if not (inspect.isclass(base) and issubclass(base, Extension)):
         raise TypeError(
@@ -55,7 +47,7 @@ def extensions(base: type[Extension], module: str | None = None) -> list[type[Ex
 def extension_checks(
     base: type[Extension] | Extension, module: str | None = None
 ) -> Iterator[tuple[str, Callable[[], None]]]:
-    """The conformance checks of everything that extends ``base``, each with its name.
+    """The conformance checks of everything that extends ``base``, as pairs (name, check).
 
     A new linear solver, inner solver, set or meta-learning method is found by its class, once its module is imported.
     An inner solver that finds roots has no checks here: make a minimiser of it, and ask :func:`solver_checks`.
@@ -65,16 +57,14 @@ def extension_checks(
             it is.
 
     Yields:
-        Pairs (name, check), such as ``"Line-the_projection_is_the_nearest_point"``; ``check()`` raises AssertionError
-        with the numbers.
+        Pairs such as ``"Line-the_projection_is_the_nearest_point"`` and a function that raises AssertionError.
 
     Raises:
         TypeError: no such base; a class that cannot be made without arguments and has no ``examples``.
 
     Example:
         >>> import implicitlayer as il
-        >>> from implicitlayer import testing
-        >>> checks = dict(testing.extension_checks(il.sets.NonNegative, "implicitlayer"))
+        >>> checks = dict(il.testing.extension_checks(il.sets.NonNegative, "implicitlayer"))
         >>> checks["NonNegative-the_projection_is_the_nearest_point"]()
     """
     if isinstance(base, Extension):

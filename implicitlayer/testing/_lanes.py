@@ -8,7 +8,7 @@ import torch
 
 from implicitlayer.testing._modes import Check, filled, prefixed, push
 from implicitlayer.testing._references import ROUNDINGS, DenseSystem, Leaves, flat
-from implicitlayer.testing._report import COARSE, LINEAR, ROUNDING, Place, compare, entry_of
+from implicitlayer.testing._report import COARSE, LINEAR, ROUNDING, Place, entry_of
 
 _NUM_LANES = 3
 _LANE_SPREAD = 0.03
@@ -165,5 +165,4 @@ def _add(
     leaf: int | None = None,
 ) -> None:
     inside = check.equation.entry if leaf is None else entry_of(check.equation.theta[leaf].shape)
-    row = compare(Place(name, prefixed(label, inside), "vmap", "loop"), expected, got, parts, natural)
-    check.rows.append(row)
+    check.add(Place(name, prefixed(label, inside), "vmap", "loop"), expected, got, parts, natural)

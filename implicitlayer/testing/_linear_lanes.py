@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 
@@ -16,19 +15,15 @@ from implicitlayer.testing._linear_systems import F64, inverse_norm, system, val
 
 def check_batch_equals_loop(claim: LinearClaim) -> None:
     """Systems side by side are solved as one by one: also finished, zero and hard ones in one batch."""
-    matrices, b, inverse = mixed_batch(claim)
-    together = value_of(claim, matrices, b)
-    require_lanes_agree(claim, together, matrices, b, inverse, range(len(b)), "in a batch")
+    _require_lanes_agree(claim, *_mixed_batch(claim), "in a batch", None)
 
 
 def check_a_lane_in_trouble_leaves_the_others(claim: LinearClaim) -> None:
     """NaN in the matrix or the right-hand side of one lane changes no other lane."""
     for where in ("matrix", "right-hand side"):
-        matrices, b, inverse = mixed_batch(claim)
+        matrices, b, inverse = _mixed_batch(claim)
         (matrices if where == "matrix" else b)[2] = math.nan
-        together = value_of(claim, matrices, b)
-        others = [i for i in range(len(b)) if i != 2]
-        require_lanes_agree(claim, together, matrices, b, inverse, others, f"beside a lane with NaN in its {where}")
+        _require_lanes_agree(claim, matrices, b, inverse, f"beside a lane with NaN in its {where}", 2)
 
 
 def check_a_finished_lane_is_frozen(claim: LinearClaim) -> None:
@@ -51,7 +46,7 @@ def check_a_finished_lane_is_frozen(claim: LinearClaim) -> None:
     require(torch.equal(first, second), claim, text)
 
 
-def mixed_batch(claim: LinearClaim) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
+def _mixed_batch(claim: LinearClaim) -> tuple[torch.Tensor, torch.Tensor, list[float]]:
     """Five systems: random, random with a tiny b, the hardest promised, one solved at once (A = I), one with b = 0."""
     conditions = [0.0, claim.log10_cond / 2, claim.log10_cond, 0.0, claim.log10_cond / 2]
     matrices = torch.stack([system(claim, 6, c, 30 + i, F64) for i, c in enumerate(conditions)])
@@ -63,17 +58,12 @@ def mixed_batch(claim: LinearClaim) -> tuple[torch.Tensor, torch.Tensor, list[fl
     return matrices, b, [inverse_norm(claim, c) for c in conditions]
 
 
-def require_lanes_agree(
-    claim: LinearClaim,
-    together: torch.Tensor,
-    matrices: torch.Tensor,
-    b: torch.Tensor,
-    inverse: list[float],
-    lanes: Sequence[int],
-    where: str,
+def _require_lanes_agree(
+    claim: LinearClaim, matrices: torch.Tensor, b: torch.Tensor, inverse: list[float], where: str, but: int | None
 ) -> None:
-    """Lanes solved together have the answers that they have alone."""
-    for i in lanes:
+    """Lanes solved together have the answers that they have alone, ``but`` one that is in trouble."""
+    together = value_of(claim, matrices, b)
+    for i in (i for i in range(len(b)) if i != but):
         alone = value_of(claim, matrices[i], b[i])
         error = float((together[i] - alone).norm())
         allowed = 2 * inverse[i] * (claim.rtol + 1e-14) * float(b[i].norm())

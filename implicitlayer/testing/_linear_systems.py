@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -24,12 +25,8 @@ def system(claim: LinearClaim, n: int, log10_cond: float, seed: int, dtype: torc
         jacobian = arrays.normal_tensor((n, n), seed=seed)
         jacobian = jacobian / float(torch.linalg.matrix_norm(jacobian, 2))
         return (torch.eye(n, dtype=F64) - 0.5 * jacobian).to(dtype)
-    make = {
-        "positive definite": arrays.spd_matrix,
-        "symmetric": arrays.indefinite_matrix,
-        "general": arrays.general_matrix,
-    }[claim.systems]
-    return make(n, log10_cond=log10_cond, seed=seed, dtype=dtype)
+    make = {"positive definite": arrays.spd_matrix, "symmetric": arrays.indefinite_matrix}
+    return make.get(claim.systems, arrays.general_matrix)(n, log10_cond=log10_cond, seed=seed, dtype=dtype)
 
 
 def inverse_norm(claim: LinearClaim, log10_cond: float) -> float:
@@ -49,22 +46,19 @@ def operator_of(claim: LinearClaim, matrix: torch.Tensor) -> FlatOperator:
 def value_of(claim: LinearClaim, matrix: torch.Tensor, rhs: torch.Tensor) -> torch.Tensor:
     """The answer of the solver, checked to be a tensor of the right shape."""
     answer = claim.solver(operator_of(claim, matrix), rhs)
-    value = answer.value if isinstance(answer, LinearSolution) else answer
+    value: torch.Tensor = answer.value if isinstance(answer, LinearSolution) else answer
     require(isinstance(value, torch.Tensor), claim, f"returned {type(value).__name__}: a tensor is needed")
     shapes = f"returned shape {tuple(value.shape)} for a right-hand side of shape {tuple(rhs.shape)}"
     require(value.shape == rhs.shape, claim, shapes)
-    checked: torch.Tensor = value
-    return checked
+    return value
 
 
 def solution_of(claim: LinearClaim, matrix: torch.Tensor, rhs: torch.Tensor) -> LinearSolution:
     """The answer of the solver, checked to be a record with a status."""
-    answer = claim.solver(operator_of(claim, matrix), rhs)
-    require(
-        isinstance(answer, LinearSolution), claim, f"returned {type(answer).__name__} in place of il.LinearSolution"
-    )
-    solution: LinearSolution = answer
-    return solution
+    answer: LinearSolution = claim.solver(operator_of(claim, matrix), rhs)
+    text = f"returned {type(answer).__name__} in place of il.LinearSolution"
+    require(isinstance(answer, LinearSolution), claim, text)
+    return answer
 
 
 def right_hand_sides(matrix: torch.Tensor, seed: int) -> list[tuple[str, torch.Tensor]]:
@@ -111,11 +105,7 @@ def require_residual(claim: LinearClaim, matrix: torch.Tensor, rhs: torch.Tensor
 
 
 def require_true_claim(
-    claim: LinearClaim,
-    matrix: torch.Tensor,
-    rhs: torch.Tensor,
-    system: str,
-    solver: Callable[..., object] | None = None,
+    claim: LinearClaim, matrix: torch.Tensor, rhs: torch.Tensor, system: str, solver: Callable[..., Any] | None = None
 ) -> None:
     """CONVERGED is not said above the promised residual.
 

@@ -14,7 +14,7 @@ from implicitlayer.testing import _differences as differences
 from implicitlayer.testing._differences import Difference
 from implicitlayer.testing._modes import RANDOM, SAFE_RTOL, Check, add_quotient, filled, total
 from implicitlayer.testing._references import ROUNDINGS, DenseSystem, Leaves, flat, plain, scales
-from implicitlayer.testing._report import COARSE, LINEAR, TRUNCATION, Place, compare
+from implicitlayer.testing._report import COARSE, LINEAR, Place, compare
 
 _SECOND_ORDER_LEAVES = 8
 _DRAWS = 3
@@ -105,20 +105,15 @@ def check_double(check: Check) -> None:
         if quotient is None:
             add_quotient(check, name, RANDOM, "double", None, reverse, v, (reverse, reverse))
             continue
-        parts = {
-            TRUNCATION: differences.SAFE_TRUNCATION * quotient.truncation,
-            COARSE: differences.SAFE_NOISE * quotient.noise,
-            LINEAR: torch.tensor(small * scale, dtype=v.dtype),
-        }
+        parts = differences.difference_errors(quotient.truncation, quotient.noise, COARSE)
+        parts[LINEAR] = torch.tensor(small * scale, dtype=v.dtype)
         random = f" along {RANDOM}" if sum(len(d) for d in direction.values()) > 1 else ""
         for how, value in (("reverse", reverse), ("forward", _forward_over_reverse(check, v, weights, direction))):
             if value is None:
                 continue
             label = f"{how} over reverse{random}"
-            row = compare(
-                Place(name, lambda i, s=label: s, "double", "differences"),  # type: ignore[misc]
-                quotient.value[None], value[None], parts, size, resolved=quotient.resolved,
-            )  # fmt: skip
+            place = Place(name, lambda i, s=label: s, "double", "differences")  # type: ignore[misc]
+            row = compare(place, quotient.value[None], value[None], parts, size, resolved=quotient.resolved)
             check.rows.append(row)
 
 
