@@ -15,10 +15,8 @@ from implicitlayer.base._types import PyTree
 def check_one_per_task(name: str, values: Any, num_tasks: int) -> torch.Tensor:
     """``values``, what the user's function ``name`` returned, if it is one number per task.
 
-    Raises:
-        TypeError: it is no tensor.
-        ValueError: it has another shape. A mean over the tasks, or one number for each example, would be summed up like
-            any other tensor and scale the gradients.
+    Else TypeError or ValueError: a mean over the tasks, or one number for each example, would be summed up like any
+    other tensor and scale the gradients.
     """
     if not isinstance(values, torch.Tensor):
         raise TypeError(

@@ -82,9 +82,7 @@ class WorkerGroup:
     def sum_gradients(self, leaves: Sequence[torch.Tensor], present: Sequence[bool]) -> None:
         """Replace every ``leaf.grad`` by its sum over all processes: one flat all-reduce for each dtype and device.
 
-        Args:
-            leaves: the same, in the same order, on every process.
-            present: which leaves have a gradient on any process; on the others it counts as zero.
+        ``leaves`` are in the same order everywhere; ``present`` says which of them have a gradient on any process.
         """
         if self.size == 1:
             return
@@ -156,20 +154,16 @@ class WorkerGroup:
 
 @contextmanager
 def distributed(*, device: torch.device | str | None = None, timeout: float = 300.0) -> Iterator[WorkerGroup]:
-    """Join the processes that ``torchrun`` started, for the length of the ``with`` block.
+    """Join the processes that ``torchrun`` started, for the length of the ``with`` block, which gives the group.
 
     Without ``torchrun`` there is one process and nothing is set up. At the end of the block the processes wait for each
-    other. On CPUs the processes talk through gloo; on GPUs
-    gradients go through nccl and everything small through gloo, which notices a lost process at once. Each process of
-    a machine takes a GPU of its own.
+    other. On CPUs the processes talk through gloo; on GPUs gradients go through nccl and everything small through gloo,
+    which notices a lost process at once. Each process of a machine takes a GPU of its own, ``group.device``.
 
     Args:
         device: "cpu" or "cuda"; None takes GPUs where there are any.
         timeout: seconds that a process waits for the others before it gives up with :class:`WorkerLostError`, more than
             0. Longer than anything that one process does while the others wait.
-
-    Yields:
-        The group; ``group.device`` is where this process shall put its tensors.
 
     Raises:
         ValueError: there is no GPU, or there are fewer than processes; a time-out that is not positive.

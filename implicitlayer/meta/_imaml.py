@@ -24,7 +24,7 @@ from implicitlayer.meta._method import (
     one_per_task,
     tensors_of,
 )
-from implicitlayer.meta._recording import Moment, Recordings, ReplayedProducts
+from implicitlayer.meta._recording import RecordedCall, ReplayedProducts, recordings_of
 from implicitlayer.meta._settings import EXECUTION
 from implicitlayer.meta._step import LastStep, StepSizeGradient, check_step_size_gradient
 from implicitlayer.solvers._gradient_descent import GradientDescent
@@ -107,7 +107,6 @@ class iMAML(MetaMethod):
     stationarity_rtol: float | None = None
     step_size_gradient: StepSizeGradient = None
     capture: bool = field(default=False, metadata=EXECUTION)
-    _recordings: Recordings = field(default_factory=Recordings, init=False, repr=False)
 
     @classmethod
     def examples(cls, *given: Any) -> list[iMAML]:
@@ -124,11 +123,11 @@ class iMAML(MetaMethod):
             init = one_per_task(theta, num_tasks(support))
         last_step = None if self.step_size_gradient is None else LastStep(self.inner_solver)  # type: ignore[arg-type]
         solver = last_step or self.inner_solver
-        moment = self._moment(solver, init, theta, support) if self.capture else None
+        recorded = self._recorded(solver, (init, theta, support)) if self.capture else None
         layer = argmin(
             self._objective(),
-            moment or solver,
-            linear_solver=self.linear_solver if moment is None else ReplayedProducts(moment),
+            recorded or solver,
+            linear_solver=self.linear_solver if recorded is None else ReplayedProducts(recorded),
             batch_dims=1,
             on_failure=self.on_failure,
             stationarity_rtol=self.stationarity_rtol,
@@ -147,14 +146,16 @@ class iMAML(MetaMethod):
         step_size = None if self.step_size_gradient is None else self.inner_solver.step_size  # type: ignore[attr-defined]
         return learned_tensors(self.strength, step_size)
 
-    def _moment(self, solver: InnerSolver, init: PyTree, theta: PyTree, support: PyTree) -> Moment | None:
+    def _recorded(self, solver: InnerSolver, data: tuple[PyTree, PyTree, PyTree]) -> RecordedCall | None:
         # a strength that is a callable is asked inside the recording, so that it follows the tensors it is made of
         if self.curvature != "hessian":
-            self._recordings.tell(f'curvature="{self.curvature}" runs one by one: only Hessian products are recorded')
+            recordings_of(self).tell(
+                f'curvature="{self.curvature}" runs one by one: only Hessian products are recorded'
+            )
             return None
         objective = Proximal(PerTask(self.task_loss), self.strength)
-        own = tensors_of(self.strength)
-        return self._recordings.moment(objective, solver, self.linear_solver, own, init, theta, support)
+        recording = recordings_of(self).recording(objective, solver, tensors_of(self.strength), data)
+        return None if recording is None else RecordedCall(recording, solver, self.linear_solver, *data[1:])
 
     def _objective(self) -> Proximal:
         # made at every call: a strength that is learned may have become negative, which is an error here

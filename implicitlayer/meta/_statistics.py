@@ -53,23 +53,12 @@ class Evaluation:
         return _NORMAL_QUANTILE * float(self.values.double().std()) / math.sqrt(self.num_tasks)
 
     def as_dict(self) -> dict[str, Any]:
-        """Mean, interval, number of tasks and the protocol, for a results file.
-
-        >>> Evaluation(torch.tensor([1.0, 0.5]), transductive=True).as_dict()["transductive"]
-        True
-        """
-        return {
-            "mean": self.mean,
-            "interval": self.interval,
-            "num_tasks": self.num_tasks,
-            "transductive": self.transductive,
-        }
+        """Mean, interval, number of tasks and the protocol, for a results file."""
+        return {name: getattr(self, name) for name in ("mean", "interval", "num_tasks", "transductive")}
 
     def __str__(self) -> str:
         """As a percentage, with the protocol where it was stated.
 
-        >>> print(Evaluation(torch.tensor([1.0, 0.5, 0.75, 0.75])))
-        75.0 ± 20.0 %
         >>> print(Evaluation(torch.tensor([1.0, 0.5, 0.75, 0.75]), transductive=True))
         75.0 ± 20.0 % (transductive)
         """
@@ -109,17 +98,6 @@ def evaluate(
     Raises:
         ValueError: there are no episodes, ``tasks_per_chunk`` is less than 1, or the metric is not one number per task.
         TypeError: the metric is no tensor.
-
-    Example:
-        Nothing to adapt (no steps); the metric is the distance of θ from each task's query.
-
-        >>> import torch, implicitlayer as il
-        >>> loss = lambda params, target: (params["w"] - target).square()
-        >>> method = il.meta.FirstOrderMAML(loss, il.solvers.GradientDescent(step_size=0.1, max_steps=0))
-        >>> tasks = torch.tensor([1.0, 2.0, 3.0])
-        >>> distance = lambda phi, query: (phi["w"] - query).abs()
-        >>> il.meta.evaluate(method, {"w": torch.zeros(())}, [(tasks, tasks)], distance).values
-        tensor([1., 2., 3.])
     """
     if tasks_per_chunk is not None:
         check_integer("tasks_per_chunk", tasks_per_chunk, 1)

@@ -17,14 +17,10 @@ def require_tensorboard() -> None:
 
 
 class EventLog:
-    """Event files in a run folder, one value for every number of a training record.
+    """Event files in ``run_dir``, one value for every number of a training record.
 
     What earlier files of the folder hold from ``first_step`` on is of steps that a killed process did not save: it is
     marked as void, and TensorBoard shows each step once.
-
-    Args:
-        run_dir: folder of the files.
-        first_step: the first step that will be written.
     """
 
     def __init__(self, run_dir: Path, first_step: int) -> None:
