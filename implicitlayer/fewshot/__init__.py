@@ -1,10 +1,9 @@
 """Few-shot data and networks."""
 
-from implicitlayer.fewshot._classification import ClassificationLoss
+from implicitlayer.fewshot._classification import ClassificationLoss, inductive_logits
 from implicitlayer.fewshot._dataset import DatasetError, ImageClasses
 from implicitlayer.fewshot._episodes import EpisodeBatch, EpisodeSampler
 from implicitlayer.fewshot._glyphs import Glyphs
-from implicitlayer.fewshot._inductive import inductive_logits
 from implicitlayer.fewshot._mini_imagenet import MiniImageNet
 from implicitlayer.fewshot._mlp import MLP, mlp
 from implicitlayer.fewshot._networks import Conv4, conv4

@@ -41,12 +41,7 @@ def class_name(codepoint: int) -> str:
 
 
 def codepoint_of(name: str) -> int:
-    """The code point in a class name.
-
-    Example:
-        >>> chr(codepoint_of("Greek/U+03B1"))
-        'α'
-    """
+    """The code point in a class name."""
     return int(name.rpartition("U+")[2], 16)
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from implicitlayer.base._numbers import check_integer
 from implicitlayer.fewshot._dataset import ImageClasses, check_image_size, load_block, need_extra
 from implicitlayer.fewshot._glyph_classes import codepoint_of, faces_of, ink
 from implicitlayer.fewshot._splits import load_splits, names_of
@@ -29,7 +30,8 @@ class Glyphs(ImageClasses):
     face (sans, serif, mono, STIX; regular or bold, where the face has the letter), a small turn, scale and shift, and
     a smooth bend of its strokes. Letters that look alike in any quarter turn are one class, decided before classes
     were split; the lists are stored by name in this package. It is easier than Omniglot: people differ more than these
-    drawers do. Accuracies on the two are not comparable.
+    drawers do. Accuracies on the two are not comparable. The same seed gives the same bytes with the same versions of
+    matplotlib, Pillow and torch; with others a few grey levels may differ, classes and splits never do.
 
     Args:
         split: ``"train"``, ``"val"`` or ``"test"``.
@@ -43,19 +45,13 @@ class Glyphs(ImageClasses):
         images: uint8, ``[num_classes, num_examples, image_size, image_size]``; ink is high, paper is 0.
         class_names: ``"<Script>/U+XXXX"``, sorted.
 
-    The same seed gives the same bytes with the same versions of matplotlib, Pillow and torch; with others a few grey
-    levels may differ, classes and splits never do.
-
     Raises:
         ImportError: matplotlib or Pillow is missing (``pip install 'implicitlayer[fewshot]'``).
         ValueError: unknown split or a number out of range.
 
     Example:
-        >>> val = Glyphs("val")
-        >>> val
+        >>> Glyphs("val")
         Glyphs(split='val', num_classes=80, num_examples=20, image_size=28x28)
-        >>> val.images.dtype, val.class_names[0].split("/")[0]
-        (torch.uint8, 'Arabic')
     """
 
     def __init__(
@@ -68,9 +64,8 @@ class Glyphs(ImageClasses):
         cache_dir: str | Path | None = None,
     ) -> None:
         check_image_size(image_size)
-        for name, value, least in (("num_examples", num_examples, 2), ("seed", seed, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
+        check_integer("num_examples", num_examples, 2)
+        check_integer("seed", seed, 0)
         names = names_of(load_splits("glyphs"), split)
         key = ["glyphs", RECIPE, image_size, num_examples, seed, names, _versions()]
         shape = (len(names), num_examples, image_size, image_size)

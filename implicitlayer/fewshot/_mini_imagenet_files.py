@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from implicitlayer.fewshot._cache import cache_folder
+from implicitlayer.fewshot._cache import places_of
 from implicitlayer.fewshot._dataset import DatasetError, need_extra
 
 NUM_PICTURES = 600
@@ -86,7 +86,8 @@ class Sheets:
 
 
 class _SeparatePictures:
-    folder: Path
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def pictures(self, files: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
         for path in files:
@@ -96,29 +97,21 @@ class _SeparatePictures:
 class Tree(_SeparatePictures):
     """``<wnid>/*``, also below ``<split>`` or ``images``."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
     def files(self, names: Sequence[str]) -> dict[str, list[Path]]:
         found = {}
         for name in names:
             for place in ("", *SPLIT_FOLDERS, "images"):
                 folder = self.folder / place / name
                 if folder.is_dir():
-                    found[name] = sorted(
-                        Path(file.path)
-                        for file in os.scandir(folder)
-                        if file.name.lower().endswith(SUFFIXES) and not file.name.startswith(".")
-                    )
+                    names_there = sorted(os.listdir(folder))
+                    pictures = [n for n in names_there if n.lower().endswith(SUFFIXES) and not n.startswith(".")]
+                    found[name] = [folder / picture for picture in pictures]
                     break
         return found
 
 
 class List(_SeparatePictures):
     """``images/<filename>``, where ``<split>.csv`` gives the label of every file name."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
 
     def files(self, names: Sequence[str]) -> dict[str, list[Path]]:
         found: dict[str, list[Path]] = {}
@@ -139,11 +132,7 @@ class List(_SeparatePictures):
 
 def locate(root: str | os.PathLike[str] | None, names: Sequence[str]) -> tuple[Layout, Files]:
     """The first place that has some of the classes, and the files of each; an error where one is missing."""
-    if root is not None:
-        places = [Path(root).expanduser()]
-    else:
-        data = os.environ.get("IMPLICITLAYER_DATA")
-        places = [*([Path(data).expanduser()] if data else []), cache_folder()]
+    places, hint = places_of(root)
     for place in places:
         for folder in (place / subfolder for subfolder in SUBFOLDERS):
             for layout in _layouts(folder):
@@ -151,7 +140,6 @@ def locate(root: str | os.PathLike[str] | None, names: Sequence[str]) -> tuple[L
                 if files:
                     return layout, _checked(layout, files, names)
     listed = " or ".join(str(place) for place in places)
-    hint = "" if root is not None else " Or say where it is with root= or the variable IMPLICITLAYER_DATA."
     raise FileNotFoundError(f"None of the {len(names)} classes of mini-ImageNet is in {listed}. {SOURCE}{hint}")
 
 

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from implicitlayer.fewshot._cache import cache_folder
+from implicitlayer.fewshot._cache import places_of
 from implicitlayer.fewshot._dataset import DatasetError, ImageClasses, check_image_size, load_block, need_extra
 from implicitlayer.fewshot._splits import load_splits, names_of
 
@@ -68,11 +68,6 @@ class Omniglot(ImageClasses):
     Source: Lake, Salakhutdinov, Tenenbaum, Human-level concept learning through probabilistic program induction,
     Science 350 (2015), doi:10.1126/science.aab3050. MAML's 1,100 / 100 / 423 counts; its own lists depend on the order
     of a file system, so they are not used.
-
-    Example:
-        >>> test = Omniglot(split="test")  # doctest: +SKIP
-        >>> test.num_classes, test.images.shape[1:]  # doctest: +SKIP
-        (423, torch.Size([20, 28, 28]))
     """
 
     def __init__(
@@ -157,11 +152,7 @@ class _Tree:
 
 
 def _find_sources(root: str | os.PathLike[str] | None, *, download: bool) -> list[_Source]:
-    if root is not None:
-        places = [Path(root).expanduser()]
-    else:
-        data = os.environ.get("IMPLICITLAYER_DATA")
-        places = [*([Path(data).expanduser()] if data else []), cache_folder() / "omniglot"]
+    places, hint = places_of(root, "omniglot")
     for place in places:
         for folder in (place / subfolder for subfolder in SUBFOLDERS):
             sources = _sources_in(folder)
@@ -175,7 +166,6 @@ def _find_sources(root: str | os.PathLike[str] | None, *, download: bool) -> lis
         _download(places[0])
         return _sources_in(places[0])
     listed = " or ".join(str(place) for place in places)
-    hint = "" if root is not None else " Or say where it is with root= or the variable IMPLICITLAYER_DATA."
     remedy = REMEDY.format(root="" if root is None else f"{str(root)!r}, ")
     raise FileNotFoundError(f"No Omniglot in {listed}. {remedy}{hint}")
 

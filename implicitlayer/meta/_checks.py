@@ -69,12 +69,6 @@ def check_batch_leaves(leaves: Iterable[Any]) -> None:
             )
 
 
-def check_integer(name: str, value: Any, least: int) -> None:
-    """Raise ValueError for what is no integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
-
-
 def check_number(name: str, value: Any, least: float) -> None:
     """Raise ValueError for what is no number of at least ``least``; NaN is none."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not value >= least:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from implicitlayer.base._numbers import check_integer
 from implicitlayer.base._types import PyTree
-from implicitlayer.meta._checks import check_integer, check_one_per_task
+from implicitlayer.meta._checks import check_one_per_task
 from implicitlayer.meta._chunks import in_chunks, take_tasks
 from implicitlayer.meta._distributed import WorkerGroup
 from implicitlayer.meta._method import MetaMethod, num_tasks

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+from implicitlayer.base._numbers import check_integer
 from implicitlayer.base._tree import flatten
 from implicitlayer.base._types import PyTree
 from implicitlayer.meta._checkpoint import CheckpointError, RunFolder, load_checkpoint
-from implicitlayer.meta._checks import check_integer, check_number
+from implicitlayer.meta._checks import check_number
 from implicitlayer.meta._collapse import ON_COLLAPSE, OnCollapse
 from implicitlayer.meta._distributed import WorkerGroup
 from implicitlayer.meta._method import MetaMethod

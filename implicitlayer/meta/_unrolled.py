@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import torch
 
+from implicitlayer.base._numbers import check_integer
 from implicitlayer.base._surroundings import out_of_inference
 from implicitlayer.base._tree import flatten, unflatten
 from implicitlayer.base._types import Leaves, PyTree
-from implicitlayer.meta._checks import check_integer
 from implicitlayer.meta._method import (
     MetaMethod,
     StrengthLike,

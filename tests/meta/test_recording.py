@@ -209,8 +209,8 @@ def test_what_no_recording_can_hold_is_named(support: Any, message: str) -> None
     method = il.meta.iMAML(
         lambda params, batch: task_loss(params, batch[:2]), il.solvers.GradientDescent(0.1, max_steps=2), capture=True
     )
+    init = {"w": torch.zeros(3, 4), "b": torch.zeros(3)}
     with pytest.warns(il.ImplicitLayerWarning, match=message):
-        init = {"w": torch.zeros(3, 4), "b": torch.zeros(3)}
         method._recorded(method.inner_solver, (init, theta, support(data)))
 
 
