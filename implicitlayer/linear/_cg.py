@@ -8,15 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from typing import ClassVar
 
 import torch
 
 from implicitlayer.base._ritz import RitzValues
 from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._status import Status
-from implicitlayer.linear._common import NOISE, SLACK, STEPS_BETWEEN_SYNCS, Keep, Limits, lane_norm
-from implicitlayer.linear._operator import FlatOperator, LinearSolver, lane_dot, lane_scale
+from implicitlayer.linear._common import NOISE, SLACK, STEPS_BETWEEN_SYNCS, Keep, KrylovSolver, lane_norm, zero_steps
+from implicitlayer.linear._operator import FlatOperator, lane_dot, lane_scale
 from implicitlayer.linear._preconditioners import Precondition, Preconditioner
 
 __all__ = ["ConjugateGradient"]
@@ -37,7 +37,7 @@ _BLOWN_UP = 1e3
 
 
 @dataclass(frozen=True)
-class ConjugateGradient(LinearSolver):
+class ConjugateGradient(KrylovSolver):
     """Solve ``A u = b`` for symmetric positive-definite A from products ``A v`` alone.
 
     Stops a lane when ``||b - A u||_2 <= max(rtol ||b||_2, atol)``. The right-hand side is normalised first and the
@@ -70,24 +70,8 @@ class ConjugateGradient(LinearSolver):
         ([1.0, 0.25], 'CONVERGED', 2)
     """
 
-    rtol: float | None = None
-    atol: float = 0.0
-    max_steps: int | None = None
-    preconditioner: Precondition | Preconditioner | None = None
+    method: ClassVar[str] = "Conjugate gradient"
     systems = "positive definite"
-
-    def __post_init__(self) -> None:
-        self.limits  # noqa: B018  checks the arguments
-
-    @cached_property
-    def limits(self) -> Limits:
-        """The three arguments that say when to stop."""
-        return Limits(self.rtol, self.atol, self.max_steps)
-
-    @property
-    def has_tolerance(self) -> bool:
-        """Whether a tolerance was asked for; with ``max_steps`` alone, none was."""
-        return self.limits.has_tolerance
 
     def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution:
         given = self.preconditioner
@@ -103,7 +87,7 @@ class ConjugateGradient(LinearSolver):
         if rtol is not None:
             tolerance = torch.maximum(rtol * norm, self.atol / scale[..., 0].double())
         if self.max_steps == 0:
-            return self._zero_steps((b if precondition is None else precondition(b)) * scale, norm, scale, rtol)
+            return zero_steps(rhs, precondition or (lambda vector: vector), self.limits, self.method)
         max_steps = self.max_steps if self.max_steps is not None else 10 * max(rhs.shape[-1], 1)
         # one system on the CPU: Python numbers cost a fraction of 0-d tensors
         alone = norm.numel() == 1 and rhs.device.type == "cpu"
@@ -138,9 +122,8 @@ class ConjugateGradient(LinearSolver):
             previous = run.residual_norm
         if touched and asked:
             run.codes = self._ill_conditioned(run, unit, norm)
-        return self._finish(
-            run, lambda: b if precondition is None else precondition(b), norm, scale, tolerance, rtol, touched
-        )
+        start = lambda: b if precondition is None else precondition(b)  # noqa: E731
+        return self._finish(run, start, norm, scale, tolerance, rtol, touched)
 
     def _unit(self, operator: FlatOperator) -> float | torch.Tensor | None:
         """What curvatures p'Ap / p'Mp are to be multiplied with to be those of A; None where M is no number."""
@@ -165,17 +148,6 @@ class ConjugateGradient(LinearSolver):
         if self.rtol is not None or self.atol > 0:
             wrong = wrong & (torch.finfo(run.value.dtype).eps * high > 0.01 * low)
         return torch.where(wrong, int(Status.ILL_CONDITIONED), run.codes)
-
-    def _zero_steps(
-        self, value: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor, rtol: float | None
-    ) -> LinearSolution:
-        """No step, no product: the status tells that nothing was solved if a tolerance was asked for."""
-        code = Status.STEP_LIMIT if rtol is None else Status.MAX_STEPS_REACHED
-        codes = torch.where(norm.isfinite(), int(code), int(Status.NONFINITE))
-        unknown = torch.full_like(norm, math.nan)
-        return LinearSolution(
-            value, codes, torch.zeros_like(codes), unknown, unknown, unknown + math.inf, False, _NAME, rtol
-        )
 
     def _finish(
         self,
@@ -214,14 +186,11 @@ class ConjugateGradient(LinearSolver):
             relative_residual=relative,
             smallest_curvature=run.smallest if run.smallest is not None else torch.full_like(norm, math.inf),
             residual_is_true=asked and touched,
-            method=_NAME,
+            method=self.method,
             rtol=rtol,
             ritz=run.ritz,
             preconditioned=self.preconditioner is not None,
         )
-
-
-_NAME = "Conjugate gradient"
 
 
 @dataclass

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -96,7 +96,7 @@ class LinearSolver(Extension):
             return ravel(product, 0)
 
         solution = self(FlatOperator(matvec), ravel(leaves, 0))
-        return _replace_value(solution, unflatten(unravel(solution.value, leaves, 0), spec))
+        return replace(solution, value=unflatten(unravel(solution.value, leaves, 0), spec))
 
 
 def is_for_symmetric(solver: Any) -> bool:
@@ -113,16 +113,9 @@ def _matrix_operator(matrix: torch.Tensor, rhs: torch.Tensor) -> FlatOperator:
     return FlatOperator(
         lambda v: torch.linalg.vecdot(matrix.conj(), v.unsqueeze(-2)),
         lambda v: torch.linalg.vecdot(matrix.mT.conj(), v.unsqueeze(-2)),
-        symmetric=bool(
-            ((matrix == matrix.mT) | ~(matrix + matrix.mT).isfinite()).all()
-        ),  # a broken lane decides nothing
+        # a broken lane decides nothing
+        symmetric=bool(((matrix == matrix.mT) | ~(matrix + matrix.mT).isfinite()).all()),
     )
-
-
-def _replace_value(solution: LinearSolution, value: Any) -> LinearSolution:
-    from dataclasses import replace
-
-    return replace(solution, value=value)
 
 
 def default_rtol(dtype: torch.dtype) -> float:
