@@ -53,11 +53,8 @@ class GradientLeaf:
     def __str__(self) -> str:
         about = [self.found_in] if self.found_in else []
         if self.dtype is not None:
-            about += [
-                str(self.dtype).removeprefix("torch."),
-                f"shape {self.shape}",
-                f"requires_grad={self.requires_grad}",
-            ]
+            kind = str(self.dtype).removeprefix("torch.")
+            about += [kind, f"shape {self.shape}", f"requires_grad={self.requires_grad}"]
         head = f"closed over `{self.name}`" if self.role == "closed over" else self.name
         return f"{head} ({', '.join(about)}): {self.verdict}" if about else f"{head}: {self.verdict}"
 
@@ -77,12 +74,11 @@ class GradientExplanation:
     leaves: tuple[GradientLeaf, ...]
 
     def __getitem__(self, name: str) -> GradientLeaf:
-        for leaf in (*self.leaves, *self.unknowns):
-            if leaf.name == name:
-                return leaf
-        raise KeyError(
-            f"no leaf is named {name!r}; there are {[leaf.name for leaf in (*self.leaves, *self.unknowns)]}."
-        )
+        every = (*self.leaves, *self.unknowns)
+        found = [leaf for leaf in every if leaf.name == name]
+        if not found:
+            raise KeyError(f"no leaf is named {name!r}; there are {[leaf.name for leaf in every]}.")
+        return found[0]
 
     def __str__(self) -> str:
         return "\n".join([*self.notes, *map(str, self.leaves), *map(str, self.unknowns)])
@@ -91,29 +87,15 @@ class GradientExplanation:
 def record(
     name: str, role: Role, tensor: torch.Tensor, fact: Facts, verdict: Verdict, found_in: str = "", extra: str = ""
 ) -> GradientLeaf:
-    return GradientLeaf(
-        name=name,
-        role=role,
-        shape=tuple(tensor.shape),
-        dtype=tensor.dtype,
-        requires_grad=tensor.requires_grad,
-        is_leaf=tensor.is_leaf,
-        read=fact.first_read is not None,
-        reaches_value=fact.value_path == "nonzero",
-        reaches_gradient=fact.path == "nonzero",
-        outcome=verdict.outcome,
-        verdict=verdict.sentence + extra,
-        where=verdict.where,
-        found_in=found_in,
-    )
+    about = (tuple(tensor.shape), tensor.dtype, tensor.requires_grad, tensor.is_leaf)
+    reach = (fact.first_read is not None, fact.value_path == "nonzero", fact.path == "nonzero")
+    return GradientLeaf(name, role, *about, *reach, verdict.outcome, verdict.sentence + extra, verdict.where, found_in)
 
 
 def theta_leaves(problem: Problem, facts: list[Facts], verdicts: list[Verdict]) -> list[GradientLeaf]:
     """Every leaf of theta, tensors and others, in order."""
-    leaves, names = flatten_with_names(problem.theta, "theta")
-    tensor_names = [name for leaf, name in zip(leaves, names, strict=True) if isinstance(leaf, torch.Tensor)]
-    result, i = [], 0
-    for leaf, name in zip(leaves, names, strict=True):
+    tensor_names, result, i = _tensor_names(problem), [], 0
+    for leaf, name in zip(*flatten_with_names(problem.theta, "theta"), strict=True):
         if isinstance(leaf, torch.Tensor):
             result.append(record(name, "theta", leaf, facts[i], verdicts[i], extra=_roles(problem, i, tensor_names)))
             i += 1
@@ -139,12 +121,14 @@ def _no_tensor(name: str, leaf: Any) -> GradientLeaf:
     return GradientLeaf(name, "theta", None, None, False, True, True, False, False, "none", sentence, found_in=kind)
 
 
+def _tensor_names(problem: Problem) -> list[str]:
+    pairs = zip(*flatten_with_names(problem.theta, "theta"), strict=True)
+    return [name for leaf, name in pairs if isinstance(leaf, torch.Tensor)]
+
+
 def closed_leaves(problem: Problem, facts: list[Facts], verdicts: list[Verdict]) -> list[GradientLeaf]:
-    tensor_names = [
-        name
-        for leaf, name in zip(*flatten_with_names(problem.theta, "theta"), strict=True)
-        if isinstance(leaf, torch.Tensor)
-    ]
+    """Every closed-over tensor, with the name it has in the user's code."""
+    tensor_names = _tensor_names(problem)
     known = name_closed_over(problem.function, "objective", problem.theta)
     result = []
     for i in range(len(tensor_names), len(problem.tensors)):
@@ -161,15 +145,9 @@ def unread_parameters(problem: Problem) -> list[GradientLeaf]:
     if not isinstance(problem.function, nn.Module):
         return []
     met = {id(t) for t in problem.tensors}
+    verdict = Verdict("none", "the objective never reads it, so its .grad stays as it is.")
     return [
-        record(
-            f"objective.{name}",
-            "closed over",
-            parameter,
-            Facts(),
-            Verdict("none", "the objective never reads it, so its .grad stays as it is."),
-            "module parameter",
-        )
+        record(f"objective.{name}", "closed over", parameter, Facts(), verdict, "module parameter")
         for name, parameter in problem.function.named_parameters()
         if parameter.requires_grad and id(parameter) not in met
     ]

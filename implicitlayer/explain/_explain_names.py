@@ -20,10 +20,8 @@ Named = dict[int, tuple[str, str]]
 def name_closed_over(function: Callable[..., Any], root: str, theta: tuple[Any, ...] = ()) -> Named:
     """``id(tensor) -> (name, where it was found)`` of the tensors that ``function`` can reach.
 
-    Args:
-        function: the objective: a function, a bound method, a partial, a module, any callable object.
-        root: what the function itself is called in the names of its attributes.
-        theta: the arguments; tensors inside objects that are no pytrees are named after them.
+    ``root`` is what the function itself is called in the names of its attributes; tensors inside objects of ``theta``
+    that are no pytrees are named after them.
     """
     found: Named = {}
     seen: set[int] = set()
@@ -69,12 +67,8 @@ def _children(value: Any, name: str, where: str) -> Iterator[tuple[Any, str, str
     elif inspect.isfunction(value):
         yield from _variables(value)
     elif isinstance(value, nn.Module):
-        parameters, buffers = (
-            value.named_parameters(remove_duplicate=False),
-            value.named_buffers(remove_duplicate=False),
-        )
-        yield from ((p, f"{name}.{k}", "module parameter") for k, p in parameters)
-        yield from ((b, f"{name}.{k}", "module buffer") for k, b in buffers)
+        for kind, tensors in (("parameter", value.named_parameters), ("buffer", value.named_buffers)):
+            yield from ((t, f"{name}.{k}", f"module {kind}") for k, t in tensors(remove_duplicate=False))
         own = {k: v for k, v in vars(value).items() if not k.startswith("_")}
         yield from ((v, f"{name}.{k}", "attribute") for k, v in own.items())
         yield from ((v, f"{name}.{k}", "attribute") for k, v in value.named_children())
@@ -99,10 +93,8 @@ def _variables(function: types.FunctionType) -> Iterator[tuple[Any, str, str]]:
     for key in sorted(read):
         value = function.__globals__.get(key)
         if isinstance(value, types.ModuleType):  # `settings.weight`: only what is named beside it
-            members = vars(value)
-            yield from (
-                (members[k], f"{key}.{k}", "globals") for k in sorted(read) if isinstance(members.get(k), torch.Tensor)
-            )
+            members = {k: vars(value).get(k) for k in sorted(read)}
+            yield from ((t, f"{key}.{k}", "globals") for k, t in members.items() if isinstance(t, torch.Tensor))
         elif value is not None:
             yield value, key, "globals"
 
