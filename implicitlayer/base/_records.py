@@ -19,8 +19,6 @@ from implicitlayer.base._tree import name_lanes
 from implicitlayer.base._types import OnFailure
 from implicitlayer.base._warn import warn
 
-__all__ = ["BackwardRecord", "ForwardRecord", "GradientError", "Record", "diagnostics"]
-
 # A backward pass may run on one of autograd's own threads, so the listeners are shared by all threads.
 _listeners: list[tuple[list[Record], bool]] = []
 _lock = threading.Lock()

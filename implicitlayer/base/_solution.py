@@ -23,8 +23,6 @@ from implicitlayer.base._tree import name_lanes
 from implicitlayer.base._types import OnFailure
 from implicitlayer.base._warn import warn
 
-__all__ = ["LinearSolution", "RecordingSolver", "SolverResult"]
-
 
 @dataclass(frozen=True, eq=False)
 class LinearSolution:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import enum
 
-__all__ = ["Status"]
-
 
 class Status(enum.IntEnum):
     """How a linear or inner solve ended; ``help`` says what to do about it."""

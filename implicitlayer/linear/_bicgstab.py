@@ -33,8 +33,6 @@ from implicitlayer.linear._common import (
 from implicitlayer.linear._operator import FlatOperator, lane_dot
 from implicitlayer.linear._preconditioners import Precondition
 
-__all__ = ["Bicgstab"]
-
 
 @dataclass(frozen=True)
 class Bicgstab(KrylovSolver):

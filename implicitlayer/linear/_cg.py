@@ -19,8 +19,6 @@ from implicitlayer.linear._common import NOISE, SLACK, STEPS_BETWEEN_SYNCS, Keep
 from implicitlayer.linear._operator import FlatOperator, lane_dot, lane_scale
 from implicitlayer.linear._preconditioners import Precondition, Preconditioner
 
-__all__ = ["ConjugateGradient"]
-
 # NOTE [a small residual is no small error]: ||u - A^-1 b|| <= ||r|| / (smallest eigenvalue), and the smallest curvature
 # seen estimates that eigenvalue from above, at no product. With the default tolerance a lane whose residual is small
 # enough goes on while that estimate of its relative error is above a tenth of sqrt(rtol), until the residual is four

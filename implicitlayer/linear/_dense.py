@@ -15,8 +15,6 @@ from implicitlayer.base._status import Status
 from implicitlayer.linear._common import NOISE, Correction, Limits, Round, refine_direct, select
 from implicitlayer.linear._operator import FlatOperator, LinearSolver
 
-__all__ = ["Dense"]
-
 _CHUNK = 64  # products made side by side: their intermediate results are in memory together
 # A smallest pivot below this many times the noise makes the singular values be computed.
 _SUSPICIOUS = 1e4

@@ -32,8 +32,6 @@ from implicitlayer.linear._common import (
 from implicitlayer.linear._operator import FlatOperator, lane_dot
 from implicitlayer.linear._preconditioners import Precondition
 
-__all__ = ["Gmres"]
-
 _FIRST_VECTORS = 15  # room made at the start of a cycle
 
 

@@ -45,8 +45,6 @@ from implicitlayer.linear._common import (
 from implicitlayer.linear._operator import FlatOperator, lane_dot
 from implicitlayer.linear._preconditioners import Precondition
 
-__all__ = ["Minres"]
-
 
 @dataclass(eq=False)
 class _Bottom:

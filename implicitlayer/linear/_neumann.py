@@ -18,8 +18,6 @@ from implicitlayer.base._status import Status
 from implicitlayer.linear._common import any_runs, lane_norm, select
 from implicitlayer.linear._operator import FlatOperator, LinearSolver, lane_scale
 
-__all__ = ["Neumann"]
-
 
 @dataclass(frozen=True)
 class Neumann(LinearSolver):

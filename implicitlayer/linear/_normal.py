@@ -17,8 +17,6 @@ from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.linear._common import CONTINUE, LIMIT, Correction, Limits, Round, lane_norm, refine, select
 from implicitlayer.linear._operator import FlatOperator, LinearSolver, Product
 
-__all__ = ["NormalEquations"]
-
 
 @dataclass(frozen=True)
 class NormalEquations(LinearSolver):

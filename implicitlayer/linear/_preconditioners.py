@@ -13,8 +13,6 @@ import torch
 
 from implicitlayer.linear._operator import FlatOperator
 
-__all__ = ["Jacobi", "Nystrom"]
-
 Precondition = Callable[[torch.Tensor], torch.Tensor]
 
 

@@ -14,8 +14,6 @@ from implicitlayer.base._status import Status
 from implicitlayer.linear._common import SLACK, Limits, lane_norm, select
 from implicitlayer.linear._operator import FlatOperator, LinearSolver
 
-__all__ = ["WarmStart"]
-
 
 @dataclass(eq=False)
 class WarmStart(LinearSolver):

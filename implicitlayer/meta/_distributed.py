@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import shlex
@@ -103,25 +102,19 @@ class WorkerGroup:
         if self.size == 1:
             made = make()
             return None if made is None else dict(made)
-        content, failure = b"", None
+        sent: list[Any] = [None, False]  # what was made, and whether making it failed
+        failure = None
         if self.is_first:
-            buffer = io.BytesIO()
             try:
-                torch.save(make(), buffer)
-                content = buffer.getvalue()
+                sent = [make(), False]
             except Exception as error:
-                failure = error
-        length = int(self.sum_numbers([-1.0 if failure else float(len(content))])[0])
+                sent, failure = [None, True], error
+        self._collective(lambda: dist.broadcast_object_list(sent, 0, device=self._control()))
         if failure is not None:
             raise failure
-        if length < 0:
+        if sent[1]:
             raise WorkerLostError("The first process failed while the others waited for it; its own message says why.")
-        sent = torch.frombuffer(bytearray(content or bytes(length)), dtype=torch.uint8).to(self._control())
-        self._collective(lambda: dist.broadcast(sent, 0))
-        state: dict[str, Any] | None = torch.load(
-            io.BytesIO(sent.cpu().numpy().tobytes()), map_location="cpu", weights_only=True
-        )
-        return state
+        return None if sent[0] is None else dict(sent[0])
 
     def require_same(self, values: Mapping[str, Any]) -> None:
         """Raise on every process if one of ``values`` (name -> pytree) is not the same, bit for bit, on all of them."""

@@ -16,8 +16,6 @@ import torch
 from implicitlayer.testing._modes import Check
 from implicitlayer.testing._references import DenseSystem, Leaves, flat, plain
 
-__all__ = ["another_problem"]
-
 ANOTHER = "another problem"
 UNKNOWN = "coarse solver or another problem"
 _LOOK = (

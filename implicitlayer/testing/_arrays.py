@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["general_matrix", "indefinite_matrix", "normal_tensor", "singular_matrix", "spd_matrix"]
-
 # A scale up to here leaves room for conditions up to 1e20 below it and for products of a few factors above.
 MAX_LOG10_SCALE = {torch.float64: 200, torch.float32: 25}
 SINGULAR_KINDS = ("positive semidefinite", "symmetric", "general")

@@ -24,8 +24,6 @@ from implicitlayer.testing._references import Equation, Leaves, Wall
 from implicitlayer.testing._report import COARSE, GradientCheckError, GradientReport, GradientRow, worst_first
 from implicitlayer.testing._second_order import check_double
 
-__all__ = ["check_argmin_gradients"]
-
 _LAYERS: dict[str, Callable[..., ImplicitLayer]] = {"argmin": argmin, "root": root, "fixed_point": fixed_point}
 _MODES = {"vjp": check_vjp, "jvp": check_jvp, "double": check_double, "vmap": check_vmap}
 _DIFFERENCES = {"vjp", "jvp", "double"}  # the modes that need differences of the solver

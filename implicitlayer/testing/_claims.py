@@ -15,8 +15,6 @@ from implicitlayer.base._solution import LinearSolution, RecordingSolver
 from implicitlayer.linear._operator import FlatOperator, LinearSolver, default_rtol
 from implicitlayer.testing._arrays import check_one_of
 
-__all__ = ["InnerClaim", "LinearClaim", "inner", "linear"]
-
 SYSTEMS = ("positive definite", "symmetric", "general", "contraction")
 Dtypes = Sequence[torch.dtype]
 _BOTH = (torch.float64, torch.float32)

@@ -10,8 +10,6 @@ from implicitlayer.testing._claims import InnerClaim, LinearClaim, claim_of, inn
 from implicitlayer.testing._inner_checks import inner_checks
 from implicitlayer.testing._linear_checks import linear_checks
 
-__all__ = ["parametrize_with_solver_checks", "solver_checks"]
-
 Claim = LinearClaim | InnerClaim
 
 

@@ -17,8 +17,6 @@ from implicitlayer.testing._conformance import solver_checks
 from implicitlayer.testing._method_checks import METHOD_CHECKS, TaskLossOfChecks
 from implicitlayer.testing._set_checks import term_checks
 
-__all__ = ["extension_checks", "extensions"]
-
 PACKAGE = "implicitlayer"
 
 

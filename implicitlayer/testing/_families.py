@@ -11,8 +11,6 @@ import torch
 from implicitlayer.testing import _arrays as arrays
 from implicitlayer.testing._problems import ArgminProblem, RootProblem, Theta, dense_solve
 
-__all__ = ["nonconvex_problem", "quadratic_problem", "root_problem", "smooth_convex_problem"]
-
 
 def quadratic_problem(
     n: int, *, log10_cond: float = 0, log10_scale: float = 0, seed: int = 0, dtype: torch.dtype = torch.float64

@@ -19,8 +19,6 @@ from implicitlayer.base._tree import flatten, tree_map, unflatten
 from implicitlayer.testing._arrays import check_one_of
 from implicitlayer.testing._strategies import checked
 
-__all__ = ["Fault", "SolverFailedError", "faults", "faulty_solvers"]
-
 Solver = Callable[..., Any]
 
 

@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["ArgminProblem", "RootProblem"]
-
 Theta = tuple[torch.Tensor, ...]
 
 

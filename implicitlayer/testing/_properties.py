@@ -16,16 +16,6 @@ from implicitlayer.base._tree import tree_map
 from implicitlayer.layer._layer import ImplicitLayer
 from implicitlayer.testing._references import F64, Equation, Leaves, flat, plain
 
-__all__ = [
-    "check_adjoint",
-    "check_batch_equals_loop",
-    "check_dict_order",
-    "check_linear_in_cotangent",
-    "check_repeatable",
-    "check_rotated_unknowns",
-    "check_scaled_objective",
-]
-
 _LAYERS: dict[str, Callable[..., ImplicitLayer]] = {"argmin": argmin, "root": root, "fixed_point": fixed_point}
 Layer = Callable[..., Any]
 

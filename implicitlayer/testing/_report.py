@@ -9,8 +9,6 @@ from typing import Literal, NamedTuple
 
 import torch
 
-__all__ = ["GradientCheckError", "GradientReport", "GradientRow"]
-
 Status = Literal["ok", "inconclusive", "failed"]
 TRUNCATION = "truncation of the difference"
 COARSE = "coarse solver"

@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 from implicitlayer.testing._arrays import check_one_of
 from implicitlayer.testing._problems import _Problem
 
-__all__ = ["RoleCase", "ThetaRole", "roles", "theta_roles"]
-
 Gradients = list[torch.Tensor | None]
 
 

@@ -16,17 +16,6 @@ from implicitlayer.testing import _arrays as arrays
 from implicitlayer.testing import _families as families
 from implicitlayer.testing._problems import ArgminProblem, RootProblem
 
-__all__ = [
-    "general_matrices",
-    "indefinite_matrices",
-    "nonconvex_problems",
-    "quadratic_problems",
-    "root_problems",
-    "singular_matrices",
-    "smooth_convex_problems",
-    "spd_matrices",
-]
-
 T = TypeVar("T")
 F64 = torch.float64
 Ints = int | st.SearchStrategy[int]

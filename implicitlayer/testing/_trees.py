@@ -14,8 +14,6 @@ from implicitlayer.base._tree import flatten, unflatten, unravel
 from implicitlayer.testing import _arrays as arrays
 from implicitlayer.testing._strategies import SEEDS, Dtypes, Numbers, as_strategy, checked
 
-__all__ = ["Pair", "cotangent", "cotangents", "layouts", "pytrees", "relayout"]
-
 # The small shapes first: a failure shrinks towards the front of the list.
 SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (0,), (2, 3), (1, 1), (2, 0))
 LAYOUTS = ("contiguous", "offset", "strided", "transposed", "expanded")
