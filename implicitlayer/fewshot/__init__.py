@@ -12,21 +12,7 @@ from implicitlayer.fewshot._sinusoids import Sinusoids
 from implicitlayer.fewshot._task_losses import task_accuracy, task_cross_entropy, task_mean_squared_error
 
 __all__ = [
-    "MLP",
-    "ClassificationLoss",
-    "Conv4",
-    "DatasetError",
-    "EpisodeBatch",
-    "EpisodeSampler",
-    "Glyphs",
-    "ImageClasses",
-    "MiniImageNet",
-    "Omniglot",
-    "Sinusoids",
-    "conv4",
-    "inductive_logits",
-    "mlp",
-    "task_accuracy",
-    "task_cross_entropy",
-    "task_mean_squared_error",
-]
+    "MLP", "ClassificationLoss", "Conv4", "DatasetError", "EpisodeBatch", "EpisodeSampler", "Glyphs",
+    "ImageClasses", "MiniImageNet", "Omniglot", "Sinusoids", "conv4", "inductive_logits", "mlp", "task_accuracy",
+    "task_cross_entropy", "task_mean_squared_error",
+]  # fmt: skip

@@ -152,14 +152,10 @@ class EpisodeSampler(TaskStream[EpisodeBatch]):
         )
 
     def _settings(self) -> dict[str, Any]:
-        return {
-            "num_ways": self.num_ways,
-            "num_shots": self.num_shots,
-            "num_query": self.num_query,
-            "rotations": self.rotations,
-            "num_examples": self._images.shape[1],
-            "class_names": _digest("\n".join(self.dataset.class_names)),
-        } | ({"counts": _digest(str(self._counts.tolist()))} if self._ragged else {})
+        settings = {name: getattr(self, name) for name in ("num_ways", "num_shots", "num_query", "rotations")}
+        settings["num_examples"] = self._images.shape[1]
+        settings["class_names"] = _digest("\n".join(self.dataset.class_names))
+        return settings | ({"counts": _digest(str(self._counts.tolist()))} if self._ragged else {})
 
     @property
     def _ragged(self) -> bool:
@@ -197,14 +193,9 @@ class EpisodeSampler(TaskStream[EpisodeBatch]):
                 pictures[task, way] = torch.rot90(pictures[task, way], quarter, (2, 3))
         shots, query = self.num_shots, self.num_query
         label = torch.arange(ways, device=device)
-        return EpisodeBatch(
-            support_images=_as_input(pictures[:, :, :shots]),
-            support_labels=label.repeat_interleave(shots).repeat(tasks, 1),
-            query_images=_as_input(pictures[:, :, shots:]),
-            query_labels=label.repeat_interleave(query).repeat(tasks, 1),
-            classes=which,
-            rotations=on_device(turns, device),
-        )
+        support = _as_input(pictures[:, :, :shots]), label.repeat_interleave(shots).repeat(tasks, 1)
+        asked = _as_input(pictures[:, :, shots:]), label.repeat_interleave(query).repeat(tasks, 1)
+        return EpisodeBatch(*support, *asked, which, on_device(turns, device))
 
 
 def _as_input(pictures: Tensor) -> Tensor:

@@ -68,14 +68,9 @@ class Glyphs(ImageClasses):
         check_integer("seed", seed, 0)
         names = names_of(load_splits("glyphs"), split)
         key = ["glyphs", RECIPE, image_size, num_examples, seed, names, _versions()]
-        shape = (len(names), num_examples, image_size, image_size)
-        images = load_block(
-            f"glyphs-{split}-{image_size}",
-            key,
-            shape,
-            lambda: render([codepoint_of(name) for name in names], image_size, num_examples, seed),
-            cache_dir,
-        )
+        name, shape = f"glyphs-{split}-{image_size}", (len(names), num_examples, image_size, image_size)
+        codepoints = [codepoint_of(name) for name in names]
+        images = load_block(name, key, shape, lambda: render(codepoints, image_size, num_examples, seed), cache_dir)
         super().__init__(images, names, split=split)
 
 
@@ -100,9 +95,8 @@ def render(codepoints: Sequence[int], image_size: int, num_examples: int, seed: 
         # Which face comes first differs between letters, so that a face does not give a drawer away.
         start = int(np.random.default_rng((seed, codepoint)).integers(len(faces)))
         drawn_from = source[[(start + drawer) % len(faces) for drawer in range(num_examples)]]
-        draws = np.stack(
-            [np.random.default_rng((seed, codepoint, 1 + drawer)).uniform(-1, 1, 38) for drawer in range(num_examples)]
-        )
+        streams = (np.random.default_rng((seed, codepoint, 1 + drawer)) for drawer in range(num_examples))
+        draws = np.stack([stream.uniform(-1, 1, 38) for stream in streams])
         images[row] = _draw(drawn_from, hands, draws, image_size).numpy()
     return images
 
@@ -134,13 +128,8 @@ def _draw(source: Tensor, hands: NDArray[np.float64], draws: NDArray[np.float64]
     down = np.exp(-0.12 * width + 0.08 * scale_y)
     shear = 0.22 * slant
     cos, sin = np.cos(angle), np.sin(angle)
-    matrix = np.stack(
-        [
-            np.stack([along * (cos + shear * sin), along * (shear * cos - sin), 0.12 * shift_x], -1),
-            np.stack([down * sin, down * cos, 0.12 * shift_y], -1),
-        ],
-        1,
-    )
+    across = np.stack([along * (cos + shear * sin), along * (shear * cos - sin), 0.12 * shift_x], -1)
+    matrix = np.stack([across, np.stack([down * sin, down * cos, 0.12 * shift_y], -1)], 1)
     fine = 2 * image_size  # warped at twice the size, so that edges stay smooth when reduced
     grid = F.affine_grid(torch.from_numpy(matrix).to(torch.float32), [len(source), 1, fine, fine], align_corners=False)
     coarse = torch.from_numpy(draws[:, 6:].reshape(-1, 2, 4, 4)).to(torch.float32)

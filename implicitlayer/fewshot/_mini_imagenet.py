@@ -60,11 +60,6 @@ class MiniImageNet(ImageClasses):
         names = names_of(load_splits("mini_imagenet") if splits is None else splits, split)
         layout, files = locate(root, names)
         key = ["mini_imagenet", image_size, names, fingerprint(files)]
-        images = load_block(
-            f"mini_imagenet-{split}-{image_size}",
-            key,
-            (len(names), NUM_PICTURES, image_size, image_size, 3),
-            lambda: decode(layout, files, image_size),
-            cache_dir,
-        )
+        name, shape = f"mini_imagenet-{split}-{image_size}", (len(names), NUM_PICTURES, image_size, image_size, 3)
+        images = load_block(name, key, shape, lambda: decode(layout, files, image_size), cache_dir)
         super().__init__(images, names, split=split)

@@ -153,10 +153,7 @@ class TrainerState:
             **self._outer.state_dict(),
             "sampler": self.sampler.state_dict(),
             "random": random_state(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "history": self.history,
-            "best": self.best,
+            **{name: getattr(self, name) for name in ("step", "seconds", "history", "best")},
             "validation_is_due": self._validation_is_due,
             "chunk": {"memory_budget": self.memory_budget, "tasks": self._chunk},
         }

@@ -136,19 +136,10 @@ def linear(
     if limited is None and {"rtol", "max_steps"} <= settings:
         limited = replace(solver, rtol=rtol, max_steps=1)  # type: ignore[type-var]
     bare = "preconditioner" in settings and solver.preconditioner is None  # type: ignore[attr-defined]
-    return LinearClaim(
-        solver,
-        log10_cond,
-        isinstance(solver, LinearSolver) if batched is None else batched,
-        deterministic,
-        dtypes,
-        _name(solver) if name is None else name,
-        systems,
-        rtol,
-        log10_scale,
-        limited,
-        replace(solver, preconditioner=_weights) if bare else None,  # type: ignore[type-var]
-    )
+    preconditioned = replace(solver, preconditioner=_weights) if bare else None  # type: ignore[type-var]
+    many = isinstance(solver, LinearSolver) if batched is None else batched
+    claim = (solver, log10_cond, many, deterministic, dtypes, _name(solver) if name is None else name)
+    return LinearClaim(*claim, systems, rtol, log10_scale, limited, preconditioned)
 
 
 def inner(

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 
@@ -41,16 +42,9 @@ def quadratic_problem(
         return dense_solve((matrix + matrix.T) / 2 / unit, b / unit)
 
     scale, cond = arrays.ten_to(log10_scale), arrays.ten_to(log10_cond)
-    return ArgminProblem(
-        objective,
-        torch.zeros(n, dtype=dtype),
-        _leaves(matrix, b.to(dtype)),
-        solution,
-        _recipe("quadratic_problem", n, log10_cond, log10_scale, seed, dtype),
-        mu=scale / cond if n > 1 else scale,
-        beta=scale,
-        rho=0.0,
-    )
+    theta, recipe = _leaves(matrix, b.to(dtype)), _recipe("quadratic", n, log10_cond, log10_scale, seed, dtype)
+    constants = (scale / cond if n > 1 else scale, scale, 0.0)
+    return ArgminProblem(objective, torch.zeros(n, dtype=dtype), theta, solution, recipe, *constants)
 
 
 def smooth_convex_problem(
@@ -91,16 +85,9 @@ def smooth_convex_problem(
     e_s = float(theta[2].detach().double().exp())
     size = float(torch.linalg.matrix_norm(theta[0].detach().double(), 2)) ** 2
     longest = float(theta[0].detach().double().norm(dim=1).max())
-    return ArgminProblem(
-        objective,
-        torch.zeros(n, dtype=dtype),
-        theta,
-        solution,
-        _recipe("smooth_convex_problem", n, log10_cond, log10_scale, seed, dtype),
-        mu=scale * e_s,
-        beta=scale * (e_s + size / 4),
-        rho=scale * size * longest / (6 * math.sqrt(3)),
-    )
+    constants = (scale * e_s, scale * (e_s + size / 4), scale * size * longest / (6 * math.sqrt(3)))
+    recipe = _recipe("smooth_convex", n, log10_cond, log10_scale, seed, dtype)
+    return ArgminProblem(objective, torch.zeros(n, dtype=dtype), theta, solution, recipe, *constants)
 
 
 def nonconvex_problem(
@@ -142,14 +129,9 @@ def nonconvex_problem(
     theta = _leaves(basis.to(dtype), depth.log().to(dtype), tilt.to(dtype))
     barrier = sides.clone()
     barrier[0] = 0
-    return ArgminProblem(
-        objective,
-        (basis.T @ (0.9 * sides)).to(dtype),
-        theta,
-        lambda *theta: stationary_point(sides, *theta),
-        _recipe("nonconvex_problem", n, log10_cond, log10_scale, seed, dtype),
-        saddle=stationary_point(barrier, *theta).to(dtype),
-    )
+    recipe, init = _recipe("nonconvex", n, log10_cond, log10_scale, seed, dtype), (basis.T @ (0.9 * sides)).to(dtype)
+    saddle, solution = stationary_point(barrier, *theta).to(dtype), partial(stationary_point, sides)
+    return ArgminProblem(objective, init, theta, solution, recipe, saddle=saddle)
 
 
 def root_problem(
@@ -187,7 +169,7 @@ def root_problem(
         return x
 
     theta = _leaves(matrix.to(dtype), b.to(dtype), torch.tensor(math.log(strength), dtype=dtype))
-    recipe = _recipe("root_problem", n, log10_cond, log10_scale, seed, dtype)
+    recipe = _recipe("root", n, log10_cond, log10_scale, seed, dtype)
     return RootProblem(residual, torch.zeros(n, dtype=dtype), theta, solution, recipe)
 
 
@@ -218,4 +200,4 @@ def _leaves(*tensors: torch.Tensor) -> Theta:
 
 
 def _recipe(name: str, n: int, log10_cond: float, log10_scale: float, seed: int, dtype: torch.dtype) -> str:
-    return f"{name}({n}, log10_cond={log10_cond}, log10_scale={log10_scale}, seed={seed}, dtype={dtype})"
+    return f"{name}_problem({n}, log10_cond={log10_cond}, log10_scale={log10_scale}, seed={seed}, dtype={dtype})"

@@ -62,13 +62,8 @@ def pytrees(
         >>> a_tree_has_one_to_three_tensors()
     """
     checked(lambda value: arrays.check_integer("max_leaves", value, 1, "A pytree needs a tensor."), max_leaves)
-    leaves = st.builds(
-        arrays.normal_tensor,
-        st.sampled_from(_shape_tuples(shapes)),
-        seed=SEEDS,
-        dtype=as_strategy(dtype, arrays.check_dtype),
-    )
-
+    tuples, dtypes = st.sampled_from(_shape_tuples(shapes)), as_strategy(dtype, arrays.check_dtype)
+    leaves = st.builds(arrays.normal_tensor, tuples, seed=SEEDS, dtype=dtypes)
     wraps = st.lists(st.tuples(st.sampled_from(list(CONTAINERS)), st.integers(1, 3)), max_size=4)
 
     @st.composite
@@ -211,14 +206,10 @@ def cotangents(
             f"matrix of shape {tuple(matrix.shape)} must be [n, n] = {(n, n)}, as like has n entries."
         )
 
-    return st.builds(
-        cotangent,
-        st.just(like),
-        st.sampled_from(COTANGENTS if matrix is not None else COTANGENTS[:-1]),
-        seed=SEEDS,
-        log10_scale=as_strategy(log10_scale, partial(arrays.check_log10_scale, dtype=torch.float32 if short else None)),
-        matrix=st.just(matrix),
-    )
+    kinds = st.sampled_from(COTANGENTS if matrix is not None else COTANGENTS[:-1])
+    check = partial(arrays.check_log10_scale, dtype=torch.float32 if short else None)
+    drawn = {"seed": SEEDS, "log10_scale": as_strategy(log10_scale, check), "matrix": st.just(matrix)}
+    return st.builds(cotangent, st.just(like), kinds, **drawn)
 
 
 def _shape_tuples(shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
