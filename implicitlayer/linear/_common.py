@@ -296,11 +296,6 @@ class KrylovSolver(LinearSolver):
         """The three arguments that say when to stop."""
         return Limits(self.rtol, self.atol, self.max_steps)
 
-    @property
-    def has_tolerance(self) -> bool:
-        """Whether a tolerance was asked for; with ``max_steps`` alone, none was."""
-        return self.limits.has_tolerance
-
     def correct(self, operator: FlatOperator, precondition: Precondition, start: Round) -> Correction:
         """The recurrence, run from zero on the right-hand side ``start.residual``."""
         raise NotImplementedError

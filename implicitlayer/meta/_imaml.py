@@ -124,16 +124,10 @@ class iMAML(MetaMethod):
         last_step = None if self.step_size_gradient is None else LastStep(self.inner_solver)  # type: ignore[arg-type]
         solver = last_step or self.inner_solver
         recorded = self._recorded(solver, (init, theta, support)) if self.capture else None
-        layer = argmin(
-            self._objective(),
-            recorded or solver,
-            linear_solver=self.linear_solver if recorded is None else ReplayedProducts(recorded),
-            batch_dims=1,
-            on_failure=self.on_failure,
-            stationarity_rtol=self.stationarity_rtol,
-            curvature=self.curvature,
-            negative_curvature=self.negative_curvature,
-        )
+        names = ("on_failure", "stationarity_rtol", "curvature", "negative_curvature")
+        how: dict[str, Any] = {name: getattr(self, name) for name in names}
+        how["linear_solver"] = self.linear_solver if recorded is None else ReplayedProducts(recorded)
+        layer = argmin(self._objective(), recorded or solver, batch_dims=1, **how)
         phi = layer(init, theta, support)
         return phi if last_step is None else last_step.attach(phi)
 

@@ -73,7 +73,6 @@ def accumulate(
     method: MetaMethod,
     theta: PyTree,
     episode: Episode,
-    *,
     total_tasks: int,
     tasks_per_chunk: int | None,
     metric: ChunkMetric | None,
@@ -86,33 +85,23 @@ def accumulate(
     measured too; two forward passes.
     """
     totals = Totals()
+
+    def add(support: PyTree, query: PyTree) -> None:  # all that a chunk holds is freed before the next one begins
+        with collect(in_depth=False) as records:
+            phi = method.adapt(theta, support)
+            if metric is not None and metric.from_loss:
+                losses, scores = method.scored_query_losses(theta, phi, query)
+            else:
+                losses, scores = method.query_losses(theta, phi, query), None
+            (losses.sum() / total_tasks).backward()
+        totals.add("loss", losses)
+        totals.add("tasks", losses.new_tensor(num_tasks(support)))
+        if metric is not None:
+            totals.add("accuracy", metric.of(phi, query, support) if scores is None else scores)
+        if look:
+            for name, values in (curvature_sums(records) | inner_sums(method, theta, phi, support)).items():
+                totals.add(name, values)
+
     for support, query in in_chunks(episode, tasks_per_chunk):
-        # a function of its own: all that a chunk holds is freed before the next one begins
-        _add_chunk(totals, method, theta, support, query, total_tasks, metric, look)
+        add(support, query)
     return totals
-
-
-def _add_chunk(
-    totals: Totals,
-    method: MetaMethod,
-    theta: PyTree,
-    support: PyTree,
-    query: PyTree,
-    total_tasks: int,
-    metric: ChunkMetric | None,
-    look: bool,
-) -> None:
-    with collect(in_depth=False) as records:
-        phi = method.adapt(theta, support)
-        if metric is not None and metric.from_loss:
-            losses, scores = method.scored_query_losses(theta, phi, query)
-        else:
-            losses, scores = method.query_losses(theta, phi, query), None
-        (losses.sum() / total_tasks).backward()
-    totals.add("loss", losses)
-    totals.add("tasks", losses.new_tensor(num_tasks(support)))
-    if metric is not None:
-        totals.add("accuracy", metric.of(phi, query, support) if scores is None else scores)
-    if look:
-        for name, values in (curvature_sums(records) | inner_sums(method, theta, phi, support)).items():
-            totals.add(name, values)

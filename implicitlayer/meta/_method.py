@@ -137,6 +137,3 @@ def check_strength(task_loss: TaskLoss, strength: StrengthLike) -> None:
     """Raise ValueError for a strength that is negative, or not one; a callable is not asked yet."""
     if not callable(strength):
         regularised(task_loss, strength)
-
-
-Metric = Callable[[PyTree, PyTree], torch.Tensor]

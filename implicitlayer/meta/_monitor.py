@@ -59,36 +59,23 @@ _BAR = "{desc} {percentage:3.0f}% |{bar}|"
 class Progress:
     """A bar with loss, accuracy and time left: tqdm where it is installed, a line now and then where it is not.
 
-    Args:
-        done: share of the budget that is already used, 0...1 (after a resume).
-        name: shown in front.
-        show: False keeps silent.
-        leave: whether the bar stays on the screen at the end.
+    ``done`` is the share of the budget that is already used, 0...1 (after a resume).
     """
 
     _UNITS = 1000
 
     def __init__(self, done: float, *, name: str = "", show: bool = True, leave: bool = True) -> None:
         self._bar: Any = None
-        self._line_at = done
-        self._name = name
-        self._show = show
-        self._trouble = ""
+        self._line_at, self._name, self._show, self._trouble = done, name, show, ""
         if not show:
             return
         try:
             from tqdm import tqdm
         except ImportError:
             return
-        self._bar = tqdm(
-            total=self._UNITS,
-            initial=int(done * self._UNITS),
-            desc=name,
-            leave=leave,
-            bar_format=_BAR,
-            mininterval=0.2 if sys.stderr.isatty() else 15.0,  # a log file gets a line now and then
-            dynamic_ncols=True,
-        )
+        interval = 0.2 if sys.stderr.isatty() else 15.0  # a log file gets a line now and then
+        how = {"bar_format": _BAR, "mininterval": interval, "dynamic_ncols": True, "leave": leave}
+        self._bar = tqdm(total=self._UNITS, initial=int(done * self._UNITS), desc=name, **how)
 
     def update(self, done: float, record: dict[str, Any]) -> None:
         """Show the record of a training step; ``done`` is the share of the budget used."""

@@ -166,10 +166,6 @@ def _also_init(problem: _Problem) -> RoleCase:
     return replace(_beside(problem, init), init=init)
 
 
-def _unused(problem: _Problem) -> RoleCase:
-    return _beside(problem, torch.ones(2, 3, dtype=problem.init.dtype, requires_grad=True))
-
-
 def _twice_less_once(t: torch.Tensor) -> torch.Tensor:
     return 2 * t - t
 
@@ -183,11 +179,11 @@ _ROLES: dict[str, tuple[str, Callable[[_Problem], RoleCase]]] = {
     "frozen": ("The last theta does not require grad.", _frozen),
     "closed over": (
         "The objective closes over the last theta, which is no argument of the layer.",
-        lambda problem: _over(problem, problem.theta[-1]),
+        lambda p: _over(p, p.theta[-1]),
     ),
     "closed over, computed": (
         "The objective closes over the last theta, which was computed from a leaf.",
-        lambda problem: _over(problem, _twice_less_once(problem.theta[-1])),
+        lambda p: _over(p, _twice_less_once(p.theta[-1])),
     ),
     "same tensor twice": (
         "One tensor is given as two thetas, and the objective reads 3 times the one minus 2 times the other.",
@@ -196,22 +192,16 @@ _ROLES: dict[str, tuple[str, Callable[[_Problem], RoleCase]]] = {
     "also init": ("A theta, unused by the objective, is also the init: it gets no gradient.", _also_init),
     "beside an unused tensor": (
         "A tensor that requires grad is passed, but the objective does not read it.",
-        _unused,
+        lambda p: _beside(p, torch.ones(2, 3, dtype=p.init.dtype, requires_grad=True)),
     ),
     "beside an integer tensor": (
         "An integer tensor is passed beside the thetas.",
-        lambda problem: _beside(problem, torch.arange(3)),
+        lambda p: _beside(p, torch.arange(3)),
     ),
     "beside a bool tensor": (
         "A bool tensor is passed beside the thetas.",
-        lambda problem: _beside(problem, torch.tensor([True, False])),
+        lambda p: _beside(p, torch.tensor([True, False])),
     ),
-    "beside Python numbers": (
-        "Python numbers are passed beside the thetas.",
-        lambda problem: _beside(problem, 3, 0.5, True),
-    ),
-    "beside a string and None": (
-        "A string and None are passed beside the thetas.",
-        lambda problem: _beside(problem, "name", None),
-    ),
+    "beside Python numbers": ("Python numbers are passed beside the thetas.", lambda p: _beside(p, 3, 0.5, True)),
+    "beside a string and None": ("A string and None are passed beside the thetas.", lambda p: _beside(p, "name", None)),
 }
