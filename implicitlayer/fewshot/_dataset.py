@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +161,11 @@ def check_image_size(image_size: int) -> None:
         )
 
 
-def need_extra(package: str, purpose: str) -> ImportError:
-    """The error for an optional package that is not installed."""
-    return ImportError(f"{purpose} needs {package}, which is not installed: pip install 'implicitlayer[fewshot]'")
+@contextmanager
+def extra(package: str, purpose: str) -> Iterator[None]:
+    """Imports of an optional package, whose error names what to install."""
+    try:
+        yield
+    except ImportError as error:
+        message = f"{purpose} needs {package}, which is not installed: pip install 'implicitlayer[fewshot]'"
+        raise ImportError(message) from error

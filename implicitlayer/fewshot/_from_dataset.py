@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from implicitlayer.base._numbers import check_integer
-from implicitlayer.fewshot._dataset import NUM_COLOURS, DatasetError, check_image_size, need_extra
+from implicitlayer.fewshot._dataset import NUM_COLOURS, DatasetError, check_image_size, extra
 
 Names = Mapping[Any, str] | Sequence[str] | None
 
@@ -140,10 +140,8 @@ def _shape(picture: Any) -> tuple[int, ...]:
 
 
 def _resized(picture: NDArray[np.uint8], image_size: int) -> NDArray[np.uint8]:
-    try:
+    with extra("pillow", "Changing the size of pictures"):
         from PIL import Image
-    except ImportError as error:
-        raise need_extra("pillow", "Changing the size of pictures") from error
     if picture.shape[:2] == (image_size, image_size):
         return picture
     resized = Image.fromarray(picture).resize((image_size, image_size), Image.Resampling.LANCZOS)

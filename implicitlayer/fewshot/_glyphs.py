@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from implicitlayer.base._numbers import check_integer
-from implicitlayer.fewshot._dataset import ImageClasses, check_image_size, load_block, need_extra
+from implicitlayer.fewshot._dataset import ImageClasses, check_image_size, extra, load_block
 from implicitlayer.fewshot._glyph_classes import codepoint_of, faces_of, ink
 from implicitlayer.fewshot._splits import load_splits, names_of
 
@@ -77,10 +77,8 @@ class Glyphs(ImageClasses):
 def _versions() -> list[str]:
     found = []
     for package in ("matplotlib", "pillow", "torch"):
-        try:
+        with extra(package, "Rendering glyphs"):
             found.append(metadata.version(package))
-        except metadata.PackageNotFoundError as error:
-            raise need_extra(package, "Rendering glyphs") from error
     return found
 
 

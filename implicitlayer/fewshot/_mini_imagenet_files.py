@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from implicitlayer.fewshot._cache import places_of
-from implicitlayer.fewshot._dataset import DatasetError, need_extra
+from implicitlayer.fewshot._dataset import DatasetError, extra
 
 NUM_PICTURES = 600
 SUBFOLDERS = ("", "mini_imagenet", "mini-imagenet", "miniimagenet")
@@ -155,10 +155,8 @@ def fingerprint(files: Files) -> str:
 
 def decode(layout: Layout, files: Files, image_size: int) -> Iterator[NDArray[np.uint8]]:
     """The pictures of one class after another, uint8 ``[600, S, S, 3]``."""
-    try:
+    with extra("pillow", "Reading mini-ImageNet"):
         from PIL import Image
-    except ImportError as error:
-        raise need_extra("pillow", "Reading mini-ImageNet") from error
     for paths in files.values():
         images = np.empty((NUM_PICTURES, image_size, image_size, 3), dtype=np.uint8)
         for index, (path, picture) in enumerate(layout.pictures(paths)):

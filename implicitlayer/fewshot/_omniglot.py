@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from implicitlayer.fewshot._cache import places_of
-from implicitlayer.fewshot._dataset import DatasetError, ImageClasses, check_image_size, load_block, need_extra
+from implicitlayer.fewshot._dataset import DatasetError, ImageClasses, check_image_size, extra, load_block
 from implicitlayer.fewshot._splits import load_splits, names_of
 
 PARTS = ("images_background", "images_evaluation")
@@ -185,10 +185,8 @@ def _sources_in(folder: Path) -> list[_Source]:
 
 
 def _decode(sources: Sequence[_Source], names: Sequence[str], image_size: int) -> NDArray[np.uint8]:
-    try:
+    with extra("pillow", "Reading Omniglot"):
         from PIL import Image
-    except ImportError as error:
-        raise need_extra("pillow", "Reading Omniglot") from error
     place: dict[str, tuple[_Source, list[str]]] = {}
     for source in sources:
         for name, entries in source.drawings().items():

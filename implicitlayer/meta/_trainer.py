@@ -20,12 +20,11 @@ from implicitlayer.meta._distributed import WorkerLostError, launch_command
 from implicitlayer.meta._interrupt import StopRequest
 from implicitlayer.meta._meta_gradient import ChunkMetric, Totals, accumulate, means
 from implicitlayer.meta._method import num_tasks
-from implicitlayer.meta._monitor import Progress
+from implicitlayer.meta._monitor import EventLog, Progress
 from implicitlayer.meta._peak_memory import peak_memory
 from implicitlayer.meta._random_state import random_state, set_random_state
 from implicitlayer.meta._statistics import Evaluation, evaluate
 from implicitlayer.meta._tasks import Episode
-from implicitlayer.meta._tensorboard import EventLog
 from implicitlayer.meta._trainer_state import TrainerState
 
 

@@ -18,12 +18,12 @@ from implicitlayer.meta._checks import check_number
 from implicitlayer.meta._collapse import ON_COLLAPSE, OnCollapse
 from implicitlayer.meta._distributed import WorkerGroup
 from implicitlayer.meta._method import MetaMethod
+from implicitlayer.meta._monitor import require_tensorboard
 from implicitlayer.meta._outer import Better, OuterStep
 from implicitlayer.meta._random_state import random_state, set_random_state
 from implicitlayer.meta._settings import differences, plain
 from implicitlayer.meta._statistics import AnyMetric
 from implicitlayer.meta._tasks import Episode, TaskSampler, as_support_query
-from implicitlayer.meta._tensorboard import require_tensorboard
 
 _POSITIVE = ("tasks_per_step", "tasks_per_chunk", "memory_budget", "checkpoint_steps", "report_steps")
 _FORMAT = 2  # of the checkpoints; raised when a trainer could not go on from an older one

@@ -17,8 +17,12 @@ from implicitlayer.testing._arrays import (
 )
 from implicitlayer.testing._check import check_argmin_gradients
 from implicitlayer.testing._claims import InnerClaim, LinearClaim, inner, linear
-from implicitlayer.testing._conformance import parametrize_with_solver_checks, solver_checks
-from implicitlayer.testing._extensions import extension_checks, extensions
+from implicitlayer.testing._conformance import (
+    extension_checks,
+    extensions,
+    parametrize_with_solver_checks,
+    solver_checks,
+)
 from implicitlayer.testing._families import (
     nonconvex_problem,
     quadratic_problem,

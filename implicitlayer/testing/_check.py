@@ -13,10 +13,9 @@ from implicitlayer._errors import ImplicitLayerWarning, LinearSolveError, Statio
 from implicitlayer.api._argmin import argmin, fixed_point, root
 from implicitlayer.base._solution import SolverResult
 from implicitlayer.layer._layer import ImplicitLayer
-from implicitlayer.testing._another import another_problem
+from implicitlayer.testing._answers import another_problem, check_followed
 from implicitlayer.testing._arrays import check_one_of
 from implicitlayer.testing._differences import DENSE_LIMIT, Accuracy
-from implicitlayer.testing._follows import check_followed
 from implicitlayer.testing._lanes import check_vmap
 from implicitlayer.testing._modes import SAFE_RTOL, Check, check_jvp, check_vjp
 from implicitlayer.testing._objective import check_objective

@@ -17,12 +17,10 @@ from implicitlayer.base._status import Status
 from implicitlayer.equation._public import linear_solve
 from implicitlayer.testing import _arrays as arrays
 from implicitlayer.testing._claims import LinearClaim, require
-from implicitlayer.testing._linear_lanes import (
+from implicitlayer.testing._linear_systems import (
     check_a_finished_lane_is_frozen,
     check_a_lane_in_trouble_leaves_the_others,
     check_batch_equals_loop,
-)
-from implicitlayer.testing._linear_systems import (
     inverse_norm,
     powers_of_ten,
     require_residual,
