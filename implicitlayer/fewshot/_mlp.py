@@ -27,14 +27,6 @@ class MLP(DrawnNetwork):
         in_features: numbers in one input, at least 1.
         hidden: widths of the hidden layers, each at least 1; empty for a linear map.
         out_features: numbers in one output, at least 1.
-
-    Example:
-        >>> network = mlp(hidden=(40, 40))
-        >>> params = network.init(torch.Generator().manual_seed(0))
-        >>> network(params, torch.rand(10, 1)).shape
-        torch.Size([10, 1])
-        >>> network(params, torch.rand(3, 10, 1)).shape  # three tasks
-        torch.Size([3, 10, 1])
     """
 
     in_features: int = 1

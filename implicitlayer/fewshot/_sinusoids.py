@@ -35,11 +35,6 @@ class Sinusoids(TaskStream[tuple[Points, Points]]):
 
     Source: Finn, Abbeel, Levine, Model-Agnostic Meta-Learning (ICML 2017), section 5.1, from which the defaults are;
     its networks are ``mlp()``.
-
-    Example:
-        >>> (x, y), (query_x, query_y) = Sinusoids(num_shots=5, amplitude=(2.0, 2.0), phase=(0.0, 0.0)).sample(3)
-        >>> x.shape, query_y.shape, torch.allclose(y, 2 * x.sin(), atol=1e-6)
-        (torch.Size([3, 5, 1]), torch.Size([3, 10, 1]), True)
     """
 
     def __init__(

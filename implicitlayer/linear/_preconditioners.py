@@ -39,12 +39,6 @@ class Jacobi(Preconditioner):
 
     Source: C. Bekas, E. Kokiopoulou and Y. Saad, An estimator for the diagonal of a matrix, Appl. Numer. Math. 57
     (2007), with sign vectors; the standard error as a floor is ours.
-
-    Example:
-        >>> import torch, implicitlayer as il
-        >>> matrix = torch.diag(torch.tensor([1.0, 1e6]).double())
-        >>> il.Minres(preconditioner=il.Jacobi())(matrix, torch.ones(2).double()).num_steps
-        1
     """
 
     num_probes: int = 64

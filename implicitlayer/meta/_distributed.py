@@ -162,14 +162,6 @@ def distributed(*, device: torch.device | str | None = None, timeout: float = 30
         ValueError: there is no GPU, or there are fewer than processes; a time-out that is not positive.
         RuntimeError: a process group exists already.
         WorkerLostError: not all processes came.
-
-    Example:
-        In a script started with ``torchrun --nproc-per-node 4 script.py``, or with ``python script.py``:
-
-        >>> import implicitlayer as il
-        >>> with il.meta.distributed(device="cpu") as group:
-        ...     print(f"process {group.rank} of {group.size}")
-        process 0 of 1
     """
     if not timeout > 0:
         raise ValueError(f"timeout={timeout} must be a positive number of seconds.")

@@ -57,11 +57,6 @@ def peak_memory(function: Callable[[], object], device: torch.device | str = "cp
 
     On "cuda" the number is the allocator's (workspaces included); elsewhere :class:`PeakMemory` counts. Where
     ``function`` keeps something for later calls, run it once before.
-
-    Example:
-        >>> import torch, implicitlayer as il
-        >>> il.meta.peak_memory(lambda: torch.ones(1000, dtype=torch.float64))
-        8000
     """
     device = torch.device(device)
     if device.type == "cuda":

@@ -38,15 +38,6 @@ def solver_checks(
     Raises:
         TypeError: no solver, or one whose kind cannot be told.
         ValueError: an unknown kind; claims without a kind.
-
-    Example:
-        >>> import implicitlayer as il
-        >>> names = []
-        >>> for name, check in il.testing.solver_checks(il.Dense()):
-        ...     check()
-        ...     names.append(name)
-        >>> names[:2], "batch_equals_loop" in names
-        (['shape_and_dtype', 'solves_random_systems'], True)
     """
     if kind not in (None, "linear", "inner"):
         raise ValueError(f"kind={kind!r} must be 'linear', 'inner' or None.")

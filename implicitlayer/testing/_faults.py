@@ -120,16 +120,6 @@ def faulty_solvers(solver: Solver) -> st.SearchStrategy[Fault]:
     Raises; NaN; Inf; wrong shape; a shape that would broadcast; wrong structure; no tensor at all; complex; changes
     theta in place; returns init; stops early; and what must do no harm: other dtype, NumPy array, odd memory
     layout, theta itself, init changed in place, a kept graph, inference mode.
-
-    Example:
-        >>> import implicitlayer as il, torch
-        >>> from hypothesis import given
-        >>> problem = il.testing.quadratic_problem(3, log10_cond=1)
-        >>> @given(il.testing.faulty_solvers(problem.solver))
-        ... def no_fault_is_silent(fault):
-        ...     with fault.expected():
-        ...         il.argmin(problem.objective, fault)(problem.init, *problem.theta)
-        >>> no_fault_is_silent()
     """
     checked(_check_solver, solver)
     return st.sampled_from(faults(solver))

@@ -139,11 +139,6 @@ def check_scaled_objective(
         factor: positive.
         shift: added to the value.
         rtol, seed: see :func:`check_adjoint`, also for the errors; rtol over the norm of the gradient.
-
-    Example:
-        >>> import torch
-        >>> from implicitlayer.testing import check_scaled_objective
-        >>> check_scaled_objective(lambda x, t: ((x - t) ** 2).sum(), lambda f, x, t: t, torch.zeros(3), torch.ones(3))
     """
     if not factor > 0:
         raise ValueError(f"factor={factor} must be positive: a negative one turns minima into maxima.")

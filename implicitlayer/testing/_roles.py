@@ -43,13 +43,6 @@ class ThetaRole:
 
     Attributes:
         name: what it is, such as ``"closed over"``.
-
-    Example:
-        >>> import implicitlayer as il, torch
-        >>> case = il.testing.ThetaRole("frozen")(il.testing.quadratic_problem(2))
-        >>> x = il.argmin(case.objective, case.solver)(case.init, *case.theta)
-        >>> [t.requires_grad for t in case.inputs], case.expected(torch.ones(2))[1] is None
-        ([True, False], True)
     """
 
     name: str
@@ -81,24 +74,6 @@ def theta_roles() -> st.SearchStrategy[ThetaRole]:
     Leaf, non-leaf, view, ``nn.Parameter``, inside a dict, frozen, closed over (as a leaf, and computed), the same
     tensor twice, also as init; beside an unused tensor, an integer tensor, a bool tensor, a Python number, a string or
     None.
-
-    Example:
-        >>> import implicitlayer as il, torch
-        >>> from hypothesis import given
-        >>> v = torch.ones(2, dtype=torch.float64)
-        >>> @given(il.testing.theta_roles())
-        ... def gradients_are_right_in_every_role(role):
-        ...     case = role(il.testing.quadratic_problem(2, log10_cond=1))
-        ...     x = il.argmin(case.objective, case.solver)(case.init, *case.theta)
-        ...     inputs = [t for t in case.inputs if t.requires_grad]
-        ...     got = iter(torch.autograd.grad(x, inputs, v, allow_unused=True))
-        ...     for tensor, right in zip(case.inputs, case.expected(v)):
-        ...         gradient = next(got) if tensor.requires_grad else None
-        ...         if right is None:
-        ...             assert gradient is None or not gradient.any()
-        ...         else:
-        ...             assert torch.allclose(gradient, right, rtol=1e-8)
-        >>> gradients_are_right_in_every_role()
     """
     return st.sampled_from(roles())
 

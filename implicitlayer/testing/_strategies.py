@@ -106,15 +106,6 @@ def quadratic_problems(
     """Strategy of strongly convex quadratics with theta = (A, b), see :func:`quadratic_problem`.
 
     Arguments as in :func:`spd_matrices`, with sizes from 1 to 6; the scale is that of the objective.
-
-    Example:
-        >>> import implicitlayer as il
-        >>> from hypothesis import given
-        >>> @given(il.testing.quadratic_problems(log10_cond=2))
-        ... def the_gradient_vanishes_at_the_solution(problem):
-        ...     x = problem.solution(*problem.theta)
-        ...     assert problem.stationarity(x, *problem.theta).norm() < 1e-12
-        >>> the_gradient_vanishes_at_the_solution()
     """
     return _square(families.quadratic_problem, n, log10_cond, log10_scale, dtype)
 

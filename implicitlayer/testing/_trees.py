@@ -52,14 +52,6 @@ def pytrees(
 
     Raises:
         hypothesis.errors.InvalidArgument: an argument outside its range.
-
-    Example:
-        >>> import torch, implicitlayer as il
-        >>> from hypothesis import given
-        >>> @given(il.testing.pytrees(max_leaves=3))
-        ... def a_tree_has_one_to_three_tensors(tree):
-        ...     assert 1 <= len(torch.utils._pytree.tree_leaves(tree)) <= 3
-        >>> a_tree_has_one_to_three_tensors()
     """
     checked(lambda value: arrays.check_integer("max_leaves", value, 1, "A pytree needs a tensor."), max_leaves)
     tuples, dtypes = st.sampled_from(_shape_tuples(shapes)), as_strategy(dtype, arrays.check_dtype)
