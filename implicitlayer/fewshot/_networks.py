@@ -277,7 +277,14 @@ def conv4(
     image_size: int = 28,
     downsample: Downsample = "stride",
 ) -> Conv4:
-    """Return the four-convolution network of the few-shot papers (MAML, iMAML); see `Conv4`."""
+    """Return the four-convolution network of the few-shot papers (MAML, iMAML); see `Conv4`.
+
+    Example:
+        >>> conv4(5).num_features  # Omniglot
+        256
+        >>> conv4(5, in_channels=3, num_filters=32, image_size=84, downsample="max_pool").num_features  # mini-ImageNet
+        800
+    """
     return Conv4(num_ways, in_channels, num_filters, image_size, downsample)
 
 

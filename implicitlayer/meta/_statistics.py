@@ -60,6 +60,8 @@ class Evaluation:
     def __str__(self) -> str:
         """As a percentage, with the protocol where it was stated.
 
+        >>> print(Evaluation(torch.tensor([1.0, 0.5, 0.75, 0.75])))
+        75.0 ± 20.0 %
         >>> print(Evaluation(torch.tensor([1.0, 0.5, 0.75, 0.75]), transductive=True))
         75.0 ± 20.0 % (transductive)
         """

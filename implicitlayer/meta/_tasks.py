@@ -34,5 +34,11 @@ def as_support_query(batch: Any) -> Episode:
 
 
 def cosine_decay(done: float) -> float:
-    """Learning-rate factor from 1 to 0.01 along a half cosine, at the share ``done`` of the budget, 0 to 1."""
+    """Learning-rate factor from 1 to 0.01 along a half cosine, at the share ``done`` of the budget, 0 to 1.
+
+    Example:
+        >>> import implicitlayer as il
+        >>> [round(il.meta.cosine_decay(done), 3) for done in (0.0, 0.5, 1.0)]
+        [1.0, 0.505, 0.01]
+    """
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(max(done, 0.0), 1.0)))
