@@ -47,10 +47,6 @@ class _FirstOrder(MetaMethod):
                 "would never be trained. Use il.meta.iMAML or il.meta.MAML, or pass strength.detach()."
             )
 
-    def inner_objective(self, phi: PyTree, theta: PyTree, support: PyTree) -> torch.Tensor:
-        """The support loss, and the proximal term where a strength was given; [B]."""
-        return regularised(self.task_loss, self.strength)(phi, theta, support)
-
     def _solve(self, solver: InnerSolver, theta: PyTree, support: PyTree) -> PyTree:
         """The same call of the solver as iMAML makes, with all its checks, and no derivative."""
         objective = regularised(self.task_loss, self.strength)

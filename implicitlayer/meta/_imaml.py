@@ -11,7 +11,7 @@ from implicitlayer.api import argmin
 from implicitlayer.base._types import InnerSolver, OnFailure, PyTree
 from implicitlayer.equation._jacobian import Curvature
 from implicitlayer.equation._repair import NegativeCurvature
-from implicitlayer.layer import Proximal, proximal
+from implicitlayer.layer import Proximal
 from implicitlayer.linear import ConjugateGradient
 from implicitlayer.meta._checks import PerTask
 from implicitlayer.meta._method import (
@@ -22,6 +22,7 @@ from implicitlayer.meta._method import (
     learned_tensors,
     num_tasks,
     one_per_task,
+    regularised,
     tensors_of,
 )
 from implicitlayer.meta._recording import RecordedCall, ReplayedProducts, recordings_of
@@ -127,13 +128,9 @@ class iMAML(MetaMethod):
         names = ("on_failure", "stationarity_rtol", "curvature", "negative_curvature")
         how: dict[str, Any] = {name: getattr(self, name) for name in names}
         how["linear_solver"] = self.linear_solver if recorded is None else ReplayedProducts(recorded)
-        layer = argmin(self._objective(), recorded or solver, batch_dims=1, **how)
+        layer = argmin(regularised(self.task_loss, self.strength), recorded or solver, batch_dims=1, **how)
         phi = layer(init, theta, support)
         return phi if last_step is None else last_step.attach(phi)
-
-    def inner_objective(self, phi: PyTree, theta: PyTree, support: PyTree) -> torch.Tensor:
-        """The proximal objective ``task_loss(phi, support) + (strength/2) ||phi - theta||^2``, [B]."""
-        return self._objective()(phi, theta, support)
 
     def parameters(self) -> list[torch.Tensor]:
         """The tensors of a learned strength, then those of a learned step size."""
@@ -150,7 +147,3 @@ class iMAML(MetaMethod):
         objective = Proximal(PerTask(self.task_loss), self.strength)
         recording = recordings_of(self).recording(objective, solver, tensors_of(self.strength), data)
         return None if recording is None else RecordedCall(recording, solver, self.linear_solver, *data[1:])
-
-    def _objective(self) -> Proximal:
-        # made at every call: a strength that is learned may have become negative, which is an error here
-        return proximal(PerTask(self.task_loss), self.strength() if callable(self.strength) else self.strength)
