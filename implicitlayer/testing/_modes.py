@@ -72,9 +72,10 @@ class Check:
         parts: Mapping[str, torch.Tensor],
         natural: float,
         explained: torch.Tensor | None = None,
+        resolved: bool = True,
     ) -> None:
         """The row of one comparison, see :func:`compare`."""
-        self.rows.append(compare(place, expected, got, parts, natural, explained))
+        self.rows.append(compare(place, expected, got, parts, natural, explained, resolved))
 
     @cached_property
     def directions(self) -> list[list[tuple[str, torch.Tensor]]]:
@@ -114,6 +115,15 @@ class Check:
             return [None] * len(points)
         outputs, vectors = zip(*attached, strict=True)
         return list(torch.autograd.grad(outputs, points, vectors, allow_unused=True, **how))
+
+    def gradients(self, theta: Leaves, v: torch.Tensor) -> list[torch.Tensor]:
+        """The layer's J'v at theta, by leaf, flat."""
+        points = [t.clone().requires_grad_() for t in theta]
+        return filled(self.pull(self.call(points), points, self.equation.split(v)), points)
+
+    def product(self, theta: Leaves, v: Leaves) -> torch.Tensor:
+        """<v, x> with the layer's answer at theta, with its graph."""
+        return torch.stack([(a * b).sum() for a, b in zip(self.call(theta), v, strict=True)]).sum()
 
     def recorded_residual(self) -> float:
         """The largest relative residual among the solves of the latest call; 0 if there was none."""
@@ -265,8 +275,7 @@ def add_quotient(
     if check.system is None:  # a derivative moves with x as much as x itself, or ten times
         coarse = 10 * check.accuracy.relative * value.norm()
     parts = {**difference_errors(truncation, noise + coarse, COARSE), LINEAR: linear}
-    place = Place(name, entry, mode, "differences")
-    check.rows.append(compare(place, value, got, parts, natural, resolved=quotient.resolved))
+    check.add(Place(name, entry, mode, "differences"), value, got, parts, natural, resolved=quotient.resolved)
 
 
 def entry_along(check: Check, label: str) -> Callable[[int], str]:
