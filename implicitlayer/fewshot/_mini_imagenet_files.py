@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,16 +36,8 @@ SOURCE = (
 Files = Mapping[str, Sequence[Path]]
 
 
-class Layout(Protocol):
-    """One way to lay the classes out in ``folder``."""
-
-    folder: Path
-
-    def files(self, names: Sequence[str]) -> dict[str, list[Path]]:
-        """The files of each class in the order of its pictures; a class that is not there is left out."""
-
-    def pictures(self, files: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
-        """The pictures of one class, with the files they are from."""
+# A layout has `files(names)`, the files of each class that is there, in the order of its pictures, and
+# `pictures(files)`, the pictures of one class with the files they are from.
 
 
 class Sheets:
@@ -128,6 +120,9 @@ class List(_SeparatePictures):
 
     def listings(self) -> list[Path]:
         return [path for split in SPLIT_FOLDERS if (path := self.folder / f"{split}.csv").is_file()]
+
+
+Layout = Sheets | Tree | List
 
 
 def locate(root: str | os.PathLike[str] | None, names: Sequence[str]) -> tuple[Layout, Files]:

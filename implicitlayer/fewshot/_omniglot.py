@@ -12,7 +12,6 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,14 +90,6 @@ class Omniglot(ImageClasses):
         super().__init__(images, names, split=split)
 
 
-class _Source(Protocol):
-    path: Path
-
-    def fingerprint(self, names: Sequence[str]) -> str: ...
-    def drawings(self) -> dict[str, list[str]]: ...
-    def read(self, entry: str) -> bytes: ...
-
-
 class _Archive:
     """One zip; entries are ``images_background/<Alphabet>/characterNN/NNNN_MM.png``."""
 
@@ -149,6 +140,9 @@ class _Tree:
 
     def read(self, entry: str) -> bytes:
         return (self.path / entry).read_bytes()
+
+
+_Source = _Archive | _Tree
 
 
 def _find_sources(root: str | os.PathLike[str] | None, *, download: bool) -> list[_Source]:
