@@ -131,7 +131,7 @@ def _follow(check: Check, system: DenseSystem, j: int, known: float, label: str,
     entry = int(velocity.abs().argmax())
     moved, still = 0.0, True
     for h in _STEPS:
-        theta, expected = check.solver_differences.moved({j: d}, h * unit), abs(h) * unit * speed
+        theta, expected = check.moved({j: d}, h * unit), abs(h) * unit * speed
         try:
             leaves = check.answer(theta)
             error = float(_distance(check, system, leaves, theta).norm())

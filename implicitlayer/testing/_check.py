@@ -129,15 +129,10 @@ def _prepared(equation: Equation, layer: ImplicitLayer, wall: Wall, rtol: float 
 
     with torch.no_grad():
         layer(equation.tree(equation.init), *equation.arguments(equation.theta))
-    check = Check(
-        equation,
-        layer,
-        answer=lambda at: solved(wall, equation.init, at),
-        restarted=restarted,
-        accuracy=Accuracy.measure(equation, restarted, lambda start: solved(wall.solve, start, equation.theta)),
-        rtol=_allowed(rtol, layer.linear_solver, equation.eps),
-        generator=torch.Generator().manual_seed(seed),
-    )
+    accuracy = Accuracy.measure(equation, restarted, lambda start: solved(wall.solve, start, equation.theta))
+    answer, allowed = lambda at: solved(wall, equation.init, at), _allowed(rtol, layer.linear_solver, equation.eps)
+    generator = torch.Generator().manual_seed(seed)
+    check = Check(equation, answer, accuracy, layer, restarted, allowed, generator)
     check_objective(check)
     return check
 

@@ -11,8 +11,8 @@ import torch
 
 from implicitlayer.base._records import BackwardRecord
 from implicitlayer.layer._layer import ImplicitLayer
-from implicitlayer.testing._differences import Accuracy, Difference, SolverDifferences, difference_errors
-from implicitlayer.testing._references import DenseSystem, Equation, Leaves, flat, plain, scales
+from implicitlayer.testing._differences import Difference, SolverDifferences, difference_errors
+from implicitlayer.testing._references import DenseSystem, Leaves, flat, plain, scales
 from implicitlayer.testing._report import COARSE, LINEAR, ROUNDING, GradientRow, Place, compare, entry_of
 
 RANDOM = "a random direction"
@@ -22,17 +22,14 @@ SAFE_RTOL = 10.0
 
 
 @dataclass(eq=False)
-class Check:
+class Check(SolverDifferences):
     """One call of ``check_argmin_gradients``: what is compared, with what, and what came out.
 
     ``answer(theta)`` solves from init, ``restarted(start)`` at theta.
     """
 
-    equation: Equation
     layer: ImplicitLayer
-    answer: Callable[[Leaves], Leaves]
     restarted: Callable[[Leaves], Leaves]
-    accuracy: Accuracy
     rtol: float
     generator: torch.Generator
     rows: list[GradientRow] = field(default_factory=list)
@@ -43,10 +40,6 @@ class Check:
     @property
     def system(self) -> DenseSystem | None:
         return self.accuracy.system
-
-    @cached_property
-    def solver_differences(self) -> SolverDifferences:
-        return SolverDifferences(self.equation, self.answer, self.accuracy)
 
     def random(self, size: int) -> torch.Tensor:
         """Random signs, sizes between 1/2 and 1: no entry vanishes by chance."""
@@ -98,7 +91,7 @@ class Check:
     @cached_property
     def quotients(self) -> list[list[Difference | None]]:
         """Differences of the solver along all ``directions``."""
-        return [[self.solver_differences.along({j: d}) for _, d in chosen] for j, chosen in enumerate(self.directions)]
+        return [[self.along({j: d}) for _, d in chosen] for j, chosen in enumerate(self.directions)]
 
     def call(self, theta: Leaves, init: Leaves | None = None) -> Leaves:
         """The layer, leaves to leaves."""
@@ -155,21 +148,14 @@ def total(terms: Iterable[torch.Tensor]) -> torch.Tensor:
     return sum(terms, torch.zeros((), dtype=torch.float64))
 
 
-def check_value(check: Check, x: Leaves) -> None:
-    """The layer returns what the solver returns."""
-    if check.layer.polish:
-        return
-    accuracy = check.accuracy
-    parts = {COARSE: accuracy.spread, ROUNDING: torch.full_like(accuracy.x, check.equation.eps * accuracy.size)}
-    check.add(Place("x", check.equation.entry, "value", "solver"), accuracy.x, flat(x), parts, accuracy.size)
-
-
 def check_vjp(check: Check) -> None:
     """Reverse mode against the dense gradient, for all entries, and against differences along directions."""
-    equation, system = check.equation, check.system
+    equation, system, accuracy = check.equation, check.system, check.accuracy
     points = [t.clone().requires_grad_() for t in equation.theta]
     x = check.call(points)
-    check_value(check, x)
+    if not check.layer.polish:  # the layer returns what the solver returns
+        parts = {COARSE: accuracy.spread, ROUNDING: torch.full_like(accuracy.x, equation.eps * accuracy.size)}
+        check.add(Place("x", equation.entry, "value", "solver"), accuracy.x, flat(x), parts, accuracy.size)
     for number, (kind, v) in enumerate(check.cotangents):
         gradients = check.pull(x, points, equation.split(v), retain_graph=True)
         pulled = filled(gradients, points)
@@ -189,7 +175,7 @@ def check_vjp(check: Check) -> None:
                 along = torch.dot(got, d)
                 # |v| on each part: errors of the entries of x may all add up
                 linear = check.fuzzy(float((got * d).norm())) if solve is None else (solve * d.abs()).sum()
-                coarse = check.accuracy.coarse_vjp(j, v) * d.abs()
+                coarse = accuracy.coarse_vjp(j, v) * d.abs()
                 add_quotient(check, name, label, "vjp", quotient, along, v, (linear, coarse.sum()))
 
 

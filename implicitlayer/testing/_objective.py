@@ -48,7 +48,7 @@ def check_objective(check: Check) -> None:
         d = check.directions[j][0][1]
 
         def equation_along_theta(h: float, j: int = j, d: torch.Tensor = d) -> tuple[torch.Tensor, torch.Tensor]:
-            return equation.residual_at(accuracy.leaves, check.solver_differences.moved({j: d}, h)), noise
+            return equation.residual_at(accuracy.leaves, check.moved({j: d}, h)), noise
 
         mixed = system.mixed[j]
         _add(check, name, equation_along_theta, torch.zeros_like(noise) if mixed is None else mixed @ d, step)

@@ -56,13 +56,13 @@ class _Slope:
         """Difference of s; None where the solver fails nearby."""
         check = self.check
         known = check.quotients[next(iter(direction))][0]
-        step = check.solver_differences.first_step(direction) if known is None else known.step
+        step = check.first_step(direction) if known is None else known.step
         if check.system is None:
             step = max(step, float(check.fuzzy(1.0)) ** (1 / 3))  # the linear solves are the noise
 
         def sample(h: float) -> tuple[torch.Tensor, torch.Tensor]:
             try:
-                return self.at(check.solver_differences.moved(direction, h))
+                return self.at(check.moved(direction, h))
             except Exception:  # as for first differences: a smaller step is tried
                 return torch.tensor(torch.nan, dtype=self.v.dtype), torch.zeros((), dtype=self.v.dtype)
 
