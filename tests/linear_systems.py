@@ -77,3 +77,14 @@ def true_relative_residual(matrix: Tensor, value: Tensor, rhs: Tensor) -> float:
     """Computed in float64 from the very entries that the solver saw."""
     residual = rhs.double() - matrix.double() @ value.double()
     return float(residual.norm() / rhs.double().norm())
+
+
+def smallest_residual(matrix: Tensor, b: Tensor, num_steps: int) -> Tensor:
+    """argmin ||b - A x|| over span{b, Ab, ...}, by an orthonormal basis and a dense least-squares solve."""
+    basis = (b / b.norm()).unsqueeze(1)
+    for _ in range(num_steps - 1):
+        new = matrix @ basis[:, -1]
+        for _ in range(2):
+            new = new - basis @ (basis.T @ new)
+        basis = torch.cat([basis, (new / new.norm()).unsqueeze(1)], 1)
+    return basis @ torch.linalg.lstsq(matrix @ basis, b).solution

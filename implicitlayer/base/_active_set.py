@@ -7,8 +7,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["ActiveSet"]
-
 
 @dataclass(frozen=True, eq=False)
 class ActiveSet:

@@ -13,8 +13,6 @@ import types
 from functools import partial
 from typing import Any, TypeVar
 
-__all__ = ["CopiesFunctions"]
-
 T = TypeVar("T", bound="CopiesFunctions")
 
 

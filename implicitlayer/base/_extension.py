@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-__all__: list[str] = []
-
 
 class Extension:
     """A class whose subclasses ``il.testing.extension_checks`` finds by themselves."""

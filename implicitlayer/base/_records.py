@@ -19,8 +19,6 @@ from implicitlayer.base._tree import name_lanes
 from implicitlayer.base._types import OnFailure
 from implicitlayer.base._warn import warn
 
-__all__ = ["BackwardRecord", "ForwardRecord", "GradientError", "Record", "diagnostics"]
-
 # A backward pass may run on one of autograd's own threads, so the listeners are shared by all threads.
 _listeners: list[tuple[list[Record], bool]] = []
 _lock = threading.Lock()
@@ -94,10 +92,8 @@ class ForwardRecord:
                 f"solution, at least{self._solver_said}. The layer does not judge that (stationarity_rtol=None): the "
                 "gradient carries an error of that order at least."
             )
-        numbers = (
-            f"estimated relative distance to the solution {_span(self.relative_distance)}, allowed {self.rtol:g}"
-            f"{self._solver_said}"
-        )
+        distance = f"estimated relative distance to the solution {_span(self.relative_distance)}"
+        numbers = f"{distance}, allowed {self.rtol:g}{self._solver_said}"
         if self.solver_status is Status.MAX_STEPS_REACHED and self.stationary and not self.num_polish_steps:
             return (
                 f"The solver stopped at its step limit before its tolerance ({numbers}): the distance is one from "
@@ -228,25 +224,25 @@ class BackwardRecord:
         """
         if self.answer is None or self.answer.newton is not None:
             return None if self.answer is None else self.answer.newton
-        low, _ = self.solution.ritz_values
-        return torch.where(low > 0, self.answer.pull / low, torch.where(low.isnan(), low, torch.inf))
+        return self._over_smallest(self.answer.pull)
 
     @property
     def solution_error(self) -> torch.Tensor:
         """Tensor [*lanes], estimate of ``||u - A^-1 b||``: residual norm over smallest Ritz value, at no product.
 
-        NaN without Ritz values, infinite where the smallest is not positive. In the norm of the preconditioner's
-        units, where there is one.
+        NaN without Ritz values, infinite where the smallest is not positive; in the preconditioner's units, if any.
         """
+        return self._over_smallest(self.solution.residual_norm)
+
+    def _over_smallest(self, norm: torch.Tensor) -> torch.Tensor:
         low, _ = self.solution.ritz_values
-        return torch.where(low > 0, self.solution.residual_norm / low, torch.where(low.isnan(), low, torch.inf))
+        return torch.where(low > 0, norm / low, torch.where(low.isnan(), low, torch.inf))
 
     def __str__(self) -> str:
         s = self.solution
         remedy = f", {s.remedy}" if s.remedy else ""
-        condition = (
-            "" if bool(s.condition_estimate.isnan().all()) else f", condition about {_span(s.condition_estimate)}"
-        )
+        known = not bool(s.condition_estimate.isnan().all())
+        condition = f", condition about {_span(s.condition_estimate)}" if known else ""
         return (
             f"{self.kind}: {s.method} {s.status.name.lower()}, {_steps(s.num_steps)}, relative residual "
             f"{_span(s.relative_residual)}, smallest curvature {_span(s.smallest_curvature)}{condition}{remedy}"

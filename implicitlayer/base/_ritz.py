@@ -21,8 +21,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["RitzValues"]
-
 Array = npt.NDArray[np.float64]
 
 _TRIALS = 64  # per sweep

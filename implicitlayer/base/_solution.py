@@ -12,7 +12,6 @@ import torch
 from implicitlayer._errors import (
     ConvergenceWarning,
     IndefiniteError,
-    LinearSolveError,
     NonFiniteError,
     NotConvergedError,
     SingularError,
@@ -23,8 +22,6 @@ from implicitlayer.base._status import Status
 from implicitlayer.base._tree import name_lanes
 from implicitlayer.base._types import OnFailure
 from implicitlayer.base._warn import warn
-
-__all__ = ["LinearSolution", "RecordingSolver", "SolverResult"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +44,6 @@ class LinearSolution:
         preconditioned: whether the Ritz values are in the units of a preconditioner of the user's.
         remedy: what was done about negative curvature, in words; empty where nothing was.
         damping: tensor [*lanes], added to the matrix by that remedy; None where nothing was.
-
-    Example:
-        >>> import torch, implicitlayer as il
-        >>> solution = il.ConjugateGradient(rtol=1e-8)(lambda v: 2 * v, torch.ones(3))
-        >>> solution.value.tolist(), solution.num_steps, str(solution.status)
-        ([0.5, 0.5, 0.5], 1, 'CONVERGED')
     """
 
     value: Any
@@ -114,11 +105,11 @@ class LinearSolution:
         known = self.smallest_curvature.numel() > 0 and math.isfinite(curvature) and not self.remedy
         what = {
             Status.INDEFINITE: f"met p'Ap/p'p = {curvature:.3g} <= 0",
-            Status.SINGULAR: f"met p'Ap/p'p = {curvature:.3g}, zero to working precision,"
-            if known
-            else "found the matrix singular to working precision",
+            Status.SINGULAR: f"met p'Ap/p'p = {curvature:.3g}, zero to working precision,",
             Status.NONFINITE: "met NaN or Inf in a Hessian-vector product",
         }.get(status, f"ended with status {status.name.lower()}")
+        if status is Status.SINGULAR and not known:
+            what = "found the matrix singular to working precision"
         asked = "" if self.rtol is None else f", rtol {self.rtol:.1e}"
         kind = "true" if self.residual_is_true else "recursive"
         if self.remedy:
@@ -148,11 +139,8 @@ class LinearSolution:
         if on_failure == "warn" and status.usable:
             warn(message, ConvergenceWarning, f"{context}{self.method}{status}")
             return
-        error: type[LinearSolveError] = {
-            Status.INDEFINITE: IndefiniteError,
-            Status.SINGULAR: SingularError,
-        }.get(status, NotConvergedError)
-        raise error(message, self)
+        errors = {Status.INDEFINITE: IndefiniteError, Status.SINGULAR: SingularError}
+        raise errors.get(status, NotConvergedError)(message, self)
 
 
 @dataclass(frozen=True, eq=False)

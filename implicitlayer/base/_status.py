@@ -4,19 +4,9 @@ from __future__ import annotations
 
 import enum
 
-__all__ = ["Status"]
-
 
 class Status(enum.IntEnum):
-    """How a linear or inner solve ended; ``help`` says what to do about it.
-
-    Example:
-        >>> import implicitlayer as il
-        >>> il.Status.CONVERGED.ok, il.Status.INDEFINITE.ok
-        (True, False)
-        >>> print(il.Status.MAX_STEPS_REACHED)
-        MAX_STEPS_REACHED
-    """
+    """How a linear or inner solve ended; ``help`` says what to do about it."""
 
     CONVERGED = 0
     STEP_LIMIT = 1

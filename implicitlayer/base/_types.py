@@ -7,8 +7,6 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 
-__all__ = ["InnerSolver", "Objective", "OnFailure"]
-
 OnFailure = Literal["raise", "warn", "ignore", "mask"]
 PyTree = Any
 Leaves = list[torch.Tensor]

@@ -90,12 +90,8 @@ def explain_gradient(layer: ImplicitLayer | ArgminLayer, /, *args: Any) -> Gradi
         record(name, "unknown", t, fact, verdict_of_unknown(t, fact, words, regular=regular))
         for name, t, fact in zip(x_names, x, x_facts, strict=True)
     ]
-    leaves = [
-        *theta_leaves(problem, facts, verdicts),
-        *closed_leaves(problem, facts, verdicts),
-        *unread_parameters(problem),
-    ]
-    return GradientExplanation(tuple(notes), tuple(unknowns), tuple(leaves))
+    leaves = (*theta_leaves(problem, facts, verdicts), *closed_leaves(problem, facts, verdicts))
+    return GradientExplanation(tuple(notes), tuple(unknowns), (*leaves, *unread_parameters(problem)))
 
 
 def _resolve(layer: Any, args: tuple[Any, ...]) -> tuple[ImplicitLayer, Any, Any, tuple[Any, ...]]:
@@ -134,31 +130,17 @@ def _problem(settings: ImplicitLayer, function: Any, init: Any, theta: tuple[Any
     x, x_spec = flatten(init)
     signature = Signature.of(theta)
     closed = closed_over_tensors(user_function, (init, *theta))
-    return Problem(
-        function=function,
-        user_function=user_function,
-        kind=settings.kind,
-        batch_dims=settings.batch_dims,
-        init=init,
-        theta=theta,
-        x=x,
-        x_spec=x_spec,
-        signature=signature,
-        tensors=[*signature.tensors, *closed],
-        closed=closed,
-    )
+    tensors = [*signature.tensors, *closed]
+    settings_of = (settings.kind, settings.batch_dims)
+    return Problem(function, user_function, *settings_of, init, theta, x, x_spec, signature, tensors, closed)
 
 
 def _mode_notes() -> list[str]:
     """What the surroundings of the call do to every gradient."""
     if torch.is_inference_mode_enabled():
-        return [
-            "Inference mode is on here: a call of the layer has no graph and no tensor gets a gradient. What "
-            "follows is the case outside of it."
-        ]
-    if not torch.is_grad_enabled():
-        return [
-            "Grad mode is off here (torch.no_grad()): a call of the layer has no graph and no tensor gets a "
-            "gradient. What follows is the case with grad mode on."
-        ]
-    return []
+        what, case = "Inference mode is on here", "outside of it"
+    elif not torch.is_grad_enabled():
+        what, case = "Grad mode is off here (torch.no_grad())", "with grad mode on"
+    else:
+        return []
+    return [f"{what}: a call of the layer has no graph and no tensor gets a gradient. What follows is the case {case}."]

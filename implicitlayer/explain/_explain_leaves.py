@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import types
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,7 +13,6 @@ import torch
 from torch import nn
 
 from implicitlayer.base._tree import flatten_with_names
-from implicitlayer.explain._explain_names import name_closed_over, tensors_inside
 from implicitlayer.explain._explain_probe import Facts, Problem
 from implicitlayer.explain._explain_trace import SourceLine
 from implicitlayer.explain._explain_verdicts import Outcome, Verdict
@@ -53,11 +56,8 @@ class GradientLeaf:
     def __str__(self) -> str:
         about = [self.found_in] if self.found_in else []
         if self.dtype is not None:
-            about += [
-                str(self.dtype).removeprefix("torch."),
-                f"shape {self.shape}",
-                f"requires_grad={self.requires_grad}",
-            ]
+            kind = str(self.dtype).removeprefix("torch.")
+            about += [kind, f"shape {self.shape}", f"requires_grad={self.requires_grad}"]
         head = f"closed over `{self.name}`" if self.role == "closed over" else self.name
         return f"{head} ({', '.join(about)}): {self.verdict}" if about else f"{head}: {self.verdict}"
 
@@ -77,12 +77,11 @@ class GradientExplanation:
     leaves: tuple[GradientLeaf, ...]
 
     def __getitem__(self, name: str) -> GradientLeaf:
-        for leaf in (*self.leaves, *self.unknowns):
-            if leaf.name == name:
-                return leaf
-        raise KeyError(
-            f"no leaf is named {name!r}; there are {[leaf.name for leaf in (*self.leaves, *self.unknowns)]}."
-        )
+        every = (*self.leaves, *self.unknowns)
+        found = [leaf for leaf in every if leaf.name == name]
+        if not found:
+            raise KeyError(f"no leaf is named {name!r}; there are {[leaf.name for leaf in every]}.")
+        return found[0]
 
     def __str__(self) -> str:
         return "\n".join([*self.notes, *map(str, self.leaves), *map(str, self.unknowns)])
@@ -91,29 +90,15 @@ class GradientExplanation:
 def record(
     name: str, role: Role, tensor: torch.Tensor, fact: Facts, verdict: Verdict, found_in: str = "", extra: str = ""
 ) -> GradientLeaf:
-    return GradientLeaf(
-        name=name,
-        role=role,
-        shape=tuple(tensor.shape),
-        dtype=tensor.dtype,
-        requires_grad=tensor.requires_grad,
-        is_leaf=tensor.is_leaf,
-        read=fact.first_read is not None,
-        reaches_value=fact.value_path == "nonzero",
-        reaches_gradient=fact.path == "nonzero",
-        outcome=verdict.outcome,
-        verdict=verdict.sentence + extra,
-        where=verdict.where,
-        found_in=found_in,
-    )
+    about = (tuple(tensor.shape), tensor.dtype, tensor.requires_grad, tensor.is_leaf)
+    reach = (fact.first_read is not None, fact.value_path == "nonzero", fact.path == "nonzero")
+    return GradientLeaf(name, role, *about, *reach, verdict.outcome, verdict.sentence + extra, verdict.where, found_in)
 
 
 def theta_leaves(problem: Problem, facts: list[Facts], verdicts: list[Verdict]) -> list[GradientLeaf]:
     """Every leaf of theta, tensors and others, in order."""
-    leaves, names = flatten_with_names(problem.theta, "theta")
-    tensor_names = [name for leaf, name in zip(leaves, names, strict=True) if isinstance(leaf, torch.Tensor)]
-    result, i = [], 0
-    for leaf, name in zip(leaves, names, strict=True):
+    tensor_names, result, i = _tensor_names(problem), [], 0
+    for leaf, name in zip(*flatten_with_names(problem.theta, "theta"), strict=True):
         if isinstance(leaf, torch.Tensor):
             result.append(record(name, "theta", leaf, facts[i], verdicts[i], extra=_roles(problem, i, tensor_names)))
             i += 1
@@ -139,12 +124,14 @@ def _no_tensor(name: str, leaf: Any) -> GradientLeaf:
     return GradientLeaf(name, "theta", None, None, False, True, True, False, False, "none", sentence, found_in=kind)
 
 
+def _tensor_names(problem: Problem) -> list[str]:
+    pairs = zip(*flatten_with_names(problem.theta, "theta"), strict=True)
+    return [name for leaf, name in pairs if isinstance(leaf, torch.Tensor)]
+
+
 def closed_leaves(problem: Problem, facts: list[Facts], verdicts: list[Verdict]) -> list[GradientLeaf]:
-    tensor_names = [
-        name
-        for leaf, name in zip(*flatten_with_names(problem.theta, "theta"), strict=True)
-        if isinstance(leaf, torch.Tensor)
-    ]
+    """Every closed-over tensor, with the name it has in the user's code."""
+    tensor_names = _tensor_names(problem)
     known = name_closed_over(problem.function, "objective", problem.theta)
     result = []
     for i in range(len(tensor_names), len(problem.tensors)):
@@ -161,15 +148,9 @@ def unread_parameters(problem: Problem) -> list[GradientLeaf]:
     if not isinstance(problem.function, nn.Module):
         return []
     met = {id(t) for t in problem.tensors}
+    verdict = Verdict("none", "the objective never reads it, so its .grad stays as it is.")
     return [
-        record(
-            f"objective.{name}",
-            "closed over",
-            parameter,
-            Facts(),
-            Verdict("none", "the objective never reads it, so its .grad stays as it is."),
-            "module parameter",
-        )
+        record(f"objective.{name}", "closed over", parameter, Facts(), verdict, "module parameter")
         for name, parameter in problem.function.named_parameters()
         if parameter.requires_grad and id(parameter) not in met
     ]
@@ -190,3 +171,98 @@ def _roles(problem: Problem, i: int, names: list[str]) -> str:
     if any(t is tensor for t in problem.x):
         text += " It is also init, which gets no gradient: only this role counts."
     return text
+
+
+_MAX_DEPTH = 5  # containers in objects in closures: deeper than that is a data structure, not a name
+_MAX_ITEMS = 1000  # entries of one container that are looked at
+_MAX_OBJECTS = 20_000
+Named = dict[int, tuple[str, str]]
+
+
+def name_closed_over(function: Callable[..., Any], root: str, theta: tuple[Any, ...] = ()) -> Named:
+    """``id(tensor) -> (name, where it was found)`` of the tensors that ``function`` can reach.
+
+    ``root`` is what the function itself is called in the names of its attributes; tensors inside objects of ``theta``
+    that are no pytrees are named after them.
+    """
+    found: Named = {}
+    seen: set[int] = set()
+    _walk(function, root, "attribute", found, seen, 0)
+    for i, argument in enumerate(theta):
+        _walk(argument, f"theta[{i}]", "inside an object that is no pytree", found, seen, 0)
+    return found
+
+
+def tensors_inside(value: Any, name: str) -> list[str]:
+    """Names of the tensors that an object holds, for one that pytrees take as a single leaf."""
+    found: Named = {}
+    _walk(value, name, "", found, set(), 0)
+    return [entry for entry, _ in found.values()]
+
+
+def _walk(value: Any, name: str, where: str, found: Named, seen: set[int], depth: int) -> None:
+    if isinstance(value, torch.Tensor):
+        found.setdefault(id(value), (name, where))
+        return
+    if id(value) in seen or depth > _MAX_DEPTH or len(seen) > _MAX_OBJECTS:
+        return
+    if isinstance(value, (str, bytes, int, float, complex, type, type(None))):
+        return
+    seen.add(id(value))
+    for child, child_name, child_where in _children(value, name, where):
+        _walk(child, child_name, child_where, found, seen, depth + 1)
+
+
+def _children(value: Any, name: str, where: str) -> Iterator[tuple[Any, str, str]]:
+    """What ``value`` holds, with its names."""
+    if isinstance(value, dict):
+        yield from ((v, f"{name}[{k!r}]", where) for k, v in list(value.items())[:_MAX_ITEMS])
+    elif isinstance(value, (list, tuple)):
+        yield from ((v, f"{name}[{i}]", where) for i, v in enumerate(value[:_MAX_ITEMS]))
+    elif isinstance(value, functools.partial):
+        yield value.func, name, where
+        yield from ((v, f"{name}.args[{i}]", "partial argument") for i, v in enumerate(value.args))
+        yield from ((v, k, "partial argument") for k, v in value.keywords.items())
+    elif inspect.ismethod(value):
+        yield value.__self__, "self", "attribute"
+        yield value.__func__, name, where
+    elif inspect.isfunction(value):
+        yield from _variables(value)
+    elif isinstance(value, nn.Module):
+        for kind, tensors in (("parameter", value.named_parameters), ("buffer", value.named_buffers)):
+            yield from ((t, f"{name}.{k}", f"module {kind}") for k, t in tensors(remove_duplicate=False))
+        own = {k: v for k, v in vars(value).items() if not k.startswith("_")}
+        yield from ((v, f"{name}.{k}", "attribute") for k, v in own.items())
+        yield from ((v, f"{name}.{k}", "attribute") for k, v in value.named_children())
+        yield type(value).forward, name, where
+    elif not isinstance(value, types.ModuleType) and hasattr(value, "__dict__"):
+        yield from ((v, f"{name}.{k}", where or "attribute") for k, v in vars(value).items())
+        if callable(value) and inspect.isfunction(method := inspect.getattr_static(type(value), "__call__", None)):
+            yield method, name, where
+
+
+def _variables(function: types.FunctionType) -> Iterator[tuple[Any, str, str]]:
+    """What a function reads besides its arguments: closure, defaults, globals."""
+    for key, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            yield cell.cell_contents, key, "closure"
+        except ValueError:  # not assigned yet
+            continue
+    for key, parameter in inspect.signature(function, follow_wrapped=False).parameters.items():
+        if parameter.default is not inspect.Parameter.empty:
+            yield parameter.default, key, "default argument"
+    read = set(_global_names(function.__code__))
+    for key in sorted(read):
+        value = function.__globals__.get(key)
+        if isinstance(value, types.ModuleType):  # `settings.weight`: only what is named beside it
+            members = {k: vars(value).get(k) for k in sorted(read)}
+            yield from ((t, f"{key}.{k}", "globals") for k, t in members.items() if isinstance(t, torch.Tensor))
+        elif value is not None:
+            yield value, key, "globals"
+
+
+def _global_names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):  # a lambda or comprehension inside
+            yield from _global_names(constant)

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -109,7 +110,8 @@ def probe(problem: Problem) -> tuple[list[Facts], list[Facts]]:
     walks = [walk for start in _starts(problem.x) if (walk := _Walk(problem, start, problem.tensors)).finite]
     walks = walks[:_NUM_POINTS] or [_Walk(problem, problem.x, problem.tensors)]
     for walk in walks:
-        for fact, value_path, path in zip(every, walk.value_paths(), walk.paths(), strict=True):
+        ways = (walk.reach(walk.outputs), walk.reach(walk.equations))
+        for fact, value_path, path in zip(every, *ways, strict=True):
             fact.value_path = max(fact.value_path, value_path, key=_ORDER.index)
             fact.path = max(fact.path, path, key=_ORDER.index)
     tracer = walks[0].tracer
@@ -150,13 +152,8 @@ class _Walk:
             return [torch.zeros_like(t) for t in x]
         return list(torch.autograd.grad(value, x, create_graph=True, materialize_grads=True))
 
-    def value_paths(self) -> list[Reach]:
-        return self._gradients(self.outputs)
-
-    def paths(self) -> list[Reach]:
-        return self._gradients(self.equations)
-
-    def _gradients(self, values: Leaves) -> list[Reach]:
+    def reach(self, values: Leaves) -> list[Reach]:
+        """Of every root: its way to the outputs, or to the equations."""
         chosen = [i for i, root in enumerate(self.roots) if root.requires_grad]
         combined = self._combine(values)
         result: list[Reach] = ["none"] * len(self.roots)
@@ -195,10 +192,9 @@ class _Walk:
         for output, call in self.tracer.outputs:
             if i not in call.sources or combined is None or not output.requires_grad:
                 continue
-            (slope,) = torch.autograd.grad(
-                (output * _randn(output, 200)).sum(), self.roots[i], retain_graph=True, allow_unused=True
-            )
-            (used,) = torch.autograd.grad(combined, output, retain_graph=True, allow_unused=True)
+            grad = partial(torch.autograd.grad, retain_graph=True, allow_unused=True)
+            (slope,) = grad((output * _randn(output, 200)).sum(), self.roots[i])
+            (used,) = grad(combined, output)
             if used is not None and (slope is None or not bool((slope != 0).any())):
                 return call
         return None
@@ -279,14 +275,11 @@ def _starts(x: Leaves) -> Iterator[Leaves]:
     """Points near ``x``: absolute steps first, then relative ones (a logarithm at small x), then x itself."""
     seeds = range(len(x))
     for seed in (1000, 2000):
-        yield [t + _STEP * _scale(t) * _randn(t, seed + i) for i, t in zip(seeds, x, strict=True)]
+        sizes = [max(1.0, float(t.abs().max())) if t.numel() else 1.0 for t in x]
+        yield [t + _STEP * size * _randn(t, seed + i) for i, size, t in zip(seeds, sizes, x, strict=True)]
     for seed in (3000, 4000):
         yield [t * (1 + _STEP * _randn(t, seed + i)) for i, t in zip(seeds, x, strict=True)]
     yield x
-
-
-def _scale(t: torch.Tensor) -> float:
-    return max(1.0, float(t.abs().max())) if t.numel() else 1.0
 
 
 def _randn(like: torch.Tensor, seed: int) -> torch.Tensor:

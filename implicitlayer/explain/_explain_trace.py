@@ -32,16 +32,8 @@ NOTHING: Sources = frozenset()
 CutKind = Literal["exit", "copy", "no_grad", "integers", "numpy", "branch"]
 
 _NUMPY = {"numpy", "__array__", "__dlpack__"}
-_EXITS = {
-    "item": ".item()",
-    "__float__": "float()",
-    "__int__": "int()",
-    "__index__": "int()",
-    "__complex__": "complex()",
-    "tolist": ".tolist()",
-    "detach": ".detach()",
-    "detach_": ".detach_()",
-}
+_EXITS = {"__float__": "float()", "__int__": "int()", "__index__": "int()", "__complex__": "complex()"}
+_EXITS |= {name: f".{name}()" for name in ("item", "tolist", "detach", "detach_")}
 _COPIES = {"tensor", "as_tensor", "asarray", "new_tensor", "scalar_tensor"}
 _TRUTH = {"__bool__", "equal", "allclose", "is_nonzero", "__contains__"}
 _SKIPPED = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
@@ -157,9 +149,9 @@ class Tracer(TorchFunctionMode):
         for tensor in leaving:
             self.kept.append(tensor)
             self.touched[id(tensor)] = self.touched.get(id(tensor), NOTHING) | touched
-            if live and (tensor.requires_grad or _wrapped(tensor)):
+            if live and (tensor.requires_grad or _torch.is_wrapped(tensor)):
                 self.live[id(tensor)] = self.live.get(id(tensor), NOTHING) | live
-                if len(self.outputs) < _MAX_OUTPUTS and not _wrapped(tensor):
+                if len(self.outputs) < _MAX_OUTPUTS and not _torch.is_wrapped(tensor):
                     self.outputs.append((tensor, call))
 
     def _cut(self, func: Any, name: str, result: Any, leaving: list[torch.Tensor]) -> CutKind | None:
@@ -169,7 +161,7 @@ class Tracer(TorchFunctionMode):
             return "branch"
         if name in _EXITS:
             return "exit"
-        if not leaving or any(t.requires_grad or _wrapped(t) for t in leaving):
+        if not leaving or any(t.requires_grad or _torch.is_wrapped(t) for t in leaving):
             return None
         if name.endswith("_like") or (name.startswith("new_") and name != "new_tensor") or name == "__array_wrap__":
             return None  # they take shape and dtype only
@@ -203,10 +195,6 @@ def _tensors(tree: Any) -> list[torch.Tensor]:
 
 def _union(parts: Iterable[Sources]) -> Sources:
     return frozenset().union(*parts)
-
-
-def _wrapped(tensor: torch.Tensor) -> bool:
-    return _torch.is_wrapped(tensor)
 
 
 def _user_line() -> tuple[SourceLine | None, str, bool]:

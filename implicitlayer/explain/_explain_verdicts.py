@@ -162,16 +162,11 @@ def _why_not(fact: Facts, words: Words) -> tuple[str, Call | None]:
 
 def _exits(fact: Facts) -> list[Call]:
     """Cuts where a value leaves, one for each line."""
-    unique = {str(cut): cut for cut in fact.cuts if cut.kind != "branch"}
-    return list(unique.values())
+    return list({str(cut): cut for cut in fact.cuts if cut.kind != "branch"}.values())
 
 
 def _failure(fact: Facts) -> str:
-    error = fact.failure
-    message = str(error).strip().split("\n")[0]
+    message = str(fact.failure).strip().split("\n")[0]
     if fact.numpy is not None:
-        return (
-            f"the layer raises {type(error).__name__}: NumPy reads it at {fact.numpy}, which a backward cannot follow. "
-            f"{_REMEDIES['numpy']}"
-        )
-    return f"the layer raises {type(error).__name__}: {message}"
+        message = f"NumPy reads it at {fact.numpy}, which a backward cannot follow. {_REMEDIES['numpy']}"
+    return f"the layer raises {type(fact.failure).__name__}: {message}"

@@ -1,10 +1,9 @@
 """Few-shot data and networks."""
 
-from implicitlayer.fewshot._classification import ClassificationLoss
+from implicitlayer.fewshot._classification import ClassificationLoss, inductive_logits
 from implicitlayer.fewshot._dataset import DatasetError, ImageClasses
 from implicitlayer.fewshot._episodes import EpisodeBatch, EpisodeSampler
 from implicitlayer.fewshot._glyphs import Glyphs
-from implicitlayer.fewshot._inductive import inductive_logits
 from implicitlayer.fewshot._mini_imagenet import MiniImageNet
 from implicitlayer.fewshot._mlp import MLP, mlp
 from implicitlayer.fewshot._networks import Conv4, conv4
@@ -13,21 +12,7 @@ from implicitlayer.fewshot._sinusoids import Sinusoids
 from implicitlayer.fewshot._task_losses import task_accuracy, task_cross_entropy, task_mean_squared_error
 
 __all__ = [
-    "MLP",
-    "ClassificationLoss",
-    "Conv4",
-    "DatasetError",
-    "EpisodeBatch",
-    "EpisodeSampler",
-    "Glyphs",
-    "ImageClasses",
-    "MiniImageNet",
-    "Omniglot",
-    "Sinusoids",
-    "conv4",
-    "inductive_logits",
-    "mlp",
-    "task_accuracy",
-    "task_cross_entropy",
-    "task_mean_squared_error",
-]
+    "MLP", "ClassificationLoss", "Conv4", "DatasetError", "EpisodeBatch", "EpisodeSampler", "Glyphs",
+    "ImageClasses", "MiniImageNet", "Omniglot", "Sinusoids", "conv4", "inductive_logits", "mlp", "task_accuracy",
+    "task_cross_entropy", "task_mean_squared_error",
+]  # fmt: skip

@@ -27,15 +27,9 @@ EPSILON = 1e-5  # added to the variance; the default of torch.nn.BatchNorm2d
 
 
 def batch_norm_relu(z: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """Normalise with the mean and variance of a task's own images: `relu(scale (z - mean) / sqrt(var + eps) + shift)`.
+    """`relu(scale (z - mean) / sqrt(var + eps) + shift)` of z `[K, H, W, B, C]`, with a task's own mean and variance.
 
-    Args:
-        z: `[K, H, W, B, C]`.
-        scale: `[B, C]`.
-        shift: `[B, C]`.
-
-    Returns:
-        `[K, H, W, B, C]`.
+    `scale` and `shift` are `[B, C]`.
     """
     if hand_written(z):
         return _BatchNormReLU.apply(z, scale, shift)[0]  # type: ignore[no-any-return]
@@ -105,21 +99,8 @@ class _BatchNormReLUSecond(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        u: Tensor,
-        a: Tensor,
-        b: Tensor,
-        g: Tensor,
-        z: Tensor,
-        scale: Tensor,
-        shift: Tensor,
-        out: Tensor,
-        y: Tensor,
-        r: Tensor,
-        dscale: Tensor,
-        dshift: Tensor,
-        e: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(u: Tensor, a: Tensor, b: Tensor, g: Tensor, z: Tensor, *known: Tensor) -> tuple[Tensor, ...]:
+        scale, shift, out, y, r, dscale, dshift, e = known
         num = _num_entries(z)
         s = scale * r
         mean_e, mean_ey = dshift / num, dscale / num

@@ -26,6 +26,15 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "implicitlayer"
 
 
+def places_of(root: str | os.PathLike[str] | None, subfolder: str = "") -> tuple[list[Path], str]:
+    """Where a dataset is looked for, and the end of the message where it is not there."""
+    if root is not None:
+        return [Path(root).expanduser()], ""
+    data = os.environ.get("IMPLICITLAYER_DATA")
+    places = [*([Path(data).expanduser()] if data else []), cache_folder() / subfolder]
+    return places, " Or say where it is with root= or the variable IMPLICITLAYER_DATA."
+
+
 def cached_images(
     name: str,
     key: Sequence[object],
@@ -36,6 +45,9 @@ def cached_images(
 ) -> NDArray[np.uint8]:
     """The uint8 array that ``build()`` makes, from disk when it was made before from the same ``key``.
 
+    It is a copy-on-write memory map (mode ``"c"``): processes share its pages, and writes never reach the disk. Where
+    the folder cannot be written, it is the array itself, after an :class:`ImplicitLayerWarning`.
+
     Args:
         name: start of the file's name.
         key: everything the array depends on (digest of the source, size, versions), JSON-serialisable.
@@ -43,10 +55,6 @@ def cached_images(
         build: makes the parts of the array along its first axis, one after another, so that a large array is never in
             memory as a whole; called only when no good file is there.
         cache_dir: folder of the file; ``None`` means :func:`cache_folder`.
-
-    Returns:
-        A copy-on-write memory map (mode ``"c"``): processes share its pages, and writing to it never reaches the disk.
-        Where the folder cannot be written, the array itself, after an :class:`ImplicitLayerWarning`.
     """
     folder = cache_folder() if cache_dir is None else Path(cache_dir)
     digest = hashlib.sha256(json.dumps([FORMAT, *key]).encode()).hexdigest()[:16]

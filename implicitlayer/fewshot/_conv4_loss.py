@@ -263,10 +263,8 @@ class Conv4Loss:
 class Evaluation:
     """One call: the numbers that its passes leave for each other, and the same loss in plain operations.
 
-    Args:
-        loss: as computed here.
-        names: of the parameters, in the order in which the Functions get them.
-        plain: losses [B] of a list of parameters, by operations that can be differentiated any number of times.
+    ``names``: of the parameters, in the order in which the Functions get them; ``plain``: losses [B] of a list of
+    parameters, by operations that can be differentiated any number of times.
     """
 
     def __init__(self, loss: Conv4Loss, names: list[str], plain: Callable[..., Tensor]) -> None:

@@ -25,15 +25,9 @@ _GEOMETRY = ([1, 1], [1, 1], False, [0, 0])  # after the stride: padding, dilati
 
 
 def convolution(x: Tensor, weight: Tensor, stride: int) -> Tensor:
-    """Convolve each task's images with its own 3x3 filters, padding 1.
+    """Convolve each task's images `[K, H, W, B, C]` with its own 3x3 filters `[B, F, 3, 3, C]`, padding 1.
 
-    Args:
-        x: `[K, H, W, B, C]`.
-        weight: `[B, F, 3, 3, C]`.
-        stride: of both axes, at least 1.
-
-    Returns:
-        `[K, h, w, B, F]` with `h = ceil(H / stride)`, `w = ceil(W / stride)`.
+    Gives `[K, h, w, B, F]` with `h = ceil(H / stride)`, `w = ceil(W / stride)`.
     """
     if hand_written(x):
         return _Convolution.apply(x, weight, None, stride)  # type: ignore[no-any-return]

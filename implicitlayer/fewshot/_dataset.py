@@ -4,7 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +33,12 @@ class ImageClasses:
         class_names: one distinct name for each class, in the order of ``images``.
         split: what the classes are for, such as ``"train"``.
         counts: how many pictures each class has, 1 to E, where they differ; those beyond are filling and never drawn.
-            ``None``: E of every class.
-
-    Attributes:
-        counts: int64, ``[C]``.
+            ``None``: E of every class. As an attribute: int64 ``[C]``.
 
     Raises:
         ValueError: ``images`` has another dtype or rank, or the names or counts do not fit it.
 
     Example:
-        >>> ImageClasses(torch.zeros(3, 20, 28, 28, dtype=torch.uint8), ["a", "b", "c"], split="val")
-        ImageClasses(split='val', num_classes=3, num_examples=20, image_size=28x28)
         >>> ImageClasses(torch.zeros(2, 9, 84, 84, 3, dtype=torch.uint8), ["a", "b"], counts=[9, 4])
         ImageClasses(split='all', num_classes=2, num_examples=4...9, image_size=84x84, colour)
     """
@@ -97,8 +93,7 @@ class ImageClasses:
             dataset: has ``len(dataset)`` and ``dataset[i]`` = (picture, label). The picture is a tensor ``[H, W]``,
                 ``[1, H, W]`` or ``[3, H, W]``, an array ``[H, W]``, ``[H, W, 1]`` or ``[H, W, 3]``, or a Pillow image;
                 numbers are uint8, or floating in [0, 1]. A Pillow image with transparency is put on white paper, as a
-                scan would be. The label is an integer or a string. Random transforms of the
-                dataset act once, here.
+                scan would be. The label is an integer or a string. Random transforms of the dataset act once, here.
             class_names: name of each label, as a mapping or as a sequence with integer labels as positions;
                 ``None`` takes ``str(label)``.
             split: what the classes are for.
@@ -112,12 +107,6 @@ class ImageClasses:
                 left. The message names the item.
             DatasetError: an item cannot be read (a truncated file, say); the message names it.
             ImportError: ``image_size`` is given and Pillow is missing.
-
-        Example:
-            >>> pictures, labels = torch.rand(5, 3, 9, 9), torch.tensor([7, 2, 7, 7, 2])
-            >>> classes = ImageClasses.from_dataset(torch.utils.data.TensorDataset(pictures, labels))
-            >>> classes.class_names, classes.counts
-            (['2', '7'], tensor([2, 3]))
         """
         from implicitlayer.fewshot._from_dataset import group_by_label
 
@@ -172,6 +161,11 @@ def check_image_size(image_size: int) -> None:
         )
 
 
-def need_extra(package: str, purpose: str) -> ImportError:
-    """The error for an optional package that is not installed."""
-    return ImportError(f"{purpose} needs {package}, which is not installed: pip install 'implicitlayer[fewshot]'")
+@contextmanager
+def extra(package: str, purpose: str) -> Iterator[None]:
+    """Imports of an optional package, whose error names what to install."""
+    try:
+        yield
+    except ImportError as error:
+        message = f"{purpose} needs {package}, which is not installed: pip install 'implicitlayer[fewshot]'"
+        raise ImportError(message) from error

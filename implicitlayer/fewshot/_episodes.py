@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from implicitlayer.fewshot._stream import TaskStream, check_number, on_device
+from implicitlayer.base._numbers import check_integer
+from implicitlayer.fewshot._stream import TaskStream, on_device
 
 Rotations = Literal["none", "augment", "classes"]
 ROTATIONS: tuple[Rotations, ...] = ("none", "augment", "classes")
@@ -34,10 +35,9 @@ class EpisodeBatch:
     """B few-shot tasks; examples are ordered by label, so labels repeat 0…0, 1…1, and so on.
 
     Attributes:
-        support_images: float32 in [0, 1], ``[B, N*K, 1, H, W]``; ``[B, N*K, 3, H, W]`` for colour pictures.
-        support_labels: int64 in [0, N), ``[B, N*K]``.
-        query_images: float32 in [0, 1], ``[B, N*Q, 1, H, W]``, or ``[B, N*Q, 3, H, W]``.
-        query_labels: int64 in [0, N), ``[B, N*Q]``.
+        support_images, query_images: float32 in [0, 1], ``[B, N*K, C, H, W]`` and ``[B, N*Q, C, H, W]``; C is 1, or 3
+            for colour pictures.
+        support_labels, query_labels: int64 in [0, N), ``[B, N*K]`` and ``[B, N*Q]``.
         classes: int64, ``[B, N]``; which class of the dataset each label stands for.
         rotations: int64 in {0, 1, 2, 3}, ``[B, N]``; quarter turns, counter-clockwise, of all pictures of that label.
     """
@@ -122,9 +122,9 @@ class EpisodeSampler(TaskStream[EpisodeBatch]):
         if rotations != "none" and height != width:
             raise ValueError(f"rotations={rotations!r} needs square pictures, these are {height}x{width}. Pass 'none'.")
         available = num_classes * (4 if rotations == "classes" else 1)
-        check_number("num_ways", num_ways, 2)
-        check_number("num_shots", num_shots, 1)
-        check_number("num_query", num_query, 1)
+        check_integer("num_ways", num_ways, 2)
+        check_integer("num_shots", num_shots, 1)
+        check_integer("num_query", num_query, 1)
         super().__init__(seed)
         if num_ways > available:
             raise ValueError(
@@ -152,14 +152,10 @@ class EpisodeSampler(TaskStream[EpisodeBatch]):
         )
 
     def _settings(self) -> dict[str, Any]:
-        return {
-            "num_ways": self.num_ways,
-            "num_shots": self.num_shots,
-            "num_query": self.num_query,
-            "rotations": self.rotations,
-            "num_examples": self._images.shape[1],
-            "class_names": _digest("\n".join(self.dataset.class_names)),
-        } | ({"counts": _digest(str(self._counts.tolist()))} if self._ragged else {})
+        settings = {name: getattr(self, name) for name in ("num_ways", "num_shots", "num_query", "rotations")}
+        settings["num_examples"] = self._images.shape[1]
+        settings["class_names"] = _digest("\n".join(self.dataset.class_names))
+        return settings | ({"counts": _digest(str(self._counts.tolist()))} if self._ragged else {})
 
     @property
     def _ragged(self) -> bool:
@@ -197,14 +193,9 @@ class EpisodeSampler(TaskStream[EpisodeBatch]):
                 pictures[task, way] = torch.rot90(pictures[task, way], quarter, (2, 3))
         shots, query = self.num_shots, self.num_query
         label = torch.arange(ways, device=device)
-        return EpisodeBatch(
-            support_images=_as_input(pictures[:, :, :shots]),
-            support_labels=label.repeat_interleave(shots).repeat(tasks, 1),
-            query_images=_as_input(pictures[:, :, shots:]),
-            query_labels=label.repeat_interleave(query).repeat(tasks, 1),
-            classes=which,
-            rotations=on_device(turns, device),
-        )
+        support = _as_input(pictures[:, :, :shots]), label.repeat_interleave(shots).repeat(tasks, 1)
+        asked = _as_input(pictures[:, :, shots:]), label.repeat_interleave(query).repeat(tasks, 1)
+        return EpisodeBatch(*support, *asked, which, on_device(turns, device))
 
 
 def _as_input(pictures: Tensor) -> Tensor:

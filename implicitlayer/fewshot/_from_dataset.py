@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from implicitlayer.fewshot._dataset import NUM_COLOURS, DatasetError, check_image_size, need_extra
+from implicitlayer.base._numbers import check_integer
+from implicitlayer.fewshot._dataset import NUM_COLOURS, DatasetError, check_image_size, extra
 
 Names = Mapping[Any, str] | Sequence[str] | None
 
@@ -22,13 +23,33 @@ def group_by_label(
 
     E is the largest count; the places of a smaller class that are left over hold zeros.
     """
+    _check_arguments(dataset, class_names, image_size, min_examples)
+    by_label: dict[str | int, list[NDArray[np.uint8]]] = {}
+    for label, picture in _items(dataset, image_size):
+        by_label.setdefault(label, []).append(picture)
+    num_classes = len(by_label)
+    for label in [label for label, pictures in by_label.items() if len(pictures) < min_examples]:
+        del by_label[label]
+    if not by_label:
+        raise ValueError(
+            f"None of the {num_classes} classes in the {len(dataset)} items of dataset has "
+            f"min_examples={min_examples} pictures. Lower it or give more pictures."
+        )
+    labels = sorted(by_label, key=lambda label: (isinstance(label, str), label))
+    names, counts = _names(labels, class_names), [len(by_label[label]) for label in labels]
+    images = np.zeros((len(labels), max(counts), *picture.shape), dtype=np.uint8)
+    for row, label in enumerate(labels):
+        images[row, : counts[row]] = by_label.pop(label)  # a class's pictures are freed once they are in the block
+    return torch.from_numpy(images), names, counts
+
+
+def _check_arguments(dataset: Any, class_names: Names, image_size: int | None, min_examples: int) -> None:
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise TypeError(
             f"dataset of type {type(dataset).__name__} must have a length and items by number. An iterable dataset has "
             "neither: put its items into a list first."
         )
-    if isinstance(min_examples, bool) or not isinstance(min_examples, int) or min_examples < 1:
-        raise ValueError(f"min_examples={min_examples!r} must be an integer of at least 1.")
+    check_integer("min_examples", min_examples, 1)
     if image_size is not None:
         check_image_size(image_size)
     if not isinstance(class_names, Mapping | Sequence | None) or isinstance(class_names, str):
@@ -36,54 +57,34 @@ def group_by_label(
             f"class_names of type {type(class_names).__name__} must be a mapping from labels to names, or a list with "
             "integer labels as positions."
         )
-    by_label: dict[str | int, list[NDArray[np.uint8]]] = {}
+
+
+def _items(dataset: Any, image_size: int | None) -> Iterator[tuple[str | int, NDArray[np.uint8]]]:
+    """Label and picture of every item; all pictures have one shape."""
     shape: tuple[int, ...] | None = None
     for index in range(len(dataset)):
+        item: Any = (None, None)
         try:
             item = dataset[index]
+            if not isinstance(item, tuple | list) or len(item) != 2:
+                raise TypeError(
+                    f"dataset[{index}] is a {type(item).__name__} and must be a pair (picture, label). "
+                    "Wrap the dataset in one whose items are such pairs."
+                )
+            picture = _as_bytes(item[0], index)  # a lazy Pillow image is read here
         except OSError as error:
-            raise _damaged(index, None, error) from error
-        if not isinstance(item, tuple | list) or len(item) != 2:
-            raise TypeError(
-                f"dataset[{index}] is a {type(item).__name__} and must be a pair (picture, label). "
-                "Wrap the dataset in one whose items are such pairs."
-            )
-        try:
-            picture = _as_bytes(item[0], index)
-        except OSError as error:  # a lazy Pillow image is read here
-            raise _damaged(index, item[0], error) from error
+            name = getattr(item[0], "filename", "") or getattr(error, "filename", None) or ""
+            where = f"dataset[{index}]{f' ({name})' if name else ''} cannot be read: {error}."
+            raise DatasetError(f"{where} Get the file again, or leave the item out.") from error
         if image_size is not None:
             picture = _resized(picture, image_size)
-        if shape is not None and picture.shape != shape:
+        if shape not in (None, picture.shape):
             raise ValueError(
                 f"dataset[{index}] has a picture of shape {picture.shape}, those before have {shape}; all must "
                 "have one. Pass image_size= for one size, and convert all pictures to grey or all to colour."
             )
         shape = picture.shape
-        by_label.setdefault(_as_label(item[1], index), []).append(picture)
-    kept = {label: pictures for label, pictures in by_label.items() if len(pictures) >= min_examples}
-    if not kept or shape is None:
-        raise ValueError(
-            f"None of the {len(by_label)} classes in the {len(dataset)} items of dataset has "
-            f"min_examples={min_examples} pictures. Lower it or give more pictures."
-        )
-    names = {label: _name(label, class_names) for label in kept}
-    with_name: dict[str, list[str | int]] = {}
-    for label, name in names.items():
-        with_name.setdefault(name, []).append(label)
-        if len(with_name[name]) > 1:
-            raise ValueError(
-                f"The labels {with_name[name]} have the name {name!r} each, and every class needs its own. Give "
-                "class_names without repetition, or labels of one type."
-            )
-    labels = sorted(kept, key=lambda label: (isinstance(label, str), label))
-    counts = [len(kept[label]) for label in labels]
-    images = np.zeros((len(labels), max(counts), *shape), dtype=np.uint8)
-    for row, label in enumerate(labels):
-        pictures = kept.pop(label)  # a class's pictures are freed once they are in the block
-        by_label.pop(label)
-        images[row, : len(pictures)] = pictures
-    return torch.from_numpy(images), [names[label] for label in labels], counts
+        yield _as_label(item[1], index), picture
 
 
 def _as_bytes(picture: Any, index: int) -> NDArray[np.uint8]:
@@ -134,21 +135,13 @@ def _on_white(picture: Any, index: int) -> Any:
     return seen
 
 
-def _damaged(index: int, picture: Any, error: Exception) -> DatasetError:
-    name = getattr(picture, "filename", "") or getattr(error, "filename", None) or ""
-    where = f" ({name})" if name else ""
-    return DatasetError(f"dataset[{index}]{where} cannot be read: {error}. Get the file again, or leave the item out.")
-
-
 def _shape(picture: Any) -> tuple[int, ...]:
     return tuple(picture.shape) if isinstance(picture, Tensor) else np.asarray(picture).shape
 
 
 def _resized(picture: NDArray[np.uint8], image_size: int) -> NDArray[np.uint8]:
-    try:
+    with extra("pillow", "Changing the size of pictures"):
         from PIL import Image
-    except ImportError as error:
-        raise need_extra("pillow", "Changing the size of pictures") from error
     if picture.shape[:2] == (image_size, image_size):
         return picture
     resized = Image.fromarray(picture).resize((image_size, image_size), Image.Resampling.LANCZOS)
@@ -163,16 +156,24 @@ def _as_label(label: Any, index: int) -> str | int:
     return label
 
 
-def _name(label: str | int, class_names: Names) -> str:
-    if class_names is None:
-        return str(label)
-    if isinstance(class_names, Mapping):
-        name = class_names.get(label)
-    else:
-        name = class_names[label] if isinstance(label, int) and 0 <= label < len(class_names) else None
-    if name is None:
-        raise ValueError(
-            f"class_names has no name for the label {label!r}. Give a mapping from labels to names, or a sequence with "
-            "integer labels as positions."
-        )
-    return name
+def _names(labels: Sequence[str | int], class_names: Names) -> list[str]:
+    """The name of each label, each its own."""
+    found: dict[str, str | int] = {}
+    for label in labels:
+        name: str | None = str(label)
+        if isinstance(class_names, Mapping):
+            name = class_names.get(label)
+        elif class_names is not None:
+            name = class_names[label] if isinstance(label, int) and 0 <= label < len(class_names) else None
+        if name is None:
+            raise ValueError(
+                f"class_names has no name for the label {label!r}. Give a mapping from labels to names, or a sequence "
+                "with integer labels as positions."
+            )
+        if name in found:
+            raise ValueError(
+                f"The labels {[found[name], label]} have the name {name!r} each, and every class needs its own. Give "
+                "class_names without repetition, or labels of one type."
+            )
+        found[name] = label
+    return list(found)

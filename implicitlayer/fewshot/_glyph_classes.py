@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from implicitlayer.fewshot._dataset import need_extra
+from implicitlayer.fewshot._dataset import extra
 from implicitlayer.fewshot._splits import SEED, hash_split
 
 # Regular and bold of each family. Italics are left out: their cursive forms (Cyrillic te as m) are other characters'.
@@ -41,40 +41,29 @@ def class_name(codepoint: int) -> str:
 
 
 def codepoint_of(name: str) -> int:
-    """The code point in a class name.
-
-    Example:
-        >>> chr(codepoint_of("Greek/U+03B1"))
-        'α'
-    """
+    """The code point in a class name."""
     return int(name.rpartition("U+")[2], 16)
 
 
 @functools.cache
 def coverage(face: str) -> frozenset[int]:
     """The code points for which a face has a picture of its own; any other would be drawn as an empty box."""
-    try:
+    with extra("matplotlib", "Rendering glyphs"):
         from matplotlib.ft2font import FT2Font
-    except ImportError as error:
-        raise need_extra("matplotlib", "Rendering glyphs") from error
     return frozenset(FT2Font(str(_font_file(face))).get_charmap())
 
 
 @functools.cache
 def _font(face: str) -> Any:
-    try:
+    with extra("pillow", "Rendering glyphs"):
         from PIL import ImageFont
-    except ImportError as error:
-        raise need_extra("pillow", "Rendering glyphs") from error
     # The basic layout engine is in every Pillow; the other is not, and may pick other forms of a letter.
     return ImageFont.truetype(str(_font_file(face)), FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _font_file(face: str) -> Path:
-    try:
+    with extra("matplotlib", "Rendering glyphs"):
         import matplotlib
-    except ImportError as error:
-        raise need_extra("matplotlib", "Rendering glyphs") from error
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{face}.ttf")
     if not path.is_file():
         raise FileNotFoundError(

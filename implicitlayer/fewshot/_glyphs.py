@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from implicitlayer.fewshot._dataset import ImageClasses, check_image_size, load_block, need_extra
+from implicitlayer.base._numbers import check_integer
+from implicitlayer.fewshot._dataset import ImageClasses, check_image_size, extra, load_block
 from implicitlayer.fewshot._glyph_classes import codepoint_of, faces_of, ink
 from implicitlayer.fewshot._splits import load_splits, names_of
 
@@ -29,7 +30,8 @@ class Glyphs(ImageClasses):
     face (sans, serif, mono, STIX; regular or bold, where the face has the letter), a small turn, scale and shift, and
     a smooth bend of its strokes. Letters that look alike in any quarter turn are one class, decided before classes
     were split; the lists are stored by name in this package. It is easier than Omniglot: people differ more than these
-    drawers do. Accuracies on the two are not comparable.
+    drawers do. Accuracies on the two are not comparable. The same seed gives the same bytes with the same versions of
+    matplotlib, Pillow and torch; with others a few grey levels may differ, classes and splits never do.
 
     Args:
         split: ``"train"``, ``"val"`` or ``"test"``.
@@ -43,19 +45,13 @@ class Glyphs(ImageClasses):
         images: uint8, ``[num_classes, num_examples, image_size, image_size]``; ink is high, paper is 0.
         class_names: ``"<Script>/U+XXXX"``, sorted.
 
-    The same seed gives the same bytes with the same versions of matplotlib, Pillow and torch; with others a few grey
-    levels may differ, classes and splits never do.
-
     Raises:
         ImportError: matplotlib or Pillow is missing (``pip install 'implicitlayer[fewshot]'``).
         ValueError: unknown split or a number out of range.
 
     Example:
-        >>> val = Glyphs("val")
-        >>> val
+        >>> Glyphs("val")
         Glyphs(split='val', num_classes=80, num_examples=20, image_size=28x28)
-        >>> val.images.dtype, val.class_names[0].split("/")[0]
-        (torch.uint8, 'Arabic')
     """
 
     def __init__(
@@ -68,29 +64,21 @@ class Glyphs(ImageClasses):
         cache_dir: str | Path | None = None,
     ) -> None:
         check_image_size(image_size)
-        for name, value, least in (("num_examples", num_examples, 2), ("seed", seed, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
+        check_integer("num_examples", num_examples, 2)
+        check_integer("seed", seed, 0)
         names = names_of(load_splits("glyphs"), split)
         key = ["glyphs", RECIPE, image_size, num_examples, seed, names, _versions()]
-        shape = (len(names), num_examples, image_size, image_size)
-        images = load_block(
-            f"glyphs-{split}-{image_size}",
-            key,
-            shape,
-            lambda: render([codepoint_of(name) for name in names], image_size, num_examples, seed),
-            cache_dir,
-        )
+        name, shape = f"glyphs-{split}-{image_size}", (len(names), num_examples, image_size, image_size)
+        codepoints = [codepoint_of(name) for name in names]
+        images = load_block(name, key, shape, lambda: render(codepoints, image_size, num_examples, seed), cache_dir)
         super().__init__(images, names, split=split)
 
 
 def _versions() -> list[str]:
     found = []
     for package in ("matplotlib", "pillow", "torch"):
-        try:
+        with extra(package, "Rendering glyphs"):
             found.append(metadata.version(package))
-        except metadata.PackageNotFoundError as error:
-            raise need_extra(package, "Rendering glyphs") from error
     return found
 
 
@@ -105,9 +93,8 @@ def render(codepoints: Sequence[int], image_size: int, num_examples: int, seed: 
         # Which face comes first differs between letters, so that a face does not give a drawer away.
         start = int(np.random.default_rng((seed, codepoint)).integers(len(faces)))
         drawn_from = source[[(start + drawer) % len(faces) for drawer in range(num_examples)]]
-        draws = np.stack(
-            [np.random.default_rng((seed, codepoint, 1 + drawer)).uniform(-1, 1, 38) for drawer in range(num_examples)]
-        )
+        streams = (np.random.default_rng((seed, codepoint, 1 + drawer)) for drawer in range(num_examples))
+        draws = np.stack([stream.uniform(-1, 1, 38) for stream in streams])
         images[row] = _draw(drawn_from, hands, draws, image_size).numpy()
     return images
 
@@ -139,13 +126,8 @@ def _draw(source: Tensor, hands: NDArray[np.float64], draws: NDArray[np.float64]
     down = np.exp(-0.12 * width + 0.08 * scale_y)
     shear = 0.22 * slant
     cos, sin = np.cos(angle), np.sin(angle)
-    matrix = np.stack(
-        [
-            np.stack([along * (cos + shear * sin), along * (shear * cos - sin), 0.12 * shift_x], -1),
-            np.stack([down * sin, down * cos, 0.12 * shift_y], -1),
-        ],
-        1,
-    )
+    across = np.stack([along * (cos + shear * sin), along * (shear * cos - sin), 0.12 * shift_x], -1)
+    matrix = np.stack([across, np.stack([down * sin, down * cos, 0.12 * shift_y], -1)], 1)
     fine = 2 * image_size  # warped at twice the size, so that edges stay smooth when reduced
     grid = F.affine_grid(torch.from_numpy(matrix).to(torch.float32), [len(source), 1, fine, fine], align_corners=False)
     coarse = torch.from_numpy(draws[:, 6:].reshape(-1, 2, 4, 4)).to(torch.float32)

@@ -28,11 +28,9 @@ class MiniImageNet(ImageClasses):
             A list: ``images/<filename>`` with ``train.csv``, ``val.csv``, ``test.csv`` (``filename,label``) beside it.
             ``None`` looks in ``$IMPLICITLAYER_DATA`` and then in the cache folder. In each place the subfolders
             ``mini_imagenet``, ``mini-imagenet`` and ``miniimagenet`` are tried as well.
-        split: ``"train"``, ``"val"`` or ``"test"``, or a key of ``splits``.
+        split, cache_dir: as in :class:`Omniglot`.
         image_size: side of the pictures in pixels, at least 8; with sheets at most 84.
         splits: your own lists of WordNet ids (``"n01532829"``) in place of the stored ones.
-        cache_dir: folder for the decoded pictures; default ``$XDG_CACHE_HOME/implicitlayer`` or
-            ``~/.cache/implicitlayer``.
 
     Attributes:
         images: uint8, ``[num_classes, 600, image_size, image_size, 3]``.
@@ -47,11 +45,6 @@ class MiniImageNet(ImageClasses):
 
     Source: Vinyals et al., Matching Networks (NeurIPS 2016); the split of Ravi and Larochelle, Optimization as a Model
     for Few-Shot Learning (ICLR 2017), which all later papers use.
-
-    Example:
-        >>> test = MiniImageNet(split="test")  # doctest: +SKIP
-        >>> test  # doctest: +SKIP
-        MiniImageNet(split='test', num_classes=20, num_examples=600, image_size=84x84, colour)
     """
 
     def __init__(
@@ -67,11 +60,6 @@ class MiniImageNet(ImageClasses):
         names = names_of(load_splits("mini_imagenet") if splits is None else splits, split)
         layout, files = locate(root, names)
         key = ["mini_imagenet", image_size, names, fingerprint(files)]
-        images = load_block(
-            f"mini_imagenet-{split}-{image_size}",
-            key,
-            (len(names), NUM_PICTURES, image_size, image_size, 3),
-            lambda: decode(layout, files, image_size),
-            cache_dir,
-        )
+        name, shape = f"mini_imagenet-{split}-{image_size}", (len(names), NUM_PICTURES, image_size, image_size, 3)
+        images = load_block(name, key, shape, lambda: decode(layout, files, image_size), cache_dir)
         super().__init__(images, names, split=split)

@@ -9,13 +9,13 @@ import hashlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from implicitlayer.fewshot._cache import cache_folder
-from implicitlayer.fewshot._dataset import DatasetError, need_extra
+from implicitlayer.fewshot._cache import places_of
+from implicitlayer.fewshot._dataset import DatasetError, extra
 
 NUM_PICTURES = 600
 SUBFOLDERS = ("", "mini_imagenet", "mini-imagenet", "miniimagenet")
@@ -36,16 +36,8 @@ SOURCE = (
 Files = Mapping[str, Sequence[Path]]
 
 
-class Layout(Protocol):
-    """One way to lay the classes out in ``folder``."""
-
-    folder: Path
-
-    def files(self, names: Sequence[str]) -> dict[str, list[Path]]:
-        """The files of each class in the order of its pictures; a class that is not there is left out."""
-
-    def pictures(self, files: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
-        """The pictures of one class, with the files they are from."""
+# A layout has `files(names)`, the files of each class that is there, in the order of its pictures, and
+# `pictures(files)`, the pictures of one class with the files they are from.
 
 
 class Sheets:
@@ -86,7 +78,8 @@ class Sheets:
 
 
 class _SeparatePictures:
-    folder: Path
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
 
     def pictures(self, files: Sequence[Path]) -> Iterator[tuple[Path, Any]]:
         for path in files:
@@ -96,29 +89,21 @@ class _SeparatePictures:
 class Tree(_SeparatePictures):
     """``<wnid>/*``, also below ``<split>`` or ``images``."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
     def files(self, names: Sequence[str]) -> dict[str, list[Path]]:
         found = {}
         for name in names:
             for place in ("", *SPLIT_FOLDERS, "images"):
                 folder = self.folder / place / name
                 if folder.is_dir():
-                    found[name] = sorted(
-                        Path(file.path)
-                        for file in os.scandir(folder)
-                        if file.name.lower().endswith(SUFFIXES) and not file.name.startswith(".")
-                    )
+                    names_there = sorted(os.listdir(folder))
+                    pictures = [n for n in names_there if n.lower().endswith(SUFFIXES) and not n.startswith(".")]
+                    found[name] = [folder / picture for picture in pictures]
                     break
         return found
 
 
 class List(_SeparatePictures):
     """``images/<filename>``, where ``<split>.csv`` gives the label of every file name."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
 
     def files(self, names: Sequence[str]) -> dict[str, list[Path]]:
         found: dict[str, list[Path]] = {}
@@ -137,13 +122,12 @@ class List(_SeparatePictures):
         return [path for split in SPLIT_FOLDERS if (path := self.folder / f"{split}.csv").is_file()]
 
 
+Layout = Sheets | Tree | List
+
+
 def locate(root: str | os.PathLike[str] | None, names: Sequence[str]) -> tuple[Layout, Files]:
     """The first place that has some of the classes, and the files of each; an error where one is missing."""
-    if root is not None:
-        places = [Path(root).expanduser()]
-    else:
-        data = os.environ.get("IMPLICITLAYER_DATA")
-        places = [*([Path(data).expanduser()] if data else []), cache_folder()]
+    places, hint = places_of(root)
     for place in places:
         for folder in (place / subfolder for subfolder in SUBFOLDERS):
             for layout in _layouts(folder):
@@ -151,7 +135,6 @@ def locate(root: str | os.PathLike[str] | None, names: Sequence[str]) -> tuple[L
                 if files:
                     return layout, _checked(layout, files, names)
     listed = " or ".join(str(place) for place in places)
-    hint = "" if root is not None else " Or say where it is with root= or the variable IMPLICITLAYER_DATA."
     raise FileNotFoundError(f"None of the {len(names)} classes of mini-ImageNet is in {listed}. {SOURCE}{hint}")
 
 
@@ -167,10 +150,8 @@ def fingerprint(files: Files) -> str:
 
 def decode(layout: Layout, files: Files, image_size: int) -> Iterator[NDArray[np.uint8]]:
     """The pictures of one class after another, uint8 ``[600, S, S, 3]``."""
-    try:
+    with extra("pillow", "Reading mini-ImageNet"):
         from PIL import Image
-    except ImportError as error:
-        raise need_extra("pillow", "Reading mini-ImageNet") from error
     for paths in files.values():
         images = np.empty((NUM_PICTURES, image_size, image_size, 3), dtype=np.uint8)
         for index, (path, picture) in enumerate(layout.pictures(paths)):

@@ -12,8 +12,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from implicitlayer.fewshot._initial import DrawnNetwork
-from implicitlayer.fewshot._parameters import stacked_parameters
+from implicitlayer.base._numbers import check_integer
+from implicitlayer.fewshot._parameters import DrawnNetwork, stacked_parameters
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,6 @@ class MLP(DrawnNetwork):
         in_features: numbers in one input, at least 1.
         hidden: widths of the hidden layers, each at least 1; empty for a linear map.
         out_features: numbers in one output, at least 1.
-
-    Example:
-        >>> network = mlp(hidden=(40, 40))
-        >>> params = network.init(torch.Generator().manual_seed(0))
-        >>> network(params, torch.rand(10, 1)).shape
-        torch.Size([10, 1])
-        >>> network(params, torch.rand(3, 10, 1)).shape  # three tasks
-        torch.Size([3, 10, 1])
     """
 
     in_features: int = 1
@@ -45,8 +37,7 @@ class MLP(DrawnNetwork):
         object.__setattr__(self, "hidden", tuple(self.hidden))
         widths = {f"hidden[{i}]": width for i, width in enumerate(self.hidden)}
         for name, value in {"in_features": self.in_features, **widths, "out_features": self.out_features}.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+            check_integer(name, value, 1)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -62,18 +53,10 @@ class MLP(DrawnNetwork):
         value.uniform_(-bound, bound, generator=generator)
 
     def __call__(self, params: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-        """Compute the outputs of one task or of a batch of independent tasks.
+        """The outputs `[K, out_features]` of inputs `[K, in_features]`; with B tasks both have a leading axis of B.
 
-        Args:
-            params: one task's parameters, or the same with a leading axis of B tasks; tensors without it are shared.
-            inputs: `[K, in_features]`, or `[B, K, in_features]` for B tasks.
-
-        Returns:
-            `[K, out_features]`, or `[B, K, out_features]`.
-
-        Raises:
-            ValueError: a tensor that is missing or has another shape.
-            TypeError: inputs and parameters have different dtypes.
+        Parameters may have that axis too; tensors without it are shared. ValueError for a tensor that is missing or has
+        another shape, TypeError where inputs and parameters have different dtypes.
         """
         if inputs.ndim not in (2, 3) or inputs.shape[-1] != self.in_features:
             raise ValueError(
@@ -92,10 +75,5 @@ class MLP(DrawnNetwork):
 
 
 def mlp(*, in_features: int = 1, hidden: Sequence[int] = (40, 40), out_features: int = 1) -> MLP:
-    """A fully connected network, see :class:`MLP`; the default is the regressor of MAML's sinusoids.
-
-    Args:
-        in_features, out_features: numbers per example.
-        hidden: widths of the hidden layers.
-    """
+    """A fully connected network, see :class:`MLP`; the default is the regressor of MAML's sinusoids."""
     return MLP(in_features, tuple(hidden), out_features)

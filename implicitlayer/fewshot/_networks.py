@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from implicitlayer.base._numbers import check_integer
 from implicitlayer.fewshot._batch_norm import EPSILON, batch_norm_relu
 from implicitlayer.fewshot._conv4_loss import Conv4Loss, Evaluation
 from implicitlayer.fewshot._convolution import convolution, convolution_relu
-from implicitlayer.fewshot._initial import DrawnNetwork
 from implicitlayer.fewshot._kernels import hand_written, keep_freed_memory, mapped, needs_plain_operations
-from implicitlayer.fewshot._parameters import stacked_parameters
+from implicitlayer.fewshot._parameters import DrawnNetwork, stacked_parameters
 from implicitlayer.fewshot._pooling import max_pool
 from implicitlayer.fewshot._task_losses import check_labels, task_accuracy, task_cross_entropy
 
@@ -79,13 +79,10 @@ class Conv4(DrawnNetwork):
 
     def __post_init__(self) -> None:
         for name in ("num_ways", "in_channels", "num_filters", "image_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+            check_integer(name, getattr(self, name), 1)
         if self.downsample not in get_args(Downsample):
-            raise ValueError(
-                f"downsample={self.downsample!r} must be one of {', '.join(map(repr, get_args(Downsample)))}."
-            )
+            listed = ", ".join(map(repr, get_args(Downsample)))
+            raise ValueError(f"downsample={self.downsample!r} must be one of {listed}.")
         if self.num_features == 0:
             raise ValueError(
                 f"image_size={self.image_size} must be at least {2**_NUM_BLOCKS} with downsample='max_pool': four "
@@ -145,44 +142,20 @@ class Conv4(DrawnNetwork):
         return logits if batched else logits.squeeze(0)
 
     def features(self, params: Mapping[str, Tensor], images: Tensor) -> Tensor:
-        """Compute what the linear head reads; the parameters of the head may be missing.
+        """What the linear head reads, `[K, num_features]` or `[B, K, num_features]`, of what the logits take.
 
-        Args:
-            params: as for the logits.
-            images: as for the logits.
-
-        Returns:
-            `[K, num_features]`, or `[B, K, num_features]`.
-
-        Raises:
-            ValueError, TypeError: as for the logits.
-
-        Example:
-            >>> network = conv4(num_ways=5, num_filters=8)
-            >>> params = network.init(torch.Generator().manual_seed(0))
-            >>> network.features(params, torch.rand(10, 1, 28, 28)).shape
-            torch.Size([10, 32])
+        The parameters of the head may be missing.
         """
         p, images, batched = self._stacked(params, images, without_head=True)
         features = self._in_parts(self._features, p, images)
         return features if batched else features.squeeze(0)
 
     def cross_entropy(self, params: Mapping[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        """Compute each task's mean cross-entropy, the same as `task_cross_entropy(network(params, images), labels)`.
+        """Each task's mean cross-entropy in nats, 0-d or `[B]`: `task_cross_entropy(network(params, images), labels)`.
 
         On a CPU, with strides and with few images this is faster than that expression: of five images, gradients and
-        Hessian-vector products in the parameters take 0.7 x its time.
-
-        Args:
-            params: as for the logits.
-            images: as for the logits.
-            labels: `[K]`, or `[B, K]` for B tasks, integers in 0 .. N - 1.
-
-        Returns:
-            0-d, or `[B]`, in nats.
-
-        Raises:
-            ValueError, TypeError: as for the logits; labels of another shape.
+        Hessian-vector products in the parameters take 0.7 x its time. Labels are `[K]`, or `[B, K]` for B tasks,
+        integers in 0 .. N - 1.
 
         Example:
             >>> network = conv4(num_ways=5, num_filters=8)
@@ -197,26 +170,7 @@ class Conv4(DrawnNetwork):
     def cross_entropy_and_accuracy(
         self, params: Mapping[str, Tensor], images: Tensor, labels: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Compute each task's mean cross-entropy and its accuracy, in one forward pass.
-
-        Args:
-            params, images, labels: as for `cross_entropy`.
-
-        Returns:
-            The losses, and the shares of images whose largest logit is at the label, without a gradient; both 0-d, or
-            `[B]`.
-
-        Raises:
-            ValueError, TypeError: as for `cross_entropy`.
-
-        Example:
-            >>> network = conv4(num_ways=5, num_filters=8)
-            >>> params = network.init(torch.Generator().manual_seed(0))
-            >>> images, labels = torch.rand(10, 1, 28, 28), torch.arange(10) % 5
-            >>> loss, accuracy = network.cross_entropy_and_accuracy(params, images, labels)
-            >>> bool(accuracy == task_accuracy(network(params, images), labels))
-            True
-        """
+        """The losses of `cross_entropy`, and the accuracies without a gradient, in one forward pass."""
         both = self._evaluated(params, images, labels, with_accuracy=True)
         return both[..., 0], both[..., 1].detach()
 
@@ -241,8 +195,15 @@ class Conv4(DrawnNetwork):
         if not batched:
             labels = labels.unsqueeze(0)
         check_labels(images[..., 0, 0, 0, None], labels)
-        function = self._losses_and_accuracies if with_accuracy else self._losses
-        found = self._in_parts(function, p, images, labels)
+
+        def by_hand_of(p: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
+            evaluation = self._evaluation(p, images, labels)
+            losses = evaluation(p)
+            if not with_accuracy:
+                return losses
+            return torch.stack([losses, task_accuracy(evaluation.loss.log_p.detach(), labels)], -1)
+
+        found = self._in_parts(by_hand_of, p, images, labels)
         return found if batched else found.squeeze(0)
 
     def _stacked(
@@ -275,19 +236,8 @@ class Conv4(DrawnNetwork):
             return function(p, *data)
         parts = {name: value.split(at_once) for name, value in p.items()}
         pieces = zip(*(tensor.split(at_once) for tensor in data), strict=True)
-        return torch.cat(
-            [function({name: values[i] for name, values in parts.items()}, *some) for i, some in enumerate(pieces)]
-        )
-
-    def _losses(self, p: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        """Losses `[B]` with derivatives by hand."""
-        return self._evaluation(p, images, labels)(p)
-
-    def _losses_and_accuracies(self, p: dict[str, Tensor], images: Tensor, labels: Tensor) -> Tensor:
-        """The same with the accuracies, `[B, 2]`."""
-        evaluation = self._evaluation(p, images, labels)
-        losses = evaluation(p)
-        return torch.stack([losses, task_accuracy(evaluation.loss.log_p.detach(), labels)], -1)
+        found = [function({name: split[i] for name, split in parts.items()}, *some) for i, some in enumerate(pieces)]
+        return torch.cat(found)
 
     def _evaluation(self, p: dict[str, Tensor], images: Tensor, labels: Tensor) -> Evaluation:
         def plain(*tensors: Tensor) -> Tensor:

@@ -12,13 +12,12 @@ import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from implicitlayer.fewshot._cache import cache_folder
-from implicitlayer.fewshot._dataset import DatasetError, ImageClasses, check_image_size, load_block, need_extra
+from implicitlayer.fewshot._cache import places_of
+from implicitlayer.fewshot._dataset import DatasetError, ImageClasses, check_image_size, extra, load_block
 from implicitlayer.fewshot._splits import load_splits, names_of
 
 PARTS = ("images_background", "images_evaluation")
@@ -68,11 +67,6 @@ class Omniglot(ImageClasses):
     Source: Lake, Salakhutdinov, Tenenbaum, Human-level concept learning through probabilistic program induction,
     Science 350 (2015), doi:10.1126/science.aab3050. MAML's 1,100 / 100 / 423 counts; its own lists depend on the order
     of a file system, so they are not used.
-
-    Example:
-        >>> test = Omniglot(split="test")  # doctest: +SKIP
-        >>> test.num_classes, test.images.shape[1:]  # doctest: +SKIP
-        (423, torch.Size([20, 28, 28]))
     """
 
     def __init__(
@@ -94,14 +88,6 @@ class Omniglot(ImageClasses):
             f"omniglot-{split}-{image_size}", key, shape, lambda: _decode(sources, names, image_size), cache_dir
         )
         super().__init__(images, names, split=split)
-
-
-class _Source(Protocol):
-    path: Path
-
-    def fingerprint(self, names: Sequence[str]) -> str: ...
-    def drawings(self) -> dict[str, list[str]]: ...
-    def read(self, entry: str) -> bytes: ...
 
 
 class _Archive:
@@ -156,12 +142,11 @@ class _Tree:
         return (self.path / entry).read_bytes()
 
 
+_Source = _Archive | _Tree
+
+
 def _find_sources(root: str | os.PathLike[str] | None, *, download: bool) -> list[_Source]:
-    if root is not None:
-        places = [Path(root).expanduser()]
-    else:
-        data = os.environ.get("IMPLICITLAYER_DATA")
-        places = [*([Path(data).expanduser()] if data else []), cache_folder() / "omniglot"]
+    places, hint = places_of(root, "omniglot")
     for place in places:
         for folder in (place / subfolder for subfolder in SUBFOLDERS):
             sources = _sources_in(folder)
@@ -175,7 +160,6 @@ def _find_sources(root: str | os.PathLike[str] | None, *, download: bool) -> lis
         _download(places[0])
         return _sources_in(places[0])
     listed = " or ".join(str(place) for place in places)
-    hint = "" if root is not None else " Or say where it is with root= or the variable IMPLICITLAYER_DATA."
     remedy = REMEDY.format(root="" if root is None else f"{str(root)!r}, ")
     raise FileNotFoundError(f"No Omniglot in {listed}. {remedy}{hint}")
 
@@ -195,10 +179,8 @@ def _sources_in(folder: Path) -> list[_Source]:
 
 
 def _decode(sources: Sequence[_Source], names: Sequence[str], image_size: int) -> NDArray[np.uint8]:
-    try:
+    with extra("pillow", "Reading Omniglot"):
         from PIL import Image
-    except ImportError as error:
-        raise need_extra("pillow", "Reading Omniglot") from error
     place: dict[str, tuple[_Source, list[str]]] = {}
     for source in sources:
         for name, entries in source.drawings().items():

@@ -1,7 +1,8 @@
-"""How a network's parameters come in: as one task's, or as those of B tasks with a leading axis."""
+"""A network's parameters: how one task's are drawn, and how those of B tasks come in."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
 import torch
@@ -19,19 +20,13 @@ def stacked_parameters(
     dtype: torch.dtype,
     name: str,
 ) -> dict[str, Tensor]:
-    """Every parameter as ``[B, *shape]``; one without the axis is shared by the tasks.
+    """Every parameter of ``shapes`` as ``[B, *shape]``; one without the axis is shared by the tasks.
 
     Args:
-        params: the parameters given.
-        shapes: shape of every parameter of one task.
         num_tasks: B.
         batched: whether the input has an axis of tasks, so that parameters may have it too.
-        dtype: of the input, which the parameters must share (but under autocast).
+        dtype: of the input, which the parameters must share (but under autocast), or TypeError.
         name: of the network, for the messages.
-
-    Raises:
-        ValueError: a parameter is missing or has another shape.
-        TypeError: a parameter has another dtype.
     """
     found = {}
     for key, shape in shapes.items():
@@ -52,6 +47,35 @@ def stacked_parameters(
     return found
 
 
-def drawing_device(generator: torch.Generator | None) -> torch.device:
-    """Where numbers are drawn: the generator's device, the CPU without one, so that a seed means one network."""
-    return generator.device if generator is not None else torch.device("cpu")
+class DrawnNetwork(ABC):
+    """Base of the networks of this package: a subclass names the shapes of its parameters and fills one at a time."""
+
+    @property
+    @abstractmethod
+    def shapes(self) -> dict[str, Shape]:
+        """Shape of every parameter of one task."""
+
+    @abstractmethod
+    def _fill(self, name: str, value: Tensor, generator: torch.Generator | None) -> None:
+        """Draw a parameter in place."""
+
+    def init(
+        self,
+        generator: torch.Generator | None = None,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> dict[str, Tensor]:
+        """Draw one task's parameters, with the names and shapes of `shapes`; the class says from which distribution.
+
+        The numbers are drawn on the generator's device (without one by torch's global generator on the CPU) and then
+        moved to ``device`` (torch's default one), so that a seed gives the same network on every device.
+        """
+        device = torch.get_default_device() if device is None else device
+        drawn_on = torch.device("cpu") if generator is None else generator.device
+        params = {}
+        for name, shape in self.shapes.items():
+            value = torch.empty(shape, dtype=dtype, device=drawn_on)
+            self._fill(name, value, generator)
+            params[name] = value.to(device)
+        return params

@@ -23,13 +23,9 @@ _GEOMETRY = ([2, 2], [2, 2], [0, 0], [1, 1], False)  # window, stride, padding, 
 
 
 def max_pool(x: Tensor) -> Tensor:
-    """Take the largest entry of every 2x2 square, the first of equal ones.
+    """Take the largest entry of every 2x2 square of `[K, H, W, B, C]`, the first of equal ones.
 
-    Args:
-        x: `[K, H, W, B, C]`.
-
-    Returns:
-        `[K, H // 2, W // 2, B, C]`: an odd last row or column is left out.
+    Gives `[K, H // 2, W // 2, B, C]`: an odd last row or column is left out.
     """
     if hand_written(x):
         return _MaxPool.apply(x)[0]  # type: ignore[no-any-return]

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicitlayer.fewshot._stream import TaskStream, check_number, on_device
+from implicitlayer.base._numbers import check_integer
+from implicitlayer.fewshot._stream import TaskStream, on_device
 
 Points = tuple[Tensor, Tensor]
 
@@ -24,11 +25,8 @@ class Sinusoids(TaskStream[tuple[Points, Points]]):
     and i alone, as in :class:`EpisodeSampler`.
 
     Args:
-        num_shots: K, support points of a task, at least 1.
-        num_query: Q, query points of a task, at least 1.
-        amplitude: smallest and largest A.
-        phase: smallest and largest p, in radians.
-        interval: smallest and largest x.
+        num_shots, num_query: K and Q, support and query points of a task, at least 1.
+        amplitude, phase, interval: smallest and largest A, p (in radians) and x.
         seed: integer of 0 or more.
         device: where the tasks are returned; they are drawn on the host.
 
@@ -37,13 +35,6 @@ class Sinusoids(TaskStream[tuple[Points, Points]]):
 
     Source: Finn, Abbeel, Levine, Model-Agnostic Meta-Learning (ICML 2017), section 5.1, from which the defaults are;
     its networks are ``mlp()``.
-
-    Example:
-        >>> (x, y), (query_x, query_y) = Sinusoids(num_shots=5, amplitude=(2.0, 2.0), phase=(0.0, 0.0)).sample(3)
-        >>> x.shape, query_y.shape
-        (torch.Size([3, 5, 1]), torch.Size([3, 10, 1]))
-        >>> torch.allclose(y, 2 * x.sin(), atol=1e-6)
-        True
     """
 
     def __init__(
@@ -57,8 +48,8 @@ class Sinusoids(TaskStream[tuple[Points, Points]]):
         seed: int = 0,
         device: torch.device | str = "cpu",
     ) -> None:
-        check_number("num_shots", num_shots, 1)
-        check_number("num_query", num_query, 1)
+        check_integer("num_shots", num_shots, 1)
+        check_integer("num_query", num_query, 1)
         super().__init__(seed)
         self.num_shots, self.num_query = num_shots, num_query
         self.amplitude = _interval("amplitude", amplitude)

@@ -19,22 +19,12 @@ SEED = 0
 
 
 def hash_split(names: Iterable[str], sizes: Mapping[str, int], *, seed: int = SEED) -> dict[str, list[str]]:
-    """Distribute class names over splits by a stable hash (NOTE [splits]).
+    """Distribute class names over splits by a stable hash (NOTE [splits]): for each split its names, sorted.
 
-    Args:
-        names: distinct class names, in any order.
-        sizes: how many classes each split gets; they add up to the number of names.
-        seed: another seed gives another distribution.
+    ``sizes`` says how many classes each split gets; they add up to the number of names, which are distinct.
 
-    Returns:
-        For each split its names, sorted.
-
-    Raises:
-        ValueError: a name occurs twice, or the sizes do not add up.
-
-    Example:
-        >>> hash_split(["a", "b", "c", "d"], {"train": 3, "test": 1})
-        {'train': ['b', 'c', 'd'], 'test': ['a']}
+    >>> hash_split(["a", "b", "c", "d"], {"train": 3, "test": 1})
+    {'train': ['b', 'c', 'd'], 'test': ['a']}
     """
     order = sorted(names, key=lambda name: hashlib.sha256(f"{seed}/{name}".encode()).digest())
     if len(set(order)) != len(order):
@@ -49,12 +39,7 @@ def hash_split(names: Iterable[str], sizes: Mapping[str, int], *, seed: int = SE
 
 
 def load_splits(dataset: str) -> dict[str, list[str]]:
-    """The stored class names of each split of ``"omniglot"``, ``"glyphs"`` or ``"mini_imagenet"``.
-
-    Example:
-        >>> {split: len(names) for split, names in load_splits("omniglot").items()}
-        {'train': 1100, 'val': 100, 'test': 423}
-    """
+    """The stored class names of each split of ``"omniglot"``, ``"glyphs"`` or ``"mini_imagenet"``."""
     text = resources.files("implicitlayer.fewshot").joinpath("splits", f"{dataset}.json").read_text(encoding="utf-8")
     stored = json.loads(text)
     return {split: list(stored[split]) for split in SPLIT_NAMES}

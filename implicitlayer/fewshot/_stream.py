@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from implicitlayer.base._numbers import check_integer
+
 Batch = TypeVar("Batch")
 
 
@@ -27,7 +29,7 @@ class TaskStream(abc.ABC, Generic[Batch]):
     """
 
     def __init__(self, seed: int) -> None:
-        check_number("seed", seed, 0)
+        check_integer("seed", seed, 0)
         self.seed = seed
         self._random = np.random.Generator(np.random.PCG64(seed))
         self._worker: int | None = None  # seed of the worker process whose stream this is
@@ -42,7 +44,7 @@ class TaskStream(abc.ABC, Generic[Batch]):
 
     def sample(self, num_tasks: int) -> Batch:
         """The next ``num_tasks`` tasks."""
-        check_number("num_tasks", num_tasks, 1)
+        check_integer("num_tasks", num_tasks, 1)
         worker = _worker_seed()
         if worker is not None and worker != self._worker:
             entropy = [int(self._random.integers(2**63)), worker]
@@ -54,8 +56,8 @@ class TaskStream(abc.ABC, Generic[Batch]):
 
         The sampler itself does not move on. The last batch may be smaller.
         """
-        check_number("num_tasks", num_tasks, 1)
-        check_number("batch_size", batch_size, 1)
+        check_integer("num_tasks", num_tasks, 1)
+        check_integer("batch_size", batch_size, 1)
         random = np.random.Generator(np.random.PCG64(self.seed))
         for start in range(0, num_tasks, batch_size):
             yield self._draw(random, min(batch_size, num_tasks - start))
@@ -86,12 +88,6 @@ def _worker_seed() -> int | None:
     """That of the DataLoader's worker that this process is."""
     info = torch.utils.data.get_worker_info()
     return None if info is None else info.seed
-
-
-def check_number(name: str, value: int, least: int) -> None:
-    """Refuse what is no integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
 
 
 def on_device(array: NDArray[Any], device: torch.device) -> Tensor:

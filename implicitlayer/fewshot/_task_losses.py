@@ -9,14 +9,11 @@ from torch import Tensor
 
 
 def task_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross-entropy of each task, in nats.
+    """Mean cross-entropy of each task, in nats: `[...]`, one loss a task, so a 0-d tensor for one task.
 
     Args:
         logits: `[..., K, N]`.
         labels: `[..., K]`, integers in 0 .. N - 1; no broadcasting.
-
-    Returns:
-        `[...]`: one loss a task, so a 0-d tensor for one task.
 
     Raises:
         ValueError: the labels have another shape, or are no integers.
@@ -32,44 +29,16 @@ def task_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def task_accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Fraction of each task's images whose largest logit is at the label.
-
-    Args:
-        logits: `[..., K, N]`.
-        labels: `[..., K]`, integers in 0 .. N - 1; no broadcasting.
-
-    Returns:
-        `[...]`, in the logits' floating type.
-
-    Raises:
-        ValueError: the labels have another shape, or are no integers.
-
-    Example:
-        >>> import torch
-        >>> task_accuracy(torch.eye(3), torch.tensor([0, 1, 0]))
-        tensor(0.6667)
-    """
+    """Fraction of each task's images whose largest logit is at the label; arguments as in `task_cross_entropy`."""
     check_labels(logits, labels)
     return (logits.argmax(-1) == labels).to(logits.dtype).mean(-1)
 
 
 def task_mean_squared_error(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Mean of the squared differences of each task, over its examples and their outputs.
+    """Mean of the squared differences of each task, over its examples and their outputs: `[...]`, one loss a task.
 
-    Args:
-        predictions: `[..., K, D]`.
-        targets: `[..., K, D]`; no broadcasting, which turns `[K, 1]` against `[K]` into `[K, K]`.
-
-    Returns:
-        `[...]`: one loss a task, so a 0-d tensor for one task.
-
-    Raises:
-        ValueError: the shapes differ, or have no axis of examples.
-
-    Example:
-        >>> import torch
-        >>> task_mean_squared_error(torch.tensor([[[1.0], [3.0]]]), torch.zeros(1, 2, 1))
-        tensor([5.])
+    Predictions and targets are `[..., K, D]`, or it is a ValueError: no broadcasting, which makes `[K, K]` of `[K, 1]`
+    and `[K]`.
     """
     if predictions.shape != targets.shape or predictions.ndim < 2:
         raise ValueError(

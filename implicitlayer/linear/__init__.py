@@ -12,16 +12,6 @@ from implicitlayer.linear._preconditioners import Jacobi, Nystrom
 from implicitlayer.linear._warm_start import WarmStart
 
 __all__ = [
-    "Bicgstab",
-    "ConjugateGradient",
-    "Dense",
-    "FlatOperator",
-    "Gmres",
-    "Jacobi",
-    "LinearSolver",
-    "Minres",
-    "Neumann",
-    "NormalEquations",
-    "Nystrom",
-    "WarmStart",
-]
+    "Bicgstab", "ConjugateGradient", "Dense", "FlatOperator", "Gmres", "Jacobi", "LinearSolver", "Minres",
+    "Neumann", "NormalEquations", "Nystrom", "WarmStart",
+]  # fmt: skip

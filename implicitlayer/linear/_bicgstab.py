@@ -33,8 +33,6 @@ from implicitlayer.linear._common import (
 from implicitlayer.linear._operator import FlatOperator, lane_dot
 from implicitlayer.linear._preconditioners import Precondition
 
-__all__ = ["Bicgstab"]
-
 
 @dataclass(frozen=True)
 class Bicgstab(KrylovSolver):
@@ -45,26 +43,15 @@ class Bicgstab(KrylovSolver):
     that does not help. Eigenvalues near the imaginary axis (rotations) are its weak side: use :class:`Gmres` there.
 
     Args:
-        rtol: relative tolerance; default 1e-10 (float64), 1e-5 (float32), if ``max_steps`` is not given alone.
-        atol: absolute tolerance, in units of b.
+        rtol, atol: as in :class:`ConjugateGradient`, also for the errors.
         max_steps: limit of steps; a step is one product, so that an iteration makes two. Default ten times the number
             of unknowns of one lane.
         preconditioner: ``v -> approximately A^-1 v`` on flat vectors [*lanes, n], from the right; or a
             :class:`Jacobi` or :class:`Nystrom`, built from the operator. Default: the operator's diagonal metric.
 
-    Raises:
-        ValueError: a negative tolerance or step limit.
-
     Source: H. A. van der Vorst, Bi-CGSTAB, SIAM J. Sci. Stat. Comput. 13 (1992). Difference from
     ``scipy.sparse.linalg.bicgstab``: lanes, restarts after breakdowns, the true residual at the end, no dependence on
     scale.
-
-    Example:
-        >>> import torch, implicitlayer as il
-        >>> matrix = torch.tensor([[2.0, 1.0], [0.0, 4.0]]).double()
-        >>> solution = il.Bicgstab()(matrix, torch.tensor([3.0, 4.0]).double())
-        >>> [round(v, 12) for v in solution.value.tolist()], solution.status.name
-        ([1.0, 1.0], 'CONVERGED')
     """
 
     method: ClassVar[str] = "Bi-CGSTAB"

@@ -8,19 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from typing import ClassVar
 
 import torch
 
 from implicitlayer.base._ritz import RitzValues
 from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._status import Status
-from implicitlayer.linear._common import NOISE, SLACK, STEPS_BETWEEN_SYNCS, Keep, Limits, lane_norm
-from implicitlayer.linear._operator import FlatOperator, LinearSolver, lane_dot, lane_scale
+from implicitlayer.linear._common import NOISE, SLACK, STEPS_BETWEEN_SYNCS, Keep, KrylovSolver, lane_norm, zero_steps
+from implicitlayer.linear._operator import FlatOperator, lane_dot, lane_scale
 from implicitlayer.linear._preconditioners import Precondition, Preconditioner
 from implicitlayer.linear._traced import TracedSolution, TracedSystem, conjugate_gradient
-
-__all__ = ["ConjugateGradient"]
 
 # NOTE [a small residual is no small error]: ||u - A^-1 b|| <= ||r|| / (smallest eigenvalue), and the smallest curvature
 # seen estimates that eigenvalue from above, at no product. With the default tolerance a lane whose residual is small
@@ -38,7 +36,7 @@ _BLOWN_UP = 1e3
 
 
 @dataclass(frozen=True)
-class ConjugateGradient(LinearSolver):
+class ConjugateGradient(KrylovSolver):
     """Solve ``A u = b`` for symmetric positive-definite A from products ``A v`` alone.
 
     Stops a lane when ``||b - A u||_2 <= max(rtol ||b||_2, atol)``. The right-hand side is normalised first and the
@@ -71,24 +69,8 @@ class ConjugateGradient(LinearSolver):
         ([1.0, 0.25], 'CONVERGED', 2)
     """
 
-    rtol: float | None = None
-    atol: float = 0.0
-    max_steps: int | None = None
-    preconditioner: Precondition | Preconditioner | None = None
+    method: ClassVar[str] = "Conjugate gradient"
     systems = "positive definite"
-
-    def __post_init__(self) -> None:
-        self.limits  # noqa: B018  checks the arguments
-
-    @cached_property
-    def limits(self) -> Limits:
-        """The three arguments that say when to stop."""
-        return Limits(self.rtol, self.atol, self.max_steps)
-
-    @property
-    def has_tolerance(self) -> bool:
-        """Whether a tolerance was asked for; with ``max_steps`` alone, none was."""
-        return self.limits.has_tolerance
 
     def traced(self, system: TracedSystem) -> TracedSolution:
         """The same for a compiler; see :func:`implicitlayer.compile`."""
@@ -108,7 +90,7 @@ class ConjugateGradient(LinearSolver):
         if rtol is not None:
             tolerance = torch.maximum(rtol * norm, self.atol / scale[..., 0].double())
         if self.max_steps == 0:
-            return self._zero_steps((b if precondition is None else precondition(b)) * scale, norm, scale, rtol)
+            return zero_steps(rhs, precondition or (lambda vector: vector), self.limits, self.method)
         max_steps = self.max_steps if self.max_steps is not None else 10 * max(rhs.shape[-1], 1)
         # one system on the CPU: Python numbers cost a fraction of 0-d tensors
         alone = norm.numel() == 1 and rhs.device.type == "cpu"
@@ -143,9 +125,8 @@ class ConjugateGradient(LinearSolver):
             previous = run.residual_norm
         if touched and asked:
             run.codes = self._ill_conditioned(run, unit, norm)
-        return self._finish(
-            run, lambda: b if precondition is None else precondition(b), norm, scale, tolerance, rtol, touched
-        )
+        start = lambda: b if precondition is None else precondition(b)  # noqa: E731
+        return self._finish(run, start, norm, scale, tolerance, rtol, touched)
 
     def _unit(self, operator: FlatOperator) -> float | torch.Tensor | None:
         """What curvatures p'Ap / p'Mp are to be multiplied with to be those of A; None where M is no number."""
@@ -170,17 +151,6 @@ class ConjugateGradient(LinearSolver):
         if self.rtol is not None or self.atol > 0:
             wrong = wrong & (torch.finfo(run.value.dtype).eps * high > 0.01 * low)
         return torch.where(wrong, int(Status.ILL_CONDITIONED), run.codes)
-
-    def _zero_steps(
-        self, value: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor, rtol: float | None
-    ) -> LinearSolution:
-        """No step, no product: the status tells that nothing was solved if a tolerance was asked for."""
-        code = Status.STEP_LIMIT if rtol is None else Status.MAX_STEPS_REACHED
-        codes = torch.where(norm.isfinite(), int(code), int(Status.NONFINITE))
-        unknown = torch.full_like(norm, math.nan)
-        return LinearSolution(
-            value, codes, torch.zeros_like(codes), unknown, unknown, unknown + math.inf, False, _NAME, rtol
-        )
 
     def _finish(
         self,
@@ -211,22 +181,10 @@ class ConjugateGradient(LinearSolver):
             codes = torch.where(soft & ~(relative < 1), int(Status.DIVERGED), codes)
         fruitless = (codes > int(Status.STAGNATED)) & ~(relative < 1)
         value = torch.where(fruitless.unsqueeze(-1), zero_steps(), run.value) if bool(fruitless.any()) else run.value
-        return LinearSolution(
-            value=value * scale,
-            codes=codes,
-            steps=run.steps,
-            residual_norm=residual * scale[..., 0],
-            relative_residual=relative,
-            smallest_curvature=run.smallest if run.smallest is not None else torch.full_like(norm, math.inf),
-            residual_is_true=asked and touched,
-            method=_NAME,
-            rtol=rtol,
-            ritz=run.ritz,
-            preconditioned=self.preconditioner is not None,
-        )
-
-
-_NAME = "Conjugate gradient"
+        smallest = run.smallest if run.smallest is not None else torch.full_like(norm, math.inf)
+        numbers = (codes, run.steps, residual * scale[..., 0], relative, smallest)
+        how = (asked and touched, self.method, rtol, run.ritz, self.preconditioner is not None)
+        return LinearSolution(value * scale, *numbers, *how)
 
 
 @dataclass

@@ -203,12 +203,11 @@ def refine(
         norm = torch.where(better, new_norm, norm)
         codes = torch.where(running & ~new_norm.isfinite(), int(Status.NONFINITE), codes)
         claims = running & (codes == int(Status.CONVERGED))
+        undecided = goes_on
         if limits.has_tolerance:
             done = running & (norm <= 2 * tolerance)
             codes = torch.where(done, int(Status.CONVERGED), codes)
             undecided = (claims | goes_on) & ~done
-        else:
-            undecided = goes_on
         fell = norm < torch.where(claims, 0.5, 1 - _LEAST_FALL) * previous
         codes = torch.where(undecided, torch.where(fell, limit, int(Status.STAGNATED)), codes)
         running = undecided & fell & (steps < max_steps)
@@ -217,17 +216,8 @@ def refine(
     if limits.has_tolerance:
         rounding = eps * growth * lane_norm(x) / torch.where(initial > 0, initial, 1.0)
         codes = _judge(codes, norm <= SLACK * tolerance, relative, rounding, math.sqrt(eps))
-    return LinearSolution(
-        value=x * scale,
-        codes=codes,
-        steps=steps,
-        residual_norm=norm * scale[..., 0],
-        relative_residual=relative,
-        smallest_curvature=curvature,
-        residual_is_true=is_true,
-        method=method,
-        rtol=rtol,
-    )
+    numbers = (codes, steps, norm * scale[..., 0], relative, curvature)
+    return LinearSolution(x * scale, *numbers, is_true, method, rtol)
 
 
 def _judge(
@@ -248,6 +238,45 @@ def _judge(
     return torch.where(soft & ~reached & ~(relative < 1), int(Status.DIVERGED), codes)
 
 
+def refine_direct(
+    operator: FlatOperator, rhs: torch.Tensor, limits: Limits, correct: Callable[[Round], Correction], method: str
+) -> LinearSolution:
+    """:func:`refine`, which is spared where one system on the CPU is solved by the first round; the answer is the same.
+
+    ``correct`` may be called again for the same round: it is to keep its factors.
+    """
+    if rhs.device.type == "cpu" and rhs.shape[:-1].numel() == 1 and rhs.shape[-1]:
+        solution = _first_round(operator, rhs, limits, correct, method)
+        if solution is not None:
+            return solution
+    return refine(operator, rhs, limits, correct, method)
+
+
+def _first_round(
+    operator: FlatOperator, rhs: torch.Tensor, limits: Limits, correct: Callable[[Round], Correction], method: str
+) -> LinearSolution | None:
+    """The first round of :func:`refine` with Python's numbers; None where it does not end there."""
+    lanes, rtol = rhs.shape[:-1], limits.relative(rhs.dtype)
+    scale = rhs.abs().max().item()
+    if not 0 < scale < math.inf or rtol is None:
+        return None
+    b = rhs / scale
+    initial = torch.linalg.vector_norm(b).item()
+    tolerance = max(rtol * initial, limits.atol / scale)
+    max_steps = limits.max_steps if limits.max_steps is not None else 10 * rhs.shape[-1]
+    runs, stop, left = (torch.full(lanes, value) for value in (True, tolerance, max_steps))
+    found = correct(Round(b, runs, stop, left, max_steps))
+    if found.codes.item() != int(Status.CONVERGED):
+        return None
+    norm = torch.linalg.vector_norm(b - operator(found.value)).item()
+    if not norm <= 2 * tolerance:
+        return None
+    curvature = torch.full(lanes, math.inf, dtype=torch.float64) if found.curvature is None else found.curvature
+    absolute, relative = (torch.full(lanes, size, dtype=torch.float64) for size in (norm * scale, norm / initial))
+    numbers = (found.codes, found.steps, absolute, relative, curvature)
+    return LinearSolution(found.value * scale, *numbers, True, method, rtol)
+
+
 @dataclass(frozen=True)
 class KrylovSolver(LinearSolver):
     """Base class of solvers by recurrences: tolerances and preconditioner; a subclass has ``correct``."""
@@ -260,12 +289,12 @@ class KrylovSolver(LinearSolver):
     method: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
-        Limits(self.rtol, self.atol, self.max_steps)
+        self.limits  # noqa: B018  checks the arguments
 
-    @property
-    def has_tolerance(self) -> bool:
-        """Whether a tolerance was asked for; with ``max_steps`` alone, none was."""
-        return Limits(self.rtol, self.atol, self.max_steps).has_tolerance
+    @cached_property
+    def limits(self) -> Limits:
+        """The three arguments that say when to stop."""
+        return Limits(self.rtol, self.atol, self.max_steps)
 
     def correct(self, operator: FlatOperator, precondition: Precondition, start: Round) -> Correction:
         """The recurrence, run from zero on the right-hand side ``start.residual``."""
@@ -273,7 +302,6 @@ class KrylovSolver(LinearSolver):
 
     def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution:
         """Solve for a flat right-hand side [*lanes, n]."""
-        limits = Limits(self.rtol, self.atol, self.max_steps)
         built: list[Precondition] = []
 
         def precondition(vector: torch.Tensor) -> torch.Tensor:  # built at its first use: a zero rhs makes no product
@@ -285,25 +313,17 @@ class KrylovSolver(LinearSolver):
             return built[0](vector)
 
         if self.max_steps == 0:
-            return _zero_steps(rhs, precondition, limits, self.method)
-        return refine(operator, rhs, limits, lambda start: self.correct(operator, precondition, start), self.method)
+            return zero_steps(rhs, precondition, self.limits, self.method)
+        correct = lambda start: self.correct(operator, precondition, start)  # noqa: E731
+        return refine(operator, rhs, self.limits, correct, self.method)
 
 
-def _zero_steps(rhs: torch.Tensor, precondition: Precondition, limits: Limits, method: str) -> LinearSolution:
+def zero_steps(rhs: torch.Tensor, precondition: Precondition, limits: Limits, method: str) -> LinearSolution:
     """The preconditioned right-hand side; the status tells that nothing was solved if a tolerance was asked for."""
     scale = lane_scale(rhs)
     finite = lane_norm(rhs / scale).isfinite()
     code = Status.MAX_STEPS_REACHED if limits.has_tolerance else Status.STEP_LIMIT
     codes = torch.where(finite, int(code), int(Status.NONFINITE))
     unknown = torch.full(codes.shape, math.nan, dtype=torch.float64, device=rhs.device)
-    return LinearSolution(
-        value=precondition(rhs / scale) * scale,
-        codes=codes,
-        steps=torch.zeros_like(codes),
-        residual_norm=unknown,
-        relative_residual=unknown,
-        smallest_curvature=unknown + math.inf,
-        residual_is_true=False,
-        method=method,
-        rtol=limits.relative(rhs.dtype),
-    )
+    numbers = (codes, torch.zeros_like(codes), unknown, unknown, unknown + math.inf)
+    return LinearSolution(precondition(rhs / scale) * scale, *numbers, False, method, limits.relative(rhs.dtype))

@@ -12,12 +12,9 @@ import torch
 from implicitlayer import _torch
 from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._status import Status
-from implicitlayer.linear._common import NOISE, Correction, Limits, Round, select
-from implicitlayer.linear._direct import refine_direct
+from implicitlayer.linear._common import NOISE, Correction, Limits, Round, refine_direct, select
 from implicitlayer.linear._operator import FlatOperator, LinearSolver
 from implicitlayer.linear._traced import TracedSolution, TracedSystem, dense
-
-__all__ = ["Dense"]
 
 _CHUNK = 64  # products made side by side: their intermediate results are in memory together
 # A smallest pivot below this many times the noise makes the singular values be computed.
@@ -34,20 +31,11 @@ class Dense(LinearSolver):
     status is CONVERGED, else SINGULAR.
 
     Args:
-        rtol: relative residual that counts as solved; default 1e-10 (float64), 1e-5 (float32).
-        max_size: largest n that is accepted.
-
-    Raises:
-        ValueError: a negative tolerance; a system larger than ``max_size``.
+        rtol: relative residual that counts as solved, not negative; default 1e-10 (float64), 1e-5 (float32).
+        max_size: largest n that is accepted; ValueError above it.
 
     Source: Golub & Van Loan, Matrix Computations, 4th ed., sections 3.4, 3.5.3 (refinement) and 4.2. Difference from
     ``torch.linalg.solve``: a status per lane in place of an error for the whole batch.
-
-    Example:
-        >>> import torch, implicitlayer as il
-        >>> solution = il.Dense()(torch.tensor([[0.0, 2.0], [1.0, 0.0]]).double(), torch.tensor([4.0, 3.0]).double())
-        >>> solution.value.tolist(), solution.status.name
-        ([3.0, 2.0], 'CONVERGED')
     """
 
     rtol: float | None = None

@@ -32,8 +32,6 @@ from implicitlayer.linear._common import (
 from implicitlayer.linear._operator import FlatOperator, lane_dot
 from implicitlayer.linear._preconditioners import Precondition
 
-__all__ = ["Gmres"]
-
 _FIRST_VECTORS = 15  # room made at the start of a cycle
 
 
@@ -47,15 +45,9 @@ class Gmres(KrylovSolver):
     left, the status is SINGULAR.
 
     Args:
-        rtol: relative tolerance; default 1e-10 (float64), 1e-5 (float32), if ``max_steps`` is not given alone.
-        atol: absolute tolerance, in units of b.
-        max_steps: limit of steps (products); default ten times the number of unknowns of one lane.
-        preconditioner: ``v -> approximately A^-1 v`` on flat vectors [*lanes, n], from the right; or a
-            :class:`Jacobi` or :class:`Nystrom`, built from the operator. Default: the operator's diagonal metric.
+        rtol, atol, max_steps: as in :class:`ConjugateGradient`, also for the errors; a step is a product.
+        preconditioner: as in :class:`Bicgstab`, from the right.
         restart: steps of one cycle, at least 1; never more than n are made, so that small systems are solved in full.
-
-    Raises:
-        ValueError: a negative tolerance or step limit, a restart below 1.
 
     Source: Y. Saad and M. H. Schultz, GMRES, SIAM J. Sci. Stat. Comput. 7 (1986). Difference from
     ``scipy.sparse.linalg.gmres``: lanes; orthogonalisation twice by classical Gram-Schmidt, which is as good as
@@ -108,16 +100,9 @@ class Gmres(KrylovSolver):
             w = select(running, w)
             growth = torch.where(running, torch.maximum(growth, largest(w) / largest(z)), growth)
             column = torch.zeros_like(triangle[..., 0])  # [*lanes, size + 1]
-            before = lane_norm(w)
-            for _ in range(2):
-                h = lane_dot(basis[: k + 1], w)  # [k + 1, *lanes]
-                w = w - times(h, basis[: k + 1]).sum(0)
-                column[..., : k + 1] += h.movedim(0, -1)
-            after = lane_norm(w)
-            after = torch.where(after > noise * before, after, 0.0)
-            column[..., k + 1] = after
+            w, column[..., : k + 1], column[..., k + 1] = _orthogonal(w, basis[: k + 1], noise)
+            after = column[..., k + 1].clone()
             curvature = torch.where(running, torch.minimum(curvature, column[..., k]), curvature)
-
             column = (rotation @ column.unsqueeze(-1))[..., 0]
             pivot = torch.hypot(column[..., k], column[..., k + 1])
             top = torch.where(running, torch.maximum(top, largest(column)), top)
@@ -144,6 +129,17 @@ class Gmres(KrylovSolver):
         size = min(size, len(basis))
         value = _combine(basis[:size], triangle[..., :size, :size], beta.unsqueeze(-1) * rotation[..., :size, 0], rank)
         return Correction(precondition(value), codes, steps, norm, curvature, growth)
+
+
+def _orthogonal(w: torch.Tensor, basis: torch.Tensor, noise: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``w`` without its parts along the basis [k, *lanes, n], these parts [*lanes, k], and its norm."""
+    before, parts = lane_norm(w), torch.zeros((), dtype=torch.float64, device=w.device)
+    for _ in range(2):
+        h = lane_dot(basis, w)  # [k, *lanes]
+        w = w - times(h, basis).sum(0)
+        parts = parts + h.movedim(0, -1)
+    after = lane_norm(w)
+    return w, parts, torch.where(after > noise * before, after, 0.0)
 
 
 def _combine(basis: torch.Tensor, triangle: torch.Tensor, rhs: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:

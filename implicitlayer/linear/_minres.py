@@ -45,7 +45,36 @@ from implicitlayer.linear._common import (
 from implicitlayer.linear._operator import FlatOperator, lane_dot
 from implicitlayer.linear._preconditioners import Precondition
 
-__all__ = ["Minres"]
+
+@dataclass(eq=False)
+class _Bottom:
+    """Where ``||A r||`` was smallest, lane by lane, and the residual there; see NOTE [inconsistent systems]."""
+
+    x: torch.Tensor
+    slope: torch.Tensor
+    phi: torch.Tensor
+    trusted: torch.Tensor
+    eps: float
+
+    def look(
+        self,
+        running: torch.Tensor,
+        x: torch.Tensor,
+        slope: torch.Tensor,
+        phi: torch.Tensor,
+        rounding: torch.Tensor,
+        norm: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The lanes that have lost their residual, those that are singular, and those that still run."""
+        root = math.sqrt(self.eps)
+        lower = running & (slope < self.slope) & (rounding <= root * norm)
+        self.slope, self.phi = torch.where(lower, slope, self.slope), torch.where(lower, phi, self.phi)
+        self.x = select(lower, x, self.x)
+        flat = running & ~(slope > NOISE * self.eps)  # gamma = 0 among them, and size = 0
+        self.trusted = torch.where(running & (rounding <= self.eps**0.25 * norm), phi, self.trusted)
+        lost = running & (rounding > norm)
+        inconsistent = lost & (self.slope < root) & (self.trusted > 0.25 * self.phi)
+        return lost, flat | inconsistent, running & ~(flat | lost)
 
 
 @dataclass(frozen=True)
@@ -57,14 +86,9 @@ class Minres(KrylovSolver):
     the least-squares residual is reached and the status is SINGULAR.
 
     Args:
-        rtol: relative tolerance; default 1e-10 (float64), 1e-5 (float32), if ``max_steps`` is not given alone.
-        atol: absolute tolerance, in units of b.
-        max_steps: limit of steps (products); default ten times the number of unknowns of one lane.
-        preconditioner: ``v -> approximately |A|^-1 v``, symmetric positive definite, on flat vectors [*lanes, n]; or
-            a :class:`Jacobi` or :class:`Nystrom`, built from the operator. Default: the operator's diagonal metric.
-
-    Raises:
-        ValueError: a negative tolerance or step limit; a preconditioner that is not positive definite.
+        rtol, atol, max_steps: as in :class:`ConjugateGradient`, also for the errors; a step is a product.
+        preconditioner: ``v -> approximately |A|^-1 v``, symmetric positive definite (or a ValueError), on flat vectors
+            [*lanes, n]; or a :class:`Jacobi` or :class:`Nystrom`. Default: the operator's diagonal metric.
 
     Source: C. C. Paige and M. A. Saunders, Solution of sparse indefinite systems of linear equations, SIAM J. Numer.
     Anal. 12 (1975). Difference from ``scipy.sparse.linalg.minres``: lanes, a stopping test on the residual alone (not
@@ -97,15 +121,11 @@ class Minres(KrylovSolver):
         codes = torch.where(running & ~finite, int(Status.NONFINITE), codes)
         running = running & finite
         bad_metric = running & ~(beta > 0)
-        running = running & ~bad_metric
-        phibar = beta
+        running, phibar = running & ~bad_metric, beta
         u, v = times(1 / beta, r), times(1 / beta, v)
         zero = torch.zeros_like(beta)
-        dbar, epsilon, c, s, size = zero, zero, zero - 1, zero, zero
-        beta_old = zero
-        curvature = zero + math.inf
-        trusted_phi = phibar
-        bottom_x, bottom, bottom_phi, growth = x, zero + math.sqrt(eps), phibar, zero
+        dbar, epsilon, c, s, size, beta_old, curvature = zero, zero, zero - 1, zero, zero, zero, zero + math.inf
+        bottom, growth = _Bottom(x, zero + math.sqrt(eps), phibar, phibar, eps), zero
         for step in range(start.max_steps):
             running = running & (steps < start.steps_left)
             if not any_runs(running, step):
@@ -114,11 +134,7 @@ class Minres(KrylovSolver):
             new = operator(v)
             steps = steps + running
             growth = torch.where(running, torch.maximum(growth, largest(new) / largest(v)), growth)
-            new = new - times(beta_old, u_old)
-            alpha = lane_dot(v, new)
-            new = new - times(alpha, u)
-            z = precondition(new)
-            beta = lane_norm(new, z)
+            new, z, alpha, beta = _orthogonal(precondition, new - times(beta_old, u_old), v, u)
             finite = alpha.isfinite() & new.isfinite().all(-1)
             bad_metric = bad_metric | (running & finite & z.isfinite().all(-1) & beta.isnan())
             codes = torch.where(running & ~beta.isfinite(), int(Status.NONFINITE), codes)
@@ -130,17 +146,10 @@ class Minres(KrylovSolver):
             epsilon, dbar = s * beta, -c * beta
             slope = torch.hypot(gbar, dbar) / size  # ||A r|| / (||A|| ||r||) at x
             rounding = eps * growth * largest(x)  # of the residual, by the size of x
-            lower = running & (slope < bottom) & (rounding <= math.sqrt(eps) * norm)
-            bottom, bottom_phi = torch.where(lower, slope, bottom), torch.where(lower, phibar, bottom_phi)
-            bottom_x = select(lower, x, bottom_x)
-            flat = running & ~(slope > NOISE * eps)  # gamma = 0 among them, and size = 0
-            trusted_phi = torch.where(running & (rounding <= eps**0.25 * norm), phibar, trusted_phi)
-            lost = running & (rounding > norm)
-            inconsistent = lost & (bottom < math.sqrt(eps)) & (trusted_phi > 0.25 * bottom_phi)
+            lost, singular, running = bottom.look(running, x, slope, phibar, rounding, norm)
             codes = torch.where(lost, CONTINUE, codes)
-            codes = torch.where(flat | inconsistent, int(Status.SINGULAR), codes)
-            x = select(flat | inconsistent, bottom_x, x)
-            running = running & ~(flat | lost)
+            codes = torch.where(singular, int(Status.SINGULAR), codes)
+            x = select(singular, bottom.x, x)
             gamma = torch.hypot(gbar, beta)
             c, s = gbar / gamma, beta / gamma
             w, w_old = times(1 / gamma, v - times(epsilon_old, w_old) - times(delta, w)), w
@@ -156,9 +165,23 @@ class Minres(KrylovSolver):
             reached = running & (norm <= start.stop)
             codes = torch.where(reached, int(Status.CONVERGED), codes)
             running = running & ~reached
-        if bool(bad_metric.any()):
-            raise ValueError(
-                f"the preconditioner of {type(self).__name__} must be symmetric positive definite: it gave "
-                "<r, M^-1 r> <= 0. Use the absolute value of what it approximates."
-            )
+        _refuse(bad_metric)
         return Correction(x, codes, steps, norm, curvature, growth)
+
+
+def _orthogonal(
+    precondition: Precondition, new: torch.Tensor, v: torch.Tensor, u: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``new`` without its part along u, M^-1 times it, that part alpha, and the M^-1-norm beta of what is left."""
+    alpha = lane_dot(v, new)
+    new = new - times(alpha, u)
+    z = precondition(new)
+    return new, z, alpha, lane_norm(new, z)
+
+
+def _refuse(bad_metric: torch.Tensor) -> None:
+    if bool(bad_metric.any()):
+        raise ValueError(
+            "the preconditioner of Minres must be symmetric positive definite: it gave <r, M^-1 r> <= 0. Use the "
+            "absolute value of what it approximates."
+        )

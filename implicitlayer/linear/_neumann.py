@@ -18,8 +18,6 @@ from implicitlayer.base._status import Status
 from implicitlayer.linear._common import any_runs, lane_norm, select
 from implicitlayer.linear._operator import FlatOperator, LinearSolver, lane_scale
 
-__all__ = ["Neumann"]
-
 
 @dataclass(frozen=True)
 class Neumann(LinearSolver):
@@ -97,13 +95,5 @@ class Neumann(LinearSolver):
         summed = codes == int(Status.STEP_LIMIT)
         codes = torch.where(summed & (relative <= eps), int(Status.CONVERGED), codes)
         codes = torch.where(summed & ~(relative < 1), int(Status.DIVERGED), codes)
-        return LinearSolution(
-            value=self.step_size * total * scale,
-            codes=codes,
-            steps=steps,
-            residual_norm=norm * scale[..., 0],
-            relative_residual=relative,
-            smallest_curvature=torch.full_like(relative, math.inf),
-            residual_is_true=False,
-            method="Neumann series",
-        )
+        numbers = (codes, steps, norm * scale[..., 0], relative, torch.full_like(relative, math.inf))
+        return LinearSolution(self.step_size * total * scale, *numbers, False, "Neumann series")

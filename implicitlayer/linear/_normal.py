@@ -17,8 +17,6 @@ from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.linear._common import CONTINUE, LIMIT, Correction, Limits, Round, lane_norm, refine, select
 from implicitlayer.linear._operator import FlatOperator, LinearSolver, Product
 
-__all__ = ["NormalEquations"]
-
 
 @dataclass(frozen=True)
 class NormalEquations(LinearSolver):
@@ -39,12 +37,6 @@ class NormalEquations(LinearSolver):
     Source: Hestenes & Stiefel 1952, section 10; Saad, Iterative Methods for Sparse Linear Systems, 2nd ed., chapter 8.
     Difference from ``scipy.sparse.linalg.lsqr``: any inner solver, lanes, and refinement in place of bidiagonalisation,
     so that a residual near eps needs a condition number below about ``eps^-1/2``.
-
-    Example:
-        >>> import torch, implicitlayer as il
-        >>> rotation = torch.tensor([[0.0, -1.0], [1.0, 0.0]]).double()
-        >>> il.NormalEquations()(rotation, torch.tensor([1.0, 2.0]).double()).value.tolist()
-        [2.0, -1.0]
     """
 
     solver: LinearSolver = field(default_factory=ConjugateGradient)

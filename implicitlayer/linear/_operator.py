@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -96,7 +96,7 @@ class LinearSolver(Extension):
             return ravel(product, 0)
 
         solution = self(FlatOperator(matvec), ravel(leaves, 0))
-        return _replace_value(solution, unflatten(unravel(solution.value, leaves, 0), spec))
+        return replace(solution, value=unflatten(unravel(solution.value, leaves, 0), spec))
 
 
 def is_for_symmetric(solver: Any) -> bool:
@@ -113,16 +113,9 @@ def _matrix_operator(matrix: torch.Tensor, rhs: torch.Tensor) -> FlatOperator:
     return FlatOperator(
         lambda v: torch.linalg.vecdot(matrix.conj(), v.unsqueeze(-2)),
         lambda v: torch.linalg.vecdot(matrix.mT.conj(), v.unsqueeze(-2)),
-        symmetric=bool(
-            ((matrix == matrix.mT) | ~(matrix + matrix.mT).isfinite()).all()
-        ),  # a broken lane decides nothing
+        # a broken lane decides nothing
+        symmetric=bool(((matrix == matrix.mT) | ~(matrix + matrix.mT).isfinite()).all()),
     )
-
-
-def _replace_value(solution: LinearSolution, value: Any) -> LinearSolution:
-    from dataclasses import replace
-
-    return replace(solution, value=value)
 
 
 def default_rtol(dtype: torch.dtype) -> float:
@@ -168,14 +161,5 @@ def wrap_value(operator: FlatOperator, rhs: torch.Tensor, value: Any, method: st
     codes = torch.where(relative <= rtol, int(Status.CONVERGED), int(Status.STAGNATED))
     codes = torch.where(relative < 1, codes, int(Status.DIVERGED))
     codes = torch.where(relative.isfinite(), codes, int(Status.NONFINITE))
-    return LinearSolution(
-        value=value,
-        codes=codes,
-        steps=torch.zeros_like(codes),
-        residual_norm=residual * scale[..., 0],
-        relative_residual=relative,
-        smallest_curvature=torch.full_like(relative, math.inf),
-        residual_is_true=True,
-        method=method,
-        rtol=rtol,
-    )
+    numbers = (codes, torch.zeros_like(codes), residual * scale[..., 0], relative, torch.full_like(relative, math.inf))
+    return LinearSolution(value, *numbers, True, method, rtol)

@@ -14,10 +14,8 @@ from implicitlayer.base._status import Status
 from implicitlayer.linear._common import SLACK, Limits, lane_norm, select
 from implicitlayer.linear._operator import FlatOperator, LinearSolver
 
-__all__ = ["WarmStart"]
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class WarmStart(LinearSolver):
     """Start each solve at the last answer of the same shape: solve ``A d = b - A u_0`` and return ``u_0 + d``.
 
@@ -32,10 +30,8 @@ class WarmStart(LinearSolver):
     sees plain tensors, with the lanes of ``vmap`` as leading dimensions: lanes are warm-started one by one).
 
     Args:
-        solver: a linear solver with ``rtol``, ``atol`` and ``max_steps``, such as ``il.ConjugateGradient()``.
-
-    Raises:
-        TypeError: a solver without those attributes.
+        solver: a linear solver with ``rtol``, ``atol`` and ``max_steps``, such as ``il.ConjugateGradient()``; TypeError
+            for one without.
 
     Example:
         >>> import torch, implicitlayer as il
@@ -70,8 +66,7 @@ class WarmStart(LinearSolver):
     @property
     def rtol(self) -> float | None:
         """That of the solver."""
-        value: float | None = self.solver.rtol
-        return value
+        return self.solver.rtol  # type: ignore[no-any-return]
 
     @property
     def atol(self) -> float:
@@ -81,8 +76,7 @@ class WarmStart(LinearSolver):
     @property
     def max_steps(self) -> int | None:
         """That of the solver."""
-        value: int | None = self.solver.max_steps
-        return value
+        return self.solver.max_steps  # type: ignore[no-any-return]
 
     def reset(self) -> None:
         """Forget all answers: the next solve of any shape starts at zero."""
@@ -91,11 +85,12 @@ class WarmStart(LinearSolver):
     def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution:
         """Solve for a flat right-hand side [*lanes, n]."""
         if _torch.is_wrapped(rhs):
-            solution: LinearSolution = self.solver(operator, rhs)
-            return solution
+            return self.solver(operator, rhs)  # type: ignore[no-any-return]
         key = (tuple(rhs.shape), rhs.dtype, rhs.device)
         start = self._kept.get(key)
-        solution = self.solver(operator, rhs) if start is None else self._corrected(operator, rhs, start)
+        solution: LinearSolution = (
+            self.solver(operator, rhs) if start is None else self._corrected(operator, rhs, start)
+        )
         # a lane that failed, or had nothing to solve, keeps its old start
         worth = (solution.codes <= int(Status.STAGNATED)) & (rhs != 0).any(-1) & solution.value.isfinite().all(-1)
         self._kept[key] = select(worth, solution.value.detach(), start)
@@ -106,8 +101,7 @@ class WarmStart(LinearSolver):
         live = norm.isfinite() & (norm > 0)
         start = select(live, start)
         if not bool((start != 0).any()):
-            solution: LinearSolution = self.solver(operator, rhs)
-            return solution
+            return self.solver(operator, rhs)  # type: ignore[no-any-return]
         residual = rhs - operator(start)
         better = live & (lane_norm(residual) < norm)
         start, residual = select(better, start), select(better, residual, rhs)

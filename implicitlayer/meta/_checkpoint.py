@@ -30,10 +30,8 @@ class CheckpointError(ImplicitLayerError, ValueError):
     """A checkpoint that cannot be used: damaged, of another program, of other settings, or not plain data."""
 
 
-def replace_file(path: Path, write: Callable[[IO[bytes]], None]) -> None:
-    """Write beside ``path``, flush to the disk, then take its place in one step.
-
-    A process killed at any point leaves either the old file or the new one.
+def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write beside ``path``, flush, then take its place in one step: a kill leaves the old file or the new one.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full; the message says which file is concerned.
@@ -146,10 +144,6 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
     NumPy's numbers are saved as Python's, and its arrays as tensors.
 
-    Args:
-        path: the file.
-        state: what to save.
-
     Raises:
         CheckpointError: the state holds something that would not be read back; the message gives its path, and no file
             was written.
@@ -168,9 +162,6 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
     """The state saved by :func:`save_checkpoint`, on the CPU. Only data is read: a checkpoint cannot run code.
-
-    Args:
-        path: the file.
 
     Raises:
         CheckpointError: the file is damaged or no checkpoint.
@@ -197,26 +188,38 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def save_json(path: Path, value: Any) -> None:
-    """Write ``value`` as readable JSON in one step: the file is the old one or the new one.
-
-    Args:
-        path: the file.
-        value: what JSON knows; all else is written as its ``str``.
-    """
+    """Write ``value`` as readable JSON in one step; what JSON does not know is written as its ``str``."""
     text = json.dumps(value, indent=2, default=str) + "\n"
-    replace_file(path, lambda file: _write_text(file, text))
+    replace_file(path, lambda file: file.write(text.encode()))
 
 
 def save_json_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    """Write one JSON object per line in one step."""
-    text = "".join(json.dumps(record, default=_as_number) + "\n" for record in records)
-    replace_file(path, lambda file: _write_text(file, text))
+    """Write one JSON object per line in one step; numbers may be NumPy's, or tensors of one."""
+    text = "".join(json.dumps(record, default=lambda number: number.item()) + "\n" for record in records)
+    replace_file(path, lambda file: file.write(text.encode()))
 
 
-def _as_number(value: Any) -> Any:
-    """A NumPy number, or a tensor of one."""
-    return value.item()
+class RunFolder:
+    """``checkpoint.pt``, ``best.pt`` and ``metrics.jsonl`` in one folder, each of them whole at any moment."""
 
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.last = folder / "checkpoint.pt"
+        self.best = folder / "best.pt"
 
-def _write_text(file: IO[bytes], text: str) -> None:
-    file.write(text.encode())
+    def check(self, state: dict[str, Any]) -> None:
+        """Raise now, and not at the first checkpoint, if nothing can be written here or the state cannot be kept."""
+        plain_data(state)
+        remove_unfinished(self.folder)
+        probe = self.folder / ".writable"
+        replace_file(probe, lambda file: None)
+        probe.unlink()
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write the last state and its history."""
+        save_checkpoint(self.last, state)
+        save_json_lines(self.folder / "metrics.jsonl", state["history"])
+
+    def save_best(self, state: dict[str, Any]) -> None:
+        """Write the best state."""
+        save_checkpoint(self.best, state)

@@ -15,10 +15,8 @@ from implicitlayer.base._types import PyTree
 def check_one_per_task(name: str, values: Any, num_tasks: int) -> torch.Tensor:
     """``values``, what the user's function ``name`` returned, if it is one number per task.
 
-    Raises:
-        TypeError: it is no tensor.
-        ValueError: it has another shape. A mean over the tasks, or one number for each example, would be summed up like
-            any other tensor and scale the gradients.
+    Else TypeError or ValueError: a mean over the tasks, or one number for each example, would be summed up like any
+    other tensor and scale the gradients.
     """
     if not isinstance(values, torch.Tensor):
         raise TypeError(
@@ -69,12 +67,6 @@ def check_batch_leaves(leaves: Iterable[Any]) -> None:
                 f"The batch of tasks holds a NumPy array of shape {leaf.shape}; only tensors are split into chunks and "
                 "shared among processes. Convert it with torch.from_numpy."
             )
-
-
-def check_integer(name: str, value: Any, least: int) -> None:
-    """Raise ValueError for what is no integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-        raise ValueError(f"{name}={value!r} must be an integer of at least {least}.")
 
 
 def check_number(name: str, value: Any, least: float) -> None:

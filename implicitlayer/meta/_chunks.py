@@ -31,18 +31,10 @@ def in_chunks(episode: Episode, tasks_per_chunk: int | None) -> Iterator[Episode
 
 
 def largest_chunk(peak_of: Callable[[int], int], memory_budget: int, most: int) -> int:
-    """The largest number of tasks at a time whose peak stays within ``memory_budget``.
+    """The largest number of tasks, up to ``most``, whose peak ``peak_of(tasks)`` stays within ``memory_budget`` bytes.
 
     The peak of k tasks is close to a constant plus k times the share of one task, so two measurements give the
-    answer; a third confirms it, and takes a task away as long as it is wrong.
-
-    Args:
-        peak_of: bytes at the highest point of a meta-gradient of so many tasks.
-        memory_budget: bytes.
-        most: tasks there are.
-
-    Raises:
-        ValueError: one task alone does not fit.
+    answer; a third confirms it, and takes a task away as long as it is wrong. ValueError where one task does not fit.
     """
     one = peak_of(1)
     if one > memory_budget:

@@ -36,14 +36,10 @@ class CollapseError(ImplicitLayerError, RuntimeError):
 def collapse(history: Sequence[dict[str, Any]]) -> str:
     """What is wrong with a run since its last return to an earlier state, in a sentence; empty where nothing is.
 
-    Args:
-        history: records of the steps, as a :class:`Trainer` keeps them.
-
-    Example:
-        >>> falling = [{"step": k + 1, "loss": 1.6 - 0.02 * k} for k in range(60)]
-        >>> rising = [{"step": k + 61, "loss": 0.42 + 0.05 * k} for k in range(30)]
-        >>> collapse(falling), bool(collapse(falling + rising))
-        ('', True)
+    >>> falling = [{"step": k + 1, "loss": 1.6 - 0.02 * k} for k in range(60)]
+    >>> rising = [{"step": k + 61, "loss": 0.42 + 0.05 * k} for k in range(30)]
+    >>> collapse(falling), bool(collapse(falling + rising))
+    ('', True)
     """
     starts = [i for i, record in enumerate(history) if record.get("rolled_back")]
     recent = history[starts[-1] + 1 :] if starts else history

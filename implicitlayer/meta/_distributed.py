@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import shlex
@@ -82,9 +81,7 @@ class WorkerGroup:
     def sum_gradients(self, leaves: Sequence[torch.Tensor], present: Sequence[bool]) -> None:
         """Replace every ``leaf.grad`` by its sum over all processes: one flat all-reduce for each dtype and device.
 
-        Args:
-            leaves: the same, in the same order, on every process.
-            present: which leaves have a gradient on any process; on the others it counts as zero.
+        ``leaves`` are in the same order everywhere; ``present`` says which of them have a gradient on any process.
         """
         if self.size == 1:
             return
@@ -105,25 +102,19 @@ class WorkerGroup:
         if self.size == 1:
             made = make()
             return None if made is None else dict(made)
-        content, failure = b"", None
+        sent: list[Any] = [None, False]  # what was made, and whether making it failed
+        failure = None
         if self.is_first:
-            buffer = io.BytesIO()
             try:
-                torch.save(make(), buffer)
-                content = buffer.getvalue()
+                sent = [make(), False]
             except Exception as error:
-                failure = error
-        length = int(self.sum_numbers([-1.0 if failure else float(len(content))])[0])
+                sent, failure = [None, True], error
+        self._collective(lambda: dist.broadcast_object_list(sent, 0, device=self._control()))
         if failure is not None:
             raise failure
-        if length < 0:
+        if sent[1]:
             raise WorkerLostError("The first process failed while the others waited for it; its own message says why.")
-        sent = torch.frombuffer(bytearray(content or bytes(length)), dtype=torch.uint8).to(self._control())
-        self._collective(lambda: dist.broadcast(sent, 0))
-        state: dict[str, Any] | None = torch.load(
-            io.BytesIO(sent.cpu().numpy().tobytes()), map_location="cpu", weights_only=True
-        )
-        return state
+        return None if sent[0] is None else dict(sent[0])
 
     def require_same(self, values: Mapping[str, Any]) -> None:
         """Raise on every process if one of ``values`` (name -> pytree) is not the same, bit for bit, on all of them."""
@@ -156,33 +147,21 @@ class WorkerGroup:
 
 @contextmanager
 def distributed(*, device: torch.device | str | None = None, timeout: float = 300.0) -> Iterator[WorkerGroup]:
-    """Join the processes that ``torchrun`` started, for the length of the ``with`` block.
+    """Join the processes that ``torchrun`` started, for the length of the ``with`` block, which gives the group.
 
     Without ``torchrun`` there is one process and nothing is set up. At the end of the block the processes wait for each
-    other. On CPUs the processes talk through gloo; on GPUs
-    gradients go through nccl and everything small through gloo, which notices a lost process at once. Each process of
-    a machine takes a GPU of its own.
+    other. On CPUs the processes talk through gloo; on GPUs gradients go through nccl and everything small through gloo,
+    which notices a lost process at once. Each process of a machine takes a GPU of its own, ``group.device``.
 
     Args:
         device: "cpu" or "cuda"; None takes GPUs where there are any.
         timeout: seconds that a process waits for the others before it gives up with :class:`WorkerLostError`, more than
             0. Longer than anything that one process does while the others wait.
 
-    Yields:
-        The group; ``group.device`` is where this process shall put its tensors.
-
     Raises:
         ValueError: there is no GPU, or there are fewer than processes; a time-out that is not positive.
         RuntimeError: a process group exists already.
         WorkerLostError: not all processes came.
-
-    Example:
-        In a script started with ``torchrun --nproc-per-node 4 script.py``, or with ``python script.py``:
-
-        >>> import implicitlayer as il
-        >>> with il.meta.distributed(device="cpu") as group:
-        ...     print(f"process {group.rank} of {group.size}")
-        process 0 of 1
     """
     if not timeout > 0:
         raise ValueError(f"timeout={timeout} must be a positive number of seconds.")

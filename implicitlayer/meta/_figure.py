@@ -11,6 +11,7 @@ import torch
 INK, PAPER, GRID = "#1f2328", "#ffffff", "#d8dee4"
 SERIES = ("#1a6fb5", "#d1622b", "#5b8c3e", "#8250a8")  # told apart by lightness too
 RIGHT, WRONG = "#2e7d32", "#c62828"
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def plot_learning_curves(
@@ -40,25 +41,23 @@ def plot_learning_curves(
             [record["seconds"] / 60 for record in points],
             [100 * record["validation"] for record in points],
             yerr=[100 * record["validation_interval"] for record in points],
+            label=name,
+            clip_on=False,  # a point on the border is a whole one
             color=colour,
             marker="o",
             markersize=4,
             linewidth=1.8,
             capsize=2,
-            label=name,
-            clip_on=False,  # a point on the border is a whole one
         )
         latest = max([latest, *minutes.tolist(), *(record["seconds"] / 60 for record in points)])
     if chance is not None:
         axes.axhline(100 * chance, color=INK, linewidth=1, linestyle=":")
-        axes.text(
-            0.995, 100 * chance + 1, "chance", ha="right", color=INK, fontsize=8, transform=axes.get_yaxis_transform()
-        )
+        across = {"transform": axes.get_yaxis_transform(), "ha": "right"}
+        axes.text(0.995, 100 * chance + 1, "chance", color=INK, fontsize=8, **across)
     axes.set(xlabel="minutes of training", ylabel="accuracy on the query set, %", ylim=(0, 100))
     axes.set_xlim(0, 1.05 * latest or 1)
-    axes.set_title(
-        "Learning curves: validation classes (dots, ± 95 %), training classes (thin)", fontsize=10, loc="left"
-    )
+    title = "Learning curves: validation classes (dots, ± 95 %), training classes (thin)"
+    axes.set_title(title, fontsize=10, loc="left")
     axes.grid(color=GRID, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False)
@@ -67,13 +66,12 @@ def plot_learning_curves(
 def plot_episode(
     axes: Any, support: torch.Tensor, query: torch.Tensor, labels: torch.Tensor, probabilities: torch.Tensor
 ) -> None:
-    """Draw one episode: a row per class, its support images left, its query images right with the predicted class.
+    """Draw one episode: a row per class, its support images left, its query images with their predictions right.
 
     Args:
         axes: matplotlib axes.
         support: images [N·K, 1, H, W], in the order of the classes.
-        query: images [Q, 1, H, W].
-        labels: classes [Q] of the query images.
+        query, labels: images [Q, 1, H, W] and their classes [Q].
         probabilities: [Q, N] of the adapted classifier.
     """
     num_ways = probabilities.shape[1]
@@ -87,12 +85,12 @@ def plot_episode(
         for column in range(num_shots):
             left = column * (size + gap)
             _image(axes, support[row * num_shots + column, 0], left, top, INK)
-        axes.text(-gap, top + size / 2, "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[row % 26], ha="right", va="center", color=INK)
+        axes.text(-gap, top + size / 2, LETTERS[row % 26], ha="right", va="center", color=INK)
         for column, index in enumerate((labels == row).nonzero().flatten().tolist()):
             left = num_shots * (size + gap) + split + column * (size + gap)
             colour = RIGHT if predicted[index] == row else WRONG
             _image(axes, query[index, 0], left, top, colour)
-            word = f"{'ABCDEFGHIJKLMNOPQRSTUVWXYZ'[int(predicted[index]) % 26]} {probabilities[index].max():.0%}"
+            word = f"{LETTERS[int(predicted[index]) % 26]} {probabilities[index].max():.0%}"
             axes.text(left + size / 2, top + size + 1, word, ha="center", va="top", fontsize=8, color=colour)
     width = num_shots * (size + gap) + split + num_columns * (size + gap)
     height = num_ways * (size + 2 * gap)
@@ -104,18 +102,8 @@ def plot_episode(
 
 def _image(axes: Any, image: torch.Tensor, left: float, top: float, colour: str) -> None:
     height, width = image.shape
-    axes.imshow(
-        (1 - image.float()).numpy(),
-        cmap="gray",
-        vmin=0,
-        vmax=1,
-        extent=(left, left + width, top + height, top),
-        zorder=1,
-    )
-    axes.plot(
-        [left, left + width, left + width, left, left],
-        [top, top, top + height, top + height, top],
-        color=colour,
-        linewidth=1.2,
-        zorder=2,
-    )
+    right, bottom = left + width, top + height
+    picture = (1 - image.float()).numpy()
+    axes.imshow(picture, cmap="gray", vmin=0, vmax=1, extent=(left, right, bottom, top), zorder=1)
+    frame = [left, right, right, left, left], [top, top, bottom, bottom, top]
+    axes.plot(*frame, color=colour, linewidth=1.2, zorder=2)

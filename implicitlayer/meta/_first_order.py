@@ -47,10 +47,6 @@ class _FirstOrder(MetaMethod):
                 "would never be trained. Use il.meta.iMAML or il.meta.MAML, or pass strength.detach()."
             )
 
-    def inner_objective(self, phi: PyTree, theta: PyTree, support: PyTree) -> torch.Tensor:
-        """The support loss, and the proximal term where a strength was given; [B]."""
-        return regularised(self.task_loss, self.strength)(phi, theta, support)
-
     def _solve(self, solver: InnerSolver, theta: PyTree, support: PyTree) -> PyTree:
         """The same call of the solver as iMAML makes, with all its checks, and no derivative."""
         objective = regularised(self.task_loss, self.strength)
@@ -64,8 +60,7 @@ class FirstOrderMAML(_FirstOrder):
     """First-order MAML: the Jacobian of adaptation is taken to be the identity.
 
     Args:
-        task_loss: ``task_loss(params, batch) -> [B]``.
-        inner_solver: any solver of the library, or a callable ``solver(objective, init, *theta) -> x``.
+        task_loss, inner_solver: as in :class:`iMAML`.
         strength: proximal strength of the inner problem, in the fixed forms of :class:`iMAML`; 0, plain fine-tuning, is
             the original method. With a strength λ this is :class:`iMAML` with zero CG steps.
         step_size_gradient: ``"last_step"`` learns the step size of a ``GradientDescent``, as in :class:`iMAML`.
@@ -110,14 +105,11 @@ class FirstOrderMAML(_FirstOrder):
 class Reptile(_FirstOrder):
     """Reptile: theta moves towards the adapted parameters, its "gradient" is the mean of ``theta − phi_i``.
 
-    The losses [B] that it returns have the value of the query loss (for the curves) and the gradient
-    ``theta − phi_i``.
+    The losses [B] that it returns have the value of the query loss (for the curves) and the gradient ``theta − phi_i``.
 
     Args:
-        task_loss: ``task_loss(params, batch) -> [B]``.
-        inner_solver: any solver of the library, or a callable ``solver(objective, init, *theta) -> x``.
-        strength: proximal strength of the inner problem, in the fixed forms of :class:`iMAML`; 0 is the original
-            method.
+        task_loss, inner_solver: as in :class:`iMAML`.
+        strength: as in :class:`FirstOrderMAML`; 0 is the original method.
 
     Raises:
         ValueError: a negative strength; a strength or a step size that would stay untrained.

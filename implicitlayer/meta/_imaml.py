@@ -11,7 +11,7 @@ from implicitlayer.api import argmin
 from implicitlayer.base._types import InnerSolver, OnFailure, PyTree
 from implicitlayer.equation._jacobian import Curvature
 from implicitlayer.equation._repair import NegativeCurvature
-from implicitlayer.layer import Proximal, proximal
+from implicitlayer.layer import Proximal
 from implicitlayer.linear import ConjugateGradient
 from implicitlayer.meta._checks import PerTask
 from implicitlayer.meta._method import (
@@ -22,9 +22,10 @@ from implicitlayer.meta._method import (
     learned_tensors,
     num_tasks,
     one_per_task,
+    regularised,
     tensors_of,
 )
-from implicitlayer.meta._recording import Moment, Recordings, ReplayedProducts
+from implicitlayer.meta._recording import RecordedCall, ReplayedProducts, recordings_of
 from implicitlayer.meta._settings import EXECUTION
 from implicitlayer.meta._step import LastStep, StepSizeGradient, check_step_size_gradient
 from implicitlayer.solvers._gradient_descent import GradientDescent
@@ -107,7 +108,6 @@ class iMAML(MetaMethod):
     stationarity_rtol: float | None = None
     step_size_gradient: StepSizeGradient = None
     capture: bool = field(default=False, metadata=EXECUTION)
-    _recordings: Recordings = field(default_factory=Recordings, init=False, repr=False)
 
     @classmethod
     def examples(cls, *given: Any) -> list[iMAML]:
@@ -124,38 +124,26 @@ class iMAML(MetaMethod):
             init = one_per_task(theta, num_tasks(support))
         last_step = None if self.step_size_gradient is None else LastStep(self.inner_solver)  # type: ignore[arg-type]
         solver = last_step or self.inner_solver
-        moment = self._moment(solver, init, theta, support) if self.capture else None
-        layer = argmin(
-            self._objective(),
-            moment or solver,
-            linear_solver=self.linear_solver if moment is None else ReplayedProducts(moment),
-            batch_dims=1,
-            on_failure=self.on_failure,
-            stationarity_rtol=self.stationarity_rtol,
-            curvature=self.curvature,
-            negative_curvature=self.negative_curvature,
-        )
+        recorded = self._recorded(solver, (init, theta, support)) if self.capture else None
+        names = ("on_failure", "stationarity_rtol", "curvature", "negative_curvature")
+        how: dict[str, Any] = {name: getattr(self, name) for name in names}
+        how["linear_solver"] = self.linear_solver if recorded is None else ReplayedProducts(recorded)
+        layer = argmin(regularised(self.task_loss, self.strength), recorded or solver, batch_dims=1, **how)
         phi = layer(init, theta, support)
         return phi if last_step is None else last_step.attach(phi)
-
-    def inner_objective(self, phi: PyTree, theta: PyTree, support: PyTree) -> torch.Tensor:
-        """The proximal objective ``task_loss(phi, support) + (strength/2) ||phi - theta||^2``, [B]."""
-        return self._objective()(phi, theta, support)
 
     def parameters(self) -> list[torch.Tensor]:
         """The tensors of a learned strength, then those of a learned step size."""
         step_size = None if self.step_size_gradient is None else self.inner_solver.step_size  # type: ignore[attr-defined]
         return learned_tensors(self.strength, step_size)
 
-    def _moment(self, solver: InnerSolver, init: PyTree, theta: PyTree, support: PyTree) -> Moment | None:
+    def _recorded(self, solver: InnerSolver, data: tuple[PyTree, PyTree, PyTree]) -> RecordedCall | None:
         # a strength that is a callable is asked inside the recording, so that it follows the tensors it is made of
         if self.curvature != "hessian":
-            self._recordings.tell(f'curvature="{self.curvature}" runs one by one: only Hessian products are recorded')
+            recordings_of(self).tell(
+                f'curvature="{self.curvature}" runs one by one: only Hessian products are recorded'
+            )
             return None
         objective = Proximal(PerTask(self.task_loss), self.strength)
-        own = tensors_of(self.strength)
-        return self._recordings.moment(objective, solver, self.linear_solver, own, init, theta, support)
-
-    def _objective(self) -> Proximal:
-        # made at every call: a strength that is learned may have become negative, which is an error here
-        return proximal(PerTask(self.task_loss), self.strength() if callable(self.strength) else self.strength)
+        recording = recordings_of(self).recording(objective, solver, tensors_of(self.strength), data)
+        return None if recording is None else RecordedCall(recording, solver, self.linear_solver, *data[1:])

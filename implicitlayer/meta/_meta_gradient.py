@@ -20,23 +20,13 @@ from implicitlayer.meta._tasks import Episode
 
 @dataclass(frozen=True, eq=False)
 class ChunkMetric:
-    """What is measured on every chunk.
+    """``function(phi, query, support) -> [B]``, measured on every chunk.
 
-    Attributes:
-        function: ``(phi, query, support) -> [B]``.
-        from_loss: whether it is what the task loss scores, in the forward pass of the query losses.
+    ``from_loss``: whether it is what the task loss scores, in the forward pass of the query losses.
     """
 
     function: Callable[[PyTree, PyTree, PyTree], torch.Tensor]
     from_loss: bool = False
-
-    def losses_of(
-        self, method: MetaMethod, theta: PyTree, phi: PyTree, query: PyTree
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Query losses [B], and the metric [B] where it comes with them."""
-        if self.from_loss:
-            return method.scored_query_losses(theta, phi, query)
-        return method.query_losses(theta, phi, query), None
 
     def of(self, phi: PyTree, query: PyTree, support: PyTree) -> torch.Tensor:
         """The metric [B], measured."""
@@ -44,18 +34,9 @@ class ChunkMetric:
             return check_one_per_task("metric", self.function(phi, query, support), num_tasks(support))
 
 
-_NAMES = (
-    "tasks",
-    "loss",
-    "accuracy",
-    "looked_at",
-    "inner_before",
-    "inner_after",
-    "inner_diverged",
-    "solves",
-    "negative_curvature",
-    "cg_residual",
-)
+_OF_TASKS, _OF_LOOKS = ("loss", "accuracy"), ("inner_before", "inner_after", "inner_diverged")
+_OF_SOLVES = ("negative_curvature", "cg_residual")
+_NAMES = ("tasks", *_OF_TASKS, "looked_at", *_OF_LOOKS, "solves", *_OF_SOLVES)
 
 
 class Totals:
@@ -82,11 +63,8 @@ class Totals:
 def means(numbers: list[float], *, with_metric: bool) -> dict[str, float]:
     """The entries of a training record, from the sums over all tasks of all processes."""
     sums = dict(zip(_NAMES, numbers, strict=True))
-    record = {name: sums[name] / sums["tasks"] for name in ("loss", "accuracy")[: 1 + with_metric]}
-    for count, names in (
-        ("solves", ("negative_curvature", "cg_residual")),
-        ("looked_at", ("inner_before", "inner_after", "inner_diverged")),
-    ):
+    record = {name: sums[name] / sums["tasks"] for name in _OF_TASKS[: 1 + with_metric]}
+    for count, names in (("solves", _OF_SOLVES), ("looked_at", _OF_LOOKS)):
         record |= {name: sums[name] / sums[count] for name in names if sums[count]}
     return record
 
@@ -95,52 +73,35 @@ def accumulate(
     method: MetaMethod,
     theta: PyTree,
     episode: Episode,
-    *,
     total_tasks: int,
     tasks_per_chunk: int | None,
     metric: ChunkMetric | None,
     look: bool,
 ) -> Totals:
-    """Add the meta-gradient of ``episode``'s tasks to the ``.grad`` of every leaf, one chunk at a time.
+    """Add the meta-gradient of ``episode``'s tasks to the ``.grad`` of every leaf, ``tasks_per_chunk`` at a time.
 
-    The outer loss is the mean over B tasks, so each task's loss is divided by B whatever the chunk it is in: the sum
-    over chunks (and processes) is the meta-gradient of the whole batch.
-
-    Args:
-        method, theta, episode: what is differentiated, and on which tasks.
-        total_tasks: B.
-        tasks_per_chunk: tasks at a time, None for all.
-        metric: measured on every chunk, None measures nothing.
-        look: also measure how the inner problem went; two forward passes.
+    The outer loss is the mean over B = ``total_tasks``, so each task's loss is divided by B whatever the chunk it is
+    in: the sum over chunks (and processes) is the meta-gradient of the whole batch. With ``look`` the inner problem is
+    measured too; two forward passes.
     """
     totals = Totals()
+
+    def add(support: PyTree, query: PyTree) -> None:  # all that a chunk holds is freed before the next one begins
+        with collect(in_depth=False) as records:
+            phi = method.adapt(theta, support)
+            if metric is not None and metric.from_loss:
+                losses, scores = method.scored_query_losses(theta, phi, query)
+            else:
+                losses, scores = method.query_losses(theta, phi, query), None
+            (losses.sum() / total_tasks).backward()
+        totals.add("loss", losses)
+        totals.add("tasks", losses.new_tensor(num_tasks(support)))
+        if metric is not None:
+            totals.add("accuracy", metric.of(phi, query, support) if scores is None else scores)
+        if look:
+            for name, values in (curvature_sums(records) | inner_sums(method, theta, phi, support)).items():
+                totals.add(name, values)
+
     for support, query in in_chunks(episode, tasks_per_chunk):
-        # a function of its own: all that a chunk holds is freed before the next one begins
-        _add_chunk(totals, method, theta, support, query, total_tasks, metric, look)
+        add(support, query)
     return totals
-
-
-def _add_chunk(
-    totals: Totals,
-    method: MetaMethod,
-    theta: PyTree,
-    support: PyTree,
-    query: PyTree,
-    total_tasks: int,
-    metric: ChunkMetric | None,
-    look: bool,
-) -> None:
-    with collect(in_depth=False) as records:
-        phi = method.adapt(theta, support)
-        if metric is None:
-            losses, scores = method.query_losses(theta, phi, query), None
-        else:
-            losses, scores = metric.losses_of(method, theta, phi, query)
-        (losses.sum() / total_tasks).backward()
-    totals.add("loss", losses)
-    totals.add("tasks", losses.new_tensor(num_tasks(support)))
-    if metric is not None:
-        totals.add("accuracy", metric.of(phi, query, support) if scores is None else scores)
-    if look:
-        for name, values in (curvature_sums(records) | inner_sums(method, theta, phi, support)).items():
-            totals.add(name, values)

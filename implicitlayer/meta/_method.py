@@ -72,8 +72,11 @@ class MetaMethod(abc.ABC, Extension):
         return self.query_losses(theta, self.adapt(theta, support), query)
 
     def inner_objective(self, phi: PyTree, theta: PyTree, support: PyTree) -> torch.Tensor:
-        """The values [B] that adaptation lowers; the trainer compares them before and after to see divergence."""
-        return self.task_loss(phi, support)
+        """The values [B] that adaptation lowers, with the proximal term of a ``strength``.
+
+        The trainer compares them before and after to see divergence.
+        """
+        return regularised(self.task_loss, getattr(self, "strength", 0.0))(phi, theta, support)
 
     def parameters(self) -> list[torch.Tensor]:
         """Learnable tensors of the method itself, such as a learned strength, for the outer optimizer."""
@@ -137,6 +140,3 @@ def check_strength(task_loss: TaskLoss, strength: StrengthLike) -> None:
     """Raise ValueError for a strength that is negative, or not one; a callable is not asked yet."""
     if not callable(strength):
         regularised(task_loss, strength)
-
-
-Metric = Callable[[PyTree, PyTree], torch.Tensor]

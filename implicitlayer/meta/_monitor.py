@@ -1,9 +1,11 @@
-"""What the trainer tells while it trains: numbers of the step, trouble of the inner problem, a progress bar."""
+"""What the trainer tells while it trains: numbers of the step, trouble of the inner problem, a bar, TensorBoard."""
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,36 +61,23 @@ _BAR = "{desc} {percentage:3.0f}% |{bar}|"
 class Progress:
     """A bar with loss, accuracy and time left: tqdm where it is installed, a line now and then where it is not.
 
-    Args:
-        done: share of the budget that is already used, 0...1 (after a resume).
-        name: shown in front.
-        show: False keeps silent.
-        leave: whether the bar stays on the screen at the end.
+    ``done`` is the share of the budget that is already used, 0...1 (after a resume).
     """
 
     _UNITS = 1000
 
     def __init__(self, done: float, *, name: str = "", show: bool = True, leave: bool = True) -> None:
         self._bar: Any = None
-        self._line_at = done
-        self._name = name
-        self._show = show
-        self._trouble = ""
+        self._line_at, self._name, self._show, self._trouble = done, name, show, ""
         if not show:
             return
         try:
             from tqdm import tqdm
         except ImportError:
             return
-        self._bar = tqdm(
-            total=self._UNITS,
-            initial=int(done * self._UNITS),
-            desc=name,
-            leave=leave,
-            bar_format=_BAR,
-            mininterval=0.2 if sys.stderr.isatty() else 15.0,  # a log file gets a line now and then
-            dynamic_ncols=True,
-        )
+        interval = 0.2 if sys.stderr.isatty() else 15.0  # a log file gets a line now and then
+        how = {"bar_format": _BAR, "mininterval": interval, "dynamic_ncols": True, "leave": leave}
+        self._bar = tqdm(total=self._UNITS, initial=int(done * self._UNITS), desc=name, **how)
 
     def update(self, done: float, record: dict[str, Any]) -> None:
         """Show the record of a training step; ``done`` is the share of the budget used."""
@@ -116,3 +105,39 @@ class Progress:
         if self._bar is not None:
             self._bar.refresh()
             self._bar.close()
+
+
+def require_tensorboard() -> None:
+    """Raise, with the extra to install, where TensorBoard is not installed."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ImportError(
+            "tensorboard=True needs the package tensorboard: pip install 'implicitlayer[examples]'. metrics.jsonl "
+            "holds the same numbers without it."
+        )
+
+
+class EventLog:
+    """Event files in ``run_dir``, one value for every number of a training record.
+
+    What earlier files of the folder hold from ``first_step`` on is of steps that a killed process did not save: it is
+    marked as void, and TensorBoard shows each step once.
+    """
+
+    def __init__(self, run_dir: Path, first_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run_dir), purge_step=first_step)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write the numbers of one record at its step."""
+        for name, value in record.items():
+            if name != "step":
+                self._writer.add_scalar(name, value, record["step"])
+
+    def flush(self) -> None:
+        """Put all that was written on the disk."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and end the file."""
+        self._writer.close()

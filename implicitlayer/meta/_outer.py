@@ -16,14 +16,7 @@ Better = Literal["higher", "lower"]
 
 @dataclass(eq=False)
 class OuterStep:
-    """One step of the outer problem, from the gradients that lie in ``.grad``.
-
-    Args:
-        optimizer: any ``torch.optim`` optimizer.
-        scheduler: its scheduler; stepped after every meta-step, or after every validation (``ReduceLROnPlateau``).
-        learning_rate: factor on the optimizer's rates as a function of the share of the budget used.
-        max_gradient_norm: clip the gradient at this Euclidean norm.
-    """
+    """One step of the outer problem, from the gradients in ``.grad``; the arguments are those of the trainer."""
 
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler | None

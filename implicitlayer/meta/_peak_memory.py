@@ -12,14 +12,10 @@ from implicitlayer._torch import TorchDispatchMode, pytree
 
 
 class PeakMemory(TorchDispatchMode):
-    """Bytes of tensor storage that are made inside the ``with`` block and alive, and their peak.
+    """Bytes of tensor storage that are made inside the ``with`` block and alive, ``now``, and their ``peak``.
 
     Storages are counted once, after every operator, wherever they live; views and tensors from outside cost nothing.
     What an operator takes and frees inside itself (a workspace) is not seen.
-
-    Attributes:
-        now: bytes alive.
-        peak: the most that ``now`` has been.
 
     Example:
         >>> import torch, implicitlayer as il
@@ -57,19 +53,10 @@ class PeakMemory(TorchDispatchMode):
 
 
 def peak_memory(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """Most bytes that one call of ``function`` holds at a time, beyond what is held before it.
+    """Most bytes that one call of ``function`` holds at a time, its result included, beyond what is held before it.
 
-    Args:
-        function: what to run; its result counts.
-        device: on "cuda" the number is the allocator's (workspaces included); elsewhere :class:`PeakMemory` counts.
-
-    Returns:
-        Bytes. Run ``function`` once before where it keeps something for later calls.
-
-    Example:
-        >>> import torch, implicitlayer as il
-        >>> il.meta.peak_memory(lambda: torch.ones(1000, dtype=torch.float64))
-        8000
+    On "cuda" the number is the allocator's (workspaces included); elsewhere :class:`PeakMemory` counts. Where
+    ``function`` keeps something for later calls, run it once before.
     """
     device = torch.device(device)
     if device.type == "cuda":

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -63,8 +64,8 @@ class Recording:
 
     Args:
         objective: ``objective(phi, theta, support) -> [B]``.
+        data: ``(init, theta, support)`` of a call.
         record: makes replays of bodies.
-        init, theta, support: the tensors of a call.
         solver: whose steps are recorded; None records none.
         with_products: whether Hessian-vector products are recorded.
     """
@@ -72,26 +73,20 @@ class Recording:
     def __init__(
         self,
         objective: Callable[..., torch.Tensor],
+        data: tuple[PyTree, PyTree, PyTree],
         record: Record,
-        init: PyTree,
-        theta: PyTree,
-        support: PyTree,
-        *,
         solver: GradientDescent | None,
         with_products: bool,
     ) -> None:
         self._objective, self._solver = objective, solver
-        leaves, self._phi_spec = flatten(init)
+        leaves, self._phi_spec = flatten(data[0])
         self._like = [torch.empty_like(leaf, device="meta") for leaf in leaves]
-        tensors, self._data_spec = flatten((theta, support))
+        tensors, self._data_spec = flatten(data[1:])
         self._data = [t.detach().clone(memory_format=torch.contiguous_format) for t in tensors]
         self._phi = ravel([leaf.detach() for leaf in leaves], 1).clone()
         self._vector, self._product = torch.zeros_like(self._phi), torch.empty_like(self._phi)
         self._descend = record([self._steps])[0] if solver is not None else None
-        self._linearise: Callable[[], object] | None = None
-        self._multiply: Callable[[], object] | None = None
-        if with_products:
-            self._linearise, self._multiply = record([self._slope_at, self._pull])
+        self._products = record([self._slope_at, self._pull]) if with_products else []
 
     @property
     def has_steps(self) -> bool:
@@ -111,13 +106,13 @@ class Recording:
 
         def product(vector: torch.Tensor) -> torch.Tensor:
             nonlocal ready
-            assert self._linearise is not None and self._multiply is not None
+            linearise, multiply = self._products
             if not ready:
                 self._fill(phi, data)
-                self._linearise()
+                linearise()
                 ready = True
             self._vector.copy_(vector)
-            self._multiply()
+            multiply()
             return self._product.clone()
 
         return product
@@ -151,14 +146,13 @@ class Recording:
         self._slope = self._gradient(self._point, create_graph=True)
 
     def _pull(self) -> None:
-        (product,) = torch.autograd.grad(
-            self._slope, self._point, self._vector, retain_graph=True, materialize_grads=True
-        )
+        how = {"retain_graph": True, "materialize_grads": True}
+        (product,) = torch.autograd.grad(self._slope, self._point, self._vector, **how)
         self._product.copy_(product)
 
 
 @dataclass(eq=False)
-class Moment(RecordingSolver):
+class RecordedCall(RecordingSolver):
     """One call: the inner solver of the layer, by replay where its steps were recorded; it remembers where it ended."""
 
     recording: Recording
@@ -185,25 +179,23 @@ class Moment(RecordingSolver):
         return result
 
 
+@dataclass(eq=False)
 class ReplayedProducts(LinearSolver):
     """The linear solver of the layer, with the recorded products in place of the operator's own."""
 
-    def __init__(self, moment: Moment) -> None:
-        self.moment = moment
+    call: RecordedCall
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.moment.linear_solver, name)
+        return getattr(self.call.linear_solver, name)
 
     def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution:
         """Solve for [B, n]."""
-        moment = self.moment
-        assert moment.phi is not None
-        data = [leaf.detach() for leaf in flatten((moment.theta, moment.support))[0]]
-        product = moment.recording.products_at(moment.phi, data)
-        replayed: LinearSolution = moment.linear_solver(
-            replace(operator, matvec=product, transpose_matvec=product), rhs
-        )
-        return replayed
+        call = self.call
+        assert call.phi is not None
+        data = [leaf.detach() for leaf in flatten((call.theta, call.support))[0]]
+        product = call.recording.products_at(call.phi, data)
+        replayed = replace(operator, matvec=product, transpose_matvec=product)
+        return call.linear_solver(replayed, rhs)  # type: ignore[no-any-return]
 
 
 @dataclass(eq=False)
@@ -213,80 +205,71 @@ class Recordings:
     kept: dict[Any, Recording | None] = field(default_factory=dict)
     told: set[str] = field(default_factory=set)
 
-    def moment(
+    def recording(
         self,
         objective: Callable[..., torch.Tensor],
         inner_solver: Any,
-        linear_solver: Any,
         own: Sequence[torch.Tensor],
-        init: PyTree,
-        theta: PyTree,
-        support: PyTree,
-    ) -> Moment | None:
-        """Replays for this call; None, after a warning that says why, where it cannot be recorded.
+        data: tuple[PyTree, PyTree, PyTree],
+    ) -> Recording | None:
+        """That of ``data``, (init, theta, support), made at its first call; None, after a warning, where there is none.
 
         ``own``: the tensors that the objective may read besides its arguments, because they are changed in place only.
         """
-        leaves = flatten((init, theta, support))[0]
-        with_products = torch.is_grad_enabled()
+        leaves, with_products = flatten(data)[0], torch.is_grad_enabled()
         key = (with_products, *((t.shape, t.dtype, t.device) if isinstance(t, torch.Tensor) else None for t in leaves))
-        if key not in self.kept:
-            self.kept[key] = None
-            obstacle = self._obstacle(objective, own, init, theta, support)
-            if obstacle is None:
-                try:
-                    self.kept[key] = Recording(
-                        objective,
-                        recorder(leaves[0].device),
-                        init,
-                        theta,
-                        support,
-                        solver=inner_solver if _has_fixed_steps(inner_solver) else None,
-                        with_products=with_products,
-                    )
-                except RuntimeError as error:
-                    obstacle = f"recording failed ({str(error).splitlines()[0]})"
-            if obstacle is not None:
-                self.tell(f"inner steps and products run one by one: {obstacle}")
-            elif not _has_fixed_steps(inner_solver):
-                self.tell(
-                    f"inner steps run one by one: {type(inner_solver).__name__} as it is set decides while it runs. "
-                    "Products are recorded, and so is GradientDescent with max_steps alone"
-                )
-        recording = self.kept[key]
-        return None if recording is None else Moment(recording, inner_solver, linear_solver, theta, support)
-
-    def _obstacle(
-        self,
-        objective: Callable[..., torch.Tensor],
-        own: Sequence[torch.Tensor],
-        init: PyTree,
-        theta: PyTree,
-        support: PyTree,
-    ) -> str | None:
-        leaves = flatten((init, theta, support))[0]
-        if not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
-            return "support holds objects that are no tensors"
-        phi = flatten(init)[0]
-        if len({leaf.dtype for leaf in phi}) > 1 or len({leaf.device for leaf in leaves}) > 1:
-            return "the tensors have several dtypes or devices"
-        if _torch.transforms_active():
-            return "a transform of torch.func is active"
-        closed = find_closed_over(objective, (init, theta, support))
-        known = {id(tensor) for tensor in own}
-        foreign = [t for t in (*closed, *(t for t, _ in closed.constants)) if id(t) not in known]
-        if foreign:
-            return (
-                f"task_loss closes over a tensor of shape {tuple(foreign[0].shape)}, and a recording would go on "
-                "reading it after it was replaced. Pass it in the batch"
+        if key in self.kept:
+            return self.kept[key]
+        self.kept[key] = None
+        obstacle = _obstacle(objective, own, data)
+        solver = inner_solver if _has_fixed_steps(inner_solver) else None
+        if obstacle is None:
+            try:
+                self.kept[key] = Recording(objective, data, recorder(leaves[0].device), solver, with_products)
+            except RuntimeError as error:
+                obstacle = f"recording failed ({str(error).splitlines()[0]})"
+        if obstacle is not None:
+            self.tell(f"inner steps and products run one by one: {obstacle}")
+        elif solver is None:
+            self.tell(
+                f"inner steps run one by one: {type(inner_solver).__name__} as it is set decides while it runs. "
+                "Products are recorded, and so is GradientDescent with max_steps alone"
             )
-        return None
+        return self.kept[key]
 
     def tell(self, message: str) -> None:
         """Warn once that something is not recorded."""
         if message not in self.told:
             self.told.add(message)
             warn(f"capture=True: {message}.", ImplicitLayerWarning, message)
+
+
+_of_methods: WeakKeyDictionary[Any, Recordings] = WeakKeyDictionary()
+
+
+def recordings_of(method: Any) -> Recordings:
+    """Those of a method, kept beside it as long as it lives: a copy of it makes its own."""
+    return _of_methods.setdefault(method, Recordings())
+
+
+def _obstacle(
+    objective: Callable[..., torch.Tensor], own: Sequence[torch.Tensor], data: tuple[PyTree, PyTree, PyTree]
+) -> str | None:
+    leaves = flatten(data)[0]
+    if not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
+        return "support holds objects that are no tensors"
+    if len({leaf.dtype for leaf in flatten(data[0])[0]}) > 1 or len({leaf.device for leaf in leaves}) > 1:
+        return "the tensors have several dtypes or devices"
+    if _torch.transforms_active():
+        return "a transform of torch.func is active"
+    closed, known = find_closed_over(objective, data), {id(tensor) for tensor in own}
+    foreign = [t for t in (*closed, *(t for t, _ in closed.constants)) if id(t) not in known]
+    if foreign:
+        return (
+            f"task_loss closes over a tensor of shape {tuple(foreign[0].shape)}, and a recording would go on "
+            "reading it after it was replaced. Pass it in the batch"
+        )
+    return None
 
 
 def _has_fixed_steps(solver: Any) -> bool:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from implicitlayer.base._numbers import check_integer
 from implicitlayer.base._types import PyTree
-from implicitlayer.meta._checks import check_integer, check_one_per_task
+from implicitlayer.meta._checks import check_one_per_task
 from implicitlayer.meta._chunks import in_chunks, take_tasks
 from implicitlayer.meta._distributed import WorkerGroup
 from implicitlayer.meta._method import MetaMethod, num_tasks
@@ -53,17 +54,8 @@ class Evaluation:
         return _NORMAL_QUANTILE * float(self.values.double().std()) / math.sqrt(self.num_tasks)
 
     def as_dict(self) -> dict[str, Any]:
-        """Mean, interval, number of tasks and the protocol, for a results file.
-
-        >>> Evaluation(torch.tensor([1.0, 0.5]), transductive=True).as_dict()["transductive"]
-        True
-        """
-        return {
-            "mean": self.mean,
-            "interval": self.interval,
-            "num_tasks": self.num_tasks,
-            "transductive": self.transductive,
-        }
+        """Mean, interval, number of tasks and the protocol, for a results file."""
+        return {name: getattr(self, name) for name in ("mean", "interval", "num_tasks", "transductive")}
 
     def __str__(self) -> str:
         """As a percentage, with the protocol where it was stated.
@@ -109,17 +101,6 @@ def evaluate(
     Raises:
         ValueError: there are no episodes, ``tasks_per_chunk`` is less than 1, or the metric is not one number per task.
         TypeError: the metric is no tensor.
-
-    Example:
-        Nothing to adapt (no steps); the metric is the distance of θ from each task's query.
-
-        >>> import torch, implicitlayer as il
-        >>> loss = lambda params, target: (params["w"] - target).square()
-        >>> method = il.meta.FirstOrderMAML(loss, il.solvers.GradientDescent(step_size=0.1, max_steps=0))
-        >>> tasks = torch.tensor([1.0, 2.0, 3.0])
-        >>> distance = lambda phi, query: (phi["w"] - query).abs()
-        >>> il.meta.evaluate(method, {"w": torch.zeros(())}, [(tasks, tasks)], distance).values
-        tensor([1., 2., 3.])
     """
     if tasks_per_chunk is not None:
         check_integer("tasks_per_chunk", tasks_per_chunk, 1)

@@ -27,11 +27,6 @@ def as_support_query(batch: Any) -> Episode:
     """(support, query) of a few-shot batch: ``((support_images, support_labels), (query_images, query_labels))``.
 
     A pair is taken as it is.
-
-    Example:
-        >>> import torch, implicitlayer as il
-        >>> il.meta.as_support_query([torch.zeros(2, 5), torch.ones(2, 3)])[1].shape
-        torch.Size([2, 3])
     """
     if isinstance(batch, tuple | list) and len(batch) == 2:
         return batch[0], batch[1]
@@ -39,10 +34,7 @@ def as_support_query(batch: Any) -> Episode:
 
 
 def cosine_decay(done: float) -> float:
-    """Learning-rate factor from 1 to 0.01 along a half cosine.
-
-    Args:
-        done: share of the budget that is used, 0 to 1.
+    """Learning-rate factor from 1 to 0.01 along a half cosine, at the share ``done`` of the budget, 0 to 1.
 
     Example:
         >>> import implicitlayer as il

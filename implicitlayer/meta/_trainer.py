@@ -20,12 +20,11 @@ from implicitlayer.meta._distributed import WorkerLostError, launch_command
 from implicitlayer.meta._interrupt import StopRequest
 from implicitlayer.meta._meta_gradient import ChunkMetric, Totals, accumulate, means
 from implicitlayer.meta._method import num_tasks
-from implicitlayer.meta._monitor import Progress
+from implicitlayer.meta._monitor import EventLog, Progress
 from implicitlayer.meta._peak_memory import peak_memory
 from implicitlayer.meta._random_state import random_state, set_random_state
 from implicitlayer.meta._statistics import Evaluation, evaluate
 from implicitlayer.meta._tasks import Episode
-from implicitlayer.meta._tensorboard import EventLog
 from implicitlayer.meta._trainer_state import TrainerState
 
 
@@ -142,15 +141,8 @@ class Trainer(TrainerState):
         """
         if self.metric is None:
             raise ValueError("metric=None: give the trainer a metric to evaluate.")
-        return evaluate(
-            self.method,
-            self.theta,
-            episodes,
-            self.metric,
-            transductive=self.transductive,
-            tasks_per_chunk=self._chunk,
-            group=self._group,
-        )
+        how: dict[str, Any] = {"transductive": self.transductive, "tasks_per_chunk": self._chunk, "group": self._group}
+        return evaluate(self.method, self.theta, episodes, self.metric, **how)
 
     def save(self) -> None:
         """Write the checkpoint and the metrics, each in one step; only the first process of a group writes."""
@@ -282,15 +274,9 @@ class Trainer(TrainerState):
         self, episode: Episode, tasks: slice, total: int, tasks_per_chunk: int | None, look: bool
     ) -> Totals:
         self.optimizer.zero_grad(set_to_none=True)
-        return accumulate(
-            self.method,
-            self.theta,
-            (take_tasks(episode[0], tasks), take_tasks(episode[1], tasks)),
-            total_tasks=total,
-            tasks_per_chunk=tasks_per_chunk,
-            metric=None if self.metric is None else ChunkMetric(self._measure, self._scored_by_loss),
-            look=look,
-        )
+        metric = None if self.metric is None else ChunkMetric(self._measure, self._scored_by_loss)
+        mine = take_tasks(episode[0], tasks), take_tasks(episode[1], tasks)
+        return accumulate(self.method, self.theta, mine, total, tasks_per_chunk, metric, look)
 
     @property
     def _scored_by_loss(self) -> bool:

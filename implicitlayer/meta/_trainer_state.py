@@ -10,30 +10,22 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+from implicitlayer.base._numbers import check_integer
 from implicitlayer.base._tree import flatten
 from implicitlayer.base._types import PyTree
-from implicitlayer.meta._checkpoint import CheckpointError, load_checkpoint
-from implicitlayer.meta._checks import check_integer, check_number
+from implicitlayer.meta._checkpoint import CheckpointError, RunFolder, load_checkpoint
+from implicitlayer.meta._checks import check_number
 from implicitlayer.meta._collapse import ON_COLLAPSE, OnCollapse
 from implicitlayer.meta._distributed import WorkerGroup
 from implicitlayer.meta._method import MetaMethod
+from implicitlayer.meta._monitor import require_tensorboard
 from implicitlayer.meta._outer import Better, OuterStep
 from implicitlayer.meta._random_state import random_state, set_random_state
-from implicitlayer.meta._run_folder import RunFolder
 from implicitlayer.meta._settings import differences, plain
 from implicitlayer.meta._statistics import AnyMetric
 from implicitlayer.meta._tasks import Episode, TaskSampler, as_support_query
-from implicitlayer.meta._tensorboard import require_tensorboard
 
-_LEAST = {
-    "tasks_per_step": 1,
-    "tasks_per_chunk": 1,
-    "memory_budget": 1,
-    "max_steps": 0,
-    "num_validations": 0,
-    "checkpoint_steps": 1,
-    "report_steps": 1,
-}
+_POSITIVE = ("tasks_per_step", "tasks_per_chunk", "memory_budget", "checkpoint_steps", "report_steps")
 _FORMAT = 2  # of the checkpoints; raised when a trainer could not go on from an older one
 
 
@@ -113,9 +105,9 @@ class TrainerState:
     def _check_numbers(self) -> None:
         if self.max_steps is None and self.max_minutes is None:
             raise ValueError("Give a budget: max_steps, max_minutes, or both (the first one reached ends the run).")
-        for name, least in _LEAST.items():
+        for name in (*_POSITIVE, "max_steps", "num_validations"):
             if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), least)
+                check_integer(name, getattr(self, name), int(name in _POSITIVE))
         for name in ("max_minutes", "checkpoint_seconds"):
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), 0.0)
@@ -161,10 +153,7 @@ class TrainerState:
             **self._outer.state_dict(),
             "sampler": self.sampler.state_dict(),
             "random": random_state(),
-            "step": self.step,
-            "seconds": self.seconds,
-            "history": self.history,
-            "best": self.best,
+            **{name: getattr(self, name) for name in ("step", "seconds", "history", "best")},
             "validation_is_due": self._validation_is_due,
             "chunk": {"memory_budget": self.memory_budget, "tasks": self._chunk},
         }
@@ -199,10 +188,8 @@ class TrainerState:
     def resume(self) -> bool:
         """Load the checkpoint of ``run_dir`` if there is one; whether there was.
 
-        Budgets may differ from those of the run that is resumed, and so may the number of processes.
-
-        Raises:
-            CheckpointError: the file is damaged, or of a run with other settings.
+        Budgets may differ from those of the run that is resumed, and so may the number of processes. CheckpointError
+        where the file is damaged, or of a run with other settings.
         """
         state = self._group.from_first(lambda: self._load(self.checkpoint_path))
         if state is not None:
@@ -213,12 +200,8 @@ class TrainerState:
     def load_best(self) -> dict[str, Any]:
         """Put theta (and the method's learned tensors) where the validation metric was best, to evaluate it.
 
-        Returns:
-            ``{"step": ..., "validation": ..., "interval": ...}`` of that moment.
-
-        Raises:
-            FileNotFoundError: no validation was made in ``run_dir`` yet.
-            CheckpointError: the file is damaged, or of a run with other settings.
+        Returns that ``{"step": ..., "validation": ..., "interval": ...}``. FileNotFoundError where no validation was
+        made in ``run_dir`` yet, CheckpointError as in :meth:`resume`.
         """
         best: dict[str, Any] = self._read_best()["best"]
         self._at_best = True

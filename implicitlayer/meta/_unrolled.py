@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import torch
 
+from implicitlayer.base._numbers import check_integer
 from implicitlayer.base._surroundings import out_of_inference
 from implicitlayer.base._tree import flatten, unflatten
 from implicitlayer.base._types import Leaves, PyTree
-from implicitlayer.meta._checks import check_integer
 from implicitlayer.meta._method import (
     MetaMethod,
     StrengthLike,
@@ -85,10 +85,6 @@ class MAML(MetaMethod):
         check_step_size(self.step_size)
         _check_momentum(self.momentum)
 
-    def inner_objective(self, phi: PyTree, theta: PyTree, support: PyTree) -> torch.Tensor:
-        """The support loss, and the proximal term where a strength was given; [B]."""
-        return regularised(self.task_loss, self.strength)(phi, theta, support)
-
     def adapt(self, theta: PyTree, support: PyTree) -> PyTree:
         """Adapted parameters with the graph of every inner step."""
         if torch.is_inference_mode_enabled():
@@ -151,11 +147,6 @@ def _outside_inference(adapt: Callable[[PyTree, PyTree], PyTree], *given: PyTree
         return adapt(*unflatten(outside, spec))
 
 
-def _has_entry(strength: Any) -> bool:
-    """Whether a leaf of a strength is, or holds, anything but 0."""
-    return bool((strength != 0).any()) if isinstance(strength, torch.Tensor) else bool(strength != 0)
-
-
 def _check_momentum(momentum: Momentum) -> None:
     if isinstance(momentum, str):
         good = momentum == "nesterov"
@@ -192,7 +183,8 @@ class TruncatedMAML(MAML):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not callable(self.strength) and not any(_has_entry(leaf) for leaf in flatten(self.strength)[0]):
+        leaves = [self.strength] if callable(self.strength) else flatten(self.strength)[0]
+        if not any(torch.as_tensor(leaf != 0).any() for leaf in leaves):
             raise ValueError(
                 f"strength={self.strength} must be positive: without a proximal term the truncated steps do not "
                 "contain theta."

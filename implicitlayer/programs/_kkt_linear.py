@@ -23,8 +23,7 @@ import torch
 
 from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._status import Status
-from implicitlayer.linear._common import NOISE, Correction, Limits, Round
-from implicitlayer.linear._direct import refine_direct
+from implicitlayer.linear._common import NOISE, Correction, Limits, Round, refine_direct
 from implicitlayer.linear._operator import FlatOperator, LinearSolver
 
 __all__ = ["Factors", "KktFactors", "KktMatrices", "KktSolver", "PartedFactors"]

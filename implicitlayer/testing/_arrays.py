@@ -7,40 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from numbers import Real
 from typing import Any
 
 import torch
 
-__all__ = ["general_matrix", "indefinite_matrix", "normal_tensor", "singular_matrix", "spd_matrix"]
-
-# A scale up to here leaves room for conditions up to MAX_LOG10_COND below it and for products of a few factors above.
+# A scale up to here leaves room for conditions up to 1e20 below it and for products of a few factors above.
 MAX_LOG10_SCALE = {torch.float64: 200, torch.float32: 25}
-MAX_LOG10_COND = 20
 SINGULAR_KINDS = ("positive semidefinite", "symmetric", "general")
 
 
 def normal_tensor(shape: Sequence[int], *, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    """A tensor of independent standard normal numbers, the same for the same arguments.
-
-    Args:
-        shape: sizes, each at least 0; ``()`` is a 0-d tensor.
-        seed: at least 0.
-        dtype: float32 (the float64 numbers, rounded) or float64.
-
-    Returns:
-        Tensor of that shape, on the CPU.
-
-    Raises:
-        ValueError: an argument outside its range.
-
-    Example:
-        >>> import torch
-        >>> from implicitlayer import testing
-        >>> half = testing.normal_tensor((2, 3), seed=7, dtype=torch.float32)
-        >>> torch.equal(half, testing.normal_tensor((2, 3), seed=7).float())
-        True
-    """
+    """A CPU tensor of independent standard normal numbers, the same for the same arguments (float32: rounded)."""
     check_seed(seed)
     check_dtype(dtype)
     return _randn(tuple(shape), seed).to(dtype)
@@ -49,7 +28,7 @@ def normal_tensor(shape: Sequence[int], *, seed: int = 0, dtype: torch.dtype = t
 def spd_matrix(
     n: int, *, log10_cond: float = 0, log10_scale: float = 0, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
-    """A symmetric positive definite matrix with a known spectrum.
+    """An exactly symmetric positive definite matrix [n, n] with a known spectrum.
 
     The eigenvalues are spread log-uniformly over ``10^log10_scale [10^-log10_cond, 1]``, both ends taken where n > 1;
     the eigenvectors are random. Beyond a condition of about ``1 / (n eps)`` rounding decides the smallest ones.
@@ -61,16 +40,12 @@ def spd_matrix(
         seed: at least 0.
         dtype: float32 or float64.
 
-    Returns:
-        Tensor [n, n], exactly symmetric.
-
     Raises:
         ValueError: an argument outside its range.
 
     Example:
-        >>> import torch
-        >>> from implicitlayer import testing
-        >>> values = torch.linalg.eigvalsh(testing.spd_matrix(5, log10_cond=3, log10_scale=2, seed=1))
+        >>> import torch, implicitlayer as il
+        >>> values = torch.linalg.eigvalsh(il.testing.spd_matrix(5, log10_cond=3, log10_scale=2, seed=1))
         >>> bool(torch.allclose(values[[0, -1]], torch.tensor([0.1, 100.0]).double(), rtol=1e-9))
         True
     """
@@ -81,18 +56,9 @@ def spd_matrix(
 def indefinite_matrix(
     n: int, *, log10_cond: float = 0, log10_scale: float = 0, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
-    """A symmetric, nonsingular matrix that is not positive definite.
+    """A symmetric, nonsingular matrix that is not positive definite; arguments as in :func:`spd_matrix`.
 
-    Magnitudes of the eigenvalues as in :func:`spd_matrix`, with random signs: the largest is negative, the smallest
-    positive where n > 1.
-
-    Args, returns and errors as in :func:`spd_matrix`.
-
-    Example:
-        >>> import torch
-        >>> from implicitlayer import testing
-        >>> [round(v, 9) for v in torch.linalg.eigvalsh(testing.indefinite_matrix(2, log10_cond=1)).tolist()]
-        [-1.0, 0.1]
+    Its eigenvalues have those magnitudes and random signs: the largest is negative, the smallest positive where n > 1.
     """
     check_matrix(n, log10_cond, log10_scale, seed, dtype)
     return _from_spectrum(_magnitudes(n, log10_cond, seed) * _signs(n, seed), log10_scale, seed, dtype)
@@ -101,22 +67,12 @@ def indefinite_matrix(
 def general_matrix(
     n: int, *, log10_cond: float = 0, log10_scale: float = 0, seed: int = 0, dtype: torch.dtype = torch.float64
 ) -> torch.Tensor:
-    """A nonsingular matrix that is not symmetric (where n > 1), with known singular values.
+    """A nonsingular matrix, not symmetric where n > 1; arguments as in :func:`spd_matrix`.
 
-    Singular values as the eigenvalues in :func:`spd_matrix`, independent random singular vectors on both sides.
-
-    Args, returns and errors as in :func:`spd_matrix`.
-
-    Example:
-        >>> import torch
-        >>> from implicitlayer import testing
-        >>> matrix = testing.general_matrix(3, log10_cond=2)
-        >>> round(torch.linalg.cond(matrix).item(), 6), torch.equal(matrix, matrix.T)
-        (100.0, False)
+    Its singular values are the eigenvalues there, with independent random singular vectors on both sides.
     """
     check_matrix(n, log10_cond, log10_scale, seed, dtype)
-    left, right = orthogonal(n, seed + 2), orthogonal(n, seed + 3)
-    return _scaled((left * _magnitudes(n, log10_cond, seed)) @ right.T, log10_scale, dtype)
+    return _from_singular_values(_magnitudes(n, log10_cond, seed), log10_scale, seed, dtype)
 
 
 def singular_matrix(
@@ -128,38 +84,25 @@ def singular_matrix(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """A matrix of deficient rank, up to rounding: the singular values are zero or between 0.1 and 1, times the scale.
+    """A matrix [n, n] of deficient rank, up to rounding; its nonzero singular values are 0.1 to 1 times the scale.
 
     Args:
-        n: size, at least 1.
+        n, log10_scale, seed, dtype: as in :func:`spd_matrix`.
         rank: from 0 to n - 1.
         kind: ``"positive semidefinite"``, ``"symmetric"`` (random signs) or ``"general"`` (range and null space of
             the transpose are other ones).
-        log10_scale, seed, dtype: as in :func:`spd_matrix`.
-
-    Returns:
-        Tensor [n, n].
 
     Raises:
         ValueError: an argument outside its range.
-
-    Example:
-        >>> import torch
-        >>> from implicitlayer import testing
-        >>> int(torch.linalg.matrix_rank(testing.singular_matrix(6, 4, kind="general")))
-        4
     """
     check_matrix(n, 0, log10_scale, seed, dtype)
     check_rank(rank, n)
-    check_kind(kind)
+    check_one_of("kind", kind, SINGULAR_KINDS)
     values = 0.1 + 0.9 * torch.rand(n, dtype=torch.float64, generator=_generator(seed))
     values[rank:] = 0
     if kind == "general":
-        return _scaled((orthogonal(n, seed + 2) * values) @ orthogonal(n, seed + 3).T, log10_scale, dtype)
+        return _from_singular_values(values, log10_scale, seed, dtype)
     return _from_spectrum(values * _signs(n, seed) if kind == "symmetric" else values, log10_scale, seed, dtype)
-
-
-# ------------------------------------------------------------------------------------------------------- the spectra
 
 
 def orthogonal(n: int, seed: int) -> torch.Tensor:
@@ -178,36 +121,30 @@ def _randn(shape: tuple[int, ...], seed: int) -> torch.Tensor:
 
 def _magnitudes(n: int, log10_cond: float, seed: int) -> torch.Tensor:
     exponents = torch.rand(n, dtype=torch.float64, generator=_generator(seed))
-    exponents[0] = 0
-    if n > 1:
-        exponents[-1] = 1
+    exponents[-1], exponents[0] = 1, 0
     return 10.0 ** (-log10_cond * exponents)
 
 
 def _signs(n: int, seed: int) -> torch.Tensor:
     signs = _randn((n,), seed + 5).sign()
-    signs[0] = -1
-    if n > 1:
-        signs[-1] = 1
+    signs[-1], signs[0] = 1, -1
     return signs
 
 
 def _from_spectrum(values: torch.Tensor, log10_scale: float, seed: int, dtype: torch.dtype) -> torch.Tensor:
     basis = orthogonal(len(values), seed + 1)
     matrix = (basis * values) @ basis.T
-    return _scaled((matrix + matrix.T) / 2, log10_scale, dtype)
+    return ((matrix + matrix.T) / 2 * ten_to(log10_scale)).to(dtype)
 
 
-def _scaled(matrix: torch.Tensor, log10_scale: float, dtype: torch.dtype) -> torch.Tensor:
-    return (matrix * ten_to(log10_scale)).to(dtype)
+def _from_singular_values(values: torch.Tensor, log10_scale: float, seed: int, dtype: torch.dtype) -> torch.Tensor:
+    left, right = (orthogonal(len(values), seed + side) for side in (2, 3))
+    return ((left * values) @ right.T * ten_to(log10_scale)).to(dtype)
 
 
 def ten_to(exponent: float) -> float:
     """A power of ten."""
     return float(10.0**exponent)
-
-
-# ------------------------------------------------------------------------------------------------------------- checks
 
 
 def check_integer(name: str, value: Any, least: int, remedy: str) -> None:
@@ -216,14 +153,24 @@ def check_integer(name: str, value: Any, least: int, remedy: str) -> None:
         raise ValueError(f"{name}={value!r} must be an int of at least {least}. {remedy}")
 
 
-def check_size(n: Any, least: int = 1) -> None:
-    """Refuse what is no number of unknowns."""
-    check_integer("n", n, least, "It counts the unknowns; pass an int, or a strategy such as st.integers(1, 12).")
+def check_number(name: str, value: Any, low: float, high: float, remedy: str) -> None:
+    """Refuse what is not a number in an interval."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or not low <= value <= high:
+        raise ValueError(f"{name}={value!r} must be a number from {low} to {high}. {remedy}")
 
 
-def check_seed(seed: Any) -> None:
-    """Refuse what torch.Generator does not take."""
-    check_integer("seed", seed, 0, "Any int that torch.Generator.manual_seed takes will do.")
+def check_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Refuse what is not in a list."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} must be one of {allowed}.")
+
+
+_COUNTS = "It counts the unknowns; pass an int, or a strategy such as st.integers(1, 12)."
+_EXPONENT = "It is the exponent: 3 is a condition number of 1000."
+check_size = partial(check_integer, "n", least=1, remedy=_COUNTS)
+check_seed = partial(check_integer, "seed", least=0, remedy="Any int that torch.Generator.manual_seed takes will do.")
+check_log10_cond = partial(check_number, "log10_cond", low=0, high=20, remedy=_EXPONENT)
 
 
 def check_rank(rank: Any, n: int | None = None) -> None:
@@ -233,30 +180,19 @@ def check_rank(rank: Any, n: int | None = None) -> None:
         raise ValueError(f"rank={rank} must be below n={n}. For a nonsingular matrix use il.testing.general_matrix.")
 
 
-def check_kind(kind: Any) -> None:
-    """Refuse an unknown kind of singular matrix."""
-    if kind not in SINGULAR_KINDS:
-        raise ValueError(f"kind={kind!r} must be one of {SINGULAR_KINDS}.")
-
-
 def check_dtype(dtype: Any) -> None:
     """Refuse other dtypes than float32 and float64."""
-    if dtype not in (torch.float32, torch.float64):
+    if dtype not in MAX_LOG10_SCALE:
         raise ValueError(
             f"dtype={dtype!r} must be torch.float32 or torch.float64. Cast what was drawn if you need more."
         )
-
-
-def check_log10_cond(log10_cond: Any) -> None:
-    """Refuse a condition below 1 or beyond what any float tells from singular."""
-    _check_number("log10_cond", log10_cond, 0, MAX_LOG10_COND, "It is the exponent: 3 is a condition number of 1000.")
 
 
 def check_log10_scale(log10_scale: Any, dtype: torch.dtype | None = None) -> None:
     """Refuse a scale whose products would leave the range of the dtype (of float64 if None)."""
     limit = MAX_LOG10_SCALE[torch.float64 if dtype is None else dtype]
     remedy = f"It is the exponent: -3 is a thousandth; {dtype or torch.float64} overflows or vanishes beyond."
-    _check_number("log10_scale", log10_scale, -limit, limit, remedy)
+    check_number("log10_scale", log10_scale, -limit, limit, remedy)
 
 
 def check_matrix(n: Any, log10_cond: Any, log10_scale: Any, seed: Any, dtype: Any) -> None:
@@ -266,9 +202,3 @@ def check_matrix(n: Any, log10_cond: Any, log10_scale: Any, seed: Any, dtype: An
     check_log10_cond(log10_cond)
     check_log10_scale(log10_scale, dtype)
     check_seed(seed)
-
-
-def _check_number(name: str, value: Any, low: float, high: float, remedy: str) -> None:
-    number = isinstance(value, Real) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low <= value <= high:
-        raise ValueError(f"{name}={value!r} must be a number from {low} to {high}. {remedy}")

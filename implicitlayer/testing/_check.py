@@ -13,31 +13,18 @@ from implicitlayer._errors import ImplicitLayerWarning, LinearSolveError, Statio
 from implicitlayer.api._argmin import argmin, fixed_point, root
 from implicitlayer.base._solution import SolverResult
 from implicitlayer.layer._layer import ImplicitLayer
-from implicitlayer.testing._another import another_problem
+from implicitlayer.testing._answers import another_problem, check_followed
+from implicitlayer.testing._arrays import check_one_of
 from implicitlayer.testing._differences import DENSE_LIMIT, Accuracy
-from implicitlayer.testing._follows import check_followed
 from implicitlayer.testing._lanes import check_vmap
 from implicitlayer.testing._modes import SAFE_RTOL, Check, check_jvp, check_vjp
 from implicitlayer.testing._objective import check_objective
 from implicitlayer.testing._references import Equation, Leaves, Wall
-from implicitlayer.testing._report import (
-    COARSE,
-    GradientCheckError,
-    GradientReport,
-    GradientRow,
-    worst_first,
-)
+from implicitlayer.testing._report import COARSE, GradientCheckError, GradientReport, GradientRow, worst_first
 from implicitlayer.testing._second_order import check_double
 
-__all__ = ["check_argmin_gradients"]
-
 _LAYERS: dict[str, Callable[..., ImplicitLayer]] = {"argmin": argmin, "root": root, "fixed_point": fixed_point}
-_MODES: dict[str, Callable[[Check], None]] = {
-    "vjp": check_vjp,
-    "jvp": check_jvp,
-    "double": check_double,
-    "vmap": check_vmap,
-}
+_MODES = {"vjp": check_vjp, "jvp": check_jvp, "double": check_double, "vmap": check_vmap}
 _DIFFERENCES = {"vjp", "jvp", "double"}  # the modes that need differences of the solver
 _MAX_NOTES = 8
 
@@ -89,18 +76,16 @@ def check_argmin_gradients(
     tolerance are fixed, both are computed here from what the solver delivers.
 
     Example:
-        >>> import torch
-        >>> from implicitlayer.testing import check_argmin_gradients
+        >>> import torch, implicitlayer as il
         >>> t = torch.tensor([2.0, 4.0], dtype=torch.float64)
-        >>> report = check_argmin_gradients(
+        >>> report = il.testing.check_argmin_gradients(
         ...     lambda x, t: (torch.exp(x) - t * x).sum(), lambda f, x, t: torch.log(t), torch.zeros_like(t), t
         ... )
         >>> report.verdict
         'passed'
     """
-    _check_arguments(modes, kind, rtol)
-    _refuse_terms(settings)
-    function = _value_of(objective) if settings.get("objective_has_aux") else objective
+    function = (lambda x, *theta: objective(x, *theta)[0]) if settings.get("objective_has_aux") else objective
+    _check_arguments(modes, kind, rtol, settings)
     equation = Equation.of(function, kind, init, theta)
     if not equation.theta:
         raise ValueError(
@@ -111,63 +96,53 @@ def check_argmin_gradients(
         raise ValueError("init has no entries: there is nothing to solve for.")
     wall = Wall(solver)
     layer = _LAYERS[kind](objective, wall, **settings)
-
-    seen = _seen_by_solver(function, wall.batched, kind)
-
-    def solved(run: Callable[..., Any], start: Leaves, at: Leaves) -> Leaves:
-        if layer.polish:  # what is differentiated is the polished answer
-            answer = layer(equation.tree(start), *equation.arguments(at))
-        else:
-            answer = run(seen, equation.tree(start), *equation.arguments(at))
-        if isinstance(answer, SolverResult):
-            return equation.leaves(answer.value)
-        return equation.leaves(answer[0] if layer.solver_has_aux else answer)
-
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        with torch.no_grad():  # what is misuse raises here, as at any call
-            layer(equation.tree(equation.init), *equation.arguments(equation.theta))
-        accuracy = Accuracy.measure(
-            equation,
-            lambda start: solved(wall, start, equation.theta),
-            lambda start: solved(wall.solve, start, equation.theta),
-        )
-        check = Check(
-            equation=equation,
-            layer=layer,
-            wall=wall,
-            answer=lambda at: solved(wall, equation.init, at),
-            restarted=lambda start: solved(wall, start, equation.theta),
-            accuracy=accuracy,
-            rtol=_allowed(rtol, layer.linear_solver, equation.eps),
-            generator=torch.Generator().manual_seed(seed),
-        )
-        check_objective(check)
+        check = _prepared(equation, layer, wall, rtol, seed)
         cause = None
-        for mode in _MODES:
-            if mode in modes:
-                cause = _run(check, mode) or cause
+        for mode in (mode for mode in _MODES if mode in modes):
+            cause = _run(check, mode) or cause
         followed = check_followed(check) if set(modes) & _DIFFERENCES else []
-        stationary = _is_stationary(accuracy, layer.stationarity_rtol, cause, [w.category for w in caught])
-        doubtful = not stationary or any(
-            row.status == "inconclusive" and row.dominating == COARSE for row in check.rows
-        )
-        another = another_problem(check, stationary) if doubtful else None
+        stationary = _is_stationary(check.accuracy, layer.stationarity_rtol, cause, [w.category for w in caught])
+        coarse = any(row.status == "inconclusive" and row.dominating == COARSE for row in check.rows)
+        another = another_problem(check, stationary) if coarse or not stationary else None
     notes = [*followed, *_notes(check, stationary, settings, another), *check.notes, *_warned(caught)]
     return _judge(check, stationary, notes, cause, COARSE if another is None else another[0])
 
 
-def _check_arguments(modes: Sequence[str], kind: str, rtol: float | None) -> None:
+def _prepared(equation: Equation, layer: ImplicitLayer, wall: Wall, rtol: float | None, seed: int) -> Check:
+    """The check before its first mode, the objective looked at; what is misuse raises here, as at any call."""
+    seen = equation.function
+    if not wall.batched and equation.kind == "argmin":  # with one value per lane, such a solver sees their sum
+        seen = lambda x, *theta: equation.function(x, *theta).sum()  # noqa: E731
+
+    def solved(run: Callable[..., Any], start: Leaves, at: Leaves) -> Leaves:
+        tree, arguments = equation.tree(start), equation.arguments(at)
+        # what is differentiated is the polished answer
+        answer = layer(tree, *arguments) if layer.polish else run(seen, tree, *arguments)
+        if isinstance(answer, SolverResult):
+            return equation.leaves(answer.value)
+        return equation.leaves(answer[0] if layer.solver_has_aux else answer)
+
+    def restarted(start: Leaves) -> Leaves:
+        return solved(wall, start, equation.theta)
+
+    with torch.no_grad():
+        layer(equation.tree(equation.init), *equation.arguments(equation.theta))
+    accuracy = Accuracy.measure(equation, restarted, lambda start: solved(wall.solve, start, equation.theta))
+    answer, allowed = lambda at: solved(wall, equation.init, at), _allowed(rtol, layer.linear_solver, equation.eps)
+    generator = torch.Generator().manual_seed(seed)
+    check = Check(equation, answer, accuracy, layer, restarted, allowed, generator)
+    check_objective(check)
+    return check
+
+
+def _check_arguments(modes: Sequence[str], kind: str, rtol: float | None, settings: dict[str, Any]) -> None:
     if isinstance(modes, str) or not modes or not set(modes) <= set(_MODES):
         raise ValueError(f"modes={modes!r} must be a non-empty tuple out of {tuple(_MODES)}.")
-    if kind not in _LAYERS:
-        raise ValueError(f"kind={kind!r} must be one of {tuple(_LAYERS)}.")
+    check_one_of("kind", kind, tuple(_LAYERS))
     if rtol is not None and not rtol > 0:
         raise ValueError(f"rtol={rtol} must be positive. For the tolerance of the linear solver leave it out.")
-
-
-def _refuse_terms(settings: dict[str, Any]) -> None:
-    """The references here are of grad f = 0, which is not the equation of a layer with a constraint."""
     for name in ("constraint", "regularizer"):
         if settings.get(name) is not None:
             raise ValueError(
@@ -176,17 +151,6 @@ def _refuse_terms(settings: dict[str, Any]) -> None:
                 "il.testing.check_linear_in_cotangent and il.testing.check_batch_equals_loop; without the "
                 f"{name} this function checks the smooth objective."
             )
-
-
-def _value_of(objective: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda x, *theta: objective(x, *theta)[0]
-
-
-def _seen_by_solver(function: Callable[..., Any], batched: bool, kind: str) -> Callable[..., Any]:
-    """With one value per lane, a solver that is not batched sees their sum."""
-    if batched or kind != "argmin":
-        return function
-    return lambda x, *theta: function(x, *theta).sum()
 
 
 def _allowed(rtol: float | None, linear_solver: Any, eps: float) -> float:
@@ -201,10 +165,9 @@ def _run(check: Check, mode: str) -> Exception | None:
     try:
         _MODES[mode](check)
     except Exception as error:  # whatever the layer raises is part of the result
-        kind, nan = type(error).__name__, float("nan")
-        check.rows.append(
-            GradientRow("all leaves", "", mode, "-", nan, nan, float("inf"), 0.0, "failed", f"the layer raised {kind}")
-        )
+        kind, nan, inf = type(error).__name__, float("nan"), float("inf")
+        why = f"the layer raised {kind}"
+        check.rows.append(GradientRow("all leaves", "", mode, "-", nan, nan, inf, 0.0, "failed", why))
         check.notes.append(f"{mode}: {kind}: {error}")
         return error
     return None
@@ -213,9 +176,7 @@ def _run(check: Check, mode: str) -> Exception | None:
 def _is_stationary(
     accuracy: Accuracy, rtol: float | None, cause: Exception | None, categories: list[type[Warning]]
 ) -> bool:
-    if any(issubclass(category, StationarityWarning) for category in categories):
-        return False
-    if isinstance(cause, StationarityError):
+    if isinstance(cause, StationarityError) or any(issubclass(c, StationarityWarning) for c in categories):
         return False
     return accuracy.relative <= (1e-3 if rtol is None else max(rtol, 1e-3))
 
@@ -237,17 +198,9 @@ def _judge(check: Check, stationary: bool, notes: list[str], cause: Exception | 
         verdict = "failed"
     elif open_groups and stationary and coarse == COARSE:
         notes.insert(0, _advice(open_groups, rows))
-    accuracy = check.accuracy
-    report = GradientReport(
-        verdict=verdict,  # type: ignore[arg-type]
-        rows=worst_first(rows),
-        notes=tuple(notes),
-        kind=check.equation.kind,
-        num_unknowns=check.equation.num_unknowns,
-        stationarity_norm=accuracy.norm,
-        solver_error=accuracy.error,
-        relative_error=accuracy.relative,
-    )
+    accuracy, equation = check.accuracy, check.equation
+    of = (equation.kind, equation.num_unknowns, accuracy.norm, accuracy.error, accuracy.relative)
+    report = GradientReport(verdict, worst_first(rows), tuple(notes), *of)  # type: ignore[arg-type]
     if verdict == "failed":
         raise GradientCheckError(report) from cause
     return report
@@ -292,13 +245,10 @@ def _notes(check: Check, stationary: bool, settings: dict[str, Any], another: tu
         )
     else:
         offenders = {row.leaf for row in check.rows if row.status == "failed"}
-        unused = [name for name, mixed in zip(equation.names, check.system.mixed, strict=True) if mixed is None]
-        unused = [name for name in unused if name not in offenders]
-        for name in unused:
-            none = equation.names.index(name) in check.none
-            notes.append(
-                f"{name} is not used by the objective: its gradient is {'None, read as ' if none else ''}zero."
-            )
+        for j, (name, mixed) in enumerate(zip(equation.names, check.system.mixed, strict=True)):
+            if mixed is None and name not in offenders:
+                none = "None, read as " if j in check.none else ""
+                notes.append(f"{name} is not used by the objective: its gradient is {none}zero.")
     if any(row.status == "failed" and row.mode == "objective" for row in check.rows):
         notes.append(
             "Autograd's derivatives of the objective are not those of its values: look for .detach(), .item(), NumPy, "

@@ -13,30 +13,43 @@ import torch
 
 from implicitlayer.base._solution import LinearSolution, RecordingSolver
 from implicitlayer.linear._operator import FlatOperator, LinearSolver, default_rtol
-
-__all__ = ["InnerClaim", "LinearClaim", "inner", "linear"]
+from implicitlayer.testing._arrays import check_one_of
 
 SYSTEMS = ("positive definite", "symmetric", "general", "contraction")
+Dtypes = Sequence[torch.dtype]
+_BOTH = (torch.float64, torch.float32)
 
 
 @dataclass(frozen=True, eq=False)
-class LinearClaim:
-    """A linear solver and what it promises; made by :func:`linear`, called as the solver itself."""
-
+class _Claim:
     solver: Callable[..., Any]
-    systems: str
-    rtol: float
     log10_cond: float
     batched: bool
     deterministic: bool
-    log10_scale: int
-    dtypes: tuple[torch.dtype, ...]
-    limited: Callable[..., Any] | None
-    preconditioned: Callable[..., Any] | None
+    dtypes: Dtypes
     name: str
 
-    def __call__(self, operator: Any, rhs: Any) -> Any:
-        return self.solver(operator, rhs)
+    def __post_init__(self) -> None:
+        if not 0 <= self.log10_cond <= 12:
+            raise ValueError(
+                f"log10_cond={self.log10_cond!r} must be from 0 to 12. It is an exponent: 2 is a condition of 100."
+            )
+        if torch.float64 not in self.dtypes or not set(self.dtypes) <= set(_BOTH):
+            raise ValueError(f"dtypes={self.dtypes!r} must hold torch.float64, and torch.float32 or nothing else.")
+
+    def __call__(self, *args: Any) -> Any:
+        return self.solver(*args)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LinearClaim(_Claim):
+    """A linear solver and what it promises; made by :func:`linear`, called as the solver itself."""
+
+    systems: str
+    rtol: float
+    log10_scale: int
+    limited: Callable[..., Any] | None
+    preconditioned: Callable[..., Any] | None
 
     def __repr__(self) -> str:
         return f"testing.linear({self.name}, systems={self.systems!r}, rtol={self.rtol:g})"
@@ -60,20 +73,11 @@ class LinearClaim:
         return self.rtol if dtype == torch.float64 else max(self.rtol, 10 * default_rtol(dtype))
 
 
-@dataclass(frozen=True, eq=False)
-class InnerClaim:
+@dataclass(frozen=True, eq=False, repr=False)
+class InnerClaim(_Claim):
     """An inner solver and what it promises; made by :func:`inner`, called as the solver itself."""
 
-    solver: Callable[..., Any]
     accuracy: float
-    log10_cond: float
-    batched: bool
-    deterministic: bool
-    dtypes: tuple[torch.dtype, ...]
-    name: str
-
-    def __call__(self, objective: Callable[..., Any], init: Any, *theta: Any) -> Any:
-        return self.solver(objective, init, *theta)
 
     def __repr__(self) -> str:
         return f"testing.inner({self.name}, accuracy={self.accuracy:g})"
@@ -88,7 +92,7 @@ def linear(
     batched: bool | None = None,
     deterministic: bool = True,
     log10_scale: int = 200,
-    dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32),
+    dtypes: Dtypes = _BOTH,
     limited: Callable[..., Any] | None = None,
     name: str | None = None,
 ) -> LinearClaim:
@@ -112,40 +116,30 @@ def linear(
             a diagonal one.)
         name: for test ids; default its class or function.
 
-    Returns:
-        The claim, an argument for :func:`solver_checks` and :func:`parametrize_with_solver_checks`.
-
     Raises:
         TypeError: the solver is not callable.
         ValueError: an argument outside its range.
 
     Example:
         >>> import implicitlayer as il
-        >>> from implicitlayer import testing
-        >>> testing.linear(il.Minres())
+        >>> il.testing.linear(il.Minres())
         testing.linear(Minres, systems='symmetric', rtol=1e-09)
     """
     _check_callable(solver, "solver(operator, rhs)")
     systems = getattr(solver, "systems", "positive definite") if systems is None else systems
-    if systems not in SYSTEMS:
-        raise ValueError(f"systems={systems!r} must be one of {SYSTEMS}.")
+    check_one_of("systems", systems, SYSTEMS)
     rtol = 10 * default_rtol(torch.float64) if rtol is None else rtol
     _check_positive("rtol", rtol, "It is the relative residual that the solver promises.")
     if not 0 <= log10_scale <= 200:
         raise ValueError(f"log10_scale={log10_scale!r} must be from 0 to 200. 0 leaves the checks of scale out.")
-    return LinearClaim(
-        solver,
-        systems,
-        rtol,
-        _check_log10_cond(log10_cond),
-        isinstance(solver, LinearSolver) if batched is None else batched,
-        deterministic,
-        log10_scale,
-        _check_dtypes(dtypes),
-        _one_step(solver, rtol) if limited is None else limited,
-        _preconditioned(solver),
-        _name(solver) if name is None else name,
-    )
+    settings = _settings(solver)
+    if limited is None and {"rtol", "max_steps"} <= settings:
+        limited = replace(solver, rtol=rtol, max_steps=1)  # type: ignore[type-var]
+    bare = "preconditioner" in settings and solver.preconditioner is None  # type: ignore[attr-defined]
+    preconditioned = replace(solver, preconditioner=_weights) if bare else None  # type: ignore[type-var]
+    many = isinstance(solver, LinearSolver) if batched is None else batched
+    claim = (solver, log10_cond, many, deterministic, dtypes, _name(solver) if name is None else name)
+    return LinearClaim(*claim, systems, rtol, log10_scale, limited, preconditioned)
 
 
 def inner(
@@ -155,7 +149,7 @@ def inner(
     log10_cond: float = 1,
     batched: bool | None = None,
     deterministic: bool = True,
-    dtypes: Sequence[torch.dtype] = (torch.float64, torch.float32),
+    dtypes: Dtypes = _BOTH,
     name: str | None = None,
 ) -> InnerClaim:
     """Say what an inner solver promises, so that :func:`solver_checks` tests that and no more.
@@ -167,15 +161,9 @@ def inner(
         solver: ``solver(objective, init, *theta) -> x``.
         accuracy: promised ``||x - x*||_2 / max(1, ||x*||_2)`` in float64, positive; in float32 it counts as 1e-2 at
             least, since solvers that compare values of the objective find no more than the square root of eps.
-        log10_cond: logarithm of the hardest condition number at which that is promised, at least 0.
+        log10_cond, deterministic, dtypes, name: as in :func:`linear`.
         batched: whether it takes many problems at once: an objective that returns [*lanes], and leaves of init with
             these dimensions in front. Default: its attribute ``batched``.
-        deterministic: whether a repeat gives the same bits.
-        dtypes: float64, and float32 if it works in float32.
-        name: for test ids; default its class or function.
-
-    Returns:
-        The claim, an argument for :func:`solver_checks` and :func:`parametrize_with_solver_checks`.
 
     Raises:
         TypeError: the solver is not callable.
@@ -183,20 +171,14 @@ def inner(
 
     Example:
         >>> import implicitlayer as il
-        >>> from implicitlayer import testing
-        >>> testing.inner(il.solvers.SciPyMinimize("BFGS"), accuracy=1e-4).batched
+        >>> il.testing.inner(il.solvers.SciPyMinimize("BFGS"), accuracy=1e-4).batched
         False
     """
     _check_callable(solver, "solver(objective, init, *theta)")
     _check_positive("accuracy", accuracy, "It is the relative distance to the solution that the solver promises.")
+    many = bool(getattr(solver, "batched", False)) if batched is None else batched
     return InnerClaim(
-        solver,
-        accuracy,
-        _check_log10_cond(log10_cond),
-        bool(getattr(solver, "batched", False)) if batched is None else batched,
-        deterministic,
-        _check_dtypes(dtypes),
-        _name(solver) if name is None else name,
+        solver, log10_cond, many, deterministic, dtypes, _name(solver) if name is None else name, accuracy
     )
 
 
@@ -234,20 +216,6 @@ def require(condition: bool, who: Any, text: str) -> None:
         raise AssertionError(f"{getattr(who, 'name', type(who).__name__)} {text}.")
 
 
-def _one_step(solver: Any, rtol: float) -> Callable[..., Any] | None:
-    if not {"rtol", "max_steps"} <= _settings(solver):
-        return None
-    limited: Callable[..., Any] = replace(solver, rtol=rtol, max_steps=1)
-    return limited
-
-
-def _preconditioned(solver: Any) -> Callable[..., Any] | None:
-    if "preconditioner" not in _settings(solver) or solver.preconditioner is not None:
-        return None
-    other: Callable[..., Any] = replace(solver, preconditioner=_weights)
-    return other
-
-
 def _weights(vector: torch.Tensor) -> torch.Tensor:
     """A preconditioner: any positive definite matrix will do, and a diagonal one changes no condition much."""
     size = vector.shape[-1]
@@ -272,15 +240,3 @@ def _check_callable(solver: Any, call: str) -> None:
 def _check_positive(name: str, value: float, meaning: str) -> None:
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name}={value!r} must be positive and finite. {meaning}")
-
-
-def _check_log10_cond(log10_cond: float) -> float:
-    if not 0 <= log10_cond <= 12:
-        raise ValueError(f"log10_cond={log10_cond!r} must be from 0 to 12. It is an exponent: 2 is a condition of 100.")
-    return log10_cond
-
-
-def _check_dtypes(dtypes: Sequence[torch.dtype]) -> tuple[torch.dtype, ...]:
-    if torch.float64 not in dtypes or not set(dtypes) <= {torch.float64, torch.float32}:
-        raise ValueError(f"dtypes={dtypes!r} must hold torch.float64, and torch.float32 or nothing else.")
-    return tuple(dtypes)

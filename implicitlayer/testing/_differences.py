@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from implicitlayer.testing._references import DenseSystem, Equation, Leaves, flat, plain
+from implicitlayer.testing._report import TRUNCATION
 
 DENSE_LIMIT = 200
 _LARGEST_STEP = 0.1
@@ -122,9 +123,8 @@ class Difference:
     @property
     def uncertainty(self) -> float:
         """The error that it may have, over its size."""
-        size = max(float(self.value.norm()), 1e-300)
         error = SAFE_TRUNCATION * self.truncation + SAFE_NOISE * self.noise
-        return float(error.norm()) / size
+        return float(error.norm()) / max(float(self.value.norm()), 1e-300)
 
     @property
     def resolved(self) -> bool:
@@ -134,6 +134,11 @@ class Difference:
         """
         truncation, noise = float(self.truncation.norm()), float(self.noise.norm())
         return truncation <= _RESOLVED * float(self.value.norm()) or truncation <= 4 * noise
+
+
+def difference_errors(truncation: torch.Tensor, noise: torch.Tensor, noise_name: str) -> dict[str, torch.Tensor]:
+    """What a difference may be off by its two parts, with room."""
+    return {TRUNCATION: SAFE_TRUNCATION * truncation, noise_name: SAFE_NOISE * noise}
 
 
 Sample = Callable[[float], tuple[torch.Tensor, torch.Tensor]]
@@ -156,7 +161,7 @@ def central(sample: Sample, step: float, eps: float, rounds: int = _ROUNDS) -> D
             best = found
         if best.resolved and best.uncertainty <= _GOOD:
             break
-        truncation, noise = float(found.truncation.norm()), float(found.noise.norm())
+        truncation, noise = found.truncation.norm(), found.noise.norm()
         if truncation > 4 * noise:
             step /= 4 if found.resolved else 32
         elif noise > 30 * truncation and 4 * step <= _LARGEST_STEP:
@@ -174,7 +179,7 @@ def _at_step(sample: Sample, h: float, eps: float) -> Difference | None:
         value, noise = sample(at)
         if not bool(value.isfinite().all()):
             return None
-        values[at] = (value, noise)
+        values[at] = value, noise
     near = (values[h][0] - values[-h][0]) / (2 * h)
     far = (values[2 * h][0] - values[-2 * h][0]) / (4 * h)
     # theta + h d is rounded, and so is x

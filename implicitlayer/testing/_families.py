@@ -5,13 +5,12 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 
 from implicitlayer.testing import _arrays as arrays
 from implicitlayer.testing._problems import ArgminProblem, RootProblem, Theta, dense_solve
-
-__all__ = ["nonconvex_problem", "quadratic_problem", "root_problem", "smooth_convex_problem"]
 
 
 def quadratic_problem(
@@ -20,16 +19,12 @@ def quadratic_problem(
     """``1/2 x'Ax - b'x`` with theta = (A, b) and the solution ``x = S^-1 b``, S = (A + A')/2.
 
     A is :func:`spd_matrix` of these arguments, so ``log10_scale`` scales the objective and leaves x; b = A z with a
-    random normal z. The gradient in A is the symmetric matrix ``-(u x' + x u')/2`` with u = S^-1 v.
-
-    Args, errors as in :func:`spd_matrix`.
-
-    Returns:
-        The problem; mu and beta are the ends of the spectrum, rho is 0.
+    random normal z. The gradient in A is the symmetric matrix ``-(u x' + x u')/2`` with u = S^-1 v; mu and beta are the
+    ends of the spectrum, rho is 0.
 
     Example:
-        >>> from implicitlayer import testing
-        >>> problem = testing.quadratic_problem(4, log10_cond=2)
+        >>> import implicitlayer as il
+        >>> problem = il.testing.quadratic_problem(4, log10_cond=2)
         >>> problem.mu, problem.beta, problem.rho
         (0.01, 1.0, 0.0)
         >>> problem
@@ -47,16 +42,9 @@ def quadratic_problem(
         return dense_solve((matrix + matrix.T) / 2 / unit, b / unit)
 
     scale, cond = arrays.ten_to(log10_scale), arrays.ten_to(log10_cond)
-    return ArgminProblem(
-        objective,
-        torch.zeros(n, dtype=dtype),
-        _leaves(matrix, b.to(dtype)),
-        solution,
-        _recipe("quadratic_problem", n, log10_cond, log10_scale, seed, dtype),
-        mu=scale / cond if n > 1 else scale,
-        beta=scale,
-        rho=0.0,
-    )
+    theta, recipe = _leaves(matrix, b.to(dtype)), _recipe("quadratic", n, log10_cond, log10_scale, seed, dtype)
+    constants = (scale / cond if n > 1 else scale, scale, 0.0)
+    return ArgminProblem(objective, torch.zeros(n, dtype=dtype), theta, solution, recipe, *constants)
 
 
 def smooth_convex_problem(
@@ -64,26 +52,13 @@ def smooth_convex_problem(
 ) -> ArgminProblem:
     """``scale (sum_i softplus(w_i'x + o_i) + 1/2 e^s |x|^2)`` with theta = (W [m, n], o [m], s), m = n + 2.
 
-    Strongly convex, with derivatives of every order and no symmetry: a regularised logistic regression. Its solution
-    is found by dense Newton steps, to rounding.
+    Strongly convex, with derivatives of every order and no symmetry: a regularised logistic regression with valid
+    bounds mu, beta and rho. Its solution is found by dense Newton steps, to rounding.
 
     Args:
         n, seed, dtype: as in :func:`spd_matrix`.
         log10_cond: the ratio beta / mu is ``2 * 10^log10_cond``.
         log10_scale: logarithm of the factor in front; it is no theta, so the gradients do not depend on it.
-
-    Returns:
-        The problem, with valid bounds mu, beta and rho.
-
-    Raises:
-        ValueError: an argument outside its range.
-
-    Example:
-        >>> from implicitlayer import testing
-        >>> problem = testing.smooth_convex_problem(4, log10_cond=1)
-        >>> diagonal = problem.dense_jacobian().diagonal()
-        >>> problem.mu <= float(diagonal.min()) <= float(diagonal.max()) <= problem.beta
-        True
     """
     # With p = sigmoid(Wx + o) the Hessian is H = scale (W' diag(p (1 - p)) W + e^s I). From 0 < p (1 - p) <= 1/4,
     #     mu = scale e^s,    beta = scale (e^s + ||W||^2 / 4),
@@ -110,16 +85,9 @@ def smooth_convex_problem(
     e_s = float(theta[2].detach().double().exp())
     size = float(torch.linalg.matrix_norm(theta[0].detach().double(), 2)) ** 2
     longest = float(theta[0].detach().double().norm(dim=1).max())
-    return ArgminProblem(
-        objective,
-        torch.zeros(n, dtype=dtype),
-        theta,
-        solution,
-        _recipe("smooth_convex_problem", n, log10_cond, log10_scale, seed, dtype),
-        mu=scale * e_s,
-        beta=scale * (e_s + size / 4),
-        rho=scale * size * longest / (6 * math.sqrt(3)),
-    )
+    constants = (scale * e_s, scale * (e_s + size / 4), scale * size * longest / (6 * math.sqrt(3)))
+    recipe = _recipe("smooth_convex", n, log10_cond, log10_scale, seed, dtype)
+    return ArgminProblem(objective, torch.zeros(n, dtype=dtype), theta, solution, recipe, *constants)
 
 
 def nonconvex_problem(
@@ -129,26 +97,11 @@ def nonconvex_problem(
 
     In y = Mx these are n double wells, tilted: 3^n stationary points, 2^n of them minima. ``init`` lies in the basin
     of one of them, and ``solution`` is that nondegenerate minimum; ``saddle`` differs from it in the first well only,
-    where it sits on the barrier (for n = 1 it is a maximum).
+    where it sits on the barrier (for n = 1 it is a maximum). mu, beta and rho do not exist globally: None.
 
     Args:
-        n, seed, dtype: as in :func:`spd_matrix`.
+        n, log10_scale, seed, dtype: as in :func:`smooth_convex_problem`.
         log10_cond: logarithm of the ratio of the deepest to the shallowest well; close to that of the condition.
-        log10_scale: logarithm of the factor in front; it is no theta, so the gradients do not depend on it.
-
-    Returns:
-        The problem, without mu, beta and rho: they do not exist globally.
-
-    Raises:
-        ValueError: an argument outside its range.
-
-    Example:
-        >>> import torch
-        >>> from implicitlayer import testing
-        >>> problem = testing.nonconvex_problem(3)
-        >>> gradient = problem.stationarity(problem.saddle, *problem.theta)
-        >>> bool(gradient.abs().max() < 1e-12), bool((problem.dense_jacobian().diagonal() > 0).all())
-        (True, True)
     """
     # The gradient M'(e^d (y^2 - 1) y) - t vanishes where e^{d_i} (y_i^3 - y_i) = q_i with q = M^-T t: one cubic per
     # well. The tilt below has |q_i| e^{-d_i} <= 0.2 < 2 / (3 sqrt 3) = 0.385, so that all three roots are real and
@@ -176,14 +129,9 @@ def nonconvex_problem(
     theta = _leaves(basis.to(dtype), depth.log().to(dtype), tilt.to(dtype))
     barrier = sides.clone()
     barrier[0] = 0
-    return ArgminProblem(
-        objective,
-        (basis.T @ (0.9 * sides)).to(dtype),
-        theta,
-        lambda *theta: stationary_point(sides, *theta),
-        _recipe("nonconvex_problem", n, log10_cond, log10_scale, seed, dtype),
-        saddle=stationary_point(barrier, *theta).to(dtype),
-    )
+    recipe, init = _recipe("nonconvex", n, log10_cond, log10_scale, seed, dtype), (basis.T @ (0.9 * sides)).to(dtype)
+    saddle, solution = stationary_point(barrier, *theta).to(dtype), partial(stationary_point, sides)
+    return ArgminProblem(objective, init, theta, solution, recipe, saddle=saddle)
 
 
 def root_problem(
@@ -192,24 +140,12 @@ def root_problem(
     """``scale (A x + e^s tanh(x) - b)`` with theta = (A [n, n], b [n], s) and a non-symmetric A.
 
     e^s is half the smallest singular value of A, so that the zero is unique and the Jacobian
-    ``A + e^s diag(1 - tanh(x)^2)`` has no singular value below that half.
+    ``A + e^s diag(1 - tanh(x)^2)`` has no singular value below that half. The solution is found by a contraction and
+    Newton steps, to rounding.
 
     Args:
         n, log10_cond, seed, dtype: as in :func:`general_matrix`, which makes A.
-        log10_scale: logarithm of the factor in front; it is no theta, so the gradients do not depend on it.
-
-    Returns:
-        The problem; its solution is found by a contraction and Newton steps, to rounding.
-
-    Raises:
-        ValueError: an argument outside its range.
-
-    Example:
-        >>> from implicitlayer import testing
-        >>> problem = testing.root_problem(3, log10_cond=2)
-        >>> x = problem.solution(*problem.theta)
-        >>> float(problem.residual(x, *problem.theta).detach().abs().max()) < 1e-14
-        True
+        log10_scale: as in :func:`smooth_convex_problem`.
     """
     scale = arrays.ten_to(log10_scale)
     arrays.check_matrix(n, log10_cond, log10_scale, seed, dtype)
@@ -233,7 +169,7 @@ def root_problem(
         return x
 
     theta = _leaves(matrix.to(dtype), b.to(dtype), torch.tensor(math.log(strength), dtype=dtype))
-    recipe = _recipe("root_problem", n, log10_cond, log10_scale, seed, dtype)
+    recipe = _recipe("root", n, log10_cond, log10_scale, seed, dtype)
     return RootProblem(residual, torch.zeros(n, dtype=dtype), theta, solution, recipe)
 
 
@@ -264,4 +200,4 @@ def _leaves(*tensors: torch.Tensor) -> Theta:
 
 
 def _recipe(name: str, n: int, log10_cond: float, log10_scale: float, seed: int, dtype: torch.dtype) -> str:
-    return f"{name}({n}, log10_cond={log10_cond}, log10_scale={log10_scale}, seed={seed}, dtype={dtype})"
+    return f"{name}_problem({n}, log10_cond={log10_cond}, log10_scale={log10_scale}, seed={seed}, dtype={dtype})"

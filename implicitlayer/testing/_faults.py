@@ -13,29 +13,17 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from hypothesis.errors import InvalidArgument
 
 from implicitlayer._errors import NonFiniteError, SolverOutputError, StationarityWarning
 from implicitlayer.base._tree import flatten, tree_map, unflatten
-
-__all__ = ["Fault", "SolverFailedError", "faults", "faulty_solvers"]
+from implicitlayer.testing._arrays import check_one_of
+from implicitlayer.testing._strategies import checked
 
 Solver = Callable[..., Any]
 
 
 class SolverFailedError(Exception):
-    """What the fault ``"raises"`` raises; a layer must let it through as it is.
-
-    Example:
-        >>> import implicitlayer as il, torch
-        >>> from implicitlayer import testing
-        >>> layer = il.argmin(lambda x: (x**2).sum(), testing.Fault("raises", lambda f, x: x))
-        >>> try:
-        ...     layer(torch.ones(2))
-        ... except testing.SolverFailedError as error:
-        ...     print(error)
-        this solver always fails
-    """
+    """What the fault ``"raises"`` raises; a layer must let it through as it is."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -45,17 +33,13 @@ class Fault:
     Attributes:
         name: what goes wrong, such as ``"returns NaN"``.
         solver: the right solver that it spoils.
-        raises: the exception that a layer must raise at the call; None where it must not raise.
-        warns: the warning that it must give; None where it must be silent.
-        error: relative error of the answer where the gradient must be right, 0 or the rounding of a shorter dtype.
 
     Raises:
         ValueError: an unknown name; the message lists them.
 
     Example:
         >>> import implicitlayer as il, torch
-        >>> from implicitlayer import testing
-        >>> fault = testing.Fault("returns NaN", lambda objective, init, t: t.clone())
+        >>> fault = il.testing.Fault("returns NaN", lambda objective, init, t: t.clone())
         >>> fault.raises.__name__, fault.warns, fault.must
         ('NonFiniteError', None, 'raise NonFiniteError')
         >>> layer = il.argmin(lambda x, t: ((x - t) ** 2).sum(), fault)
@@ -67,10 +51,8 @@ class Fault:
     solver: Solver
 
     def __post_init__(self) -> None:
-        if self.name not in _FAULTS:
-            raise ValueError(f"name={self.name!r} must be one of {tuple(_FAULTS)}.")
-        if not callable(self.solver):
-            raise ValueError(f"solver={self.solver!r} must be callable: solver(objective, init, *theta) -> x.")
+        check_one_of("name", self.name, tuple(_FAULTS))
+        _check_solver(self.solver)
 
     def __repr__(self) -> str:
         return f"Fault({self.name!r}, {getattr(self.solver, '__qualname__', self.solver)})"
@@ -80,13 +62,13 @@ class Fault:
 
     @property
     def raises(self) -> type[Exception] | None:
-        """The exception that a layer must raise at the call."""
+        """The exception that a layer must raise at the call; None where it must not raise."""
         outcome = _FAULTS[self.name][1]
         return outcome if outcome is not None and not issubclass(outcome, Warning) else None
 
     @property
     def warns(self) -> type[Warning] | None:
-        """The warning that a layer must give at the call."""
+        """The warning that a layer must give at the call; None where it must be silent."""
         outcome = _FAULTS[self.name][1]
         return outcome if outcome is not None and issubclass(outcome, Warning) else None
 
@@ -104,11 +86,7 @@ class Fault:
 
     @contextmanager
     def expected(self) -> Iterator[None]:
-        """Context around the call of a layer that checks :attr:`must`, all but the gradient.
-
-        Raises:
-            AssertionError: the layer raised or warned something else, or kept silent.
-        """
+        """Context around a layer's call: AssertionError where it does not what it :attr:`must` (but the gradient)."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
@@ -121,154 +99,101 @@ class Fault:
         if self.raises is not None:
             raise AssertionError(f"{self!r}: the layer must {self.must}, but it raised nothing.")
         kinds = {w.category for w in caught}
-        wanted = {self.warns} if self.warns else set()
-        if kinds != wanted:
+        if kinds != ({self.warns} if self.warns else set()):
             names = sorted(kind.__name__ for kind in kinds)
             raise AssertionError(f"{self!r}: the layer must {self.must}, but its warnings were {names}.")
 
 
 def faults(solver: Solver) -> list[Fault]:
-    """Every fault, around a right solver.
+    """Every fault, those that a layer must refuse first.
 
     Args:
         solver: ``solver(objective, init, *theta) -> x``, right to rounding. Its ``init`` must have an entry at least,
             must not be the solution, and must be float32 or float64.
-
-    Returns:
-        The faults, those that a layer must refuse first.
-
-    Raises:
-        ValueError: the solver is not callable.
-
-    Example:
-        >>> from implicitlayer import testing
-        >>> [fault.name for fault in testing.faults(lambda objective, init: init)][:3]
-        ['raises', 'returns NaN', 'returns Inf']
     """
     return [Fault(name, solver) for name in _FAULTS]
 
 
 def faulty_solvers(solver: Solver) -> st.SearchStrategy[Fault]:
-    """Strategy of solvers that misbehave, see :func:`faults`.
+    """Strategy of the solvers of :func:`faults`, made of a right one.
 
     Raises; NaN; Inf; wrong shape; a shape that would broadcast; wrong structure; no tensor at all; complex; changes
     theta in place; returns init; stops early; and what must do no harm: other dtype, NumPy array, odd memory
     layout, theta itself, init changed in place, a kept graph, inference mode.
-
-    Args:
-        solver: a right solver, as in :func:`faults`.
-
-    Returns:
-        Strategy of :class:`Fault`.
-
-    Raises:
-        hypothesis.errors.InvalidArgument: the solver is not callable.
-
-    Example:
-        >>> import implicitlayer as il, torch
-        >>> from hypothesis import given
-        >>> from implicitlayer import testing
-        >>> problem = testing.quadratic_problem(3, log10_cond=1)
-        >>> @given(testing.faulty_solvers(problem.solver))
-        ... def no_fault_is_silent(fault):
-        ...     with fault.expected():
-        ...         il.argmin(problem.objective, fault)(problem.init, *problem.theta)
-        >>> no_fault_is_silent()
     """
-    if not callable(solver):
-        raise InvalidArgument(f"solver={solver!r} must be callable: solver(objective, init, *theta) -> x.")
+    checked(_check_solver, solver)
     return st.sampled_from(faults(solver))
 
 
-# ------------------------------------------------------------------------------------------------------------- faults
+def _check_solver(solver: Any) -> None:
+    if not callable(solver):
+        raise ValueError(f"solver={solver!r} must be callable: solver(objective, init, *theta) -> x.")
 
 
 def _raises(solver: Solver, objective: Any, init: Any, *theta: Any) -> Any:
     raise SolverFailedError("this solver always fails")
 
 
+def _answer(change: Callable[[Any, Any, tuple[Any, ...]], Any]) -> Solver:
+    """A solver whose answer is changed: ``change(answer, init, theta)``."""
+    return lambda solver, objective, init, *theta: change(solver(objective, init, *theta), init, theta)
+
+
+def _each_leaf(change: Callable[[torch.Tensor], Any]) -> Solver:
+    return _answer(lambda answer, init, theta: tree_map(change, answer))
+
+
 def _poisoned(value: float) -> Solver:
-    def spoiled(solver: Solver, objective: Any, init: Any, *theta: Any) -> Any:
-        leaves, spec = flatten(tree_map(torch.clone, solver(objective, init, *theta)))
+    def spoiled(answer: Any, init: Any, theta: tuple[Any, ...]) -> Any:
+        leaves, spec = flatten(tree_map(torch.clone, answer))
         largest = max(leaves, key=torch.numel)
         largest.reshape(-1)[largest.numel() // 2] = value  # one entry of many
         return unflatten(leaves, spec)
 
-    return spoiled
+    return _answer(spoiled)
 
 
-def _each_leaf(change: Callable[[torch.Tensor], Any]) -> Solver:
-    return lambda solver, objective, init, *theta: tree_map(change, solver(objective, init, *theta))
-
-
-def _other_structure(solver: Solver, objective: Any, init: Any, *theta: Any) -> Any:
-    return {"answer": solver(objective, init, *theta)}
-
-
-def _with_a_note(solver: Solver, objective: Any, init: Any, *theta: Any) -> Any:
-    return solver(objective, init, *theta), "converged"
-
-
-def _nothing(solver: Solver, objective: Any, init: Any, *theta: Any) -> Any:
-    return None
-
-
-def _init(solver: Solver, objective: Any, init: Any, *theta: Any) -> Any:
-    return init
-
-
-def _halfway(solver: Solver, objective: Any, init: Any, *theta: Any) -> Any:
-    return tree_map(lambda start, x: start + 0.5 * (x - start), init, solver(objective, init, *theta))
+def _floating(theta: tuple[Any, ...]) -> list[torch.Tensor]:
+    return [leaf for leaf in flatten(theta)[0] if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
 
 
 def _spoils_theta(solver: Solver, objective: Any, init: Any, *theta: Any) -> Any:
     answer = tree_map(torch.clone, solver(objective, init, *theta))
-    for leaf in flatten(theta)[0]:
-        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
-            leaf.mul_(2)
+    for leaf in _floating(theta):
+        leaf.mul_(2)
     return answer
 
 
-def _theta_itself(solver: Solver, objective: Any, init: Any, *theta: Any) -> Any:
+def _theta_itself(answer: Any, init: Any, theta: tuple[Any, ...]) -> Any:
     """A theta leaf that holds the answer, in place of the answer: where the solution is a theta, as in |x - t|^2."""
-    thetas = [leaf for leaf in flatten(theta)[0] if isinstance(leaf, torch.Tensor)]
 
     def own(x: torch.Tensor) -> torch.Tensor:
-        same = [t for t in thetas if t.dtype == x.dtype and t.shape == x.shape and torch.equal(t, x)]
+        same = [t for t in _floating(theta) if t.dtype == x.dtype and t.shape == x.shape and torch.equal(t, x)]
         return same[0] if same else x
 
-    return tree_map(own, solver(objective, init, *theta))
+    return tree_map(own, answer)
 
 
-def _in_place(solver: Solver, objective: Any, init: Any, *theta: Any) -> Any:
-    answer = solver(objective, init, *theta)
+def _in_place(answer: Any, init: Any, theta: tuple[Any, ...]) -> Any:
     tree_map(lambda start, x: start.copy_(x), init, answer)
     return init
 
 
-def _keeps_its_graph(solver: Solver, objective: Any, init: Any, *theta: Any) -> Any:
+def _keeps_its_graph(answer: Any, init: Any, theta: tuple[Any, ...]) -> Any:
     """An answer whose graph leads to theta with a derivative that is wrong by far."""
-    thetas = [leaf for leaf in flatten(theta)[0] if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
-    answer = solver(objective, init, *theta)
     with torch.enable_grad():
-        touched = sum((t.requires_grad_().sum() * 0.0 for t in thetas), torch.zeros(()))
-        slope = sum((1e3 * (t - t.detach()).sum() for t in thetas), touched)
+        touched = sum((t.requires_grad_().sum() * 0.0 for t in _floating(theta)), torch.zeros(()))
+        slope = sum((1e3 * (t - t.detach()).sum() for t in _floating(theta)), touched)
         return tree_map(lambda x: x + slope.to(x.dtype), answer)
 
 
-def _other_dtype(x: torch.Tensor) -> torch.Tensor:
-    return x.float() if x.dtype == torch.float64 else x.double()
-
-
 def _odd_layout(x: torch.Tensor) -> torch.Tensor:
-    storage = torch.full((2 * x.numel() + 3,), torch.nan, dtype=x.dtype)
-    view = storage[3::2].view(x.shape)
+    view = torch.full((2 * x.numel() + 3,), torch.nan, dtype=x.dtype)[3::2].view(x.shape)
     view.copy_(x)
     return view
 
 
-def _in_inference_mode(solver: Solver, objective: Any, init: Any, *theta: Any) -> Any:
-    answer = solver(objective, init, *theta)
+def _in_inference_mode(answer: Any, init: Any, theta: tuple[Any, ...]) -> Any:
     with torch.inference_mode():
         return tree_map(torch.clone, answer)
 
@@ -280,20 +205,26 @@ _FAULTS: dict[str, tuple[Solver, type[Exception] | None]] = {
     "returns a wrong shape": (_each_leaf(lambda x: torch.cat([x.reshape(-1), x.reshape(-1)[:1]])), SolverOutputError),
     "returns a shape that would broadcast": (_each_leaf(lambda x: x.detach()[None]), SolverOutputError),
     "returns one number for all entries": (_each_leaf(lambda x: x.detach().mean()[None, None]), SolverOutputError),
-    "returns another structure": (_other_structure, SolverOutputError),
-    "returns a tuple with a note": (_with_a_note, SolverOutputError),
-    "returns None": (_nothing, SolverOutputError),
+    "returns another structure": (_answer(lambda answer, *_: {"answer": answer}), SolverOutputError),
+    "returns a tuple with a note": (_answer(lambda answer, *_: (answer, "converged")), SolverOutputError),
+    "returns None": (lambda *_: None, SolverOutputError),
     "returns a list of numbers": (_each_leaf(lambda x: [*x.detach().reshape(-1).tolist(), 0.0]), SolverOutputError),
     "returns complex numbers": (_each_leaf(lambda x: x.detach() + 0j), SolverOutputError),
     "changes theta in place": (_spoils_theta, SolverOutputError),
-    "returns init": (_init, StationarityWarning),
-    "stops early": (_halfway, StationarityWarning),
-    "returns another dtype (float32 for float64)": (_each_leaf(_other_dtype), None),
+    "returns init": (lambda solver, objective, init, *theta: init, StationarityWarning),
+    "stops early": (
+        _answer(lambda answer, init, _: tree_map(lambda start, x: start + 0.5 * (x - start), init, answer)),
+        StationarityWarning,
+    ),
+    "returns another dtype (float32 for float64)": (
+        _each_leaf(lambda x: x.float() if x.dtype == torch.float64 else x.double()),
+        None,
+    ),
     "returns a NumPy array": (_each_leaf(lambda x: x.detach().numpy()), None),
     "returns a NumPy array of float32": (_each_leaf(lambda x: x.detach().float().numpy()), None),
     "returns an odd memory layout": (_each_leaf(_odd_layout), None),
-    "returns theta itself": (_theta_itself, None),
-    "works in place on init": (_in_place, None),
-    "keeps its graph": (_keeps_its_graph, None),
-    "works in inference mode": (_in_inference_mode, None),
+    "returns theta itself": (_answer(_theta_itself), None),
+    "works in place on init": (_answer(_in_place), None),
+    "keeps its graph": (_answer(_keeps_its_graph), None),
+    "works in inference mode": (_answer(_in_inference_mode), None),
 }

@@ -84,10 +84,8 @@ def check_the_graph_of_init_is_ignored(claim: InnerClaim) -> None:
     leaf = torch.full((3,), 0.5, dtype=F64, requires_grad=True)
     plain = _solve(claim, problem.objective, leaf.detach().clone(), *_detached(problem))[0]
     (x,) = _solve(claim, problem.objective, leaf * 1, *_detached(problem))
-    apart = float((x - plain).norm())
-    require(
-        apart <= 2 * claim.accuracy * max(1.0, float(plain.norm())), claim, f"gives another answer ({apart:.2e} apart)"
-    )
+    apart, allowed = float((x - plain).norm()), 2 * claim.accuracy * max(1.0, float(plain.norm()))
+    require(apart <= allowed, claim, f"gives another answer ({apart:.2e} apart)")
     require(leaf.grad is None, claim, "left a gradient behind in the tensor that init was made from")
 
 
@@ -134,7 +132,7 @@ def check_a_layer_under_vmap(claim: InnerClaim) -> None:
 def check_batch_equals_loop(claim: InnerClaim) -> None:
     """Many problems at once, called as the protocol of ``batched`` solvers says, are solved as one by one."""
     problems = [_problem(claim, families.smooth_convex_problem, 3, seed) for seed in (50, 51, 52)]
-    stacked = [torch.stack([t.detach() for t in leaves]) for leaves in zip(*(p.theta for p in problems), strict=True)]
+    stacked = _stacked(problems)
     init = arrays.normal_tensor((3, 3), seed=53)
     init[1] = problems[1].solution(*problems[1].theta)  # this lane is finished before it starts
     over_lanes = torch.func.vmap(problems[0].objective)
@@ -152,7 +150,7 @@ def check_a_finished_lane_is_frozen(claim: InnerClaim) -> None:
     conditions = [0.0, claim.log10_cond / 3, 0.0, claim.log10_cond]  # neighbour, the lane itself, two neighbours
     make = families.smooth_convex_problem
     problems = [make(3, log10_cond=c, seed=55 + i) for i, c in enumerate(conditions)]
-    stacked = [torch.stack([t.detach() for t in leaves]) for leaves in zip(*(p.theta for p in problems), strict=True)]
+    stacked = _stacked(problems)
     done = torch.stack([p.solution(*p.theta) for p in problems])
     done[1] = 0
     far = 10 * arrays.normal_tensor((4, 3), seed=59)
@@ -166,29 +164,27 @@ def check_a_finished_lane_is_frozen(claim: InnerClaim) -> None:
 
 def inner_checks(claim: InnerClaim) -> Iterator[Check]:
     """The checks that the claim calls for, simplest first."""
-    yield check_minimises_quadratics
-    yield check_minimises_smooth_convex_functions
+    yield from (check_minimises_quadratics, check_minimises_smooth_convex_functions)
     if F32 in claim.dtypes:
         yield check_minimises_in_float32
-    yield check_a_scalar_unknown
-    yield check_structure_of_init
-    yield check_init_and_theta_are_left_alone
+    yield from (check_a_scalar_unknown, check_structure_of_init, check_init_and_theta_are_left_alone)
     yield check_the_graph_of_init_is_ignored
     if claim.deterministic:
         yield check_repeats_are_bitwise_equal
-    yield check_gradients_of_an_argmin_layer
-    yield check_a_layer_under_vmap
+    yield from (check_gradients_of_an_argmin_layer, check_a_layer_under_vmap)
     if claim.batched:
         yield check_batch_equals_loop
         if claim.deterministic:
             yield check_a_finished_lane_is_frozen
 
 
-# ------------------------------------------------------------------------------------------------------------ helpers
+def _problem(claim: InnerClaim, family: Family, n: int, seed: int) -> ArgminProblem:
+    return family(n, log10_cond=claim.log10_cond, seed=seed)
 
 
-def _problem(claim: InnerClaim, family: Family, n: int, seed: int, dtype: torch.dtype = F64) -> ArgminProblem:
-    return family(n, log10_cond=claim.log10_cond, seed=seed, dtype=dtype)
+def _stacked(problems: Sequence[ArgminProblem]) -> list[torch.Tensor]:
+    """Theta of problems side by side."""
+    return [torch.stack([t.detach() for t in leaves]) for leaves in zip(*(p.theta for p in problems), strict=True)]
 
 
 def _detached(problem: ArgminProblem) -> list[torch.Tensor]:

@@ -17,12 +17,10 @@ from implicitlayer.base._status import Status
 from implicitlayer.equation._public import linear_solve
 from implicitlayer.testing import _arrays as arrays
 from implicitlayer.testing._claims import LinearClaim, require
-from implicitlayer.testing._linear_lanes import (
+from implicitlayer.testing._linear_systems import (
     check_a_finished_lane_is_frozen,
     check_a_lane_in_trouble_leaves_the_others,
     check_batch_equals_loop,
-)
-from implicitlayer.testing._linear_systems import (
     inverse_norm,
     powers_of_ten,
     require_residual,
@@ -155,9 +153,8 @@ def check_gradients_of_a_linear_solve(claim: LinearClaim) -> None:
     allowed = 4 * inverse_norm(claim, log10_cond) * 10**log10_cond * claim.rtol + 1e-12
     for name, g, r in zip(("the matrix", "the right-hand side"), got, right, strict=True):
         error = float((g - r).norm() / r.norm())
-        require(
-            error <= allowed, claim, f"gives a gradient in {name} that is off by {error:.2e}, {allowed:.2e} allowed"
-        )
+        text = f"gives a gradient in {name} that is off by {error:.2e}, {allowed:.2e} allowed"
+        require(error <= allowed, claim, text)
 
 
 def _by_linear_solve(claim: LinearClaim, operator: Any, rhs: torch.Tensor, symmetric: bool) -> torch.Tensor:
@@ -205,10 +202,8 @@ def check_a_singular_system_is_no_success(claim: LinearClaim) -> None:
         outside = torch.linalg.svd(matrix)[0][:, -1]  # orthogonal to the range
         b = arrays.normal_tensor((n,), seed=21)
         b = b + outside * torch.copysign(b.norm(), outside @ b)  # at least half of it is outside
-        solution = solution_of(claim, matrix, b)
-        require(
-            solution.status is not Status.CONVERGED, claim, f"says CONVERGED for a singular matrix (n={n}, {rank=})"
-        )
+        text = f"says CONVERGED for a singular matrix (n={n}, {rank=})"
+        require(solution_of(claim, matrix, b).status is not Status.CONVERGED, claim, text)
 
 
 def check_an_indefinite_system_is_no_success(claim: LinearClaim) -> None:
@@ -253,13 +248,10 @@ def check_a_step_limit_is_no_success(claim: LinearClaim) -> None:
 
 def linear_checks(claim: LinearClaim) -> Iterator[Check]:
     """The checks that the claim calls for, simplest first."""
-    yield check_shape_and_dtype
-    yield check_solves_random_systems
+    yield from (check_shape_and_dtype, check_solves_random_systems)
     if F32 in claim.dtypes:
         yield check_solves_in_float32
-    yield check_small_right_hand_sides
-    yield check_zero_right_hand_side
-    yield check_linear_in_the_right_hand_side
+    yield from (check_small_right_hand_sides, check_zero_right_hand_side, check_linear_in_the_right_hand_side)
     if claim.log10_scale:
         yield check_scale_of_the_right_hand_side
     if claim.log10_scale and claim.systems != "contraction":  # a scaled contraction is none
@@ -271,13 +263,11 @@ def linear_checks(claim: LinearClaim) -> Iterator[Check]:
         yield check_repeats_are_bitwise_equal
     yield check_gradients_of_a_linear_solve
     if claim.batched:
-        yield check_batch_equals_loop
-        yield check_a_lane_in_trouble_leaves_the_others
+        yield from (check_batch_equals_loop, check_a_lane_in_trouble_leaves_the_others)
         if claim.deterministic:
             yield check_a_finished_lane_is_frozen
     if claim.returns_status:  # of a bare tensor the layer recomputes the residual itself
-        yield check_status_tells_the_truth
-        yield check_an_easy_system_is_a_success
+        yield from (check_status_tells_the_truth, check_an_easy_system_is_a_success)
         yield check_a_singular_system_is_no_success
         if claim.systems == "positive definite":
             yield check_an_indefinite_system_is_no_success

@@ -22,9 +22,8 @@ class TaskLossOfChecks:
 
     def __call__(self, params: Any, batch: Any) -> torch.Tensor:
         """Cross-entropy and a little weight decay, without which separable tasks have no minimum."""
-        logits = torch.baddbmm(
-            params["head.bias"].unsqueeze(1), self.features(params, batch[0]), params["head.weight"].mT
-        )
+        features = self.features(params, batch[0])
+        logits = torch.baddbmm(params["head.bias"].unsqueeze(1), features, params["head.weight"].mT)
         decay = torch.stack([(leaf.flatten(1) ** 2).sum(1) for leaf in params.values()]).sum(0)
         return self.loss(logits, batch[1]) + 0.01 * decay
 
@@ -97,9 +96,8 @@ def check_the_meta_gradient_is_what_it_says(method: MetaMethod) -> None:
     slope = (_mean_loss(method, 1e-4 * direction) - _mean_loss(method, -1e-4 * direction)) / 2e-4
     if method.exact:
         off = abs(float(gradient @ direction) - slope)
-        text = (
-            f"has a meta-gradient that is off by {off:.2e} of {slope:.2e}; exact = False says it is another direction"
-        )
+        text = f"has a meta-gradient that is off by {off:.2e} of {slope:.2e}"
+        text += "; exact = False says it is another direction"
         require(off <= 1e-4 * (1 + abs(slope)), method, text)
     else:
         require(slope > 0, method, f"has a meta-gradient along which the query losses fall ({slope:.2e})")
@@ -117,13 +115,8 @@ def check_repeats_are_bitwise_equal(method: MetaMethod) -> None:
     require(all(leaf.grad is None for leaf in theta.values()), method, "left a gradient in theta before backward")
 
 
-METHOD_CHECKS = [
-    check_shapes,
-    check_adaptation_lowers_the_inner_objective,
-    check_tasks_are_independent,
-    check_the_meta_gradient_is_what_it_says,
-    check_repeats_are_bitwise_equal,
-]
+METHOD_CHECKS = [check_shapes, check_adaptation_lowers_the_inner_objective, check_tasks_are_independent]
+METHOD_CHECKS += [check_the_meta_gradient_is_what_it_says, check_repeats_are_bitwise_equal]
 
 
 def _mean_loss(method: MetaMethod, move: torch.Tensor) -> float:

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from implicitlayer.base._records import BackwardRecord
 from implicitlayer.layer._layer import ImplicitLayer
-from implicitlayer.testing import _differences as differences
-from implicitlayer.testing._differences import Accuracy, Difference, SolverDifferences
-from implicitlayer.testing._references import DenseSystem, Equation, Leaves, Wall, flat, plain, scales
-from implicitlayer.testing._report import (
-    COARSE,
-    LINEAR,
-    ROUNDING,
-    TRUNCATION,
-    GradientRow,
-    Place,
-    compare,
-    entry_of,
-)
+from implicitlayer.testing._differences import Difference, SolverDifferences, difference_errors
+from implicitlayer.testing._references import DenseSystem, Leaves, flat, plain, scales
+from implicitlayer.testing._report import COARSE, LINEAR, ROUNDING, GradientRow, Place, compare, entry_of
 
 RANDOM = "a random direction"
 _TINY = 1e-15
@@ -31,18 +22,14 @@ SAFE_RTOL = 10.0
 
 
 @dataclass(eq=False)
-class Check:
+class Check(SolverDifferences):
     """One call of ``check_argmin_gradients``: what is compared, with what, and what came out.
 
     ``answer(theta)`` solves from init, ``restarted(start)`` at theta.
     """
 
-    equation: Equation
     layer: ImplicitLayer
-    wall: Wall
-    answer: Callable[[Leaves], Leaves]
     restarted: Callable[[Leaves], Leaves]
-    accuracy: Accuracy
     rtol: float
     generator: torch.Generator
     rows: list[GradientRow] = field(default_factory=list)
@@ -53,10 +40,6 @@ class Check:
     @property
     def system(self) -> DenseSystem | None:
         return self.accuracy.system
-
-    @cached_property
-    def solver_differences(self) -> SolverDifferences:
-        return SolverDifferences(self.equation, self.answer, self.accuracy)
 
     def random(self, size: int) -> torch.Tensor:
         """Random signs, sizes between 1/2 and 1: no entry vanishes by chance."""
@@ -74,6 +57,19 @@ class Check:
             vectors.append(("hard cotangent ", self.system.matrix.T @ self.random(n) / self.system.norm))
         return [(name, flat(self.equation.split(v))) for name, v in vectors]  # rounded as the layer sees them
 
+    def add(
+        self,
+        place: Place,
+        expected: torch.Tensor,
+        got: torch.Tensor,
+        parts: Mapping[str, torch.Tensor],
+        natural: float,
+        explained: torch.Tensor | None = None,
+        resolved: bool = True,
+    ) -> None:
+        """The row of one comparison, see :func:`compare`."""
+        self.rows.append(compare(place, expected, got, parts, natural, explained, resolved))
+
     @cached_property
     def directions(self) -> list[list[tuple[str, torch.Tensor]]]:
         """Per leaf: one random direction, and up to two entries, the one of the largest derivative among them."""
@@ -89,14 +85,13 @@ class Check:
                     unit = torch.zeros_like(size)
                     unit[i] = size[i]
                     chosen.append((entry_of(leaf.shape)(i), unit))
-            rounded = [(name, plain(d.to(leaf.dtype))) for name, d in chosen]
-            result.append(rounded)
+            result.append([(name, plain(d.to(leaf.dtype))) for name, d in chosen])
         return result
 
     @cached_property
     def quotients(self) -> list[list[Difference | None]]:
         """Differences of the solver along all ``directions``."""
-        return [[self.solver_differences.along({j: d}) for _, d in chosen] for j, chosen in enumerate(self.directions)]
+        return [[self.along({j: d}) for _, d in chosen] for j, chosen in enumerate(self.directions)]
 
     def call(self, theta: Leaves, init: Leaves | None = None) -> Leaves:
         """The layer, leaves to leaves."""
@@ -114,14 +109,19 @@ class Check:
         outputs, vectors = zip(*attached, strict=True)
         return list(torch.autograd.grad(outputs, points, vectors, allow_unused=True, **how))
 
+    def gradients(self, theta: Leaves, v: torch.Tensor) -> list[torch.Tensor]:
+        """The layer's J'v at theta, by leaf, flat."""
+        points = [t.clone().requires_grad_() for t in theta]
+        return filled(self.pull(self.call(points), points, self.equation.split(v)), points)
+
+    def product(self, theta: Leaves, v: Leaves) -> torch.Tensor:
+        """<v, x> with the layer's answer at theta, with its graph."""
+        return torch.stack([(a * b).sum() for a, b in zip(self.call(theta), v, strict=True)]).sum()
+
     def recorded_residual(self) -> float:
         """The largest relative residual among the solves of the latest call; 0 if there was none."""
-        found = [0.0]
-        for record in self.layer.records:
-            solution = getattr(record, "solution", None)
-            if solution is not None:
-                found.append(float(torch.as_tensor(solution.relative_residual).detach().double().max()))
-        return max(found)
+        solutions = [record.solution for record in self.layer.records if isinstance(record, BackwardRecord)]
+        return max([0.0, *(float(solution.relative_residual.detach().double().max()) for solution in solutions)])
 
     def natural(self, leaf: int, vector: torch.Tensor | None = None) -> float:
         """Size of a derivative in this leaf if x moved by its own size where theta does."""
@@ -148,28 +148,14 @@ def total(terms: Iterable[torch.Tensor]) -> torch.Tensor:
     return sum(terms, torch.zeros((), dtype=torch.float64))
 
 
-def check_value(check: Check, x: Leaves) -> None:
-    """The layer returns what the solver returns."""
-    if check.layer.polish:
-        return
-    known = check.accuracy.x
-    size = torch.full_like(known, check.equation.eps * check.accuracy.size)
-    row = compare(
-        Place("x", check.equation.entry, "value", "solver"),
-        known,
-        flat(x),
-        {COARSE: check.accuracy.spread, ROUNDING: size},
-        check.accuracy.size,
-    )
-    check.rows.append(row)
-
-
 def check_vjp(check: Check) -> None:
     """Reverse mode against the dense gradient, for all entries, and against differences along directions."""
-    equation, system = check.equation, check.system
+    equation, system, accuracy = check.equation, check.system, check.accuracy
     points = [t.clone().requires_grad_() for t in equation.theta]
     x = check.call(points)
-    check_value(check, x)
+    if not check.layer.polish:  # the layer returns what the solver returns
+        parts = {COARSE: accuracy.spread, ROUNDING: torch.full_like(accuracy.x, equation.eps * accuracy.size)}
+        check.add(Place("x", equation.entry, "value", "solver"), accuracy.x, flat(x), parts, accuracy.size)
     for number, (kind, v) in enumerate(check.cotangents):
         gradients = check.pull(x, points, equation.split(v), retain_graph=True)
         pulled = filled(gradients, points)
@@ -178,26 +164,18 @@ def check_vjp(check: Check) -> None:
             check.none = {j for j, g in enumerate(gradients) if g is None}
         residual = check.recorded_residual()
         for j, (name, got) in enumerate(zip(equation.names, pulled, strict=True)):
-            entry = entry_of(equation.theta[j].shape)
-            solve = explained = None
+            solve = None
             if system is not None:
                 solve, explained = system.vjp_error(j, v, check.rtol), system.vjp_error(j, v, residual, rounding=False)
-                dense = compare(
-                    Place(name, prefixed(kind, entry), "vjp", "dense"),
-                    system.vjp(j, v),
-                    got,
-                    {LINEAR: solve},
-                    check.natural(j, v),
-                    explained,
-                )
-                check.rows.append(dense)
+                place = Place(name, prefixed(kind, entry_of(equation.theta[j].shape)), "vjp", "dense")
+                check.add(place, system.vjp(j, v), got, {LINEAR: solve}, check.natural(j, v), explained)
             if number:
                 continue
             for (label, d), quotient in zip(check.directions[j], check.quotients[j], strict=True):
                 along = torch.dot(got, d)
                 # |v| on each part: errors of the entries of x may all add up
                 linear = check.fuzzy(float((got * d).norm())) if solve is None else (solve * d.abs()).sum()
-                coarse = check.accuracy.coarse_vjp(j, v) * d.abs()
+                coarse = accuracy.coarse_vjp(j, v) * d.abs()
                 add_quotient(check, name, label, "vjp", quotient, along, v, (linear, coarse.sum()))
 
 
@@ -211,18 +189,8 @@ def check_jvp(check: Check) -> None:
             if system is not None:
                 linear = system.jvp_error(j, d, check.rtol)
                 explained = system.jvp_error(j, d, check.recorded_residual(), rounding=False)
-                entry = entry_along(check, label)
-                expected = system.jacobian(j) @ d
-                check.rows.append(
-                    compare(
-                        Place(name, entry, "jvp", "dense"),
-                        expected,
-                        got,
-                        {LINEAR: linear},
-                        check.accuracy.size,
-                        explained,
-                    )
-                )
+                place, expected = Place(name, entry_along(check, label), "jvp", "dense"), system.jacobian(j) @ d
+                check.add(place, expected, got, {LINEAR: linear}, check.accuracy.size, explained)
             errors = (linear, check.accuracy.coarse_jvp(j, d))
             add_quotient(check, name, label, "jvp", quotient, got, None, errors)
     if check.pulled is not None:
@@ -260,16 +228,8 @@ def _check_adjoint(check: Check, pulled: list[torch.Tensor]) -> None:
             for j, d in joint.items()
         ]
         tolerance = torch.stack(terms).sum() + equation.eps * v.norm() * check.accuracy.size
-    natural = float(v.norm()) * check.accuracy.size
-    check.rows.append(
-        compare(
-            Place("all leaves", lambda i: RANDOM, "jvp", "adjoint"),
-            right[None],
-            left[None],
-            {LINEAR: tolerance},
-            natural,
-        )
-    )
+    place, natural = Place("all leaves", lambda i: RANDOM, "jvp", "adjoint"), float(v.norm()) * check.accuracy.size
+    check.add(place, right[None], left[None], {LINEAR: tolerance}, natural)
 
 
 def add_quotient(
@@ -289,10 +249,8 @@ def add_quotient(
     linear, coarse = errors
     natural = check.accuracy.size * (1.0 if v is None else float(v.norm()))
     if quotient is None:
-        nan = float("nan")
-        check.rows.append(
-            GradientRow(name, label, mode, "differences", nan, nan, 0.0, nan, "inconclusive", "the solver fails nearby")
-        )
+        nan, why = float("nan"), "the solver fails nearby"
+        check.rows.append(GradientRow(name, label, mode, "differences", nan, nan, 0.0, nan, "inconclusive", why))
         return
     value, truncation, noise = quotient.value, quotient.truncation, quotient.noise
     entry = entry_along(check, label)
@@ -300,18 +258,10 @@ def add_quotient(
         value, truncation, noise = torch.dot(value, v), torch.dot(truncation, v.abs()), torch.dot(noise, v.abs())
         value, got, truncation, noise = value[None], got[None], truncation[None], noise[None]
         entry = lambda i: label  # noqa: E731
-    if check.system is None:
-        coarse = (
-            10 * check.accuracy.relative * value.norm()
-        )  # a derivative moves with x as much as x itself, or ten times
-    parts = {
-        TRUNCATION: differences.SAFE_TRUNCATION * truncation,
-        COARSE: differences.SAFE_NOISE * (noise + coarse),
-        LINEAR: linear,
-    }
-    check.rows.append(
-        compare(Place(name, entry, mode, "differences"), value, got, parts, natural, resolved=quotient.resolved)
-    )
+    if check.system is None:  # a derivative moves with x as much as x itself, or ten times
+        coarse = 10 * check.accuracy.relative * value.norm()
+    parts = {**difference_errors(truncation, noise + coarse, COARSE), LINEAR: linear}
+    check.add(Place(name, entry, mode, "differences"), value, got, parts, natural, resolved=quotient.resolved)
 
 
 def entry_along(check: Check, label: str) -> Callable[[int], str]:

@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -18,7 +17,7 @@ import torch
 from implicitlayer.testing import _differences as differences
 from implicitlayer.testing._modes import RANDOM, Check
 from implicitlayer.testing._references import ROUNDINGS, plain
-from implicitlayer.testing._report import ROUNDING, TRUNCATION, GradientRow, Place, compare
+from implicitlayer.testing._report import ROUNDING, GradientRow, Place, compare
 
 DOMAIN = "the step leaves the domain"
 _RETRIES = 5
@@ -49,7 +48,7 @@ def check_objective(check: Check) -> None:
         d = check.directions[j][0][1]
 
         def equation_along_theta(h: float, j: int = j, d: torch.Tensor = d) -> tuple[torch.Tensor, torch.Tensor]:
-            return equation.residual_at(accuracy.leaves, check.solver_differences.moved({j: d}, h)), noise
+            return equation.residual_at(accuracy.leaves, check.moved({j: d}, h)), noise
 
         mixed = system.mixed[j]
         _add(check, name, equation_along_theta, torch.zeros_like(noise) if mixed is None else mixed @ d, step)
@@ -58,12 +57,9 @@ def check_objective(check: Check) -> None:
         quadratic = float(away.abs() @ system.matrix.abs() @ away.abs())  # terms that may cancel in f
 
         def value_along_x(h: float) -> tuple[torch.Tensor, torch.Tensor]:
+            x = equation.tree(equation.split(away + h * direction))
             with torch.no_grad():
-                value = plain(
-                    equation.function(
-                        equation.tree(equation.split(away + h * direction)), *equation.arguments(equation.theta)
-                    )
-                ).sum()
+                value = plain(equation.function(x, *equation.arguments(equation.theta))).sum()
             return value[None], small * (value.abs()[None] + quadratic)
 
         try:
@@ -110,20 +106,9 @@ def _outside(name: str) -> GradientRow:
 
 
 def _row(name: str, found: differences.Difference, autograd: torch.Tensor) -> GradientRow:
-    parts = {
-        TRUNCATION: differences.SAFE_TRUNCATION * found.truncation,
-        ROUNDING: differences.SAFE_NOISE * found.noise,
-    }
-    entry: Callable[[int], str] = lambda i: RANDOM  # noqa: E731
-    natural = float(autograd.norm()) + float(found.value.norm())
-    return compare(
-        Place(name, entry, "objective", "differences"),
-        found.value,
-        autograd,
-        parts,
-        natural,
-        resolved=found.resolved,
-    )
+    parts = differences.difference_errors(found.truncation, found.noise, ROUNDING)
+    place, natural = Place(name, lambda i: RANDOM, "objective", "differences"), autograd.norm() + found.value.norm()
+    return compare(place, found.value, autograd, parts, float(natural), resolved=found.resolved)
 
 
 def _straight(sample: differences.Sample, found: differences.Difference) -> bool:

@@ -12,22 +12,12 @@ from typing import Any
 
 import torch
 
-__all__ = ["ArgminProblem", "RootProblem"]
-
 Theta = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class _Problem:
-    """What both kinds of problems hold.
-
-    Attributes:
-        function: the objective or the residual, ``function(x, *theta)``, plain torch code.
-        init: tensor [n], a starting point; never the solution.
-        theta: floating leaf tensors that require grad.
-        solution: ``solution(*theta) -> x``, exact to rounding, in float64; a plain function, no derivative rules.
-        recipe: the call that makes this problem again.
-    """
+    """What both kinds of problems hold, for :attr:`objective` or :attr:`residual` as ``function``."""
 
     function: Callable[..., torch.Tensor]
     init: torch.Tensor
@@ -54,14 +44,7 @@ class _Problem:
         return torch.stack([torch.autograd.grad(entry, x, retain_graph=True)[0] for entry in value])
 
     def dense_gradient(self, cotangent: torch.Tensor) -> list[torch.Tensor]:
-        """The implicit gradient: ``-(dF/dtheta)' u`` with ``(dF/dx)' u = cotangent`` by a dense solve.
-
-        Args:
-            cotangent: tensor [n].
-
-        Returns:
-            One float64 tensor per theta, in its shape.
-        """
+        """The implicit gradient ``-(dF/dtheta)' u`` with ``(dF/dx)' u = cotangent`` [n] by a dense solve."""
         jacobian = self.dense_jacobian()
         # one power of two for all entries: no overflow inside the factorisation, no rounding
         unit = 2.0 ** math.floor(math.log2(float(jacobian.abs().max())))
@@ -79,7 +62,7 @@ class ArgminProblem(_Problem):
         objective: ``objective(x, *theta) -> 0-d tensor``, plain torch code.
         init: tensor [n], a starting point; never the solution.
         theta: floating leaf tensors that require grad.
-        solution: ``solution(*theta) -> x``, exact to rounding, in float64.
+        solution: ``solution(*theta) -> x``, exact to rounding, in float64; a plain function, no derivative rules.
         mu: strong convexity, a lower bound of all eigenvalues of the Hessian at every x; None where there is none.
         beta: smoothness, an upper bound of them.
         rho: Lipschitz constant of the Hessian, ``||H(x) - H(y)||_2 <= rho ||x - y||_2``.
@@ -88,8 +71,7 @@ class ArgminProblem(_Problem):
 
     Example:
         >>> import implicitlayer as il, torch
-        >>> from implicitlayer import testing
-        >>> problem = testing.quadratic_problem(3, log10_cond=1)
+        >>> problem = il.testing.quadratic_problem(3, log10_cond=1)
         >>> x = il.argmin(problem.objective, problem.solver)(problem.init, *problem.theta)
         >>> v = torch.ones(3, dtype=torch.float64)
         >>> for got, right in zip(torch.autograd.grad(x, problem.theta, v), problem.dense_gradient(v)):
@@ -114,20 +96,9 @@ class ArgminProblem(_Problem):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class RootProblem(_Problem):
-    """A residual with its exact zero; the Jacobian is not symmetric where n > 1.
+    """A residual ``residual(x, *theta) -> [n]`` with its exact zero; all else is as in :class:`ArgminProblem`.
 
-    Attributes:
-        residual: ``residual(x, *theta) -> [n]``, plain torch code.
-        init, theta, solution, recipe: as in :class:`ArgminProblem`.
-
-    Example:
-        >>> import implicitlayer as il, torch
-        >>> from implicitlayer import testing
-        >>> problem = testing.root_problem(3, log10_cond=1)
-        >>> x = il.root(problem.residual, problem.solver)(problem.init, *problem.theta)
-        >>> v = torch.ones(3, dtype=torch.float64)
-        >>> for got, right in zip(torch.autograd.grad(x, problem.theta, v), problem.dense_gradient(v)):
-        ...     assert torch.allclose(got, right, rtol=1e-7)
+    The Jacobian is not symmetric where n > 1.
     """
 
     @property

@@ -14,21 +14,64 @@ import torch
 from implicitlayer.api._argmin import argmin, fixed_point, root
 from implicitlayer.base._tree import tree_map
 from implicitlayer.layer._layer import ImplicitLayer
-from implicitlayer.testing._case import Case, Layer, dot, pull
-from implicitlayer.testing._references import F64, Equation, flat
-
-__all__ = [
-    "check_adjoint",
-    "check_batch_equals_loop",
-    "check_dict_order",
-    "check_linear_in_cotangent",
-    "check_repeatable",
-    "check_rotated_unknowns",
-    "check_scaled_objective",
-]
+from implicitlayer.testing._references import F64, Equation, Leaves, flat, plain
 
 _LAYERS: dict[str, Callable[..., ImplicitLayer]] = {"argmin": argmin, "root": root, "fixed_point": fixed_point}
-_LANES = 3
+Layer = Callable[..., Any]
+
+
+class _Case:
+    """A layer as a function of the floating leaves of theta."""
+
+    def __init__(self, layer: Layer, init: Any, theta: tuple[Any, ...], rtol: float | None, seed: int) -> None:
+        self.layer = layer
+        self.equation = Equation.of(layer, "argmin", init, theta)
+        if not self.equation.theta:
+            raise ValueError("theta has no floating tensor with entries: there is no derivative to check.")
+        self.rtol = rtol if rtol is not None else (1e-7 if self.equation.eps < 1e-12 else 1e-3)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.solution: Leaves = []
+
+    def call(self, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        start = self.equation.tree([t.clone() for t in self.equation.init])
+        return tuple(self.equation.ordered(self.layer(start, *self.equation.arguments(leaves))))
+
+    def random(self, like: Leaves) -> Leaves:
+        return [torch.randn(t.shape, dtype=F64, generator=self.generator).to(t) for t in like]
+
+    def gradients(self, v: Leaves) -> Leaves:
+        points = [t.clone().requires_grad_() for t in self.equation.theta]
+        x = list(self.call(*points))
+        self.solution = [t.detach() for t in x]
+        return _pull(x, points, v)
+
+    def require(self, holds: bool, rule: str, numbers: str, size: float) -> None:
+        if not holds:
+            raise AssertionError(f"{rule} does not hold: {numbers}, tolerance {self.rtol * size:.2e}.")
+
+    def compare(self, got: Leaves, expected: Leaves, size: float, rule: str, names: list[str] | None = None) -> None:
+        for name, g, e in zip(names or self.equation.names, got, expected, strict=True):
+            difference = (plain(g) - plain(e)).abs().reshape(-1)
+            if not difference.numel() or float(difference.norm()) <= self.rtol * size:
+                continue
+            i = int(difference.nan_to_num(nan=torch.inf).argmax())
+            numbers = f"{float(plain(e).reshape(-1)[i]):.9g} and {float(plain(g).reshape(-1)[i]):.9g}"
+            raise AssertionError(
+                f"{rule}: {name} differs, most at entry {i}: {numbers}, error {float(difference[i]):.2e}, tolerance "
+                f"{self.rtol * size:.2e}."
+            )
+
+
+def _pull(x: Leaves, points: Leaves, v: Leaves) -> Leaves:
+    attached = [(leaf, c) for leaf, c in zip(x, v, strict=True) if leaf.requires_grad]
+    if not attached:
+        return [torch.zeros_like(t) for t in points]
+    outputs, vectors = zip(*attached, strict=True)
+    return list(torch.autograd.grad(outputs, points, vectors, materialize_grads=True, retain_graph=True))
+
+
+def _dot(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
+    return float(torch.dot(flat(a), flat(b)))
 
 
 def check_adjoint(layer: Layer, init: Any, *theta: Any, rtol: float | None = None, seed: int = 0) -> None:
@@ -41,20 +84,19 @@ def check_adjoint(layer: Layer, init: Any, *theta: Any, rtol: float | None = Non
         seed: of v and t.
 
     Raises:
-        AssertionError: with both numbers.
+        AssertionError: naming the leaf where there is one, with the numbers.
         ValueError: a theta without floating tensors.
 
     Example:
         >>> import torch, implicitlayer as il
-        >>> from implicitlayer.testing import check_adjoint
         >>> layer = il.argmin(lambda x, t: ((x - t) ** 2).sum(), lambda f, x, t: t)
-        >>> check_adjoint(layer, torch.zeros(3), torch.ones(3))
+        >>> il.testing.check_adjoint(layer, torch.zeros(3), torch.ones(3))
     """
-    case = Case(layer, init, theta, rtol, seed)
+    case = _Case(layer, init, theta, rtol, seed)
     v, tangents = case.random(case.equation.init), case.random(case.equation.theta)
     pulled = case.gradients(v)
     pushed = torch.func.jvp(case.call, tuple(case.equation.theta), tuple(tangents))[1]
-    left, right = dot(v, pushed), dot(pulled, tangents)
+    left, right = _dot(v, pushed), _dot(pulled, tangents)
     size = float(flat(v).norm() * flat(pushed).norm())
     case.require(abs(left - right) <= case.rtol * size, "<v, J t> = <J'v, t>", f"{left:.9g} and {right:.9g}", size)
 
@@ -62,20 +104,9 @@ def check_adjoint(layer: Layer, init: Any, *theta: Any, rtol: float | None = Non
 def check_linear_in_cotangent(layer: Layer, init: Any, *theta: Any, rtol: float | None = None, seed: int = 0) -> None:
     """The gradient is linear in the cotangent: J'(3 a - b) = 3 J'a - J'b, also for b a million times a.
 
-    Args:
-        layer, init, theta, rtol, seed: see :func:`check_adjoint`; rtol over ``3 |J'a| + |J'b|``.
-
-    Raises:
-        AssertionError: naming the leaf, with the numbers.
-        ValueError: a theta without floating tensors.
-
-    Example:
-        >>> import torch, implicitlayer as il
-        >>> from implicitlayer.testing import check_linear_in_cotangent
-        >>> layer = il.argmin(lambda x, t: ((x - t) ** 2).sum(), lambda f, x, t: t)
-        >>> check_linear_in_cotangent(layer, torch.zeros(3), torch.ones(3))
+    Arguments and errors as in :func:`check_adjoint`; rtol over ``3 |J'a| + |J'b|``.
     """
-    case = Case(layer, init, theta, rtol, seed)
+    case = _Case(layer, init, theta, rtol, seed)
     for factor in (1.0, 1e6, 1e-6):
         a = case.random(case.equation.init)
         b = [factor * t for t in case.random(case.equation.init)]
@@ -104,19 +135,10 @@ def check_scaled_objective(
     multiplied (a shift would move the root).
 
     Args:
-        objective, solver, init, theta, kind, settings: see :func:`check_argmin_gradients`.
+        objective, solver, init, theta, kind, settings: see :func:`check_argmin_gradients`; no ``kind="fixed_point"``.
         factor: positive.
         shift: added to the value.
-        rtol, seed: see :func:`check_adjoint`; rtol over the norm of the gradient.
-
-    Raises:
-        AssertionError: naming the leaf, with the numbers.
-        ValueError: a factor that is not positive, ``kind="fixed_point"``, a theta without floating tensors.
-
-    Example:
-        >>> import torch
-        >>> from implicitlayer.testing import check_scaled_objective
-        >>> check_scaled_objective(lambda x, t: ((x - t) ** 2).sum(), lambda f, x, t: t, torch.zeros(3), torch.ones(3))
+        rtol, seed: see :func:`check_adjoint`, also for the errors; rtol over the norm of the gradient.
     """
     if not factor > 0:
         raise ValueError(f"factor={factor} must be positive: a negative one turns minima into maxima.")
@@ -132,8 +154,8 @@ def check_scaled_objective(
             return factor * value[0] + shift, value[1]
         return factor * value + shift
 
-    plain_case = Case(_at(objective, found, kind, settings), init, theta, rtol, seed)
-    scaled_case = Case(_at(scaled, found, kind, settings), init, theta, rtol, seed)
+    plain_case = _Case(_at(objective, found, kind, settings), init, theta, rtol, seed)
+    scaled_case = _Case(_at(scaled, found, kind, settings), init, theta, rtol, seed)
     v = plain_case.random(plain_case.equation.init)
     expected = plain_case.gradients(v)
     plain_case.compare(
@@ -158,16 +180,7 @@ def check_rotated_unknowns(
     Args:
         objective, solver, init, theta, kind, settings: see :func:`check_argmin_gradients`. All leaves of init need one
             dtype; ``batch_dims`` and an objective with aux are not taken.
-        rtol, seed: see :func:`check_adjoint`; rtol over the norm of the gradient.
-
-    Raises:
-        AssertionError: naming the leaf, with the numbers.
-        ValueError: ``batch_dims``, leaves of several dtypes, a theta without floating tensors.
-
-    Example:
-        >>> import torch
-        >>> from implicitlayer.testing import check_rotated_unknowns
-        >>> check_rotated_unknowns(lambda x, t: ((x - t) ** 2).sum(), lambda f, x, t: t, torch.zeros(3), torch.ones(3))
+        rtol, seed: see :func:`check_adjoint`, also for the errors; rtol over the norm of the gradient.
     """
     equation = Equation.of(objective, kind, init, theta)
     if settings.get("batch_dims"):
@@ -192,11 +205,11 @@ def check_rotated_unknowns(
         value = objective(turned_back(y), *args)
         return value if kind == "argmin" else turn(value)
 
-    v = Case(_at(objective, found, kind, settings), init, theta, rtol, seed)
+    v = _Case(_at(objective, found, kind, settings), init, theta, rtol, seed)
     cotangent = v.random(equation.init)
     expected = v.gradients(cotangent)
     start = torch.zeros(sum(sizes), dtype=dtype, device=q.device)
-    other = Case(_at(rotated, turn(found), kind, settings), start, theta, rtol, seed)
+    other = _Case(_at(rotated, turn(found), kind, settings), start, theta, rtol, seed)
     got = other.gradients([turn(equation.tree(cotangent))])
     v.compare(got, expected, float(flat(expected).norm()), "x and y = Q x")
 
@@ -212,36 +225,26 @@ def check_batch_equals_loop(
     """vmap over lanes of theta gives the solutions and gradients of a Python loop over them.
 
     Args:
-        layer, init, theta: see :func:`check_adjoint`.
+        layer, init, theta: see :func:`check_adjoint`, also for the errors.
         lanes: factors on every floating theta leaf, one per lane.
         rtol, seed: see :func:`check_adjoint`; rtol over the norm of all solutions, of all gradients. A solver that
             declares ``batched = True`` may stop a lane elsewhere than alone: give its accuracy.
-
-    Raises:
-        AssertionError: naming the leaf, with the numbers.
-        ValueError: no lanes, a theta without floating tensors.
-
-    Example:
-        >>> import torch, implicitlayer as il
-        >>> from implicitlayer.testing import check_batch_equals_loop
-        >>> layer = il.argmin(lambda x, t: ((x - t) ** 2).sum(), lambda f, x, t: t)
-        >>> check_batch_equals_loop(layer, torch.zeros(3), torch.ones(3))
     """
     if not lanes:
         raise ValueError("lanes=() must hold at least one factor: without lanes there is nothing to compare.")
-    case = Case(layer, init, theta, rtol, seed)
+    case = _Case(layer, init, theta, rtol, seed)
     equation = case.equation
     stacked = [torch.stack([t * factor for factor in lanes]).requires_grad_() for t in equation.theta]
     cotangents = [case.random(equation.init) for _ in lanes]
     batch = list(torch.func.vmap(case.call)(*stacked))
     vectors = [torch.stack([v[i] for v in cotangents]) for i in range(len(equation.init))]
-    got = pull(batch, stacked, vectors)
+    got = _pull(batch, stacked, vectors)
     solutions, expected = [], []
     for factor, v in zip(lanes, cotangents, strict=True):
         points = [(t * factor).requires_grad_() for t in equation.theta]
         x = list(case.call(*points))
         solutions.append([t.detach() for t in x])
-        expected.append(pull(x, points, v))
+        expected.append(_pull(x, points, v))
     alone = [torch.stack([s[i] for s in solutions]) for i in range(len(equation.init))]
     case.compare(batch, alone, float(flat(alone).norm()), "solutions of vmap and loop", equation.x_names)
     loop = [torch.stack([g[j] for g in expected]) for j in range(len(equation.theta))]
@@ -251,27 +254,16 @@ def check_batch_equals_loop(
 def check_repeatable(layer: Layer, init: Any, *theta: Any, seed: int = 0) -> None:
     """The same call gives the same bits, solution and gradient, and so does a second backward of one call.
 
-    Args:
-        layer, init, theta, seed: see :func:`check_adjoint`. On an accelerator sums may not be repeatable: this is a
-            property of the CPU.
-
-    Raises:
-        AssertionError: naming the leaf, with the largest difference.
-        ValueError: a theta without floating tensors.
-
-    Example:
-        >>> import torch, implicitlayer as il
-        >>> from implicitlayer.testing import check_repeatable
-        >>> layer = il.argmin(lambda x, t: ((x - t) ** 2).sum(), lambda f, x, t: t)
-        >>> check_repeatable(layer, torch.zeros(3), torch.ones(3))
+    Arguments and errors as in :func:`check_adjoint`. On an accelerator sums may not be repeatable: this is a property
+    of the CPU.
     """
-    case = Case(layer, init, theta, None, seed)
+    case = _Case(layer, init, theta, None, seed)
     v = case.random(case.equation.init)
     runs = []
     for _ in range(2):
         points = [t.clone().requires_grad_() for t in case.equation.theta]
         x = list(case.call(*points))
-        runs.append((x, pull(x, points, v), pull(x, points, v)))
+        runs.append((x, _pull(x, points, v), _pull(x, points, v)))
     (x, first, again), (other, second, _) = runs
     for what, names, left, right in (
         ("two calls: solution", case.equation.x_names, x, other),
@@ -288,25 +280,15 @@ def check_repeatable(layer: Layer, init: Any, *theta: Any, seed: int = 0) -> Non
 def check_dict_order(layer: Layer, init: Any, *theta: Any, rtol: float | None = None, seed: int = 0) -> None:
     """The order of keys in the dictionaries of init and theta does not matter.
 
-    Args:
-        layer, init, theta, rtol, seed: see :func:`check_adjoint`; rtol over the norm of the solution, of the gradient.
-
-    Raises:
-        AssertionError: naming the leaf, with the numbers.
-        ValueError: no dictionary with two keys in init or theta, a theta without floating tensors.
-
-    Example:
-        >>> import torch, implicitlayer as il
-        >>> from implicitlayer.testing import check_dict_order
-        >>> layer = il.argmin(lambda x, t: ((x - t["a"] * t["b"]) ** 2).sum(), lambda f, x, t: t["a"] * t["b"])
-        >>> check_dict_order(layer, torch.zeros(3), {"a": torch.ones(3), "b": torch.ones(3)})
+    Arguments and errors as in :func:`check_adjoint`, rtol over the norm of the solution, of the gradient; a ValueError
+    too where no dictionary has two keys.
     """
     other_init, *other_theta = _reversed((init, *theta))
     names = Equation.of(layer, "argmin", init, theta)
     reordered = Equation.of(layer, "argmin", other_init, tuple(other_theta))
     if (names.x_names, names.names) == (reordered.x_names, reordered.names):
         raise ValueError("init and theta hold no dictionary with two keys: there is no order to change.")
-    case, other = Case(layer, init, theta, rtol, seed), Case(layer, other_init, tuple(other_theta), rtol, seed)
+    case, other = _Case(layer, init, theta, rtol, seed), _Case(layer, other_init, tuple(other_theta), rtol, seed)
     v = case.random(case.equation.init)
     by_name = dict(zip(case.equation.x_names, v, strict=True))
     expected, x = case.gradients(v), case.solution

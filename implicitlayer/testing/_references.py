@@ -57,18 +57,9 @@ class Equation:
         leaves, names = flatten_with_names(theta, "theta")
         leaves = [leaf.detach() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         where = [i for i, t in enumerate(leaves) if isinstance(t, torch.Tensor) and t.is_floating_point() and t.numel()]
-        return cls(
-            function,
-            kind,
-            [t.detach() for t in x],
-            flatten(init)[1],
-            x_names,
-            [leaves[i] for i in where],
-            [names[i] for i in where],
-            leaves,
-            flatten(theta)[1],
-            where,
-        )
+        unknowns = ([t.detach() for t in x], flatten(init)[1], x_names)
+        checked = ([leaves[i] for i in where], [names[i] for i in where])
+        return cls(function, kind, *unknowns, *checked, leaves, flatten(theta)[1], where)
 
     @property
     def num_unknowns(self) -> int:
@@ -247,11 +238,9 @@ class DenseSystem:
     def jacobian(self, j: int) -> torch.Tensor:
         """J of leaf j, [n, m]."""
         mixed = self.mixed[j]
-        return (
-            self.residual.new_zeros(len(self.residual), self.shapes[j].numel())
-            if mixed is None
-            else -self.inverse @ mixed
-        )
+        if mixed is None:
+            return self.residual.new_zeros(len(self.residual), self.shapes[j].numel())
+        return -self.inverse @ mixed
 
     def vjp(self, j: int, cotangent: torch.Tensor) -> torch.Tensor:
         """J'v of leaf j, [m]."""

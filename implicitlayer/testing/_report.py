@@ -9,8 +9,6 @@ from typing import Literal, NamedTuple
 
 import torch
 
-__all__ = ["GradientCheckError", "GradientReport", "GradientRow"]
-
 Status = Literal["ok", "inconclusive", "failed"]
 TRUNCATION = "truncation of the difference"
 COARSE = "coarse solver"
@@ -118,19 +116,7 @@ class GradientReport:
 
 
 class GradientCheckError(AssertionError):
-    """A derivative of the layer is wrong, or the layer raised; ``report`` holds all comparisons.
-
-    Example:
-        >>> import torch
-        >>> from implicitlayer.testing import check_argmin_gradients
-        >>> def objective(x, t):
-        ...     return ((x - t.detach()) ** 2).sum()  # t is cut off: its gradient is lost
-        >>> try:
-        ...     check_argmin_gradients(objective, lambda f, x, t: t, torch.zeros(2), torch.ones(2))
-        ... except AssertionError as error:
-        ...     print(error.report.verdict, error.report.worst.leaf, error.report.worst.got)
-        failed theta[0] 0.0
-    """
+    """A derivative of the layer is wrong, or the layer raised; ``report`` holds all comparisons."""
 
     def __init__(self, report: GradientReport) -> None:
         super().__init__(report)

@@ -14,7 +14,7 @@ from implicitlayer.testing import _differences as differences
 from implicitlayer.testing._differences import Difference
 from implicitlayer.testing._modes import RANDOM, SAFE_RTOL, Check, add_quotient, filled, total
 from implicitlayer.testing._references import ROUNDINGS, DenseSystem, Leaves, flat, plain, scales
-from implicitlayer.testing._report import COARSE, LINEAR, TRUNCATION, Place, compare
+from implicitlayer.testing._report import COARSE, LINEAR, Place
 
 _SECOND_ORDER_LEAVES = 8
 _DRAWS = 3
@@ -39,8 +39,7 @@ class _Slope:
         """s and how far it may be off."""
         check, equation = self.check, self.check.equation
         if check.system is None:
-            points = [t.clone().requires_grad_() for t in theta]
-            gradients = filled(check.pull(check.call(points), points, equation.split(self.v)), points)
+            gradients = check.gradients(theta, self.v)
             value = total(torch.dot(g, w) for g, w in zip(gradients, self.weights, strict=True))
             # the signs of w are random: errors of the terms, which know nothing of them, add up in squares
             return value, 3 * check.fuzzy(self.norm) + 10 * check.accuracy.relative * self.norm
@@ -57,13 +56,13 @@ class _Slope:
         """Difference of s; None where the solver fails nearby."""
         check = self.check
         known = check.quotients[next(iter(direction))][0]
-        step = check.solver_differences.first_step(direction) if known is None else known.step
+        step = check.first_step(direction) if known is None else known.step
         if check.system is None:
             step = max(step, float(check.fuzzy(1.0)) ** (1 / 3))  # the linear solves are the noise
 
         def sample(h: float) -> tuple[torch.Tensor, torch.Tensor]:
             try:
-                return self.at(check.solver_differences.moved(direction, h))
+                return self.at(check.moved(direction, h))
             except Exception:  # as for first differences: a smaller step is tried
                 return torch.tensor(torch.nan, dtype=self.v.dtype), torch.zeros((), dtype=self.v.dtype)
 
@@ -105,21 +104,15 @@ def check_double(check: Check) -> None:
         if quotient is None:
             add_quotient(check, name, RANDOM, "double", None, reverse, v, (reverse, reverse))
             continue
-        parts = {
-            TRUNCATION: differences.SAFE_TRUNCATION * quotient.truncation,
-            COARSE: differences.SAFE_NOISE * quotient.noise,
-            LINEAR: torch.tensor(small * scale, dtype=v.dtype),
-        }
+        parts = differences.difference_errors(quotient.truncation, quotient.noise, COARSE)
+        parts[LINEAR] = torch.tensor(small * scale, dtype=v.dtype)
         random = f" along {RANDOM}" if sum(len(d) for d in direction.values()) > 1 else ""
         for how, value in (("reverse", reverse), ("forward", _forward_over_reverse(check, v, weights, direction))):
             if value is None:
                 continue
             label = f"{how} over reverse{random}"
-            row = compare(
-                Place(name, lambda i, s=label: s, "double", "differences"),  # type: ignore[misc]
-                quotient.value[None], value[None], parts, size, resolved=quotient.resolved,
-            )  # fmt: skip
-            check.rows.append(row)
+            place = Place(name, lambda i, s=label: s, "double", "differences")  # type: ignore[misc]
+            check.add(place, quotient.value[None], value[None], parts, size, resolved=quotient.resolved)
 
 
 def _reverse_over_reverse(
@@ -144,18 +137,11 @@ def _forward_over_reverse(
     check: Check, v: torch.Tensor, weights: list[torch.Tensor], direction: dict[int, torch.Tensor]
 ) -> torch.Tensor | None:
     """The same number by ``jvp`` of ``grad``; None where an operation of the objective has no forward mode."""
-    equation = check.equation
-    cotangent = equation.split(v)
-
-    def product(leaves: Leaves) -> torch.Tensor:
-        return torch.stack([(a * b).sum() for a, b in zip(check.call(leaves), cotangent, strict=True)]).sum()
-
-    theta = [t.clone() for t in equation.theta]
-    tangents = [
-        direction[j].reshape(t.shape).to(t) if j in direction else torch.zeros_like(t) for j, t in enumerate(theta)
-    ]
+    theta, slope = [t.clone() for t in check.equation.theta], torch.func.grad(check.product)
+    zeros = {j: torch.zeros_like(t) for j, t in enumerate(theta)}
+    tangents = [(zeros | direction)[j].reshape(t.shape).to(t) for j, t in enumerate(theta)]
     try:
-        moved = torch.func.jvp(torch.func.grad(product), (theta,), (tangents,))[1]
+        moved = torch.func.jvp(lambda leaves: slope(leaves, check.equation.split(v)), (theta,), (tangents,))[1]
     except (NotImplementedError, RuntimeError) as error:
         if "forward" in str(error).lower() or "jvp" in str(error):
             check.notes.append(f"double: forward over reverse was not checked: {error}")

@@ -95,9 +95,8 @@ def check_activity_holds_up_to_the_next_kink(term: ProximalTerm) -> None:
             continue
         direction = arrays.normal_tensor((SIZE,), seed=110 + i)
         there = term.activity(y + 0.25 * known.min() * direction / direction.norm(), 1.0)[0]
-        require(
-            torch.equal(held, there), term, f"holds other entries within a quarter of the distance {known.min():.2e}"
-        )
+        text = f"holds other entries within a quarter of the distance {known.min():.2e}"
+        require(torch.equal(held, there), term, text)
 
 
 def check_violation_is_zero_in_the_set_alone(term: ConvexSet) -> None:
@@ -150,12 +149,7 @@ def term_checks(term: ProximalTerm) -> Iterator[Check]:
     """The checks of a term, simplest first."""
     yield check_shape_and_dtype
     if isinstance(term, ConvexSet):
-        yield check_the_projection_is_the_nearest_point
-        yield check_violation_is_zero_in_the_set_alone
-    yield check_the_prox_is_that_of_a_convex_function
-    yield check_the_derivative_is_that_of_the_projection
-    yield check_activity_holds_up_to_the_next_kink
-    yield check_lanes_are_independent
-    yield check_nan_stays
-    yield check_inputs_are_left_alone
-    yield check_a_layer_has_its_derivative
+        yield from (check_the_projection_is_the_nearest_point, check_violation_is_zero_in_the_set_alone)
+    yield from (check_the_prox_is_that_of_a_convex_function, check_the_derivative_is_that_of_the_projection)
+    yield from (check_activity_holds_up_to_the_next_kink, check_lanes_are_independent, check_nan_stays)
+    yield from (check_inputs_are_left_alone, check_a_layer_has_its_derivative)

@@ -16,18 +16,8 @@ from implicitlayer.testing import _arrays as arrays
 from implicitlayer.testing import _families as families
 from implicitlayer.testing._problems import ArgminProblem, RootProblem
 
-__all__ = [
-    "general_matrices",
-    "indefinite_matrices",
-    "nonconvex_problems",
-    "quadratic_problems",
-    "root_problems",
-    "singular_matrices",
-    "smooth_convex_problems",
-    "spd_matrices",
-]
-
 T = TypeVar("T")
+F64 = torch.float64
 Ints = int | st.SearchStrategy[int]
 Numbers = float | st.SearchStrategy[int] | st.SearchStrategy[float]
 Dtypes = torch.dtype | st.SearchStrategy[torch.dtype]
@@ -40,11 +30,11 @@ SEEDS = st.integers(0, 9999)
 
 
 def spd_matrices(
-    *, n: Ints = SIZES, log10_cond: Numbers = CONDITIONS, log10_scale: Numbers = 0, dtype: Dtypes = torch.float64
+    *, n: Ints = SIZES, log10_cond: Numbers = CONDITIONS, log10_scale: Numbers = 0, dtype: Dtypes = F64
 ) -> st.SearchStrategy[torch.Tensor]:
     """Strategy of symmetric positive definite matrices with a known spectrum, see :func:`spd_matrix`.
 
-    Each argument is a value or a strategy of values.
+    Each argument is a value or a strategy of values; one outside its range is hypothesis's InvalidArgument at once.
 
     Args:
         n: sizes, at least 1; default 1 to 12.
@@ -52,17 +42,10 @@ def spd_matrices(
         log10_scale: logarithms of the largest eigenvalue, within 200 of zero (float64) or 25 (float32).
         dtype: float32 or float64.
 
-    Returns:
-        Strategy of tensors [n, n].
-
-    Raises:
-        hypothesis.errors.InvalidArgument: a value outside its range.
-
     Example:
-        >>> import torch
+        >>> import torch, implicitlayer as il
         >>> from hypothesis import given, strategies as st
-        >>> from implicitlayer import testing
-        >>> @given(testing.spd_matrices(n=st.integers(1, 5), log10_cond=2))
+        >>> @given(il.testing.spd_matrices(n=st.integers(1, 5), log10_cond=2))
         ... def eigenvalues_are_positive(matrix):
         ...     assert torch.linalg.eigvalsh(matrix).min() > 0
         >>> eigenvalues_are_positive()
@@ -71,14 +54,14 @@ def spd_matrices(
 
 
 def indefinite_matrices(
-    *, n: Ints = SIZES, log10_cond: Numbers = CONDITIONS, log10_scale: Numbers = 0, dtype: Dtypes = torch.float64
+    *, n: Ints = SIZES, log10_cond: Numbers = CONDITIONS, log10_scale: Numbers = 0, dtype: Dtypes = F64
 ) -> st.SearchStrategy[torch.Tensor]:
     """Strategy of :func:`indefinite_matrix`, symmetric with eigenvalues of both signs, as :func:`spd_matrices`."""
     return _square(arrays.indefinite_matrix, n, log10_cond, log10_scale, dtype)
 
 
 def general_matrices(
-    *, n: Ints = SIZES, log10_cond: Numbers = CONDITIONS, log10_scale: Numbers = 0, dtype: Dtypes = torch.float64
+    *, n: Ints = SIZES, log10_cond: Numbers = CONDITIONS, log10_scale: Numbers = 0, dtype: Dtypes = F64
 ) -> st.SearchStrategy[torch.Tensor]:
     """Strategy of :func:`general_matrix`, matrices that are not symmetric, as :func:`spd_matrices`."""
     return _square(arrays.general_matrix, n, log10_cond, log10_scale, dtype)
@@ -90,51 +73,27 @@ def singular_matrices(
     n: Ints | None = None,
     kind: str | st.SearchStrategy[str] = "symmetric",
     log10_scale: Numbers = 0,
-    dtype: Dtypes = torch.float64,
+    dtype: Dtypes = F64,
 ) -> st.SearchStrategy[torch.Tensor]:
-    """Strategy of matrices of deficient rank, see :func:`singular_matrix`.
-
-    Each argument is a value or a strategy of values; of drawn pairs, those with a rank below n are kept.
+    """Strategy of :func:`singular_matrix`, of deficient rank; of drawn pairs, those with a rank below n are kept.
 
     Args:
         rank: ranks, at least 0; default any below n.
         n: sizes, above the rank; default up to 12 more than the rank.
         kind: ``"positive semidefinite"``, ``"symmetric"`` or ``"general"``.
         log10_scale, dtype: as in :func:`spd_matrices`.
-
-    Returns:
-        Strategy of tensors [n, n].
-
-    Raises:
-        hypothesis.errors.InvalidArgument: a value outside its range.
-
-    Example:
-        >>> import torch
-        >>> from hypothesis import given
-        >>> from implicitlayer import testing
-        >>> @given(testing.singular_matrices(2))
-        ... def the_rank_is_2(matrix):
-        ...     assert torch.linalg.matrix_rank(matrix) == 2 < len(matrix)
-        >>> the_rank_is_2()
     """
     ranks = st.integers(0, 11) if rank is None else as_strategy(rank, arrays.check_rank)
     if isinstance(rank, int) and isinstance(n, int):
         checked(lambda value: arrays.check_rank(value, n), rank)
     sizes = None if n is None else as_strategy(n, arrays.check_size)
-    kinds = as_strategy(kind, arrays.check_kind)
+    kinds = as_strategy(kind, lambda value: arrays.check_one_of("kind", value, arrays.SINGULAR_KINDS))
     scales, dtypes = _scales_and_dtypes(log10_scale, dtype)
 
     def of_rank(rank: int) -> st.SearchStrategy[torch.Tensor]:
         larger = st.integers(rank + 1, rank + 12) if sizes is None else sizes.filter(lambda n: n > rank)
-        return st.builds(
-            arrays.singular_matrix,
-            n=larger,
-            rank=st.just(rank),
-            kind=kinds,
-            log10_scale=scales,
-            seed=SEEDS,
-            dtype=dtypes,
-        )
+        size_and_kind = {"kind": kinds, "log10_scale": scales, "seed": SEEDS, "dtype": dtypes}
+        return st.builds(arrays.singular_matrix, larger, st.just(rank), **size_and_kind)
 
     if isinstance(n, int):  # no filter, so that n = 1 finds its only rank at once
         ranks = st.integers(0, n - 1) if rank is None else ranks.filter(lambda rank: rank < n)
@@ -142,61 +101,34 @@ def singular_matrices(
 
 
 def quadratic_problems(
-    *, n: Ints = SMALL_SIZES, log10_cond: Numbers = CONDITIONS, log10_scale: Numbers = 0, dtype: Dtypes = torch.float64
+    *, n: Ints = SMALL_SIZES, log10_cond: Numbers = CONDITIONS, log10_scale: Numbers = 0, dtype: Dtypes = F64
 ) -> st.SearchStrategy[ArgminProblem]:
     """Strategy of strongly convex quadratics with theta = (A, b), see :func:`quadratic_problem`.
 
-    Args, errors as in :func:`spd_matrices`, with sizes from 1 to 6; the scale is that of the objective.
-
-    Returns:
-        Strategy of :class:`ArgminProblem`.
-
-    Example:
-        >>> from hypothesis import given
-        >>> from implicitlayer import testing
-        >>> @given(testing.quadratic_problems(log10_cond=2))
-        ... def the_gradient_vanishes_at_the_solution(problem):
-        ...     x = problem.solution(*problem.theta)
-        ...     assert problem.stationarity(x, *problem.theta).norm() < 1e-12
-        >>> the_gradient_vanishes_at_the_solution()
+    Arguments as in :func:`spd_matrices`, with sizes from 1 to 6; the scale is that of the objective.
     """
     return _square(families.quadratic_problem, n, log10_cond, log10_scale, dtype)
 
 
 def smooth_convex_problems(
-    *,
-    n: Ints = SMALL_SIZES,
-    log10_cond: Numbers = MILD_CONDITIONS,
-    log10_scale: Numbers = 0,
-    dtype: Dtypes = torch.float64,
+    *, n: Ints = SMALL_SIZES, log10_cond: Numbers = MILD_CONDITIONS, log10_scale: Numbers = 0, dtype: Dtypes = F64
 ) -> st.SearchStrategy[ArgminProblem]:
     """Strategy of :func:`smooth_convex_problem`, softplus losses, theta = (W, o, s), as :func:`quadratic_problems`."""
     return _square(families.smooth_convex_problem, n, log10_cond, log10_scale, dtype)
 
 
 def nonconvex_problems(
-    *,
-    n: Ints = SMALL_SIZES,
-    log10_cond: Numbers = MILD_CONDITIONS,
-    log10_scale: Numbers = 0,
-    dtype: Dtypes = torch.float64,
+    *, n: Ints = SMALL_SIZES, log10_cond: Numbers = MILD_CONDITIONS, log10_scale: Numbers = 0, dtype: Dtypes = F64
 ) -> st.SearchStrategy[ArgminProblem]:
     """Strategy of :func:`nonconvex_problem`, tilted wells, theta = (M, d, t), as :func:`quadratic_problems`."""
     return _square(families.nonconvex_problem, n, log10_cond, log10_scale, dtype)
 
 
 def root_problems(
-    *,
-    n: Ints = SMALL_SIZES,
-    log10_cond: Numbers = MILD_CONDITIONS,
-    log10_scale: Numbers = 0,
-    dtype: Dtypes = torch.float64,
+    *, n: Ints = SMALL_SIZES, log10_cond: Numbers = MILD_CONDITIONS, log10_scale: Numbers = 0, dtype: Dtypes = F64
 ) -> st.SearchStrategy[RootProblem]:
     """Strategy of :func:`root_problem`, residuals, theta = (A, b, s), as :func:`quadratic_problems`."""
     return _square(families.root_problem, n, log10_cond, log10_scale, dtype)
-
-
-# ---------------------------------------------------------------------------------------------------------- arguments
 
 
 def _square(

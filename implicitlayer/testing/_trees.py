@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from hypothesis import strategies as st
 from hypothesis.errors import InvalidArgument
 
-from implicitlayer.base._tree import flatten, ravel, unflatten, unravel
+from implicitlayer.base._tree import flatten, unflatten, unravel
 from implicitlayer.testing import _arrays as arrays
 from implicitlayer.testing._strategies import SEEDS, Dtypes, Numbers, as_strategy, checked
-
-__all__ = ["Pair", "cotangent", "cotangents", "layouts", "pytrees", "relayout"]
 
 # The small shapes first: a failure shrinks towards the front of the list.
 SHAPES: tuple[tuple[int, ...], ...] = ((), (1,), (2,), (0,), (2, 3), (1, 1), (2, 0))
@@ -23,13 +22,7 @@ COTANGENTS = ("normal", "zero", "unit", "hard")
 
 
 class Pair(NamedTuple):
-    """The named tuple that :func:`pytrees` draws beside tuples, lists and dicts.
-
-    Example:
-        >>> from implicitlayer import testing
-        >>> testing.Pair(1, 2).second
-        2
-    """
+    """The named tuple that :func:`pytrees` draws beside tuples, lists and dicts."""
 
     first: Any
     second: Any
@@ -49,7 +42,7 @@ def pytrees(
     shapes: Sequence[Sequence[int]] = SHAPES,
     dtype: Dtypes = torch.float64,
 ) -> st.SearchStrategy[Any]:
-    """Strategy of nested lists, tuples, named tuples and dicts of tensors, or one bare tensor.
+    """Strategy of nested lists, tuples, named tuples and dicts of standard normal tensors, or one bare tensor.
 
     Args:
         max_leaves: most tensors in a tree, at least 1; every tree has one at least.
@@ -57,30 +50,12 @@ def pytrees(
             simplest, to which failures shrink.
         dtype: float32 or float64, or a strategy of the two: leaves then may differ.
 
-    Returns:
-        Strategy of pytrees of standard normal tensors.
-
     Raises:
         hypothesis.errors.InvalidArgument: an argument outside its range.
-
-    Example:
-        >>> import torch
-        >>> from hypothesis import given
-        >>> from torch.utils import _pytree as pytree
-        >>> from implicitlayer import testing
-        >>> @given(testing.pytrees(max_leaves=3))
-        ... def a_tree_has_one_to_three_tensors(tree):
-        ...     assert 1 <= len(pytree.tree_leaves(tree)) <= 3
-        >>> a_tree_has_one_to_three_tensors()
     """
     checked(lambda value: arrays.check_integer("max_leaves", value, 1, "A pytree needs a tensor."), max_leaves)
-    leaves = st.builds(
-        arrays.normal_tensor,
-        st.sampled_from(_shape_tuples(shapes)),
-        seed=SEEDS,
-        dtype=as_strategy(dtype, arrays.check_dtype),
-    )
-
+    tuples, dtypes = st.sampled_from(_shape_tuples(shapes)), as_strategy(dtype, arrays.check_dtype)
+    leaves = st.builds(arrays.normal_tensor, tuples, seed=SEEDS, dtype=dtypes)
     wraps = st.lists(st.tuples(st.sampled_from(list(CONTAINERS)), st.integers(1, 3)), max_size=4)
 
     @st.composite
@@ -105,29 +80,24 @@ def _nest(items: list[Any], wraps: list[tuple[str, int]]) -> Any:
 
 
 def relayout(tensor: torch.Tensor, layout: str) -> torch.Tensor:
-    """The same values in another memory layout.
+    """The same values in another memory layout, without a graph; requires grad where ``tensor`` does.
 
     Args:
-        tensor: any shape. Only its values are used: no graph leads back to it.
+        tensor: any shape.
         layout: ``"contiguous"``; ``"offset"``: behind other numbers in a larger storage; ``"strided"``: every second
-            number of a storage; ``"transposed"``: the last two dimensions swapped in memory (where there are two);
-            ``"expanded"``: dimensions along which the values repeat have stride 0 (where there are such).
-
-    Returns:
-        A tensor that is equal to ``tensor`` and requires grad where it does; the numbers in between are NaN.
+            number of a storage (those in between are NaN); ``"transposed"``: the last two dimensions swapped in memory
+            (where there are two); ``"expanded"``: dimensions along which the values repeat have stride 0.
 
     Raises:
         ValueError: an unknown layout.
 
     Example:
-        >>> import torch
-        >>> from implicitlayer import testing
+        >>> import torch, implicitlayer as il
         >>> ones = torch.ones(2, 3)
-        >>> testing.relayout(ones, "strided").stride(), testing.relayout(ones, "expanded").stride()
+        >>> il.testing.relayout(ones, "strided").stride(), il.testing.relayout(ones, "expanded").stride()
         ((6, 2), (0, 0))
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout={layout!r} must be one of {LAYOUTS}.")
+    arrays.check_one_of("layout", layout, LAYOUTS)
     values = tensor.detach()
     if layout == "offset":
         storage = torch.full((values.numel() + 7,), torch.nan).to(values.dtype)
@@ -149,26 +119,9 @@ def relayout(tensor: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def layouts(tensor: torch.Tensor | st.SearchStrategy[torch.Tensor]) -> st.SearchStrategy[torch.Tensor]:
-    """Strategy of tensors equal to ``tensor`` in other memory layouts, see :func:`relayout`.
+    """Strategy of tensors equal to ``tensor``, or to those of a strategy, in the memory layouts of :func:`relayout`.
 
-    Args:
-        tensor: a tensor, or a strategy of tensors.
-
-    Returns:
-        Strategy of tensors: contiguous, offset, strided, transposed (two dimensions at least), expanded (where the
-        values repeat along a dimension).
-
-    Raises:
-        hypothesis.errors.InvalidArgument: something that is no tensor.
-
-    Example:
-        >>> import torch
-        >>> from hypothesis import given
-        >>> from implicitlayer import testing
-        >>> @given(testing.layouts(torch.arange(6.0).reshape(2, 3)))
-        ... def the_sum_does_not_depend_on_the_layout(tensor):
-        ...     assert tensor.sum() == 15
-        >>> the_sum_does_not_depend_on_the_layout()
+    "transposed" needs two dimensions at least, "expanded" values that repeat along one.
     """
     if isinstance(tensor, st.SearchStrategy):
         return tensor.flatmap(layouts)
@@ -183,7 +136,7 @@ def layouts(tensor: torch.Tensor | st.SearchStrategy[torch.Tensor]) -> st.Search
 def cotangent(
     like: Any, kind: str = "normal", *, seed: int = 0, log10_scale: float = 0, matrix: torch.Tensor | None = None
 ) -> Any:
-    """A cotangent for ``like``.
+    """A cotangent for ``like``, in its structure and without a graph.
 
     Args:
         like: pytree of tensors; n is the number of all their entries.
@@ -195,20 +148,15 @@ def cotangent(
         log10_scale: logarithm of a factor, within 200 of zero (25 where a leaf is float32).
         matrix: A [n, n], needed for ``"hard"``.
 
-    Returns:
-        Pytree of tensors like ``like``, without a graph.
-
     Raises:
         ValueError: an argument outside its range.
 
     Example:
-        >>> import torch
-        >>> from implicitlayer import testing
-        >>> testing.cotangent({"a": torch.zeros(2), "b": torch.zeros(())}, "unit", seed=1, log10_scale=3)
+        >>> import torch, implicitlayer as il
+        >>> il.testing.cotangent({"a": torch.zeros(2), "b": torch.zeros(())}, "unit", seed=1, log10_scale=3)
         {'a': tensor([   0., 1000.]), 'b': tensor(0.)}
     """
-    if kind not in COTANGENTS:
-        raise ValueError(f"kind={kind!r} must be one of {COTANGENTS}.")
+    arrays.check_one_of("kind", kind, COTANGENTS)
     arrays.check_seed(seed)
     leaves, spec = flatten(like)
     short = any(leaf.dtype == torch.float32 for leaf in leaves)
@@ -232,53 +180,28 @@ def cotangent(
 def cotangents(
     like: Any, *, matrix: torch.Tensor | None = None, log10_scale: Numbers = FACTORS
 ) -> st.SearchStrategy[Any]:
-    """Strategy of cotangents for ``like``: normal, zero, unit vectors and, with a matrix, hard ones; scaled.
+    """Strategy of :func:`cotangent`: normal, zero, unit vectors and, with a matrix, hard ones; scaled.
 
     Args:
         like: pytree of tensors, or a strategy of pytrees.
-        matrix: A [n, n], the matrix of the linear solve; adds the kind ``"hard"`` of :func:`cotangent`.
+        matrix: A [n, n], the matrix of the linear solve; adds the kind ``"hard"``.
         log10_scale: logarithms of the factor, within 200 of zero (float64) or 25 (float32); default -12 to 12.
-
-    Returns:
-        Strategy of pytrees of tensors like ``like``.
-
-    Raises:
-        hypothesis.errors.InvalidArgument: an argument outside its range.
-
-    Example:
-        >>> import torch
-        >>> from hypothesis import given
-        >>> from implicitlayer import testing
-        >>> @given(testing.cotangents(torch.zeros(3, dtype=torch.float64), log10_scale=200))
-        ... def the_entries_are_finite(v):
-        ...     assert v.shape == (3,) and v.isfinite().all()
-        >>> the_entries_are_finite()
     """
     if isinstance(like, st.SearchStrategy):
         return like.flatmap(lambda drawn: cotangents(drawn, matrix=matrix, log10_scale=log10_scale))
     leaves = flatten(like)[0]
     if not leaves or not all(isinstance(leaf, torch.Tensor) for leaf in leaves):
         raise InvalidArgument(f"like={like!r} must be a pytree of tensors, or a strategy of such pytrees.")
-    n, short = (
-        ravel([leaf.detach().double() for leaf in leaves], 0).numel(),
-        any(x.dtype == torch.float32 for x in leaves),
-    )
+    n, short = sum(leaf.numel() for leaf in leaves), any(leaf.dtype == torch.float32 for leaf in leaves)
     if matrix is not None and matrix.shape != (n, n):
         raise InvalidArgument(
             f"matrix of shape {tuple(matrix.shape)} must be [n, n] = {(n, n)}, as like has n entries."
         )
 
-    def check_scale(value: Any) -> None:
-        arrays.check_log10_scale(value, torch.float32 if short else None)
-
-    return st.builds(
-        cotangent,
-        st.just(like),
-        st.sampled_from(COTANGENTS if matrix is not None else COTANGENTS[:-1]),
-        seed=SEEDS,
-        log10_scale=as_strategy(log10_scale, check_scale),
-        matrix=st.just(matrix),
-    )
+    kinds = st.sampled_from(COTANGENTS if matrix is not None else COTANGENTS[:-1])
+    check = partial(arrays.check_log10_scale, dtype=torch.float32 if short else None)
+    drawn = {"seed": SEEDS, "log10_scale": as_strategy(log10_scale, check), "matrix": st.just(matrix)}
+    return st.builds(cotangent, st.just(like), kinds, **drawn)
 
 
 def _shape_tuples(shapes: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:

@@ -3,8 +3,7 @@
 import pytest
 import scipy.sparse.linalg
 import torch
-from hypothesis import given
-from linear_systems import Counted, condition, contraction, general_matrix, systems
+from linear_systems import Counted, contraction, general_matrix, smallest_residual
 from references import F64, randn, relative_error
 from torch import Tensor
 
@@ -12,25 +11,12 @@ import implicitlayer as il
 from implicitlayer import Status
 
 
-@given(system=systems("general", 30, log10_cond=4))
-def test_solutions_equal_the_dense_ones_within_n_steps(system: tuple[Tensor, Tensor]) -> None:
-    matrix, b = system
-    solution = il.Gmres()(matrix, b)
-    assert solution.status is Status.CONVERGED and solution.num_steps <= len(b)
-    assert relative_error(solution.value, torch.linalg.solve(matrix, b)) <= 1e-9 * condition(matrix)
-
-
 def test_each_truncated_solve_has_the_smallest_residual_of_its_krylov_space() -> None:
     matrix, b = contraction(15, seed=1), randn(15, seed=2)
-    basis = (b / b.norm()).unsqueeze(1)
     for steps in range(1, 9):
-        expected = basis @ torch.linalg.lstsq(matrix @ basis, b).solution
         # the condition is at most 3: rounding only
-        assert relative_error(il.Gmres(max_steps=steps)(matrix, b).value, expected) <= 1e-13
-        new = matrix @ basis[:, -1]
-        for _ in range(2):
-            new = new - basis @ (basis.T @ new)
-        basis = torch.cat([basis, (new / new.norm()).unsqueeze(1)], 1)
+        ours = il.Gmres(max_steps=steps)(matrix, b).value
+        assert relative_error(ours, smallest_residual(matrix, b, steps)) <= 1e-13
 
 
 @pytest.mark.parametrize("restart", [3, 5, 20])

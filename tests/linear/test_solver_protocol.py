@@ -56,6 +56,25 @@ def test_the_status_of_a_general_solve_tells_the_truth(name: str, system: tuple[
     check_that_the_status_tells_the_truth(name, *system)
 
 
+# The systems that each is surely right on: their kind, size and condition.
+DENSE: dict[str, tuple[str, int, int]] = {
+    "minres": ("indefinite", 30, 3),
+    "gmres": ("general", 30, 4),
+    "bicgstab": ("positive definite", 30, 2),
+    "normal equations": ("general", 25, 2),
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+@given(data=st.data())
+def test_solutions_equal_the_dense_ones(name: str, data: st.DataObject) -> None:
+    matrix, b = data.draw(systems(*DENSE[name]))
+    solution = SOLVERS[name](matrix, b)
+    assert solution.status is Status.CONVERGED and (name != "gmres" or solution.num_steps <= len(b))
+    # error <= 10 rtol ||b|| ||A^-1||, and ||u|| >= ||b||
+    assert relative_error(solution.value, torch.linalg.solve(matrix, b)) <= 1e-9 * condition(matrix)
+
+
 @pytest.mark.parametrize("name", GENERAL)
 @given(n=st.integers(1, 24), seed=seeds())
 def test_every_general_solver_solves_the_system_of_a_contraction(name: str, n: int, seed: int) -> None:

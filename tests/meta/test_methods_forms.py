@@ -77,6 +77,19 @@ def test_the_jacobian_of_imaml_is_the_dense_solve_with_every_strength(form: str)
     torch.testing.assert_close(gradient_of(method, theta, support, query), expected, rtol=1e-9, atol=1e-10)
 
 
+def descended(
+    start: Any, support: Any, num_steps: int, move: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> Any:
+    """Gradient descent written out: ``move(phi, gradient)``, flat, is taken off at each step."""
+    phi = start
+    for _ in range(num_steps):
+        point = {name: leaf.clone().requires_grad_() for name, leaf in phi.items()}
+        gradients = torch.autograd.grad(task_loss(point, support).sum(), list(point.values()))
+        moved = flat(phi, 1) - move(flat(phi, 1), torch.cat([g.flatten(1) for g in gradients], 1))
+        phi = {"u": moved[:, :3], "w": moved[:, 3:].reshape(B, 3, 2)}
+    return phi
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_every_method_takes_every_strength_and_adapts_alike(form: str) -> None:
     theta, support, _ = problem()
@@ -92,12 +105,7 @@ def test_every_method_takes_every_strength_and_adapts_alike(form: str) -> None:
         il.meta.TruncatedMAML(task_loss, **steps, strength=strength, num_backward_steps=2),
     ]
     phi = {name: leaf.detach().expand(B, *leaf.shape) for name, leaf in theta.items()}
-    for _ in range(4):  # gradient descent written out
-        point = {name: leaf.clone().requires_grad_() for name, leaf in phi.items()}
-        gradients = torch.autograd.grad(task_loss(point, support).sum(), list(point.values()))
-        pull = (flat(phi, 1) - flat(theta).detach()) @ dense
-        moved = flat(phi, 1) - 0.1 * (torch.cat([g.flatten(1) for g in gradients], 1) + pull)
-        phi = {"u": moved[:, :3], "w": moved[:, 3:].reshape(B, 3, 2)}
+    phi = descended(phi, support, 4, lambda phi, g: 0.1 * (g + (phi - flat(theta).detach()) @ dense))
     for method in methods:
         adapted = method.adapt(theta, support)
         torch.testing.assert_close(flat(adapted, 1).detach(), flat(phi, 1), rtol=1e-12, atol=1e-13)
@@ -106,18 +114,19 @@ def test_every_method_takes_every_strength_and_adapts_alike(form: str) -> None:
         torch.testing.assert_close(value, task_loss(phi, support) + penalty, rtol=1e-12, atol=1e-13)
 
 
-def learned_strength(form: str) -> tuple[Any, list[torch.Tensor]]:
+def learned(form: str, scale: float) -> tuple[Any, list[torch.Tensor]]:
+    """A strength or step size in this form, and its tensors, which require a gradient."""
     if form == "operator":
-        product = Product(LAMBDA * matrix())
+        product = Product(scale * matrix())
         return il.OperatorStrength(product), [product.factor]
     if form.startswith("LearnedStrength of "):
-        module = il.LearnedStrength(FORMS[form.removeprefix("LearnedStrength of ")](LAMBDA)[0])
+        module = il.LearnedStrength(FORMS[form.removeprefix("LearnedStrength of ")](scale)[0])
         return module, list(module.parameters())
-    strength = FORMS[form](LAMBDA)[0]
-    if isinstance(strength, il.MatrixStrength):
-        return strength, [t.requires_grad_() for t in strength.tensors]
-    tensors = [t for t in ([strength] if form == "tensor" else strength.values()) if isinstance(t, torch.Tensor)]
-    return strength, [t.requires_grad_() for t in tensors]
+    value = FORMS[form](scale)[0]
+    if isinstance(value, il.MatrixStrength):
+        return value, [t.requires_grad_() for t in value.tensors]
+    tensors = [t for t in ([value] if form == "tensor" else value.values()) if isinstance(t, torch.Tensor)]
+    return value, [t.requires_grad_() for t in tensors]
 
 
 LEARNED = ["tensor", "per tensor", "per entry", "factor", "operator", "LearnedStrength of per entry"]
@@ -127,7 +136,7 @@ LEARNED = ["tensor", "per tensor", "per entry", "factor", "operator", "LearnedSt
 @pytest.mark.parametrize("name", ["iMAML", "MAML", "TruncatedMAML"])
 def test_a_learned_strength_gets_its_gradient_in_every_form(name: str, form: str) -> None:
     theta, support, query = problem()
-    strength, tensors = learned_strength(form)
+    strength, tensors = learned(form, LAMBDA)
     steps: dict[str, Any] = {"step_size": 0.1, "num_steps": 3, "strength": strength}
     method: il.meta.MetaMethod = {
         "iMAML": lambda: il.meta.iMAML(task_loss, EXACT, strength=strength, linear_solver=CG),
@@ -139,25 +148,11 @@ def test_a_learned_strength_gets_its_gradient_in_every_form(name: str, form: str
     assert_matches_differences(lambda: method(theta, support, query).sum(), tensors, rtol=1e-5)
 
 
-def learned_step_size(form: str) -> tuple[Any, list[torch.Tensor]]:
-    if form.startswith("LearnedStrength of "):
-        module = il.LearnedStrength(FORMS[form.removeprefix("LearnedStrength of ")](0.1)[0])
-        return module, list(module.parameters())
-    if form == "operator":
-        product = Product(0.1 * matrix())
-        return il.OperatorStrength(product), [product.factor]
-    step_size = FORMS[form](0.1)[0]
-    if isinstance(step_size, il.MatrixStrength):
-        return step_size, [t.requires_grad_() for t in step_size.tensors]
-    tensors = [t for t in ([step_size] if form == "tensor" else step_size.values()) if isinstance(t, torch.Tensor)]
-    return step_size, [t.requires_grad_() for t in tensors]
-
-
 @pytest.mark.parametrize("form", LEARNED)
 @pytest.mark.parametrize("momentum", [0.0, "nesterov"])
 def test_maml_learns_its_step_size_in_every_form(form: str, momentum: Any) -> None:
     theta, support, query = problem()
-    step_size, tensors = learned_step_size(form)
+    step_size, tensors = learned(form, 0.1)
     method = il.meta.MAML(task_loss, step_size=step_size, num_steps=3, momentum=momentum)
     assert [id(t) for t in method.parameters()] == [id(t) for t in tensors]
     assert_matches_differences(lambda: method(theta, support, query).sum(), tensors, rtol=1e-6)
@@ -193,12 +188,7 @@ def test_gradient_descent_takes_every_step_size(form: str) -> None:
     step_size, values = FORMS[form](0.1)
     dense = as_matrix(values)
     init = {name: leaf.detach().expand(B, *leaf.shape) for name, leaf in theta.items()}
-    phi = init
-    for _ in range(3):
-        point = {name: leaf.clone().requires_grad_() for name, leaf in phi.items()}
-        gradients = torch.autograd.grad(task_loss(point, support).sum(), list(point.values()))
-        moved = flat(phi, 1) - torch.cat([g.flatten(1) for g in gradients], 1) @ dense
-        phi = {"u": moved[:, :3], "w": moved[:, 3:].reshape(B, 3, 2)}
+    phi = descended(init, support, 3, lambda phi, g: g @ dense)
     for settings in ({"max_steps": 3}, {"max_steps": 3, "rtol": 1e-9}):
         solver = il.solvers.GradientDescent(step_size=step_size, **settings)
         got = solver(task_loss, init, support)
@@ -212,7 +202,7 @@ def test_gradient_descent_takes_every_step_size(form: str) -> None:
 @pytest.mark.parametrize("name", ["iMAML", "FirstOrderMAML"])
 def test_the_last_step_gives_the_step_size_exactly_the_gradient_that_it_says(name: str, form: str) -> None:
     theta, support, query = problem()
-    step_size, tensors = learned_step_size(form)
+    step_size, tensors = learned(form, 0.1)
     solver = il.solvers.GradientDescent(step_size=step_size, max_steps=4)
     kind: Any = getattr(il.meta, name)
     method = kind(task_loss, solver, strength=LAMBDA, step_size_gradient="last_step")
@@ -249,10 +239,10 @@ def test_the_last_step_gives_the_step_size_exactly_the_gradient_that_it_says(nam
 def test_the_last_step_changes_no_gradient_but_that_of_the_step_size() -> None:
     theta, support, query = problem()
     alpha = torch.tensor(0.1, dtype=F64, requires_grad=True)
-    learned = il.solvers.GradientDescent(step_size=alpha, max_steps=4)
+    learning = il.solvers.GradientDescent(step_size=alpha, max_steps=4)
     fixed = il.solvers.GradientDescent(step_size=0.1, max_steps=4)
     for kind in (il.meta.iMAML, il.meta.FirstOrderMAML):
-        a = kind(task_loss, learned, strength=LAMBDA, step_size_gradient="last_step")
+        a = kind(task_loss, learning, strength=LAMBDA, step_size_gradient="last_step")
         b = kind(task_loss, fixed, strength=LAMBDA)
         torch.testing.assert_close(
             gradient_of(a, theta, support, query), gradient_of(b, theta, support, query), rtol=1e-12, atol=1e-14

@@ -151,9 +151,9 @@ def test_zero_cg_steps_replay_no_product(monkeypatch: pytest.MonkeyPatch) -> Non
     expected = gradients(make(linear_solver=first_order), theta, support, query)
     recorded = make(linear_solver=first_order, capture=True)
     gradients(recorded, theta, support, query)
-    (recording,) = recorded._recordings.kept.values()
+    (recording,) = _recording.recordings_of(recorded).kept.values()
     assert recording is not None
-    monkeypatch.setattr(recording, "_linearise", None)  # would fail if it were called
+    monkeypatch.setattr(recording, "_products", [])  # would fail if it were called
     torch.testing.assert_close(gradients(recorded, theta, support, query), expected, rtol=1e-11, atol=1e-12)
 
 
@@ -166,8 +166,8 @@ def test_a_solver_that_decides_while_it_runs_keeps_its_recorded_products() -> No
         with pytest.warns(il.ImplicitLayerWarning, match="inner steps run one by one: .* decides while it runs"):
             found = gradients(recorded, theta, support, query)
         torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
-        (recording,) = recorded._recordings.kept.values()
-        assert recording is not None and not recording.has_steps and recording._multiply is not None
+        (recording,) = _recording.recordings_of(recorded).kept.values()
+        assert recording is not None and not recording.has_steps and recording._products
 
 
 @pytest.mark.usefixtures("replays")
@@ -209,8 +209,9 @@ def test_what_no_recording_can_hold_is_named(support: Any, message: str) -> None
     method = il.meta.iMAML(
         lambda params, batch: task_loss(params, batch[:2]), il.solvers.GradientDescent(0.1, max_steps=2), capture=True
     )
+    init = {"w": torch.zeros(3, 4), "b": torch.zeros(3)}
     with pytest.warns(il.ImplicitLayerWarning, match=message):
-        method._moment(method.inner_solver, {"w": torch.zeros(3, 4), "b": torch.zeros(3)}, theta, support(data))
+        method._recorded(method.inner_solver, (init, theta, support(data)))
 
 
 @pytest.mark.usefixtures("replays")
@@ -249,7 +250,7 @@ def test_replays_do_not_wait_for_the_device() -> None:
     theta, support, _ = problem(device="cuda", dtype=torch.float32)
     recorded = make(capture=True)
     recorded.adapt(theta, support)
-    (recording,) = recorded._recordings.kept.values()
+    (recording,) = _recording.recordings_of(recorded).kept.values()
     assert recording is not None
     init = {name: leaf.detach().expand(3, *leaf.shape) for name, leaf in theta.items()}
     torch.cuda.synchronize()

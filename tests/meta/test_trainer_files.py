@@ -15,7 +15,7 @@ import torch
 from meta.lines import Lines, comparable, make_trainer, tensors
 
 import implicitlayer as il
-from implicitlayer.meta import _tensorboard
+from implicitlayer.meta import _monitor
 from implicitlayer.meta._random_state import random_state, set_random_state
 from implicitlayer.meta._settings import differences, plain
 
@@ -353,7 +353,7 @@ def test_tensorboard_shows_every_step_once_after_a_crash(tmp_path: Path) -> None
 def test_tensorboard_without_what_it_needs_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="tensorboard=True writes into the run folder"):
         make_trainer(None, tensorboard=True)
-    monkeypatch.setattr(_tensorboard.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_monitor.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'implicitlayer\[examples\]'"):
         make_trainer(tmp_path, tensorboard=True)
 

@@ -173,7 +173,7 @@ LINEAR_MUTANTS = [
     Mutant(
         "zero steps of a Krylov solver lose the scale of b",
         COMMON,
-        "_zero_steps",
+        "zero_steps",
         "precondition(rhs / scale) * scale",
         "precondition(rhs / scale)",
         "truncated to no step, the answer is b over its largest entry",

@@ -15,8 +15,6 @@ from tests.thorough._quadratics import SEEDS
 from tests.thorough._reference import F64, Tensor
 from tests.thorough._trial import Trial
 
-__all__ = ["FAMILIES"]
-
 BREAKS = (
     "NaN in theta",
     "Inf in theta",

@@ -14,8 +14,6 @@ from tests.thorough._quadratics import DTYPES, SEEDS
 from tests.thorough._reference import F64, Tensor
 from tests.thorough._trial import Trial
 
-__all__ = ["FAMILIES"]
-
 
 @dataclass(frozen=True)
 class Form:

@@ -14,8 +14,6 @@ from hypothesis import strategies as st
 
 from tests.thorough._trial import CRASHED, SILENT, Outcome, Trial, run_trial
 
-__all__ = ["DrawnFamily", "Family", "StrategyFamily"]
-
 
 @dataclass(frozen=True)
 class Family:

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from tests.thorough._trial import CRASHED, FALSE_ALARM, RIGHT, SILENT, VERDICTS, WARNED, Outcome
 
-__all__ = ["Figure", "Row", "figures_of", "rows_of"]
-
 
 @dataclass(frozen=True)
 class Row:

@@ -16,8 +16,6 @@ from tests.thorough._quadratics import SEEDS
 from tests.thorough._reference import F64, Dense, Tensor
 from tests.thorough._trial import Trial, relative_error
 
-__all__ = ["FAMILIES"]
-
 # sup of the third derivative of softplus: s (1 - s) (1 - 2 s) at s = (1 - 1 / sqrt 3) / 2
 SOFTPLUS_3 = 1 / (6 * 3**0.5)
 LIMIT = 1e-3  # the default stationarity_rtol

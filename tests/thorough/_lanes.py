@@ -14,8 +14,6 @@ from tests.thorough._quadratics import SEEDS
 from tests.thorough._reference import F64, Tensor
 from tests.thorough._trial import Trial
 
-__all__ = ["FAMILIES"]
-
 
 def work_dependent(trial: Trial, *, n: int, rank: int, extra: int, seed: int, single: int, batch: int) -> None:
     """min |x|^2 / 2 + p'x with A x = b, A = M R for R of full rank: x = -p + R'(R R')^-1 (R x0 + R p).

@@ -13,8 +13,6 @@ from tests.thorough._quadratics import DTYPES, SEEDS, must_be_right
 from tests.thorough._reference import F64, Tensor, of_size_one
 from tests.thorough._trial import SLACK, Trial, default_rtol, residual_allowed
 
-__all__ = ["FAMILIES"]
-
 SOLVERS: tuple[tuple[str, il.LinearSolver], ...] = (
     ("conjugate gradients", il.ConjugateGradient()),
     ("MINRES", il.Minres()),

@@ -11,8 +11,6 @@ from tests.thorough._quadratics import DTYPES, SEEDS, must_be_right
 from tests.thorough._reference import F64, Dense
 from tests.thorough._trial import SLACK, Trial, default_rtol, relative_error, residual_allowed
 
-__all__ = ["FAMILIES"]
-
 
 def work_minimum(trial: Trial, n: int, tenths: int, seed: int, nonconvex: int, single: int) -> None:
     """Softplus regressions and double wells at a minimum."""

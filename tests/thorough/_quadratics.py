@@ -16,8 +16,6 @@ from tests.thorough._family import DrawnFamily
 from tests.thorough._reference import F64, Dense, Tensor
 from tests.thorough._trial import SLACK, Trial, default_rtol, residual_allowed
 
-__all__ = ["FAMILIES"]
-
 DTYPES = (torch.float64, torch.float32)
 LARGE = 0.03  # an error that a user would want to know of
 

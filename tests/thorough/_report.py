@@ -19,8 +19,6 @@ from tests.thorough._family import Family
 from tests.thorough._figures import Figure, Row, figures_of, rows_of
 from tests.thorough._trial import FAILURES, VERDICTS, Outcome
 
-__all__ = ["Report"]
-
 _MOST_KINDS = 5  # a family with more is one row of the Markdown table; the JSON has them all
 
 

@@ -19,8 +19,6 @@ from tests.thorough._quadratics import SEEDS
 from tests.thorough._reference import F64
 from tests.thorough._trial import Trial, residual_allowed
 
-__all__ = ["FAMILIES"]
-
 LIMIT = 1e-3  # the default stationarity_rtol
 
 

@@ -24,8 +24,6 @@ from tests.thorough import (
 from tests.thorough._family import Family
 from tests.thorough._trial import FAILURES, Outcome
 
-__all__ = ["FAMILIES", "counts_of", "run"]
-
 FAMILIES: tuple[Family, ...] = (
     *_quadratics.FAMILIES,
     *_closed_forms.FAMILIES,

@@ -15,8 +15,6 @@ from tests.thorough._quadratics import SEEDS, condition_of, must_be_right
 from tests.thorough._reference import F64, Dense, Tensor
 from tests.thorough._trial import Trial, residual_allowed
 
-__all__ = ["FAMILIES"]
-
 LAYOUTS = ("contiguous", "offset", "strided", "transposed")
 
 

@@ -15,8 +15,6 @@ from tests.thorough._quadratics import DTYPES, SEEDS, condition_of, must_be_righ
 from tests.thorough._reference import F64, Dense, Tensor, newton_traced
 from tests.thorough._trial import Trial, residual_allowed
 
-__all__ = ["FAMILIES"]
-
 PROBLEMS = (
     ("quadratic", testing.quadratic_problem),
     ("softplus", testing.smooth_convex_problem),
