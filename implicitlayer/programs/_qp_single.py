@@ -17,9 +17,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolution
@@ -31,7 +32,20 @@ from implicitlayer.programs._qp_terms import Mask, SingleProgram, Terms
 
 __all__ = ["SingleProof", "exact_cold", "exact_guess", "exact_near"]
 
-System = TypeVar("System")
+Same = TypeVar("Same")
+
+
+class System(Protocol):
+    """What solves with the matrix of an active set; ``keep`` are the rows that it holds, [e + held]."""
+
+    keep: npt.NDArray[np.intp]
+
+    def solve(self, f: Array, g: Array) -> tuple[Array, Array]:
+        """x [n] and w [c], zero where not held, with Q x + J'w = f and J x = g in the rows that are held."""
+
+    def factors(self, lanes: torch.Size) -> Factors:
+        """The same for tensors [*lanes, ...]."""
+
 
 _ROUNDS = 4  # active sets that are tried next to an answer
 _COLD = 15  # from a cold start
@@ -51,11 +65,11 @@ class SingleProof:
     held: Mask
     error: float
     steps: int
-    make: Callable[[], SchurSet | _KktSet | None]
+    make: Callable[[], System | None]
     found_by: str
 
     @cached_property
-    def system(self) -> SchurSet | _KktSet | None:
+    def system(self) -> System | None:
         """What solves with the matrix; None where it has no factors that can be relied on."""
         return self.make()
 
@@ -160,7 +174,7 @@ def _next(program: SingleProgram, beyond: Array, held: Mask, wrong: Mask) -> Mas
     return stay | crossed
 
 
-def _itself(system: System) -> System:
+def _itself(system: Same) -> Same:
     return system
 
 
@@ -207,15 +221,17 @@ class _KktSet:
         return self.kkt
 
 
-def exact_near(program: SingleProgram, answer: QuadraticSolution) -> SingleProof | None:
-    """The proved solution next to the answer."""
+def exact_near(
+    program: SingleProgram, answer: QuadraticSolution, system_of: Callable[[Any, Mask], System] | None = None
+) -> SingleProof | None:
+    """The proved solution next to the answer; ``system_of(program, held)`` factorises, by default a dense matrix."""
     x, e = answer.x.reshape(-1).numpy(), program.e
     w = np.concatenate([t.reshape(-1).numpy() for t in (answer.equality, answer.inequality)])
     with np.errstate(all="ignore"):
         start = Terms(program, x, w)
         held = start.force / start.scale > start.away[e:] / -start.length
         for _ in range(_ROUNDS):
-            system = _KktSet(program, held)
+            system = (system_of or _KktSet)(program, held)
             terms = Terms(program, x, np.concatenate([w[:e], w[e:] * held]))
             for _ in range(CORRECTIONS):
                 dx, dw = system.solve(-terms.left, -terms.off)
