@@ -33,7 +33,7 @@ from implicitlayer.base._active_set import ActiveSet
 from implicitlayer.base._records import BackwardRecord, ForwardRecord, GradientError, diagnostics
 from implicitlayer.base._solution import LinearSolution, RecordingSolver, SolverResult
 from implicitlayer.base._status import Status
-from implicitlayer.constrained import ConstrainedLayer, Multipliers, constrained_argmin, qp
+from implicitlayer.constrained import ConstrainedLayer, CvxpyLayer, Multipliers, constrained_argmin, from_cvxpy, qp
 from implicitlayer.equation import (
     Assumptions,
     Composite,
@@ -93,6 +93,7 @@ __all__ = [
     "ConjugateGradient",
     "ConstrainedLayer",
     "ConvergenceWarning",
+    "CvxpyLayer",
     "Dense",
     "ElasticNet",
     "FixedPointLayer",
@@ -148,6 +149,7 @@ __all__ = [
     "explain_gradient",
     "fewshot",
     "fixed_point",
+    "from_cvxpy",
     "hessian_operator",
     "hvp",
     "least_squares",
