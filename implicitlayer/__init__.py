@@ -34,7 +34,7 @@ from implicitlayer.base._records import BackwardRecord, ForwardRecord, GradientE
 from implicitlayer.base._solution import LinearSolution, RecordingSolver, SolverResult
 from implicitlayer.base._status import Status
 from implicitlayer.compiled import CompiledLayer, compile
-from implicitlayer.constrained import ConstrainedLayer, Multipliers, constrained_argmin, qp
+from implicitlayer.constrained import ConstrainedLayer, CvxpyLayer, Multipliers, constrained_argmin, from_cvxpy, qp
 from implicitlayer.equation import (
     Assumptions,
     Composite,
@@ -95,6 +95,7 @@ __all__ = [
     "ConjugateGradient",
     "ConstrainedLayer",
     "ConvergenceWarning",
+    "CvxpyLayer",
     "Dense",
     "ElasticNet",
     "FixedPointLayer",
@@ -151,6 +152,7 @@ __all__ = [
     "explain_gradient",
     "fewshot",
     "fixed_point",
+    "from_cvxpy",
     "hessian_operator",
     "hvp",
     "least_squares",

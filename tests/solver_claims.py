@@ -35,6 +35,25 @@ class OnTheGradient:
         return self.solver(function, init)
 
 
+class SumOfSquares:
+    """A solver of least squares as a minimiser: the residuals are the entries of the gradient."""
+
+    def __init__(self, solver: Any) -> None:
+        self.solver, self.batched = solver, bool(solver.batched)
+
+    def __call__(self, objective: Callable[..., Tensor], init: Any, *theta: Any) -> Any:
+        lanes = objective(init, *theta).ndim
+
+        def half_squares(slopes: list[Tensor]) -> Tensor:
+            squares: list[Tensor] = [0.5 * s.reshape(*s.shape[:lanes], -1).square().sum(-1) for s in slopes]
+            return torch.stack(squares).sum(0)
+
+        def gradient(x: Any) -> Any:
+            return pytree.tree_leaves(torch.func.grad(lambda x: objective(x, *theta).sum())(x))
+
+        return self.solver(il.composite(half_squares, gradient), init)
+
+
 def unlisted(listed: list[Any], base: Any, claim: Any) -> list[Any]:
     """Claims for the package's solvers below ``base`` that ``listed`` says nothing of."""
     known = {type(one.solver) for one in listed}
@@ -86,6 +105,7 @@ INNER = [
     testing.inner(solvers.LBFGS(max_steps=50, **TO)),
     testing.inner(solvers.NewtonCG(max_steps=20, **TO)),
     testing.inner(solvers.NewtonCG(max_steps=20, line_search="wolfe", **TO), name="NewtonCG, wolfe"),
+    testing.inner(SumOfSquares(solvers.LevenbergMarquardt(max_steps=20, **TO)), name="LevenbergMarquardt, gradient"),
     testing.inner(solvers.ProximalGradient(il.L1(0.0), max_steps=150, **TO), name="ProximalGradient, L1(0)"),
     testing.inner(solvers.ProjectedGradient(WIDE, max_steps=150, **TO), name="ProjectedGradient, wide box"),
     testing.inner(SGD, 1e-4, name="TorchOptimizer, SGD"),

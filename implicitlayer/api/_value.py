@@ -24,6 +24,7 @@ from implicitlayer.base._tree import flatten, unflatten
 from implicitlayer.constrained._constrained import ProxLayer
 from implicitlayer.constrained._kkt import ConstrainedLayer
 from implicitlayer.constrained._qp import qp
+from implicitlayer.constrained._qp_sparse import Entries, is_sparse
 from implicitlayer.equation._capture import plainly_impossible
 from implicitlayer.layer._layer import ImplicitLayer, without_aux
 
@@ -133,6 +134,8 @@ def _held(
 
 
 def _times(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    if is_sparse(matrix):  # torch's own product has the gradient of a dense matrix
+        return Entries.of(matrix).times(vector)
     return (matrix @ vector[..., None])[..., 0]
 
 

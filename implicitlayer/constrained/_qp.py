@@ -9,14 +9,16 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
+from implicitlayer import _torch
 from implicitlayer.base._surroundings import outside_compiled_code
 from implicitlayer.base._tree import TreeSpec, flatten
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.constrained._kkt import AtKink, KktLayer
 from implicitlayer.constrained._kkt_lagrangian import Unknowns
-from implicitlayer.constrained._qp_arguments import arguments, on_all_levels
+from implicitlayer.constrained._qp_arguments import RANKS, Fold, arguments, on_all_levels
 from implicitlayer.constrained._qp_function import ProvedProgram, by_data, in_plain_surroundings
 from implicitlayer.constrained._qp_solve import Proof, QuadraticSolver, full_data, searched
+from implicitlayer.constrained._qp_sparse import Entries, is_sparse, made_dense, pulled, sparse_proof_of
 from implicitlayer.equation._capture import ClosedOver, derivatives_possible
 from implicitlayer.equation._flat import Signature
 from implicitlayer.equation._jacobian import Graph
@@ -48,6 +50,7 @@ def qp(
     lower: torch.Tensor | None = None,
     lb: torch.Tensor | None = None,
     ub: torch.Tensor | None = None,
+    init: Any = None,
     solver: Callable[..., Any] | Literal["auto"] | None = None,
     linear_solver: Callable[..., Any] | None = None,
     return_multipliers: bool = False,
@@ -70,12 +73,15 @@ def qp(
     Args:
         Q: [*batch, n, n], symmetric positive semidefinite (its symmetric part is used); p: [*batch, n].
         A: [*batch, e, n], b: [*batch, e]; both or neither.
-        G: [*batch, m, n], h: [*batch, m]; both or neither, or ``lower`` in the place of h.
+        G: [*batch, m, n], h: [*batch, m]; both or neither, or ``lower`` in the place of h. Q, A and G of one program
+            may be sparse (COO, CSR; needs SciPy): their gradients are those of the stored entries, in the same layout.
         lower: [*batch, m], of G x. lb, ub: [*batch, n], of x. A side of 1e20 or more, or inf, is none (of lower and lb
             with a minus), lane by lane: it gets no gradient and a multiplier of zero. Rows whose sides are equal in
             all programs are equations, outside of transforms.
             Leading dimensions are broadcast: an argument without them is shared by all programs, and its gradient is
             the sum over them.
+        init: what a call with ``return_multipliers=True`` has returned for a program like this one: the constraints
+            that were active there are tried first, which saves time. Under transforms it is not used.
         solver: what looks for the active set: :class:`il.solvers.ActiveSet` (the default), ``DAQP``, ``ProxQP``,
             ``Moreau``, ``QPSolvers``, or ``"auto"`` for the fastest that is installed. What they find is proved, or
             else an interior point solves the program, so all of them give the same answers;
@@ -121,13 +127,21 @@ def qp(
         if choice not in choices:
             raise ValueError(f"{name}={choice!r} must be one of {choices}.")
     given = {"Q": Q, "p": p, "A": A, "b": b, "G": G, "h": h, "lower": lower, "lb": lb, "ub": ub}
-    batch, data, fold = arguments(given)
-    if isinstance(solver, str):
-        if solver != "auto":
-            raise ValueError(f"solver={solver!r} must be 'auto', one of il.solvers, such as DAQP(), or a function.")
-        solver = fastest(data[1].shape[-1], batch.numel())
-    settings = _Settings(solver, linear_solver, on_failure, Tolerances(_STATIONARITY_RTOL, active_rtol), at_kink)
-    x, y, z = _solution(data, batch, settings)
+    if isinstance(solver, str) and solver != "auto":
+        raise ValueError(f"solver={solver!r} must be 'auto', one of il.solvers, such as DAQP(), or a function.")
+    named = None if isinstance(solver, str) else solver
+    settings = _Settings(named, linear_solver, on_failure, Tolerances(_STATIONARITY_RTOL, active_rtol), at_kink)
+    found = None
+    if any(is_sparse(value) for value in given.values()):
+        found = _sparse_solution(given, settings, init)
+        given = given if found is not None else made_dense(given)
+    if found is None:
+        batch, data, fold = arguments(given)
+        if isinstance(solver, str):
+            settings = replace(settings, solver=fastest(data[1].shape[-1], batch.numel()))
+        settings = settings.starting(init, fold, batch, data[5].shape[-1])
+        found = _solution(data, batch, settings), fold
+    (x, y, z), fold = found
     return (x, fold(y, z)) if return_multipliers else x
 
 
@@ -147,6 +161,18 @@ class _Settings:
         if self.solver is None:
             return ActiveSet()
         return self.solver if isinstance(self.solver, Search) else None
+
+    def starting(self, init: Any, fold: Fold, batch: torch.Size, count: int) -> _Settings:
+        """The same with the search beginning at the active set of ``init``, where that can be looked at."""
+        if init is None:
+            return self
+        if not isinstance(self.search, ActiveSet):
+            raise ValueError(
+                "init is where the library's own search begins. Leave out solver, or give the solver its own."
+            )
+        if _torch.transforms_active():
+            return self
+        return replace(self, solver=ActiveSet(fold.start(init, batch, count)))
 
     def layer(self, data: Leaves, proof: Proof | None, has_searched: bool) -> _QuadraticLayer:
         """The general layer, for one call, with what :func:`searched` has found where that was made."""
@@ -172,12 +198,49 @@ def _solution(
         proof = searched(program, p.dtype, search) if has_searched else None
         if proof is not None and proof.settled(eps, settings.tolerances.active_rtol, _STATIONARITY_RTOL):
             plain: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-            plain = ProvedProgram.apply(proof, partial(_general_gradients, settings, proof), *data)
+            plain = ProvedProgram.apply(proof, (partial(_general_gradients, settings, proof), by_data), *data)
             return plain
     n, e, m = (torch.zeros(*batch, data[k].shape[-1], dtype=p.dtype, device=p.device) for k in (1, 3, 5))
     layer = settings.layer(list(data), proof, has_searched)
     found = layer(Unknowns(n, e, m, torch.ones_like(m)), *on_all_levels(data))
     return found.x, found.equality, found.inequality
+
+
+def _sparse_solution(given: dict[str, Any], settings: _Settings, init: Any) -> tuple[Any, Fold] | None:
+    """x and the multipliers of a program with sparse matrices; None where that is not the plain path."""
+    own = settings.solver is None or isinstance(settings.solver, ActiveSet)
+    tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
+    single = all(t.ndim == RANKS[k] and t.device.type == "cpu" for k, t in given.items() if isinstance(t, torch.Tensor))
+    if not (own and single and settings.linear_solver is None and in_plain_surroundings(tensors)):
+        return None
+    _, (Q, p, A, b, G, h), fold = arguments(given)
+    matrices, eps = (Q, A, G), torch.finfo(p.dtype).eps
+    search = settings.starting(init, fold, torch.Size([]), len(h)).search
+    assert isinstance(search, ActiveSet)
+    proof = sparse_proof_of(matrices, [p, b, h], search.start)
+    if proof is None or not proof.settled(eps, settings.tolerances.active_rtol, _STATIONARITY_RTOL):
+        return None
+    rules = partial(_sparse_gradients, settings, matrices), partial(pulled, matrices)
+    return ProvedProgram.apply(proof, rules, Q.values, p, A.values, b, G.values, h), fold
+
+
+def _sparse_gradients(
+    settings: _Settings,
+    matrices: Sequence[Entries],
+    z: Leaves,
+    data: Leaves,
+    cotangents: list[torch.Tensor | None],
+    needed: tuple[bool, ...],
+) -> list[torch.Tensor | None]:
+    """The gradients of a sparse program by way of the dense one: differentiable to every order."""
+    given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
+    with torch.enable_grad():
+        Q, A, G = (place.with_values(t).dense() for place, t in zip(matrices, data[::2], strict=True))
+        outputs = _solution((Q, data[1], A, data[3], G, data[5]), torch.Size([]), settings)
+        wanted = [t for t, need in zip(data, needed, strict=True) if need]
+        weights = [cotangents[i] for i in given]
+        slopes = iter(torch.autograd.grad([outputs[i] for i in given], wanted, weights, create_graph=True))
+    return [next(slopes) if need else None for need in needed]
 
 
 def _general_gradients(

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,48 +15,85 @@ import torch
 
 from implicitlayer import _torch
 from implicitlayer.constrained._kkt import Multipliers
+from implicitlayer.constrained._qp_sparse import Entries, is_sparse
 
-__all__ = ["Fold", "arguments", "on_all_levels"]
+__all__ = ["RANKS", "Fold", "arguments", "on_all_levels"]
 
 _NO_BOUND = 1e20
 # How many dimensions of each argument belong to one program.
-_RANKS = {"Q": 2, "p": 1, "A": 2, "b": 1, "G": 2, "h": 1, "lower": 1, "lb": 1, "ub": 1}
-
-# multipliers of the equations and of the one-sided rows -> those of what was given
-Fold = Callable[[torch.Tensor, torch.Tensor], Multipliers]
+RANKS = {"Q": 2, "p": 1, "A": 2, "b": 1, "G": 2, "h": 1, "lower": 1, "lb": 1, "ub": 1}
 
 
-def arguments(given: dict[str, Any]) -> tuple[torch.Size, tuple[torch.Tensor, ...], Fold]:
-    """The batch dimensions, Q, p, A, b, G, h, and what turns their multipliers into those of the arguments."""
-    both = any(given[name] is not None for name in ("lower", "lb", "ub"))
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """From multipliers of e equations and one-sided rows to those of what was given, and back.
+
+    ``rows`` are those with two sides, None where there are none.
+    """
+
+    rows: list[_Rows] | None
+    e: int
+
+    def __call__(self, y: torch.Tensor, z: torch.Tensor) -> Multipliers:
+        if self.rows is None:
+            return Multipliers(y, z)
+        ys = y.split([self.e, *(len(part.equal) for part in self.rows)], -1)
+        zs = z.split([len(part.above) + len(part.below) for part in self.rows], -1)
+        found = [part.multipliers(y, z) for part, y, z in zip(self.rows, ys[1:], zs, strict=True)]
+        return Multipliers(ys[0], found[0] if len(found) == 1 else tuple(found))
+
+    def start(self, init: Any, batch: torch.Size, count: int) -> torch.Tensor:
+        """Which of the one-sided rows have a multiplier in ``init``, bool [*batch, count]."""
+        found = init[1] if isinstance(init, tuple) and not isinstance(init, Multipliers) and len(init) == 2 else init
+        z = found.inequality if isinstance(found, Multipliers) else None
+        given = z if isinstance(z, tuple) else (z,)
+        sizes = [count] if self.rows is None else [part.matrix.shape[-2] for part in self.rows]
+        if [t.shape[-1] if isinstance(t, torch.Tensor) and t.ndim else None for t in given] != sizes:
+            raise ValueError(
+                "init must be what il.qp(..., return_multipliers=True) has returned for a program with as many "
+                f"rows and bounds as this one, or the multipliers of it; got {type(init).__name__}."
+            )
+        parts = [t.detach() != 0 for t in given] if self.rows is None else []
+        for part, t in zip(self.rows or [], given, strict=False):
+            t = t.detach()
+            parts += [t.index_select(-1, part.above) > 0, t.index_select(-1, part.below) < 0]
+        held = torch.cat([part.expand(*batch, part.shape[-1]) for part in parts], -1)
+        # where no row has a side, there is one without entries in its place
+        return torch.nn.functional.pad(held, (0, count - held.shape[-1]))
+
+
+def arguments(given: dict[str, Any]) -> tuple[torch.Size, tuple[Any, ...], Fold]:
+    """The batch dimensions, Q, p, A, b, G, h, and what turns their multipliers into those of the arguments.
+
+    Where a matrix is sparse, of one program, all three are :class:`Entries`.
+    """
+    sparse = any(is_sparse(value) for value in given.values())
+    both = sparse or any(given[name] is not None for name in ("lower", "lb", "ub"))
     batch, tensors = _checked(given)
+    if sparse:
+        tensors |= {name: Entries.of(tensors[name]) for name in ("Q", "A", "G")}
     Q, p, A, b = (tensors[name] for name in ("Q", "p", "A", "b"))
     if not both:
         G, h = _without_missing(tensors["G"], tensors["h"])
-        return batch, (Q, p, A, b, G, h), Multipliers
+        return batch, (Q, p, A, b, G, h), Fold(None, tensors["b"].shape[-1])
     rows = [_Rows.of(tensors["G"], tensors.get("lower"), tensors.get("h"))]
     if "lb" in tensors or "ub" in tensors:
-        eye = torch.eye(p.shape[-1], dtype=p.dtype, device=p.device).reshape(*[1] * len(batch), *Q.shape[-2:])
+        n = p.shape[-1]
+        shape = (*[1] * len(batch), n, n)
+        eye = Entries.identity(p) if sparse else torch.eye(n, dtype=p.dtype, device=p.device).reshape(shape)
         rows.append(_Rows.of(eye, tensors.get("lb"), tensors.get("ub")))
     parts = [part.one_sided() for part in rows]
     A, b = _joined([A, *(part[0] for part in parts)], -2), _joined([b, *(part[1] for part in parts)], -1)
     G, h = _joined([part[2] for part in parts], -2), _joined([part[3] for part in parts], -1)
-    e = tensors["b"].shape[-1]
-
-    def fold(y: torch.Tensor, z: torch.Tensor) -> Multipliers:
-        ys = y.split([e, *(len(part.equal) for part in rows)], -1)
-        zs = z.split([len(part.above) + len(part.below) for part in rows], -1)
-        found = [part.multipliers(y, z) for part, y, z in zip(rows, ys[1:], zs, strict=True)]
-        return Multipliers(ys[0], found[0] if len(found) == 1 else tuple(found))
-
-    return batch, (Q, p, A, b, *_without_missing(G, h)), fold
+    # of one program, rows without a side are left out already
+    return batch, (Q, p, A, b, *((G, h) if sparse else _without_missing(G, h))), Fold(rows, tensors["b"].shape[-1])
 
 
 @dataclass(frozen=True, eq=False)
 class _Rows:
     """Rows with two sides; the indices of those that are equations, and of those with a side above and below."""
 
-    matrix: torch.Tensor
+    matrix: Any
     lower: torch.Tensor
     upper: torch.Tensor
     equal: torch.Tensor
@@ -64,10 +101,11 @@ class _Rows:
     below: torch.Tensor
 
     @classmethod
-    def of(cls, matrix: torch.Tensor, lower: torch.Tensor | None, upper: torch.Tensor | None) -> _Rows:
+    def of(cls, matrix: Any, lower: torch.Tensor | None, upper: torch.Tensor | None) -> _Rows:
         """The rows lower <= matrix x <= upper; None: no side."""
-        m, device = matrix.shape[-2], matrix.device
-        none = matrix.new_full((*[1] * (matrix.ndim - 2), m), torch.inf)
+        m, like = matrix.shape[-2], upper if lower is None else lower
+        assert like is not None
+        device, none = like.device, like.new_full((*[1] * (matrix.ndim - 2), m), torch.inf)
         sides = (-none if lower is None else lower), (none if upper is None else upper)
         if _torch.transforms_active():
             masks = torch.zeros(3, m, dtype=torch.bool, device=device)
@@ -82,16 +120,16 @@ class _Rows:
         equal, above, below = (mask.nonzero()[:, 0] for mask in masks)
         return cls(matrix, *sides, equal, above, below)
 
-    def one_sided(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def one_sided(self) -> tuple[Any, torch.Tensor, Any, torch.Tensor]:
         """Rows and right-hand sides of the equations, and of the inequalities."""
 
-        def pick(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+        def pick(tensor: Any, dim: int, index: torch.Tensor) -> Any:
             return tensor.index_select(tensor.ndim + dim, index)
 
         A, above, below = (pick(self.matrix, -2, index) for index in (self.equal, self.above, self.below))
         mean = (pick(self.lower, -1, self.equal) + pick(self.upper, -1, self.equal)) / 2
         h = _joined([pick(self.upper, -1, self.above), -pick(self.lower, -1, self.below)], -1)
-        return A, mean, torch.cat([above, -below], -2), h
+        return A, mean, _joined([above, -below], -2), h
 
     def multipliers(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         """[*lanes, m]: positive at the upper side, negative at the lower one, of either sign where they are equal."""
@@ -102,11 +140,13 @@ class _Rows:
         return found
 
 
-def _joined(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+def _joined(parts: list[Any], dim: int) -> Any:
     """One tensor of all parts along ``dim``; their dimensions before that are broadcast."""
     parts = [part for part in parts if part.shape[dim]] or parts[:1]
     if len(parts) == 1:
         return parts[0]
+    if isinstance(parts[0], Entries):
+        return Entries.joined(parts)
     leading = torch.broadcast_shapes(*(part.shape[:dim] for part in parts))
     return torch.cat([part.expand(*leading, *part.shape[dim:]) for part in parts], dim)
 
@@ -119,15 +159,13 @@ def _without_missing(G: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, to
     return torch.where(missing[..., None], 0.0, G), torch.where(missing, 1.0, h)
 
 
-def _checked(given: dict[str, Any]) -> tuple[torch.Size, dict[str, torch.Tensor]]:
+def _checked(given: dict[str, Any]) -> tuple[torch.Size, dict[str, Any]]:
     """The batch dimensions, and what is given with as many leading dimensions (of size one where it is shared)."""
     given = {name: value for name, value in given.items() if value is not None or name in ("Q", "p")}
     for name, tensor in given.items():
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise TypeError(f"{name} must be a real floating tensor, got {kind}. Use torch.as_tensor(..., dtype=...).")
-        if tensor.layout is not torch.strided:
-            raise TypeError(f"{name} is sparse ({tensor.layout}); il.qp solves densely. Pass {name}.to_dense().")
     p = given["p"]
     sides = ("b",), ("h", "lower")
     for matrix, vectors in zip(("A", "G"), sides, strict=True):
@@ -143,9 +181,9 @@ def _checked(given: dict[str, Any]) -> tuple[torch.Size, dict[str, torch.Tensor]
                 f"{name} is {tensor.dtype} on {tensor.device}, but p is {p.dtype} on {p.device}. Bring all arguments "
                 "to one dtype and device; float64 is recommended."
             )
-        if tensor.ndim < _RANKS[name]:
+        if tensor.ndim < RANKS[name]:
             raise ValueError(
-                f"{name} needs {_RANKS[name]} dimensions after those of the batch, got shape {_shape(tensor)}."
+                f"{name} needs {RANKS[name]} dimensions after those of the batch, got shape {_shape(tensor)}."
             )
     n = p.shape[-1]
     if not n:
@@ -161,7 +199,7 @@ def _checked(given: dict[str, Any]) -> tuple[torch.Size, dict[str, torch.Tensor]
                 f"{name} must end in dimensions {shape} to fit p and its right-hand side, got shape "
                 f"{_shape(tensors[name])} with p {_shape(p)}."
             )
-    leading = {name: tensor.shape[: tensor.ndim - _RANKS[name]] for name, tensor in tensors.items()}
+    leading = {name: tensor.shape[: tensor.ndim - RANKS[name]] for name, tensor in tensors.items()}
     if len(set(leading.values())) == 1:
         return leading["p"], tensors
     try:

@@ -27,6 +27,8 @@ __all__ = ["ProvedProgram", "by_data", "in_plain_surroundings"]
 Pull = list[torch.Tensor | None]
 # (x, y, z and mask of the proof, data, cotangents of these four, which data need a gradient) -> their gradients
 General = Callable[[Leaves, Leaves, Pull, tuple[bool, ...]], Pull]
+# (x, y, z), (u_x, u_y, u_z), data, which of them need a gradient -> <dF/d data, u>
+ByData = Callable[[Sequence[torch.Tensor], Sequence[torch.Tensor], Leaves, Sequence[bool]], Pull]
 
 
 def in_plain_surroundings(tensors: Sequence[torch.Tensor]) -> bool:
@@ -42,16 +44,16 @@ def in_plain_surroundings(tensors: Sequence[torch.Tensor]) -> bool:
 
 
 class ProvedProgram(torch.autograd.Function):
-    """``apply(proof, general, Q, p, A, b, G, h) -> x, y, z``; see NOTE [plain path]."""
+    """``apply(proof, (general, by_data), Q, p, A, b, G, h) -> x, y, z``; see NOTE [plain path]."""
 
     @staticmethod
     def forward(
-        ctx: Any, proof: Proof, general: General, *data: torch.Tensor
+        ctx: Any, proof: Proof, rules: tuple[General, ByData], *data: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x, y, z, held = proof.solution()
         dtype = data[1].dtype
         x, y, z = (t.to(dtype, copy=True) for t in (x, y, z))  # what is handed out may be written to
-        ctx.proof, ctx.general = proof, general
+        ctx.proof, ctx.rules = proof, rules
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, y, z, held, *data)
         return x, y, z
@@ -60,29 +62,29 @@ class ProvedProgram(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         saved, needed = ctx.saved_tensors, ctx.needs_input_grad[2:]
         solution, data = list(saved[:4]), list(saved[4:])
-        given = [c for c in cotangents if c is not None]
+        given, (general, pull) = [c for c in cotangents if c is not None], ctx.rules
         if not given:
             return (None,) * 8
         if not (derivatives_possible() or listening() or any(_torch.is_batched_by_grad(c) for c in given)):
-            found = _plain(ctx.proof, solution, data, cotangents, needed)
-            if found is not None:
-                return (None, None, *found)
+            u = _adjoint(ctx.proof, solution, cotangents)
+            if u is not None:
+                return (None, None, *pull(solution[:3], u, data, needed))
         solution, data = list(alive(solution)), list(alive(data))
         solution[3] = solution[3].to(data[1].dtype)
-        rule = lambda v: ctx.general(solution, data, v, needed)  # noqa: E731
+        rule = lambda v: general(solution, data, v, needed)  # noqa: E731
         return (None, None, *over_batched_vectors(rule, [*alive(cotangents), None]))
 
 
-def _plain(
-    proof: Proof, solution: Leaves, data: Leaves, cotangents: Sequence[torch.Tensor | None], needed: tuple[bool, ...]
-) -> Pull | None:
-    """The gradients by the factors of the proof; None where these do not give them to the usual tolerance."""
-    x, y, z, _ = solution
+def _adjoint(
+    proof: Proof, solution: Leaves, cotangents: Sequence[torch.Tensor | None]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """u by the factors of the proof; None where these do not give it to the usual tolerance."""
+    x, y = solution[:2]
     u = proof.adjoint([None if c is None else c.double() for c in cotangents], default_rtol(x.dtype))
     if u is None:
         return None
     ux, uw = (-t.to(x.dtype) for t in u)
-    return by_data((x, y, z), (ux, uw[..., : y.shape[-1]], uw[..., y.shape[-1] :]), data, needed)
+    return ux, uw[..., : y.shape[-1]], uw[..., y.shape[-1] :]
 
 
 # With F the conditions of ``_qp`` at u = (u_x, u_y, u_z), u_z zero where an inequality is not held, as z is:

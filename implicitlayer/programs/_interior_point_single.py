@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -25,7 +27,7 @@ from implicitlayer.programs._interior_point_step import (
     Newton,
 )
 
-__all__ = ["Array", "Outcome", "iterate_single", "product", "triangular_solves"]
+__all__ = ["Array", "Maps", "Outcome", "Until", "iterate", "iterate_single", "product", "triangular_solves"]
 
 Array = npt.NDArray[np.float64]
 Product = Callable[[Array], Array]
@@ -61,9 +63,25 @@ def iterate_single(
     ``report`` is given the steps made, x and its error in every pass.
     """
     Q, p, A, b, G, h = arrays = tuple(np.ascontiguousarray(t.detach()[0].numpy()) for t in data)
+    maps = Maps(*(product(matrix) for matrix in (Q, A, A.T, G, G.T)))
+    return iterate((p, b, h), maps, partial(_Step, data, arrays, maps), Until(rtol, max_steps, bounded, report))
+
+
+@dataclass(frozen=True, eq=False)
+class Until:
+    """When to stop, and who is told; see :func:`iterate_single`."""
+
+    rtol: float
+    max_steps: int
+    bounded: Callable[[], bool]
+    report: Callable[[int, Array, float], None] | None = None
+
+
+def iterate(vectors: tuple[Array, Array, Array], maps: Maps, step: Callable[[Array], Step], until: Until) -> Outcome:
+    """The same with p, b, h, products with the matrices, and ``step(weights)`` that solves with Newton's matrix."""
+    p, b, h = vectors
     with np.errstate(all="ignore"):
-        maps = _Maps(*(product(matrix) for matrix in (Q, A, A.T, G, G.T)))
-        x, y = _Step(data, arrays, maps, np.ones_like(h)).solve(-p + maps.Gt(h), -b)
+        x, y = step(np.ones_like(h)).solve(-p + maps.Gt(h), -b)
         slack = h - maps.G(x)
         s, z = _inside(slack), _inside(-slack)
         best, best_error, since, steps = (x, y, z), math.inf, 0, 0
@@ -84,8 +102,8 @@ def iterate_single(
                 float(s.dot(z)) / (value + 1e-3),
             )
             error = error if error == error else math.inf
-            if report is not None:
-                report(steps, x, error)
+            if until.report is not None:
+                until.report(steps, x, error)
             since += 1
             if error < best_error:
                 best, best_error, since = (x, y, z), error, 0
@@ -96,17 +114,17 @@ def iterate_single(
                 )
             if -px > 0:
                 against = max(_largest(of_x[0]), _largest(Ax), _largest(of_s[0].clip(min=0)))
-                unbounded = -px > FARTHEST * against and -px > 1e-8 * float(np.abs(p * x).sum()) and not bounded()
-            solved = error <= rtol
-            if solved or infeasible or unbounded or since >= PATIENCE or steps == max_steps:
+                unbounded = -px > FARTHEST * against and -px > 1e-8 * float(np.abs(p * x).sum()) and not until.bounded()
+            solved = error <= until.rtol
+            if solved or infeasible or unbounded or since >= PATIENCE or steps == until.max_steps:
                 break
-            x, y, z, s = _moved(_Step(data, arrays, maps, z / s), x, y, z, s, r_x, r_y, r_s)
+            x, y, z, s = _moved(step(z / s), maps, (x, y, z, s), (r_x, r_y, r_s))
             steps += 1
     return Outcome(*best, best_error, steps, solved, infeasible and not solved, unbounded and not solved)
 
 
 @dataclass(frozen=True, eq=False)
-class _Maps:
+class Maps:
     """Products with Q, A, A', G, G'."""
 
     Q: Product
@@ -129,11 +147,23 @@ def product(matrix: Array) -> Product:
     return times
 
 
+class Step(Protocol):
+    """Newton's matrix for some weights z / s, factorised."""
+
+    @property
+    def weights(self) -> Array:
+        """These weights."""
+
+    def solve(self, f: Array, r_y: Array) -> tuple[Array, Array]:
+        """dx and dy with M dx + A'dy = f, A dx = -r_y."""
+
+
 def _moved(
-    step: _Step, x: Array, y: Array, z: Array, s: Array, r_x: Array, r_y: Array, r_s: Array
+    step: Step, maps: Maps, point: tuple[Array, Array, Array, Array], left: tuple[Array, Array, Array]
 ) -> tuple[Array, Array, Array, Array]:
     """The next point: Mehrotra's two solves with the same factors."""
-    w, maps, product, m = step.weights, step.maps, s * z, len(s)
+    (x, y, z, s), (r_x, r_y, r_s) = point, left
+    w, product, m = step.weights, s * z, len(s)
 
     def newton(r_c: Array) -> tuple[Array, Array, Array, Array]:
         shifted = (z * r_s - r_c) / s
@@ -159,9 +189,9 @@ def _moved(
 class _Step:
     """The factors of one step's matrix; where Cholesky is not accurate, those of :class:`Newton`."""
 
-    def __init__(self, data: Data, arrays: tuple[Array, ...], maps: _Maps, weights: Array) -> None:
+    def __init__(self, data: Data, arrays: tuple[Array, ...], maps: Maps, weights: Array) -> None:
         Q, _, A, _, G, _ = arrays
-        self.maps, self.weights, self.e = maps, weights, len(A)
+        self.weights, self.e = weights, len(A)
         matrix = torch.mm(torch.from_numpy(G.T), torch.from_numpy(weights[:, None] * G)).numpy()
         matrix += Q
         matrix.flat[:: len(Q) + 1] += SHIFT

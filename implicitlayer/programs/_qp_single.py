@@ -17,9 +17,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolution
@@ -31,7 +32,20 @@ from implicitlayer.programs._qp_terms import Mask, SingleProgram, Terms
 
 __all__ = ["SingleProof", "exact_cold", "exact_guess", "exact_near"]
 
-System = TypeVar("System")
+Same = TypeVar("Same")
+
+
+class System(Protocol):
+    """What solves with the matrix of an active set; ``keep`` are the rows that it holds, [e + held]."""
+
+    keep: npt.NDArray[np.intp]
+
+    def solve(self, f: Array, g: Array) -> tuple[Array, Array]:
+        """x [n] and w [c], zero where not held, with Q x + J'w = f and J x = g in the rows that are held."""
+
+    def factors(self, lanes: torch.Size) -> Factors:
+        """The same for tensors [*lanes, ...]."""
+
 
 _ROUNDS = 4  # active sets that are tried next to an answer
 _COLD = 15  # from a cold start
@@ -51,11 +65,11 @@ class SingleProof:
     held: Mask
     error: float
     steps: int
-    make: Callable[[], SchurSet | _KktSet | None]
+    make: Callable[[], System | None]
     found_by: str
 
     @cached_property
-    def system(self) -> SchurSet | _KktSet | None:
+    def system(self) -> System | None:
         """What solves with the matrix; None where it has no factors that can be relied on."""
         return self.make()
 
@@ -102,8 +116,8 @@ class SingleProof:
         return Exact(QuadraticSolution(x, y, z, code, count, left), left, held, factors)
 
 
-def exact_cold(program: SingleProgram) -> SingleProof | None:
-    """The proved solution; see NOTE [cold start]."""
+def exact_cold(program: SingleProgram, start: Mask | None = None) -> SingleProof | None:
+    """The proved solution; see NOTE [cold start]. ``start``: inequalities to begin with, none by default."""
     if not 0 < program.curved < math.inf:
         return None
     with np.errstate(all="ignore"):
@@ -111,7 +125,9 @@ def exact_cold(program: SingleProgram) -> SingleProof | None:
         if not rows.definite:
             return None
         rows.whole()
-        held, seen, noise = np.zeros(len(program.sides) - program.e, dtype=bool), set[bytes](), _NOISE * rows.size
+        none = np.zeros(len(program.sides) - program.e, dtype=bool)
+        held = none if start is None or rows.guess(start) is None else start
+        seen, noise = set[bytes](), _NOISE * rows.size
         while held.tobytes() not in seen and len(seen) < _COLD:
             seen.add(held.tobytes())
             guess = rows.guess(held)
@@ -160,7 +176,7 @@ def _next(program: SingleProgram, beyond: Array, held: Mask, wrong: Mask) -> Mas
     return stay | crossed
 
 
-def _itself(system: System) -> System:
+def _itself(system: Same) -> Same:
     return system
 
 
@@ -207,24 +223,33 @@ class _KktSet:
         return self.kkt
 
 
-def exact_near(program: SingleProgram, answer: QuadraticSolution) -> SingleProof | None:
-    """The proved solution next to the answer."""
-    x, e = answer.x.reshape(-1).numpy(), program.e
-    w = np.concatenate([t.reshape(-1).numpy() for t in (answer.equality, answer.inequality)])
+def exact_near(
+    program: SingleProgram, answer: QuadraticSolution | Mask, system_of: Callable[[Any, Mask], System] | None = None
+) -> SingleProof | None:
+    """The proved solution next to the answer, or to the minimum with these inequalities as equations.
+
+    ``system_of(program, held)`` factorises, by default a dense matrix.
+    """
+    e, steps = program.e, 0
     with np.errstate(all="ignore"):
-        start = Terms(program, x, w)
-        held = start.force / start.scale > start.away[e:] / -start.length
+        if isinstance(answer, QuadraticSolution):
+            x, steps = answer.x.reshape(-1).numpy(), int(answer.steps.max())
+            w = np.concatenate([t.reshape(-1).numpy() for t in (answer.equality, answer.inequality)])
+            start = Terms(program, x, w)
+            held = start.force / start.scale > start.away[e:] / -start.length
+        else:
+            x, w, held = np.zeros(program.n), np.zeros(len(program.sides)), answer
+            start = Terms(program, x, w)
         for _ in range(_ROUNDS):
-            system = _KktSet(program, held)
+            system = (system_of or _KktSet)(program, held)
             terms = Terms(program, x, np.concatenate([w[:e], w[e:] * held]))
             for _ in range(CORRECTIONS):
                 dx, dw = system.solve(-terms.left, -terms.off)
                 terms = Terms(program, terms.x + dx, terms.w + dw)
             wrong = terms.wrong(held)
             if not wrong.any():
-                error = terms.violation()
-                steps = int(answer.steps.max())
-                proof = SingleProof(terms, held, error, steps, partial(_itself, system), "interior point")
+                error, by = terms.violation(), "interior point" if steps else "active set"
+                proof = SingleProof(terms, held, error, steps, partial(_itself, system), by)
                 return proof if error <= TIGHT else None
             held = held ^ wrong
     return None

@@ -34,8 +34,12 @@ class SingleProgram:
         self.Q, self.p, A, b, G, h = arrays
         self.n, self.e = len(self.p), len(b)
         self.rows, self.sides = np.concatenate([A, G]), np.concatenate([b, h])
-        self.lengths = np.sqrt(np.einsum("ij,ij->i", self.rows, self.rows))
-        self.curved, pull = float(np.abs(self.Q).max()), float(np.abs(self.p).max())
+        self.Qx, self.Jx, self.Jw = product(self.Q), product(self.rows), product(self.rows.T)
+        self._measure(np.sqrt(np.einsum("ij,ij->i", self.rows, self.rows)), float(np.abs(self.Q).max()))
+
+    def _measure(self, lengths: Any, curved: float) -> None:
+        """The sizes of the data, from the lengths of the rows and the largest entry of Q."""
+        self.lengths, self.curved, pull = lengths, curved, float(np.abs(self.p).max())
         # what overflows is not for here
         self.finite = math.isfinite(self.curved + pull + float(self.lengths.sum()) + float(self.sides.sum()))
         self.over, empty = self.lengths, self.lengths == 0
@@ -46,8 +50,7 @@ class SingleProgram:
         self.farthest = float(np.where(offsets < math.inf, offsets, 0.0).max()) if len(offsets) else 0.0
         pull = pull / self.curved if self.curved > 0 else 0.0
         self.pull = pull if math.isfinite(pull) else 0.0
-        self.noise = ROUNDING * _EPS * (self.n + len(h)) ** 0.5
-        self.Qx, self.Jx, self.Jw = product(self.Q), product(self.rows), product(self.rows.T)
+        self.noise = ROUNDING * _EPS * (self.n + len(self.sides) - self.e) ** 0.5
 
     def reach(self, size: float) -> float:
         """A length of the data, where x has this size."""

@@ -6,6 +6,7 @@ from implicitlayer.solvers._anderson import AndersonAcceleration
 from implicitlayer.solvers._gradient_descent import GradientDescent
 from implicitlayer.solvers._interior_point import OSQP, Clarabel, InteriorPoint
 from implicitlayer.solvers._lbfgs import LBFGS
+from implicitlayer.solvers._levenberg_marquardt import LevenbergMarquardt
 from implicitlayer.solvers._newton_cg import NewtonCG
 from implicitlayer.solvers._newton_root import Broyden, Newton
 from implicitlayer.solvers._progress import Iteration
@@ -26,6 +27,7 @@ __all__ = [
     "GradientDescent",
     "InteriorPoint",
     "Iteration",
+    "LevenbergMarquardt",
     "Moreau",
     "Newton",
     "NewtonCG",

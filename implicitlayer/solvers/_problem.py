@@ -38,7 +38,7 @@ class Problem:
         check_unknowns(leaves)
         self._objective, self._theta, self._curvature = objective, theta, curvature
         self._like = [leaf.detach() for leaf in leaves]
-        self._composite = _composite_of(objective) if curvature == "gauss_newton" else None
+        self._composite = composite_of(objective, 'curvature="gauss_newton"') if curvature == "gauss_newton" else None
         self._pull: Callable[[Leaves], Leaves] | None = None  # the curvature's products, at the point evaluated last
         value, gradient = self._evaluate(self._like)
         self.lane_dims, self.dtype = value.ndim, value.dtype
@@ -84,27 +84,30 @@ class Problem:
         value, gradient = value_and_gradient(self._objective, points, self._spec, self._theta, create_graph=keep)
         if keep:
             with torch.enable_grad():
-                self._pull = _pulled(gradient, points) if self._composite is None else self._gauss_newton(points)
+                self._pull = pulled(gradient, points) if self._composite is None else self._gauss_newton(points)
         return value, [g.detach() for g in gradient]
 
     def _gauss_newton(self, points: Leaves) -> Callable[[Leaves], Leaves]:
-        """u -> J' (d^2 loss / d outputs^2) J u, J = d model / dx, from graphs that are built once.
-
-        The pull-back w -> J'w is linear, so the gradient of w -> <J'w, u> is J u, at any w.
-        """
+        """u -> J' (d^2 loss / d outputs^2) J u, J = d model / dx, from graphs that are built once."""
         assert self._composite is not None
         tree, spec = flatten(self._composite.model(unflatten(points, self._spec), *self._theta))
         outputs = list(tree)
         cut = [leaf.detach().requires_grad_() for leaf in outputs]
         value = self._composite.loss(unflatten(cut, spec), *self._theta)
         slopes = torch.autograd.grad(value.sum(), cut, create_graph=True, materialize_grads=True)
-        dummies = [torch.zeros_like(leaf, requires_grad=True) for leaf in outputs]
-        backward = torch.autograd.grad(outputs, points, dummies, create_graph=True, materialize_grads=True)
-        pushed, curved, pulled = _pulled(backward, dummies), _pulled(slopes, cut), _pulled(outputs, points)
-        return lambda u: pulled(curved(pushed(u)))
+        push, curve, pull = pushed(outputs, points), pulled(slopes, cut), pulled(outputs, points)
+        return lambda u: pull(curve(push(u)))
 
 
-def _pulled(outputs: Any, inputs: Leaves) -> Callable[[Leaves], Leaves]:
+def pushed(outputs: Leaves, inputs: Leaves) -> Callable[[Leaves], Leaves]:
+    """u -> (d outputs / d inputs) u: the pull-back w -> J'w is linear, so the gradient of w -> <J'w, u> is J u."""
+    dummies = [torch.zeros_like(leaf, requires_grad=True) for leaf in outputs]
+    live = [i for i, output in enumerate(outputs) if output.requires_grad]
+    some, weights = [outputs[i] for i in live], [dummies[i] for i in live]
+    return pulled(torch.autograd.grad(some, inputs, weights, create_graph=True, materialize_grads=True), dummies)
+
+
+def pulled(outputs: Any, inputs: Leaves) -> Callable[[Leaves], Leaves]:
     """w -> (d outputs / d inputs)' w from a graph that is kept; zero for outputs that do not depend on anything."""
     live = [i for i, output in enumerate(outputs) if output.requires_grad]
 
@@ -124,12 +127,12 @@ def _pulled(outputs: Any, inputs: Leaves) -> Callable[[Leaves], Leaves]:
     return pull
 
 
-def _composite_of(objective: Callable[..., Any]) -> Any:
-    """The loss and the model of an objective that tells them, or an error that says how to."""
+def composite_of(objective: Callable[..., Any], who: str) -> Any:
+    """The loss and the model of an objective that tells them, or an error that says how to; ``who`` needs them."""
     composite = objective.as_composite() if hasattr(objective, "as_composite") else None
     if composite is None:
         raise ObjectiveError(
-            'curvature="gauss_newton" needs an objective that says what its model is: il.least_squares(residuals) or '
+            f"{who} needs an objective that says what its model is: il.least_squares(residuals) or "
             'il.composite(loss, model). With any other, use curvature="hessian".'
         )
     return composite

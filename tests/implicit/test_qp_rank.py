@@ -97,5 +97,3 @@ def test_sparse_data_that_need_a_gradient_are_refused_with_the_remedy() -> None:
     layer = il.argmin(lambda x, S: (S @ x - 1).square().sum(), lambda f, x, S: x)
     with pytest.raises(TypeError, match=r"sparse theta.*to_dense"):
         layer(torch.ones(2, dtype=F64), S)
-    with pytest.raises(TypeError, match=r"Q is sparse.*Q\.to_dense\(\)"):
-        il.qp(S.detach(), torch.ones(2, dtype=F64))

@@ -1,0 +1,260 @@
+"""``il.from_cvxpy``: a problem of CVXPY that is a quadratic program, as a layer."""
+
+# NOTE [parameters]: for a problem that follows CVXPY's rules of parametrised programming (DPP), the data of its
+# canonical form  minimise 1/2 x'Px + q'x,  A_0 x + b_0 = 0,  A_1 x + b_1 >= 0  are affine functions of its parameters.
+# CVXPY keeps them as sparse matrices that act on the vector of all parameters, each in column order, and a one. They
+# are applied here in torch: the rest is il.qp.
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from implicitlayer import _torch
+from implicitlayer.constrained._qp import qp
+from implicitlayer.constrained._qp_sparse import Entries
+
+__all__ = ["CvxpyLayer", "from_cvxpy"]
+
+_LARGE = 300  # unknowns from which on a single program is faster with sparse matrices
+_SETTINGS = {"solver", "linear_solver", "on_failure", "active_rtol", "at_kink"}
+_CONES = {"soc": "second-order", "exp": "exponential", "psd": "semidefinite", "p3d": "power", "pnd": "power"}
+
+
+def from_cvxpy(problem: Any, parameters: Sequence[Any], variables: Sequence[Any], **settings: Any) -> CvxpyLayer:
+    """A layer ``layer(*values of the parameters) -> tuple of the variables`` of a quadratic program written in CVXPY.
+
+    CVXPY brings the problem into the form of :func:`qp` once; every call applies the parameters and solves it there, so
+    that its checks, batches, transforms and derivatives of every order are those of :func:`qp`.
+
+    Args:
+        problem: a ``cvxpy.Problem`` that follows the rules of parametrised programming (``problem.is_dpp()``) and has
+            no other cones than linear ones: quadratic objectives, linear constraints, absolute values, maxima.
+        parameters: its ``cvxpy.Parameter``s, all of them, in the order of the layer's arguments.
+        variables: the ``cvxpy.Variable``s that are wanted.
+        settings: keyword arguments of :func:`qp`, such as ``on_failure`` and ``solver``.
+
+    Returns:
+        A module. Its arguments are tensors of one dtype and device, each of the shape of its parameter after
+        dimensions of a batch, which are broadcast; the results have these too.
+
+    Raises:
+        ImportError: CVXPY, or OSQP by which it knows quadratic programs, is missing.
+        ValueError: not DPP, other cones, integers, parameters or variables that are missing, attributes other than
+            signs; in a call a value of another shape, or against the sign of its parameter.
+
+    Source: Agrawal et al., Differentiable convex optimization layers, NeurIPS 2019 (arXiv:1910.12430). Difference to
+    CVXPYlayers: quadratic programs only, by their active set in place of a cone program.
+    """
+    unknown = sorted(set(settings) - _SETTINGS)
+    if unknown:
+        raise TypeError(f"settings {unknown} must be among {sorted(_SETTINGS)}, which are passed on to il.qp.")
+    cp = _cvxpy()
+    _check(problem, parameters, variables)
+    # a variable with an attribute is replaced by others; a plain copy is not
+    copies = [v if not _attributes(v) else cp.Variable(v.shape) for v in variables]
+    equal = [copy == v for copy, v in zip(copies, variables, strict=True) if copy is not v]
+    try:
+        data = cp.Problem(problem.objective, [*problem.constraints, *equal]).get_problem_data(cp.OSQP)[0]
+    except cp.error.SolverError as error:
+        raise ValueError(
+            f"the problem is no quadratic program: CVXPY needs {_cones(cp, problem)} for it. il.qp has linear "
+            "constraints and a quadratic objective; squares (cp.sum_squares) in place of norms may do, or take "
+            "CVXPYlayers, or CVXPY as the solver of il.constrained_argmin."
+        ) from error
+    return CvxpyLayer(data["param_prob"], parameters, copies, settings)
+
+
+class CvxpyLayer(torch.nn.Module):
+    """A quadratic program of CVXPY as a layer; made by :func:`from_cvxpy`."""
+
+    def __init__(
+        self, program: Any, parameters: Sequence[Any], variables: Sequence[Any], settings: dict[str, Any]
+    ) -> None:
+        super().__init__()
+        if program.lower_bounds is not None or program.upper_bounds is not None:
+            raise ValueError("this version of CVXPY keeps bounds of variables apart. Write them as constraints.")
+        self._parameters_of, self._settings = list(parameters), settings
+        order, at = program.param_id_to_col, program.var_id_to_col
+        self._order = sorted(range(len(parameters)), key=lambda i: order[parameters[i].id])
+        self._variables = [(at[v.id], v.size, v.shape) for v in variables]
+        n, e = program.x.size, program.cone_dims.zero
+        m, num = program.A.shape[0] // (n + 1), program.q.shape[1]
+        self._large = n >= _LARGE
+        entries = {name: _entries(getattr(program, name), n if name == "P" else m) for name in ("P", "A")}
+        (i, j, values, k), of_q = entries["A"], _entries(program.q, n + 1)
+        first = i < e
+        self.Q = _Affine((n, n, num), *entries["P"])
+        self.p = _Affine((n, 1, num), *(t[of_q[0] < n] for t in of_q))
+        for name, rows, side in (("A", first, 1.0), ("G", ~first, -1.0)):
+            # A_0 x = -b_0 and -A_1 x <= b_1
+            inside, shift = rows & (j < n), rows & (j == n)
+            size, r = (e, i) if name == "A" else (m - e, i - e)
+            self.add_module(name, _Affine((size, n, num), r[inside], j[inside], side * values[inside], k[inside]))
+            zero = torch.zeros_like(j[shift])
+            part = _Affine((size, 1, num), r[shift], zero, -side * values[shift], k[shift])
+            self.add_module("b" if name == "A" else "h", part)
+
+    def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The variables at the solution for these values of the parameters."""
+        vector = self._vector(values)
+        batch = vector.shape[:-1]
+        sparse = self._large and not batch and not _torch.transforms_active() and vector.device.type == "cpu"
+        matrices = {name: getattr(self, name)(vector, sparse) for name in ("Q", "A", "G")}
+        vectors = {name: getattr(self, name)(vector, False)[..., 0] for name in ("p", "b", "h")}
+        x = qp(**matrices, **vectors, **self._settings)
+        # CVXPY's vectors are in column order
+        parts = [
+            x[..., start : start + size].reshape(*batch, *reversed(shape)) for start, size, shape in self._variables
+        ]
+        return tuple(_reversed(part, len(shape)) for part, (_, _, shape) in zip(parts, self._variables, strict=True))
+
+    def _vector(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[*batch, number of entries and a one], in CVXPY's order."""
+        if len(values) != len(self._parameters_of):
+            raise ValueError(f"the layer has {len(self._parameters_of)} parameters, got {len(values)} values.")
+        batches = [_batch(value, of) for value, of in zip(values, self._parameters_of, strict=True)]
+        batch = torch.broadcast_shapes(*batches) if batches else torch.Size([])
+        parts = []
+        for i in self._order:
+            shape, value = self._parameters_of[i].shape, values[i]
+            flat = _reversed(value, len(shape)).reshape(*batches[i], -1)
+            parts.append(flat.expand(*batch, flat.shape[-1]))
+        like = parts[0] if parts else self.p.weights
+        return torch.cat([*parts, like.new_ones(*batch, 1)], -1)
+
+
+class _Affine(torch.nn.Module):
+    """A matrix whose entries are linear in a vector: weights_t vector_(of_t) is a term of entry (rows_t, columns_t)."""
+
+    weights: torch.Tensor
+    of: torch.Tensor
+    places: torch.Tensor
+    terms: torch.Tensor
+
+    def __init__(
+        self,
+        sizes: tuple[int, int, int],
+        rows: torch.Tensor,
+        columns: torch.Tensor,
+        weights: torch.Tensor,
+        of: torch.Tensor,
+    ) -> None:
+        super().__init__()
+        self._shape, self._num = torch.Size(sizes[:2]), sizes[2]
+        places, terms = torch.unique(rows * sizes[1] + columns, return_inverse=True)
+        tensors = {"places": places, "terms": terms, "of": of, "weights": weights}
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(self, vector: torch.Tensor, sparse: bool) -> torch.Tensor:
+        """The matrix for a vector [*batch, num], with these dimensions in front if it is not sparse."""
+        places, shape = self.places, self._shape
+        weights = self.weights.to(vector.dtype)
+        values = Entries(weights, self.terms, self.of, torch.Size((len(places), self._num))).times(vector)
+        if sparse:
+            index = torch.stack([places // shape[1], places % shape[1]])
+            return torch.sparse_coo_tensor(index, values, shape, is_coalesced=True, check_invariants=False)
+        flat = values.new_zeros(*vector.shape[:-1], shape.numel()).index_add(-1, places, values)
+        return flat.reshape(*vector.shape[:-1], *shape)
+
+
+def _entries(matrix: Any, height: int) -> tuple[torch.Tensor, ...]:
+    """The terms of a matrix that CVXPY keeps as [entries in column order, parameters and a one].
+
+    Rows, columns, weights, and the entry of the vector of parameters that each belongs to; None: no terms.
+    """
+    if matrix is None:
+        none = torch.zeros(0, dtype=torch.int64)
+        return none, none, none.double(), none
+    coo = matrix.tocoo()
+    at, of = (torch.as_tensor(index, dtype=torch.int64) for index in (coo.row, coo.col))
+    height = max(height, 1)
+    return at % height, at // height, torch.as_tensor(coo.data, dtype=torch.float64), of
+
+
+def _reversed(tensor: torch.Tensor, ndim: int) -> torch.Tensor:
+    """With its last ``ndim`` dimensions in reverse order."""
+    first = tensor.ndim - ndim
+    return tensor.permute((*range(first), *reversed(range(first, tensor.ndim))))
+
+
+def _batch(value: Any, parameter: Any) -> torch.Size:
+    """The dimensions in front of those of the parameter; an error where it does not fit."""
+    shape = parameter.shape
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        raise TypeError(f"the value of {parameter} must be a real floating tensor, got {type(value).__name__}.")
+    k = value.ndim - len(shape)
+    if k < 0 or value.shape[k:] != shape:
+        raise ValueError(
+            f"the value of {parameter} must end in its shape {tuple(shape)}, after the dimensions of a batch if there "
+            f"are any, got {tuple(value.shape)}."
+        )
+    signs = {"nonneg": 1, "pos": 1, "nonpos": -1, "neg": -1}
+    for name in _attributes(parameter):
+        if name in signs and not _torch.is_wrapped(value) and bool((signs[name] * value.detach() < 0).any()):
+            raise ValueError(
+                f"the value of {parameter} has entries against its attribute {name}=True, on which the convexity of "
+                "the problem rests. Clamp it, or parametrise it by softplus."
+            )
+    return value.shape[:k]
+
+
+def _attributes(leaf: Any) -> list[str]:
+    """The attributes that a variable or parameter has."""
+    return [name for name, value in leaf.attributes.items() if value is not None and value is not False]
+
+
+def _cvxpy() -> Any:
+    try:
+        cp = import_module("cvxpy")
+    except ImportError as error:
+        raise ImportError("il.from_cvxpy needs cvxpy: pip install 'implicitlayer[solvers]'.") from error
+    if "OSQP" not in cp.installed_solvers():
+        raise ImportError("il.from_cvxpy needs osqp: pip install 'implicitlayer[solvers]'.")
+    return cp
+
+
+def _check(problem: Any, parameters: Sequence[Any], variables: Sequence[Any]) -> None:
+    """Refuse, by name, what is no parametrised convex program with these parameters and variables."""
+    for kind, given, known in (
+        ("parameter", parameters, problem.parameters()),
+        ("variable", variables, problem.variables()),
+    ):
+        ids = [leaf.id for leaf in known]
+        unknown = [str(leaf) for leaf in given if getattr(leaf, "id", None) not in ids]
+        if unknown:
+            raise ValueError(f"the problem has no {kind} {unknown}: its {kind}s are {[str(leaf) for leaf in known]}.")
+    missing = [str(leaf) for leaf in problem.parameters() if leaf.id not in [p.id for p in parameters]]
+    if missing:
+        raise ValueError(f"parameters={missing} of the problem are missing: the layer needs the value of each.")
+    for parameter in parameters:
+        others = set(_attributes(parameter)) - {"nonneg", "nonpos", "pos", "neg"}
+        if others:
+            raise ValueError(
+                f"the parameter {parameter} has attributes {sorted(others)}, of which only signs are known here. Leave "
+                "them out, and pass values that have them."
+            )
+    if problem.is_mixed_integer():
+        raise ValueError("the problem has integer or boolean variables: its solution does not change smoothly.")
+    if not problem.is_dcp():
+        raise ValueError("the problem does not follow CVXPY's rules of convex programming: problem.is_dcp() is False.")
+    if not problem.is_dpp():
+        raise ValueError(
+            "the problem does not follow CVXPY's rules of parametrised programming: problem.is_dpp() is False. A "
+            "parameter may only multiply what has no parameter: in place of cp.quad_form(x, P) write "
+            "cp.sum_squares(F @ x) with F'F = P, and make a product of two parameters one parameter of its own."
+        )
+
+
+def _cones(cp: Any, problem: Any) -> str:
+    """Which cones a problem needs that are not linear, in words."""
+    try:
+        dims = problem.get_problem_data(cp.CLARABEL)[0]["dims"]
+    except (cp.error.SolverError, KeyError):
+        return "cones that are not linear"
+    names = dict.fromkeys(word for name, word in _CONES.items() if getattr(dims, name, None))
+    return " and ".join(f"{word} cones" for word in names) or "cones that are not linear"

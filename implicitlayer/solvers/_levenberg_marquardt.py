@@ -1,0 +1,270 @@
+"""The Levenberg-Marquardt method for nonlinear least squares, for one problem or many at once."""
+
+# Legend: f residuals [*lanes, k], J = df/dx [*lanes, k, n], D the largest column norms of J so far, s = D p a scaled
+# step, Delta the radius. With [J D^-1, f] = Q [R, q; 0, .] a step is
+#     s(par) = argmin ||R s + q||^2 + par ||s||^2,
+# with par = 0 where that has ||s|| <= 1.1 Delta, and else such that ||s|| is Delta to a tenth.
+# With T'T = R'R + par I the length has the slope d||s|| / d par = -||s|| ||w||^2, w = T^-T s / ||s||, so that Newton's
+# method for 1 / ||s(par)|| = 1 / Delta adds (||s|| - Delta) / (Delta ||w||^2) to par.
+# In the linear model ||f||^2 falls by ||R s||^2 + 2 par ||s||^2.
+#
+# NOTE [rank]: singular values of R below (n + 16) eps of the largest are rounding, and a step that trusts them goes as
+# far as the radius allows along what changes nothing. They are set to zero: s is the shortest minimiser.
+#
+# NOTE [falls too small to see]: where the model's fall is below the rounding errors of ||f||^2, a trial counts as good
+# if the gradient is smaller there. Three that are not, one after the other, end the lane.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from implicitlayer.base._solution import SolverResult
+from implicitlayer.base._status import Status
+from implicitlayer.linear._common import NOISE as NOISE_OF_RANK
+from implicitlayer.solvers._descent import Limited
+from implicitlayer.solvers._outcome import NOISE, outcome
+from implicitlayer.solvers._progress import Iteration, Report, reporting
+from implicitlayer.solvers._residuals import Residuals
+
+__all__ = ["LevenbergMarquardt"]
+
+_FIRST_RADIUS = 100.0  # in units of ||D x||, as MINPACK has it
+_LEAST, _POOR, _GOOD = 1e-4, 0.25, 0.75  # shares of the promised fall: to be taken; for a smaller; for a larger radius
+_TENTH = 0.1  # least factor of the radius, and what a residual that grows tenfold gets
+_NEAR = 0.1  # of the radius, how far ||s|| may be from it
+_MAX_PARS = 10  # trials for par; one or two do
+_IDLE = 3  # see NOTE [falls too small to see]
+_SUSPICIOUS = 1e4  # a pivot below so many times the noise makes the singular values be computed
+
+_WORDS = {
+    Status.STAGNATED: "No step lowers the sum of squares or its gradient{where}: both are as small as rounding errors "
+    "allow, or the residuals are not smooth there.",
+    Status.NONFINITE: "The residuals or their derivatives are not finite at init{where}.",
+}
+
+
+@dataclass(frozen=True)
+class LevenbergMarquardt(Limited):
+    """Nonlinear least squares: the solver for an objective made by ``il.least_squares(residuals)``.
+
+    A step minimises the sum of squares of the linearised residuals within ``||D p|| <= Delta``, where D are the largest
+    column norms of the Jacobian so far; the damping is what makes the step as long. Delta falls after a step that keeps
+    less than a quarter of what the linear model promised and grows after one that keeps three quarters. A Jacobian
+    without full rank gets the shortest such step.
+
+    Stops a lane when ``||J'f||_2 <= max(atol, rtol * ||J'f at init||_2)``, or where no step lowers the sum of squares
+    by more than its rounding errors, nor its gradient, status ``STAGNATED``: with no tolerance that is where it ends.
+    Batched: every lane has its own radius, all are evaluated together, and a finished lane is frozen. The Jacobian
+    takes as many backward passes as there are unknowns or residuals (the fewer): for up to some hundred unknowns.
+
+    Args:
+        max_steps: limit of steps; each takes one evaluation of the residuals, at times more, and one Jacobian.
+        rtol, atol: tolerances on the norm of the gradient, see above; both 0 means none.
+        callback: called with an :class:`Iteration` at the start and after every step.
+        progress: show a bar (needs tqdm, extra ``implicitlayer[fewshot]``).
+
+    Raises:
+        ValueError: a negative limit or tolerance.
+        ObjectiveError: an objective that does not tell its residuals, or is not half the sum of their squares.
+        ImportError: ``progress=True`` without tqdm.
+
+    Source: J. J. More, The Levenberg-Marquardt algorithm: implementation and theory, Lecture Notes in Mathematics 630,
+    1978, with the constants of MINPACK's lmder, which is SciPy's ``least_squares(method="lm")``. Differences: the rank
+    is told by singular values, and a trial whose fall is lost in rounding by its gradient.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> time = torch.arange(5, dtype=torch.float64)
+        >>> fit = il.least_squares(lambda x, y: x[0] * torch.exp(-x[1] * time) - y)
+        >>> layer = il.argmin(fit, il.solvers.LevenbergMarquardt(rtol=1e-10))
+        >>> y = (2 * torch.exp(-0.5 * time)).requires_grad_()
+        >>> x = layer(torch.ones(2, dtype=torch.float64), y)
+        >>> [round(v, 8) for v in x.tolist()]
+        [2.0, 0.5]
+    """
+
+    max_steps: int = 200
+
+    @classmethod
+    def examples(cls, *given: Any) -> Sequence[Any]:
+        """None: the objectives of the checks do not tell residuals."""
+        return []
+
+    def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
+        """The same, with status and step count."""
+        problem = Residuals(objective, init, theta)
+        with reporting(self.callback, self.progress, self.max_steps) as report:
+            return _Search(self, problem, report).run()
+
+
+class _Search:
+    """All lanes, one trial each per round; numbers per lane are float64 [*lanes]."""
+
+    def __init__(self, settings: LevenbergMarquardt, problem: Residuals, report: Report | None) -> None:
+        self.settings, self.problem, self.report = settings, problem, report
+        self.eps = torch.finfo(problem.dtype).eps
+        self.x, self.both = problem.start, problem.triangle(problem.first)
+        self.gradient, lengths = _gradient(self.both), self.both[..., :-1].norm(dim=-2)
+        self.size, self.norm = problem.first.norm(dim=-1), self.gradient.norm(dim=-1)
+        self.finite = self.size.isfinite() & self.norm.isfinite()
+        self.tolerance = torch.clamp(settings.rtol * self.norm, min=settings.atol / problem.unit / problem.unit)
+        self.metric = torch.where((lengths > 0) & lengths.isfinite(), lengths, 1.0)
+        long = (self.metric * self.x).norm(dim=-1)
+        self.radius = _FIRST_RADIUS * torch.where((long > 0) & long.isfinite(), long, 1.0)
+        self.par, self.steps = torch.zeros_like(self.norm), torch.zeros_like(self.norm, dtype=torch.int64)
+        self.idle, self.stalled = torch.zeros_like(self.steps), torch.zeros_like(self.finite)
+
+    @property
+    def running(self) -> torch.Tensor:
+        """bool [*lanes]."""
+        unfinished = (self.norm > self.tolerance) & (self.steps < self.settings.max_steps)
+        running: torch.Tensor = unfinished & self.finite & ~self.stalled
+        return running
+
+    def run(self) -> SolverResult:
+        self._tell()
+        model: _Model | None = None
+        while bool((running := self.running).any()):
+            if model is None:
+                model = _Model(self.both, self.metric, self.eps)
+            s, self.par = model.step(self.radius, self.par)
+            length = s.norm(dim=-1)
+            self.radius = torch.where(self.steps == 0, torch.minimum(self.radius, length), self.radius)
+            step = torch.where(running.unsqueeze(-1), s / self.metric, 0.0)
+            trial = self.x + step.to(self.x.dtype)
+            accepted = self._judged(trial, running, length, model.fall(s))
+            if bool(accepted.any()):
+                model = None
+                self._tell()
+        steps = int(self.steps.max()) if self.steps.numel() else 0
+        settings, reached = self.settings, self.norm <= self.tolerance
+        how = {"wanted": settings.has_tolerance, "finite": self.finite, "stalled": self.stalled, "words": _WORDS}
+        return outcome(self.problem.tree(self.x), steps, reached=reached, **how)
+
+    def _judged(
+        self, trial: torch.Tensor, running: torch.Tensor, length: torch.Tensor, fall: torch.Tensor
+    ) -> torch.Tensor:
+        """Evaluate, move the lanes whose trial is good, and set their next radius; the lanes that moved."""
+        f = self.problem(trial)
+        size, noise = f.norm(dim=-1), NOISE * self.eps
+        # as shares of ||f||^2: what was gained, what was promised, and the slope along the step
+        gained = torch.where(_TENTH * size < self.size, 1 - (size / self.size) ** 2, -1.0)
+        damped = self.par * (length / self.size) ** 2
+        promised, slope = fall / self.size**2 + 2 * damped, -(fall / self.size**2 + damped)
+        hidden = promised <= noise
+        ratio = torch.where(hidden | ~promised.isfinite(), 0.0, gained / promised)
+        accepted = running & torch.where(hidden, gained >= -noise, ratio >= _LEAST)
+        if bool(accepted.any()):
+            both = self.problem.triangle(f)
+            gradient = _gradient(both)
+            scaled, before = (gradient / self.metric).norm(dim=-1), (self.gradient / self.metric).norm(dim=-1)
+            accepted = accepted & scaled.isfinite() & (~hidden | (scaled < before))
+            here = accepted.unsqueeze(-1)
+            self.x, self.gradient = torch.where(here, trial, self.x), torch.where(here, gradient, self.gradient)
+            self.both = torch.where(here.unsqueeze(-1), both, self.both)
+            self.norm = torch.where(accepted, gradient.norm(dim=-1), self.norm)
+            lengths = both[..., :-1].norm(dim=-2)
+            self.metric = torch.where(here, torch.maximum(self.metric, lengths), self.metric)
+        ratio = torch.where(hidden & accepted, 1.0, torch.where(accepted, ratio, 0.0))
+        self.idle = torch.where(accepted, 0, self.idle + (running & hidden))
+        self.stalled = self.stalled | (self.idle >= _IDLE)
+        shorter = torch.where(gained >= 0, 0.5, 0.5 * slope / (slope + 0.5 * gained))
+        shorter = torch.where((_TENTH * size < self.size) & (shorter > _TENTH), shorter, _TENTH)
+        small, large = ratio <= _POOR, (ratio >= _GOOD) | (self.par == 0)
+        radius = torch.where(large, 2 * length, self.radius)
+        self.radius = torch.where(small, shorter * torch.minimum(self.radius, length / _TENTH), radius)
+        self.par = torch.where(small, self.par / shorter, torch.where(large, self.par / 2, self.par))
+        self.size, self.steps = torch.where(accepted, size, self.size), self.steps + accepted
+        return accepted
+
+    def _tell(self) -> None:
+        if self.report is None:
+            return
+        unit = self.problem.unit
+        step = int(self.steps.max()) if self.steps.numel() else 0
+        value = (0.5 * (self.size * unit) ** 2).to(self.problem.dtype)
+        self.report(Iteration(step, value, self.norm * unit * unit, self.problem.tree(self.x.clone())))
+
+
+def _gradient(both: torch.Tensor) -> torch.Tensor:
+    """J'f, from the triangle of [J, f]."""
+    return (both[..., :-1].mT @ both[..., -1:])[..., 0]
+
+
+class _Model:
+    """The linear model in scaled steps: the triangle R and q, and the step with par = 0."""
+
+    def __init__(self, both: torch.Tensor, metric: torch.Tensor, eps: float) -> None:
+        n = both.shape[-1] - 1
+        self.R, self.q = both[..., :n, :n] / metric.unsqueeze(-2), both[..., :n, n]
+        self.eye = torch.eye(n, dtype=both.dtype, device=both.device)
+        self.slope = (self.R.mT @ self.q.unsqueeze(-1))[..., 0].norm(dim=-1)
+        self.triangle = self.R
+        self.longest = torch.linalg.solve_triangular(self.R, -self.q.unsqueeze(-1), upper=True)[..., 0]
+        self._cut_rank((n + NOISE_OF_RANK) * eps)
+
+    def _cut_rank(self, noise: float) -> None:
+        """Singular values that are rounding become zero; see NOTE [rank]."""
+        pivots = self.R.diagonal(dim1=-2, dim2=-1).abs()
+        bad = pivots.amin(-1) <= _SUSPICIOUS * noise * pivots.amax(-1)
+        if not bool(bad.any()):
+            return
+        left, values, right = torch.linalg.svd(self.R[bad])
+        kept = (values > noise * values[..., :1]).unsqueeze(-1)
+        self.R, self.q = self.R.clone(), self.q.clone()
+        self.R[bad] = torch.where(kept, values.unsqueeze(-1) * right, 0.0)
+        self.q[bad] = torch.where(kept, left.mT @ self.q[bad].unsqueeze(-1), 0.0)[..., 0]
+        # a par far below all singular values that are left stands for none
+        tiny = torch.finfo(self.R.dtype).eps * self.R.flatten(-2).norm(dim=-1)
+        longest, triangle = self._solved(tiny * tiny)
+        self.longest = torch.where(bad.unsqueeze(-1), longest, self.longest)
+        self.triangle = torch.where(bad[..., None, None], triangle, self.triangle)
+
+    def fall(self, s: torch.Tensor) -> torch.Tensor:
+        """||R s||^2."""
+        flat = (self.R @ s.unsqueeze(-1))[..., 0]
+        return (flat * flat).sum(-1)
+
+    def step(self, radius: torch.Tensor, par: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """s [*lanes, n] and its par, from the par of the step before."""
+        s, triangle = self.longest, self.triangle
+        length = s.norm(dim=-1)
+        todo = length > (1 + _NEAR) * radius
+        if not bool(todo.any()):
+            return s, torch.zeros_like(par)
+        lower, upper = self._newton(s, triangle, radius), self.slope / radius
+        par = torch.minimum(torch.maximum(par, lower), upper)
+        par = torch.where(todo, torch.where(par > 0, par, self.slope / length), 0.0)
+        for _ in range(_MAX_PARS):
+            other, triangle = self._solved(par)
+            s = torch.where(todo.unsqueeze(-1), other, s)
+            excess = s.norm(dim=-1) - radius
+            todo = todo & (excess.abs() > _NEAR * radius)
+            if not bool(todo.any()):
+                break
+            lower = torch.where(excess > 0, torch.maximum(lower, par), lower)
+            upper = torch.where(excess < 0, torch.minimum(upper, par), upper)
+            better = torch.minimum(torch.maximum(lower, par + self._newton(s, triangle, radius)), upper)
+            par = torch.where(todo, better, par)
+        return s, par
+
+    def _solved(self, par: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """s(par) and its triangle T."""
+        n = self.R.shape[-1]
+        below = par.sqrt()[..., None, None] * self.eye
+        right = torch.cat([-self.q, torch.zeros_like(self.q)], -1).unsqueeze(-1)
+        whole = torch.linalg.qr(torch.cat([torch.cat([self.R, below], -2), right], -1), mode="r").R
+        triangle = whole[..., :n, :n]
+        return torch.linalg.solve_triangular(triangle, whole[..., :n, n:], upper=True)[..., 0], triangle
+
+    def _newton(self, s: torch.Tensor, triangle: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+        """Newton's correction of par."""
+        length = s.norm(dim=-1)
+        unit = (s / length.unsqueeze(-1)).unsqueeze(-1)
+        w = torch.linalg.solve_triangular(triangle.mT, unit, upper=False)[..., 0]
+        change: torch.Tensor = (length - radius) / radius / (w * w).sum(-1)
+        return change
