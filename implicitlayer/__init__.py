@@ -70,6 +70,7 @@ from implicitlayer.linear import (
     Nystrom,
     WarmStart,
 )
+from implicitlayer.outer import BilevelResult, bilevel
 from implicitlayer.programs import ActiveConstraints
 from implicitlayer.sets._regularizers import L1, ElasticNet, GroupL1
 from implicitlayer.sets._user import Prox
@@ -87,6 +88,7 @@ __all__ = [
     "Assumptions",
     "BackwardRecord",
     "Bicgstab",
+    "BilevelResult",
     "Bregman",
     "ClosureError",
     "Composite",
@@ -141,6 +143,7 @@ __all__ = [
     "UnsupportedTransformError",
     "WarmStart",
     "argmin",
+    "bilevel",
     "bregman",
     "composite",
     "constrained_argmin",
