@@ -77,6 +77,7 @@ from implicitlayer.sets._user import Prox
 
 if typing.TYPE_CHECKING:
     from implicitlayer import testing as testing
+    from implicitlayer.outer._search_cv import ImplicitSearchCV as ImplicitSearchCV
 
 __version__ = "0.1.0"
 
@@ -109,6 +110,7 @@ __all__ = [
     "ImplicitLayer",
     "ImplicitLayerError",
     "ImplicitLayerWarning",
+    "ImplicitSearchCV",
     "IndefiniteError",
     "InfeasibleError",
     "Jacobi",
@@ -169,5 +171,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name == "testing":  # imported when first used: Hypothesis is an extra
         return importlib.import_module("implicitlayer.testing")
+    if name == "ImplicitSearchCV":  # so is scikit-learn
+        return importlib.import_module("implicitlayer.outer._search_cv").ImplicitSearchCV
     moved = " any more: it is examples/paper/train.py of the source" if name == "experiments" else ""
     raise AttributeError(f"module 'implicitlayer' has no attribute {name!r}{moved}")
