@@ -1,5 +1,6 @@
 """Meta-learning: implicit MAML and its relatives behind one interface, and a trainer that resumes."""
 
+from implicitlayer.meta._callbacks import Callback
 from implicitlayer.meta._checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_json
 from implicitlayer.meta._collapse import CollapseError, CollapseWarning
 from implicitlayer.meta._distributed import WorkerGroup, WorkerLostError, distributed
@@ -17,6 +18,7 @@ from implicitlayer.meta._unrolled import MAML, TruncatedMAML
 __all__ = [
     "ANIL",
     "MAML",
+    "Callback",
     "CheckpointError",
     "CollapseError",
     "CollapseWarning",
