@@ -60,7 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="one data set")
     parser.add_argument("--figure", type=Path, default=Path("runs/gallery/sklearn_search.png"))
-    options = parser.parse_args()
+    options = parser.parse_known_args()[0]  # a notebook has arguments of its own
 
     rows, trails = [], []
     for name, load, estimator in CASES[:1] if options.smoke else CASES:
@@ -93,7 +93,7 @@ def draw_figure(figure: Path, rows, trails) -> None:
     fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4), layout="constrained")
     for name, losses in trails:
         left.plot(np.minimum.accumulate(losses), "o-", ms=3, label=name)
-    left.set(xlabel="values tried", ylabel="held-out loss, over the best", yscale="log", title="descent")
+    left.set(xlabel="values tried", ylabel="held-out loss, over the best", title="descent")
     left.legend(frameon=False, fontsize=8)
     places = np.arange(len(rows))
     right.barh(places - 0.2, [row["fits"] for row in rows], 0.4, color="C3", label="gradients")
