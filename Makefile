@@ -11,6 +11,7 @@
 #                           REFRESH=1   into examples/paper/results/ and docs/paper.md
 #   make lint               formatting, lint, types
 #   make docs               the site, with the API reference, into site/: every warning and dead link is an error
+#   make notebooks          the gallery as Jupyter notebooks, in notebooks/ (jupytext, installed into the environment)
 #   make bench              the benchmarks of examples/benchmarks/
 #   make clean              remove the environment
 #
@@ -38,7 +39,7 @@ PAGE  := $(if $(REFRESH),docs/paper.md,runs/paper/paper.md)
 INTO  := --output-dir "$(PAPER)"
 REAL  := $(if $(DATA),--data-dir "$(DATA)")
 
-.PHONY: help demo test check test-thorough paper-cpu lint format docs bench clean
+.PHONY: help demo test check test-thorough paper-cpu lint format docs notebooks bench clean
 help:
 	@sed -n '1,/PIP_FLAGS/s/^# \{0,1\}//p' Makefile
 
@@ -92,6 +93,11 @@ format: $(VENV)/with-dev
 
 docs: $(VENV)/with-docs
 	"$(BIN)/mkdocs" build --strict
+
+notebooks: $(VENV)/with-examples
+	"$(BIN)/python" -m pip install --disable-pip-version-check --quiet $(PIP_FLAGS) jupytext
+	mkdir -p notebooks
+	for script in examples/gallery/[!_]*.py; do "$(BIN)/python" -m jupytext --to ipynb -o "notebooks/$$(basename "$$script" .py).ipynb" "$$script" || exit 1; done
 
 bench: $(VENV)/with-examples
 	@"$(BIN)/python" -m pip install --disable-pip-version-check --quiet -c constraints.txt $(PIP_FLAGS) -e ".[bench]" \

@@ -71,12 +71,14 @@ from implicitlayer.linear import (
     Nystrom,
     WarmStart,
 )
+from implicitlayer.outer import BilevelResult, bilevel
 from implicitlayer.programs import ActiveConstraints
 from implicitlayer.sets._regularizers import L1, ElasticNet, GroupL1
 from implicitlayer.sets._user import Prox
 
 if typing.TYPE_CHECKING:
     from implicitlayer import testing as testing
+    from implicitlayer.outer._search_cv import ImplicitSearchCV as ImplicitSearchCV
 
 __version__ = "0.1.0"
 
@@ -88,6 +90,7 @@ __all__ = [
     "Assumptions",
     "BackwardRecord",
     "Bicgstab",
+    "BilevelResult",
     "Bregman",
     "ClosureError",
     "CompiledLayer",
@@ -110,6 +113,7 @@ __all__ = [
     "ImplicitLayer",
     "ImplicitLayerError",
     "ImplicitLayerWarning",
+    "ImplicitSearchCV",
     "IndefiniteError",
     "InfeasibleError",
     "Jacobi",
@@ -144,6 +148,7 @@ __all__ = [
     "UnsupportedTransformError",
     "WarmStart",
     "argmin",
+    "bilevel",
     "bregman",
     "compile",
     "composite",
@@ -171,5 +176,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name == "testing":  # imported when first used: Hypothesis is an extra
         return importlib.import_module("implicitlayer.testing")
+    if name == "ImplicitSearchCV":  # so is scikit-learn
+        return importlib.import_module("implicitlayer.outer._search_cv").ImplicitSearchCV
     moved = " any more: it is examples/paper/train.py of the source" if name == "experiments" else ""
     raise AttributeError(f"module 'implicitlayer' has no attribute {name!r}{moved}")

@@ -34,11 +34,12 @@ LAYERS["explain"] = {*LAYERS["api"], "explain"}
 # solvers never import a layer: a solver does not know how its answer is differentiated
 LAYERS["solvers"] = {"base", "linear", "sets", "equation", "programs", "solvers"}
 LAYERS["fewshot"] = {"base", "fewshot"}
+LAYERS["outer"] = {*LAYERS["api"], "solvers", "outer"}
 LAYERS["meta"] = {*LAYERS["api"], "solvers", "meta"}
 # and nobody imports testing
 LAYERS["testing"] = {*LAYERS["explain"], "solvers", "fewshot", "meta", "testing"}
 MAX_LINES = 400  # of a file
-MAX_PACKAGE_LINES = 34_700  # wanted are 22,000
+MAX_PACKAGE_LINES = 34_400  # wanted are 22,000
 # The plain path of a layer; wanted are 250 and 14.
 MAX_CALLS, MAX_FILES = 332, 27
 
@@ -190,6 +191,7 @@ FACADES = {
     "fixed_point",
     "constrained_argmin",
     "qp",
+    "bilevel",
     "check_argmin_gradients",
     "linear",
 }

@@ -7,6 +7,7 @@ closed form: with S the entries that are not zero, dw_S/dstrength = -(X_S'X_S / 
     python examples/gallery/lasso_path.py --smoke    # fewer strengths and steps
 """
 
+# %%
 import argparse
 from pathlib import Path
 
@@ -21,6 +22,7 @@ STRENGTHS, STEPS = 60, 60  # points of the path, steps of the outer optimizer
 float64 = {"dtype": torch.float64}
 
 
+# %%
 def draw(num: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     X = torch.randn(num, NUM_FEATURES, **float64, generator=generator)
     weights = torch.zeros(NUM_FEATURES, **float64)
@@ -35,11 +37,12 @@ def closed_form_slope(w: torch.Tensor, X: torch.Tensor) -> torch.Tensor:
     return slope
 
 
+# %%
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="fewer strengths and steps")
     parser.add_argument("--figure", type=Path, default=Path("runs/gallery/lasso_path.png"))
-    options = parser.parse_args()
+    options = parser.parse_known_args()[0]  # a notebook has arguments of its own
     num_strengths, steps = (12, 15) if options.smoke else (STRENGTHS, STEPS)
 
     generator = torch.Generator().manual_seed(0)
@@ -80,6 +83,7 @@ def main() -> None:
     assert trail[-1][1] < errors.min() * (1.1 if options.smoke else 1.01)  # as good as the best of the grid
 
 
+# %%
 def draw_figure(figure: Path, strengths, path, slopes, errors, trail) -> None:
     import matplotlib
 
@@ -106,5 +110,6 @@ def draw_figure(figure: Path, strengths, path, slopes, errors, trail) -> None:
     print(f"picture: {figure}")
 
 
+# %%
 if __name__ == "__main__":
     main()

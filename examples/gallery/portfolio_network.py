@@ -9,6 +9,7 @@ the layer, on what the portfolio is worth, it errs where that costs little.
     python examples/gallery/portfolio_network.py --smoke    # few steps
 """
 
+# %%
 import argparse
 from pathlib import Path
 
@@ -22,6 +23,7 @@ BATCH, STEPS, LEARNING_RATE = 64, 300, 0.02
 float64 = {"dtype": torch.float64}
 
 
+# %%
 class Market:
     """Features, and the mean returns that they imply: linear, with a bend."""
 
@@ -50,11 +52,12 @@ def worth(x: torch.Tensor, returns: torch.Tensor, covariance: torch.Tensor) -> t
     return ((returns * x).sum(-1) - 0.5 * RISK * (x @ covariance * x).sum(-1)).mean()
 
 
+# %%
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="few steps")
     parser.add_argument("--figure", type=Path, default=Path("runs/gallery/portfolio_network.png"))
-    options = parser.parse_args()
+    options = parser.parse_known_args()[0]  # a notebook has arguments of its own
     steps = 60 if options.smoke else STEPS
 
     market = Market(seed=0)
@@ -88,6 +91,7 @@ def main() -> None:
     assert on_forecast < on_decision < best
 
 
+# %%
 def draw_figure(figure: Path, curves, best: float) -> None:
     import matplotlib
 
@@ -105,5 +109,6 @@ def draw_figure(figure: Path, curves, best: float) -> None:
     print(f"picture: {figure}")
 
 
+# %%
 if __name__ == "__main__":
     main()

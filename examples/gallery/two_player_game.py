@@ -10,6 +10,7 @@ gradient through the equilibrium.
     python examples/gallery/two_player_game.py --smoke    # fewer steps
 """
 
+# %%
 import argparse
 from pathlib import Path
 
@@ -23,6 +24,7 @@ STEPS, RATE = 60, 0.2
 float64 = {"dtype": torch.float64}
 
 
+# %%
 def profits(q1: torch.Tensor, q2: torch.Tensor, tax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     price = torch.exp(-(q1 + q2))
     return (price - COSTS[0] - tax) * q1, (price - COSTS[1] - tax) * q2
@@ -40,11 +42,12 @@ def welfare(q: torch.Tensor) -> torch.Tensor:
     return 1 - torch.exp(-q.sum()) - COSTS[0] * q[0] - COSTS[1] * q[1] - HARM * q.sum()
 
 
+# %%
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="fewer steps")
     parser.add_argument("--figure", type=Path, default=Path("runs/gallery/two_player_game.png"))
-    options = parser.parse_args()
+    options = parser.parse_known_args()[0]  # a notebook has arguments of its own
     steps = 25 if options.smoke else STEPS
 
     game = il.root(stationarity, il.solvers.Newton(rtol=1e-12))
@@ -81,6 +84,7 @@ def main() -> None:
     assert abs(trail[-1][2]) < (1e-2 if options.smoke else 1e-4) * abs(trail[0][2])
 
 
+# %%
 def draw_figure(figure: Path, equilibrium, trail) -> None:
     import matplotlib
 
@@ -113,5 +117,6 @@ def best_answers(others: torch.Tensor, cost: float, tax: torch.Tensor) -> torch.
     return torch.func.vmap(lambda other: answer(torch.full((), 0.5, **float64), other))(others)
 
 
+# %%
 if __name__ == "__main__":
     main()

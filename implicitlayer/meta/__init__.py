@@ -1,5 +1,6 @@
 """Meta-learning: implicit MAML and its relatives behind one interface, and a trainer that resumes."""
 
+from implicitlayer.meta._callbacks import Callback
 from implicitlayer.meta._checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_json
 from implicitlayer.meta._collapse import CollapseError, CollapseWarning
 from implicitlayer.meta._distributed import WorkerGroup, WorkerLostError, distributed
@@ -15,7 +16,7 @@ from implicitlayer.meta._trainer import Trainer
 from implicitlayer.meta._unrolled import MAML, TruncatedMAML
 
 __all__ = [
-    "ANIL", "MAML", "CheckpointError", "CollapseError", "CollapseWarning", "Evaluation", "FirstOrderMAML",
+    "ANIL", "MAML", "Callback", "CheckpointError", "CollapseError", "CollapseWarning", "Evaluation", "FirstOrderMAML",
     "MetaMethod", "PeakMemory", "ProtoNet", "Reptile", "TaskLoss", "TaskSampler", "Trainer", "TruncatedMAML",
     "WorkerGroup", "WorkerLostError", "as_support_query", "cosine_decay", "distributed", "evaluate", "iMAML",
     "load_checkpoint", "peak_memory", "plot_episode", "plot_learning_curves", "save_checkpoint", "save_json",

@@ -70,6 +70,7 @@ class Trainer(TrainerState):
         run_dir: folder for ``checkpoint.pt``, ``best.pt`` (the state with the best validation metric) and
             ``metrics.jsonl``; None keeps nothing.
         tensorboard: also write TensorBoard event files into ``run_dir``.
+        callbacks: objects like :class:`Callback`, told of start, steps, validations, checkpoints and end.
         checkpoint_seconds: at most this long between checkpoints ...
         checkpoint_steps: ... or this many steps, at least 1, whichever comes first.
         report_steps: every so many steps, at least 1, the inner problem is looked at (two forward passes).
@@ -121,7 +122,11 @@ class Trainer(TrainerState):
         with StopRequest() as self._stop:
             try:
                 self._begin()
-                self._loop(until)
+                self._tell("on_start")
+                try:
+                    self._loop(until)
+                finally:
+                    self._tell("on_end")
             except WorkerLostError as error:
                 lost = self._worker_lost(error)
                 # also printed: the launcher ends this process by a signal, maybe before Python shows its error
@@ -149,6 +154,12 @@ class Trainer(TrainerState):
         if self._events is not None:
             self._events.flush()  # first, so that no step of the checkpoint can be missing there
         super().save()
+        if self._folder is not None:
+            self._tell("on_checkpoint", self.checkpoint_path)
+
+    def _tell(self, event: str, *about: Any) -> None:
+        for callback in self.callbacks if self._group.is_first else ():
+            getattr(callback, event, _unheard)(self, *about)
 
     def _begin(self) -> None:
         """Refuse to start where the result would not be this run's."""
@@ -185,6 +196,7 @@ class Trainer(TrainerState):
                 self._validate()
             while self.done < until:
                 stopped = self._train_step()
+                self._tell("on_step", self.history[-1])
                 if self._validation_is_due:
                     self._validate()
                 self._watch_for_collapse()
@@ -336,6 +348,7 @@ class Trainer(TrainerState):
         self.history[-1] |= {"validation": result.mean, "validation_interval": result.interval}
         self._outer.after_validation(result.mean)
         self._validation_is_due = False
+        self._tell("on_validation", self.history[-1])
         sign = 1 if self.better == "higher" else -1
         best = -math.inf if self.best is None else sign * self.best["validation"]
         if sign * result.mean > best:  # never true of NaN
@@ -361,3 +374,7 @@ class Trainer(TrainerState):
             f"{error} The last finished step is {self.step}. {kept}. Any number of processes can go on from there, in "
             f"a program that calls resume():\n    {how}"
         )
+
+
+def _unheard(*_: Any) -> None:
+    """An event that a callback does not define."""

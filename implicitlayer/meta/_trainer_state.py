@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from implicitlayer.base._numbers import check_integer
 from implicitlayer.base._tree import flatten
 from implicitlayer.base._types import PyTree
+from implicitlayer.meta._callbacks import check_callbacks
 from implicitlayer.meta._checkpoint import CheckpointError, RunFolder, load_checkpoint
 from implicitlayer.meta._checks import check_number
 from implicitlayer.meta._collapse import ON_COLLAPSE, OnCollapse
@@ -55,6 +56,7 @@ class TrainerState:
     config: Mapping[str, Any] | None = None
     run_dir: str | Path | None = None
     tensorboard: bool = False
+    callbacks: Sequence[Any] = ()
     checkpoint_seconds: float = 20.0
     checkpoint_steps: int | None = None
     report_steps: int = 20
@@ -69,6 +71,7 @@ class TrainerState:
 
     def __post_init__(self) -> None:
         self._check_numbers()
+        check_callbacks(self.callbacks)
         missing = [name for name in ("sample", "state_dict", "load_state_dict") if not hasattr(self.sampler, name)]
         if missing:
             raise TypeError(f"the sampler needs the methods {missing}: a checkpoint keeps its position.")

@@ -1,8 +1,8 @@
 """Anderson acceleration of fixed-point iterations, one problem or many at once."""
 
-# Legend: g(x) the map, f = g(x) - x, per lane; dX, dF the last changes of x and f as columns. With gamma the
-# least-squares solution of dF gamma = f and beta the mixing,
-#     x_new = x + beta f - (dX + beta dF) gamma:
+# Legend: g(x) the map, f = g(x) - x, per lane; dX, dF the last changes of x and f as rows. With gamma the
+# least-squares solution of gamma dF = f and beta the mixing,
+#     x_new = x + beta f - gamma (dX + beta dF):
 # the point whose linearised residual is smallest among those that the last steps span, and beta of that residual.
 
 from __future__ import annotations
@@ -88,9 +88,9 @@ class AndersonAcceleration(RootSolver):
                     break
                 moved = x + self.mixing * f
                 if changes_f:
-                    gamma = _least_squares(torch.stack(changes_f, -1), f)
-                    both = torch.stack(changes_x, -1) + self.mixing * torch.stack(changes_f, -1)
-                    moved = moved - (both @ gamma.unsqueeze(-1))[..., 0]
+                    rows_f, rows_x = torch.stack(changes_f, -2), torch.stack(changes_x, -2)
+                    gamma = _least_squares(rows_f, f).unsqueeze(-2)
+                    moved = moved - (gamma @ rows_x + self.mixing * (gamma @ rows_f))[..., 0, :]
                 x_new = torch.where(running.unsqueeze(-1), moved, x)
                 f_new = torch.where(running.unsqueeze(-1), problem(x_new) - x_new, f)
                 norm = problem.norm(f_new)
@@ -133,15 +133,15 @@ def _rounding(problem: RootProblem, x: torch.Tensor, f: torch.Tensor) -> torch.T
     return problem.norm(problem(beside) - beside - f)
 
 
-def _least_squares(columns: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """gamma [*lanes, m] with ``columns @ gamma`` nearest to ``target``, by the normal equations of unit columns."""
-    sizes = columns.norm(dim=-2)
+def _least_squares(rows: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """gamma [*lanes, m] with ``gamma @ rows`` nearest to ``target``, by the normal equations of unit rows."""
+    sizes = rows.norm(dim=-1)
     safe = torch.where(sizes > 0, sizes, 1.0)
-    unit = columns / safe.unsqueeze(-2)
-    gram = (unit.mT @ unit).double()
+    unit = rows / safe.unsqueeze(-1)
+    gram = (unit @ unit.mT).double()
     gram = gram + _RIDGE * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     gram = gram + torch.diag_embed((sizes == 0).double())
-    projections = (unit.mT @ target.unsqueeze(-1)).double()
+    projections = (unit @ target.unsqueeze(-1)).double()
     values, basis = torch.linalg.eigh(torch.where(gram.isfinite(), gram, 0.0))
     inverse = torch.where(values > _RIDGE, 1 / values.clamp_min(_RIDGE), 0.0)
     gamma = basis @ (inverse.unsqueeze(-1) * (basis.mT @ projections))
