@@ -38,11 +38,11 @@ def compile(
     """The same layer with its solver, its checks and its derivative as two compiled functions, for many small calls.
 
     One problem of 20 unknowns takes a twentieth to a fifth of the time. The answers are those of the layer, to
-    rounding; its errors and warnings too, for the layer itself judges whatever the compiled checks do not pass. The first call of
-    each signature (structure, shapes, dtypes, devices, what requires a gradient) is made by the layer itself; the second
-    one compiles, for some ten seconds or more. Under ``torch.func``, forward mode and ``il.diagnostics()``, and at
-    second order, the layer itself is called. Inside ``torch.compile(..., fullgraph=True)`` a compiled layer is one
-    operator, without a graph break.
+    rounding; its errors and warnings too, for the layer itself judges whatever the compiled checks do not pass. The
+    first call of each signature (structure, shapes, dtypes, devices, what requires a gradient) is made by the layer
+    itself; the second one compiles, for some ten seconds or more. Under ``torch.func``, forward mode and
+    ``il.diagnostics()``, and at second order, the layer itself is called. Inside ``torch.compile(..., fullgraph=True)``
+    a compiled layer is one operator, without a graph break.
 
     Args:
         layer: made by :func:`argmin`, of an objective in torch operations without data-dependent Python control flow,
