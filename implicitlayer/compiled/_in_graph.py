@@ -91,8 +91,10 @@ def _parsed(form: Any, tensors: Leaves) -> Any:
     return form
 
 
-def _prepared(number: int, form: str, needed: str, init: Leaves, theta: Leaves) -> tuple[Call, Leaves]:
-    """The call, and theta with what requires a gradient; the first of its signature compiles."""
+def _prepared(
+    number: int, form: str, needed: str, init: Leaves, theta: Leaves, make: bool
+) -> tuple[Call | None, Leaves]:
+    """The call, and theta with what requires a gradient. None for a new signature, unless it is to be made."""
     from implicitlayer.compiled._layer import Call
 
     layer = _LAYERS[number]
@@ -100,7 +102,9 @@ def _prepared(number: int, form: str, needed: str, init: Leaves, theta: Leaves) 
     marked = [t.detach().requires_grad_(need) for t, need in zip(theta, wanted, strict=True)]
     init_form, theta_form = json.loads(form)
     x_tree, args = _parsed(init_form, list(init)), tuple(_parsed(theta_form, list(marked)))
-    program, slots = layer.prepared(x_tree, args, wanted)
+    program, slots = layer.prepared(x_tree, args, wanted, make)
+    if program is None:
+        return None, marked
     return Call(layer.layer, program, flatten(x_tree)[1], slots, len(init)), marked
 
 
@@ -126,11 +130,16 @@ def _aside(function: Callable[[], Any]) -> Any:
 def _solve(
     init: Sequence[torch.Tensor], theta: Sequence[torch.Tensor], number: int, form: str, needed: str
 ) -> list[torch.Tensor]:
-    def work() -> list[torch.Tensor]:
-        call, marked = _prepared(number, form, needed, list(init), list(theta))
-        return [t.clone() for t in call.solve(list(init), list(theta), marked)]
+    x, tensors = list(init), list(theta)
+    call, _ = _prepared(number, form, needed, x, tensors, False)
+    found = None if call is None or not call.program.has_solved else call.solve_by_program(x, tensors)
 
-    return list(_aside(work))
+    def aside() -> tuple[torch.Tensor, ...]:
+        made, marked = _prepared(number, form, needed, x, tensors, True)
+        assert made is not None
+        return made.solve(x, tensors, marked)
+
+    return [t.clone() for t in (_aside(aside) if found is None else found)]
 
 
 @_solve.register_fake
@@ -152,14 +161,13 @@ def _pull(
     form: str,
     needed: str,
 ) -> list[torch.Tensor]:
-    def work() -> list[torch.Tensor]:
-        call, marked = _prepared(number, form, needed, list(init), list(theta))
-        found = call.pull(list(x), list(theta), list(cotangent), norm, size)
-        if found is None:
-            found = call.pull_by_layer(list(x), list(init), marked, list(cotangent), False)
-        return [t.clone() for t in found]
-
-    return list(_aside(work))
+    given = list(x), list(theta), list(cotangent), norm, size
+    call, marked = _prepared(number, form, needed, list(init), list(theta), False)
+    assert call is not None  # it has solved
+    found = call.pull(*given) if call.program.has_pulled else _aside(lambda: call.pull(*given))
+    if found is None:
+        found = _aside(lambda: call.pull_by_layer(list(x), list(init), marked, list(cotangent), False))
+    return [t.clone() for t in found]
 
 
 @_pull.register_fake

@@ -165,16 +165,16 @@ class CompiledLayer:
         call = Call(self.layer, program, spec, slots, len(leaves))
         return unflatten(_Compiled.apply(call, *leaves, *tensors), spec)
 
-    def prepared(self, init: Any, theta: tuple[Any, ...], needed: list[bool]) -> tuple[Program, Signature]:
-        """The program for these arguments, and theta without its tensors."""
+    def prepared(
+        self, init: Any, theta: tuple[Any, ...], needed: list[bool], make: bool
+    ) -> tuple[Program | None, Signature]:
+        """The program for these arguments, None if there is none and none is to be made; theta without its tensors."""
         leaves, spec = flatten(init)
         signature = Signature.of(theta)
         key, slots = _key(spec, leaves, signature, needed)
-        if key not in self._programs:
+        if make and key not in self._programs:
             self._first(key, init, theta, signature, needed)
-        program = self._programs[key]
-        assert program is not None  # there is a compiler: it called this
-        return program, slots
+        return self._programs.get(key), slots
 
     def _first(self, key: Any, init: Any, theta: Any, signature: Signature, needed: list[bool]) -> Any:
         """The layer's own answer, and what the next call is to run."""
@@ -228,9 +228,15 @@ class Call:
     slots: Signature
     num_x: int
 
-    def solve(self, init: Leaves, theta: Leaves, judged: Leaves) -> tuple[torch.Tensor, ...]:
-        """(*x leaves, norm, size); ``judged``: theta with what requires a gradient."""
+    def solve_by_program(self, init: Leaves, theta: Leaves) -> tuple[torch.Tensor, ...] | None:
+        """(*x leaves, norm, size); None where the layer itself is to judge."""
         x, fine, norm, size = run(self.program.solve, [t.detach() for t in init], [t.detach() for t in theta])
+        return (*x, norm, size) if fine else None
+
+    def solve(self, init: Leaves, theta: Leaves, judged: Leaves) -> tuple[torch.Tensor, ...]:
+        """The same, judged by the layer where need be; ``judged``: theta with what requires a gradient."""
+        x, fine, norm, size = run(self.program.solve, [t.detach() for t in init], [t.detach() for t in theta])
+        self.program.has_solved = True
         if not fine:
             with torch.enable_grad():
                 x = [t.detach() for t in self.by_layer(x, init, judged)]
@@ -240,6 +246,7 @@ class Call:
         """The gradients of the needed theta leaves; None where the layer itself is to be asked."""
         plain = [t.detach() for t in x], [t.detach() for t in theta], [t.detach().contiguous() for t in v]
         found, fine = run(self.program.pull, *plain, norm, size)
+        self.program.has_pulled = True
         return list(found) if fine else None
 
     def pull_by_layer(self, x: Leaves, init: Leaves, theta: Leaves, v: Leaves, attached: bool) -> Leaves:

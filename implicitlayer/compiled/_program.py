@@ -154,12 +154,15 @@ class Program:
 
     Attributes:
         num_compilations: how often the compiler has been asked.
+        has_solved, has_pulled: whether each has run, so that a next call compiles nothing.
     """
 
     problem: Problem
     backend: str
     options: dict[str, Any]
     num_compilations: int = 0
+    has_solved: bool = False
+    has_pulled: bool = False
     solve: Callable[..., Any] = field(init=False)
     pull: Callable[..., Any] = field(init=False)
 

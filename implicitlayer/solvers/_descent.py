@@ -108,7 +108,7 @@ def traced_descent(
         here.round(found=found)
         return kept(here)
 
-    last = descent(_torch.while_loop(lambda *state: descent(state).running.any(), one_more, kept(descent())))
+    last = descent(_torch.while_loop(lambda running, *_: running.any(), one_more, kept(descent())))
     return last.x, last.codes
 
 
@@ -133,7 +133,7 @@ def restored(value: Any, tensors: list[torch.Tensor]) -> Any:
 
 class _Descent:
     STATE: tuple[str, ...] = (
-        *("x", "gradient", "value", "norm", "steps", "stalled", "direction", "best", "running", "turning"),
+        *("running", "turning", "x", "gradient", "value", "norm", "steps", "stalled", "direction", "best"),
         *("watch", "search", "method"),
     )
 
