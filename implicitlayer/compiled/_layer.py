@@ -20,6 +20,7 @@ from implicitlayer import _torch
 from implicitlayer._errors import ImplicitLayerError, ObjectiveError
 from implicitlayer.base._records import Record, listening
 from implicitlayer.base._solution import SolverResult
+from implicitlayer.base._status import Status
 from implicitlayer.base._tree import flatten, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.base._warn import warn
@@ -230,16 +231,16 @@ class Call:
 
     def solve_by_program(self, init: Leaves, theta: Leaves) -> tuple[torch.Tensor, ...] | None:
         """(*x leaves, norm, size); None where the layer itself is to judge."""
-        x, fine, norm, size = run(self.program.solve, [t.detach() for t in init], [t.detach() for t in theta])
+        x, fine, _, norm, size = run(self.program.solve, [t.detach() for t in init], [t.detach() for t in theta])
         return (*x, norm, size) if fine else None
 
     def solve(self, init: Leaves, theta: Leaves, judged: Leaves) -> tuple[torch.Tensor, ...]:
         """The same, judged by the layer where need be; ``judged``: theta with what requires a gradient."""
-        x, fine, norm, size = run(self.program.solve, [t.detach() for t in init], [t.detach() for t in theta])
+        x, fine, worst, norm, size = run(self.program.solve, [t.detach() for t in init], [t.detach() for t in theta])
         self.program.has_solved = True
         if not fine:
             with torch.enable_grad():
-                x = [t.detach() for t in self.by_layer(x, init, judged)]
+                x = [t.detach() for t in self.by_layer(x, init, judged, Status(int(worst)))]
         return (*x, norm, size)
 
     def pull(self, x: Leaves, theta: Leaves, v: Leaves, norm: torch.Tensor, size: torch.Tensor) -> Leaves | None:
@@ -256,9 +257,9 @@ class Call:
             answer = self.by_layer(x, init, theta)
             return list(torch.autograd.grad(answer, wanted, v, create_graph=attached, materialize_grads=True))
 
-    def by_layer(self, x: Leaves, init: Leaves, theta: Leaves) -> Leaves:
-        """The layer's own answer where its solver returns x."""
-        given = SolverResult(unflatten([t.detach() for t in x], self.spec))
+    def by_layer(self, x: Leaves, init: Leaves, theta: Leaves, status: Status | None = None) -> Leaves:
+        """The layer's own answer where its solver returns x and says ``status``."""
+        given = SolverResult(unflatten([t.detach() for t in x], self.spec), status)
         layer = replace(self.layer, solver=lambda *_: given)
         answer = flatten(layer(unflatten(init, self.spec), *self.slots.rebuild(theta)))[0]
         self.layer.records = layer.records

@@ -71,8 +71,10 @@ def _norm(vector: torch.Tensor) -> torch.Tensor:
     return lane_dot(part, part).sqrt() * scale[..., 0].double()
 
 
-def solve(problem: Problem, init: Leaves, theta: Leaves) -> tuple[Leaves, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x leaves, whether all is well (bool, 0-d), the norm of the gradient there and the size of x, [*lanes]."""
+def solve(problem: Problem, init: Leaves, theta: Leaves) -> tuple[Any, ...]:
+    """x leaves, whether all is well (bool, 0-d), the worst :class:`Status` (0-d), and [*lanes] the norm of the gradient
+    there and the size of x.
+    """
     traced = problem.at(init, theta)
     x, codes = problem.solver.traced(traced)
     fine = (codes <= int(Status.TRUNCATED)) & x.isfinite().all(-1)
@@ -92,7 +94,7 @@ def solve(problem: Problem, init: Leaves, theta: Leaves) -> tuple[Leaves, torch.
         change = 2 * _norm(traced.gradient(x - step * gradient) - gradient + linear) / _norm(linear)
         tight = distance <= torch.finfo(x.dtype).eps ** _TIGHT * size
         fine = fine & (distance <= problem.rtol * size) & (tight | (change <= _CHANGES * problem.rtol))
-    return unravel(x, init, problem.lane_dims), fine.all(), norm, size
+    return unravel(x, init, problem.lane_dims), fine.all(), codes.max(), norm, size
 
 
 def pull(

@@ -47,7 +47,7 @@ class Limits:
         if self.max_steps is not None and self.max_steps < 0:
             raise ValueError(f"max_steps={self.max_steps} must be non-negative. Zero steps return the right-hand side.")
 
-    @cached_property
+    @property
     def has_tolerance(self) -> bool:
         return self.rtol is not None or self.atol > 0 or self.max_steps is None
 
