@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
+from implicitlayer import _torch
 from implicitlayer.base._surroundings import outside_compiled_code
 from implicitlayer.base._tree import TreeSpec, flatten
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
@@ -49,6 +50,7 @@ def qp(
     lower: torch.Tensor | None = None,
     lb: torch.Tensor | None = None,
     ub: torch.Tensor | None = None,
+    init: Any = None,
     solver: Callable[..., Any] | Literal["auto"] | None = None,
     linear_solver: Callable[..., Any] | None = None,
     return_multipliers: bool = False,
@@ -78,6 +80,8 @@ def qp(
             all programs are equations, outside of transforms.
             Leading dimensions are broadcast: an argument without them is shared by all programs, and its gradient is
             the sum over them.
+        init: what a call with ``return_multipliers=True`` has returned for a program like this one: the constraints
+            that were active there are tried first, which saves time. Under transforms it is not used.
         solver: what looks for the active set: :class:`il.solvers.ActiveSet` (the default), ``DAQP``, ``ProxQP``,
             ``Moreau``, ``QPSolvers``, or ``"auto"`` for the fastest that is installed. What they find is proved, or
             else an interior point solves the program, so all of them give the same answers;
@@ -129,12 +133,13 @@ def qp(
     settings = _Settings(named, linear_solver, on_failure, Tolerances(_STATIONARITY_RTOL, active_rtol), at_kink)
     found = None
     if any(is_sparse(value) for value in given.values()):
-        found = _sparse_solution(given, settings)
+        found = _sparse_solution(given, settings, init)
         given = given if found is not None else made_dense(given)
     if found is None:
         batch, data, fold = arguments(given)
         if isinstance(solver, str):
             settings = replace(settings, solver=fastest(data[1].shape[-1], batch.numel()))
+        settings = settings.starting(init, fold, batch, data[5].shape[-1])
         found = _solution(data, batch, settings), fold
     (x, y, z), fold = found
     return (x, fold(y, z)) if return_multipliers else x
@@ -156,6 +161,18 @@ class _Settings:
         if self.solver is None:
             return ActiveSet()
         return self.solver if isinstance(self.solver, Search) else None
+
+    def starting(self, init: Any, fold: Fold, batch: torch.Size, count: int) -> _Settings:
+        """The same with the search beginning at the active set of ``init``, where that can be looked at."""
+        if init is None:
+            return self
+        if not isinstance(self.search, ActiveSet):
+            raise ValueError(
+                "init is where the library's own search begins. Leave out solver, or give the solver its own."
+            )
+        if _torch.transforms_active():
+            return self
+        return replace(self, solver=ActiveSet(fold.start(init, batch, count)))
 
     def layer(self, data: Leaves, proof: Proof | None, has_searched: bool) -> _QuadraticLayer:
         """The general layer, for one call, with what :func:`searched` has found where that was made."""
@@ -189,7 +206,7 @@ def _solution(
     return found.x, found.equality, found.inequality
 
 
-def _sparse_solution(given: dict[str, Any], settings: _Settings) -> tuple[Any, Fold] | None:
+def _sparse_solution(given: dict[str, Any], settings: _Settings, init: Any) -> tuple[Any, Fold] | None:
     """x and the multipliers of a program with sparse matrices; None where that is not the plain path."""
     own = settings.solver is None or isinstance(settings.solver, ActiveSet)
     tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
@@ -198,7 +215,9 @@ def _sparse_solution(given: dict[str, Any], settings: _Settings) -> tuple[Any, F
         return None
     _, (Q, p, A, b, G, h), fold = arguments(given)
     matrices, eps = (Q, A, G), torch.finfo(p.dtype).eps
-    proof = sparse_proof_of(matrices, [p, b, h])
+    search = settings.starting(init, fold, torch.Size([]), len(h)).search
+    assert isinstance(search, ActiveSet)
+    proof = sparse_proof_of(matrices, [p, b, h], search.start)
     if proof is None or not proof.settled(eps, settings.tolerances.active_rtol, _STATIONARITY_RTOL):
         return None
     rules = partial(_sparse_gradients, settings, matrices), partial(pulled, matrices)

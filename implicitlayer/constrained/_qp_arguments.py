@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,43 @@ _NO_BOUND = 1e20
 # How many dimensions of each argument belong to one program.
 RANKS = {"Q": 2, "p": 1, "A": 2, "b": 1, "G": 2, "h": 1, "lower": 1, "lb": 1, "ub": 1}
 
-# multipliers of the equations and of the one-sided rows -> those of what was given
-Fold = Callable[[torch.Tensor, torch.Tensor], Multipliers]
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """From multipliers of e equations and one-sided rows to those of what was given, and back.
+
+    ``rows`` are those with two sides, None where there are none.
+    """
+
+    rows: list[_Rows] | None
+    e: int
+
+    def __call__(self, y: torch.Tensor, z: torch.Tensor) -> Multipliers:
+        if self.rows is None:
+            return Multipliers(y, z)
+        ys = y.split([self.e, *(len(part.equal) for part in self.rows)], -1)
+        zs = z.split([len(part.above) + len(part.below) for part in self.rows], -1)
+        found = [part.multipliers(y, z) for part, y, z in zip(self.rows, ys[1:], zs, strict=True)]
+        return Multipliers(ys[0], found[0] if len(found) == 1 else tuple(found))
+
+    def start(self, init: Any, batch: torch.Size, count: int) -> torch.Tensor:
+        """Which of the one-sided rows have a multiplier in ``init``, bool [*batch, count]."""
+        found = init[1] if isinstance(init, tuple) and not isinstance(init, Multipliers) and len(init) == 2 else init
+        z = found.inequality if isinstance(found, Multipliers) else None
+        given = z if isinstance(z, tuple) else (z,)
+        sizes = [count] if self.rows is None else [part.matrix.shape[-2] for part in self.rows]
+        if [t.shape[-1] if isinstance(t, torch.Tensor) and t.ndim else None for t in given] != sizes:
+            raise ValueError(
+                "init must be what il.qp(..., return_multipliers=True) has returned for a program with as many "
+                f"rows and bounds as this one, or the multipliers of it; got {type(init).__name__}."
+            )
+        parts = [t.detach() != 0 for t in given] if self.rows is None else []
+        for part, t in zip(self.rows or [], given, strict=False):
+            t = t.detach()
+            parts += [t.index_select(-1, part.above) > 0, t.index_select(-1, part.below) < 0]
+        held = torch.cat([part.expand(*batch, part.shape[-1]) for part in parts], -1)
+        # where no row has a side, there is one without entries in its place
+        return torch.nn.functional.pad(held, (0, count - held.shape[-1]))
 
 
 def arguments(given: dict[str, Any]) -> tuple[torch.Size, tuple[Any, ...], Fold]:
@@ -40,7 +75,7 @@ def arguments(given: dict[str, Any]) -> tuple[torch.Size, tuple[Any, ...], Fold]
     Q, p, A, b = (tensors[name] for name in ("Q", "p", "A", "b"))
     if not both:
         G, h = _without_missing(tensors["G"], tensors["h"])
-        return batch, (Q, p, A, b, G, h), Multipliers
+        return batch, (Q, p, A, b, G, h), Fold(None, tensors["b"].shape[-1])
     rows = [_Rows.of(tensors["G"], tensors.get("lower"), tensors.get("h"))]
     if "lb" in tensors or "ub" in tensors:
         n = p.shape[-1]
@@ -50,16 +85,8 @@ def arguments(given: dict[str, Any]) -> tuple[torch.Size, tuple[Any, ...], Fold]
     parts = [part.one_sided() for part in rows]
     A, b = _joined([A, *(part[0] for part in parts)], -2), _joined([b, *(part[1] for part in parts)], -1)
     G, h = _joined([part[2] for part in parts], -2), _joined([part[3] for part in parts], -1)
-    e = tensors["b"].shape[-1]
-
-    def fold(y: torch.Tensor, z: torch.Tensor) -> Multipliers:
-        ys = y.split([e, *(len(part.equal) for part in rows)], -1)
-        zs = z.split([len(part.above) + len(part.below) for part in rows], -1)
-        found = [part.multipliers(y, z) for part, y, z in zip(rows, ys[1:], zs, strict=True)]
-        return Multipliers(ys[0], found[0] if len(found) == 1 else tuple(found))
-
     # of one program, rows without a side are left out already
-    return batch, (Q, p, A, b, *((G, h) if sparse else _without_missing(G, h))), fold
+    return batch, (Q, p, A, b, *((G, h) if sparse else _without_missing(G, h))), Fold(rows, tensors["b"].shape[-1])
 
 
 @dataclass(frozen=True, eq=False)

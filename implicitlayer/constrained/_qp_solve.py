@@ -33,7 +33,7 @@ from implicitlayer.programs._qp_cold import LanesProof, cold_lanes, guessed_lane
 from implicitlayer.programs._qp_exact import ENOUGH, TIGHT, Exact, conditions, error_of_x, exact, undecided, violation
 from implicitlayer.programs._qp_rank import Equations, RankFactors, independent_equations
 from implicitlayer.programs._qp_single import SingleProof, exact_cold, exact_guess, exact_near
-from implicitlayer.programs._qp_terms import SingleProgram
+from implicitlayer.programs._qp_terms import Mask, SingleProgram
 
 __all__ = ["Proof", "QuadraticSolver", "full_data", "searched"]
 
@@ -60,13 +60,21 @@ def searched(program: Data, dtype: torch.dtype, search: Search) -> Proof | None:
     The equations are independent.
     """
     own = isinstance(search, ActiveSet) or not program[3].shape[-1] + program[5].shape[-1]
+    start = search.start if isinstance(search, ActiveSet) else None
     if not _is_single(program):
-        return cold_lanes(program, dtype) if own else guessed_lanes(program, dtype, search(*program), search.name)
+        return (
+            cold_lanes(program, dtype, start) if own else guessed_lanes(program, dtype, search(*program), search.name)
+        )
     with np.errstate(all="ignore"):  # what overflows is not proved
         one = SingleProgram(program)
     if not one.finite:
         return None
-    return exact_cold(one) if own else exact_guess(one, search(*program), search.name)
+    return exact_cold(one, _mask(start)) if own else exact_guess(one, search(*program), search.name)
+
+
+def _mask(start: torch.Tensor | None) -> Mask | None:
+    """Of the only lane."""
+    return None if start is None else start.reshape(-1).numpy()
 
 
 def _is_single(program: Data) -> bool:
@@ -141,8 +149,10 @@ class QuadraticSolver:
             if not one.finite:
                 return None
             _refuse_indefinite(program[0], eps)
+            start = _mask(self.search.start) if isinstance(self.search, ActiveSet) else None
+            proof = None if start is None else exact_near(one, start)
             # the active set shows long before the last steps, and what is proved needs no further one
-            proof = exact_near(one, interior_point(program, _EARLY))
+            proof = proof or exact_near(one, interior_point(program, _EARLY))
         if not isinstance(proof, SingleProof):
             return None
         with np.errstate(all="ignore"):

@@ -106,10 +106,10 @@ class Entries:
         return self.values.detach().double().numpy(), self.rows.numpy(), self.columns.numpy(), tuple(self.shape)
 
 
-def sparse_proof_of(matrices: Sequence[Entries], vectors: Leaves) -> SingleProof | None:
-    """The proof of the program with matrices Q, A, G and vectors p, b, h; None without one."""
+def sparse_proof_of(matrices: Sequence[Entries], vectors: Leaves, start: torch.Tensor | None) -> SingleProof | None:
+    """The proof of the program with matrices Q, A, G and vectors p, b, h, from this active set; None without one."""
     (Q, A, G), (p, b, h) = (t.arrays() for t in matrices), (t.detach().double().numpy() for t in vectors)
-    return sparse_proof(SparseProgram(Q, p, A, b, G, h))
+    return sparse_proof(SparseProgram(Q, p, A, b, G, h), None if start is None else start.numpy())
 
 
 # With u as in ``by_data`` the derivative in the entry (i, j) of Q is (u_i x_j + x_i u_j) / 2, and that in the entry

@@ -94,7 +94,10 @@ class Search:
 
 @dataclass(frozen=True)
 class ActiveSet(Search):
-    """The library's own search from a cold start: what ``il.qp`` takes where no solver is named.
+    """The library's own search: what ``il.qp`` takes where no solver is named.
+
+    Args:
+        start: inequalities to begin with, bool [*lanes, m]; ``il.qp(init=)`` knows them. None: a cold start.
 
     Example:
         >>> import torch, implicitlayer as il
@@ -103,6 +106,8 @@ class ActiveSet(Search):
         [0.5, 0.5]
     """
 
+    start: torch.Tensor | None = field(default=None, repr=False, compare=False)
+
     def all(self, arrays: list[Vector]) -> list[Answer]:
         """None for all lanes: nothing was found."""
         return [None] * len(arrays[1])
@@ -110,7 +115,7 @@ class ActiveSet(Search):
     def __call__(
         self, Q: torch.Tensor, p: torch.Tensor, A: torch.Tensor, b: torch.Tensor, G: torch.Tensor, h: torch.Tensor
     ) -> QuadraticSolution:
-        found = cold_lanes((Q, p, A, b, G, h), torch.float64)
+        found = cold_lanes((Q, p, A, b, G, h), torch.float64, self.start)
         if found is None:
             return super().__call__(Q, p, A, b, G, h)
         codes = torch.where(found.proved, int(ProgramStatus.SOLVED), int(ProgramStatus.MAX_STEPS_REACHED))

@@ -41,13 +41,16 @@ _NOISE = 1e-10  # of the largest length: a border that is crossed, or pulls, by 
 _DEFINITE = 1e-5  # smallest pivot of Q, relative to the largest, for which V'V keeps half of the digits
 
 
-def cold_lanes(data: Data, dtype: torch.dtype) -> LanesProof | None:
-    """What a cold start finds of every lane, None where that is nothing; ``dtype`` is that of the data."""
+def cold_lanes(data: Data, dtype: torch.dtype, start: torch.Tensor | None = None) -> LanesProof | None:
+    """What a cold start finds of every lane, None where that is nothing; ``dtype`` is that of the data.
+
+    ``start``: inequalities to begin with, bool [*lanes, m]; none by default.
+    """
     system = _System(data)
     if len(system.solvable) and not bool(system.solvable.any()):
         return None
     system.whole()
-    return _made_exact(system, dtype, *system.search(), "active set")
+    return _made_exact(system, dtype, *system.search(start), "active set")
 
 
 def guessed_lanes(data: Data, dtype: torch.dtype, answer: QuadraticSolution, found_by: str) -> LanesProof | None:
@@ -199,17 +202,19 @@ class _System:
         flat = held.reshape(self.lanes.numel(), held.shape[-1])
         return torch.cat([flat.new_ones(len(flat), self.e), flat], -1)
 
-    def search(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def search(self, start: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The mask [B, c] of what is held, that of the lanes that are solved, and their rounds."""
         t, gram, lanes = self.t, self.gram, self.solvable.nonzero()[:, 0]
         largest = torch.maximum(self.at_minimum.abs(), self.g.abs())
         noise = _NOISE * largest.amax(-1, keepdim=True) if t.shape[-1] else t
         kept, all_solved = torch.zeros_like(t, dtype=torch.bool), torch.zeros_like(self.solvable)
         rounds = torch.zeros(len(t), dtype=torch.int64, device=t.device)
+        held = self.with_equations(torch.zeros_like(self.data[5], dtype=torch.bool) if start is None else start)
         if len(lanes) < len(t):
-            t, gram, noise = t[lanes], gram[lanes], noise[lanes]
-        held, going = torch.zeros_like(t, dtype=torch.bool), torch.ones_like(lanes, dtype=torch.bool)
-        held[:, : self.e] = True
+            t, gram, noise, held = t[lanes], gram[lanes], noise[lanes], held[lanes]
+        going = torch.ones_like(lanes, dtype=torch.bool)
+        if start is not None:  # rows that depend on each other are no start
+            held[~_multipliers(gram, t, held)[1], self.e :] = False
         solved, steps = ~going, torch.zeros_like(lanes)
         for step in range(1, _ROUNDS + 1):
             if not len(lanes):

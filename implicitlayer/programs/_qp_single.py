@@ -116,8 +116,8 @@ class SingleProof:
         return Exact(QuadraticSolution(x, y, z, code, count, left), left, held, factors)
 
 
-def exact_cold(program: SingleProgram) -> SingleProof | None:
-    """The proved solution; see NOTE [cold start]."""
+def exact_cold(program: SingleProgram, start: Mask | None = None) -> SingleProof | None:
+    """The proved solution; see NOTE [cold start]. ``start``: inequalities to begin with, none by default."""
     if not 0 < program.curved < math.inf:
         return None
     with np.errstate(all="ignore"):
@@ -125,7 +125,9 @@ def exact_cold(program: SingleProgram) -> SingleProof | None:
         if not rows.definite:
             return None
         rows.whole()
-        held, seen, noise = np.zeros(len(program.sides) - program.e, dtype=bool), set[bytes](), _NOISE * rows.size
+        none = np.zeros(len(program.sides) - program.e, dtype=bool)
+        held = none if start is None or rows.guess(start) is None else start
+        seen, noise = set[bytes](), _NOISE * rows.size
         while held.tobytes() not in seen and len(seen) < _COLD:
             seen.add(held.tobytes())
             guess = rows.guess(held)
@@ -222,14 +224,22 @@ class _KktSet:
 
 
 def exact_near(
-    program: SingleProgram, answer: QuadraticSolution, system_of: Callable[[Any, Mask], System] | None = None
+    program: SingleProgram, answer: QuadraticSolution | Mask, system_of: Callable[[Any, Mask], System] | None = None
 ) -> SingleProof | None:
-    """The proved solution next to the answer; ``system_of(program, held)`` factorises, by default a dense matrix."""
-    x, e = answer.x.reshape(-1).numpy(), program.e
-    w = np.concatenate([t.reshape(-1).numpy() for t in (answer.equality, answer.inequality)])
+    """The proved solution next to the answer, or to the minimum with these inequalities as equations.
+
+    ``system_of(program, held)`` factorises, by default a dense matrix.
+    """
+    e, steps = program.e, 0
     with np.errstate(all="ignore"):
-        start = Terms(program, x, w)
-        held = start.force / start.scale > start.away[e:] / -start.length
+        if isinstance(answer, QuadraticSolution):
+            x, steps = answer.x.reshape(-1).numpy(), int(answer.steps.max())
+            w = np.concatenate([t.reshape(-1).numpy() for t in (answer.equality, answer.inequality)])
+            start = Terms(program, x, w)
+            held = start.force / start.scale > start.away[e:] / -start.length
+        else:
+            x, w, held = np.zeros(program.n), np.zeros(len(program.sides)), answer
+            start = Terms(program, x, w)
         for _ in range(_ROUNDS):
             system = (system_of or _KktSet)(program, held)
             terms = Terms(program, x, np.concatenate([w[:e], w[e:] * held]))
@@ -238,9 +248,8 @@ def exact_near(
                 terms = Terms(program, terms.x + dx, terms.w + dw)
             wrong = terms.wrong(held)
             if not wrong.any():
-                error = terms.violation()
-                steps = int(answer.steps.max())
-                proof = SingleProof(terms, held, error, steps, partial(_itself, system), "interior point")
+                error, by = terms.violation(), "interior point" if steps else "active set"
+                proof = SingleProof(terms, held, error, steps, partial(_itself, system), by)
                 return proof if error <= TIGHT else None
             held = held ^ wrong
     return None

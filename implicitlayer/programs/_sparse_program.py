@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -121,10 +122,17 @@ class SparseSystem:
         return float(self.of.linalg.onenormest(solves)) * float(abs(self.matrix).sum(0).max())
 
 
-def sparse_proof(program: SparseProgram) -> SingleProof | None:
-    """The proved solution; None where it is not found, or not as clear as NOTE [sparse proof] wants it."""
+def sparse_proof(program: SparseProgram, start: Mask | None = None) -> SingleProof | None:
+    """The proved solution; None where it is not found, or not as clear as NOTE [sparse proof] wants it.
+
+    ``start``: inequalities whose solution is tried first.
+    """
     if not program.finite or not program.definite(1.0):
         return None
+    with np.errstate(all="ignore"), suppress(RuntimeError):
+        proof = None if start is None else exact_near(program, start, SparseProgram.system)
+        if proof is not None:
+            return proof
     for rtol in (_EARLY, _LATE):
         with np.errstate(all="ignore"):
             try:
