@@ -38,7 +38,7 @@ class Problem:
         check_unknowns(leaves)
         self._objective, self._theta, self._curvature = objective, theta, curvature
         self._like = [leaf.detach() for leaf in leaves]
-        self._composite = composite_of(objective, 'curvature="gauss_newton"') if curvature == "gauss_newton" else None
+        self._composite = _gauss_newton_parts(objective) if curvature == "gauss_newton" else None
         self._pull: Callable[[Leaves], Leaves] | None = None  # the curvature's products, at the point evaluated last
         value, gradient = self._evaluate(self._like)
         self.lane_dims, self.dtype = value.ndim, value.dtype
@@ -127,12 +127,16 @@ def pulled(outputs: Any, inputs: Leaves) -> Callable[[Leaves], Leaves]:
     return pull
 
 
-def composite_of(objective: Callable[..., Any], who: str) -> Any:
-    """The loss and the model of an objective that tells them, or an error that says how to; ``who`` needs them."""
+def _gauss_newton_parts(objective: Callable[..., Any]) -> Any:
+    return composite_of(objective, 'curvature="gauss_newton"', 'curvature="hessian"')
+
+
+def composite_of(objective: Callable[..., Any], who: str, other: str) -> Any:
+    """The loss and the model of an objective that tells them, or an error: ``who`` needs them, ``other`` does not."""
     composite = objective.as_composite() if hasattr(objective, "as_composite") else None
     if composite is None:
         raise ObjectiveError(
             f"{who} needs an objective that says what its model is: il.least_squares(residuals) or "
-            'il.composite(loss, model). With any other, use curvature="hessian".'
+            f"il.composite(loss, model). With any other, use {other}."
         )
     return composite

@@ -17,6 +17,8 @@ from implicitlayer.solvers._problem import composite_of, pulled, pushed
 
 __all__: list[str] = []
 
+_WORDS = "il.solvers.LevenbergMarquardt", "il.solvers.LBFGS() or, under a constraint, il.solvers.ProjectedGradient()"
+
 
 class Residuals:
     """Residuals f, float64 [*lanes, k], in units of their size at init: squares neither overflow nor vanish.
@@ -29,7 +31,7 @@ class Residuals:
     def __init__(self, objective: Callable[..., Any], init: Any, theta: tuple[Any, ...]) -> None:
         leaves, self._spec = flatten(init)
         check_unknowns(leaves)
-        self._composite, self._theta = composite_of(objective, "il.solvers.LevenbergMarquardt"), theta
+        self._composite, self._theta = composite_of(objective, *_WORDS), theta
         self._like = [leaf.detach() for leaf in leaves]
         value, first = self._evaluate(self._like)
         check_attached(next((leaf for leaf in self._outputs if leaf.requires_grad), self._outputs[0]))

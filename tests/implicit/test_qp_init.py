@@ -66,10 +66,10 @@ def test_a_start_that_cannot_be_is_left(kind: str) -> None:
 
 
 def test_the_search_ends_after_one_round_from_the_active_set_of_the_solution() -> None:
-    data = program(6)
+    data = program(8)
     G = torch.cat([data["G"], torch.eye(N, dtype=F64), -torch.eye(N, dtype=F64)])
     h = torch.cat([data["h"], data["ub"], -data["lb"]])
-    one = SingleProgram((data["Q"], data["p"], data["A"], data["b"], G, h))
+    one = SingleProgram((data["Q"], 0.3 * data["p"], data["A"], data["b"], G, h))
     cold = exact_cold(one)
     assert cold is not None and cold.steps > 2
     warm = exact_cold(one, cold.held)
