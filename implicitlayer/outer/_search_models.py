@@ -186,9 +186,11 @@ class LogisticModel(Model):
         """(init, theta, fold) -> weights."""
 
         def objective(w: Any, t: Tensors, fold: Fold) -> torch.Tensor:
-            value = self._losses(w, fold.X, fold.y).sum() + (w["coef"] ** 2 / t["C"].exp()).sum() / 2
+            value: torch.Tensor = self._losses(w, fold.X, fold.y).sum() + (w["coef"] ** 2 / t["C"].exp()).sum() / 2
             # more than two classes: one number added to all intercepts changes nothing, so their mean is held at zero
-            return value + w["intercept"].sum() ** 2 / 2 if self.intercept and self.num_classes > 2 else value
+            if self.intercept and self.num_classes > 2:
+                value = value + w["intercept"].sum() ** 2 / 2
+            return value
 
         return argmin(objective, solver, polish=3)
 
