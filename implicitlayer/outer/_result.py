@@ -69,6 +69,11 @@ class BilevelResult:
                 f"Stopped after {self.num_steps} steps: {numbers}, and no tighter solve makes the error smaller. Use "
                 "float64, a solver that reaches smaller tolerances, a better conditioned problem, or a larger rtol."
             )
+        if self.gradient_error > max(self.gradient_norm, self.tolerance):
+            return (
+                f"Stopped at the limit of {self.num_steps} steps: {numbers}. The error is what keeps it: raise the "
+                "max_steps of the layer's solver and linear solver."
+            )
         first = self.history[0]["gradient_norm"]
         return (
             f"Stopped at the limit of {self.num_steps} steps: {numbers} (at the start it was {first:.2e}). Raise "

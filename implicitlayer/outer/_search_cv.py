@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -43,10 +42,15 @@ _DECADE = np.log(10.0)  # the unit of the search: the first step of L-BFGS-B has
 _RANGE = 6.0  # how far from the start
 
 
-def _has(name: str) -> Callable[[Any], Any]:
-    return available_if(  # type: ignore[no-any-return]
-        lambda self: hasattr(getattr(self, "best_estimator_", self.estimator), name)
-    )
+def _by_the_best(name: str) -> Any:
+    """A method of the best estimator, where the estimator has it."""
+
+    def method(self: Any, X: Any) -> Any:
+        X = self._asked(X)
+        return getattr(self.best_estimator_, name)(X)
+
+    method.__name__, method.__doc__ = name, "By the best estimator."
+    return available_if(lambda self: hasattr(getattr(self, "best_estimator_", self.estimator), name))(method)
 
 
 class ImplicitSearchCV(MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]
@@ -168,23 +172,9 @@ class ImplicitSearchCV(MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]
         X = self._asked(X)
         return self.best_estimator_.predict(X)
 
-    @_has("predict_proba")
-    def predict_proba(self, X: Any) -> Any:
-        """By the best estimator."""
-        X = self._asked(X)
-        return self.best_estimator_.predict_proba(X)
-
-    @_has("predict_log_proba")
-    def predict_log_proba(self, X: Any) -> Any:
-        """By the best estimator."""
-        X = self._asked(X)
-        return self.best_estimator_.predict_log_proba(X)
-
-    @_has("decision_function")
-    def decision_function(self, X: Any) -> Any:
-        """By the best estimator."""
-        X = self._asked(X)
-        return self.best_estimator_.decision_function(X)
+    predict_proba = _by_the_best("predict_proba")
+    predict_log_proba = _by_the_best("predict_log_proba")
+    decision_function = _by_the_best("decision_function")
 
     def score(self, X: Any, y: Any) -> float:
         """The best estimator's own score: R^2, or accuracy."""

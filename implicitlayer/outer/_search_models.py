@@ -167,7 +167,10 @@ class LogisticModel(Model):
         """The unknowns from a fitted estimator."""
         w = torch.as_tensor(np.array(fitted.coef_, dtype=np.float64))
         weights = {"coef": w if scale is None else w * scale}
-        return weights | ({"intercept": torch.as_tensor(np.array(fitted.intercept_))} if self.intercept else {})
+        if self.intercept:
+            intercept = torch.as_tensor(np.array(fitted.intercept_))
+            weights["intercept"] = intercept - (intercept.mean() if self.num_classes > 2 else 0.0)
+        return weights
 
     def _losses(self, w: Any, X: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         scores: torch.Tensor = X @ w["coef"].T + (w["intercept"] if self.intercept else 0.0)
@@ -181,11 +184,15 @@ class LogisticModel(Model):
 
     def layer(self, solver: Any) -> ImplicitLayer:
         """(init, theta, fold) -> weights."""
-        return argmin(
-            lambda w, t, fold: self._losses(w, fold.X, fold.y).sum() + (w["coef"] ** 2 / t["C"].exp()).sum() / 2,
-            solver,
-            polish=3,
-        )
+
+        def objective(w: Any, t: Tensors, fold: Fold) -> torch.Tensor:
+            value: torch.Tensor = self._losses(w, fold.X, fold.y).sum() + (w["coef"] ** 2 / t["C"].exp()).sum() / 2
+            # more than two classes: one number added to all intercepts changes nothing, so their mean is held at zero
+            if self.intercept and self.num_classes > 2:
+                value = value + w["intercept"].sum() ** 2 / 2
+            return value
+
+        return argmin(objective, solver, polish=3)
 
     def start(self, folds: list[Fold]) -> Tensors:
         """The inverse of a hundredth of the mean eigenvalue of X'X / 4, the Hessian of the losses at zero."""

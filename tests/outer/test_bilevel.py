@@ -168,6 +168,15 @@ def test_the_step_limit_is_told_with_the_gradient_and_its_error() -> None:
     assert len(result.history) == 4 and result.history[0]["gradient_error"] is not None
 
 
+def test_a_linear_solver_cut_short_is_not_taken_for_converged_and_is_named() -> None:
+    layer = il.argmin(ridge, il.solvers.NewtonCG(), linear_solver=il.ConjugateGradient(max_steps=1))
+    result = il.bilevel(held_out, layer, START - 4, init=ZEROS, optimizer=ADAM, max_steps=15)
+    error = abs(float(exact_gradient(result.theta).abs()) - result.gradient_norm)
+    # the Newton step is cut short too: a first-order estimate of an error as large as the gradient
+    assert result.status is il.Status.MAX_STEPS_REACHED and error <= 1.2 * result.gradient_error
+    assert "raise the max_steps of the layer's solver and linear solver" in result.explain()
+
+
 def test_an_optimizer_that_no_longer_moves_theta_ends_the_run() -> None:
     result = search(il.solvers.LBFGS(), optimizer=partial(torch.optim.SGD, lr=0.0), max_steps=50)
     assert result.status is il.Status.STAGNATED and result.num_steps == 1
