@@ -145,8 +145,7 @@ def _solve(
 @_solve.register_fake
 def _(init: Any, theta: Any, number: int, form: str, needed: str) -> list[torch.Tensor]:
     lanes = init[0].shape[: _LAYERS[number].layer.batch_dims]
-    numbers = [init[0].new_empty(lanes, dtype=torch.float64) for _ in range(2)]
-    return [*(torch.empty_like(t) for t in init), *numbers]
+    return [*(torch.empty_like(t) for t in init), init[0].new_empty((2, *lanes), dtype=torch.float64)]
 
 
 @torch.library.custom_op("implicitlayer::pull", mutates_args=())
@@ -155,13 +154,12 @@ def _pull(
     init: Sequence[torch.Tensor],
     theta: Sequence[torch.Tensor],
     cotangent: Sequence[torch.Tensor],
-    norm: torch.Tensor,
-    size: torch.Tensor,
+    measured: torch.Tensor,
     number: int,
     form: str,
     needed: str,
 ) -> list[torch.Tensor]:
-    given = list(x), list(theta), list(cotangent), norm, size
+    given = list(x), list(theta), list(cotangent), measured
     call, marked = _prepared(number, form, needed, list(init), list(theta), False)
     assert call is not None  # it has solved
     found = call.pull(*given) if call.program.has_pulled else _aside(lambda: call.pull(*given))
@@ -171,7 +169,7 @@ def _pull(
 
 
 @_pull.register_fake
-def _(x: Any, init: Any, theta: Any, cotangent: Any, norm: Any, size: Any, number: int, form: str, needed: str) -> Any:
+def _(x: Any, init: Any, theta: Any, cotangent: Any, measured: Any, number: int, form: str, needed: str) -> Any:
     return [torch.empty_like(t) for t, need in zip(theta, needed, strict=True) if need == "1"]
 
 
@@ -184,9 +182,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, grads: Any) -> tuple[Any, ...]:
     k, m = ctx.num_x, ctx.num_theta
     saved = list(ctx.saved_tensors)
-    init, theta, x, (norm, size) = saved[:k], saved[k : k + m], saved[k + m : 2 * k + m], saved[2 * k + m :]
+    init, theta, x, measured = saved[:k], saved[k : k + m], saved[k + m : 2 * k + m], saved[-1]
     v = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads[:k], x, strict=True)]
-    found = iter(torch.ops.implicitlayer.pull(x, init, theta, v, norm, size, ctx.number, ctx.form, ctx.needed))
+    found = iter(torch.ops.implicitlayer.pull(x, init, theta, v, measured, ctx.number, ctx.form, ctx.needed))
     return [None] * k, [next(found) if need == "1" else None for need in ctx.needed], None, None, None
 
 

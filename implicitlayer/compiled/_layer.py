@@ -230,23 +230,23 @@ class Call:
     num_x: int
 
     def solve_by_program(self, init: Leaves, theta: Leaves) -> tuple[torch.Tensor, ...] | None:
-        """(*x leaves, norm, size); None where the layer itself is to judge."""
-        x, fine, _, norm, size = run(self.program.solve, [t.detach() for t in init], [t.detach() for t in theta])
-        return (*x, norm, size) if fine else None
+        """(*x leaves, measured); None where the layer itself is to judge."""
+        x, fine, _, measured = run(self.program.solve, [t.detach() for t in init], [t.detach() for t in theta])
+        return (*x, measured) if fine else None
 
     def solve(self, init: Leaves, theta: Leaves, judged: Leaves) -> tuple[torch.Tensor, ...]:
         """The same, judged by the layer where need be; ``judged``: theta with what requires a gradient."""
-        x, fine, worst, norm, size = run(self.program.solve, [t.detach() for t in init], [t.detach() for t in theta])
+        x, fine, worst, measured = run(self.program.solve, [t.detach() for t in init], [t.detach() for t in theta])
         self.program.has_solved = True
         if not fine:
             with torch.enable_grad():
                 x = [t.detach() for t in self.by_layer(x, init, judged, Status(int(worst)))]
-        return (*x, norm, size)
+        return (*x, measured)
 
-    def pull(self, x: Leaves, theta: Leaves, v: Leaves, norm: torch.Tensor, size: torch.Tensor) -> Leaves | None:
+    def pull(self, x: Leaves, theta: Leaves, v: Leaves, measured: torch.Tensor) -> Leaves | None:
         """The gradients of the needed theta leaves; None where the layer itself is to be asked."""
         plain = [t.detach() for t in x], [t.detach() for t in theta], [t.detach().contiguous() for t in v]
-        found, fine = run(self.program.pull, *plain, norm, size)
+        found, fine = run(self.program.pull, *plain, measured)
         self.program.has_pulled = True
         return list(found) if fine else None
 
@@ -289,24 +289,24 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         k = call.num_x
-        *x, norm, size = call.solve(list(tensors[:k]), list(tensors[k:]), list(tensors[k:]))
+        *x, measured = call.solve(list(tensors[:k]), list(tensors[k:]), list(tensors[k:]))
         ctx.call = call
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*x, *tensors, norm, size)
+        ctx.save_for_backward(*x, *tensors, measured)
         return tuple(x)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
         call: Call = ctx.call
         k = call.num_x
-        *saved, norm, size = ctx.saved_tensors
+        *saved, measured = ctx.saved_tensors
         x, init, theta = saved[:k], saved[k : 2 * k], saved[2 * k :]
         if all(c is None for c in cotangents):
             return (None,) * (1 + k + len(theta))
         v = [torch.zeros_like(leaf) if c is None else c for c, leaf in zip(cotangents, x, strict=True)]
         attached = torch.is_grad_enabled()
         special = attached or plainly_impossible() or listening() or any(map(_torch.is_batched_by_grad, v))
-        found = None if special else call.pull(x, theta, v, norm, size)
+        found = None if special else call.pull(x, theta, v, measured)
         if found is None:
             found = call.pull_by_layer(x, init, theta, v, attached)
         rest = iter(found)

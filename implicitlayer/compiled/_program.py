@@ -72,8 +72,8 @@ def _norm(vector: torch.Tensor) -> torch.Tensor:
 
 
 def solve(problem: Problem, init: Leaves, theta: Leaves) -> tuple[Any, ...]:
-    """x leaves, whether all is well (bool, 0-d), the worst :class:`Status` (0-d), and [*lanes] the norm of the gradient
-    there and the size of x.
+    """x leaves, whether all is well (bool, 0-d), the worst :class:`Status` (0-d), and, [2, *lanes], the norm of the
+    gradient there and the size of x.
     """
     traced = problem.at(init, theta)
     x, codes = problem.solver.traced(traced)
@@ -94,13 +94,14 @@ def solve(problem: Problem, init: Leaves, theta: Leaves) -> tuple[Any, ...]:
         change = 2 * _norm(traced.gradient(x - step * gradient) - gradient + linear) / _norm(linear)
         tight = distance <= torch.finfo(x.dtype).eps ** _TIGHT * size
         fine = fine & (distance <= problem.rtol * size) & (tight | (change <= _CHANGES * problem.rtol))
-    return unravel(x, init, problem.lane_dims), fine.all(), codes.max(), norm, size
+    return unravel(x, init, problem.lane_dims), fine.all(), codes.max(), torch.stack([norm, size])
 
 
 def pull(
-    problem: Problem, x: Leaves, theta: Leaves, cotangent: Leaves, norm: torch.Tensor, size: torch.Tensor
+    problem: Problem, x: Leaves, theta: Leaves, cotangent: Leaves, measured: torch.Tensor
 ) -> tuple[Leaves, torch.Tensor]:
-    """Gradients of the needed theta leaves, and whether all is well; ``norm``, ``size``: of :func:`solve`."""
+    """Gradients of the needed theta leaves, and whether all is well; ``measured``: the last of :func:`solve`."""
+    norm, size = measured[0], measured[1]
     traced, lane_dims = problem.at(x, theta), problem.lane_dims
     flat, rhs = traced.start, ravel(cotangent, lane_dims)
     gradient = traced.gradient(flat)
