@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
 
@@ -37,8 +37,10 @@ class Limits:
     rtol: float | None = None
     atol: float = 0.0
     max_steps: int | None = None
+    has_tolerance: bool = field(init=False)  # whether one was asked for; with max_steps alone, none was
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "has_tolerance", self.rtol is not None or self.atol > 0 or self.max_steps is None)
         for name, value in (("rtol", self.rtol), ("atol", self.atol)):
             if value is not None and not value >= 0:
                 raise ValueError(
@@ -46,10 +48,6 @@ class Limits:
                 )
         if self.max_steps is not None and self.max_steps < 0:
             raise ValueError(f"max_steps={self.max_steps} must be non-negative. Zero steps return the right-hand side.")
-
-    @property
-    def has_tolerance(self) -> bool:
-        return self.rtol is not None or self.atol > 0 or self.max_steps is None
 
     def relative(self, dtype: torch.dtype) -> float | None:
         """The relative tolerance; None where only a number of steps was asked for."""
