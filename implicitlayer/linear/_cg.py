@@ -182,9 +182,19 @@ class ConjugateGradient(KrylovSolver):
         fruitless = (codes > int(Status.STAGNATED)) & ~(relative < 1)
         value = torch.where(fruitless.unsqueeze(-1), zero_steps(), run.value) if bool(fruitless.any()) else run.value
         smallest = run.smallest if run.smallest is not None else torch.full_like(norm, math.inf)
-        numbers = (codes, run.steps, residual * scale[..., 0], relative, smallest)
-        how = (asked and touched, self.method, rtol, run.ritz, self.preconditioner is not None)
-        return LinearSolution(value * scale, *numbers, *how)
+        return LinearSolution(
+            value=value * scale,
+            codes=codes,
+            steps=run.steps,
+            residual_norm=residual * scale[..., 0],
+            relative_residual=relative,
+            smallest_curvature=smallest,
+            residual_is_true=asked and touched,
+            method=self.method,
+            rtol=rtol,
+            ritz=run.ritz,
+            preconditioned=self.preconditioner is not None,
+        )
 
 
 @dataclass

@@ -214,8 +214,17 @@ def refine(
     if limits.has_tolerance:
         rounding = eps * growth * lane_norm(x) / torch.where(initial > 0, initial, 1.0)
         codes = _judge(codes, norm <= SLACK * tolerance, relative, rounding, math.sqrt(eps))
-    numbers = (codes, steps, norm * scale[..., 0], relative, curvature)
-    return LinearSolution(x * scale, *numbers, is_true, method, rtol)
+    return LinearSolution(
+        value=x * scale,
+        codes=codes,
+        steps=steps,
+        residual_norm=norm * scale[..., 0],
+        relative_residual=relative,
+        smallest_curvature=curvature,
+        residual_is_true=is_true,
+        method=method,
+        rtol=rtol,
+    )
 
 
 def _judge(
@@ -271,8 +280,17 @@ def _first_round(
         return None
     curvature = torch.full(lanes, math.inf, dtype=torch.float64) if found.curvature is None else found.curvature
     absolute, relative = (torch.full(lanes, size, dtype=torch.float64) for size in (norm * scale, norm / initial))
-    numbers = (found.codes, found.steps, absolute, relative, curvature)
-    return LinearSolution(found.value * scale, *numbers, True, method, rtol)
+    return LinearSolution(
+        value=found.value * scale,
+        codes=found.codes,
+        steps=found.steps,
+        residual_norm=absolute,
+        relative_residual=relative,
+        smallest_curvature=curvature,
+        residual_is_true=True,
+        method=method,
+        rtol=rtol,
+    )
 
 
 @dataclass(frozen=True)
@@ -323,5 +341,14 @@ def zero_steps(rhs: torch.Tensor, precondition: Precondition, limits: Limits, me
     code = Status.MAX_STEPS_REACHED if limits.has_tolerance else Status.STEP_LIMIT
     codes = torch.where(finite, int(code), int(Status.NONFINITE))
     unknown = torch.full(codes.shape, math.nan, dtype=torch.float64, device=rhs.device)
-    numbers = (codes, torch.zeros_like(codes), unknown, unknown, unknown + math.inf)
-    return LinearSolution(precondition(rhs / scale) * scale, *numbers, False, method, limits.relative(rhs.dtype))
+    return LinearSolution(
+        value=precondition(rhs / scale) * scale,
+        codes=codes,
+        steps=torch.zeros_like(codes),
+        residual_norm=unknown,
+        relative_residual=unknown,
+        smallest_curvature=unknown + math.inf,
+        residual_is_true=False,
+        method=method,
+        rtol=limits.relative(rhs.dtype),
+    )

@@ -161,5 +161,14 @@ def wrap_value(operator: FlatOperator, rhs: torch.Tensor, value: Any, method: st
     codes = torch.where(relative <= rtol, int(Status.CONVERGED), int(Status.STAGNATED))
     codes = torch.where(relative < 1, codes, int(Status.DIVERGED))
     codes = torch.where(relative.isfinite(), codes, int(Status.NONFINITE))
-    numbers = (codes, torch.zeros_like(codes), residual * scale[..., 0], relative, torch.full_like(relative, math.inf))
-    return LinearSolution(value, *numbers, True, method, rtol)
+    return LinearSolution(
+        value=value,
+        codes=codes,
+        steps=torch.zeros_like(codes),
+        residual_norm=residual * scale[..., 0],
+        relative_residual=relative,
+        smallest_curvature=torch.full_like(relative, math.inf),
+        residual_is_true=True,
+        method=method,
+        rtol=rtol,
+    )
