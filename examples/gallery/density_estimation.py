@@ -5,11 +5,13 @@ Every task is a density over 40 bins of which only 8 samples are seen. The inner
 and the outer problem asks for the log-likelihood of 200 other samples. The closed form (f + s q) / (1 + s)
 is a check only: the layer gets an ordinary solver.
 
-    python examples/density_estimation.py            # about 20 seconds on one core
-    python examples/density_estimation.py --smoke    # a few seconds
+    python examples/gallery/density_estimation.py            # 20 seconds; picture in runs/gallery/
+    python examples/gallery/density_estimation.py --smoke    # a few seconds
 """
 
+# %%
 import argparse
+from pathlib import Path
 
 import torch
 
@@ -23,6 +25,7 @@ META_STEPS = 150
 LEARNING_RATE = 0.1
 
 
+# %%
 def draw_tasks(num_tasks: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Frequencies of support and query samples, [tasks, bins] each: three bumps at fixed places, weights by task."""
     generator = torch.Generator().manual_seed(seed)
@@ -52,10 +55,13 @@ def score(layer: il.ImplicitLayer, theta: torch.Tensor, tasks: tuple[torch.Tenso
     return fit_loss(logits, query).mean()
 
 
+# %%
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="few meta-steps")
-    meta_steps = 25 if parser.parse_args().smoke else META_STEPS
+    parser.add_argument("--figure", type=Path, default=Path("runs/gallery/density_estimation.png"))
+    options = parser.parse_known_args()[0]  # a notebook has arguments of its own
+    meta_steps = 25 if options.smoke else META_STEPS
 
     theta = torch.zeros(NUM_BINS, dtype=torch.float64, requires_grad=True)  # logits of the prior density: uniform
     strength = il.LearnedStrength(torch.tensor(1.0, dtype=torch.float64))
@@ -93,8 +99,35 @@ def main() -> None:
         print(f"\n200 new tasks, {NUM_SHOTS} samples each, negative log-likelihood per sample (lower is better)")
         print(f"  uniform prior, best weight in hindsight   {untrained:.4f}")
         print(f"  learned prior and weight                  {learned:.4f}")
+        draw_figure(options.figure, layer, theta, test)
     assert learned < untrained - (0.05 if meta_steps < META_STEPS else 0.2)
 
 
+# %%
+def draw_figure(figure: Path, layer: il.ImplicitLayer, theta: torch.Tensor, tasks) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    support, query = tasks
+    adapted = layer(theta.expand(len(support), NUM_BINS), theta, support).softmax(-1)
+    fig, axes = plt.subplots(1, 3, figsize=(10, 2.8), layout="constrained", sharey=True)
+    axes[0].bar(range(NUM_BINS), theta.softmax(-1), color="C3", width=1)
+    axes[0].set(title="the learned prior")
+    for task, axis in zip((0, 1), axes[1:], strict=True):
+        axis.bar(range(NUM_BINS), query[task], color="0.8", width=1, label=f"{NUM_QUERIES} other samples")
+        axis.plot(range(NUM_BINS), adapted[task], color="C3", label="estimate")
+        axis.plot(
+            support[task].nonzero()[:, 0], 0 * support[task][support[task] > 0], "k^", label=f"{NUM_SHOTS} samples"
+        )
+        axis.set(title=f"new task {task + 1}")
+    axes[2].legend(frameon=False, fontsize=8, loc="upper left")
+    figure.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(figure, dpi=110)
+    print(f"picture: {figure}")
+
+
+# %%
 if __name__ == "__main__":
     main()
