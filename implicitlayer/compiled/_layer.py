@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from implicitlayer import _torch
-from implicitlayer._errors import ImplicitLayerError, ObjectiveError
+from implicitlayer._errors import ImplicitLayerError, ImplicitLayerWarning, ObjectiveError
 from implicitlayer.base._records import Record, listening
 from implicitlayer.base._solution import SolverResult
 from implicitlayer.base._status import Status
@@ -96,6 +96,9 @@ def compile(
     return CompiledLayer(layer, backend, {"cpp_wrapper": True} if options is None else options)
 
 
+_MANY = 32  # signatures of one layer, after which a word is due
+
+
 def _can_compile(tensors: Leaves) -> bool:
     """Whether there is a compiler for the devices of these; a warning, once, where there is none."""
     if any(t.device.type != "cpu" for t in tensors):
@@ -154,6 +157,8 @@ class CompiledLayer:
         if plainly_impossible() or _torch.num_modes() or listening() or torch.is_inference_mode_enabled():
             return self.layer(init, *theta)
         leaves, spec = flatten(init)
+        if leaves and isinstance(leaves[0], torch.Tensor) and torch.is_autocast_enabled(leaves[0].device.type):
+            return self.layer(init, *theta)  # which solves without it
         signature = Signature.of(theta)
         tensors = signature.tensors
         needed = [t.requires_grad for t in tensors] if torch.is_grad_enabled() else [False] * len(tensors)
@@ -180,6 +185,13 @@ class CompiledLayer:
     def _first(self, key: Any, init: Any, theta: Any, signature: Signature, needed: list[bool]) -> Any:
         """The layer's own answer, and what the next call is to run."""
         tensors = signature.tensors
+        if len(self._programs) == _MANY:
+            warn(
+                f"a compiled layer has been called with {_MANY} signatures, each compiled apart. Shapes that change "
+                "are better padded, and Python numbers among the thetas that change are better passed as tensors.",
+                ImplicitLayerWarning,
+                "many signatures",
+            )
         function = without_aux(self.layer.function) if self.layer.objective_has_aux else self.layer.function
         with torch.enable_grad():
             hidden = find_closed_over(function, (init, *theta), lambda value: None)
@@ -215,7 +227,8 @@ def _key(spec: Any, leaves: Leaves, signature: Signature, needed: list[bool]) ->
     """What a program is for, and the arguments without their tensors."""
     slots = signature.slots
     shapes = [(t.shape, t.stride(), t.dtype, t.device) for t in (*leaves, *signature.tensors)]
-    others = tuple([leaf if isinstance(leaf, int | float | str | None) else id(leaf) for leaf in slots.leaves])
+    plain = (bool, int, float, str)
+    others = tuple([(type(leaf), repr(leaf) if isinstance(leaf, plain) else id(leaf)) for leaf in slots.leaves])
     return (spec, signature.spec, tuple(shapes), tuple(needed), others, torch.get_default_dtype()), slots
 
 

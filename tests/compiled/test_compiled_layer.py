@@ -200,6 +200,23 @@ def test_nothing_is_compiled_anew_for_the_same_shapes(log_layers: tuple[Any, Any
     assert compiled.num_compilations == before == 2
 
 
+def test_autocast_changes_nothing(log_layers: tuple[Any, Any]) -> None:
+    _, compiled = log_layers
+    t = torch.tensor([2.0, 4.0], dtype=F64, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        x = compiled(torch.zeros(2, dtype=F64), t)
+    torch.testing.assert_close(x.detach(), t.detach().log())
+
+
+def test_a_number_that_is_another_each_time_is_told_of() -> None:
+    compiled = traced(il.argmin(lambda x, t, s: ((x - s * t) ** 2).sum(), il.solvers.NewtonCG(rtol=1e-12)))
+    t = torch.ones(2, dtype=F64, requires_grad=True)
+    for step in range(32):
+        compiled(torch.zeros(2, dtype=F64), t, 1.0 + step)
+    with pytest.warns(il.ImplicitLayerWarning, match="passed as tensors"):
+        compiled(torch.zeros(2, dtype=F64), t, 0.5)
+
+
 def test_weights_that_are_closed_over_are_named() -> None:
     weight = torch.ones(2, dtype=F64, requires_grad=True)
     compiled = traced(il.argmin(lambda x, t: ((x - t * weight) ** 2).sum(), il.solvers.NewtonCG(rtol=1e-12)))
