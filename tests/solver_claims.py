@@ -54,9 +54,15 @@ class SumOfSquares:
         return self.solver(il.composite(half_squares, gradient), init)
 
 
+def classes_of(claims: list[Any]) -> set[type]:
+    """The classes of the solvers that the claims are about, and of those inside of them."""
+    solvers = [claim.solver for claim in claims]
+    return {type(one) for solver in solvers for one in (solver, getattr(solver, "solver", solver))}
+
+
 def unlisted(listed: list[Any], base: Any, claim: Any) -> list[Any]:
     """Claims for the package's solvers below ``base`` that ``listed`` says nothing of."""
-    known = {type(one.solver) for one in listed}
+    known = classes_of(listed)
     kinds = [kind for kind in testing.extensions(base, "implicitlayer") if kind not in known]
     return [claim(example) for kind in kinds for example in kind.examples()]
 

@@ -106,7 +106,7 @@ class _TwoLoop:
 
     STATE: tuple[str, ...] = ("pairs", "gamma")
 
-    def __init__(self, memory: int, *, conjugate: bool, on_host: bool) -> None:
+    def __init__(self, memory: int, *, conjugate: bool = False, on_host: bool = True) -> None:
         self.memory, self.conjugate, self.on_host = memory, conjugate, on_host
         self.pairs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.gamma: torch.Tensor | None = None  # float64 [*lanes]: y's / y'y of the newest pair, 0 without one

@@ -42,7 +42,7 @@ def test_the_direction_is_that_of_the_dense_inverse(num_pairs: int) -> None:
     memory = _TwoLoop(4)
     for s, y in pairs:
         remember(memory, torch.tensor(True), s, y)
-    direction, step = memory.direction(torch.tensor(True), g, g.norm())
+    direction, step = memory.direction(torch.tensor(True), g, g, g.norm())
     # a handful of well-conditioned products in each: 1e3 eps
     assert relative_error(direction, -dense_inverse(pairs[-4:]) @ g) < 1e-12 and float(step) == 1.0
 
@@ -63,7 +63,7 @@ def test_lanes_remember_their_own_steps() -> None:
         for i in range(3):
             if bool(lanes[i]) and not (i == 0 and k == 3):
                 kept[i].append((s[i], y[i]))
-    direction, step = memory.direction(torch.ones(3, dtype=torch.bool), g, g.norm(dim=-1))
+    direction, step = memory.direction(torch.ones(3, dtype=torch.bool), g, g, g.norm(dim=-1))
     for i in range(2):
         assert relative_error(direction[i], -dense_inverse(kept[i][-4:]) @ g[i]) < 1e-12
     assert torch.equal(direction[2], -g[2]) and float(step[2]) == float(1 / g[2].norm())
@@ -76,7 +76,7 @@ def test_forgetting_returns_to_the_steepest_descent_in_those_lanes_only() -> Non
         remember(memory, both, s.expand(2, 5), y.expand(2, 5))
     g = randn(2, 5, seed=5)
     assert memory.forget(torch.tensor([True, False])).tolist() == [True, False]
-    direction, _ = memory.direction(both, g, g.norm(dim=-1))
+    direction, _ = memory.direction(both, g, g, g.norm(dim=-1))
     assert torch.equal(direction[0], -g[0])
     assert relative_error(direction[1], -dense_inverse(pairs) @ g[1]) < 1e-12
     assert memory.forget(torch.tensor([True, False])).tolist() == [False, False]  # nothing is left there
@@ -141,11 +141,11 @@ def test_all_pairs_multiplied_out_give_the_direction_of_the_two_loops(lanes: tup
             method.moved(some, step, change, search)  # type: ignore[arg-type]
         gradient = randn(*lanes, n, seed=50 + k)
         norm = gradient.norm(dim=-1)
-        (d, a), (e, b) = (method.direction(everywhere, gradient, norm) for method in (loops, product))
+        (d, a), (e, b) = (method.direction(everywhere, like, gradient, norm) for method in (loops, product))
         # both sum 12 pairs of a matrix of condition 100 in another order
         assert torch.allclose(d, e, rtol=1e-9, atol=1e-11 * float(d.abs().max())) and torch.equal(a, b)
     assert bool(product.forget(everywhere).all()) and not bool(product.forget(everywhere).any())
-    direction, first = product.direction(everywhere, gradient, norm)
+    direction, first = product.direction(everywhere, like, gradient, norm)
     assert torch.equal(direction, -gradient) and torch.allclose(first, 1 / norm)
 
 
