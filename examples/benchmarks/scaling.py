@@ -176,8 +176,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             ends = f"{1e3 * seconds[0]:.2f} ms, {1e3 * seconds[-1]:.0f} ms"
             growth = f"{axes[name]['slope']:.2f}"
             print(f"| {name} | {sizes[0]:,} to {sizes[-1]:,} | {ends} | {growth} | {1e6 * more:.2f} µs |", flush=True)
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     result = {
-        "machine": platform.processor() or platform.machine(),
+        "machine": names[0] if names else platform.machine(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "implicitlayer": il.__version__},
         "command": " ".join(
             ["python", "examples/benchmarks/scaling.py", *(argv if argv is not None else sys.argv[1:])]
