@@ -23,7 +23,7 @@ TOLERANCE = 1e-11
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One start of two processes for all cases; both have found the same."""
     folder = tmp_path_factory.mktemp("sharded")
-    process = processes.launch([str(SCRIPT), str(folder)], timeout=300)  # 20 seconds on two free cores
+    process = processes.launch([str(SCRIPT), str(folder)], timeout=300)  # 45 s of CPU together
     assert process.returncode == 0, process.stderr
     first, second = processes.results(folder, 2)
     assert first.keys() == second.keys()
