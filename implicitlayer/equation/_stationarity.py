@@ -15,6 +15,7 @@ import torch
 
 from implicitlayer._errors import NonFiniteError
 from implicitlayer.base._failures import refuse
+from implicitlayer.base._sharding import placed_like
 from implicitlayer.base._tree import finite_lanes, name_lanes, ravel, unravel
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._jacobian import Jacobian
@@ -58,7 +59,7 @@ def is_rounding(value: torch.Tensor, norm: torch.Tensor, residual: Residual, x: 
         # the golden angle gives signs without a period, and leaves the random state alone
         phase = torch.arange(leaf.numel(), device=leaf.device, dtype=torch.float64) * 2.399963
         signs = torch.where(torch.cos((1 + draw) * phase + draw) >= 0, 1.0, -1.0).reshape(leaf.shape)
-        turned: torch.Tensor = leaf.detach() * (1 + h * signs.to(leaf.dtype))
+        turned: torch.Tensor = leaf.detach() * placed_like(1 + h * signs.to(leaf.dtype), leaf)
         return turned
 
     size, free = torch.zeros_like(norm), len(theta) - residual.num_fixed

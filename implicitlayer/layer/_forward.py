@@ -15,6 +15,7 @@ from implicitlayer._errors import ImplicitLayerError, NonFiniteError, ObjectiveE
 from implicitlayer.base._active_set import ActiveSet
 from implicitlayer.base._failures import FAILURES, failed_result, marking, masking, no_lane_named, refuse, replaced
 from implicitlayer.base._records import ForwardRecord, emit, listening_in_depth
+from implicitlayer.base._sharding import WHOLE, gathered
 from implicitlayer.base._solution import RecordingSolver, SolverResult
 from implicitlayer.base._status import Status
 from implicitlayer.base._surroundings import out_of_inference, plain_surroundings, saves_by_hooks, unread
@@ -299,6 +300,7 @@ def _check_answer(answer: Any, calling: Calling, like: Leaves) -> Leaves:
 
 def _check_leaf(value: Any, name: str, like: torch.Tensor) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
+        value = value if value.__class__ in WHOLE else gathered(value)
         if value.device != like.device:
             raise SolverOutputError(
                 f"the solver returned {name} on {value.device}, but init is on {like.device}. Move it there."

@@ -11,6 +11,7 @@ import torch
 
 from implicitlayer import _torch
 from implicitlayer.base._failures import failed_lanes, finite_data, replaced
+from implicitlayer.base._sharding import WHOLE, gathered_where_plain
 from implicitlayer.base._surroundings import plain_surroundings
 from implicitlayer.base._types import Leaves, OnFailure
 from implicitlayer.equation._capture import ClosedOver, derivatives_possible
@@ -154,6 +155,8 @@ class ImplicitArgmin(torch.autograd.Function):
             return implicit_vjp(spec.residual, x, theta, filled, needed, spec.settings, ctx.found, graph)
 
         theta_bar = over_batched_vectors(rule, alive(cotangents))
+        if not set(map(type, theta_bar)) <= WHOLE:
+            theta_bar = gathered_where_plain(theta_bar, theta)
         return (None, *(None,) * k, *theta_bar)
 
     @staticmethod

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -12,6 +12,7 @@ from implicitlayer import _torch
 from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
 from implicitlayer.base._copying import CopiesFunctions
 from implicitlayer.base._records import CallRecords, Record
+from implicitlayer.base._sharding import WHOLE, Sharding, is_sharded
 from implicitlayer.base._surroundings import out_of_inference, outside_compiled_code
 from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, tree_map, unflatten
 from implicitlayer.base._types import FlatFunction, OnFailure
@@ -108,6 +109,8 @@ class ImplicitLayer(CopiesFunctions):
         _refuse_forward_over_forward()
         x, x_names = flatten_with_names(init, "x")
         check_init(x, x_names, self.batch_dims)
+        if (not set(map(type, x)) <= WHOLE or _torch.transforms_active()) and any(map(is_sharded, x)):
+            return self._call_sharded(init, theta)
         x_spec = flatten(init)[1]
         theta = tree_map(announce, theta) if _torch.num_modes() else theta
         signature = Signature.of(theta)
@@ -168,6 +171,21 @@ class ImplicitLayer(CopiesFunctions):
         if self.solver_has_aux:
             return solution, found.aux[0] if len(found.aux) == 1 else list(found.aux)
         return solution
+
+    def _call_sharded(self, init: Any, theta: tuple[Any, ...]) -> Any:
+        """The same layer of whole unknowns; see NOTE [sharded objectives]."""
+        if type(self)._equation is not ImplicitLayer._equation:
+            raise UnsupportedTransformError(
+                "init holds DTensors, and a layer with a set, a regulariser or constraints takes plain tensors only. "
+                "Pass init.full_tensor() (the objective may distribute it again), or use a layer without them."
+            )
+        sharding = Sharding(init)
+        whole = replace(self, function=sharding.seen_whole(self.function))
+        result = whole(sharding.whole(init), *theta)
+        self.records = whole.records
+        if self.solver_has_aux:
+            return sharding.distributed(result[0]), result[1]
+        return sharding.distributed(result)
 
     def _read(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """What is run to find closed-over tensors."""

@@ -4,7 +4,7 @@
     python parallel_run.py --fork 4 FOLDER SCENARIO
 
 The first form is the real thing. The second imports torch once and forks into processes with the variables that
-torchrun sets, which is several times faster; a process that outlives the first one that ends by 20 seconds is killed.
+torchrun sets, which is several times faster.
 
 A scenario is JSON: settings of ``make_trainer`` and of this script: "run" (folder inside FOLDER), "timeout", and a step
 at which process 1 shall "die", "stall" or be asked to "stop"; "seed": draw other tasks on every process. Each process
@@ -14,10 +14,8 @@ leaves ``FOLDER/<run>/<rank>.json`` (or ``<out>-<rank>.json``): what it learned 
 import json
 import os
 import signal
-import socket
 import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from meta.lines import Lines, comparable, make_trainer, tensors
+from processes import fork
 
 import implicitlayer as il
 
@@ -78,44 +77,8 @@ def main(folder: Path, scenarios: list[str]) -> None:
             train(folder / each.pop("run"), each, group)
 
 
-def fork(num_processes: int, folder: Path, scenarios: list[str]) -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(num_processes)}
-    make_trainer(None, max_steps=1).fit()  # what torch loads at first use is loaded once
-    children = {}
-    for rank in range(num_processes):
-        pid = os.fork()
-        if pid == 0:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(num_processes)}
-            status = 0
-            try:
-                main(folder, scenarios)
-            except BaseException:
-                traceback.print_exc()
-                status = 1
-            sys.stderr.flush()
-            os._exit(status)
-        children[pid] = rank
-    codes, deadline = [], None
-    while children:
-        pid, status = os.waitpid(-1, os.WNOHANG)
-        if pid:
-            del children[pid]
-            codes.append(os.waitstatus_to_exitcode(status))
-            # after a failure there is nothing more to wait for
-            deadline = deadline or time.monotonic() + 20 * (codes[-1] == 0)
-        elif deadline is not None and time.monotonic() > deadline:
-            for pid in children:
-                os.kill(pid, signal.SIGKILL)
-            deadline = None
-        else:
-            time.sleep(0.02)
-    return max(abs(code) for code in codes)
-
-
 if __name__ == "__main__":
     if sys.argv[1] == "--fork":
-        sys.exit(fork(int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]))
+        make_trainer(None, max_steps=1).fit()  # what torch loads at first use is loaded once
+        sys.exit(fork(int(sys.argv[2]), lambda: main(Path(sys.argv[3]), sys.argv[4:])))
     main(Path(sys.argv[1]), sys.argv[2:])

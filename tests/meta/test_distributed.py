@@ -3,16 +3,17 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import torch.distributed as dist
 from meta.lines import Lines, comparable, make_trainer, tensors
+from processes import free_port, results
 
 import implicitlayer as il
 from implicitlayer.meta._distributed import launch_command
@@ -30,11 +31,7 @@ TOLERANCE = {"rtol": 1e-12, "atol": 1e-12}
 
 
 def launch(how: list[str], folder: Path, *scenarios: dict[str, Any]) -> subprocess.CompletedProcess[str]:
-    outside = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE")
-    environment = {name: value for name, value in os.environ.items() if name not in outside}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, *how, str(folder), *(json.dumps(scenario) for scenario in scenarios)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return processes.launch([*how, str(folder), *(json.dumps(scenario) for scenario in scenarios)])
 
 
 def torchrun(num_processes: int, folder: Path, *scenarios: dict[str, Any]) -> subprocess.CompletedProcess[str]:
@@ -44,16 +41,6 @@ def torchrun(num_processes: int, folder: Path, *scenarios: dict[str, Any]) -> su
 
 def fork(num_processes: int, folder: Path, *scenarios: dict[str, Any]) -> subprocess.CompletedProcess[str]:
     return launch([str(SCRIPT), "--fork", str(num_processes)], folder, *scenarios)
-
-
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
-def results(folder: Path, num_processes: int) -> list[dict[str, Any]]:
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(num_processes)]
 
 
 def alone(**settings: Any) -> il.meta.Trainer:

@@ -1,0 +1,197 @@
+"""DTensors: unknowns that an objective sees in parts, one per process, and everybody else as a whole."""
+
+# NOTE [sharded objectives]: solvers, checks and linear solves decide by numbers, and processes that decide differently
+# wait for each other for ever. So they work on whole plain tensors, the same bits on every process, and only the
+# objective sees DTensors: its unknowns are cut at its door and its value is put together there. With x the whole
+# tensor and the parts P x, f(P x) has the gradient P' f'(P x), and P' is the gathering of the parts, whatever torch has
+# left to be done: a value or gradient with the placement Partial, of which every process holds a summand, is summed.
+# The transposes of the two are each other, so each Function below is the backward of the other one, to any order.
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from implicitlayer import _torch
+from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
+from implicitlayer.base._tree import flatten, is_data, unflatten
+
+__all__ = ["WHOLE", "Sharding", "gathered", "gathered_where_plain", "is_sharded", "placed_like"]
+
+WHOLE = {torch.Tensor, torch.nn.Parameter, type(None)}  # classes of what is sure to lie on one process
+
+
+def is_sharded(value: Any) -> bool:
+    """Whether ``value`` is a DTensor, also inside transforms of torch.func, which hide it."""
+    inside = _inside(value)
+    return hasattr(inside, "device_mesh") and hasattr(inside, "full_tensor")
+
+
+def _inside(value: Any) -> Any:
+    while isinstance(value, torch.Tensor) and _torch.is_wrapped(value):
+        value = _torch.unwrapped(value)
+    return value
+
+
+def _layout(value: Any) -> tuple[Any, tuple[Any, ...]] | None:
+    """Mesh and placements of a DTensor; None for anything else."""
+    if not is_sharded(value):
+        return None
+    inside = _inside(value)
+    return inside.device_mesh, inside.placements
+
+
+def placed_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
+    """A constant that is the same on every process, cut as ``like`` is; itself for a plain one."""
+    layout = _layout(like)
+    return tensor if layout is None else _cut(tensor, *layout)
+
+
+def _cut(tensor: torch.Tensor, mesh: Any, placements: Sequence[Any]) -> torch.Tensor:
+    from torch.distributed.tensor import DTensor, Replicate
+
+    cut: torch.Tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return cut.redistribute(placements=_no_summands(placements))  # type: ignore[attr-defined,no-any-return]
+
+
+def _no_summands(placements: Sequence[Any]) -> tuple[Any, ...]:
+    """The placements of a gradient: whole where the tensor itself is in summands."""
+    from torch.distributed.tensor import Replicate
+
+    return tuple(Replicate() if placement.is_partial() else placement for placement in placements)
+
+
+def _refuse_vmap(*_: Any) -> Any:
+    raise UnsupportedTransformError(
+        "vmap over a layer whose unknowns are DTensors is not possible: torch cannot map what lies on several "
+        "processes. Pass batch_dims= for many problems at once, or call the layer in a loop."
+    )
+
+
+class _Distribute(torch.autograd.Function):
+    """A whole tensor in parts, NOTE [sharded objectives]."""
+
+    @staticmethod
+    def forward(whole: torch.Tensor, mesh: Any, placements: Any, check: Any = None) -> torch.Tensor:
+        return _cut(whole.detach(), mesh, placements)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.layout, ctx.check = inputs[1:3], inputs[3] if len(inputs) > 3 else None
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
+        gradient = _Gather.apply(cotangent, *ctx.layout)
+        if ctx.check is not None:
+            ctx.check(gradient)
+        return gradient, None, None, None
+
+    vmap = staticmethod(_refuse_vmap)
+
+
+class _Gather(torch.autograd.Function):
+    """The whole of a tensor in parts or summands; ``placements``: how its gradient is cut."""
+
+    @staticmethod
+    def forward(parts: torch.Tensor, mesh: Any, placements: Any) -> torch.Tensor:
+        return parts.detach().full_tensor()  # type: ignore[attr-defined,no-any-return]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.layout = inputs[1:]
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
+        return _Distribute.apply(cotangent, *ctx.layout), None, None
+
+    vmap = staticmethod(_refuse_vmap)
+
+
+class Sharding:
+    """How the unknowns of a layer lie on processes: NOTE [sharded objectives].
+
+    Args:
+        init: pytree of tensors, at least one of them a DTensor.
+    """
+
+    def __init__(self, init: Any) -> None:
+        self.layouts = [_layout(t) for t in flatten(init)[0]]
+        self.mesh = next(layout[0] for layout in self.layouts if layout is not None)
+        self._compared: set[str] = set()
+
+    def whole(self, tree: Any) -> Any:
+        """``tree`` with every DTensor put together; its gradient is cut as it was."""
+        leaves, spec = flatten(tree)
+        return unflatten([gathered(leaf) if is_data(leaf) else leaf for leaf in leaves], spec)
+
+    def distributed(self, tree: Any) -> Any:
+        """A tree like ``init`` cut as ``init`` was."""
+        leaves, spec = flatten(tree)
+        pairs = zip(leaves, self.layouts, strict=True)
+        return unflatten([t if how is None else _Distribute.apply(t, *how) for t, how in pairs], spec)
+
+    def seen_whole(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` of sharded unknowns as one of whole unknowns, with a whole result."""
+
+        def on_whole(x: Any, *theta: Any) -> Any:
+            leaves, spec = flatten(x)
+            cut = [self._seen(i, leaf) for i, leaf in enumerate(leaves)]
+            result = self.whole(function(unflatten(cut, spec), *theta))
+            self._compare("value", [leaf for leaf in flatten(result)[0] if is_data(leaf)])
+            return result
+
+        return on_whole
+
+    def _seen(self, index: int, leaf: torch.Tensor) -> torch.Tensor:
+        layout = self.layouts[index]
+        if layout is None:
+            return leaf
+        cut: torch.Tensor = _Distribute.apply(
+            leaf, *layout, lambda gradient: self._compare(f"gradient in leaf {index} of x", [gradient])
+        )
+        return cut
+
+    def _compare(self, what: str, tensors: Sequence[torch.Tensor]) -> None:
+        """Raise on every process unless the first ``tensors`` called ``what`` are the same on all, up to rounding."""
+        if what in self._compared or not tensors:
+            return
+        import torch.distributed as dist
+
+        self._compared.add(what)
+        plain = [_inside(t).detach().double() for t in tensors]
+        # sums agree to their rounding, far below the root of eps times the sum of magnitudes; NaN is for others to tell
+        mine = torch.stack([part for t in plain for part in (t.sum(), t.abs().sum())]).nan_to_num()
+        rtol = max(torch.finfo(t.dtype).eps for t in tensors) ** 0.5
+        for dim in range(self.mesh.ndim):
+            group = self.mesh.get_group(dim)
+            everybody = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(everybody, mine, group=group)
+            all_sums = torch.stack(everybody)  # [processes, 2 tensors]
+            spread = all_sums.amax(0) - all_sums.amin(0)
+            if bool((spread[::2] > rtol * all_sums.amax(0)[1::2]).any()):
+                values = ", ".join(f"{theirs[0].item():.6g}" for theirs in everybody)
+                raise ObjectiveError(
+                    f"the objective has another {what} on every process (sums of entries: {values}), but its unknowns "
+                    "are DTensors, which are one problem: a sum over data that are spread over the processes was not "
+                    "put together. Make the data DTensors too, distribute_tensor(data, mesh, [Shard(0)]), and leave "
+                    "out .to_local()."
+                )
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a DTensor, with its graph; any other tensor itself."""
+    layout = _layout(tensor)
+    if layout is None:
+        return tensor
+    whole: torch.Tensor = _Gather.apply(tensor, layout[0], _no_summands(layout[1]))
+    return whole
+
+
+def gathered_where_plain(
+    gradients: Sequence[torch.Tensor | None], tensors: Sequence[torch.Tensor]
+) -> list[torch.Tensor | None]:
+    """The gradients of plain tensors put together: torch gives parts or summands where DTensors were met on the way."""
+    pairs = zip(gradients, tensors, strict=True)
+    return [g if g is None or is_sharded(t) else gathered(g) for g, t in pairs]

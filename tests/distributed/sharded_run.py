@@ -1,0 +1,286 @@
+"""What test_sharded runs in two processes at once: ``python sharded_run.py FOLDER``.
+
+Each process leaves ``FOLDER/<rank>.json``: for every case the largest difference to one process, or the error.
+"""
+
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn
+from processes import fork
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+
+import implicitlayer as il
+
+Tree = dict[str, torch.Tensor]
+GD, CG = il.solvers.GradientDescent(0.4, max_steps=200, rtol=1e-12), il.ConjugateGradient(rtol=1e-12)
+SOLVERS = {"GradientDescent": GD, "NewtonCG": il.solvers.NewtonCG(), "LBFGS": il.solvers.LBFGS(rtol=1e-12)}
+LINEAR = {
+    "ConjugateGradient": CG,
+    "Minres": il.Minres(rtol=1e-12),
+    "Gmres": il.Gmres(rtol=1e-12),
+    "Dense": il.Dense(rtol=1e-12),
+}
+# w1 [3, 4], w2 [4, 2]; two processes share three rows unevenly
+PLACED = {"Shard(0)": [Shard(0)] * 2, "Shard(1)": [Shard(1)] * 2, "Replicate": [Replicate()] * 2}
+
+
+def network(x: Tree, inputs: torch.Tensor) -> torch.Tensor:
+    return torch.tanh(inputs @ x["w1"]) @ x["w2"]
+
+
+def objective(x: Tree, theta: Tree, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """A fit plus the proximal term, whose Hessian is 2 I: with the fit's small weight GD at 0.4 needs few steps."""
+    near = sum(((x[name] - theta[name]) ** 2).sum() for name in x)
+    return 0.01 * ((network(x, inputs) - targets) ** 2).sum() + near
+
+
+def problem() -> tuple[Tree, list[torch.Tensor]]:
+    draw = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    theta = {"w1": normal(3, 4), "w2": normal(4, 2)}
+    return theta, [normal(10, 3), normal(10, 2), normal(8, 3), normal(8, 2)]
+
+
+def query(x: Tree, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return ((network(x, inputs) - targets) ** 2).sum()
+
+
+def gradient(layer: Any, theta: Tree, data: list[torch.Tensor], function: Callable[..., Any] = query) -> list[Any]:
+    x = layer({name: leaf.detach() for name, leaf in theta.items()}, theta, *data[:2])
+    return list(torch.autograd.grad(function(x, *data[2:]), list(theta.values())))
+
+
+def difference(found: list[Any], wanted: list[torch.Tensor]) -> float:
+    return max((g.full_tensor() - w).abs().max().item() for g, w in zip(found, wanted, strict=True))
+
+
+class Cases:
+    """The sharded problem, its answers on one process, and what is found."""
+
+    def __init__(self) -> None:
+        self.mesh = init_device_mesh("cpu", (2,))
+        self.theta, self.data = problem()
+        self.found: dict[str, Any] = {}
+
+    def sharded(self, placed: str, rows: Any) -> tuple[Tree, list[torch.Tensor]]:
+        pairs = zip(self.theta.items(), PLACED[placed], strict=True)
+        theta = {name: self.put(leaf, how).requires_grad_() for (name, leaf), how in pairs}
+        return theta, [self.put(t, rows) for t in self.data]
+
+    def put(self, tensor: torch.Tensor, how: Any) -> DTensor:
+        return distribute_tensor(tensor, self.mesh, [how])
+
+    def alone(self, layer: Any, function: Callable[..., Any] = query) -> list[torch.Tensor]:
+        theta = {name: leaf.clone().requires_grad_() for name, leaf in self.theta.items()}
+        return gradient(layer, theta, self.data, function)
+
+    def agree(self, name: str, layer: Any, placed: str, rows: Any, wanted: list[torch.Tensor]) -> None:
+        theta, data = self.sharded(placed, rows)
+        found = gradient(layer, theta, data)
+        assert all(type(g) is DTensor for g in found)
+        self.found[name] = difference(found, wanted)
+
+    def refused(self, name: str, run: Callable[[], object]) -> None:
+        try:
+            run()
+            self.found[name] = "no error"
+        except Exception as error:
+            self.found[name] = f"{type(error).__name__}: {error}"
+
+
+def solvers(cases: Cases) -> None:
+    for inner, solver in SOLVERS.items():
+        for linear, linear_solver in LINEAR.items():
+            layer = il.argmin(objective, solver, linear_solver=linear_solver)
+            wanted = cases.alone(layer)
+            cases.agree(f"{inner} {linear}", layer, "Shard(1)", Replicate(), wanted)
+
+
+def rows(cases: Cases) -> None:
+    """Data whose rows are shared: the value of the objective is a sum over processes."""
+    for linear in ("ConjugateGradient", "Gmres", "Dense"):
+        linear_solver = LINEAR[linear]
+        layer = il.argmin(objective, il.solvers.NewtonCG(), linear_solver=linear_solver)
+        wanted = cases.alone(layer)
+        for placed in PLACED if linear == "ConjugateGradient" else ["Shard(0)"]:
+            cases.agree(f"rows {linear} {placed}", layer, placed, Shard(0), wanted)
+
+
+def unannounced(cases: Cases) -> None:
+    theta, data = cases.sharded("Replicate", Replicate())
+    mine = slice(5 * dist.get_rank(), 5 * dist.get_rank() + 5)
+    inputs, targets = (t[mine] for t in cases.data[:2])
+
+    def local(x: Tree, theta: Tree, *_: Any) -> torch.Tensor:
+        return objective({k: v.to_local() for k, v in x.items()}, {k: v.to_local() for k, v in theta.items()}, *_)
+
+    def local_rows(x: Tree, theta: Tree) -> torch.Tensor:
+        return local(x, theta, inputs, targets)
+
+    init = {name: leaf.detach() for name, leaf in theta.items()}
+    cases.refused("unannounced rows", lambda: il.argmin(local_rows, GD)(init, theta))
+    total = torch.distributed.nn.functional.all_reduce
+
+    def local_rows_summed(x: Tree, theta: Tree) -> torch.Tensor:
+        return total(local_rows(x, theta))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cases.refused("summed by hand", lambda: il.argmin(local_rows_summed, GD)(init, theta))
+    # the whole data on every process: plain values that are the same are right
+    layer = il.argmin(lambda x, theta: local(x, theta, *cases.data[:2]), GD, linear_solver=CG)
+    wanted = cases.alone(il.argmin(objective, GD, linear_solver=CG))
+    loss = query(layer(init, theta), *data[2:])
+    cases.found["plain value"] = difference(list(torch.autograd.grad(loss, list(theta.values()))), wanted)
+
+
+def other_layers(cases: Cases) -> None:
+    """Equations, several problems at once, closed-over tensors, tied tensors, second order, transforms."""
+    w1, b = cases.theta["w1"], cases.data[0][:4, 0]
+    matrix = w1.mT @ w1 + torch.eye(4)
+    sharded = cases.put(matrix, Shard(0)).requires_grad_(), cases.put(b, Shard(0)).requires_grad_()
+    x = il.root(lambda x, a, b: a @ x + x**3 - b, il.solvers.Newton())(sharded[1].detach() * 0, *sharded)
+    alone = matrix.clone().requires_grad_(), b.clone().requires_grad_()
+    y = il.root(lambda x, a, b: a @ x + x**3 - b, il.solvers.Newton())(b * 0, *alone)
+    found, wanted = torch.autograd.grad((x**2).sum(), sharded), torch.autograd.grad((y**2).sum(), alone)
+    cases.found["root"] = difference(list(found), list(wanted))
+
+    def step(x: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return 0.5 * torch.tanh(x) + b
+
+    solve = il.fixed_point(step, il.solvers.AndersonAcceleration(rtol=1e-13))
+    x, y = solve(sharded[1].detach(), sharded[1]), solve(b, alone[1])
+    pair = torch.autograd.grad((x**3).sum(), sharded[1]), torch.autograd.grad((y**3).sum(), alone[1])
+    cases.found["fixed_point"] = difference(list(pair[0]), list(pair[1]))
+
+    # x = t / 2 in every entry: (x - t)^2 + x^2
+    t = cases.put(w1, Shard(1)).requires_grad_()
+
+    def halves(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return ((x - t) ** 2 + x**2).sum(-1)
+
+    x = il.argmin(halves, GD, batch_dims=1)(t.detach() * 0, t)
+    cases.found["batch_dims"] = difference([x], [w1 / 2])
+    layer = il.argmin(lambda x: halves(x, t).sum(), GD)
+    (g,) = torch.autograd.grad(layer(t.detach() * 0).sum(), t)
+    cases.found["closed over"] = difference([g], [torch.full((3, 4), 0.5, dtype=torch.float64)])
+    # x = t / (1 + s), d sum(x) / ds = -sum(t) / (1 + s)^2 with a plain s; t is cut, so torch has summands of it
+    strength = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    shrunk = il.argmin(lambda x, s, t: ((x - t) ** 2).sum() + (s * x**2).sum(), il.solvers.NewtonCG())
+    (g,) = torch.autograd.grad(shrunk(t.detach() * 0, strength, t).sum(), strength)
+    assert type(g) is torch.Tensor
+    cases.found["plain theta"] = abs(g.item() + w1.sum().item() / 9)
+    tied = il.argmin(lambda x, a, b: ((x - a) ** 2 + (x - b) ** 2).sum(), GD)
+    (g,) = torch.autograd.grad(tied(t.detach() * 0, t, t).sum(), t)
+    cases.found["tied"] = difference([g], [torch.ones(3, 4, dtype=torch.float64)])
+    x = il.argmin(lambda x, t: halves(x, t).sum(), lambda f, x, t: t / 2)(t.detach() * 0, t)  # it returns a DTensor
+    cases.found["own solver"] = difference([x], [w1 / 2])
+    # min 1/2 x^2 + x^3 / 3 - t x: x + x^2 = t, dx/dt = 1 / (1 + 2 x), d2x/dt2 = -2 / (1 + 2 x)^3
+    s = cases.put(torch.tensor([0.5, 2.0, 1.0, 3.0], dtype=torch.float64), Shard(0)).requires_grad_()
+    cubic = il.argmin(lambda x, t: (x**2 / 2 + x**3 / 3 - t * x).sum(), il.solvers.NewtonCG(rtol=1e-14))
+    (first,) = torch.autograd.grad(cubic(s.detach() * 0 + 1, s).sum(), s, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), s)
+    x = (torch.sqrt(1 + 4 * s.full_tensor().detach()) - 1) / 2
+    cases.found["second order"] = difference([first, second], [1 / (1 + 2 * x), -2 / (1 + 2 * x) ** 3])
+
+    init = t.detach() * 0
+    cases.refused("vmap", lambda: torch.vmap(lambda t: il.argmin(halves, GD)(t.detach()[0] * 0, t))(init))
+    unit = il.sets.Box(0, 1)
+    box = il.argmin(lambda x, t: halves(x, t).sum(), il.solvers.ProjectedGradient(unit), constraint=unit)
+    cases.refused("a set", lambda: box(init, t))
+    equal = il.constrained_argmin(
+        lambda x, t: halves(x, t).sum(), il.solvers.SciPyMinimize("SLSQP"), equality=lambda x, t: x.sum() - 1
+    )
+    cases.refused("constrained_argmin", lambda: equal(init, t))
+    q = cases.put(matrix.detach(), Replicate())
+    cases.refused("qp", lambda: il.qp(q, cases.put(b, Replicate())))
+    # curvature that turns negative: the message picks the numbers of the lane
+    bad = il.argmin(lambda x, t: (-(x**2) + x * t).sum(), lambda f, x, t: t / 2, linear_solver=CG)
+    cases.refused("negative curvature", lambda: bad(init, t).sum().backward())
+
+
+def learners(cases: Cases) -> None:
+    """il.meta.iMAML with sharded parameters, and a layer in a module under DDP."""
+
+    def task_loss(x: Tree, target: torch.Tensor) -> torch.Tensor:
+        return 0.5 * ((x["w"] - target) ** 2).sum(1)
+
+    method = il.meta.iMAML(task_loss, il.solvers.GradientDescent(0.5, max_steps=60), strength=1.0, linear_solver=CG)
+    target = torch.tensor([[4.0, 1.0], [8.0, 3.0]], dtype=torch.float64)
+    w = cases.put(torch.zeros(2, dtype=torch.float64), Shard(0)).requires_grad_()
+    a = cases.put(target, Replicate())
+    method({"w": w}, a, a * 0 + 1).sum().backward()
+    # phi = (a + theta) / 2, and the gradient in theta is the sum over tasks of (phi - 1) / 2
+    cases.found["iMAML"] = difference([w.grad], [((target / 2 - 1) / 2).sum(0)])
+
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = torch.nn.Linear(3, 2, dtype=torch.float64)
+            self.ridge = Ridge()
+            self.layer = il.ArgminLayer(self.ridge, GD, linear_solver=CG)
+
+        def forward(self, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+            z = self.encoder(inputs)
+            w = self.layer(torch.zeros(2, 2, dtype=torch.float64), z, targets)
+            return ((z @ w - targets) ** 2).sum()
+
+    torch.manual_seed(0)
+    model = Model()
+    inputs, targets = cases.data[:2]
+    halves = [(inputs[:5], targets[:5]), (inputs[5:], targets[5:])]
+    (sum(model(*half) for half in halves) / 2).backward()  # DDP takes the mean over processes
+    wanted = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    parallel = torch.nn.parallel.DistributedDataParallel(model)  # its hooks live as long as it does
+    parallel(*halves[dist.get_rank()]).backward()
+    pairs = zip(model.parameters(), wanted, strict=True)
+    cases.found["DDP"] = max((p.grad - w).abs().max().item() for p, w in pairs)
+
+
+class Ridge(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_strength = torch.nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, w: torch.Tensor, z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return 0.05 * ((z @ w - targets) ** 2).sum() + self.log_strength.exp() * (w**2).sum()
+
+
+def example(cases: Cases) -> None:
+    """The program of docs/distributed.md, which ends in its own assertion."""
+    page = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text(encoding="utf-8")
+    program = page.split("```py\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(compile(program, "docs/distributed.md", "exec"), names)
+    cases.found["example"] = abs(names["found"] - names["expected"])
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", module="torch")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    cases = Cases()
+    for part in (solvers, rows, unannounced, other_layers, learners, example):
+        part(cases)
+    (folder / f"{dist.get_rank()}.json").write_text(json.dumps(cases.found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(fork(2, lambda: main(Path(sys.argv[1]))))

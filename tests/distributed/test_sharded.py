@@ -1,0 +1,89 @@
+"""Layers whose tensors lie on two processes: the numbers of one process, or an error that says what to do."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import processes
+import pytest
+import torch.distributed as dist
+
+pytestmark = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available() or not hasattr(os, "fork"), reason="needs gloo and fork"
+)
+SCRIPT = Path(__file__).with_name("sharded_run.py")
+DOCS = Path(__file__).parents[2] / "docs" / "distributed.md"
+
+# Both runs stop at 1e-12 of a Hessian between 2 I and 3 I and differ otherwise by sums in another order, a few ulp
+# (1e-15) of numbers near 10.
+TOLERANCE = 1e-11
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One start of two processes for all cases; both have found the same."""
+    folder = tmp_path_factory.mktemp("sharded")
+    process = processes.launch([str(SCRIPT), str(folder)], timeout=300)  # 45 s of CPU together
+    assert process.returncode == 0, process.stderr
+    first, second = processes.results(folder, 2)
+    assert first.keys() == second.keys()
+    return first | {name: max(first[name], second[name]) for name in first if isinstance(first[name], float)}
+
+
+@pytest.mark.parametrize("inner", ["GradientDescent", "NewtonCG", "LBFGS"])
+@pytest.mark.parametrize("linear", ["ConjugateGradient", "Minres", "Gmres", "Dense"])
+def test_the_gradient_of_sharded_weights_is_that_of_one_process(found: dict[str, Any], inner: str, linear: str) -> None:
+    assert found[f"{inner} {linear}"] < TOLERANCE
+
+
+@pytest.mark.parametrize("placed", ["Shard(0)", "Shard(1)", "Replicate"])
+def test_every_placement_of_the_unknowns_gives_the_same_gradient(found: dict[str, Any], placed: str) -> None:
+    assert found[f"rows ConjugateGradient {placed}"] < TOLERANCE
+
+
+@pytest.mark.parametrize("linear", ["ConjugateGradient", "Gmres", "Dense"])
+def test_rows_of_the_data_on_several_processes_are_summed(found: dict[str, Any], linear: str) -> None:
+    assert found[f"rows {linear} Shard(0)"] < TOLERANCE
+
+
+WORKS = [
+    *("root", "fixed_point", "batch_dims", "closed over", "tied", "second order", "own solver", "plain value"),
+    *("plain theta", "iMAML", "DDP", "example"),
+]
+
+
+@pytest.mark.parametrize("name", WORKS)
+def test_what_else_works_with_dtensors_has_the_answer_of_one_process(found: dict[str, Any], name: str) -> None:
+    assert found[name] < TOLERANCE
+
+
+REFUSED = {
+    "unannounced rows": ("ObjectiveError", "has another value on every process", "distribute_tensor(data, mesh"),
+    "summed by hand": ("ObjectiveError", "has another gradient in leaf", ".to_local()"),
+    "vmap": ("UnsupportedTransformError", "vmap over a layer whose unknowns are DTensors", "Pass batch_dims="),
+    "a set": ("UnsupportedTransformError", "a layer with a set, a regulariser or constraints", "init.full_tensor()"),
+    "constrained_argmin": ("UnsupportedTransformError", "a set, a regulariser or constraints", "init.full_tensor()"),
+    "qp": ("TypeError", "Q is a DTensor; il.qp takes tensors of one process", "Pass Q.full_tensor()"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_not_possible_with_dtensors_is_refused_with_a_remedy(found: dict[str, Any], name: str) -> None:
+    error, *words = REFUSED[name]
+    assert found[name].startswith(f"{error}: ") and all(word in found[name] for word in words), found[name]
+
+
+def test_negative_curvature_is_told_with_its_numbers(found: dict[str, Any]) -> None:
+    # the Hessian is -2 I
+    assert (
+        found["negative curvature"].startswith("IndefiniteError")
+        and "p'Ap/p'p = -2 <= 0" in found["negative curvature"]
+    )
+
+
+def test_the_page_lists_what_was_found(found: dict[str, Any]) -> None:
+    rows = [line for line in DOCS.read_text(encoding="utf-8").splitlines() if line.startswith("| `")]
+    told = {line.split("|")[1].strip(" `"): line.split("|")[3].strip() for line in rows}
+    assert told.keys() == found.keys(), told.keys() ^ found.keys()
+    for name, value in found.items():
+        assert told[name].startswith("same" if isinstance(value, float) else f"`{value.split(':')[0]}`"), name
