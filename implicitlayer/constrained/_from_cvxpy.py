@@ -7,6 +7,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -108,7 +110,7 @@ class CvxpyLayer(torch.nn.Module):
         x = qp(**matrices, **vectors, **self._settings)
         # CVXPY's vectors are in column order
         parts = [
-            x[..., start : start + size].reshape(*batch, *reversed(shape)) for start, size, shape in self._variables
+            x[..., start : start + size].reshape((*batch, *reversed(shape))) for start, size, shape in self._variables
         ]
         return tuple(_reversed(part, len(shape)) for part, (_, _, shape) in zip(parts, self._variables, strict=True))
 
@@ -117,11 +119,15 @@ class CvxpyLayer(torch.nn.Module):
         if len(values) != len(self._parameters_of):
             raise ValueError(f"the layer has {len(self._parameters_of)} parameters, got {len(values)} values.")
         batches = [_batch(value, of) for value, of in zip(values, self._parameters_of, strict=True)]
-        batch = torch.broadcast_shapes(*batches) if batches else torch.Size([])
+        try:
+            batch = torch.broadcast_shapes(*batches)
+        except RuntimeError:
+            shapes = {str(of): tuple(b) for of, b in zip(self._parameters_of, batches, strict=True)}
+            raise ValueError(f"the batch dimensions do not fit together: {shapes}. They are broadcast.") from None
         parts = []
         for i in self._order:
             shape, value = self._parameters_of[i].shape, values[i]
-            flat = _reversed(value, len(shape)).reshape(*batches[i], -1)
+            flat = _reversed(value, len(shape)).reshape((*batches[i], math.prod(shape)))
             parts.append(flat.expand(*batch, flat.shape[-1]))
         like = parts[0] if parts else self.p.weights
         return torch.cat([*parts, like.new_ones(*batch, 1)], -1)
@@ -186,7 +192,8 @@ def _batch(value: Any, parameter: Any) -> torch.Size:
     """The dimensions in front of those of the parameter; an error where it does not fit."""
     shape = parameter.shape
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        raise TypeError(f"the value of {parameter} must be a real floating tensor, got {type(value).__name__}.")
+        kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(f"the value of {parameter} must be a real floating tensor, got {kind}.")
     k = value.ndim - len(shape)
     if k < 0 or value.shape[k:] != shape:
         raise ValueError(
@@ -228,6 +235,9 @@ def _check(problem: Any, parameters: Sequence[Any], variables: Sequence[Any]) ->
         unknown = [str(leaf) for leaf in given if getattr(leaf, "id", None) not in ids]
         if unknown:
             raise ValueError(f"the problem has no {kind} {unknown}: its {kind}s are {[str(leaf) for leaf in known]}.")
+    twice = [str(p) for p, count in Counter(parameters).items() if count > 1]
+    if twice:
+        raise ValueError(f"parameters={twice} are given twice: the layer takes one value of each.")
     missing = [str(leaf) for leaf in problem.parameters() if leaf.id not in [p.id for p in parameters]]
     if missing:
         raise ValueError(f"parameters={missing} of the problem are missing: the layer needs the value of each.")

@@ -54,6 +54,14 @@ class Fold:
                 "init must be what il.qp(..., return_multipliers=True) has returned for a program with as many "
                 f"rows and bounds as this one, or the multipliers of it; got {type(init).__name__}."
             )
+        lanes = [t.shape[:-1] for t in given]
+        # a lane starts at its own or at the one that is shared
+        shared = [zip(reversed(shape), reversed(batch), strict=False) for shape in lanes]
+        if any(len(shape) > len(batch) for shape in lanes) or any(k not in (1, own) for z in shared for k, own in z):
+            raise ValueError(
+                f"init has multipliers of programs {tuple(lanes[0])}, which do not fit those of this call, "
+                f"{tuple(batch)}: give one start for each program, or one for all."
+            )
         parts = [t.detach() != 0 for t in given] if self.rows is None else []
         for part, t in zip(self.rows or [], given, strict=False):
             t = t.detach()
@@ -184,6 +192,8 @@ def _checked(given: dict[str, Any]) -> tuple[torch.Size, dict[str, Any]]:
                 f"{name} is {tensor.dtype} on {tensor.device}, but p is {p.dtype} on {p.device}. Bring all arguments "
                 "to one dtype and device; float64 is recommended."
             )
+        if tensor.layout is not torch.strided and RANKS[name] == 1:
+            raise TypeError(f"{name} is sparse ({tensor.layout}); only Q, A and G may be. Pass {name}.to_dense().")
         if tensor.ndim < RANKS[name]:
             raise ValueError(
                 f"{name} needs {RANKS[name]} dimensions after those of the batch, got shape {_shape(tensor)}."

@@ -33,6 +33,11 @@ def is_sparse(value: Any) -> bool:
         raise TypeError(
             f"a matrix of layout {value.layout} is not for il.qp, which takes COO and CSR. Use .to_sparse_coo()."
         )
+    if value.dense_dim():
+        raise TypeError(
+            f"a sparse tensor whose entries are tensors (dense_dim={value.dense_dim()}) is not for il.qp, whose sparse "
+            "matrices hold numbers. Use .to_dense().to_sparse()."
+        )
     return True
 
 

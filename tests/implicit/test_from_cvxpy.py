@@ -109,6 +109,19 @@ def test_a_large_program_keeps_its_sparse_matrices(monkeypatch: pytest.MonkeyPat
         assert relative_error(found, expected) < 1e-8
 
 
+def test_a_variable_without_dimensions_and_an_empty_batch_keep_their_shapes() -> None:
+    x, p = cp.Variable(), cp.Parameter(nonneg=True)
+    layer = il.from_cvxpy(cp.Problem(cp.Minimize(p * cp.square(x) - x)), parameters=[p], variables=[x])
+    value = torch.tensor(2.0, dtype=F64, requires_grad=True)
+    (solution,) = layer(value)
+    solution.backward()  # x = 1 / (2 p), dx/dp = -1 / (2 p^2)
+    assert solution.shape == ()
+    torch.testing.assert_close(solution.detach(), torch.tensor(0.25, dtype=F64))
+    torch.testing.assert_close(value.grad, torch.tensor(-0.125, dtype=F64))
+    problem, q, y = simplex()
+    assert il.from_cvxpy(problem, parameters=[q], variables=[y])(torch.ones(0, 4, dtype=F64))[0].shape == (0, 4)
+
+
 def test_float32_and_a_problem_without_parameters_work() -> None:
     problem, p, x = simplex()
     (found,) = il.from_cvxpy(problem, [p], [x])(torch.tensor([0.2, 0.9, -0.5, 0.8]))
@@ -164,6 +177,18 @@ def refused(kind: str) -> tuple[Any, list[Any], list[Any]]:
 def test_problems_that_are_no_such_layer_are_refused_by_name(kind: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         il.from_cvxpy(*refused(kind))
+
+
+def test_parameters_twice_integers_and_batches_that_do_not_fit_are_refused() -> None:
+    x, p, q = cp.Variable(2), cp.Parameter(2), cp.Parameter(2)
+    problem = cp.Problem(cp.Minimize(cp.sum_squares(x - p - q)))
+    with pytest.raises(ValueError, match="are given twice: the layer takes one value of each"):
+        il.from_cvxpy(problem, parameters=[p, p, q], variables=[x])
+    layer, ones = il.from_cvxpy(problem, parameters=[p, q], variables=[x]), torch.ones(3, 2, dtype=F64)
+    with pytest.raises(TypeError, match="must be a real floating tensor, got torch.int64"):
+        layer(ones[0].long(), ones[0])
+    with pytest.raises(ValueError, match=r"the batch dimensions do not fit together: .*\(3,\).*\(2,\)"):
+        layer(ones, ones[:2])
 
 
 def test_values_that_do_not_fit_are_refused() -> None:

@@ -84,6 +84,15 @@ def test_a_start_under_a_transform_is_not_used() -> None:
     assert relative_error(mapped, il.qp(**{**data, "p": ps})) < 1e-10
 
 
+def test_starts_of_more_programs_than_there_are_do_not_fit() -> None:
+    data = program(5)
+    three, two = (torch.stack([data["p"]] * k) for k in (3, 2))
+    start = il.qp(**{**data, "p": three}, return_multipliers=True)
+    for p, batch in ((two, r"\(2,\)"), (data["p"], r"\(\)")):
+        with pytest.raises(ValueError, match=rf"init has multipliers of programs \(3,\), which do not fit.* {batch}"):
+            il.qp(**{**data, "p": p}, init=start)
+
+
 def test_a_start_of_another_program_or_for_another_search_is_refused() -> None:
     data = program(5)
     for wrong in (data["p"], il.qp(torch.eye(3, dtype=F64), torch.ones(3, dtype=F64), return_multipliers=True)):

@@ -250,6 +250,11 @@ def test_other_layouts_are_refused_with_the_remedy() -> None:
     eye = torch.eye(2, dtype=F64)
     with pytest.raises(TypeError, match=r"sparse_csc is not for il.qp, which takes COO and CSR. Use .to_sparse_coo"):
         il.qp(eye.to_sparse_csc(), eye[0])
+    with pytest.raises(TypeError, match=r"whose entries are tensors \(dense_dim=1\).*Use .to_dense\(\).to_sparse\(\)"):
+        il.qp(eye.to_sparse(1), eye[0])
+    for name in ("p", "ub"):
+        with pytest.raises(TypeError, match=rf"{name} is sparse .*; only Q, A and G may be. Pass {name}.to_dense\(\)"):
+            il.qp(**{"Q": eye.to_sparse(), "p": eye[0], "ub": eye[1], name: eye[0].to_sparse()})
 
 
 def test_without_scipy_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
