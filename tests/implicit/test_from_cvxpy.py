@@ -185,7 +185,7 @@ def test_parameters_twice_integers_and_batches_that_do_not_fit_are_refused() -> 
     with pytest.raises(ValueError, match="are given twice: the layer takes one value of each"):
         il.from_cvxpy(problem, parameters=[p, p, q], variables=[x])
     layer, ones = il.from_cvxpy(problem, parameters=[p, q], variables=[x]), torch.ones(3, 2, dtype=F64)
-    with pytest.raises(TypeError, match="must be a real floating tensor, got torch.int64"):
+    with pytest.raises(TypeError, match=r"must be a real floating tensor, got torch\.int64"):
         layer(ones[0].long(), ones[0])
     with pytest.raises(ValueError, match=r"the batch dimensions do not fit together: .*\(3,\).*\(2,\)"):
         layer(ones, ones[:2])
