@@ -170,8 +170,7 @@ class CompiledLayer:
         needed = [t.requires_grad for t in tensors] if torch.is_grad_enabled() else [False] * len(tensors)
         key, slots = _key(spec, leaves, signature, needed)
         if key not in self._programs:
-            with self._one_at_a_time:
-                return self._first(key, init, theta, signature, needed)
+            return self._first(key, init, theta, signature, needed)
         program = self._programs[key]
         if program is None:
             return self.layer(init, *theta)
@@ -186,8 +185,7 @@ class CompiledLayer:
         signature = Signature.of(theta)
         key, slots = _key(spec, leaves, signature, needed)
         if make and key not in self._programs:
-            with self._one_at_a_time:
-                self._first(key, init, theta, signature, needed)
+            self._first(key, init, theta, signature, needed)
         return self._programs.get(key), slots
 
     def _first(self, key: Any, init: Any, theta: Any, signature: Signature, needed: list[bool]) -> Any:
@@ -258,10 +256,9 @@ class Call:
 
     def solve(self, init: Leaves, theta: Leaves, judged: Leaves) -> tuple[torch.Tensor, ...]:
         """The same, judged by the layer where need be; ``judged``: theta with what requires a gradient."""
-        program = self.program
-        with nullcontext() if program.has_solved else program.one_at_a_time:
-            x, fine, worst, measured = run(program.solve, [t.detach() for t in init], [t.detach() for t in theta])
-        program.has_solved = True
+        with nullcontext() if self.program.has_solved else self.program.one_at_a_time:
+            x, fine, worst, measured = run(self.program.solve, [t.detach() for t in init], [t.detach() for t in theta])
+        self.program.has_solved = True
         if not fine:
             with torch.enable_grad():
                 x = [t.detach() for t in self.by_layer(x, init, judged, Status(int(worst)))]
