@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 import os
 import shutil
+import threading
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -21,6 +23,7 @@ from implicitlayer._errors import ImplicitLayerError, ImplicitLayerWarning, Obje
 from implicitlayer.base._records import Record, listening
 from implicitlayer.base._solution import SolverResult
 from implicitlayer.base._status import Status
+from implicitlayer.base._surroundings import plain_surroundings, saves_by_hooks
 from implicitlayer.base._tree import flatten, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.base._warn import warn
@@ -126,6 +129,7 @@ class CompiledLayer:
     backend: str
     options: dict[str, Any]
     _programs: dict[Any, Program | None] = field(default_factory=dict, init=False, repr=False)
+    _one_at_a_time: Any = field(default_factory=threading.RLock, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.number = number_of(self)
@@ -152,9 +156,11 @@ class CompiledLayer:
 
     def __call__(self, init: Any, *theta: Any) -> Any:
         """Solve from ``init`` at ``theta``, as :class:`ImplicitLayer` does."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():  # is_compiling() is also true while another thread compiles
             return call_in_graph(self, init, theta)
         if plainly_impossible() or _torch.num_modes() or listening() or torch.is_inference_mode_enabled():
+            return self.layer(init, *theta)
+        if saves_by_hooks():  # a checkpoint runs it again, and what the first and the second call save must be the same
             return self.layer(init, *theta)
         leaves, spec = flatten(init)
         if leaves and isinstance(leaves[0], torch.Tensor) and torch.is_autocast_enabled(leaves[0].device.type):
@@ -219,7 +225,8 @@ class CompiledLayer:
         )
         plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (*leaves, *tensors))
         possible = plain and (self.backend == "eager" or _can_compile([*leaves, *tensors]))
-        self._programs[key] = Program(problem, self.backend, self.options) if possible else None
+        made = Program(problem, self.backend, self.options, self._one_at_a_time) if possible else None
+        self._programs.setdefault(key, made)
         return answer
 
 
@@ -249,7 +256,8 @@ class Call:
 
     def solve(self, init: Leaves, theta: Leaves, judged: Leaves) -> tuple[torch.Tensor, ...]:
         """The same, judged by the layer where need be; ``judged``: theta with what requires a gradient."""
-        x, fine, worst, measured = run(self.program.solve, [t.detach() for t in init], [t.detach() for t in theta])
+        with nullcontext() if self.program.has_solved else self.program.one_at_a_time:
+            x, fine, worst, measured = run(self.program.solve, [t.detach() for t in init], [t.detach() for t in theta])
         self.program.has_solved = True
         if not fine:
             with torch.enable_grad():
@@ -259,7 +267,8 @@ class Call:
     def pull(self, x: Leaves, theta: Leaves, v: Leaves, measured: torch.Tensor) -> Leaves | None:
         """The gradients of the needed theta leaves; None where the layer itself is to be asked."""
         plain = [t.detach() for t in x], [t.detach() for t in theta], [t.detach().contiguous() for t in v]
-        found, fine = run(self.program.pull, *plain, measured)
+        with nullcontext() if self.program.has_pulled else self.program.one_at_a_time:
+            found, fine = run(self.program.pull, *plain, measured)
         self.program.has_pulled = True
         return list(found) if fine else None
 
@@ -282,7 +291,7 @@ class Call:
 def run(function: Any, *args: Any) -> Any:
     """What a compiled function returns; an error that says what the compiler could not follow."""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), plain_surroundings([]):
             return function(*args)
     except _torch.compiler_errors() as error:
         inner = getattr(error, "inner_exception", None)

@@ -156,6 +156,7 @@ class Program:
     """:func:`solve` and :func:`pull` of one problem, compiled when first called.
 
     Attributes:
+        one_at_a_time: a lock for the calls that compile, so that two threads do not compile the same.
         num_compilations: how often the compiler has been asked.
         has_solved, has_pulled: whether each has run, so that a next call compiles nothing.
     """
@@ -163,6 +164,7 @@ class Program:
     problem: Problem
     backend: str
     options: dict[str, Any]
+    one_at_a_time: Any
     num_compilations: int = 0
     has_solved: bool = False
     has_pulled: bool = False

@@ -2,14 +2,17 @@
 
 import copy
 import pickle
+import threading
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from references import F64, randn
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 import implicitlayer as il
 
@@ -249,6 +252,44 @@ def test_random_objectives_and_branches_on_values_are_named() -> None:
     compiled(torch.zeros(2, dtype=F64), t)
     with pytest.raises(il.ObjectiveError, match="cannot follow the objective"):
         compiled(torch.zeros(2, dtype=F64), t)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo")
+def test_an_array_of_numpy_in_the_objective_is_named() -> None:
+    array, t = np.array([1.0, 2.0]), torch.ones(2, dtype=F64, requires_grad=True)
+    compiled = traced(
+        il.argmin(lambda x, t: ((x - t * torch.as_tensor(array)) ** 2).sum(), il.solvers.NewtonCG(rtol=1e-12))
+    )
+    compiled(torch.zeros(2, dtype=F64), t)
+    with pytest.raises(il.ObjectiveError, match=r"cannot follow the objective.*NumPy"):
+        compiled(torch.zeros(2, dtype=F64), t)
+
+
+def test_threads_that_compile_at_once_get_their_own_gradients() -> None:
+    compiled = traced(il.argmin(lambda x, t: (x.exp() - t * x).sum(), il.solvers.NewtonCG(rtol=1e-12)))
+    found: dict[int, Tensor] = {}
+
+    def work(number: int) -> None:
+        for _ in range(2):
+            t = torch.full((2,), 1.0 + number, dtype=F64, requires_grad=True)
+            (found[number],) = torch.autograd.grad(compiled(torch.zeros(2, dtype=F64), t).sum(), t)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(3):  # x = log t
+        torch.testing.assert_close(found[number], torch.full((2,), 1 / (1.0 + number), dtype=F64))
+
+
+def test_under_checkpointing_a_layer_compiles() -> None:
+    compiled = traced(il.argmin(lambda x, t: (x.exp() - t * x).sum(), il.solvers.NewtonCG(rtol=1e-12)))
+    for _ in range(2):
+        t = torch.tensor([2.0, 4.0], dtype=F64, requires_grad=True)
+        x = checkpoint(lambda t: compiled(torch.zeros(2, dtype=F64), t), t, use_reentrant=False)
+        x.sum().backward()
+        torch.testing.assert_close(t.grad, 1 / t.detach())  # x = log t
 
 
 def quadratic(x: Tensor, t: Tensor) -> Tensor:
