@@ -251,13 +251,13 @@ class Call:
 
     def solve_by_program(self, init: Leaves, theta: Leaves) -> tuple[torch.Tensor, ...] | None:
         """(*x leaves, measured); None where the layer itself is to judge."""
-        x, fine, _, measured = run(self.program.solve, [t.detach() for t in init], [t.detach() for t in theta])
+        x, fine, _, measured = run(self.program.solve, *apart(init, theta))
         return (*x, measured) if fine else None
 
     def solve(self, init: Leaves, theta: Leaves, judged: Leaves) -> tuple[torch.Tensor, ...]:
         """The same, judged by the layer where need be; ``judged``: theta with what requires a gradient."""
         with nullcontext() if self.program.has_solved else self.program.one_at_a_time:
-            x, fine, worst, measured = run(self.program.solve, [t.detach() for t in init], [t.detach() for t in theta])
+            x, fine, worst, measured = run(self.program.solve, *apart(init, theta))
         self.program.has_solved = True
         if not fine:
             with torch.enable_grad():
@@ -266,7 +266,7 @@ class Call:
 
     def pull(self, x: Leaves, theta: Leaves, v: Leaves, measured: torch.Tensor) -> Leaves | None:
         """The gradients of the needed theta leaves; None where the layer itself is to be asked."""
-        plain = [t.detach() for t in x], [t.detach() for t in theta], [t.detach().contiguous() for t in v]
+        plain = apart(x, theta, [t.contiguous() for t in v])
         with nullcontext() if self.program.has_pulled else self.program.one_at_a_time:
             found, fine = run(self.program.pull, *plain, measured)
         self.program.has_pulled = True
@@ -286,6 +286,19 @@ class Call:
         answer = flatten(layer(unflatten(init, self.spec), *self.slots.rebuild(theta)))[0]
         self.layer.records = layer.records
         return answer
+
+
+def apart(*parts: Leaves) -> list[Leaves]:
+    """The tensors without their graphs, and a copy of what shares its memory with another: no compiler follows that."""
+    met: set[int] = set()
+    plain: list[Leaves] = []
+    for leaves in parts:
+        plain.append([])
+        for leaf in leaves:
+            place = leaf.untyped_storage().data_ptr()
+            plain[-1].append(leaf.detach().clone() if place in met else leaf.detach())
+            met.add(place)
+    return plain
 
 
 def run(function: Any, *args: Any) -> Any:

@@ -203,6 +203,19 @@ def test_nothing_is_compiled_anew_for_the_same_shapes(log_layers: tuple[Any, Any
     assert compiled.num_compilations == before == 2
 
 
+def test_one_tensor_may_be_several_arguments() -> None:
+    """x = (t + s) / 2: with both the same tensor, x = t and dx/dt = 1."""
+    layer = il.argmin(lambda x, t, s: ((x - t) ** 2 + (x - s) ** 2).sum(), il.solvers.NewtonCG(rtol=1e-12))
+    compiled = traced(layer)
+    t = torch.tensor([2.0, 4.0], dtype=F64, requires_grad=True)
+    for _ in range(2):
+        x = compiled(t, t, t)
+        (gradient,) = torch.autograd.grad(x.sum(), t)
+    assert compiled.num_compilations == 2
+    torch.testing.assert_close(x.detach(), t.detach())
+    torch.testing.assert_close(gradient, torch.ones(2, dtype=F64))
+
+
 def test_autocast_changes_nothing(log_layers: tuple[Any, Any]) -> None:
     _, compiled = log_layers
     t = torch.tensor([2.0, 4.0], dtype=F64, requires_grad=True)
