@@ -172,6 +172,8 @@ class CompiledLayer:
         if key not in self._programs:
             return self._first(key, init, theta, signature, needed)
         program = self._programs[key]
+        if program is not None and not program.has_solved and self.backend != "eager" and not _can_compile(leaves):
+            program = self._programs[key] = None
         if program is None:
             return self.layer(init, *theta)
         call = Call(self.layer, program, spec, slots, len(leaves))
@@ -224,8 +226,7 @@ class CompiledLayer:
             needed=tuple(needed),
         )
         plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (*leaves, *tensors))
-        possible = plain and (self.backend == "eager" or _can_compile([*leaves, *tensors]))
-        made = Program(problem, self.backend, self.options, self._one_at_a_time) if possible else None
+        made = Program(problem, self.backend, self.options, self._one_at_a_time) if plain else None
         self._programs.setdefault(key, made)
         return answer
 

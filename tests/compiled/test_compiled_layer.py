@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import shutil
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -368,6 +369,20 @@ def test_inside_a_compiled_model_a_layer_trains_as_it_does_outside() -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-9)
 
 
+def test_without_a_compiler_the_layer_is_called_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    layer = il.compile(il.argmin(quadratic, il.solvers.NewtonCG(rtol=1e-12)))
+    t = torch.ones(2, dtype=F64, requires_grad=True)
+    layer(torch.zeros(2, dtype=F64), t)
+    with pytest.warns(RuntimeWarning, match="needs a C.. compiler"):
+        x = layer(torch.zeros(2, dtype=F64), t)
+    (gradient,) = torch.autograd.grad(x.sum(), t)
+    torch.testing.assert_close(gradient, torch.ones(2, dtype=F64))
+    layer(torch.zeros(2, dtype=F64), t)  # said once
+    assert layer.num_compilations == 0
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
 def test_by_the_compiler_itself_the_numbers_are_the_same() -> None:
     """One solver through the whole compiler: closed form x = log t."""
     layer = il.compile(
