@@ -17,19 +17,19 @@ from implicitlayer._errors import ClosureError
 from implicitlayer.base._status import Status
 from implicitlayer.base._tree import ravel, unravel
 from implicitlayer.base._types import FlatFunction, Leaves
+from implicitlayer.equation._distance import GROWN
 from implicitlayer.equation._flat import Parts
+from implicitlayer.equation._jacobian import inverse_diagonal
 from implicitlayer.equation._residual import vjp
+from implicitlayer.equation._stationarity import NOISE, TIGHT, Stationarity, change_along
 from implicitlayer.equation._traced import TracedProblem
-from implicitlayer.linear._operator import lane_dot, lane_scale
+from implicitlayer.layer._verdict import CHANGES
+from implicitlayer.linear._common import lane_norm
+from implicitlayer.linear._operator import lane_scale
 from implicitlayer.linear._traced import TracedSystem
 
 __all__ = ["Program", "closed_over", "pull", "solve"]
 
-# A change of the gradient between call and backward, and of the Hessian over the distance to the solution, that the
-# layer looks at more closely: equation/_distance.py and layer/_verdict.py.
-_GROWN = 10.0
-_CHANGES = 10.0
-_TIGHT = 0.5
 # The largest of a few Rayleigh quotients is not the largest eigenvalue: this much is left for it.
 _MARGIN = 10.0
 
@@ -65,12 +65,6 @@ class Problem:
         return TracedProblem(lambda x: self.function(x, [t.view_as(t) for t in theta]), init, self.lane_dims)
 
 
-def _norm(vector: torch.Tensor) -> torch.Tensor:
-    scale = lane_scale(vector)
-    part = vector / scale
-    return lane_dot(part, part).sqrt() * scale[..., 0].double()
-
-
 def solve(problem: Problem, init: Leaves, theta: Leaves) -> tuple[Any, ...]:
     """x leaves, whether all is well (bool, 0-d), the worst :class:`Status` (0-d), and, [2, *lanes], the norm of the
     gradient there and the size of x.
@@ -79,21 +73,17 @@ def solve(problem: Problem, init: Leaves, theta: Leaves) -> tuple[Any, ...]:
     x, codes = problem.solver.traced(traced)
     fine = (codes <= int(Status.TRUNCATED)) & x.isfinite().all(-1)
     gradient, pull = vjp(traced.gradient, x)
-    norm, size = _norm(gradient), torch.maximum(_norm(x), _norm(x - traced.start))
+    norm, size = lane_norm(gradient), torch.maximum(lane_norm(x), lane_norm(x - traced.start))
     fine = fine & norm.isfinite()
     if problem.rtol is not None:
-        # the distance from below, and the change of the Hessian over it: equation/_stationarity.py
-        scale = lane_scale(gradient)
+        # as equation/_stationarity.py has it, which reads numbers on the way
+        scale, eps = lane_scale(gradient), torch.finfo(x.dtype).eps
         (product,) = pull(gradient / scale)
-        unit = _norm(gradient / scale)
-        distance = torch.where(norm > 0, unit * unit / _norm(product) * scale[..., 0], 0.0)
-        least = 1e3 * torch.finfo(x.dtype).eps * max(x.shape[-1], 1) ** 0.5
-        size = torch.clamp(size, min=least)
-        step = torch.where(norm > 0, distance / norm, 0.0).to(x.dtype).unsqueeze(-1)
-        linear = step * product * scale
-        change = 2 * _norm(traced.gradient(x - step * gradient) - gradient + linear) / _norm(linear)
-        tight = distance <= torch.finfo(x.dtype).eps ** _TIGHT * size
-        fine = fine & (distance <= problem.rtol * size) & (tight | (change <= _CHANGES * problem.rtol))
+        distance = torch.where(norm > 0, (norm / scale[..., 0]) ** 2 / lane_norm(product) * scale[..., 0], 0.0)
+        size = torch.clamp(size, min=NOISE * eps * max(x.shape[-1], 1) ** 0.5)
+        at = Stationarity(gradient, product * scale, norm, distance, distance / size, size)
+        steady = (distance <= eps**TIGHT * size) | (change_along(at, x, traced.gradient) <= CHANGES * problem.rtol)
+        fine = fine & (at.relative <= problem.rtol) & steady
     return unravel(x, init, problem.lane_dims), fine.all(), codes.max(), torch.stack([norm, size])
 
 
@@ -109,10 +99,9 @@ def pull(
     def product(v: torch.Tensor) -> torch.Tensor:
         return traced.curvature(flat, v) + problem.damping * v
 
-    inverse = None if problem.parts.metric is None else _inverse(problem.parts.metric(x, theta), x, lane_dims)
+    inverse = None if problem.parts.metric is None else inverse_diagonal(problem.parts.metric(x, theta), x, lane_dims)
     solution = problem.linear_solver.traced(TracedSystem(product, rhs, inverse, gradient))
-    now = _norm(gradient)
-    fine = solution.sure & rhs.isfinite().all(-1) & (now <= _GROWN * norm)
+    fine = solution.sure & rhs.isfinite().all(-1) & (lane_norm(gradient) <= GROWN * norm)
     if problem.rtol is not None and problem.damping == 0:
         fine = fine & (_MARGIN * solution.reach <= problem.rtol * size)
     chosen = [i for i, need in enumerate(problem.needed) if need]
@@ -126,19 +115,6 @@ def pull(
     _, back = vjp(of_theta, [theta[i] for i in chosen])
     (found,) = back(-solution.value)
     return found, fine.all()
-
-
-def _inverse(leaves: Leaves, x: Leaves, lane_dims: int) -> torch.Tensor | None:
-    """The inverse of a diagonal metric, [*lanes, n] or [*lanes, 1], as equation/_jacobian.py has it."""
-    if not leaves:
-        return None
-    if all(leaf.ndim <= lane_dims for leaf in leaves) and all(leaf is leaves[0] for leaf in leaves):
-        flat = leaves[0].expand(x[0].shape[:lane_dims]).unsqueeze(-1)
-    else:
-        pairs = zip(leaves, x, strict=True)
-        shaped = [leaf.reshape(*leaf.shape, *[1] * (like.ndim - leaf.ndim)).expand(like.shape) for leaf, like in pairs]
-        flat = ravel(shaped, lane_dims)
-    return torch.where(flat > 0, 1 / flat, torch.ones_like(flat)).to(x[0].dtype)
 
 
 def closed_over(count: int) -> ClosureError:

@@ -44,7 +44,7 @@ from implicitlayer.linear._operator import FlatOperator
 __all__ = ["AnswerCheck"]
 
 # The gradient must have grown by this factor between call and backward before it is looked at more closely.
-_GROWN = 10.0
+GROWN = 10.0
 # A kink nearer than this many times the estimate of the error is looked at: y = x - eta grad f moves by a few times
 # as much as x.
 _NEAR = 10.0
@@ -91,10 +91,10 @@ class AnswerCheck:
         if found.shape[found.ndim - norm.ndim :] != norm.shape:
             return  # levels of a transform come first, so that the call's lanes are the last ones
         seen[:] = [] if self.done else [(value, found)]
-        if not bool((found > _GROWN * norm).any()):
+        if not bool((found > GROWN * norm).any()):
             return
         now = stationarity(residual, x, theta, x)
-        moved = (now.distance > torch.maximum(self.rtol * self.size, 2 * self.distance)) & (now.norm > _GROWN * norm)
+        moved = (now.distance > torch.maximum(self.rtol * self.size, 2 * self.distance)) & (now.norm > GROWN * norm)
         if not bool(moved.any()):
             return
         if not bool((moved & ~is_rounding(now.gradient, now.norm, residual, x, theta)).any()):

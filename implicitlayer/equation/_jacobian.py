@@ -158,15 +158,7 @@ class Jacobian:
     def _inverse_metric(self, x: Leaves, theta: Leaves) -> torch.Tensor | None:
         if self.residual.parts.metric is None:
             return None
-        leaves = self.residual.over_lanes(self.residual.parts.metric)(x, theta)
-        if not leaves:
-            return None
-        lane_dims = self.lane_dims
-        if all(leaf.ndim <= lane_dims for leaf in leaves) and all(leaf is leaves[0] for leaf in leaves):
-            flat = leaves[0].expand(x[0].shape[:lane_dims]).unsqueeze(-1)
-        else:
-            flat = ravel([_as_lanes(leaf, like, lane_dims) for leaf, like in zip(leaves, x, strict=True)], lane_dims)
-        return torch.where(flat > 0, 1 / flat, torch.ones_like(flat)).to(x[0].dtype)
+        return inverse_diagonal(self.residual.over_lanes(self.residual.parts.metric)(x, theta), x, self.lane_dims)
 
     def _metric_factor(self, x: Leaves, theta: Leaves) -> torch.Tensor | None:
         """The Cholesky factor of a metric that is a full matrix; None where it is not positive definite."""
@@ -218,6 +210,17 @@ class OneGraph(Jacobian):
         pulled = self.graph.get().pull_theta(u, needed)
         self.graph.held = None  # a record may hold this object; the graph has served
         return pulled
+
+
+def inverse_diagonal(leaves: Leaves, x: Leaves, lane_dims: int) -> torch.Tensor | None:
+    """The inverse of a positive diagonal that broadcasts to x, [*lanes, n] or [*lanes, 1]; None without leaves."""
+    if not leaves:
+        return None
+    if all(leaf.ndim <= lane_dims for leaf in leaves) and all(leaf is leaves[0] for leaf in leaves):
+        flat = leaves[0].expand(x[0].shape[:lane_dims]).unsqueeze(-1)
+    else:
+        flat = ravel([_as_lanes(leaf, like, lane_dims) for leaf, like in zip(leaves, x, strict=True)], lane_dims)
+    return torch.where(flat > 0, 1 / flat, torch.ones_like(flat)).to(x[0].dtype)
 
 
 def _as_lanes(leaf: torch.Tensor, like: torch.Tensor, lane_dims: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ from implicitlayer.linear._operator import lane_dot, lane_scale, wrap_value
 from implicitlayer.linear._warm_start import WarmStart
 
 # Below this many eps (times the square root of n) a distance is rounding, even where x and init are both zero.
-_NOISE = 1e3
+NOISE = 1e3
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,7 @@ def stationarity(
     size = torch.maximum(lane_norm(here), lane_norm(here - start))
     least = found.least_size()
     if least is None:
-        least = torch.full_like(size, _NOISE * torch.finfo(here.dtype).eps * max(here.shape[-1], 1) ** 0.5)
+        least = torch.full_like(size, NOISE * torch.finfo(here.dtype).eps * max(here.shape[-1], 1) ** 0.5)
     size = torch.maximum(size, least.to(size.dtype))
     relative = torch.where(distance == 0, 0.0, distance / size)
     return Stationarity(gradient, product * scale, squared.sqrt() * scale[..., 0], distance, relative, size)
@@ -151,7 +151,7 @@ def has_random_curvature(residual: Residual, x: Leaves, theta: Leaves, rtol: flo
 # the size of x: near the border of a log barrier H changes over a tiny part of x. With a step d along F,
 #     F(x - d) = F - H d + 1/2 (H' d) d + ...,   so that   2 ||F(x - d) - F + H d|| / ||H d||
 # is the relative change of H along d. d has the length of the lower bound of the distance; H d comes with it.
-_TIGHT = 0.5  # this power of eps, over the size of x, is near enough: nothing is looked at
+TIGHT = 0.5  # this power of eps, over the size of x, is near enough: nothing is looked at
 CLEAR = 100.0  # F must be this much above its rounding, of which the change is made otherwise
 
 
@@ -162,16 +162,26 @@ def hessian_change(residual: Residual, x: Leaves, theta: Leaves, at: Stationarit
     """
     none = torch.zeros_like(at.norm)
     eps = torch.finfo(at.gradient.dtype).eps
-    if not residual.is_gradient or not bool((at.distance > eps**_TIGHT * at.size).any()):
+    if not residual.is_gradient or not bool((at.distance > eps**TIGHT * at.size).any()):
         return none
+    lane_dims = residual.lane_dims
+    change = change_along(
+        at, ravel(x, lane_dims), lambda there: _value_at(residual, unravel(there, x, lane_dims), theta)
+    )
+    return torch.where(at.distance > eps**TIGHT * at.size, change, none)
+
+
+def change_along(
+    at: Stationarity, here: torch.Tensor, gradient_at: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """The change [*lanes] of NOTE [a Hessian that changes] at x, flat [*lanes, n]; zero where there is no step."""
     part = torch.where(at.norm > 0, at.distance / torch.where(at.norm > 0, at.norm, 1.0), 0.0)
     part = part.to(at.gradient.dtype).unsqueeze(-1)
-    lane_dims = residual.lane_dims
-    there = unravel(ravel(x, lane_dims) - part * at.gradient, x, lane_dims)
-    value, linear = _value_at(residual, there, theta), part * at.product
+    linear = part * at.product
     size = lane_norm(linear)
-    change = 2 * lane_norm(value - at.gradient + linear) / torch.where(size > 0, size, 1.0)
-    return torch.where((size > 0) & (at.distance > eps**_TIGHT * at.size), change.nan_to_num(torch.inf), none)
+    change = 2 * lane_norm(gradient_at(here - part * at.gradient) - at.gradient + linear)
+    change = (change / torch.where(size > 0, size, 1.0)).nan_to_num(torch.inf)
+    return torch.where(size > 0, change, 0.0)
 
 
 def newton_step(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from implicitlayer.base._tree import ravel, unravel
+from implicitlayer.base._tree import leaves_norm, ravel, unravel
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._residual import vjp
 from implicitlayer.linear._operator import lane_scale
@@ -63,5 +63,4 @@ class TracedProblem:
 
     def norm(self, gradient: torch.Tensor) -> torch.Tensor:
         """Euclidean norm per lane of a gradient in units, float64; infinite where there is a NaN."""
-        norm = (gradient.double() ** 2).sum(-1).sqrt()
-        return torch.where(norm.isnan(), torch.inf, norm)
+        return leaves_norm([gradient], self.lane_dims)

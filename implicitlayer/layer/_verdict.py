@@ -30,7 +30,7 @@ __all__ = ["judge_answer", "tell_step_limit"]
 
 # A relative change of the Hessian above this many times stationarity_rtol makes a gradient wrong by more than an answer
 # that is stationarity_rtol away lets expect.
-_CHANGES = 10.0
+CHANGES = 10.0
 
 
 def judge_answer(
@@ -74,7 +74,7 @@ def judge_answer(
 def _judge_change(spec: LayerSpec, measured: Stationarity, x: Leaves, theta: Leaves, rtol: float) -> None:
     """A Hessian that changes between the answer and the solution, or seems to because the function is random."""
     change = hessian_change(spec.residual, x, theta, measured)
-    moved = change > _CHANGES * rtol
+    moved = change > CHANGES * rtol
     if not bool(moved.any()):
         return
     moved = moved & ~is_rounding(measured.gradient, measured.norm / CLEAR, spec.residual, x, theta)

@@ -15,7 +15,17 @@ import torch
 from implicitlayer.base._ritz import RitzValues
 from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._status import Status
-from implicitlayer.linear._common import NOISE, SLACK, STEPS_BETWEEN_SYNCS, Keep, KrylovSolver, lane_norm, zero_steps
+from implicitlayer.linear._common import (
+    BLOWN_UP,
+    NOISE,
+    SLACK,
+    STEPS_BETWEEN_SYNCS,
+    SUSPICIOUS_RESIDUAL,
+    Keep,
+    KrylovSolver,
+    lane_norm,
+    zero_steps,
+)
 from implicitlayer.linear._operator import FlatOperator, lane_dot, lane_scale
 from implicitlayer.linear._preconditioners import Precondition, Preconditioner
 from implicitlayer.linear._traced import TracedSolution, TracedSystem, conjugate_gradient
@@ -29,10 +39,6 @@ from implicitlayer.linear._traced import TracedSolution, TracedSystem, conjugate
 _AIM = 0.1
 _FURTHER = 1e-4
 _WRONG = 0.1
-
-# On a positive-definite matrix the residual grows by sqrt(cond) at most: beyond this a truncated solve is no choice but
-# a step along an almost flat direction, and its value has no digit of the solution.
-_BLOWN_UP = 1e3
 
 
 @dataclass(frozen=True)
@@ -142,7 +148,7 @@ class ConjugateGradient(KrylovSolver):
         if unit is None or run.smallest is None:
             return run.codes
         residual, size = run.residual_norm / unit, lane_norm(run.value)
-        suspicious = (run.codes == int(Status.CONVERGED)) & (residual > 1e-3 * run.smallest * size)
+        suspicious = (run.codes == int(Status.CONVERGED)) & (residual > SUSPICIOUS_RESIDUAL * run.smallest * size)
         if not bool(suspicious.any()):
             return run.codes
         low, high = run.ritz.extremes(norm)
@@ -166,7 +172,7 @@ class ConjugateGradient(KrylovSolver):
         relative = torch.where(norm > 0, residual / norm, torch.zeros_like(norm))
         asked = self.limits.has_tolerance
         if not asked:
-            codes = torch.where((codes == int(Status.STEP_LIMIT)) & (relative > _BLOWN_UP), int(Status.DIVERGED), codes)
+            codes = torch.where((codes == int(Status.STEP_LIMIT)) & (relative > BLOWN_UP), int(Status.DIVERGED), codes)
         else:
             reached = residual <= SLACK * tolerance
             stuck = (codes == int(Status.CONVERGED)) & ~reached

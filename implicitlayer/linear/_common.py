@@ -26,6 +26,11 @@ NOISE = 16
 SLACK = 5.0
 # A round that lowers the residual by less than this has stalled: one digit more would take 2300 such rounds.
 _LEAST_FALL = 1e-3
+# On a positive-definite matrix the residual grows by sqrt(cond) at most: beyond this a truncated solve is no choice but
+# a step along an almost flat direction, and its value has no digit of the solution.
+BLOWN_UP = 1e3
+# A residual above this share of (smallest curvature seen) * ||u|| may hide a large error of u.
+SUSPICIOUS_RESIDUAL = 1e-3
 # On an accelerator the test "is any lane still running" is a host synchronisation: make it this rarely.
 STEPS_BETWEEN_SYNCS = 8
 

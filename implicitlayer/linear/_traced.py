@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from implicitlayer import _torch
-from implicitlayer.linear._common import NOISE, SLACK, Limits
+from implicitlayer.linear._common import BLOWN_UP, NOISE, SLACK, SUSPICIOUS_RESIDUAL, Limits, lane_norm
 from implicitlayer.linear._operator import lane_dot, lane_scale
 
 __all__ = ["TracedSolution", "TracedSystem"]
@@ -44,13 +44,8 @@ class TracedSolution:
 
 
 def _norm(vector: torch.Tensor) -> torch.Tensor:
+    """The norm of a vector of moderate entries."""
     return lane_dot(vector, vector).sqrt()
-
-
-def _size(vector: torch.Tensor) -> torch.Tensor:
-    """The norm without overflow of squares."""
-    scale = lane_scale(vector)
-    return _norm(vector / scale) * scale[..., 0].double()
 
 
 def conjugate_gradient(system: TracedSystem, limits: Limits, aim: float, further: float) -> TracedSolution:
@@ -96,7 +91,7 @@ def conjugate_gradient(system: TracedSystem, limits: Limits, aim: float, further
         rnorm = torch.where(fine, _norm(r), rnorm)
         reached = rnorm <= stop
         if goes_on:
-            reached = reached & (rnorm <= torch.maximum(low, most_error * smallest * _size(x)))
+            reached = reached & (rnorm <= torch.maximum(low, most_error * smallest * lane_norm(x)))
         beta = torch.where(fine, rz_new / rz, 0.0)
         pdp = torch.where(fine, rz_new + beta * beta * pdp, pdp)
         rz = torch.where(fine, rz_new, rz)
@@ -110,19 +105,19 @@ def conjugate_gradient(system: TracedSystem, limits: Limits, aim: float, further
     state = (step, torch.zeros_like(b), b.clone(), z.clone(), rz, rz.clone(), far, torch.zeros_like(norm), norm.clone())
     found = _torch.while_loop(going, body, (*state, norm > stop, norm.isfinite()))
     x, smallest, rnorm, sure = found[1], found[6], found[8], found[10]
-    size = _size(x)
+    size = lane_norm(x)
     if asked:
         true = _norm(b - system.product(x))
         sure = sure & (true <= SLACK * tolerance)
         if known:  # a small residual is no small error
-            sure = sure & ((norm == 0) | (true / unit <= 1e-3 * smallest * size))
+            sure = sure & ((norm == 0) | (true / unit <= SUSPICIOUS_RESIDUAL * smallest * size))
     else:
-        sure = sure & (rnorm <= 1e3 * norm)
+        sure = sure & (rnorm <= BLOWN_UP * norm)
         if most == 0:
             x = z
-    reach = _size(system.gradient) / (unit * smallest)
+    reach = lane_norm(system.gradient) / (unit * smallest)
     if not known and inverse is not None:
-        reach = _size(system.gradient) * inverse.double().amax(-1) / smallest
+        reach = lane_norm(system.gradient) * inverse.double().amax(-1) / smallest
     return TracedSolution(x * scale, sure, torch.where(smallest.isinf(), 0.0, reach))
 
 
@@ -149,4 +144,4 @@ def dense(system: TracedSystem, limits: Limits, suspicious: float) -> TracedSolu
     x = x + solve(residual(x))
     rtol = limits.relative(system.rhs.dtype)
     sure = sure & (_norm(residual(x)) <= SLACK * (0.0 if rtol is None else rtol) * _norm(b))
-    return TracedSolution((x * scale).to(system.rhs.dtype), sure, _size(solve(system.gradient.double())))
+    return TracedSolution((x * scale).to(system.rhs.dtype), sure, lane_norm(solve(system.gradient.double())))

@@ -102,7 +102,7 @@ LINEAR_MUTANTS = [
     Mutant(
         "metric of the proximal term inverted",
         JACOBIAN,
-        "Jacobian._inverse_metric",
+        "inverse_diagonal",
         "1 / flat",
         "flat",
         "truncated solves: zero steps must give the gradient of first-order MAML",
