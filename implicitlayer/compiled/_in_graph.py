@@ -11,6 +11,7 @@ import json
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -131,15 +132,19 @@ def _solve(
     init: Sequence[torch.Tensor], theta: Sequence[torch.Tensor], number: int, form: str, needed: str
 ) -> list[torch.Tensor]:
     x, tensors = list(init), list(theta)
-    call, _ = _prepared(number, form, needed, x, tensors, False)
-    found = None if call is None or not call.program.has_solved else call.solve_by_program(x, tensors)
+    call, marked = _prepared(number, form, needed, x, tensors, False)
 
-    def aside() -> tuple[torch.Tensor, ...]:
-        made, marked = _prepared(number, form, needed, x, tensors, True)
+    def first() -> tuple[torch.Tensor, ...]:
+        made, given = _prepared(number, form, needed, x, tensors, True)
         assert made is not None
-        return made.solve(x, tensors, marked)
+        return made.solve(x, tensors, partial(made.judged, x, given))
 
-    return [t.clone() for t in (_aside(aside) if found is None else found)]
+    if call is None or not call.program.has_solved:
+        found = _aside(first)
+    else:
+        judged = partial(call.judged, x, marked)
+        found = call.solve(x, tensors, lambda at, status: _aside(partial(judged, at, status)))
+    return [t.clone() for t in found]
 
 
 @_solve.register_fake

@@ -12,8 +12,10 @@ import copy
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -27,7 +29,6 @@ from implicitlayer.base._surroundings import plain_surroundings, saves_by_hooks
 from implicitlayer.base._tree import flatten, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.base._warn import warn
-from implicitlayer.compiled._in_graph import call_in_graph, number_of
 from implicitlayer.compiled._program import Problem, Program, closed_over
 from implicitlayer.equation._capture import find_closed_over, plainly_impossible
 from implicitlayer.equation._flat import Signature, flat_function, flat_parts
@@ -132,6 +133,8 @@ class CompiledLayer:
     _one_at_a_time: Any = field(default_factory=threading.RLock, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        from implicitlayer.compiled._in_graph import number_of  # registers operators: 15 ms that others need not pay
+
         self.number = number_of(self)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -157,6 +160,8 @@ class CompiledLayer:
     def __call__(self, init: Any, *theta: Any) -> Any:
         """Solve from ``init`` at ``theta``, as :class:`ImplicitLayer` does."""
         if torch.compiler.is_dynamo_compiling():  # is_compiling() is also true while another thread compiles
+            from implicitlayer.compiled._in_graph import call_in_graph
+
             return call_in_graph(self, init, theta)
         if plainly_impossible() or _torch.num_modes() or listening() or torch.is_inference_mode_enabled():
             return self.layer(init, *theta)
@@ -250,20 +255,17 @@ class Call:
     slots: Signature
     num_x: int
 
-    def solve_by_program(self, init: Leaves, theta: Leaves) -> tuple[torch.Tensor, ...] | None:
-        """(*x leaves, measured); None where the layer itself is to judge."""
-        x, fine, _, measured = run(self.program.solve, *apart(init, theta))
-        return (*x, measured) if fine else None
-
-    def solve(self, init: Leaves, theta: Leaves, judged: Leaves) -> tuple[torch.Tensor, ...]:
-        """The same, judged by the layer where need be; ``judged``: theta with what requires a gradient."""
+    def solve(self, init: Leaves, theta: Leaves, judge: Callable[[Leaves, Status], Leaves]) -> tuple[torch.Tensor, ...]:
+        """(*x leaves, measured); ``judge(x, status)`` gives x where the compiled checks do not pass."""
         with nullcontext() if self.program.has_solved else self.program.one_at_a_time:
             x, fine, worst, measured = run(self.program.solve, *apart(init, theta))
         self.program.has_solved = True
-        if not fine:
-            with torch.enable_grad():
-                x = [t.detach() for t in self.by_layer(x, init, judged, Status(int(worst)))]
-        return (*x, measured)
+        return (*(x if fine else judge(x, Status(int(worst)))), measured)
+
+    def judged(self, init: Leaves, theta: Leaves, x: Leaves, status: Status) -> Leaves:
+        """x as the layer itself leaves it; theta with what requires a gradient."""
+        with torch.enable_grad():
+            return [t.detach() for t in self.by_layer(x, init, theta, status)]
 
     def pull(self, x: Leaves, theta: Leaves, v: Leaves, measured: torch.Tensor) -> Leaves | None:
         """The gradients of the needed theta leaves; None where the layer itself is to be asked."""
@@ -325,7 +327,8 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         k = call.num_x
-        *x, measured = call.solve(list(tensors[:k]), list(tensors[k:]), list(tensors[k:]))
+        init, theta = list(tensors[:k]), list(tensors[k:])
+        *x, measured = call.solve(init, theta, partial(call.judged, init, theta))
         ctx.call = call
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*x, *tensors, measured)
