@@ -8,7 +8,7 @@ import torch
 
 from implicitlayer.testing._modes import Check, filled, prefixed, push
 from implicitlayer.testing._references import ROUNDINGS, DenseSystem, Leaves, flat
-from implicitlayer.testing._report import COARSE, LINEAR, ROUNDING, Place, entry_of
+from implicitlayer.testing._report import COARSE, LINEAR, ROUNDING, Place, compare, entry_of
 
 _NUM_LANES = 3
 _LANE_SPREAD = 0.03
@@ -140,4 +140,4 @@ def _add(
     entry = prefixed(
         label, check.equation.entry if isinstance(leaf, str) else entry_of(check.equation.theta[leaf].shape)
     )
-    check.add(Place(name, entry, "vmap", "loop"), expected, got, parts, natural)
+    check.rows.append(compare(Place(name, entry, "vmap", "loop"), expected, got, parts, natural))

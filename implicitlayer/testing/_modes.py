@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -56,19 +56,6 @@ class Check(SolverDifferences):
         if self.system is not None and self.system.norm > 0:
             vectors.append(("hard cotangent ", self.system.matrix.T @ self.random(n) / self.system.norm))
         return [(name, flat(self.equation.split(v))) for name, v in vectors]  # rounded as the layer sees them
-
-    def add(
-        self,
-        place: Place,
-        expected: torch.Tensor,
-        got: torch.Tensor,
-        parts: Mapping[str, torch.Tensor],
-        natural: float,
-        explained: torch.Tensor | None = None,
-        resolved: bool = True,
-    ) -> None:
-        """The row of one comparison, see :func:`compare`."""
-        self.rows.append(compare(place, expected, got, parts, natural, explained, resolved))
 
     @cached_property
     def directions(self) -> list[list[tuple[str, torch.Tensor]]]:
@@ -155,7 +142,9 @@ def check_vjp(check: Check) -> None:
     x = check.call(points)
     if not check.layer.polish:  # the layer returns what the solver returns
         parts = {COARSE: accuracy.spread, ROUNDING: torch.full_like(accuracy.x, equation.eps * accuracy.size)}
-        check.add(Place("x", equation.entry, "value", "solver"), accuracy.x, flat(x), parts, accuracy.size)
+        check.rows.append(
+            compare(Place("x", equation.entry, "value", "solver"), accuracy.x, flat(x), parts, accuracy.size)
+        )
     for number, (kind, v) in enumerate(check.cotangents):
         gradients = check.pull(x, points, equation.split(v), retain_graph=True)
         pulled = filled(gradients, points)
@@ -168,7 +157,9 @@ def check_vjp(check: Check) -> None:
             if system is not None:
                 solve, explained = system.vjp_error(j, v, check.rtol), system.vjp_error(j, v, residual, rounding=False)
                 place = Place(name, prefixed(kind, entry_of(equation.theta[j].shape)), "vjp", "dense")
-                check.add(place, system.vjp(j, v), got, {LINEAR: solve}, check.natural(j, v), explained)
+                check.rows.append(
+                    compare(place, system.vjp(j, v), got, {LINEAR: solve}, check.natural(j, v), explained)
+                )
             if number:
                 continue
             for (label, d), quotient in zip(check.directions[j], check.quotients[j], strict=True):
@@ -190,7 +181,7 @@ def check_jvp(check: Check) -> None:
                 linear = system.jvp_error(j, d, check.rtol)
                 explained = system.jvp_error(j, d, check.recorded_residual(), rounding=False)
                 place, expected = Place(name, entry_along(check, label), "jvp", "dense"), system.jacobian(j) @ d
-                check.add(place, expected, got, {LINEAR: linear}, check.accuracy.size, explained)
+                check.rows.append(compare(place, expected, got, {LINEAR: linear}, check.accuracy.size, explained))
             errors = (linear, check.accuracy.coarse_jvp(j, d))
             add_quotient(check, name, label, "jvp", quotient, got, None, errors)
     if check.pulled is not None:
@@ -229,7 +220,7 @@ def _check_adjoint(check: Check, pulled: list[torch.Tensor]) -> None:
         ]
         tolerance = torch.stack(terms).sum() + equation.eps * v.norm() * check.accuracy.size
     place, natural = Place("all leaves", lambda i: RANDOM, "jvp", "adjoint"), float(v.norm()) * check.accuracy.size
-    check.add(place, right[None], left[None], {LINEAR: tolerance}, natural)
+    check.rows.append(compare(place, right[None], left[None], {LINEAR: tolerance}, natural))
 
 
 def add_quotient(
@@ -261,7 +252,9 @@ def add_quotient(
     if check.system is None:  # a derivative moves with x as much as x itself, or ten times
         coarse = 10 * check.accuracy.relative * value.norm()
     parts = {**difference_errors(truncation, noise + coarse, COARSE), LINEAR: linear}
-    check.add(Place(name, entry, mode, "differences"), value, got, parts, natural, resolved=quotient.resolved)
+    check.rows.append(
+        compare(Place(name, entry, mode, "differences"), value, got, parts, natural, resolved=quotient.resolved)
+    )
 
 
 def entry_along(check: Check, label: str) -> Callable[[int], str]:

@@ -14,7 +14,7 @@ from implicitlayer.testing import _differences as differences
 from implicitlayer.testing._differences import Difference
 from implicitlayer.testing._modes import RANDOM, SAFE_RTOL, Check, add_quotient, filled, total
 from implicitlayer.testing._references import ROUNDINGS, DenseSystem, Leaves, flat, plain, scales
-from implicitlayer.testing._report import COARSE, LINEAR, Place
+from implicitlayer.testing._report import COARSE, LINEAR, Place, compare
 
 _SECOND_ORDER_LEAVES = 8
 _DRAWS = 3
@@ -112,7 +112,9 @@ def check_double(check: Check) -> None:
                 continue
             label = f"{how} over reverse{random}"
             place = Place(name, lambda i, s=label: s, "double", "differences")  # type: ignore[misc]
-            check.add(place, quotient.value[None], value[None], parts, size, resolved=quotient.resolved)
+            check.rows.append(
+                compare(place, quotient.value[None], value[None], parts, size, resolved=quotient.resolved)
+            )
 
 
 def _reverse_over_reverse(
