@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,11 +48,14 @@ class PointOfProblem:
         h, rows_h = self.problem.rows(0, x, self.spec, self.theta)
         g, rows_g = self.problem.rows(1, x, self.spec, self.theta)
         flat, start = self.flat(x).double(), self.flat(self.init).double()
-        slope = slope.detach().double()
+        slope, eps = slope.detach().double(), torch.finfo(x[0].dtype).eps
+        pull = length_of_step(slope, self.flat(along).double())
         found = Conditions(
-            flat, flat - start, slope, self.flat(product).double(), h, rows_h, g, rows_g,
-            torch.finfo(x[0].dtype).eps, length_of_step(slope, self.flat(along).double()),
+            flat, flat - start, slope, self.flat(product).double(), h, rows_h, g, rows_g, eps, pull,
         )  # fmt: skip
+        # a step of rounding to the minimum of the objective alone: the gradient is H times that of x
+        still = (pull > 0) & (pull <= 16 * eps * found.size)
+        found = replace(found, at_rest=torch.where(still, _norm(slope) * found.size / pull, 0.0))
         terms = torch.cat([found.gradient, found.h, rows_h.flatten(-2), found.g, rows_g.flatten(-2)], -1)
         finite = terms.isfinite().all(-1)
         if not bool(finite.all()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -30,7 +31,18 @@ from implicitlayer.programs._kkt_active import ActiveConstraints, Tolerances
 from implicitlayer.programs._kkt_linear import Factors, KktFactors, KktMatrices, PartedFactors
 from implicitlayer.programs._kkt_multipliers import multipliers
 from implicitlayer.programs._qp_cold import LanesProof, cold_lanes, guessed_lanes
-from implicitlayer.programs._qp_exact import ENOUGH, TIGHT, Exact, conditions, error_of_x, exact, undecided, violation
+from implicitlayer.programs._qp_exact import (
+    ENOUGH,
+    TIGHT,
+    Exact,
+    at_rest,
+    conditions,
+    error_of_x,
+    exact,
+    terms_at_rest,
+    undecided,
+    violation,
+)
 from implicitlayer.programs._qp_rank import Equations, RankFactors, independent_equations
 from implicitlayer.programs._qp_single import SingleProof, exact_cold, exact_guess, exact_near
 from implicitlayer.programs._qp_terms import Mask, SingleProgram
@@ -168,7 +180,10 @@ class QuadraticSolver:
         found, doubtful = self._solved(program, proof, torch.finfo(like.dtype).eps)
         solution = found.solution
         proved = bool((solution.error <= TIGHT).all())  # then x is not wrong by anything, and nothing is undecided
-        active, held = conditions(program, solution.x, like.dtype).active_set(
+        where = conditions(program, solution.x, like.dtype)
+        without = ~torch.cat([solution.equality, solution.inequality], -1).any(-1)
+        where = replace(where, at_rest=torch.where(without, terms_at_rest(program, solution.x), 0.0))
+        active, held = where.active_set(
             solution.equality,
             solution.inequality,
             rtol,
@@ -261,7 +276,7 @@ class QuadraticSolver:
         near = torch.ones_like(answer.error, dtype=torch.bool)
         if self.solver is not None:
             near = violation(program, answer) <= _NEAR
-        found = exact(program, answer, near)
+        found = at_rest(program, exact(program, answer, near), math.inf if self.solver is None else ENOUGH)
         rough = near & ~(found.error <= TIGHT)
         if self.solver is None:
             rough = rough & (answer.codes != int(ProgramStatus.NONFINITE))

@@ -145,7 +145,8 @@ class Conditions:
 
     ``x``, ``away`` (x - init), ``gradient`` and ``curved`` (H x) are [*lanes, n], ``h`` [*lanes, e], ``rows_h``
     [*lanes, e, n], ``g`` [*lanes, m], ``rows_g`` [*lanes, m, n]. ``pull`` [*lanes] is the distance that the gradient
-    would move x without constraints, zero where nobody knows.
+    would move x without constraints, zero where nobody knows. ``at_rest`` [*lanes] is the size that terms of the
+    gradient can have there, where it is nothing but rounding, which tells no size; else zero.
     """
 
     x: torch.Tensor
@@ -158,6 +159,7 @@ class Conditions:
     rows_g: torch.Tensor
     eps: float
     pull: torch.Tensor
+    at_rest: torch.Tensor | float = 0.0
 
     @cached_property
     def norms_h(self) -> torch.Tensor:
@@ -178,7 +180,7 @@ class Conditions:
     @cached_property
     def scale(self) -> torch.Tensor:
         """||grad f|| + ||H x||: the size of the terms of the gradient."""
-        return _norm(self.gradient) + _norm(self.curved)
+        return (_norm(self.gradient) + _norm(self.curved)).clamp(min=self.at_rest)
 
     @cached_property
     def reach(self) -> torch.Tensor:

@@ -9,6 +9,13 @@
 # solves. Changing all at once may run in a circle, so after _BOLD rounds one changes at a time, that of lowest index
 # (Murty's rule, which ends for strictly convex programs with independent rows).
 #
+# NOTE [at rest]: conditions are judged relative to the terms of the gradient. Where a minimum of the objective alone
+# satisfies the constraints, as in least squares that interpolate (||r||^2 under A x - r = b with A invertible), all
+# multipliers are zero, and Q x + p may have nothing but rounding for terms, of which a force of rounding is a large
+# part. So of an answer that fails, or has such terms, the minimum of the objective next to it, x - Q^+ (Q x + p), moved
+# within the null space of Q to the equations, is looked at: where each row holds there to the rounding of its own
+# terms, it is a solution of a program whose data differ by rounding, with multipliers that are zero.
+#
 # Sources: M. Hintermueller, K. Ito and K. Kunisch, SIAM J. Optim. 13 (2002), for the primal-dual active set step;
 # K. G. Murty, Opsearch 11 (1974), for the rule against circles.
 
@@ -19,7 +26,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from implicitlayer.programs._interior_point import Data, QuadraticSolution
-from implicitlayer.programs._kkt_active import Conditions, length_of_step
+from implicitlayer.programs._kkt_active import NOISE, Conditions, length_of_step
 from implicitlayer.programs._kkt_linear import Factors, KktFactors, KktMatrices
 
 __all__ = [
@@ -30,11 +37,13 @@ __all__ = [
     "TIGHT",
     "Exact",
     "active_by_force",
+    "at_rest",
     "conditions",
     "error_of_x",
     "exact",
     "factorised",
     "left_of",
+    "terms_at_rest",
     "undecided",
     "violation",
     "wrong_sides",
@@ -141,6 +150,55 @@ def violation(program: Data, at: QuadraticSolution, where: Conditions | None = N
     still = torch.linalg.vector_norm(slope, dim=-1) / _above_zero(where.scale)
     parts = [still[..., None], equations, (-distance).clamp(min=0), slack]
     return torch.cat(parts, -1).amax(-1).nan_to_num(torch.inf)
+
+
+def at_rest(program: Data, found: Exact, farthest: float) -> Exact:
+    """The same with minima of the objectives where these are solutions: NOTE [at rest].
+
+    Of those at most ``farthest`` away, relative to the size of x.
+    """
+    finite = torch.cat([found.solution.x, *(t.flatten(len(found.error.shape)) for t in program)], -1).isfinite().all(-1)
+    x, rounding = found.solution.x, NOISE * torch.finfo(program[1].dtype).eps
+    terms = conditions(program, x, x.dtype).scale
+    rough = finite & (~(found.error <= TIGHT) | (terms <= rounding * _largest_terms(program, x)))
+    if not bool(rough.any()):
+        return found
+    some: Data = tuple(t[rough] for t in program)  # type: ignore[assignment]
+    Q, p, A, b, G, h = some
+    x = x[rough]
+    values, vectors = torch.linalg.eigh(Q)
+    curved = values > rounding * values[:, -1:].abs()
+    along = _times(vectors.mT, _times(Q, x) + p) / torch.where(curved, values, 1.0)
+    lengths = torch.linalg.vector_norm(A, dim=-1)
+    over = torch.where(lengths > 0, 1 / lengths, 0.0)
+    free = (over[..., None] * A) @ (
+        vectors * ~curved[:, None]
+    )  # moves that keep Q x, and what they do to the equations
+    step = _times(vectors, torch.where(curved, along, 0.0))
+    step = step + _times(vectors, _times(torch.linalg.pinv(free), over * (_times(A, x - step) - b)))
+    still = torch.linalg.vector_norm(step, dim=-1) <= farthest * torch.linalg.vector_norm(x, dim=-1)
+    x = x - step
+    still &= terms_at_rest(some, x) > 0
+    for rows, sides, off in ((A, b, (_times(A, x) - b).abs()), (G, h, _times(G, x) - h)):
+        still &= (off <= rounding * (_times(rows.abs(), x.abs()) + sides.abs())).all(-1)
+    old, error = found.solution.lanes(rough), found.error.clone()
+    at = replace(old, x=x, equality=torch.zeros_like(old.equality), inequality=torch.zeros_like(old.inequality))
+    moved = old.filled(still, at.lanes(still))
+    error[rough] = torch.where(still, 0.0, error[rough])
+    return replace(found, solution=found.solution.filled(rough, moved), error=error)
+
+
+def terms_at_rest(program: Data, x: torch.Tensor) -> torch.Tensor:
+    """||Q|| ||x|| where each entry of Q x + p is the rounding of its own terms, [*lanes]; else zero."""
+    Q, p = program[:2]
+    rounding = NOISE * torch.finfo(x.dtype).eps * (_times(Q.abs(), x.abs()) + p.abs())
+    still = ((_times(Q, x) + p).abs() <= rounding).all(-1)
+    return torch.where(still, _largest_terms(program, x), 0.0)
+
+
+def _largest_terms(program: Data, x: torch.Tensor) -> torch.Tensor:
+    terms: torch.Tensor = torch.linalg.matrix_norm(program[0]) * torch.linalg.vector_norm(x, dim=-1)
+    return terms
 
 
 def error_of_x(program: Data, at: QuadraticSolution) -> torch.Tensor:

@@ -250,6 +250,6 @@ def exact_near(
             if not wrong.any():
                 error, by = terms.violation(), "interior point" if steps else "active set"
                 proof = SingleProof(terms, held, error, steps, partial(_itself, system), by)
-                return proof if error <= TIGHT else None
+                return proof if error <= TIGHT and not terms.at_rest() else None
             held = held ^ wrong
     return None

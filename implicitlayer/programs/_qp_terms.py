@@ -111,6 +111,10 @@ class Terms:
         parts = _norm(self.left) / self.scale, _largest(equations), _largest(np.abs(both))
         return max(parts) if sum(parts) < math.inf else math.inf  # NaN is not below inf
 
+    def at_rest(self) -> bool:
+        """Whether the terms of the gradient are rounding: NOTE [at rest] in ``_qp_exact``."""
+        return self.scale <= NOISE * _EPS * self.of.curved * self.size
+
     def borders(self, eps: float, active_rtol: float) -> tuple[float, float, float, Mask, Mask]:
         """For data with this relative error: the size of x, distances that are zero and at the border, and who is.
 
