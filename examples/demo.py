@@ -5,12 +5,15 @@
     python examples/demo.py --resume <run folder>  go on after Ctrl-C, a crash, or with more --minutes
     python examples/demo.py --smoke                everything in seconds, to see that it runs
 
-Trains twice with the same seeds and minutes: iMAML, and the same code with 0 CG steps, which is first-order MAML.
+Trains iMAML, and the same code with 0 CG steps, which is first-order MAML: same seeds, same minutes, each in a process
+of its own with half of the cores.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import multiprocessing
 import os
 import platform
 import sys
@@ -41,7 +44,7 @@ class Settings:
     tasks_per_step: int = 8
     learning_rate: float = 6e-3  # of Adam; falls along a half cosine over the budget
     max_gradient_norm: float = 0.5  # few inner steps stop short of a minimum, and some meta-gradients are wild there
-    minutes: float = 3.0  # of training, for each of the two methods
+    minutes: float = 6.0  # of training; the two methods train at the same time
     validation_tasks: int = 100  # from classes of their own, for the curves
     test_tasks: int = 600  # from classes that neither training nor validation saw
     seed: int = 0
@@ -67,21 +70,17 @@ def run(settings: Settings, run_dir: Path) -> None:
     il.meta.save_json(run_dir / "versions.json", versions())
 
     data = load_data(settings)
-    validation = fixed_episodes(data["val"], settings, settings.validation_tasks)
     test = fixed_episodes(data["test"], settings, settings.test_tasks)
-    network = il.fewshot.conv4(settings.num_ways, num_filters=settings.num_filters)
     dataset = type(data["train"]).__name__
     counts = ", ".join(f"{classes.num_classes} {split}" for split, classes in data.items())
     print(f"{dataset} ({counts} classes), {settings.num_ways}-way {settings.num_shots}-shot; kept in {run_dir}")
 
-    trainers = {name: make_trainer(name, network, data["train"], validation, settings, run_dir) for name in METHODS}
+    trainers = {name: make_trainer(name, data, settings, run_dir) for name in METHODS}
     untrained = trainers["iMAML"].evaluate(test)
     for name, trainer in trainers.items():
         if trainer.resume():
             print(f"{name}: resumed at step {trainer.step}, {trainer.seconds / 60:.1f} minutes of training")
-    for tenth in range(1, 11):  # in turns: what else the machine does slows both down alike
-        for trainer in trainers.values():
-            trainer.fit(until=tenth / 10)
+    train_both(trainers, settings, run_dir)
     rows = [(name, trainer.step, trainer.evaluate(test)) for name, trainer in trainers.items()]
     rows.append(("untrained start", 0, untrained))
 
@@ -89,9 +88,37 @@ def run(settings: Settings, run_dir: Path) -> None:
     accuracy = {name: {"steps": steps, "mean": r.mean, "interval": r.interval} for name, steps, r in rows}
     results = {"dataset": dataset, "test_tasks": settings.test_tasks, "accuracy": accuracy}
     il.meta.save_json(run_dir / "results.json", results)
-    draw(trainers, network, test, settings, run_dir / "demo.png")
+    draw(trainers, test, settings, run_dir / "demo.png")
     print(f"picture     {run_dir / 'demo.png'}\ncheckpoint  {trainers['iMAML'].checkpoint_path}")
     print(f"Go on, here for twice as long:\n    {resume_command(run_dir)} --minutes {2 * settings.minutes:g}")
+
+
+def train_both(trainers: dict[str, Any], settings: Settings, run_dir: Path) -> None:
+    """iMAML in this process, whose bar is shown, and FOMAML beside it."""
+    beside = multiprocessing.get_context("spawn").Process(target=train_fomaml, args=(settings, run_dir))
+    beside.start()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))
+    try:
+        trainers["iMAML"].fit()
+    except BaseException:
+        beside.join(10)  # Ctrl-C in a terminal is for both; what comes by another way is passed on
+        beside.terminate()
+        raise
+    finally:
+        beside.join()
+    torch.set_num_threads(threads)
+    if beside.exitcode:
+        raise SystemExit(f"The training of FOMAML failed, see above. Go on with:\n    {resume_command(run_dir)}")
+    trainers["FOMAML"].resume()
+
+
+def train_fomaml(settings: Settings, run_dir: Path) -> None:
+    torch.set_num_threads(max(1, torch.get_num_threads() // 2))
+    trainer = make_trainer("FOMAML", load_data(settings), settings, run_dir, show_progress=False)
+    trainer.resume()
+    with contextlib.suppress(KeyboardInterrupt):  # no finished step is lost, and the other process says how to go on
+        trainer.fit()
 
 
 def make_method(network: Any, settings: Settings, cg_steps: int) -> Any:
@@ -104,7 +131,8 @@ def make_method(network: Any, settings: Settings, cg_steps: int) -> Any:
     )
 
 
-def make_trainer(name: str, network: Any, classes: Any, validation: Any, settings: Settings, run_dir: Path) -> Any:
+def make_trainer(name: str, data: dict[str, Any], settings: Settings, run_dir: Path, show_progress: bool = True) -> Any:
+    network = il.fewshot.conv4(settings.num_ways, num_filters=settings.num_filters)
     theta = network.init(torch.Generator().manual_seed(settings.seed))
     # Labels are drawn at random for every task, so no output should start out special: the head begins at zero.
     theta |= {key: torch.zeros_like(theta[key]) for key in ("head.weight", "head.bias")}
@@ -114,7 +142,7 @@ def make_trainer(name: str, network: Any, classes: Any, validation: Any, setting
     return il.meta.Trainer(
         method,
         theta,
-        make_sampler(classes, settings, rotations="augment", seed=settings.seed),
+        make_sampler(data["train"], settings, rotations="augment", seed=settings.seed),
         torch.optim.Adam(theta.values(), lr=settings.learning_rate),
         tasks_per_step=settings.tasks_per_step,
         max_minutes=settings.minutes,
@@ -122,9 +150,10 @@ def make_trainer(name: str, network: Any, classes: Any, validation: Any, setting
         learning_rate=il.meta.cosine_decay,
         max_gradient_norm=settings.max_gradient_norm,
         metric=method.task_loss.accuracy,
-        validation=validation,
+        validation=fixed_episodes(data["val"], settings, settings.validation_tasks),
         run_dir=run_dir / name.lower(),
-        name=f"{name:6}",
+        name=name,
+        show_progress=show_progress,
     )
 
 
@@ -165,7 +194,7 @@ def table(rows: list[Any], settings: Settings) -> str:
     return "\n".join([*lines, f"{'chance':52} {'':10}   {100 / settings.num_ways:.1f} %", ""])
 
 
-def draw(trainers: dict[str, Any], network: Any, test: list[Any], settings: Settings, path: Path) -> None:
+def draw(trainers: dict[str, Any], test: list[Any], settings: Settings, path: Path) -> None:
     """Learning curves beside the first test task and what the adapted network says of it."""
     import matplotlib
 
@@ -175,7 +204,8 @@ def draw(trainers: dict[str, Any], network: Any, test: list[Any], settings: Sett
     support, query = (tuple(part[:1] for part in batch) for batch in test[0])
     trainer = trainers["iMAML"]
     with torch.no_grad():
-        logits = network(trainer.method.adapt(trainer.theta, support), query[0])[0]
+        phi = trainer.method.adapt(trainer.theta, support)
+        logits = trainer.method.task_loss.network(phi, query[0])[0]
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.8), width_ratios=(1.25, 1), layout="constrained")
     histories = {name: trainer.history for name, trainer in trainers.items()}
     il.meta.plot_learning_curves(left, histories, chance=1 / settings.num_ways)
