@@ -150,11 +150,14 @@ def test_ctrl_c_before_the_run_has_nothing_to_go_on_with(monkeypatch: pytest.Mon
         main(["glyphs"])
 
 
-def test_two_processes_share_a_run(tmp_path: Path) -> None:
-    """Started by torchrun without a folder: one is made, written once, and the result is that of one process."""
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.mark.parametrize(("launcher", "threads"), [(TORCHRUN, "1"), ([], "2")])
+def test_two_processes_share_a_run(tmp_path: Path, launcher: list[str], threads: str) -> None:
+    """Without a folder, by torchrun or by itself: one is made, written once, and the result is that of one process."""
     words = ["reduced-glyphs-5w1s-imaml-gd", *TINY]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [sys.executable, *launcher, str(ROOT / "examples" / "paper" / "train.py"), *words],
         cwd=tmp_path,
@@ -175,3 +178,28 @@ def test_two_processes_share_a_run(tmp_path: Path) -> None:
     assert (shared["processes"], alone["processes"]) == (2, 1)
     # float32 sums in another order move theta by rounding; of 25 query pictures none lies so near a boundary
     assert shared["accuracy"] == alone["accuracy"] and shared["config"] == alone["config"]
+
+
+def test_a_process_that_fails_ends_the_others_and_the_command(tmp_path: Path) -> None:
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from experiments._launch import start\n"
+        "if 'RANK' not in os.environ: sys.exit(start(2, sys.argv[1:]))\n"
+        "if os.environ['RANK'] == '1': sys.exit(3)\n"
+        "time.sleep(300)\n"
+    )
+    quick = "import experiments._launch as launch, runpy, sys; launch._PATIENCE = 0.1; sys.argv = sys.argv[1:]; "
+    path = os.pathsep.join([str(ROOT), str(ROOT / "examples" / "paper")])
+    started = subprocess.run(
+        [sys.executable, "-c", quick + "runpy.run_path(sys.argv[0], run_name='__main__')", str(script)],
+        env=os.environ | {"PYTHONPATH": path},
+        timeout=120,
+    )
+    assert started.returncode == 3
+
+
+@pytest.mark.parametrize("given", [["--processes"], ["--processes", "0"], ["--processes", "two"]])
+def test_a_wrong_number_of_processes_is_told(given: list[str]) -> None:
+    with pytest.raises(SystemExit, match=r"error: --processes .*at least 1"):
+        main(["glyphs", *given])

@@ -12,6 +12,7 @@ from typing import Any
 import implicitlayer as il
 
 from ._command import PROGRAM
+from ._launch import num_processes, start, take_processes
 from ._presets import PRESETS, preset
 from ._run import run
 from ._settings import Data, Evaluation, Experiment, Method, Network, Outer, Run
@@ -26,7 +27,9 @@ _USAGE = f"""Meta-learning experiments: every cell of the iMAML paper, and the s
     {PROGRAM} --resume RUN                           go on with a run folder (--data.dir, --run.device and what else
                                                      changes no result may follow)
     {PROGRAM} --resume RUN --run.minutes 30          go on with a larger budget, also after the end
-    torchrun --nproc-per-node 4 examples/paper/train.py PRESET ...   tasks shared among processes
+    {PROGRAM} PRESET --processes 1                   on a CPU the tasks are shared among processes, one for each core,
+                                                     unless OMP_NUM_THREADS allows fewer; a preset cpu-... takes one
+    torchrun --nproc-per-node 4 examples/paper/train.py PRESET ...   the same with GPUs, or on several machines
 
 Presets:
 """
@@ -88,7 +91,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(usage(), end="")
         return
     try:
+        words, asked = take_processes(words)
         experiment, resume = parse(words)
+        if arguments is None and "RANK" not in os.environ:
+            count = num_processes(experiment) if asked is None else asked
+            if count > 1:
+                sys.exit(start(count, words))
         results = run(experiment, resume=resume)
     except (ValueError, il.ImplicitLayerError, OSError, ImportError) as error:
         raise SystemExit(f"error: {error}") from None
