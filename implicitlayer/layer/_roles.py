@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -72,6 +73,11 @@ def tell_arguments(error: Exception, function: Callable[..., Any], init: Any, th
             " The error comes from NumPy, which has no derivatives: write the function in torch operations (torch has "
             "most of NumPy's). Only the solver may use NumPy."
         )
+    if _from_fsdp(error):
+        note += (
+            " It calls a module under fully_shard (FSDP2), which puts its own weights into the place of the unknowns. "
+            "Leave out fully_shard: cut the weights by distribute_tensor or parallelize_module, and pass them as init."
+        )
     error.add_note(note)
 
 
@@ -116,6 +122,12 @@ def _takes(function: Callable[..., Any], count: int) -> bool:
 def _from_numpy(error: Exception) -> bool:
     frames = traceback.walk_tb(error.__traceback__)
     return any(str(frame.f_globals.get("__name__", "")).startswith("numpy") for frame, _ in frames)
+
+
+def _from_fsdp(error: Exception) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    frames = () if fsdp is None else traceback.walk_tb(error.__traceback__)
+    return any(isinstance(frame.f_locals.get("self"), getattr(fsdp, "FSDPModule", ())) for frame, _ in frames)
 
 
 def _instead(value: type) -> str:

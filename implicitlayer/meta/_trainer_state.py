@@ -11,7 +11,8 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from implicitlayer.base._numbers import check_integer
-from implicitlayer.base._tree import flatten
+from implicitlayer.base._sharding import is_sharded
+from implicitlayer.base._tree import flatten, flatten_with_names
 from implicitlayer.base._types import PyTree
 from implicitlayer.meta._callbacks import check_callbacks
 from implicitlayer.meta._checkpoint import CheckpointError, RunFolder, load_checkpoint
@@ -75,6 +76,13 @@ class TrainerState:
         missing = [name for name in ("sample", "state_dict", "load_state_dict") if not hasattr(self.sampler, name)]
         if missing:
             raise TypeError(f"the sampler needs the methods {missing}: a checkpoint keeps its position.")
+        for leaf, name in zip(*flatten_with_names(self.theta, "theta"), strict=True):
+            if is_sharded(leaf):
+                raise TypeError(
+                    f"{name} is a DTensor, and the Trainer shares tasks among processes that hold all of theta. Call "
+                    "the method in a loop of your own: method(theta, support, query).mean().backward(), a step of the "
+                    "optimizer, and torch.distributed.checkpoint.save for what it learns."
+                )
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         learned = [p for p in self._leaves if p.requires_grad]
         if not learned:

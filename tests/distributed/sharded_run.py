@@ -1,4 +1,4 @@
-"""What test_sharded runs in two processes at once: ``python sharded_run.py FOLDER``.
+"""What test_sharded runs in two or four processes at once: ``python sharded_run.py FOLDER PROCESSES``.
 
 Each process leaves ``FOLDER/<rank>.json``: for every case the largest difference to one process, or the error.
 """
@@ -15,9 +15,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.distributed.nn
 from processes import fork
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import implicitlayer as il
 
@@ -70,8 +74,9 @@ def difference(found: list[Any], wanted: list[torch.Tensor]) -> float:
 class Cases:
     """The sharded problem, its answers on one process, and what is found."""
 
-    def __init__(self) -> None:
-        self.mesh = init_device_mesh("cpu", (2,))
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         self.theta, self.data = problem()
         self.found: dict[str, Any] = {}
 
@@ -98,7 +103,8 @@ class Cases:
             run()
             self.found[name] = "no error"
         except Exception as error:
-            self.found[name] = f"{type(error).__name__}: {error}"
+            notes = " ".join(getattr(error, "__notes__", ()))  # from Python 3.11 on
+            self.found[name] = f"{type(error).__name__}: {error} {notes}"
 
 
 def solvers(cases: Cases) -> None:
@@ -260,6 +266,126 @@ class Ridge(torch.nn.Module):
         return 0.05 * ((z @ w - targets) ** 2).sum() + self.log_strength.exp() * (w**2).sum()
 
 
+def mlp() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)
+    return torch.nn.Sequential(*layers).double()
+
+
+def plain(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def fit_of(model: torch.nn.Module) -> Callable[..., torch.Tensor]:
+    """``objective`` for the weights of a module, whose activations are plain outside of it."""
+
+    def fit(w: Tree, theta: Tree, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        near = sum(((w[name] - theta[name]) ** 2).sum() for name in w)
+        return 0.01 * ((torch.func.functional_call(model, w, (inputs,)) - targets) ** 2).sum() + plain(near)
+
+    return fit
+
+
+def weights(model: torch.nn.Module, data: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The gradient of the size of the solution in the weights that it begins at."""
+    w = {name: leaf.detach() for name, leaf in model.named_parameters()}
+    theta = {name: leaf.clone().requires_grad_() for name, leaf in w.items()}
+    x = il.argmin(fit_of(model), il.solvers.NewtonCG(), linear_solver=CG)(w, theta, *data[:2])
+    size = plain(sum((leaf**2).sum() for leaf in x.values()))
+    return list(torch.autograd.grad(size, list(theta.values())))
+
+
+def models(cases: Cases) -> None:
+    """Modules cut by torch's own plans."""
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+    found = weights(parallelize_module(mlp(), cases.mesh, plan), cases.data)
+    assert any(placement.is_shard() for g in found for placement in g.placements)
+    cases.found["tensor parallel"] = difference(found, weights(mlp(), cases.data))
+
+    def encoded(encoder: torch.nn.Module) -> torch.Tensor:
+        z = encoder(cases.data[0])
+        ridge = il.argmin(lambda w, z, y: 0.05 * ((z @ w - y) ** 2).sum() + (w**2).sum(), il.solvers.NewtonCG())
+        return ((z @ ridge(torch.zeros(2, 2).double(), z, cases.data[1]) - cases.data[1]) ** 2).sum()
+
+    alone, sharded = mlp(), mlp()
+    encoded(alone).backward()
+    encoded(fully_shard(sharded, mesh=cases.mesh)).backward()
+    pairs = [list(model.parameters()) for model in (sharded, alone)]
+    cases.found["FSDP2 around"] = difference(*([p.grad for p in some] for some in pairs))
+    cases.refused("FSDP2 inside", lambda: weights(fully_shard(mlp(), mesh=cases.mesh), cases.data))
+
+
+class Traffic(TorchDispatchMode):
+    """Collectives that DTensors make, and the bytes that a process gives to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.bytes = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if DTensor in types:
+            return NotImplemented
+        if op.namespace == "_c10d_functional" and not op.__name__.startswith(("wait", "_wrap")):
+            self.count, self.bytes = self.count + 1, self.bytes + args[0].numel() * args[0].element_size()
+        return op(*args, **(kwargs or {}))
+
+
+def traffic(cases: Cases) -> None:
+    """What one more step of conjugate gradients says to other processes."""
+    for placed in ("Replicate", "Shard(0)", "Shard(1)"):
+        for rows in (Replicate(), Shard(0)):
+            theta, data = cases.sharded(placed, rows)
+            told = []
+            for steps in (3, 4):
+                linear = il.ConjugateGradient(max_steps=steps)
+                layer = il.argmin(objective, il.solvers.GradientDescent(0.4, max_steps=3), linear_solver=linear)
+                x = layer({name: leaf.detach() for name, leaf in theta.items()}, theta, *data[:2])
+                loss = query(x, *data[2:])
+                with warnings.catch_warnings(), Traffic() as seen:
+                    warnings.simplefilter("ignore")  # three steps of either solver are no solution
+                    torch.autograd.grad(loss, list(theta.values()))
+                told.append((seen.count, seen.bytes))
+            count, size = (after - before for before, after in zip(*told, strict=True))
+            shared = "shared" if rows.is_shard() else "whole"
+            cases.found[f"step {placed}, {shared} data"] = f"{count} collectives, {size} bytes"
+
+
+def saved(cases: Cases) -> None:
+    """A checkpoint that four processes write, and any number can read."""
+    theta, _ = cases.sharded("Shard(1)", Replicate())
+    dcp.save({name: leaf.detach() for name, leaf in theta.items()}, checkpoint_id=cases.folder / "checkpoint")
+
+
+def loaded(cases: Cases) -> None:
+    theta = {name: cases.put(torch.zeros_like(leaf), Shard(0)) for name, leaf in cases.theta.items()}
+    dcp.load(theta, checkpoint_id=cases.folder / "checkpoint")
+    cases.found["checkpoint"] = difference(list(theta.values()), list(cases.theta.values()))
+
+
+def trainer(cases: Cases) -> None:
+    w = cases.put(torch.zeros(2, dtype=torch.float64), Shard(0)).requires_grad_()
+    method = il.meta.iMAML(lambda x, t: ((x["w"] - t) ** 2).sum(1), GD, strength=1.0)
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    tasks = il.fewshot.Sinusoids(seed=0)
+    cases.refused("Trainer", lambda: il.meta.Trainer(method, {"w": w}, tasks, optimizer, tasks_per_step=2, max_steps=1))
+
+
+def four(cases: Cases) -> None:
+    """More than two processes, in one row or in a square: rows of data one way, weights the other way."""
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "weights"))
+    for inner, linear in (("NewtonCG", "ConjugateGradient"), ("LBFGS", "ConjugateGradient"), ("NewtonCG", "Gmres")):
+        layer = il.argmin(objective, SOLVERS[inner], linear_solver=LINEAR[linear])
+        wanted = cases.alone(layer)
+        for placed in ("Shard(0)", "Shard(1)"):
+            cases.agree(f"four {inner} {linear} {placed}", layer, placed, Shard(0), wanted)
+        theta = {
+            name: distribute_tensor(leaf, square, [Replicate(), Shard(1)]).requires_grad_()
+            for name, leaf in cases.theta.items()
+        }
+        data = [distribute_tensor(t, square, [Shard(0), Replicate()]) for t in cases.data]
+        cases.found[f"2 x 2 {inner} {linear}"] = difference(gradient(layer, theta, data), wanted)
+
+
 def example(cases: Cases) -> None:
     """The program of docs/distributed.md, which ends in its own assertion."""
     page = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text(encoding="utf-8")
@@ -269,13 +395,19 @@ def example(cases: Cases) -> None:
     cases.found["example"] = abs(names["found"] - names["expected"])
 
 
-def main(folder: Path) -> None:
+PARTS = {
+    2: (solvers, rows, unannounced, other_layers, learners, models, traffic, loaded, trainer, example),
+    4: (saved, four),
+}
+
+
+def main(folder: Path, size: int) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", module="torch")
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    cases = Cases()
-    for part in (solvers, rows, unannounced, other_layers, learners, example):
+    cases = Cases(folder)
+    for part in PARTS[size]:
         part(cases)
     (folder / f"{dist.get_rank()}.json").write_text(json.dumps(cases.found))
     dist.barrier()
@@ -283,4 +415,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(fork(2, lambda: main(Path(sys.argv[1]))))
+    sys.exit(fork(int(sys.argv[2]), lambda: main(Path(sys.argv[1]), int(sys.argv[2]))))
