@@ -87,6 +87,7 @@ CELLS = {"5w1s": (5, 1), "5w5s": (5, 5), "20w1s": (20, 1), "20w5s": (20, 5)}
 
 def test_there_is_a_preset_for_every_cell_of_the_paper() -> None:
     wanted = {f"paper-omniglot-{cell}-{m}" for cell in CELLS for m in METHODS}
+    wanted |= {f"cpu-miniimagenet-5w1s-{m}" for m in ("imaml-gd", "maml")}
     wanted |= {f"cpu-omniglot-{cell}-{m}" for cell in CELLS for m in (*METHODS, *TODAY) if m != "truncated"}
     wanted |= {f"paper-miniimagenet-5w1s-{m}" for m in METHODS}
     for data, cells in {"omniglot": CELLS, "glyphs": CELLS, "miniimagenet": {"5w1s"}}.items():
