@@ -356,7 +356,7 @@ def listening() -> bool:
 
 def listening_in_depth() -> bool:
     """Whether anybody wants all that can be measured."""
-    return any(in_depth for _, in_depth in _listeners)
+    return bool(_listeners) and any(in_depth for _, in_depth in _listeners)
 
 
 def emit(record: Record) -> None:

@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 import torch
 
 from implicitlayer._errors import ObjectiveError
+from implicitlayer.base._tree import ravel, unravel
 from implicitlayer.base._types import FlatFunction, Leaves
 from implicitlayer.equation._capture import plainly_impossible
 from implicitlayer.equation._flat import NO_PARTS, Parts
-from implicitlayer.equation._graph_leaves import ends_of, leaves_of, other_leaves, refuse_hidden_tensors
+from implicitlayer.equation._state import ends_of, leaves_of, other_leaves, refuse_hidden_tensors
 
 Randomness = str
 # torch annotates its results as two or three values
@@ -49,6 +50,19 @@ class Attached:
     def pull(self, u: Leaves) -> Leaves:
         """(dF/dx)' u; the graph is kept."""
         return pull_back(self.value, self.points, u)
+
+    def flat_pull(self, lane_dims: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """:meth:`pull` of flat vectors [*lanes, n]."""
+        if type(self) is Attached and len(self.value) == 1 and self.value[0].requires_grad:
+            value, points = self.value[0], self.points
+
+            def pull(vector: torch.Tensor) -> torch.Tensor:
+                u = vector.reshape(value.shape).to(value.dtype)
+                (found,) = torch.autograd.grad(value, points, u, retain_graph=True, materialize_grads=True)
+                return found.reshape(vector.shape)
+
+            return pull
+        return flat_product(self.pull, self.points, lane_dims)
 
     def push(self, u: Leaves) -> Leaves:
         """(dF/dx) u: the pull-back w -> J'w is linear, so the gradient of w -> <J'w, u> is J u, at any w."""
@@ -235,7 +249,7 @@ def gradient_of(values: torch.Tensor, x: Leaves) -> Leaves:
     found: Sequence[torch.Tensor | None] = ()
     if value.requires_grad:
         found = torch.autograd.grad(value, x, create_graph=True, allow_unused=True)
-    if all(leaf is None for leaf in found):  # theta alone may have given the value its graph
+    if not any(map(torch.is_tensor, found)):  # theta alone may have given the value its graph
         raise no_graph()
     return [torch.zeros_like(like) if leaf is None else leaf for leaf, like in zip(found, x, strict=True)]
 
@@ -286,6 +300,18 @@ def check_value(values: Any, lanes: torch.Size, has_lanes: bool) -> None:
             + remedy
             + ("." if has_lanes else "; for independent problems in one call pass batch_dims=1.")
         )
+
+
+def flat_product(
+    product: Callable[[Leaves], Leaves], like: Leaves, lane_dims: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``product`` of leaves as one of flat vectors [*lanes, n]; nothing is recorded."""
+
+    def flat(vector: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return ravel(product(unravel(vector, like, lane_dims)), lane_dims)
+
+    return flat
 
 
 def pull_back(value: Leaves, inputs: Leaves, u: Leaves) -> Leaves:

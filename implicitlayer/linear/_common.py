@@ -127,7 +127,7 @@ def lane_norm(vector: torch.Tensor, other: torch.Tensor | None = None) -> torch.
     scale = lane_scale(vector)
     if other is None or other is vector:
         part = vector / scale
-        return lane_dot(part, part).sqrt() * scale[..., 0]
+        return (part * part).sum(-1).double().sqrt() * scale[..., 0]
     scale_other = lane_scale(other)
     dot = lane_dot(vector / scale, other / scale_other)
     return dot.sqrt() * scale[..., 0].double().sqrt() * scale_other[..., 0].double().sqrt()
