@@ -34,8 +34,6 @@ from implicitlayer.equation._capture import find_closed_over, plainly_impossible
 from implicitlayer.equation._flat import Signature, flat_function, flat_parts
 from implicitlayer.layer._layer import ImplicitLayer, without_aux
 
-__all__ = ["CompiledLayer", "compile"]
-
 
 def compile(
     layer: ImplicitLayer, *, backend: Literal["inductor", "eager"] = "inductor", options: dict[str, Any] | None = None

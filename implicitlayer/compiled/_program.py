@@ -27,8 +27,6 @@ from implicitlayer.linear._common import lane_norm
 from implicitlayer.linear._operator import lane_scale
 from implicitlayer.linear._traced import TracedSystem
 
-__all__ = ["Program", "closed_over", "pull", "solve"]
-
 # The largest of a few Rayleigh quotients is not the largest eigenvalue: this much is left for it.
 _MARGIN = 10.0
 

@@ -49,8 +49,6 @@ from implicitlayer.linear._common import lane_norm
 from implicitlayer.linear._operator import FlatOperator, lane_dot, lane_scale, wrap_value
 from implicitlayer.linear._warm_start import WarmStart
 
-__all__ = ["AnswerCheck"]
-
 # Below this many eps (times the square root of n) a distance is rounding, even where x and init are both zero.
 NOISE = 1e3
 

@@ -20,8 +20,6 @@ from implicitlayer.equation._solve import Settings, SolveSpec, solve
 from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.linear._operator import FlatOperator, is_for_symmetric
 
-__all__ = ["HessianOperator", "hessian_operator", "hvp", "linear_solve"]
-
 
 @outside_compiled_code
 def hvp(objective: Callable[..., torch.Tensor], x: Any, vector: Any, *theta: Any) -> Any:

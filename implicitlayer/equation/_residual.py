@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -40,7 +40,7 @@ class Attached:
     theta: Leaves
     value: Leaves
     outputs: Leaves
-    _pushed: list[Leaves] = field(default_factory=list, kw_only=True)
+    _pushed: list[Callable[[Leaves], Leaves]] = field(default_factory=list, kw_only=True)
 
     @cached_property
     def ends(self) -> tuple[list[torch.Tensor], str]:
@@ -65,19 +65,11 @@ class Attached:
         return flat_product(self.pull, self.points, lane_dims)
 
     def push(self, u: Leaves) -> Leaves:
-        """(dF/dx) u: the pull-back w -> J'w is linear, so the gradient of w -> <J'w, u> is J u, at any w."""
+        """(dF/dx) u."""
         if not self._pushed:
-            dummies = [torch.zeros_like(leaf, requires_grad=True) for leaf in self.value]
-            live = [i for i, leaf in enumerate(self.value) if leaf.requires_grad]
-            pulled: Sequence[torch.Tensor] = ()
-            if live:
-                outputs, cotangents = [self.value[i] for i in live], [dummies[i] for i in live]
-                how = {"create_graph": True, "materialize_grads": True}
-                with torch.enable_grad():
-                    pulled = torch.autograd.grad(outputs, self.points, cotangents, **how)
-            self._pushed[:] = [list(pulled), dummies]
-        pulled, dummies = self._pushed
-        return pull_back(list(pulled), dummies, u)
+            with torch.enable_grad():
+                self._pushed.append(pushed(self.value, self.points))
+        return self._pushed[0](u)
 
     def pull_theta(self, u: Leaves, needed: Sequence[bool]) -> list[torch.Tensor | None]:
         """(dF/dtheta)' u for the needed leaves, None for the others; the graph is kept."""
@@ -312,6 +304,20 @@ def flat_product(
             return ravel(product(unravel(vector, like, lane_dims)), lane_dims)
 
     return flat
+
+
+def pushed(value: Leaves, inputs: Leaves) -> Callable[[Leaves], Leaves]:
+    """u -> (d value / d inputs) u by a graph that is kept.
+
+    The pull-back w -> J'w is linear, so the gradient of w -> <J'w, u> is J u, at any w.
+    """
+    live = [leaf for leaf in value if leaf.requires_grad]
+    if not live:
+        return lambda u: [torch.zeros_like(leaf) for leaf in value]
+    dummies = [torch.zeros_like(leaf, requires_grad=True) for leaf in value]
+    weights = [dummy for dummy, leaf in zip(dummies, value, strict=True) if leaf.requires_grad]
+    pulled = torch.autograd.grad(live, inputs, weights, create_graph=True, materialize_grads=True)
+    return partial(pull_back, list(pulled), dummies)
 
 
 def pull_back(value: Leaves, inputs: Leaves, u: Leaves) -> Leaves:

@@ -22,8 +22,6 @@ from implicitlayer.equation._solve import Settings, alive, fill, lanes_first, ov
 from implicitlayer.equation._state import Run
 from implicitlayer.layer._forward import Calling, solve_forward
 
-__all__ = ["ImplicitArgmin"]
-
 
 @dataclass(frozen=True, eq=False)
 class LayerSpec:

@@ -33,8 +33,6 @@ from implicitlayer.layer._forward import Calling, Constraints
 from implicitlayer.layer._function import ImplicitArgmin, LayerSpec
 from implicitlayer.layer._roles import check_linear_solver, tell_arguments
 
-__all__ = ["ImplicitLayer"]
-
 _POLICIES = ("raise", "warn", "ignore", "mask")
 Kind = Literal["argmin", "root", "fixed_point"]
 

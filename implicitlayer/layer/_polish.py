@@ -24,8 +24,6 @@ from implicitlayer.equation._distance import Stationarity, newton_step, stationa
 from implicitlayer.equation._residual import Residual
 from implicitlayer.linear._common import lane_norm, select
 
-__all__ = ["Polish", "polish"]
-
 _HALVINGS = 8  # of a Newton step, at most
 
 Point = tuple[Leaves, Stationarity]

@@ -25,8 +25,6 @@ from implicitlayer.layer._polish import Polish
 if TYPE_CHECKING:
     from implicitlayer.layer._function import LayerSpec
 
-__all__ = ["judge_answer", "tell_step_limit"]
-
 
 # A relative change of the Hessian above this many times stationarity_rtol makes a gradient wrong by more than an answer
 # that is stationarity_rtol away lets expect.

@@ -14,8 +14,6 @@ from implicitlayer import _torch
 from implicitlayer.linear._common import BLOWN_UP, NOISE, SLACK, SUSPICIOUS_RESIDUAL, Limits, lane_norm
 from implicitlayer.linear._operator import lane_dot, lane_scale
 
-__all__ = ["TracedSolution", "TracedSystem"]
-
 
 @dataclass(frozen=True, eq=False)
 class TracedSystem:

@@ -17,8 +17,6 @@ from implicitlayer.solvers._inputs import check_attached, check_unknowns
 from implicitlayer.solvers._progress import Iteration, reporting
 from implicitlayer.solvers._scipy_limits import FlatPoints, bounds_of_layer, constraints_of_layer, refuse_hidden_limits
 
-__all__ = ["SciPyMinimize"]
-
 _DERIVATIVE_FREE = ("nelder-mead", "powell", "cobyla", "cobyqa")
 _NEEDS_HESSIAN = ("newton-cg", "trust-ncg", "trust-krylov", "trust-constr")
 # Their status 2: the line search found no lower point ("precision loss", "abnormal"); 3 of the first three: NaN.

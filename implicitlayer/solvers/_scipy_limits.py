@@ -18,8 +18,6 @@ from implicitlayer.base._types import Leaves
 from implicitlayer.sets._box import Box, NonNegative
 from implicitlayer.sets._term import PerPart, ProximalTerm, resolve
 
-__all__: list[str] = []
-
 WITH_BOUNDS = ("L-BFGS-B", "TNC", "SLSQP", "Nelder-Mead", "Powell", "trust-constr", "COBYLA", "COBYQA")
 WITH_CONSTRAINTS = ("SLSQP", "trust-constr", "COBYLA", "COBYQA")
 # This near to a limit, in units of its size (1 for a limit at 0), an answer rests on it. trust-constr ends inside, at

@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 
 from implicitlayer.testing._arrays import check_one_of
-from implicitlayer.testing._problems import _Problem
+from implicitlayer.testing._families import _Problem
 
 Gradients = list[torch.Tensor | None]
 

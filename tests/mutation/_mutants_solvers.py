@@ -119,7 +119,7 @@ SOLVER_MUTANTS = [
         "no normalisation of right-hand sides",
         "linear/_operator.py",
         "lane_scale",
-        "torch.where((scale > 0) & scale.isfinite(), scale, torch.ones_like(scale))",
+        "torch.where((scale > 0) & (scale < math.inf), scale, torch.ones_like(scale))",
         "torch.ones_like(scale)",
         "squares of numbers near 1e-200 vanish",
         near="ConjugateGradient",
@@ -288,7 +288,7 @@ SOLVER_MUTANTS = [
     ),
     Mutant(
         "accelerated gradients with too much momentum",
-        "solvers/_momentum.py",
+        "solvers/_leaves.py",
         "Momentum.next",
         "(root - 1) / (root + 1)",
         "(root + 1) / (root - 1)",
