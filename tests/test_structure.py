@@ -39,6 +39,7 @@ LAYERS["meta"] = {*LAYERS["api"], "solvers", "meta"}
 # and nobody imports testing
 LAYERS["testing"] = {*LAYERS["explain"], "solvers", "fewshot", "meta", "testing"}
 MAX_LINES = 400  # of a file
+MAX_WORDS = 20  # of the first sentence of a docstring
 MAX_PACKAGE_LINES = 35_290  # wanted are 22,000
 MAX_FUNCTION_LINES = 60  # without docstring and blank lines
 # The plain path of a layer; wanted are 14 files.
@@ -151,6 +152,34 @@ def test_every_public_name_is_documented(name: str) -> None:
             for member, function in vars(value).items():
                 if not member.startswith("_") and inspect.isfunction(function):
                     assert inspect.getdoc(getattr(value, member)), f"{name}.{entry}.{member} has no docstring"
+
+
+def num_words(docstring: str) -> int:
+    """The words of the first sentence; what stands in double backquotes is one."""
+    text = re.sub(r"``.*?``", "code", docstring.strip(), flags=re.DOTALL)
+    return len(re.split(r"\n\s*\n|(?<=[.!?:])\s", text)[0].split())
+
+
+def test_the_words_of_a_first_sentence_are_counted() -> None:
+    assert num_words("Solve ``A u = b``, or\n    raise. Not counted.") == 4
+    assert num_words("Without a full stop\n\n    Args: nothing.") == 4
+
+
+@pytest.mark.parametrize("name", public_packages())
+def test_public_docstrings_begin_with_a_short_sentence(name: str) -> None:
+    package = importlib.import_module(name)
+    long = {}
+    for entry in package.__all__:
+        value = getattr(package, entry)
+        if not (inspect.isclass(value) or inspect.isroutine(value)):
+            continue
+        members = vars(value) if inspect.isclass(value) else {}
+        shown = [member for member in members if not member.startswith("_") and inspect.getdoc(members[member])]
+        for title, documented in ((entry, value), *((f"{entry}.{m}", getattr(value, m)) for m in shown)):
+            words = num_words(inspect.getdoc(documented) or "")
+            if words >= MAX_WORDS:
+                long[title] = words
+    assert not long, f"first sentences of {name} with {MAX_WORDS} words or more: say less, or say it in two: {long}"
 
 
 def test_importing_the_package_needs_torch_and_numpy_only() -> None:

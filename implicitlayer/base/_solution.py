@@ -146,7 +146,7 @@ class LinearSolution:
 
 @dataclass(frozen=True, eq=False)
 class SolverResult:
-    """What an inner solver may return in place of the bare value, so that records can tell how it ended.
+    """What an inner solver may return in place of the bare value: records then tell how it ended.
 
     Attributes:
         value: the unknowns, in the structure of ``init``.

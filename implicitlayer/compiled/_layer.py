@@ -185,7 +185,7 @@ class CompiledLayer:
     def prepared(
         self, init: Any, theta: tuple[Any, ...], needed: list[bool], make: bool
     ) -> tuple[Program | None, Signature]:
-        """The program for these arguments, None if there is none and none is to be made; theta without its tensors."""
+        """The program for these arguments (None where there is none), and theta without its tensors."""
         leaves, spec = flatten(init)
         signature = Signature.of(theta)
         key, slots = _key(spec, leaves, signature, needed)

@@ -67,7 +67,7 @@ class ClosedOver(list[torch.Tensor]):
     """Closed-over tensors that need a derivative.
 
     Attributes:
-        wanted: whether a derivative may be asked for, in one of them or in an argument but the first.
+        needs_derivative: whether a derivative may be asked for, in one of them or in an argument but the first.
         normalises: whether the function calls a normalisation of torch.
         draws: whether the function draws random numbers from torch's generators.
         checkpoints: whether it saves tensors by hooks of its own, as torch.utils.checkpoint does.
@@ -78,7 +78,7 @@ class ClosedOver(list[torch.Tensor]):
         first: what the first run leaves for the second to check; see NOTE [state].
     """
 
-    wanted: bool = False
+    needs_derivative: bool = False
     normalises: bool = False
     draws: bool = False
     checkpoints: bool = False
@@ -149,10 +149,10 @@ def find_closed_over(
             found.append(tensor)
         elif not tensor.is_inference():
             constants.append((tensor, tensor._version))
-    found.wanted = any(search.needed) or bool(found)
+    found.needs_derivative = any(search.needed) or bool(found)
     found.normalises, found.draws = first.normalises, draws
     found.checkpoints, found.borrows = first.checkpoints and search.plain, first.borrows
-    if check is not None and found.wanted and constants:
+    if check is not None and found.needs_derivative and constants:
         first.refuse_changing({id(tensor) for tensor, _ in constants})
     found.constants = tuple(constants)
     if found and any(_torch.is_wrapped(t) or search.sources.made_since(t) for t in found):

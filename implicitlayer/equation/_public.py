@@ -181,7 +181,7 @@ def linear_solve(
     on_failure: OnFailure = "warn",
     negative_curvature: NegativeCurvature = "raise",
 ) -> Any:
-    """u with ``operator u = rhs``, differentiable in ``rhs`` and in the operator, to every order and in both modes.
+    """u with ``operator u = rhs``, differentiable in both, to every order, in reverse and forward mode.
 
     The derivative of a solve is a solve: no step of the iteration is differentiated, and a truncated solve has the
     derivatives of the system that it truncates.

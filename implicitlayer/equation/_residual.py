@@ -138,7 +138,7 @@ class Residual:
         check_value(values, x[0].shape[: self.lane_dims], self.lane_dims_of_function > 0)
         return values
 
-    def seen_by(self, needed: Sequence[bool]) -> Residual:
+    def restricted_to(self, needed: Sequence[bool]) -> Residual:
         """The same equation for derivatives in the ``needed`` theta leaves, without terms that read none of them."""
         if self.parts.coupling is None or any(needed[self.parts.num_coupled :]):
             return self

@@ -45,7 +45,7 @@ def implicit_vjp(
     if graph is not None and not derivatives_possible():
         mixed = jacobian = OneGraph(**vars(jacobian), graph=graph)
     else:
-        source = residual.seen_by(needed)
+        source = residual.restricted_to(needed)
         mixed = lambda t: source(x, t)  # noqa: E731
     spec = SolveSpec(jacobian, len(x), settings, "backward", certify, judge, found.flaw)
     with plain_surroundings(x, derivatives=True):

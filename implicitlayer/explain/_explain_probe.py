@@ -228,7 +228,7 @@ def layer_failures(problem: Problem) -> list[Exception | None]:
 
     def backward_of(wanted: tuple[bool, ...]) -> Exception | None:
         point = [t.detach() for t in tensors]
-        source = residual.seen_by(wanted)
+        source = residual.restricted_to(wanted)
         if not hidden:  # the layer's backward is one of plain autograd
             data = [t.requires_grad_() if need else t for t, need in zip(point, wanted, strict=True)]
             return _raised(lambda: plainly(source, data))

@@ -131,7 +131,7 @@ def _solved(spec: LayerSpec, init: Leaves, theta: Leaves, failed: torch.Tensor |
         x = replaced(failed, x, init)
 
     with plain_surroundings(theta, derivatives=True):
-        plain = spec.wanted and not plainly_impossible()
+        plain = spec.needs_derivative and not plainly_impossible()
         mark = Run()
         reaching = spec.reaching(given, [t.requires_grad for t in given], mark) if plain else theta
         try:
@@ -153,7 +153,7 @@ def _checked(
     """The answer x, polished, judged and recorded; ``reaching``: theta, for the graph that derivatives are made of."""
     residual, flaw = spec.residual, ""
     answer: AnswerCheck | None = None
-    measures = spec.stationarity_rtol is not None or spec.polish > 0 or (spec.wanted and listening_in_depth())
+    measures = spec.stationarity_rtol is not None or spec.polish > 0 or (spec.needs_derivative and listening_in_depth())
     keeps = spec.closed is not None and any(map(_REQUIRES_GRAD, reaching))
     at = residual.attached(x, reaching) if measures or keeps else None  # one run for all
     if spec.closed is not None:
@@ -175,7 +175,7 @@ def _checked(
     kept = 0 if polished is None else polished.kept
     if kept:
         at = residual.attached(x, reaching) if keeps or constraints is not None else None
-    active_set = None if constraints is None or not spec.wanted else constraints.examine(residual, x, at)
+    active_set = None if constraints is None or not spec.needs_derivative else constraints.examine(residual, x, at)
     if failed is None:
         _record(spec, ended, measured, kept, active_set, None)
     limited = not kept and ended.status is Status.MAX_STEPS_REACHED

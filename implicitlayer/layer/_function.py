@@ -32,7 +32,7 @@ class LayerSpec:
     num_x: int
     settings: Settings
     closed: ClosedOver | None = None  # tensors that the function reads from outside; None: it was not searched
-    wanted: bool = True  # whether something that was given needs a derivative
+    needs_derivative: bool = True  # whether something that was given needs a derivative
     stationarity_rtol: float | None = 1e-3
     polish: int = 0
 

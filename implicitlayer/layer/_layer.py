@@ -118,7 +118,7 @@ class ImplicitLayer(CopiesFunctions):
         differentiable = derivatives_possible()
         watched = differentiable and not self.own_function
         hidden = self._closed_over(user_function, x, x_spec, signature, (init, *theta)) if watched else ClosedOver()
-        wanted = hidden.wanted if watched else differentiable and any(needing(tensors))
+        needs = hidden.needs_derivative if watched else differentiable and any(needing(tensors))
         function, residual, constraints = self._equation(user_function, x_spec, signature, hidden)
         calling = Calling(
             solver=self.solver,
@@ -148,8 +148,8 @@ class ImplicitLayer(CopiesFunctions):
                 listener=records.listener(),
             ),
             closed=hidden if watched else None,
-            wanted=wanted,
-            stationarity_rtol=self.stationarity_rtol if wanted else None,
+            needs_derivative=needs,
+            stationarity_rtol=self.stationarity_rtol if needs else None,
             polish=self.polish,
         )
         given = [*x, *tensors, *map(announce, hidden)]  # what is hidden may be swapped by a layer around this one

@@ -39,7 +39,7 @@ class RoleCase:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ThetaRole:
-    """A way in which the last theta of a problem is given to a layer; ``role(problem)`` is the case to test.
+    """A way in which the last theta of a problem is given to a layer. ``role(problem)`` is the case to test.
 
     Attributes:
         name: what it is, such as ``"closed over"``.
