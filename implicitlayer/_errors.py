@@ -72,7 +72,7 @@ class ImplicitLayerWarning(UserWarning):
 
 
 class ConvergenceWarning(ImplicitLayerWarning):
-    """A solve (the linear one, or the solver of a layer) ended above its tolerance; the gradient carries that error."""
+    """A solve (the linear one, or the layer's solver) ended above its tolerance. The gradient carries that error."""
 
 
 class StationarityWarning(ImplicitLayerWarning):

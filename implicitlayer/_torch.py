@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,12 +30,9 @@ is_mapped: Callable[[torch.Tensor], bool] = _functorch.is_batchedtensor  # its o
 unwrapped: Callable[[torch.Tensor], torch.Tensor] = _functorch.get_unwrapped  # one wrapper less
 unwrapped_if_over: Callable[[torch.Tensor], torch.Tensor] = _functorch.unwrap_if_dead  # of a level that has ended
 level_of: Callable[[torch.Tensor], int] = _functorch.maybe_get_level  # -1 for a plain tensor
-
-
-def current_level() -> int:
-    """The number of the innermost transform, 0 outside."""
-    level: int | None = _functorch.maybe_current_level()
-    return level or 0
+current_level: Callable[[], int | None] = _functorch.maybe_current_level  # of the innermost transform; None outside
+# The number of the innermost level of forward mode, by ``torch.func.jvp`` or ``forward_ad.dual_level``; -1 outside.
+forward_level: Callable[[], int] = partial(getattr, forward_ad, "_current_level")
 
 
 def num_forward_levels() -> int:
@@ -56,8 +54,8 @@ def mapped_over(function: Callable[[torch.Tensor], torch.Tensor], vectors: torch
 
 
 def forward_mode_active() -> bool:
-    """Whether forward mode is at work, by ``torch.func.jvp`` or ``forward_ad.dual_level``."""
-    return forward_ad._current_level >= 0
+    """Whether forward mode is at work."""
+    return forward_level() >= 0
 
 
 # The older batching of ``torch.autograd.grad(is_grads_batched=True)``, which custom Functions do not see. The numbers

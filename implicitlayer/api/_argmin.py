@@ -15,8 +15,6 @@ from implicitlayer.layer._roles import check_roles
 from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.linear._gmres import Gmres
 
-__all__ = ["argmin", "fixed_point", "root"]
-
 
 def argmin(
     objective: Callable[..., Any],

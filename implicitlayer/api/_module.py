@@ -14,8 +14,6 @@ from implicitlayer.base._copying import CopiesFunctions
 from implicitlayer.base._records import Record
 from implicitlayer.layer._layer import ImplicitLayer
 
-__all__ = ["ArgminLayer", "FixedPointLayer", "RootLayer"]
-
 
 class ArgminLayer(CopiesFunctions, nn.Module):
     """:func:`argmin` as a module: ``forward(*theta) -> x``, or ``forward(init, *theta)`` without a stored ``init``.

@@ -28,8 +28,6 @@ from implicitlayer.constrained._qp_sparse import Entries, is_sparse
 from implicitlayer.equation._capture import plainly_impossible
 from implicitlayer.layer._layer import ImplicitLayer, without_aux
 
-__all__ = ["value"]
-
 _ARGUMENTS = inspect.signature(qp)
 
 

@@ -20,7 +20,14 @@ from implicitlayer.base._status import Status
 from implicitlayer.base._tree import ravel
 from implicitlayer.base._types import Leaves
 
-_active = threading.local()
+
+class _Marks(threading.local):
+    """``failed``: the lanes, bool [*lanes], that have failed in the solve at work; None where that is an error."""
+
+    failed: torch.Tensor | None = None
+
+
+marks = _Marks()
 # of a solver, not of its code
 FAILURES = (ArithmeticError, np.linalg.LinAlgError, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
 
@@ -28,17 +35,17 @@ FAILURES = (ArithmeticError, np.linalg.LinAlgError, torch.linalg.LinAlgError)  #
 @contextmanager
 def marking(masks: bool, lanes: torch.Size, like: torch.Tensor) -> Iterator[torch.Tensor | None]:
     """The lanes that fail in the block, bool [*lanes]; None where a failure is an error."""
-    before = getattr(_active, "failed", None)
-    _active.failed = torch.zeros(lanes, dtype=torch.bool, device=like.device) if masks else None
+    before = marks.failed
+    marks.failed = torch.zeros(lanes, dtype=torch.bool, device=like.device) if masks else None
     try:
-        yield _active.failed
+        yield marks.failed
     finally:
-        _active.failed = before
+        marks.failed = before
 
 
 def refuse(lanes: torch.Tensor, error: Exception) -> None:
     """Mark ``lanes`` as failed, or raise ``error`` where failures are not masked."""
-    failed = getattr(_active, "failed", None)
+    failed = marks.failed
     if failed is None or failed.shape != lanes.shape:
         raise error
     failed |= lanes
@@ -46,12 +53,12 @@ def refuse(lanes: torch.Tensor, error: Exception) -> None:
 
 def masking() -> bool:
     """Whether failures mark their lanes, and are no errors."""
-    return getattr(_active, "failed", None) is not None
+    return marks.failed is not None
 
 
 def standing(lanes: torch.Tensor) -> torch.Tensor:
     """Those of ``lanes`` that have not failed: of a failed one no warning is due."""
-    failed = getattr(_active, "failed", None)
+    failed = marks.failed
     return lanes if failed is None or failed.shape != lanes.shape else lanes & ~failed
 
 

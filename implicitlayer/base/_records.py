@@ -112,7 +112,7 @@ class ForwardRecord:
 
 @dataclass(frozen=True, eq=False)
 class GradientError:
-    """How far a computed gradient is from the exact one, ``||g - g*||``, lane by lane, for the cotangent as given.
+    """How far a computed gradient is from the exact one, ``||g - g*||``, lane by lane. It is for the given cotangent.
 
     The gradient is that of all theta leaves together. ``float(error)`` is the sum over the lanes, which bounds the
     error of a theta that they share, and that of all together where each has its own.
@@ -356,7 +356,7 @@ def listening() -> bool:
 
 def listening_in_depth() -> bool:
     """Whether anybody wants all that can be measured."""
-    return any(in_depth for _, in_depth in _listeners)
+    return bool(_listeners) and any(in_depth for _, in_depth in _listeners)
 
 
 def emit(record: Record) -> None:

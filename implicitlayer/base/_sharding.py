@@ -18,8 +18,6 @@ from implicitlayer import _torch
 from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
 from implicitlayer.base._tree import flatten, is_data, unflatten
 
-__all__ = ["WHOLE", "Sharding", "gathered", "gathered_where_plain", "is_sharded", "placed_like"]
-
 WHOLE = {torch.Tensor, torch.nn.Parameter, type(None)}  # classes of what is sure to lie on one process
 
 

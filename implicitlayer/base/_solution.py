@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -81,7 +82,7 @@ class LinearSolution:
         low, high = self.ritz_values
         return torch.where(low > 0, high / low, torch.where(low.isnan(), math.nan, math.inf))
 
-    @property
+    @cached_property
     def status(self) -> Status:
         """The status; of a batch, that of its worst lane."""
         return Status(int(self.codes.max())) if self.codes.numel() else Status.CONVERGED
@@ -145,7 +146,7 @@ class LinearSolution:
 
 @dataclass(frozen=True, eq=False)
 class SolverResult:
-    """What an inner solver may return in place of the bare value, so that records can tell how it ended.
+    """What an inner solver may return in place of the bare value: records then tell how it ended.
 
     Attributes:
         value: the unknowns, in the structure of ``init``.

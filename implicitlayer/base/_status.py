@@ -6,7 +6,15 @@ import enum
 
 
 class Status(enum.IntEnum):
-    """How a linear or inner solve ended; ``help`` says what to do about it."""
+    """How a linear or inner solve ended; ``help`` says what to do about it.
+
+    Attributes:
+        ok: whether this is success. What was asked for is a choice, not a failure: a step limit, a truncation.
+        usable: whether the value is still an approximation of the answer (with a known residual).
+    """
+
+    ok: bool
+    usable: bool
 
     CONVERGED = 0
     STEP_LIMIT = 1
@@ -23,16 +31,6 @@ class Status(enum.IntEnum):
         return self.name
 
     __format__ = enum.Enum.__format__  # by str(), where Python 3.11 would give the number
-
-    @property
-    def ok(self) -> bool:
-        """Whether this is success. What was asked for is a choice, not a failure: a step limit, a truncation."""
-        return self <= Status.TRUNCATED
-
-    @property
-    def usable(self) -> bool:
-        """Whether the value is still an approximation of the answer (with a known residual)."""
-        return self <= Status.STAGNATED
 
     @property
     def help(self) -> str:
@@ -74,3 +72,5 @@ _HELP = {
         "or a theta is not finite."
     ),
 }
+for _status in Status:
+    _status.ok, _status.usable = _status <= Status.TRUNCATED, _status <= Status.STAGNATED

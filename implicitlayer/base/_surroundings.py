@@ -1,46 +1,126 @@
-"""What surrounds a call must not leak into the solve: saved-tensor hooks, autocast, readers, inference, compilers."""
+"""What surrounds a call and must not leak into the solve, and what torch cannot do inside."""
+
+# NOTE [second derivatives]: a solution is differentiated through second derivatives of its objective. The fused kernels
+# of attention have first ones only, so they are switched off where derivatives are made; the plain formula takes their
+# place. What else torch cannot differentiate twice, or not under a transform, is named, with what to write instead.
 
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from operator import attrgetter
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from implicitlayer import _torch
+from implicitlayer._errors import ImplicitLayerError, ObjectiveError
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 _DEVICE_TYPE = attrgetter("device.type")
+_FUSED = ("flash", "mem_efficient", "cudnn")
+_cuda: Any = torch.backends.cuda
+_SWITCHES = [(getattr(_cuda, f"{name}_sdp_enabled"), getattr(_cuda, f"enable_{name}_sdp")) for name in _FUSED]
+
+PLAINLY = "Write it in plain operations, or keep it out of the objective (compute it before, and pass it as a theta)."
+_REMEDIES = {
+    "_cdist": "Write torch.linalg.vector_norm(a[..., :, None, :] - b[..., None, :, :], dim=-1) in place of cdist.",
+    "_embedding_bag": "Write torch.nn.functional.embedding(index, weight).sum(-2) (or .mean) in place of EmbeddingBag.",
+    "attention": "Write the attention as softmax(q @ k.mT / sqrt(d)) @ v.",
+}
+_UNDER_TRANSFORMS = (
+    "Transforms (vmap), second derivatives and closed-over tensors that are no leaves need torch.func, which cannot "
+    "run it. Give an autograd.Function a setup_context (and generate_vmap_rule = True), remove full backward hooks "
+    "from the modules, or call torch.utils.checkpoint around the layer, not inside."
+)
+_LANES = (
+    "Make the tensor that is written to of x or theta (torch.zeros_like(x), x.new_zeros(...) do), or write torch.cat, "
+    "torch.stack or torch.where in place of writing into it."
+)
+_LIMITS = (
+    (
+        r"[Dd]erivative for '?(?:aten::)?(\w+)'? is not implemented",
+        "{0}, of which torch has no second derivative",
+        None,
+    ),
+    ("Autograd not support dtype", "an operation of which torch has no second derivative", None),
+    ("do not have strides", "a sparse CSR tensor where torch.func is needed", "Make it a COO one: .to_sparse_coo()."),
+    ("once_differentiable", "an autograd.Function that is once_differentiable", PLAINLY),
+    (
+        "must override the setup_context",
+        "an autograd.Function without setup_context (or a full backward hook)",
+        _UNDER_TRANSFORMS,
+    ),
+    (
+        "Trying to backward through the graph a second time",
+        "a graph that has been used up: something that it has kept of an earlier run (a cache)",
+        "Compute it anew in every run. (Or the solver calls backward twice for one value: then retain_graph=True.)",
+    ),
+    (
+        "use_reentrant=True",
+        "torch.utils.checkpoint with use_reentrant=True, whose backward has no derivative",
+        "Pass use_reentrant=False.",
+    ),
+    (
+        "torch.utils.checkpoint|saved tensor hooks|escaped from inside a function being vmapped",
+        "torch.utils.checkpoint (or something else that keeps tensors for later)",
+        _UNDER_TRANSFORMS,
+    ),
+    (
+        "vmap: .*(in-place|inplace|not possible because there exists a Tensor `other`)|output with shape .* broadcast|"
+        "doesn't match the broadcast shape",
+        "an operation in place on a tensor that has not the shape of its result (under vmap, not its lanes)",
+        _LANES,
+    ),
+    (
+        "leaf Variable that requires grad.*in-place|mutate a captured Tensor",
+        "an operation in place on a tensor (x or theta)",
+        "Write it out of place: x * 2 for x.mul_(2), torch.stack or torch.cat for a buffer that is filled.",
+    ),
+)
 
 
 @contextmanager
-def plain_surroundings(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
+def plain_surroundings(tensors: Sequence[torch.Tensor], *, derivatives: bool = False) -> Iterator[None]:
     """Run the block without saved-tensor hooks and autocast, whatever is active around it.
 
     The graphs built inside live and die inside: hooks that offload, compress or count saved tensors (activation
     checkpointing) have no business with them, and torch.func refuses to run under such hooks. Autocast would give the
     forward and the backward solve different objectives; the layer works in the dtype of its tensors.
+
+    ``derivatives``: the block takes derivatives of user code, with kernels that have second ones, and errors that name
+    what torch cannot do; see NOTE [second derivatives].
     """
-    with ExitStack() as stack:
-        for device_type in set(map(_DEVICE_TYPE, tensors)):
-            if torch.is_autocast_enabled(device_type):
-                stack.enter_context(torch.autocast(device_type, enabled=False))
-        popped = []
-        while (pair := _torch.saving_hooks(False)) is not None:
-            popped.append(pair)
-            _torch.pop_saving_hooks()
-        try:
-            yield
-        finally:
-            for pack, unpack in reversed(popped):
-                _torch.push_saving_hooks(pack, unpack)
+    for kind in set(map(_DEVICE_TYPE, tensors)):
+        if torch.is_autocast_enabled(kind):
+            with torch.autocast(kind, enabled=False), plain_surroundings(tensors, derivatives=derivatives):
+                yield
+            return
+    popped, switched = [], []
+    while (pair := _torch.saving_hooks(False)) is not None:
+        popped.append(pair)
+        _torch.pop_saving_hooks()
+    for enabled, switch in _SWITCHES if derivatives else ():
+        if enabled():
+            switch(False)
+            switched.append(switch)
+    try:
+        yield
+    except RuntimeError as error:
+        if derivatives:
+            name_limit(error)
+        raise
+    finally:
+        for switch in switched:
+            switch(True)
+        for pack, unpack in reversed(popped):
+            _torch.push_saving_hooks(pack, unpack)
 
 
 class ReadingMode(TorchFunctionMode):
@@ -77,7 +157,11 @@ def saves_by_hooks() -> bool:
 
 def out_of_inference(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copies that autograd can record of tensors made in inference mode; the others as they are."""
-    return [t.clone() if t.is_inference() else t for t in tensors]
+    found = list(tensors)
+    for i, tensor in enumerate(tensors):
+        if tensor.is_inference():
+            found[i] = tensor.clone()
+    return found
 
 
 def outside_compiled_code(function: Callable[P, R]) -> Callable[P, R]:
@@ -93,14 +177,36 @@ def outside_compiled_code(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def draws_since(tensors: Sequence[torch.Tensor]) -> Callable[[], bool]:
-    """Tells whether torch's generators, on the CPU and where ``tensors`` are, have been drawn from since this call."""
-    devices = {tensor.device for tensor in tensors if tensor.is_cuda}
-    generators = [torch.default_generator, *(torch.cuda.default_generators[device.index or 0] for device in devices)]
-    before = [generator.get_state() for generator in generators]
+def random_states(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The states of torch's generators, on the CPU and where ``tensors`` are."""
+    states = [torch.default_generator.get_state()]
+    if torch.cuda.is_initialized():
+        for index in sorted({tensor.device.index or 0 for tensor in tensors if tensor.is_cuda}):
+            states.append(torch.cuda.default_generators[index].get_state())
+    return states
 
-    def drawn() -> bool:
-        with _torch.without_modes():  # no business of an enclosing finder's
-            return not all(torch.equal(a, b.get_state()) for a, b in zip(before, generators, strict=True))
 
-    return drawn
+def drawn_since(states: list[torch.Tensor], tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether these generators have been drawn from since they had these states."""
+    with _torch.without_modes():  # no business of an enclosing finder's
+        return not all(map(torch.equal, states, random_states(tensors)))
+
+
+def name_limit(error: Exception) -> None:
+    """Raise an ObjectiveError from ``error`` if it is one of torch's that says what torch cannot do."""
+    unknown = isinstance(error, RuntimeError) and not isinstance(error, ImplicitLayerError)
+    named = _named(str(error)) if unknown else None
+    if named is not None:
+        raise ObjectiveError(named) from error
+
+
+def _named(message: str) -> str | None:
+    for pattern, what, remedy in _LIMITS:
+        found = re.search(pattern, message, re.DOTALL)
+        if found is None:
+            continue
+        operation = what.format(*found.groups())
+        if remedy is None:
+            remedy = next((text for key, text in _REMEDIES.items() if key in message), PLAINLY)
+        return f"the objective (or a function of the layer) uses {operation}. {remedy}"
+    return None

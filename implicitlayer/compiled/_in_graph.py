@@ -22,8 +22,6 @@ from implicitlayer.base._types import Leaves
 if TYPE_CHECKING:
     from implicitlayer.compiled._layer import Call, CompiledLayer
 
-__all__ = ["call_in_graph", "number_of"]
-
 _NUMBERS = itertools.count()
 _LAYERS: weakref.WeakValueDictionary[int, CompiledLayer] = weakref.WeakValueDictionary()
 

@@ -34,8 +34,6 @@ from implicitlayer.equation._capture import find_closed_over, plainly_impossible
 from implicitlayer.equation._flat import Signature, flat_function, flat_parts
 from implicitlayer.layer._layer import ImplicitLayer, without_aux
 
-__all__ = ["CompiledLayer", "compile"]
-
 
 def compile(
     layer: ImplicitLayer, *, backend: Literal["inductor", "eager"] = "inductor", options: dict[str, Any] | None = None
@@ -187,7 +185,7 @@ class CompiledLayer:
     def prepared(
         self, init: Any, theta: tuple[Any, ...], needed: list[bool], make: bool
     ) -> tuple[Program | None, Signature]:
-        """The program for these arguments, None if there is none and none is to be made; theta without its tensors."""
+        """The program for these arguments (None where there is none), and theta without its tensors."""
         leaves, spec = flatten(init)
         signature = Signature.of(theta)
         key, slots = _key(spec, leaves, signature, needed)

@@ -17,18 +17,15 @@ from implicitlayer._errors import ClosureError
 from implicitlayer.base._status import Status
 from implicitlayer.base._tree import ravel, unravel
 from implicitlayer.base._types import FlatFunction, Leaves
-from implicitlayer.equation._distance import GROWN
+from implicitlayer.equation._distance import GROWN, NOISE, TIGHT, Stationarity, change_along
 from implicitlayer.equation._flat import Parts
 from implicitlayer.equation._jacobian import inverse_diagonal
 from implicitlayer.equation._residual import vjp
-from implicitlayer.equation._stationarity import NOISE, TIGHT, Stationarity, change_along
 from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.layer._verdict import CHANGES
 from implicitlayer.linear._common import lane_norm
 from implicitlayer.linear._operator import lane_scale
 from implicitlayer.linear._traced import TracedSystem
-
-__all__ = ["Program", "closed_over", "pull", "solve"]
 
 # The largest of a few Rayleigh quotients is not the largest eigenvalue: this much is left for it.
 _MARGIN = 10.0

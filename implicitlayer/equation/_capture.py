@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from implicitlayer import _torch
 from implicitlayer._errors import ClosureError
-from implicitlayer.base._surroundings import ReadingMode, draws_since, plain_surroundings
+from implicitlayer.base._surroundings import ReadingMode, drawn_since, plain_surroundings, random_states
 from implicitlayer.base._tree import flatten, is_data, places_of_data, unflatten
 from implicitlayer.equation._normalisation import PLAIN
 from implicitlayer.equation._state import (
@@ -42,7 +42,7 @@ def needs_derivative(tensor: torch.Tensor) -> bool:
 
 def needing(tensors: Iterable[torch.Tensor]) -> list[bool]:
     """The same of each of ``tensors``."""
-    forward = _torch.forward_mode_active()
+    forward = _torch.forward_level() >= 0
     with _torch.without_modes():  # the tensors themselves, not what an enclosing layer has swapped in for them
         return [_torch.is_wrapped(t) or t.requires_grad or (forward and _has_tangent(t)) for t in tensors]
 
@@ -67,7 +67,7 @@ class ClosedOver(list[torch.Tensor]):
     """Closed-over tensors that need a derivative.
 
     Attributes:
-        wanted: whether a derivative may be asked for, in one of them or in an argument but the first.
+        needs_derivative: whether a derivative may be asked for, in one of them or in an argument but the first.
         normalises: whether the function calls a normalisation of torch.
         draws: whether the function draws random numbers from torch's generators.
         checkpoints: whether it saves tensors by hooks of its own, as torch.utils.checkpoint does.
@@ -78,7 +78,7 @@ class ClosedOver(list[torch.Tensor]):
         first: what the first run leaves for the second to check; see NOTE [state].
     """
 
-    wanted: bool = False
+    needs_derivative: bool = False
     normalises: bool = False
     draws: bool = False
     checkpoints: bool = False
@@ -135,75 +135,90 @@ def find_closed_over(
 
     It is run on aliases of the tensors in ``args``: one that is closed over as well is found.
     """
-    everything, spec = flatten(args)
-    places = places_of_data(everything)
-    leaves = [everything[i] for i in places]
-    num_x = bisect_left(places, len(flatten(args[0])[0]))
-    plain = not plainly_impossible()
-    needed = needing(leaves[num_x:])
-    sources = Sources.of(args[1:], num_x, needed)
-    attached = [plain and (i < num_x or bit > 0) for i, bit in enumerate(sources.bits)]
-
-    since = Run()
-
-    def run(shift: float = 0.0) -> tuple[_Finder, Any]:
-        aliases: dict[int, torch.Tensor] = {}
-        mark = Run()
-        for leaf, own in zip(leaves, attached, strict=True):
-            # a graph cannot save a tensor of inference mode
-            source = leaf.clone() if leaf.is_inference() and not torch.is_inference_mode_enabled() else leaf
-            alias = mark.marked(source.detach().requires_grad_()) if own else source.view_as(source)
-            aliases[id(leaf)] = alias
-        given = [aliases[id(leaf)] for leaf in leaves]
-        aliased = list(everything)
-        for place, alias in zip(places, given, strict=True):
-            aliased[place] = alias
-        finder = _Finder(given, sources.by_id(given), since, shift)
-        if check is not None:
-            finder.touched = {*finder.bits, *map(id, given[:num_x])}
-        if not plain:
-            with torch.no_grad(), finder:
-                return finder, function(*unflatten(aliased, spec))
-        # the graph goes no further than the aliases; a function that takes derivatives of its own needs one
-        try:
-            with plain_surroundings(leaves), torch.enable_grad(), finder:
-                return finder, function(*unflatten(aliased, spec))
-        finally:
-            mark.over = True
-
-    drawn = draws_since(leaves)
-    first, value = run()
-    draws = drawn()
+    search = _Search(function, args, check is not None)
+    states = random_states(search.leaves)
+    first, value = search.run()
+    draws = drawn_since(states, search.leaves)
     if check is not None:
         check(value)
-    if first.numbers and plain and check is not None:
-        refuse_numbers(sources, first.numbers, value, run)
-    outside = needing(first.outside) if first.outside else []
-    found = ClosedOver([t for t, need in zip(first.outside, outside, strict=True) if need])
-    found.wanted = any(needed) or bool(found)
+        if first.numbers and search.plain:
+            refuse_numbers(search.sources, first.numbers, value, search.run)
+    found, constants = ClosedOver(), []
+    for tensor, need in zip(first.outside, needing(first.outside) if first.outside else (), strict=True):
+        if need:
+            found.append(tensor)
+        elif not tensor.is_inference():
+            constants.append((tensor, tensor._version))
+    found.needs_derivative = any(search.needed) or bool(found)
     found.normalises, found.draws = first.normalises, draws
-    found.checkpoints, found.borrows = first.checkpoints and plain, first.borrows
-    constants = [t for t, need in zip(first.outside, outside, strict=True) if not (need or t.is_inference())]
-    if check is not None and found.wanted:
-        first.refuse_changing({id(tensor) for tensor in constants})
-    found.constants = tuple([(t, t._version) for t in constants])
-    if found and any(_torch.is_wrapped(t) or sources.made_since(t) for t in found):
+    found.checkpoints, found.borrows = first.checkpoints and search.plain, first.borrows
+    if check is not None and found.needs_derivative and constants:
+        first.refuse_changing({id(tensor) for tensor, _ in constants})
+    found.constants = tuple(constants)
+    if found and any(_torch.is_wrapped(t) or search.sources.made_since(t) for t in found):
         # A vmap inside the function hands its results out unseen. They are new tensors in a second run, while those
         # from outside are the same (the first run's are alive, so no id is used twice).
-        again = {id(tensor) for tensor in run()[0].outside}
+        again = {id(tensor) for tensor in search.run()[0].outside}
         found[:] = [tensor for tensor in found if id(tensor) in again]
-    if plain and check is not None:
+    if search.plain and check is not None:
         del value  # and with it the graph: of what the run has made, the function's own is what lives on
-        found.first = FirstRun(sources, first.read, first.made_of_theta(), lambda: run()[0].read)
+        found.first = FirstRun(search.sources, first.read, first.made_of_theta(), lambda: search.run()[0].read)
         if found.first.made:  # something was kept: before the solver meets it, one more run tells whether it is read
-            second, _ = run()
+            second, _ = search.run()
             found.first.check(set(second.known), second.read)
     return found
 
 
+class _Search:
+    """A function and its arguments, to be run on aliases of their tensors, with a mode that sees what it reads.
+
+    Attributes:
+        plain: whether no transform and no forward mode is at work.
+        needed: which tensors of theta need a derivative.
+    """
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], checked: bool) -> None:
+        self.function, self.checked = function, checked
+        self.everything, self.spec = flatten(args)
+        self.places = places_of_data(self.everything)
+        self.leaves = [self.everything[i] for i in self.places]
+        self.num_x = bisect_left(self.places, len(flatten(args[0])[0]))
+        self.plain = not plainly_impossible()
+        self.needed = needing(self.leaves[self.num_x :])
+        self.sources = Sources.of(args[1:], self.num_x, self.needed)
+        self.since = Run()
+
+    def run(self, shift: float = 0.0) -> tuple[_Finder, Any]:
+        """What one run reads, and its value; ``shift``: the relative change of numbers taken out of theta."""
+        mark, given, aliases = Run(), list(self.everything), {}
+        for i, leaf in enumerate(self.leaves):
+            # a graph cannot save a tensor of inference mode
+            source = leaf.clone() if leaf.is_inference() and not torch.is_inference_mode_enabled() else leaf
+            if self.plain and (i < self.num_x or self.sources.bits[i]):
+                aliases[id(leaf)] = mark.marked(source.detach().requires_grad_())
+            else:
+                aliases[id(leaf)] = source.view_as(source)
+        known = []
+        for place, leaf in zip(self.places, self.leaves, strict=True):
+            given[place] = aliases[id(leaf)]
+            known.append(given[place])
+        finder = _Finder(known, self.sources.by_id(known), self.since, shift)
+        if self.checked:
+            finder.touched = {*finder.bits, *map(id, known[: self.num_x])}
+        if not self.plain:
+            with torch.no_grad(), finder:
+                return finder, self.function(*unflatten(given, self.spec))
+        # the graph goes no further than the aliases; a function that takes derivatives of its own needs one
+        try:
+            with plain_surroundings(self.leaves), torch.enable_grad(), finder:
+                return finder, self.function(*unflatten(given, self.spec))
+        finally:
+            mark.over = True
+
+
 def plainly_impossible() -> bool:
     """Whether a transform or forward mode is at work."""
-    return _torch.transforms_active() or _torch.forward_mode_active()
+    return _torch.transforms_active() or _torch.forward_level() >= 0
 
 
 def announce(tensor: Any) -> Any:
@@ -247,7 +262,7 @@ class _Finder(ReadingMode):
         super().__init__()
         self.since = since
         self.attached: dict[int, torch.Tensor] = {}  # those from outside that have a graph and were not looked at
-        self.known = {id(tensor): tensor for tensor in known}
+        self.known = dict(zip(map(id, known), known, strict=True))
         self.bits = bits
         self.touched: set[int] = set()  # what must not go to NumPy, and all that is made of it, detached or not
         self.read = 0
@@ -255,7 +270,7 @@ class _Finder(ReadingMode):
         self.shift = shift
         self.outside: list[torch.Tensor] = []
         self.versions: list[int] = []  # of these, when they were met
-        self.level = _torch.current_level()
+        self.level = _torch.current_level() or 0
         self.normalises = self.checkpoints = self.borrows = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -43,8 +43,6 @@ from implicitlayer.linear._gmres import Gmres
 from implicitlayer.linear._minres import Minres
 from implicitlayer.linear._operator import FlatOperator
 
-__all__ = ["Assumptions"]
-
 _USABLE = int(Status.STAGNATED)
 
 

@@ -11,8 +11,6 @@ import torch
 from implicitlayer.base._copying import CopiesFunctions
 from implicitlayer.base._tree import flatten
 
-__all__ = ["Composite", "composite", "least_squares"]
-
 
 @dataclass(frozen=True, eq=False)
 class Composite(CopiesFunctions):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ class Signature:
         leaves, spec = flatten(args)
         return cls(spec, tuple(leaves), tuple(places_of_data(leaves)))
 
-    @property
+    @cached_property
     def tensors(self) -> Leaves:
         return [self.leaves[i] for i in self.places]
 
@@ -81,6 +81,7 @@ class Parts:
 
 
 NO_PARTS = Parts()
+_PARTS = ("curvature_metric", "curvature_matrix", "as_composite", "coupling")  # methods; see flat_parts
 
 
 def flat_function(
@@ -125,6 +126,8 @@ def flat_parts(
     matrix [n, n], or None; ``as_composite()``, a :class:`Composite` or None; and
     ``coupling(lane_dims)``, a function ``(x, first theta) -> value per lane``: the terms that read the first theta.
     """
+    if not any(map(partial(hasattr, function), _PARTS)):
+        return NO_PARTS
     slots = signature.slots
 
     def call(method: Callable[..., Any], first: Any, theta: Leaves) -> Any:

@@ -9,14 +9,15 @@ from typing import Literal, Protocol
 
 import torch
 
-from implicitlayer.base._tree import ravel, unravel
+from implicitlayer.base._tree import ravel
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._capture import plainly_impossible
-from implicitlayer.equation._residual import Attached, Residual, pull_back, pullback, pushforward, vjp
+from implicitlayer.equation._flat import NO_PARTS
+from implicitlayer.equation._residual import Attached, Residual, flat_product, pullback, pushforward, vjp
 from implicitlayer.linear._operator import FlatOperator
 
 Curvature = Literal["hessian", "gauss_newton"]
-Products = tuple[Callable[[Leaves], Leaves], Callable[[Leaves], Leaves]]
+Products = tuple[Callable[[torch.Tensor], torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]
 Watch = Callable[[Residual, Leaves, Leaves, torch.Tensor], None]
 
 
@@ -99,7 +100,6 @@ class Jacobian:
     def linearize(self, tensors: Leaves) -> FlatOperator:
         """The flat operator at plain tensors, its graph built at the first product and kept for all others."""
         x, theta = tensors[: self.num_x], tensors[self.num_x :]
-        lane_dims = self.lane_dims
         kept: list[Products] = []
 
         damping = self.damping
@@ -111,38 +111,36 @@ class Jacobian:
         def pull(vector: torch.Tensor) -> torch.Tensor:
             if not kept:
                 prepare()
-            with torch.no_grad():
-                flat = ravel(kept[0][0](unravel(vector, x, lane_dims)), lane_dims)
-                return flat + damping * vector if damping else flat
+            flat = kept[0][0](vector)
+            return flat + damping * vector if damping else flat
 
         def push(vector: torch.Tensor) -> torch.Tensor:
             if not kept:
                 prepare()
-            flat = ravel(kept[0][1](unravel(vector, x, lane_dims)), lane_dims)
+            flat = kept[0][1](vector)
             return flat + damping * vector if damping else flat
 
         if self.residual.is_gradient:
-            diagonal, factor = self._inverse_metric(x, theta), self._metric_factor(x, theta)
-            metric = {"inverse_metric": diagonal, "metric_factor": factor}
-            return FlatOperator(pull, pull, symmetric=True, prepare=prepare, **metric)
+            operator = FlatOperator(pull, pull, symmetric=True, prepare=prepare)
+            return operator if self.residual.parts is NO_PARTS else self._with_metric(operator, x, theta)
         if self.transposed:
             return FlatOperator(pull, push, symmetric=False, prepare=prepare)
         return FlatOperator(push, pull, symmetric=False)
 
     def _products(self, x: Leaves, theta: Leaves) -> Products:
-        """u -> J'u and u -> J u from a graph that is kept."""
+        """u -> J'u and u -> J u of flat vectors, from a graph that is kept."""
+        lane_dims = self.lane_dims
         if self.curvature == "gauss_newton":
-            product = self.residual.gauss_newton(x, theta)
+            product = flat_product(self.residual.gauss_newton(x, theta), x, lane_dims)
             return product, product
         at = self._attached(x, theta)
         if at is not None:
             self._show(at.value, x, theta)
-            pull = partial(pull_back, at.value, at.points) if type(at) is Attached else at.pull
-            return pull, at.push
+            return at.flat_pull(lane_dims), flat_product(at.push, x, lane_dims)
         value, pull_all = vjp(lambda x_: self.residual.kept_graph_gradient(x_, theta), x)
         self._show(value, x, theta)
         push = partial(pushforward, lambda x_: self.residual(x_, theta), x, like=x)
-        return lambda u: list(pull_all(u)[0]), push
+        return flat_product(lambda u: list(pull_all(u)[0]), x, lane_dims), flat_product(push, x, lane_dims)
 
     def _attached(self, x: Leaves, theta: Leaves) -> Attached | None:
         """F with a plain graph; None where only torch.func is sure to see what is swapped for one lane of a level."""
@@ -155,10 +153,13 @@ class Jacobian:
         if self.watch is not None:
             self.watch(self.residual, x, theta, ravel([leaf.detach() for leaf in value], self.lane_dims))
 
-    def _inverse_metric(self, x: Leaves, theta: Leaves) -> torch.Tensor | None:
-        if self.residual.parts.metric is None:
-            return None
-        return inverse_diagonal(self.residual.over_lanes(self.residual.parts.metric)(x, theta), x, self.lane_dims)
+    def _with_metric(self, operator: FlatOperator, x: Leaves, theta: Leaves) -> FlatOperator:
+        """``operator`` with the metric that the objective knows."""
+        diagonal: torch.Tensor | None = None
+        if self.residual.parts.metric is not None:
+            leaves = self.residual.over_lanes(self.residual.parts.metric)(x, theta)
+            diagonal = inverse_diagonal(leaves, x, self.lane_dims)
+        return replace(operator, inverse_metric=diagonal, metric_factor=self._metric_factor(x, theta))
 
     def _metric_factor(self, x: Leaves, theta: Leaves) -> torch.Tensor | None:
         """The Cholesky factor of a metric that is a full matrix; None where it is not positive definite."""

@@ -20,8 +20,6 @@ from implicitlayer.equation._solve import Settings, SolveSpec, solve
 from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.linear._operator import FlatOperator, is_for_symmetric
 
-__all__ = ["HessianOperator", "hessian_operator", "hvp", "linear_solve"]
-
 
 @outside_compiled_code
 def hvp(objective: Callable[..., torch.Tensor], x: Any, vector: Any, *theta: Any) -> Any:
@@ -183,7 +181,7 @@ def linear_solve(
     on_failure: OnFailure = "warn",
     negative_curvature: NegativeCurvature = "raise",
 ) -> Any:
-    """u with ``operator u = rhs``, differentiable in ``rhs`` and in the operator, to every order and in both modes.
+    """u with ``operator u = rhs``, differentiable in both, to every order, in reverse and forward mode.
 
     The derivative of a solve is a solve: no step of the iteration is differentiated, and a truncated solve has the
     derivatives of the system that it truncates.

@@ -42,10 +42,8 @@ def repair(
     rhs: torch.Tensor,
     solution: LinearSolution,
 ) -> LinearSolution:
-    """``solution`` with the policy applied to its lanes of status INDEFINITE; rhs [*lanes, n]."""
+    """``solution`` with the policy (not "raise") applied to its lanes of status INDEFINITE; rhs [*lanes, n]."""
     failed = solution.codes == int(Status.INDEFINITE)
-    if policy == "raise" or not bool(failed.any()):
-        return solution
     if policy == "truncate":
         codes = torch.where(failed, int(Status.TRUNCATED), solution.codes)
         return replace(solution, codes=codes, remedy="truncated at negative curvature")

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
 
 from implicitlayer._errors import ObjectiveError
+from implicitlayer.base._tree import ravel, unravel
 from implicitlayer.base._types import FlatFunction, Leaves
 from implicitlayer.equation._capture import plainly_impossible
 from implicitlayer.equation._flat import NO_PARTS, Parts
-from implicitlayer.equation._graph_leaves import ends_of, leaves_of, other_leaves, refuse_hidden_tensors
+from implicitlayer.equation._state import ends_of, leaves_of, other_leaves, refuse_hidden_tensors
 
 Randomness = str
 # torch annotates its results as two or three values
@@ -39,7 +40,7 @@ class Attached:
     theta: Leaves
     value: Leaves
     outputs: Leaves
-    _pushed: list[Leaves] = field(default_factory=list, kw_only=True)
+    _pushed: list[Callable[[Leaves], Leaves]] = field(default_factory=list, kw_only=True)
 
     @cached_property
     def ends(self) -> tuple[list[torch.Tensor], str]:
@@ -50,20 +51,25 @@ class Attached:
         """(dF/dx)' u; the graph is kept."""
         return pull_back(self.value, self.points, u)
 
+    def flat_pull(self, lane_dims: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        """:meth:`pull` of flat vectors [*lanes, n]."""
+        if type(self) is Attached and len(self.value) == 1 and self.value[0].requires_grad:
+            value, points = self.value[0], self.points
+
+            def pull(vector: torch.Tensor) -> torch.Tensor:
+                u = vector.reshape(value.shape).to(value.dtype)
+                (found,) = torch.autograd.grad(value, points, u, retain_graph=True, materialize_grads=True)
+                return found.reshape(vector.shape)
+
+            return pull
+        return flat_product(self.pull, self.points, lane_dims)
+
     def push(self, u: Leaves) -> Leaves:
-        """(dF/dx) u: the pull-back w -> J'w is linear, so the gradient of w -> <J'w, u> is J u, at any w."""
+        """(dF/dx) u."""
         if not self._pushed:
-            dummies = [torch.zeros_like(leaf, requires_grad=True) for leaf in self.value]
-            live = [i for i, leaf in enumerate(self.value) if leaf.requires_grad]
-            pulled: Sequence[torch.Tensor] = ()
-            if live:
-                outputs, cotangents = [self.value[i] for i in live], [dummies[i] for i in live]
-                how = {"create_graph": True, "materialize_grads": True}
-                with torch.enable_grad():
-                    pulled = torch.autograd.grad(outputs, self.points, cotangents, **how)
-            self._pushed[:] = [list(pulled), dummies]
-        pulled, dummies = self._pushed
-        return pull_back(list(pulled), dummies, u)
+            with torch.enable_grad():
+                self._pushed.append(pushed(self.value, self.points))
+        return self._pushed[0](u)
 
     def pull_theta(self, u: Leaves, needed: Sequence[bool]) -> list[torch.Tensor | None]:
         """(dF/dtheta)' u for the needed leaves, None for the others; the graph is kept."""
@@ -132,7 +138,7 @@ class Residual:
         check_value(values, x[0].shape[: self.lane_dims], self.lane_dims_of_function > 0)
         return values
 
-    def seen_by(self, needed: Sequence[bool]) -> Residual:
+    def restricted_to(self, needed: Sequence[bool]) -> Residual:
         """The same equation for derivatives in the ``needed`` theta leaves, without terms that read none of them."""
         if self.parts.coupling is None or any(needed[self.parts.num_coupled :]):
             return self
@@ -235,7 +241,7 @@ def gradient_of(values: torch.Tensor, x: Leaves) -> Leaves:
     found: Sequence[torch.Tensor | None] = ()
     if value.requires_grad:
         found = torch.autograd.grad(value, x, create_graph=True, allow_unused=True)
-    if all(leaf is None for leaf in found):  # theta alone may have given the value its graph
+    if not any(map(torch.is_tensor, found)):  # theta alone may have given the value its graph
         raise no_graph()
     return [torch.zeros_like(like) if leaf is None else leaf for leaf, like in zip(found, x, strict=True)]
 
@@ -286,6 +292,32 @@ def check_value(values: Any, lanes: torch.Size, has_lanes: bool) -> None:
             + remedy
             + ("." if has_lanes else "; for independent problems in one call pass batch_dims=1.")
         )
+
+
+def flat_product(
+    product: Callable[[Leaves], Leaves], like: Leaves, lane_dims: int
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """``product`` of leaves as one of flat vectors [*lanes, n]; nothing is recorded."""
+
+    def flat(vector: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return ravel(product(unravel(vector, like, lane_dims)), lane_dims)
+
+    return flat
+
+
+def pushed(value: Leaves, inputs: Leaves) -> Callable[[Leaves], Leaves]:
+    """u -> (d value / d inputs) u by a graph that is kept.
+
+    The pull-back w -> J'w is linear, so the gradient of w -> <J'w, u> is J u, at any w.
+    """
+    live = [leaf for leaf in value if leaf.requires_grad]
+    if not live:
+        return lambda u: [torch.zeros_like(leaf) for leaf in value]
+    dummies = [torch.zeros_like(leaf, requires_grad=True) for leaf in value]
+    weights = [dummy for dummy, leaf in zip(dummies, value, strict=True) if leaf.requires_grad]
+    pulled = torch.autograd.grad(live, inputs, weights, create_graph=True, materialize_grads=True)
+    return partial(pull_back, list(pulled), dummies)
 
 
 def pull_back(value: Leaves, inputs: Leaves, u: Leaves) -> Leaves:

@@ -20,7 +20,6 @@ from implicitlayer.equation._capture import derivatives_possible
 from implicitlayer.equation._certificate import gradient_error
 from implicitlayer.equation._distance import NOTHING_FOUND, Found, Seen
 from implicitlayer.equation._jacobian import Graph, Jacobian, OneGraph, Watch, pull_tensors, push_tensors
-from implicitlayer.equation._limits_of_torch import second_derivatives
 from implicitlayer.equation._residual import Residual
 from implicitlayer.equation._solve import Judge, Settings, SolveSpec, solve
 
@@ -46,10 +45,10 @@ def implicit_vjp(
     if graph is not None and not derivatives_possible():
         mixed = jacobian = OneGraph(**vars(jacobian), graph=graph)
     else:
-        source = residual.seen_by(needed)
+        source = residual.restricted_to(needed)
         mixed = lambda t: source(x, t)  # noqa: E731
     spec = SolveSpec(jacobian, len(x), settings, "backward", certify, judge, found.flaw)
-    with plain_surroundings(x), second_derivatives():
+    with plain_surroundings(x, derivatives=True):
         u = solve(spec, cotangent, [*x, *theta])
         pulled = pull_tensors(mixed, theta, needed, u)
     return [None if t is None else -t for t in pulled]
@@ -73,7 +72,7 @@ def implicit_jvp(
     found: Found = NOTHING_FOUND,
 ) -> Leaves | None:
     """Tangents of x from those of the theta leaves; None if no theta leaf has one."""
-    with plain_surroundings(x), second_derivatives():
+    with plain_surroundings(x, derivatives=True):
         change = push_tensors(lambda t: residual(x, t), theta, tangents, like=x)
         if change is None:
             return None

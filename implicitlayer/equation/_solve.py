@@ -28,11 +28,10 @@ from implicitlayer.base._tree import finite_lanes, name_lanes, ravel, unravel
 from implicitlayer.base._types import Leaves, OnFailure
 from implicitlayer.equation._certificate import Assumptions
 from implicitlayer.equation._jacobian import Curvature, Jacobian, OneGraph, OperatorFamily, pull_tensors, push_tensors
-from implicitlayer.equation._limits_of_torch import second_derivatives
 from implicitlayer.equation._repair import CHANGES_THE_SYSTEM, NegativeCurvature, repair
 from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.linear._common import select
-from implicitlayer.linear._operator import FlatOperator, wrap_value
+from implicitlayer.linear._operator import FlatOperator, LinearSolver, wrap_value
 
 # (operator family, its tensors, u leaves, right-hand side leaves) -> how far the derivative made of u is from exact
 Certify = Callable[[OperatorFamily, Leaves, Leaves, Leaves], GradientError]
@@ -124,7 +123,7 @@ class LinearSolve(torch.autograd.Function):
 
     @staticmethod
     def forward(spec: SolveSpec, *tensors: torch.Tensor) -> tuple[Any, ...]:
-        with plain_surroundings(tensors), second_derivatives():
+        with plain_surroundings(tensors, derivatives=True):
             return LinearSolve.plainly(spec, *tensors)
 
     @staticmethod
@@ -141,14 +140,13 @@ class LinearSolve(torch.autograd.Function):
         settings = spec.settings
         solver, policy = settings.solver, settings.negative_curvature
         operator = spec.operator.linearize(parameters)
-        solution = wrap_value(operator, flat, solver(operator, flat), type(solver).__name__)
-        if (
-            spec.of_derivative
-            and policy in CHANGES_THE_SYSTEM
-            and bool((solution.codes == int(Status.INDEFINITE)).any())
-        ):
-            raise UnsupportedTransformError(_OTHER_SYSTEM.format(kind=spec.kind, what="met negative curvature"))
-        solution = repair(policy, solver, operator, lambda: spec.operator.gauss_newton(parameters), flat, solution)
+        solution = solver(operator, flat)
+        if not isinstance(solver, LinearSolver):  # a function of the user's
+            solution = wrap_value(operator, flat, solution, type(solver).__name__)
+        if policy != "raise" and bool((solution.codes == int(Status.INDEFINITE)).any()):
+            if spec.of_derivative and policy in CHANGES_THE_SYSTEM:
+                raise UnsupportedTransformError(_OTHER_SYSTEM.format(kind=spec.kind, what="met negative curvature"))
+            solution = repair(policy, solver, operator, lambda: spec.operator.gauss_newton(parameters), flat, solution)
         changed = solution.remedy if policy in CHANGES_THE_SYSTEM else ""
         u = unravel(solution.value, rhs, lane_dims)
         certificate = None
@@ -160,9 +158,10 @@ class LinearSolve(torch.autograd.Function):
         emit(record)
         if settings.listener is not None:
             settings.listener(record)
-        where = _at_maximum(spec, operator, flat, solution) if solution.status is Status.INDEFINITE else ""
-        solution.enforce(settings.on_failure, f"{spec.kind} solve{where}: ")
-        if answer is not None:
+        if not solution.status.ok:
+            where = _at_maximum(spec, operator, flat, solution) if solution.status is Status.INDEFINITE else ""
+            solution.enforce(settings.on_failure, f"{spec.kind} solve{where}: ")
+        if answer is not None and answer.message:
             answer.enforce(settings.on_failure)
         if settings.on_failure == "mask":
             lost = solution.codes > int(Status.TRUNCATED)
@@ -199,7 +198,7 @@ class LinearSolve(torch.autograd.Function):
             t_bar = pull_tensors(lambda t: spec.operator.product(u, t), tensors, needed, b_bar)
             return [*b_bar, *(None if t is None else -t for t in t_bar)]
 
-        with plain_surroundings(tensors), second_derivatives():
+        with plain_surroundings(tensors, derivatives=True):
             return (None, *over_batched_vectors(rule, cotangents))
 
     @staticmethod
@@ -216,7 +215,7 @@ class LinearSolve(torch.autograd.Function):
                 rhs = [b - c for b, c in zip(rhs, change, strict=True)]
             return solve(spec.derivative(False, change is not None, ctx.changed), rhs, tensors)
 
-        with plain_surroundings(tensors), second_derivatives():
+        with plain_surroundings(tensors, derivatives=True):
             return (*over_batched_vectors(rule, tangents), None)
 
     @staticmethod
@@ -274,7 +273,11 @@ def alive(tensors: Sequence[Any]) -> tuple[Any, ...]:
     A graph that is kept beyond the torch.func level that built it (a layer inside the objective of a layer) hands its
     saved tensors back in such wrappers, which torch does not accept in a new level.
     """
-    return tuple([_torch.unwrapped_if_over(t) if isinstance(t, torch.Tensor) else t for t in tensors])
+    found = list(tensors)
+    for i, tensor in enumerate(tensors):
+        if isinstance(tensor, torch.Tensor):
+            found[i] = _torch.unwrapped_if_over(tensor)
+    return tuple(found)
 
 
 def fill(leaves: Sequence[torch.Tensor | None], like: Leaves) -> Leaves:

@@ -1,4 +1,4 @@
-"""State between evaluations: what a function has kept of an earlier run, and numbers taken out of theta."""
+"""What a run of a function leaves: where the graph of its value ends, what it has kept, and numbers out of theta."""
 
 # NOTE [state]: the first run of an objective (the finder's) and every later one must read the same tensors. A function
 # that keeps what it has made of theta, in a cache, reads no theta later: its gradient would be zero in silence. So the
@@ -23,21 +23,14 @@ from typing import Any
 import torch
 
 from implicitlayer import _torch
-from implicitlayer._errors import ClosureError
+from implicitlayer._errors import ClosureError, ObjectiveError
+from implicitlayer.base._surroundings import PLAINLY
 from implicitlayer.base._tree import flatten_with_names, is_data, tree_leaves
-from implicitlayer.equation._graph_leaves import nodes_of
+from implicitlayer.equation._normalisation import NORMALISATIONS, wrong_third_derivative
 
 _SHIFT = 2.0**-10
 _ROUNDINGS = 1e3  # in units of eps: changes of the value below this are rounding
-
-
 _LEAF = torch.zeros((), requires_grad=True)
-
-
-def _next_number() -> int:
-    """The number of the first node that is made from now on."""
-    with _torch.without_modes():  # no business of an enclosing finder's
-        return _number_of(_LEAF.view(()))
 
 
 def _number_of(tensor: torch.Tensor) -> int:
@@ -109,7 +102,7 @@ class Sources:
     ``start``: the number of the first node of a graph that is made after this object.
     """
 
-    bits: tuple[int, ...]
+    bits: Sequence[int]
     theta: tuple[Any, ...]
     start: int
     num_x: int
@@ -117,8 +110,12 @@ class Sources:
     @classmethod
     def of(cls, theta: tuple[Any, ...], num_x: int, needed: Sequence[bool]) -> Sources:
         """Those of ``(x, *theta)``, where x has ``num_x`` tensors; ``needed``: which of theta need a derivative."""
-        bits = [1 << i if need else 0 for i, need in enumerate(needed)]
-        return cls((*[0] * num_x, *bits), theta, _next_number(), num_x)
+        bits = [0] * (num_x + len(needed))
+        for i, need in enumerate(needed):
+            bits[num_x + i] = 1 << i if need else 0
+        with _torch.without_modes():  # no business of an enclosing finder's
+            start = _number_of(_LEAF.view(()))  # of the first node that is made from now on
+        return cls(bits, theta, start, num_x)
 
     def made_since(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor may have been made since; nodes are numbered by thread, so it need not be so."""
@@ -213,3 +210,93 @@ def _differ(value: Any, other: Any) -> bool:
             if bool(((a - b).detach().abs() > noise).any()):
                 return True
     return False
+
+
+def refuse_hidden_tensors(
+    function: Callable[[list[torch.Tensor], list[torch.Tensor]], list[torch.Tensor]],
+    x: list[torch.Tensor],
+    theta: list[torch.Tensor],
+) -> None:
+    """Raise if ``function(x, theta)`` depends on a tensor that requires a gradient and is not an argument.
+
+    Catches what the finder cannot see: a tensor read on a branch that was not taken at ``init``, or by a scripted
+    module or an extension. Inside a torch.func level the arguments' own graph is on that level, so whatever graph the
+    value has outside of it comes from elsewhere.
+    """
+    with torch.enable_grad():
+        vjp: Callable[..., Any] = torch.func.vjp  # torch annotates its results as two or three values
+        values, _ = vjp(lambda x_: function(x_, theta), x)
+    for value in values:
+        if value.requires_grad:
+            raise _not_followed(next(iter(leaves_of([value])), None))
+
+
+def other_leaves(
+    leaves: Sequence[torch.Tensor], known: Sequence[torch.Tensor], again: Callable[[], Sequence[torch.Tensor]]
+) -> list[torch.Tensor]:
+    """Those of the ``leaves`` of a run of a function that are neither ``known`` nor made by the function itself.
+
+    A leaf that the function makes, to take a derivative, is another one when it is run ``again``.
+    """
+    ids = {id(tensor) for tensor in known}
+    others = [leaf for leaf in leaves if id(leaf) not in ids]
+    if not others:
+        return others
+    same = {id(leaf) for leaf in leaves_of(again())}
+    return [leaf for leaf in others if id(leaf) in same]
+
+
+def _not_followed(leaf: torch.Tensor | None) -> ClosureError:
+    shape = "" if leaf is None else f" of shape {tuple(leaf.shape)}"
+    return ClosureError(
+        f"the objective reads a closed-over tensor{shape} that requires a gradient, in a way that could not be "
+        "followed (a branch not taken at init, a scripted or traced module, an extension). Pass it to the layer as one "
+        "more theta."
+    )
+
+
+def _refuse_once_differentiable(function: Any) -> None:
+    """Raise for a Function marked once_differentiable: torch takes its second derivative as zero."""
+    if function.backward.__code__.co_filename == _ONCE.__code__.co_filename:
+        raise ObjectiveError(
+            f"the objective uses the autograd.Function {function.__name__}, which is once_differentiable: torch would "
+            f"take its second derivative as zero in silence, and the gradient would be wrong. {PLAINLY}"
+        )
+
+
+_ONCE = torch.autograd.function.once_differentiable
+
+
+def nodes_of(values: Sequence[torch.Tensor], most: int | None = None) -> list[Any]:
+    """Every node of the graph of ``values``, once, but no more than about ``most``."""
+    found: list[Any] = [value.grad_fn for value in values if value.grad_fn is not None]
+    seen = set(found)
+    for node in found:  # which grows
+        if most is not None and len(found) > most:
+            break
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
+                seen.add(child)
+                found.append(child)
+    return found
+
+
+def leaves_of(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The leaf tensors that the graph of ``values`` reaches."""
+    return ends_of(values)[0]
+
+
+def ends_of(values: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], str]:
+    """The leaf tensors that the graph of ``values`` reaches, and what is wrong with its third derivative."""
+    leaves = [value for value in values if value.grad_fn is None and value.requires_grad]
+    flaw = ""
+    for node in nodes_of(values):
+        kind = type(node)
+        function = getattr(kind, "_forward_cls", None)
+        if function is not None:
+            _refuse_once_differentiable(function)
+        elif kind.__name__ == "AccumulateGrad":
+            leaves.append(node.variable)
+        elif kind.__name__.rstrip("0123456789") in NORMALISATIONS:
+            flaw = flaw or wrong_third_derivative(node)
+    return leaves, flaw

@@ -11,8 +11,6 @@ from implicitlayer.base._types import Leaves
 from implicitlayer.equation._residual import vjp
 from implicitlayer.linear._operator import lane_scale
 
-__all__ = ["TracedProblem"]
-
 
 class TracedProblem:
     """Values, gradients and products per lane, in the units of :class:`solvers._problem.Problem`.

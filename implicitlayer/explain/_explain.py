@@ -16,7 +16,6 @@ from implicitlayer.constrained._constrained import ProxLayer
 from implicitlayer.equation._flat import Signature
 from implicitlayer.explain._explain_leaves import (
     GradientExplanation,
-    GradientLeaf,
     closed_leaves,
     record,
     theta_leaves,
@@ -25,8 +24,6 @@ from implicitlayer.explain._explain_leaves import (
 from implicitlayer.explain._explain_probe import Problem, closed_over_tensors, layer_failures, probe, quietly
 from implicitlayer.explain._explain_verdicts import WORDS, Verdict, verdict_of, verdict_of_unknown
 from implicitlayer.layer._layer import ImplicitLayer, check_init, without_aux
-
-__all__ = ["GradientExplanation", "GradientLeaf", "explain_gradient"]
 
 
 def explain_gradient(layer: ImplicitLayer | ArgminLayer, /, *args: Any) -> GradientExplanation:

@@ -23,7 +23,6 @@ from implicitlayer.base._types import FlatFunction, Leaves
 from implicitlayer.equation._capture import ClosedOver, find_closed_over
 from implicitlayer.equation._flat import Signature, call_with, flat_function, flat_parts
 from implicitlayer.equation._jacobian import pull_tensors
-from implicitlayer.equation._limits_of_torch import second_derivatives
 from implicitlayer.equation._residual import Residual, inner, pull_back
 from implicitlayer.explain._explain_trace import Call, Tracer
 
@@ -229,14 +228,14 @@ def layer_failures(problem: Problem) -> list[Exception | None]:
 
     def backward_of(wanted: tuple[bool, ...]) -> Exception | None:
         point = [t.detach() for t in tensors]
-        source = residual.seen_by(wanted)
+        source = residual.restricted_to(wanted)
         if not hidden:  # the layer's backward is one of plain autograd
             data = [t.requires_grad_() if need else t for t, need in zip(point, wanted, strict=True)]
             return _raised(lambda: plainly(source, data))
         return _raised(lambda: pull_tensors(lambda t: source(x, t), point, wanted, [torch.ones_like(t) for t in x]))
 
     def plainly(source: Residual, data: Leaves) -> None:
-        with second_derivatives(), torch.enable_grad():
+        with plain_surroundings(x, derivatives=True), torch.enable_grad():
             value = source.kept_graph_gradient([t.clone().requires_grad_() for t in x], data)
             pull_back(value, [t for t in data if t.requires_grad], [torch.ones_like(t) for t in value])
 

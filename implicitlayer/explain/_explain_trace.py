@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from implicitlayer import _torch
 from implicitlayer._torch import pytree
-from implicitlayer.equation._graph_leaves import nodes_of
+from implicitlayer.equation._state import nodes_of
 
 R = TypeVar("R")
 Sources = frozenset[int]

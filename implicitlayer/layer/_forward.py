@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 
 from implicitlayer._errors import ImplicitLayerError, NonFiniteError, ObjectiveError, SolverOutputError
 from implicitlayer.base._active_set import ActiveSet
-from implicitlayer.base._failures import FAILURES, failed_result, marking, masking, no_lane_named, refuse, replaced
+from implicitlayer.base._failures import FAILURES, failed_result, marking, marks, no_lane_named, refuse, replaced
 from implicitlayer.base._records import ForwardRecord, emit, listening_in_depth
 from implicitlayer.base._sharding import WHOLE, gathered
 from implicitlayer.base._solution import RecordingSolver, SolverResult
@@ -22,11 +23,9 @@ from implicitlayer.base._surroundings import out_of_inference, plain_surrounding
 from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, name_lanes, unflatten
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.equation._capture import plainly_impossible
-from implicitlayer.equation._distance import AnswerCheck, Found
-from implicitlayer.equation._limits_of_torch import limits_named, second_derivatives
+from implicitlayer.equation._distance import AnswerCheck, Found, Stationarity, stationarity
 from implicitlayer.equation._residual import Attached, Residual
 from implicitlayer.equation._state import Run
-from implicitlayer.equation._stationarity import Stationarity, stationarity
 from implicitlayer.layer._polish import Polish, polish
 from implicitlayer.layer._roles import tell_solver
 from implicitlayer.layer._seen import SeenFunction, summed
@@ -34,6 +33,8 @@ from implicitlayer.layer._verdict import judge_answer
 
 if TYPE_CHECKING:
     from implicitlayer.layer._function import LayerSpec
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,8 +81,9 @@ def solve_forward(spec: LayerSpec, init: Leaves, theta: Leaves) -> tuple[Leaves,
     """x leaves, new and detached, from the user's solver; checked, polished and recorded. And what was found."""
     hooked = saves_by_hooks()
     with plain_surroundings([*init, *theta]), unread(), torch.inference_mode(False):
-        init, theta = out_of_inference(init), out_of_inference(theta)
-        if spec.masks or masking():  # by a layer around this one, whose lanes are others
+        given = out_of_inference([*init, *theta])
+        init, theta = given[: len(init)], given[len(init) :]
+        if spec.masks or marks.failed is not None:  # by a layer around this one, whose lanes are others
             with marking(spec.masks, init[0].shape[: spec.residual.lane_dims], init[0]) as failed:
                 x, found = _solved(spec, init, theta, failed)
                 x = x if failed is None else replaced(failed, x, math.nan)
@@ -98,7 +100,7 @@ def _solved(spec: LayerSpec, init: Leaves, theta: Leaves, failed: torch.Tensor |
     versions = [t._version for t in theta]
     accumulated = spec.accumulated if spec.closed else []
     try:
-        with torch.enable_grad(), limits_named():
+        with torch.enable_grad():
             results, lanes = _call_solver(spec, init, spec.seen(theta))
     except FAILURES as error:
         if failed is None or not failed.ndim or isinstance(error, ImplicitLayerError):
@@ -115,9 +117,9 @@ def _solved(spec: LayerSpec, init: Leaves, theta: Leaves, failed: torch.Tensor |
     theta = [t.detach() for t in theta]  # a solver may have made them require a gradient
     checked = [_check_answer(result.value, spec.calling, like) for result, like in results]
     _check_finite(checked, spec, init)
-    lost = [result for result, _ in results if result.status is Status.NONFINITE]
-    if lost and failed is None:  # else the checks below find out in which lanes
-        words = f" {lost[0].message}" if lost[0].message else ""
+    ended = results[0][0] if len(results) == 1 else _overall([result for result, _ in results])
+    if ended.status is Status.NONFINITE and failed is None:  # else the checks below find out in which lanes
+        words = f" {ended.message}" if ended.message else ""
         raise NonFiniteError(
             "the solver met NaN or Inf and says so, although the point that it returned is finite. Check theta for "
             f"NaN, and that the objective is finite and differentiable at init and where a step leads.{words}"
@@ -127,18 +129,16 @@ def _solved(spec: LayerSpec, init: Leaves, theta: Leaves, failed: torch.Tensor |
         x = [torch.stack([lane[i] for lane in checked]).reshape(leaf.shape) for i, leaf in enumerate(init)]
     if failed is not None:
         x = replaced(failed, x, init)
-    aux = [result.aux for result, _ in results]
 
-    with second_derivatives():
-        plain = spec.wanted and not plainly_impossible()
+    with plain_surroundings(theta, derivatives=True):
+        plain = spec.needs_derivative and not plainly_impossible()
         mark = Run()
-        reaching = spec.reaching(given, [t.requires_grad for t in given], mark)[0] if plain else theta
-        seen, solved = spec.seen(theta), [result for result, _ in results]
+        reaching = spec.reaching(given, [t.requires_grad for t in given], mark) if plain else theta
         try:
-            x, found = _checked(spec, x, seen, init, solved, failed, reaching)
+            x, found = _checked(spec, x, spec.seen(theta), init, ended, failed, reaching)
         finally:
             mark.over = True
-    return x, replace(found, aux=tuple(aux if lanes else aux[:1]))
+    return x, replace(found, aux=tuple([result.aux for result, _ in results]))
 
 
 def _checked(
@@ -146,15 +146,15 @@ def _checked(
     x: Leaves,
     theta: Leaves,
     init: Leaves,
-    results: list[SolverResult],
+    ended: SolverResult,
     failed: torch.Tensor | None,
     reaching: Leaves,
 ) -> tuple[Leaves, Found]:
     """The answer x, polished, judged and recorded; ``reaching``: theta, for the graph that derivatives are made of."""
     residual, flaw = spec.residual, ""
     answer: AnswerCheck | None = None
-    measures = spec.stationarity_rtol is not None or spec.polish > 0 or (spec.wanted and listening_in_depth())
-    keeps = spec.closed is not None and any(t.requires_grad for t in reaching)
+    measures = spec.stationarity_rtol is not None or spec.polish > 0 or (spec.needs_derivative and listening_in_depth())
+    keeps = spec.closed is not None and any(map(_REQUIRES_GRAD, reaching))
     at = residual.attached(x, reaching) if measures or keeps else None  # one run for all
     if spec.closed is not None:
         run = at if at is not None else residual.run(x, reaching)
@@ -175,20 +175,20 @@ def _checked(
     kept = 0 if polished is None else polished.kept
     if kept:
         at = residual.attached(x, reaching) if keeps or constraints is not None else None
-    active_set = None if constraints is None or not spec.wanted else constraints.examine(residual, x, at)
+    active_set = None if constraints is None or not spec.needs_derivative else constraints.examine(residual, x, at)
     if failed is None:
-        _record(spec, results, measured, kept, active_set, None)
-    limited = not kept and _worst_status(results) is Status.MAX_STEPS_REACHED
+        _record(spec, ended, measured, kept, active_set, None)
+    limited = not kept and ended.status is Status.MAX_STEPS_REACHED
     if constraints is not None and active_set is not None:
-        check = constraints.judge(active_set, spec.on_failure, limited)
+        check = constraints.judge(active_set, spec.settings.on_failure, limited)
         answer = None if failed is not None and bool(failed.any()) else check
     if measured is not None and spec.stationarity_rtol is not None:
         rtol, nearest = spec.stationarity_rtol, getattr(active_set, "nearest", None)
         judge_answer(spec, measured, x, theta, limited, polished)
         if failed is None or not bool(failed.any()):
-            answer = AnswerCheck.of(measured, rtol, spec.on_failure, spec.settings.solver, nearest)
+            answer = AnswerCheck.of(measured, rtol, spec.settings.on_failure, spec.settings.solver, nearest)
     if failed is not None:  # what the judges find belongs to the record
-        _record(spec, results, measured, kept, active_set, failed.clone())
+        _record(spec, ended, measured, kept, active_set, failed.clone())
     return x, Found(answer, flaw, at if keeps and failed is None else None)
 
 
@@ -338,20 +338,19 @@ def _check_finite(answers: list[Leaves], spec: LayerSpec, init: Leaves) -> None:
 
 def _record(
     spec: LayerSpec,
-    results: Sequence[SolverResult],
+    ended: SolverResult,
     measured: Stationarity | None,
     polished: int,
     active_set: ActiveSet | None,
     failed: torch.Tensor | None,
 ) -> None:
     """Emit the record."""
-    counts = [r.num_steps for r in results if r.num_steps is not None]
     record = ForwardRecord(
         stationarity_norm=None if measured is None else measured.norm,
         estimated_distance=None if measured is None else measured.distance,
         relative_distance=None if measured is None else measured.relative,
-        solver_status=_worst_status(results),
-        num_steps=max(counts) if counts else None,
+        solver_status=ended.status,
+        num_steps=ended.num_steps,
         num_polish_steps=polished,
         rtol=spec.stationarity_rtol,
         active_set=active_set,
@@ -362,5 +361,10 @@ def _record(
         spec.settings.listener(record)
 
 
-def _worst_status(results: Sequence[SolverResult]) -> Status | None:
-    return max([r.status for r in results if r.status is not None], default=None)
+def _overall(results: list[SolverResult]) -> SolverResult:
+    """How the solver ended, by the worst of its runs."""
+    status = max([r.status for r in results if r.status is not None], default=None)
+    words = next((r.message for r in results if r.status is status), "")
+    return SolverResult(
+        None, status, max([r.num_steps for r in results if r.num_steps is not None], default=None), words
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -13,17 +13,14 @@ from implicitlayer import _torch
 from implicitlayer.base._failures import failed_lanes, finite_data, replaced
 from implicitlayer.base._sharding import WHOLE, gathered_where_plain
 from implicitlayer.base._surroundings import plain_surroundings
-from implicitlayer.base._types import Leaves, OnFailure
+from implicitlayer.base._types import Leaves
 from implicitlayer.equation._capture import ClosedOver, derivatives_possible
 from implicitlayer.equation._jacobian import Graph
-from implicitlayer.equation._limits_of_torch import second_derivatives
 from implicitlayer.equation._residual import Attached, Residual
 from implicitlayer.equation._rules import implicit_jvp, implicit_vjp
 from implicitlayer.equation._solve import Settings, alive, fill, lanes_first, over_batched_vectors
 from implicitlayer.equation._state import Run
 from implicitlayer.layer._forward import Calling, solve_forward
-
-__all__ = ["ImplicitArgmin"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,16 +32,11 @@ class LayerSpec:
     num_x: int
     settings: Settings
     closed: ClosedOver | None = None  # tensors that the function reads from outside; None: it was not searched
-    wanted: bool = True  # whether something that was given needs a derivative
+    needs_derivative: bool = True  # whether something that was given needs a derivative
     stationarity_rtol: float | None = 1e-3
     polish: int = 0
 
-    @property
-    def on_failure(self) -> OnFailure:
-        """The failure policy."""
-        return self.settings.on_failure
-
-    @property
+    @cached_property
     def masks(self) -> bool:
         """Whether lanes that fail are masked; see NOTE [masked lanes]."""
         return self.settings.on_failure == "mask"
@@ -76,30 +68,40 @@ class LayerSpec:
         gradients = [t.grad for t in self.closed or () if t.is_leaf]
         return [(0, 0) if g is None else (id(g), g._version) for g in gradients]
 
-    def reaching(self, theta: Leaves, needed: Sequence[bool], mark: Run) -> tuple[Leaves, bool]:
-        """theta leaves for a plain graph that reaches the ``needed`` ones; whether it is sure to miss nothing."""
-        own: list[torch.Tensor] = []
+    def standing(self, theta: Leaves) -> Leaves:
+        """The closed-over tensors at the end of theta, where they stand for themselves; see NOTE [leaves]."""
+        if not self.closed or self.residual.levels:
+            return []
+        return self.closed.standing(theta[self.calling.num_theta :])
+
+    def reaching(self, theta: Leaves, needed: Sequence[bool], mark: Run) -> Leaves:
+        """theta leaves for a plain graph that reaches the ``needed`` ones."""
+        own: Leaves = []
         if self.closed:
-            hidden = theta[self.calling.num_theta :]
-            own = self.closed.standing(hidden) if not self.residual.levels else own
+            own = self.standing(theta)
             self.closed.stood |= bool(own)
-        explicit = theta[: len(theta) - len(own)]
-        leaves = [mark.marked(t.detach().requires_grad_(need)) for t, need in zip(explicit, needed, strict=False)]
-        return [*leaves, *own], len(leaves) == self.calling.num_theta
+        leaves = []
+        for leaf, need in zip(theta[: len(theta) - len(own)], needed, strict=False):
+            leaves.append(mark.marked(leaf.detach().requires_grad_(need)))
+        return [*leaves, *own]
 
     def graph_for(self, x: Leaves, theta: Leaves, needed: Sequence[bool], held: Attached | None) -> Graph | None:
         """F for a plain backward, ``held`` or to be made; None where only torch.func finds all of its derivatives."""
-        if held is not None and self.closed is not None:
-            self.closed.refuse_changed()
-        reaching, complete = self.reaching(theta, needed, Run())
-        if held is None and not complete:
+        if held is not None:
+            if self.closed is not None and self.closed.constants:
+                self.closed.refuse_changed()
+        elif len(theta) - len(self.standing(theta)) != self.calling.num_theta:
             return None
-        return Graph(partial(self.residual.for_derivatives, [t.detach() for t in x], reaching), held)
+        return Graph(partial(self.attached, x, theta, needed), held)
+
+    def attached(self, x: Leaves, theta: Leaves, needed: Sequence[bool]) -> Attached:
+        """F for derivatives at plain tensors."""
+        return self.residual.for_derivatives([t.detach() for t in x], self.reaching(theta, needed, Run()))
 
     def refuse_unseen(self, x: Leaves, theta: Leaves) -> None:
         """Raise where a closed-over leaf stood for itself and no mode sees it read: a derivative would miss it."""
         if self.closed is not None and self.closed.stood:
-            with plain_surroundings(x), second_derivatives():
+            with plain_surroundings(x, derivatives=True):
                 self.residual.refuse_unseen(x, theta)
             self.closed.stood = False
 
@@ -138,7 +140,7 @@ class ImplicitArgmin(torch.autograd.Function):
         k, cotangents = spec.num_x, grads[:-1]
         saved = alive(ctx.saved_tensors)
         x, theta, failed = spec.at(saved)
-        if all(c is None for c in cotangents):
+        if not any(map(torch.is_tensor, cotangents)):
             return (None,) * (1 + k + len(theta))
         needed = ctx.needs_input_grad[1 + k :]
 

@@ -13,9 +13,9 @@ from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
 from implicitlayer.base._copying import CopiesFunctions
 from implicitlayer.base._records import CallRecords, Record
 from implicitlayer.base._sharding import WHOLE, Sharding, is_sharded
-from implicitlayer.base._surroundings import out_of_inference, outside_compiled_code
+from implicitlayer.base._surroundings import name_limit, out_of_inference, outside_compiled_code
 from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, tree_map, unflatten
-from implicitlayer.base._types import FlatFunction, OnFailure
+from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.equation._capture import (
     ClosedOver,
     announce,
@@ -26,15 +26,12 @@ from implicitlayer.equation._capture import (
 from implicitlayer.equation._certificate import Assumptions
 from implicitlayer.equation._flat import Signature, flat_function, flat_parts, like_x
 from implicitlayer.equation._jacobian import Curvature
-from implicitlayer.equation._limits_of_torch import limits_named
 from implicitlayer.equation._repair import POLICIES, NegativeCurvature
 from implicitlayer.equation._residual import Residual, check_value
 from implicitlayer.equation._solve import Settings
 from implicitlayer.layer._forward import Calling, Constraints
 from implicitlayer.layer._function import ImplicitArgmin, LayerSpec
 from implicitlayer.layer._roles import check_linear_solver, tell_arguments
-
-__all__ = ["ImplicitLayer"]
 
 _POLICIES = ("raise", "warn", "ignore", "mask")
 Kind = Literal["argmin", "root", "fixed_point"]
@@ -106,32 +103,22 @@ class ImplicitLayer(CopiesFunctions):
             theta: pytrees. Floating tensors are differentiated; integer and bool tensors, numbers and other objects
                 are passed through.
         """
-        _refuse_forward_over_forward()
+        if _torch.transforms_active():
+            _refuse_forward_over_forward()
         x, x_names = flatten_with_names(init, "x")
         check_init(x, x_names, self.batch_dims)
         if (not set(map(type, x)) <= WHOLE or _torch.transforms_active()) and any(map(is_sharded, x)):
             return self._call_sharded(init, theta)
         x_spec = flatten(init)[1]
-        theta = tree_map(announce, theta) if _torch.num_modes() else theta
+        if _torch.num_modes():
+            theta = tree_map(announce, theta)
         signature = Signature.of(theta)
         tensors = signature.tensors
         user_function = without_aux(self.function) if self.objective_has_aux else self.function
-        hidden = ClosedOver()
         differentiable = derivatives_possible()
         watched = differentiable and not self.own_function
-        if watched:
-            # the function is run for this anyway: what is wrong with its value is said before the solver starts
-            try:
-                with limits_named():
-                    hidden = find_closed_over(
-                        self._read(user_function), (init, *theta), lambda value: self._check_value(value, x, x_spec)
-                    )
-            except Exception as error:
-                tell_arguments(error, self.function, init, theta)
-                raise
-            _refuse_complex([*tensors, *hidden])
-            _refuse_sparse([*signature.leaves, *hidden])
-        wanted = hidden.wanted if watched else differentiable and any(needing(tensors))
+        hidden = self._closed_over(user_function, x, x_spec, signature, (init, *theta)) if watched else ClosedOver()
+        needs = hidden.needs_derivative if watched else differentiable and any(needing(tensors))
         function, residual, constraints = self._equation(user_function, x_spec, signature, hidden)
         calling = Calling(
             solver=self.solver,
@@ -161,16 +148,40 @@ class ImplicitLayer(CopiesFunctions):
                 listener=records.listener(),
             ),
             closed=hidden if watched else None,
-            wanted=wanted,
-            stationarity_rtol=self.stationarity_rtol if wanted else None,
+            needs_derivative=needs,
+            stationarity_rtol=self.stationarity_rtol if needs else None,
             polish=self.polish,
         )
         given = [*x, *tensors, *map(announce, hidden)]  # what is hidden may be swapped by a layer around this one
-        *leaves, found = ImplicitArgmin.apply(spec, *out_of_inference(given))
+        try:
+            *leaves, found = ImplicitArgmin.apply(spec, *out_of_inference(given))
+        except RuntimeError as error:
+            name_limit(error)
+            raise
         solution = unflatten(leaves, x_spec)
         if self.solver_has_aux:
             return solution, found.aux[0] if len(found.aux) == 1 else list(found.aux)
         return solution
+
+    def _closed_over(
+        self, function: Callable[..., Any], x: Leaves, x_spec: TreeSpec, signature: Signature, args: tuple[Any, ...]
+    ) -> ClosedOver:
+        """What the function reads from outside; it is run for this, and errors in it or in its value are told first."""
+
+        def check(value: Any) -> None:
+            if self.kind == "argmin":
+                check_value(value, x[0].shape[: self.batch_dims], self.batch_dims > 0)
+            else:
+                like_x(value, x, x_spec)
+
+        try:
+            hidden = find_closed_over(self._read(function), args, check)
+        except Exception as error:
+            name_limit(error)
+            tell_arguments(error, self.function, args[0], args[1:])
+            raise
+        _refuse_not_differentiated([*signature.leaves, *hidden])
+        return hidden
 
     def _call_sharded(self, init: Any, theta: tuple[Any, ...]) -> Any:
         """The same layer of whole unknowns; see NOTE [sharded objectives]."""
@@ -204,12 +215,6 @@ class ImplicitLayer(CopiesFunctions):
             parts=flat_parts(self.function, x_spec, signature, hidden, self.batch_dims),
         )
         return function, residual, None
-
-    def _check_value(self, value: Any, x: Sequence[torch.Tensor], x_spec: TreeSpec) -> None:
-        if self.kind == "argmin":
-            check_value(value, x[0].shape[: self.batch_dims], self.batch_dims > 0)
-        else:
-            like_x(value, x, x_spec)
 
 
 def _minus_identity(function: FlatFunction) -> FlatFunction:
@@ -257,23 +262,22 @@ def check_init(leaves: Sequence[Any], names: Sequence[str], batch_dims: int) -> 
             )
 
 
-def _refuse_complex(tensors: Sequence[torch.Tensor]) -> None:
-    for tensor in tensors:
-        if tensor.is_complex() and tensor.requires_grad:
-            raise TypeError(
-                f"a complex theta of shape {tuple(tensor.shape)} requires a gradient; only real ones are "
-                "differentiated. Pass torch.view_as_real of it and rebuild it inside the objective with "
-                "torch.view_as_complex."
-            )
-
-
-def _refuse_sparse(leaves: Sequence[Any]) -> None:
+def _refuse_not_differentiated(leaves: Sequence[Any]) -> None:
+    """Raise for a tensor that requires a gradient and cannot get one."""
     for leaf in leaves:
-        if isinstance(leaf, torch.Tensor) and leaf.layout is not torch.strided and leaf.requires_grad:
+        if not isinstance(leaf, torch.Tensor) or not leaf.requires_grad:
+            continue
+        if leaf.layout is not torch.strided:
             raise TypeError(
                 f"a sparse theta of shape {tuple(leaf.shape)} ({leaf.layout}) requires a gradient; only dense tensors "
                 "are differentiated. Pass its values (a dense vector) as a theta and build the sparse tensor inside "
                 "the objective, or pass .to_dense(). Without requires_grad it may stay sparse."
+            )
+        if leaf.is_complex():
+            raise TypeError(
+                f"a complex theta of shape {tuple(leaf.shape)} requires a gradient; only real ones are "
+                "differentiated. Pass torch.view_as_real of it and rebuild it inside the objective with "
+                "torch.view_as_complex."
             )
 
 

@@ -20,11 +20,9 @@ import torch
 from implicitlayer._errors import NonFiniteError
 from implicitlayer.base._tree import ravel, unravel
 from implicitlayer.base._types import Leaves
+from implicitlayer.equation._distance import Stationarity, newton_step, stationarity
 from implicitlayer.equation._residual import Residual
-from implicitlayer.equation._stationarity import Stationarity, newton_step, stationarity
 from implicitlayer.linear._common import lane_norm, select
-
-__all__ = ["Polish", "polish"]
 
 _HALVINGS = 8  # of a Newton step, at most
 

@@ -15,8 +15,6 @@ from implicitlayer.equation._residual import Residual
 if TYPE_CHECKING:
     from implicitlayer.layer._forward import Calling
 
-__all__ = ["SeenFunction", "summed"]
-
 
 class SeenFunction:
     """The objective (residual, map) as a solver sees it: lanes vectorised, closed-over values filled in.

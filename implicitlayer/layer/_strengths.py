@@ -14,8 +14,6 @@ from torch import nn
 from implicitlayer import _torch
 from implicitlayer.base._tree import flatten, ravel, unflatten
 
-__all__ = ["LearnedStrength", "MatrixStrength", "OperatorStrength"]
-
 
 @dataclass(frozen=True, eq=False)
 class MatrixStrength:

@@ -11,7 +11,7 @@ from implicitlayer.base._failures import refuse
 from implicitlayer.base._tree import name_lanes
 from implicitlayer.base._types import Leaves, OnFailure
 from implicitlayer.base._warn import warn
-from implicitlayer.equation._stationarity import (
+from implicitlayer.equation._distance import (
     CLEAR,
     Stationarity,
     far_at_other_draws,
@@ -24,8 +24,6 @@ from implicitlayer.layer._polish import Polish
 
 if TYPE_CHECKING:
     from implicitlayer.layer._function import LayerSpec
-
-__all__ = ["judge_answer", "tell_step_limit"]
 
 
 # A relative change of the Hessian above this many times stationarity_rtol makes a gradient wrong by more than an answer
@@ -41,7 +39,7 @@ def judge_answer(
     One of them is told, the gravest. ``limited``: the solver says that it stopped at its step limit.
     """
     rtol = spec.stationarity_rtol
-    if spec.on_failure == "ignore" or rtol is None:
+    if spec.settings.on_failure == "ignore" or rtol is None:
         return
     refused = polished is not None and bool(polished.refused.any())
     bad = measured.relative > rtol
@@ -64,9 +62,9 @@ def judge_answer(
             "the answer is as the solver left it. Solve the inner problem more tightly: a Newton step needs a start "
             "near the solution."
         )
-        _tell(spec.on_failure, polished.refused, message, "polish refused")
+        _tell(spec.settings.on_failure, polished.refused, message, "polish refused")
     elif limited:
-        tell_step_limit(spec.on_failure)
+        tell_step_limit(spec.settings.on_failure)
     else:
         _judge_change(spec, measured, x, theta, rtol)
 
@@ -90,7 +88,7 @@ def _judge_change(spec: LayerSpec, measured: Stationarity, x: Leaves, theta: Lea
         "cusp). The implicit gradient carries an error of that order. Solve the inner problem more tightly, pass "
         "polish=1 for a Newton step after the solver, or stationarity_rtol=None if an early stop is intended."
     )
-    _tell(spec.on_failure, moved, message, "changing Hessian")
+    _tell(spec.settings.on_failure, moved, message, "changing Hessian")
 
 
 def _tell_random(spec: LayerSpec, random: torch.Tensor, lanes: torch.Tensor) -> None:
@@ -100,7 +98,7 @@ def _tell_random(spec: LayerSpec, random: torch.Tensor, lanes: torch.Tensor) -> 
         "is no solution to differentiate at. Dropout in train mode does that (call .eval() on its module), and so "
         "do torch.rand and torch.randn: draw once, before the layer, and pass the draw as one more theta."
     )
-    _tell(spec.on_failure, lanes, message, "random function")
+    _tell(spec.settings.on_failure, lanes, message, "random function")
 
 
 def _tell(on_failure: OnFailure, lanes: torch.Tensor, message: str, kind: str) -> None:
@@ -130,7 +128,7 @@ def _tell_not_stationary(
         f"{rtol:.1e}). The implicit gradient carries an error of that order at least. {remedy}, or "
         "stationarity_rtol=None if an early stop is intended."
     )
-    _tell(spec.on_failure, bad, message, f"not stationary {limited} {refused}")
+    _tell(spec.settings.on_failure, bad, message, f"not stationary {limited} {refused}")
 
 
 def tell_step_limit(on_failure: OnFailure) -> None:

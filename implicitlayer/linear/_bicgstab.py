@@ -36,7 +36,7 @@ from implicitlayer.linear._preconditioners import Precondition
 
 @dataclass(frozen=True)
 class Bicgstab(KrylovSolver):
-    """Solve ``A u = b`` for any square A from products ``A v``, keeping eight vectors whatever the number of steps.
+    """Solve ``A u = b`` for any square A from products ``A v``. It keeps eight vectors, whatever the number of steps.
 
     Stops a lane when ``||b - A u||_2 <= max(rtol ||b||_2, atol)``, on the residual recomputed at the end. The residual
     is not monotone; after a breakdown the lane is started again from the true one, and ends with status STAGNATED if

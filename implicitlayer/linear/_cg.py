@@ -92,21 +92,17 @@ class ConjugateGradient(KrylovSolver):
         b = rhs / scale
         norm = lane_dot(b, b).sqrt()
         rtol = self.limits.relative(rhs.dtype)
-        tolerance = torch.zeros_like(norm)
-        if rtol is not None:
-            tolerance = torch.maximum(rtol * norm, self.atol / scale[..., 0].double())
+        tolerance = self.limits.absolute(rtol, norm, scale)
         if self.max_steps == 0:
             return zero_steps(rhs, precondition or (lambda vector: vector), self.limits, self.method)
-        max_steps = self.max_steps if self.max_steps is not None else 10 * max(rhs.shape[-1], 1)
         # one system on the CPU: Python numbers cost a fraction of 0-d tensors
         alone = norm.numel() == 1 and rhs.device.type == "cpu"
         iterate = _iterate_single if alone else _iterate_lanes
-        limit = Status.MAX_STEPS_REACHED if asked else Status.STEP_LIMIT
         # a recursive residual below eps says nothing more, and its square soon underflows
         stop = torch.maximum(tolerance, torch.finfo(b.dtype).eps * norm)
 
-        x = torch.zeros_like(b)
-        run = _Run(x, b, torch.zeros_like(norm, dtype=torch.int64), torch.full_like(norm, -1, dtype=torch.int64), norm)
+        steps, codes = torch.zeros_like(norm, dtype=torch.int64), torch.full_like(norm, -1, dtype=torch.int64)
+        run = _Run(torch.zeros_like(b), b, steps, codes, norm, stop, self.limits.most_steps(b), self.limits.at_limit)
         unit = self._unit(operator)
         if unit is not None and rtol is not None and self.rtol is None and self.atol == 0:
             run.aim = _AIM * math.sqrt(rtol) * unit * torch.ones_like(norm)
@@ -118,7 +114,7 @@ class ConjugateGradient(KrylovSolver):
         running = running & norm.isfinite()
         touched = bool(running.any())
         while touched and bool(running.any()):
-            iterate(operator, precondition, run, running, stop, max_steps, limit)
+            iterate(operator, precondition, run, running)
             if not asked:
                 break
             run.residual = b - operator(run.value)
@@ -127,7 +123,7 @@ class ConjugateGradient(KrylovSolver):
             # NOTE [refinement]: the recursion drifts from the true residual by about eps * cond. Restarting from the
             # true one recovers the digits, as long as each round at least halves it.
             claims = (run.codes == int(Status.CONVERGED)) & (run.residual_norm > 2 * tolerance)
-            running = running & claims & (run.residual_norm < 0.5 * previous) & (run.steps < max_steps)
+            running = running & claims & (run.residual_norm < 0.5 * previous) & (run.steps < run.max_steps)
             previous = run.residual_norm
         if touched and asked:
             run.codes = self._ill_conditioned(run, unit, norm)
@@ -207,6 +203,7 @@ class ConjugateGradient(KrylovSolver):
 class _Run:
     """State of all lanes: value and residual [*lanes, n], the rest [*lanes]. Code -1: still to be decided.
 
+    ``stop``, ``max_steps``, ``limit``: the residual norm to be reached, the limit of steps and the status there.
     ``aim``, ``floor``: with the default tolerance, see NOTE [a small residual is no small error].
     """
 
@@ -215,6 +212,9 @@ class _Run:
     steps: torch.Tensor
     codes: torch.Tensor
     residual_norm: torch.Tensor
+    stop: torch.Tensor
+    max_steps: int
+    limit: Status
     smallest: torch.Tensor | None = None
     largest: torch.Tensor | None = None
     ritz: RitzValues = field(default_factory=RitzValues)
@@ -230,15 +230,7 @@ class _Run:
 # steps, D^-1 b (first-order MAML in iMAML): what on_failure="ignore" then passes on is a descent direction of size b.
 
 
-def _iterate_single(
-    operator: FlatOperator,
-    precondition: Precondition | None,
-    run: _Run,
-    running: torch.Tensor,
-    tolerance: torch.Tensor,
-    max_steps: int,
-    limit: Status,
-) -> None:
+def _iterate_single(operator: FlatOperator, precondition: Precondition | None, run: _Run, _: torch.Tensor) -> None:
     """Conjugate gradients on one system [n] (or [1, n]), with Python numbers for the scalars."""
     x, r = run.value, run.residual.clone()
     # BLAS keeps several partial sums; in float32 those of lane_dot are more exact
@@ -247,12 +239,12 @@ def _iterate_single(
     z = r if precondition is None else precondition(r)
     p = z.clone()
     rz = pdp = dot(r, z).item()
-    tol, steps = tolerance.item(), int(run.steps)
+    tol, steps, max_steps = run.stop.item(), int(run.steps), run.max_steps
     smallest = math.inf if run.smallest is None else run.smallest.item()
     largest = 0.0 if run.largest is None else run.largest.item()
     floor = NOISE * torch.finfo(x.dtype).eps
     preconditioned = z is not r
-    code = limit
+    code = run.limit
     rnorm = run.residual_norm.item()
     pivots, betas = run.ritz.new_round()
     aim = None if run.aim is None else run.aim.item()
@@ -292,18 +284,10 @@ def _iterate_single(
     run.steps = torch.full_like(run.steps, steps)
     run.codes = torch.full_like(run.codes, int(code))
     run.residual_norm = torch.full_like(run.residual_norm, rnorm)
-    run.smallest, run.largest = torch.full_like(tolerance, smallest), torch.full_like(tolerance, largest)
+    run.smallest, run.largest = torch.full_like(run.stop, smallest), torch.full_like(run.stop, largest)
 
 
-def _iterate_lanes(
-    operator: FlatOperator,
-    precondition: Precondition | None,
-    run: _Run,
-    running: torch.Tensor,
-    tolerance: torch.Tensor,
-    max_steps: int,
-    limit: Status,
-) -> None:
+def _iterate_lanes(operator: FlatOperator, precondition: Precondition | None, run: _Run, running: torch.Tensor) -> None:
     """Conjugate gradients on all running lanes at once; a finished or failed lane is frozen by ``torch.where``.
 
     A frozen lane keeps its direction: one product serves all lanes, and what it is there (also NaN) is never read.
@@ -312,22 +296,23 @@ def _iterate_lanes(
     z = r if precondition is None else precondition(r)
     p = z
     rz = pdp = lane_dot(r, z)
+    tolerance = run.stop
     smallest = torch.full_like(tolerance, math.inf) if run.smallest is None else run.smallest
     largest = torch.zeros_like(tolerance) if run.largest is None else run.largest
     floor = NOISE * torch.finfo(x.dtype).eps
     preconditioned = z is not r
-    ran, codes = running, torch.where(running, int(limit), run.codes)
+    ran, codes = running, torch.where(running, int(run.limit), run.codes)
     rnorm, steps = run.residual_norm, run.steps
     sync = 1 if x.device.type == "cpu" else STEPS_BETWEEN_SYNCS
     pivots, betas = run.ritz.new_round()
     arrived = torch.zeros_like(running)
     none, nan = tolerance.new_zeros(()), tolerance.new_full((), math.nan)  # Python numbers cost torch.where a copy each
     keep, first_round = Keep(running), not bool(run.steps.any())
-    for step in range(max_steps):
+    for step in range(run.max_steps):
         if step % sync == 0 and not (keep.all or bool(running.any())):
             break
         if not first_round:  # lanes have made different numbers of steps
-            running = running & (steps < max_steps)
+            running = running & (steps < run.max_steps)
             keep = Keep(running)
         ap = operator(p)
         pap = lane_dot(p, ap)
@@ -338,17 +323,11 @@ def _iterate_lanes(
             pivots.append(pap / rz)
             smallest, largest = torch.minimum(smallest, curvature), torch.maximum(largest, curvature)
         else:
-            finite = curvature.isfinite()
-            seen = running & finite
+            seen = running & curvature.isfinite()
             pivots.append(torch.where(seen, pap / rz, nan))
             smallest = torch.where(seen, torch.minimum(smallest, curvature), smallest)
             largest = torch.where(seen, torch.maximum(largest, curvature), largest)
-            flat = seen & (curvature <= floor * largest)
-            down = (seen & (curvature < -floor * largest)) | (running & ~(rz > 0))
-            codes = torch.where(flat & ~arrived, int(Status.SINGULAR), codes)
-            codes = torch.where(down & ~arrived, int(Status.INDEFINITE), codes)
-            codes = torch.where(running & ~finite, int(Status.NONFINITE), codes)
-            running = seen & ~(flat | down)
+            codes, running = _after_curvature(codes, running, curvature, floor * largest, rz > 0, arrived)
             keep = Keep(running)
         alpha = keep(rz / pap, none).to(x.dtype).unsqueeze(-1)
         x = keep.vectors(torch.addcmul(x, alpha, p), x)
@@ -368,6 +347,26 @@ def _iterate_lanes(
         pdp = keep(rz_new + beta * beta * pdp, pdp)
         rz = keep(rz_new, rz)
         p = keep.vectors(torch.addcmul(z, beta.to(x.dtype).unsqueeze(-1), p), p)
-    codes = torch.where(ran & arrived & (codes == int(limit)), int(Status.CONVERGED), codes)
+    codes = torch.where(ran & arrived & (codes == int(run.limit)), int(Status.CONVERGED), codes)
     run.value, run.residual, run.steps, run.codes = x, r, steps, codes
     run.residual_norm, run.smallest, run.largest = rnorm, smallest, largest
+
+
+def _after_curvature(
+    codes: torch.Tensor,
+    running: torch.Tensor,
+    curvature: torch.Tensor,
+    noise: torch.Tensor,
+    positive: torch.Tensor,
+    arrived: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes of lanes that a curvature ends, and the lanes that go on; ``positive``: whether <r, z> is."""
+    finite = curvature.isfinite()
+    seen = running & finite
+    flat = seen & (curvature <= noise)
+    down = (seen & (curvature < -noise)) | (running & ~positive)
+    codes = torch.where(flat & ~arrived, int(Status.SINGULAR), codes)
+    codes = torch.where(down & ~arrived, int(Status.INDEFINITE), codes)
+    codes = torch.where(running & ~finite, int(Status.NONFINITE), codes)
+    still = seen & ~(flat | down)
+    return codes, still

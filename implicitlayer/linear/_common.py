@@ -60,6 +60,21 @@ class Limits:
             return None
         return self.rtol if self.rtol is not None else (0.0 if self.atol > 0 else default_rtol(dtype))
 
+    def absolute(self, rtol: float | None, norm: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """The residual norm [*lanes] to be reached, in units of ``scale`` [*lanes, 1], for a b of this norm."""
+        if rtol is None:
+            return torch.zeros_like(norm)
+        return torch.maximum(rtol * norm, self.atol / scale[..., 0].double())
+
+    def most_steps(self, rhs: torch.Tensor) -> int:
+        """The limit of steps for systems of the size of ``rhs`` [*lanes, n]."""
+        return self.max_steps if self.max_steps is not None else 10 * max(rhs.shape[-1], 1)
+
+    @property
+    def at_limit(self) -> Status:
+        """The status of a lane that has made all of its steps: success where nothing else was asked for."""
+        return Status.MAX_STEPS_REACHED if self.has_tolerance else Status.STEP_LIMIT
+
 
 @dataclass(frozen=True, eq=False)
 class Round:
@@ -112,7 +127,7 @@ def lane_norm(vector: torch.Tensor, other: torch.Tensor | None = None) -> torch.
     scale = lane_scale(vector)
     if other is None or other is vector:
         part = vector / scale
-        return lane_dot(part, part).sqrt() * scale[..., 0]
+        return (part * part).sum(-1).double().sqrt() * scale[..., 0]
     scale_other = lane_scale(other)
     dot = lane_dot(vector / scale, other / scale_other)
     return dot.sqrt() * scale[..., 0].double().sqrt() * scale_other[..., 0].double().sqrt()
@@ -154,27 +169,25 @@ class Keep:
         return new if self.all else torch.where(self.running.unsqueeze(-1), new, old)
 
 
+# NOTE [rounds]: a recurrence drifts from the true residual by about eps * cond. Restarting from the true one recovers
+# the digits, as long as each round at least halves it; a round that made no claim (a full cycle of GMRES, a breakdown
+# of Bi-CGSTAB) only has to lower it. Without a tolerance no residual is recomputed at the end.
+
+
 def refine(
     operator: FlatOperator, rhs: torch.Tensor, limits: Limits, correct: Callable[[Round], Correction], method: str
 ) -> LinearSolution:
     """Solve ``A u = rhs`` by rounds of ``correct``, each started from the true residual of the last.
 
     The right-hand side, and every residual after it, is divided by its largest magnitude first, so no scale matters.
-    A round that does not lower the true residual is thrown away.
+    A round that does not lower the true residual is thrown away; see NOTE [rounds].
     """
-    # NOTE [rounds]: a recurrence drifts from the true residual by about eps * cond. Restarting from the true one
-    # recovers the digits, as long as each round at least halves it; a round that made no claim (a full cycle of
-    # GMRES, a breakdown of Bi-CGSTAB) only has to lower it. Without a tolerance no residual is recomputed at the end.
     scale = lane_scale(rhs)
     b = rhs / scale
     initial = lane_norm(b)
     rtol = limits.relative(b.dtype)
     eps = torch.finfo(b.dtype).eps
-    tolerance = torch.zeros_like(initial)
-    if rtol is not None:
-        tolerance = torch.maximum(rtol * initial, limits.atol / scale[..., 0].double())
-    max_steps = limits.max_steps if limits.max_steps is not None else 10 * max(b.shape[-1], 1)
-    limit = int(Status.MAX_STEPS_REACHED if limits.has_tolerance else Status.STEP_LIMIT)
+    tolerance, max_steps, limit = limits.absolute(rtol, initial, scale), limits.most_steps(b), int(limits.at_limit)
 
     x, residual, norm = torch.zeros_like(b), b, initial
     # a residual below eps says nothing more
@@ -205,15 +218,8 @@ def refine(
         x, residual = select(better, candidate, x), select(better, new_residual, residual)
         norm = torch.where(better, new_norm, norm)
         codes = torch.where(running & ~new_norm.isfinite(), int(Status.NONFINITE), codes)
-        claims = running & (codes == int(Status.CONVERGED))
-        undecided = goes_on
-        if limits.has_tolerance:
-            done = running & (norm <= 2 * tolerance)
-            codes = torch.where(done, int(Status.CONVERGED), codes)
-            undecided = (claims | goes_on) & ~done
-        fell = norm < torch.where(claims, 0.5, 1 - _LEAST_FALL) * previous
-        codes = torch.where(undecided, torch.where(fell, limit, int(Status.STAGNATED)), codes)
-        running = undecided & fell & (steps < max_steps)
+        codes, undecided = _after_round(codes, running, norm, previous, 2 * tolerance, limits)
+        running = undecided & (steps < max_steps)
 
     relative = torch.where(initial > 0, norm / initial, torch.zeros_like(initial))
     if limits.has_tolerance:
@@ -230,6 +236,26 @@ def refine(
         method=method,
         rtol=rtol,
     )
+
+
+def _after_round(
+    codes: torch.Tensor,
+    running: torch.Tensor,
+    norm: torch.Tensor,
+    previous: torch.Tensor,
+    enough: torch.Tensor,
+    limits: Limits,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes in the light of the true residual's norm, and the lanes that another round may bring further."""
+    claims = running & (codes == int(Status.CONVERGED))
+    undecided = running & (codes == CONTINUE)
+    if limits.has_tolerance:
+        done = running & (norm <= enough)
+        codes = torch.where(done, int(Status.CONVERGED), codes)
+        undecided = (claims | undecided) & ~done
+    fell = norm < torch.where(claims, 0.5, 1 - _LEAST_FALL) * previous
+    codes = torch.where(undecided, torch.where(fell, int(limits.at_limit), int(Status.STAGNATED)), codes)
+    return codes, undecided & fell
 
 
 def _judge(
@@ -275,7 +301,7 @@ def _first_round(
     b = rhs / scale
     initial = torch.linalg.vector_norm(b).item()
     tolerance = max(rtol * initial, limits.atol / scale)
-    max_steps = limits.max_steps if limits.max_steps is not None else 10 * rhs.shape[-1]
+    max_steps = limits.most_steps(rhs)
     runs, stop, left = (torch.full(lanes, value) for value in (True, tolerance, max_steps))
     found = correct(Round(b, runs, stop, left, max_steps))
     if found.codes.item() != int(Status.CONVERGED):
@@ -343,8 +369,7 @@ def zero_steps(rhs: torch.Tensor, precondition: Precondition, limits: Limits, me
     """The preconditioned right-hand side; the status tells that nothing was solved if a tolerance was asked for."""
     scale = lane_scale(rhs)
     finite = lane_norm(rhs / scale).isfinite()
-    code = Status.MAX_STEPS_REACHED if limits.has_tolerance else Status.STEP_LIMIT
-    codes = torch.where(finite, int(code), int(Status.NONFINITE))
+    codes = torch.where(finite, int(limits.at_limit), int(Status.NONFINITE))
     unknown = torch.full(codes.shape, math.nan, dtype=torch.float64, device=rhs.device)
     return LinearSolution(
         value=precondition(rhs / scale) * scale,

@@ -141,7 +141,7 @@ def lane_scale(vector: torch.Tensor) -> torch.Tensor:
     if vector.shape[-1] == 0:
         return vector.new_ones(*vector.shape[:-1], 1)
     scale = vector.abs().amax(-1, keepdim=True)
-    return torch.where((scale > 0) & scale.isfinite(), scale, torch.ones_like(scale))
+    return torch.where((scale > 0) & (scale < math.inf), scale, torch.ones_like(scale))
 
 
 def wrap_value(operator: FlatOperator, rhs: torch.Tensor, value: Any, method: str) -> LinearSolution:

@@ -14,8 +14,6 @@ from implicitlayer import _torch
 from implicitlayer.linear._common import BLOWN_UP, NOISE, SLACK, SUSPICIOUS_RESIDUAL, Limits, lane_norm
 from implicitlayer.linear._operator import lane_dot, lane_scale
 
-__all__ = ["TracedSolution", "TracedSystem"]
-
 
 @dataclass(frozen=True, eq=False)
 class TracedSystem:
@@ -55,14 +53,11 @@ def conjugate_gradient(system: TracedSystem, limits: Limits, aim: float, further
     """
     scale = lane_scale(system.rhs)
     b = system.rhs / scale
-    norm, eps, n = _norm(b), torch.finfo(b.dtype).eps, b.shape[-1]
+    norm, eps = _norm(b), torch.finfo(b.dtype).eps
     inverse = system.inverse_metric
     precondition = (lambda r: r) if inverse is None else (lambda r: r * inverse)
     rtol, asked = limits.relative(b.dtype), limits.has_tolerance
-    tolerance = torch.zeros_like(norm)
-    if rtol is not None:
-        tolerance = torch.maximum(rtol * norm, limits.atol / scale[..., 0].double())
-    most = limits.max_steps if limits.max_steps is not None else 10 * max(n, 1)
+    tolerance, most = limits.absolute(rtol, norm, scale), limits.most_steps(b)
     stop = torch.maximum(tolerance, eps * norm)
     unit = torch.ones_like(norm)  # what curvatures p'Ap / p'Mp are multiplied with to be those of A
     known = inverse is None or inverse.shape[-1] == 1
@@ -115,10 +110,17 @@ def conjugate_gradient(system: TracedSystem, limits: Limits, aim: float, further
         sure = sure & (rnorm <= BLOWN_UP * norm)
         if most == 0:
             x = z
-    reach = lane_norm(system.gradient) / (unit * smallest)
-    if not known and inverse is not None:
-        reach = lane_norm(system.gradient) * inverse.double().amax(-1) / smallest
-    return TracedSolution(x * scale, sure, torch.where(smallest.isinf(), 0.0, reach))
+    return TracedSolution(x * scale, sure, _reach(system, smallest, unit if known else None))
+
+
+def _reach(system: TracedSystem, smallest: torch.Tensor, unit: torch.Tensor | None) -> torch.Tensor:
+    """||A^-1 F|| from above, by the smallest curvature p'Ap / p'Mp; without a unit, in that of M's smallest entry."""
+    norm = lane_norm(system.gradient)
+    if unit is None and system.inverse_metric is not None:
+        reach = norm * system.inverse_metric.double().amax(-1) / smallest
+    else:
+        reach = norm / (smallest if unit is None else unit * smallest)
+    return torch.where(smallest.isinf(), 0.0, reach)
 
 
 def dense(system: TracedSystem, limits: Limits, suspicious: float) -> TracedSolution:

@@ -117,7 +117,7 @@ class WorkerGroup:
         return None if sent[0] is None else dict(sent[0])
 
     def require_same(self, values: Mapping[str, Any]) -> None:
-        """Raise on every process if one of ``values`` (name -> pytree) is not the same, bit for bit, on all of them."""
+        """Raise on every process unless each of ``values`` (name -> pytree) is bitwise the same on all."""
         if self.size == 1:
             return
         mine = torch.tensor([fingerprint(value) for value in values.values()], device=self._control())

@@ -53,7 +53,7 @@ class PeakMemory(TorchDispatchMode):
 
 
 def peak_memory(function: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """Most bytes that one call of ``function`` holds at a time, its result included, beyond what is held before it.
+    """Most bytes that one call of ``function`` holds at a time, beyond what is held before it. The result counts.
 
     On "cuda" the number is the allocator's (workspaces included); elsewhere :class:`PeakMemory` counts. Where
     ``function`` keeps something for later calls, run it once before.

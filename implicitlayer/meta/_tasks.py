@@ -34,7 +34,7 @@ def as_support_query(batch: Any) -> Episode:
 
 
 def cosine_decay(done: float) -> float:
-    """Learning-rate factor from 1 to 0.01 along a half cosine, at the share ``done`` of the budget, 0 to 1.
+    """Learning-rate factor from 1 to 0.01 along a half cosine. ``done`` is the share of the budget, 0 to 1.
 
     Example:
         >>> import implicitlayer as il

@@ -72,7 +72,7 @@ class Ball(ConvexSet):
         return parted(torch.where(inside, offset + center, center + radius * direction), y, lane_dims)
 
     def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
-        """All entries of a problem on the sphere, and how far y is from the sphere; a ball of radius 0 has no kink."""
+        """All entries of a problem on the sphere, and the distance of y from it. A ball of radius 0 has no kink."""
         _, offset, norm, radius = self._offset(y, lane_dims)
         margin = torch.where(radius > 0, (norm - radius).abs(), torch.inf)
         spec = flatten(y)[1]

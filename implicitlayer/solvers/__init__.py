@@ -10,8 +10,7 @@ from implicitlayer.solvers._levenberg_marquardt import LevenbergMarquardt
 from implicitlayer.solvers._newton_cg import NewtonCG
 from implicitlayer.solvers._newton_root import Broyden, Newton
 from implicitlayer.solvers._progress import Iteration
-from implicitlayer.solvers._projected_gradient import ProjectedGradient
-from implicitlayer.solvers._proximal_gradient import ProximalGradient
+from implicitlayer.solvers._proximal_gradient import ProjectedGradient, ProximalGradient
 from implicitlayer.solvers._scipy import SciPyMinimize
 from implicitlayer.solvers._torch_optimizer import TorchOptimizer
 

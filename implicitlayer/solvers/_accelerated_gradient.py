@@ -18,12 +18,9 @@ from implicitlayer.base._tree import flatten, lane_reduce, leaves_norm, unflatte
 from implicitlayer.base._types import Leaves
 from implicitlayer.solvers._descent import rounds_between_syncs
 from implicitlayer.solvers._inputs import check_limits
-from implicitlayer.solvers._leaves import add, choose, lanes_as, minus, value_and_gradient
-from implicitlayer.solvers._momentum import Momentum, leads_uphill
+from implicitlayer.solvers._leaves import Momentum, add, choose, lanes_as, leads_uphill, minus, value_and_gradient
 from implicitlayer.solvers._outcome import StallWatch, contradiction, finite_leaves, outcome, relative_move
 from implicitlayer.solvers._progress import Iteration, Report, reporting
-
-__all__ = ["AcceleratedGradient"]
 
 _MAX_CHANGES = 40  # of the curvature estimate in one search: 2^40, in the first one 2^2560, beyond any number
 _NOISE = 16  # rounding errors of a sum, in units of eps: a decrease below them cannot be tested

@@ -18,8 +18,6 @@ from implicitlayer.solvers._outcome import PATIENCE
 from implicitlayer.solvers._progress import reporting
 from implicitlayer.solvers._root_problem import RootProblem, RootSolver
 
-__all__ = ["AndersonAcceleration"]
-
 _RIDGE = 1e-14  # on columns of length 1: just enough for a Cholesky factor of parallel ones
 _NEIGHBOUR = 4.0  # residuals within so many of their own rounding errors are not told apart
 _GROWTH = 10.0  # of the residual over the best so far, after which a lane forgets its history

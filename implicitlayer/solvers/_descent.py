@@ -24,8 +24,6 @@ from implicitlayer.solvers._outcome import PATIENCE, StallWatch, codes_of, outco
 from implicitlayer.solvers._problem import Problem
 from implicitlayer.solvers._progress import Iteration, Report, reporting
 
-__all__: list[str] = []
-
 _LONG_SEARCH = 10  # trials of a search after which a step without gain counts for more, by NOTE [rounding]
 
 

@@ -25,8 +25,6 @@ from implicitlayer.solvers._problem import Problem
 from implicitlayer.solvers._progress import Iteration, Report, reporting
 from implicitlayer.solvers._step_size import StepSize, check_step_size, moves, present
 
-__all__ = ["GradientDescent"]
-
 
 @dataclass(frozen=True)
 class GradientDescent(RecordingSolver):

@@ -9,8 +9,6 @@ import torch
 
 from implicitlayer._errors import ObjectiveError
 
-__all__: list[str] = []
-
 
 def check_unknowns(leaves: Sequence[Any]) -> None:
     """Raise TypeError unless every leaf of init is a real floating tensor."""

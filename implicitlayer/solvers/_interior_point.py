@@ -13,8 +13,6 @@ import torch
 from implicitlayer.programs._interior_point import QuadraticSolution, interior_point
 from implicitlayer.solvers._progress import Iteration, reporting
 
-__all__ = ["OSQP", "Clarabel", "InteriorPoint"]
-
 
 @dataclass(frozen=True)
 class InteriorPoint:

@@ -18,8 +18,6 @@ from implicitlayer.solvers._descent import Limited, descend, rounds_between_sync
 from implicitlayer.solvers._line_search import LineSearch
 from implicitlayer.solvers._problem import Problem
 
-__all__ = ["LBFGS"]
-
 _CURVATURE = 0.9  # c2 of the Wolfe conditions, the usual choice for quasi-Newton directions
 _PAIRS = 10  # kept by default: more save few gradients of large problems
 _FEW = 32  # unknowns up to which a whole matrix is cheaper than ten pairs

@@ -1,4 +1,4 @@
-"""Objectives and steps on lists of leaves [*lanes, ...]: what the first-order solvers share."""
+"""Objectives and steps on lists of leaves [*lanes, ...], and momentum: what the first-order solvers share."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from typing import Any
 import torch
 
 from implicitlayer import _torch
-from implicitlayer.base._tree import flatten, unflatten
+from implicitlayer.base._tree import flatten, lane_reduce, leaves_norm, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.solvers._inputs import check_attached
-
-__all__: list[str] = []
 
 
 def value_and_gradient(
@@ -62,3 +60,31 @@ def choose(mask: torch.Tensor | None, new: Leaves, old: Leaves) -> Leaves:
     if mask is None:
         return new
     return [torch.where(lanes_like(mask, a), a, b) for a, b in zip(new, old, strict=True)]
+
+
+class Momentum:
+    """The factor m of each step: constant with mu, else Nesterov's sequence with restarts, per lane."""
+
+    def __init__(self, strong_convexity: float | None) -> None:
+        self.mu = strong_convexity
+        self.t: torch.Tensor | None = None
+
+    def next(self, uphill: Callable[[], torch.Tensor], curvature: float | torch.Tensor) -> float | torch.Tensor:
+        """The factor of the step that has been made; ``uphill()``: lanes, bool, where it led against its gradient."""
+        if self.mu is not None:
+            root = (curvature / self.mu) ** 0.5
+            return (root - 1) / (root + 1)
+        back = uphill()
+        t = torch.ones_like(back, dtype=torch.float64) if self.t is None else self.t
+        t_next = (1 + (1 + 4 * t * t).sqrt()) / 2
+        self.t = torch.where(back, 1.0, t_next)
+        return torch.where(back, 0.0, (t - 1) / t_next)
+
+
+def leads_uphill(gradient: Leaves, change: Leaves, lane_dims: int) -> torch.Tensor:
+    """Lanes, bool [*lanes], where the inner product is positive; of cosines, which neither overflow nor underflow."""
+    sizes = leaves_norm(gradient, lane_dims), leaves_norm(change, lane_dims)
+    cosine = torch.zeros_like(sizes[0])
+    for g, d in zip(gradient, change, strict=True):
+        cosine = cosine + lane_reduce((g / lanes_as(sizes[0], g)) * (d / lanes_as(sizes[1], d)), lane_dims)
+    return cosine > 0

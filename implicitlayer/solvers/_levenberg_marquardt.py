@@ -16,21 +16,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from implicitlayer._errors import ObjectiveError
 from implicitlayer.base._solution import SolverResult
 from implicitlayer.base._status import Status
+from implicitlayer.base._tree import flatten, name_lanes, ravel, unflatten, unravel
+from implicitlayer.base._types import Leaves
+from implicitlayer.equation._residual import pull_back, pushed
 from implicitlayer.linear._common import NOISE as NOISE_OF_RANK
 from implicitlayer.solvers._descent import Limited
+from implicitlayer.solvers._inputs import check_attached, check_unknowns
 from implicitlayer.solvers._outcome import NOISE, outcome
+from implicitlayer.solvers._problem import composite_of
 from implicitlayer.solvers._progress import Iteration, Report, reporting
-from implicitlayer.solvers._residuals import Residuals
-
-__all__ = ["LevenbergMarquardt"]
 
 _FIRST_RADIUS = 100.0  # in units of ||D x||, as MINPACK has it
 _LEAST, _POOR, _GOOD = 1e-4, 0.25, 0.75  # shares of the promised fall: to be taken; for a smaller; for a larger radius
@@ -268,3 +272,79 @@ class _Model:
         w = torch.linalg.solve_triangular(triangle.mT, unit, upper=False)[..., 0]
         change: torch.Tensor = (length - radius) / radius / (w * w).sum(-1)
         return change
+
+
+_WHO = "il.solvers.LevenbergMarquardt", "il.solvers.LBFGS() or, under a constraint, il.solvers.ProjectedGradient()"
+
+
+class Residuals:
+    """Residuals f, float64 [*lanes, k], in units of their size at init: squares neither overflow nor vanish.
+
+    Args:
+        objective: a model, and a loss that is half the sum of squares of its outputs: every evaluation checks that.
+        init, theta: as a solver gets them.
+    """
+
+    def __init__(self, objective: Callable[..., Any], init: Any, theta: tuple[Any, ...]) -> None:
+        leaves, self._spec = flatten(init)
+        check_unknowns(leaves)
+        self._composite, self._theta = composite_of(objective, *_WHO), theta
+        self._like = [leaf.detach() for leaf in leaves]
+        value, first = self._evaluate(self._like)
+        check_attached(next((leaf for leaf in self._outputs if leaf.requires_grad), self._outputs[0]))
+        self.lane_dims, self.dtype = value.ndim, value.dtype
+        self.start = ravel(self._like, self.lane_dims).clone()
+        largest = first.abs().amax(-1) if first.shape[-1] else torch.ones_like(value.double())
+        usable = (largest > 0) & largest.isfinite()
+        self.unit = torch.where(usable, largest, 1.0).log2().floor().exp2()  # [*lanes], a power of 2: rounds nothing
+        self.first = first / self.unit.unsqueeze(-1)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The residuals at x."""
+        return self._evaluate(unravel(x, self._like, self.lane_dims))[1] / self.unit.unsqueeze(-1)
+
+    def triangle(self, f: torch.Tensor) -> torch.Tensor:
+        """The triangle of the QR factors of [J, f], J = df / dx at the point evaluated last; [*lanes, n + 1, n + 1].
+
+        J is made by its rows or by its columns, the fewer.
+        """
+        lanes, (k, n) = self.start.shape[:-1], (self.first.shape[-1], self.start.shape[-1])
+        with torch.enable_grad():
+            if k < n:
+                like, times = self._outputs, lambda u: pull_back(self._outputs, self._points, u)
+            else:
+                like, times = self._points, pushed(self._outputs, self._points)
+            units = torch.eye(min(k, n), dtype=self.start.dtype, device=self.start.device)
+            trees = [unravel(unit.expand(*lanes, -1), like, self.lane_dims) for unit in units.unbind()]
+            parts = [ravel(times(tree), self.lane_dims).double() / self.unit.unsqueeze(-1) for tree in trees]
+        if k < n:
+            parts = list(torch.stack(parts, -1).unbind(-2)) if k else [f.new_zeros(*lanes, 0)] * n
+        columns = torch.stack([*parts, f], -2)
+        if k < n + 1:
+            columns = torch.nn.functional.pad(columns, (0, n + 1 - k))
+        whole: torch.Tensor = torch.linalg.qr(columns.mT, mode="r").R
+        return whole
+
+    def tree(self, x: torch.Tensor) -> Any:
+        """x in the structure of ``init``."""
+        return unflatten(unravel(x, self._like, self.lane_dims), self._spec)
+
+    def _evaluate(self, leaves: Leaves) -> tuple[torch.Tensor, torch.Tensor]:
+        """The objective's value [*lanes] and the residuals."""
+        with torch.enable_grad():
+            self._points = [leaf.detach().requires_grad_() for leaf in leaves]
+            tree, spec = flatten(self._composite.model(unflatten(self._points, self._spec), *self._theta))
+            self._outputs, cut = list(tree), [leaf.detach() for leaf in tree]
+            value = self._composite.loss(unflatten(cut, spec), *self._theta).detach()
+        f = ravel(cut, value.ndim).double()
+        half = 0.5 * torch.linalg.vector_norm(f, dim=-1) ** 2
+        rounding = NOISE * math.sqrt(f.shape[-1] + 1) * torch.finfo(value.dtype).eps * half
+        wrong = value.isfinite() & half.isfinite() & ((value - half).abs() > rounding)
+        if bool(wrong.any()):
+            raise ObjectiveError(
+                "il.solvers.LevenbergMarquardt minimises half the sum of squares of what the model returns, which is "
+                f"{float(half[wrong][0]):.6g}{name_lanes(wrong)}, where the objective is {float(value[wrong][0]):.6g}. "
+                "Make it by il.least_squares(residuals), with the roots of weights inside of the residuals; a proximal "
+                "term is one more of them, sqrt(strength) * (x - theta)."
+            )
+        return value, f

@@ -11,8 +11,6 @@ import torch
 
 from implicitlayer.solvers._outcome import NOISE
 
-__all__: list[str] = []
-
 Numbers = tuple[torch.Tensor, ...]
 
 DECREASE = 1e-4  # c1 of the sufficient decrease: the usual choice, Nocedal & Wright, section 3.1

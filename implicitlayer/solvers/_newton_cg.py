@@ -21,8 +21,6 @@ from implicitlayer.solvers._descent import Limited, descend, rounds_between_sync
 from implicitlayer.solvers._line_search import LineSearch
 from implicitlayer.solvers._problem import Curvature, Problem
 
-__all__ = ["NewtonCG"]
-
 # NOTE [forcing]: in a narrow curved valley the gradient is that of the steep walls, and a loose direction takes it down
 # without following the valley: Rosenbrock's function of two unknowns then takes twice the products. The tight rule for
 # ever costs large problems more products than it saves steps, so only the first few products are held to it.

@@ -18,8 +18,6 @@ from implicitlayer.linear._operator import FlatOperator, lane_dot
 from implicitlayer.solvers._progress import reporting
 from implicitlayer.solvers._root_problem import RootProblem, RootSolver, line_search
 
-__all__ = ["Broyden", "Newton"]
-
 _MAX_HALVINGS = 30  # a step below 1e-9 of Newton's is none
 _FEW_HALVINGS = 4  # with an old matrix: a new Jacobian is the better cure
 

@@ -13,8 +13,6 @@ from implicitlayer.base._tree import finite_lanes, lane_reduce, leaves_norm, nam
 from implicitlayer.base._types import Leaves
 from implicitlayer.solvers._leaves import lanes_like
 
-__all__: list[str] = []
-
 # NOTE [rounding]: where rounding is all that is left (a start at the solution of the problem before, with a tolerance
 # relative to a gradient that is all rounding), steps go on for ever. A lane whose value has not fallen by more than its
 # rounding errors, nor its gradient below the least so far, for so many steps has stalled. (Chance alone sets a record

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -10,11 +11,10 @@ import torch
 from implicitlayer._errors import ObjectiveError
 from implicitlayer.base._tree import flatten, leaves_norm, ravel, unflatten, unravel
 from implicitlayer.base._types import Leaves
+from implicitlayer.equation._residual import pull_back, pushed
 from implicitlayer.linear._operator import lane_scale
 from implicitlayer.solvers._inputs import check_unknowns
 from implicitlayer.solvers._leaves import value_and_gradient
-
-__all__: list[str] = []
 
 Curvature = Literal["hessian", "gauss_newton"]
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -84,7 +84,9 @@ class Problem:
         value, gradient = value_and_gradient(self._objective, points, self._spec, self._theta, create_graph=keep)
         if keep:
             with torch.enable_grad():
-                self._pull = pulled(gradient, points) if self._composite is None else self._gauss_newton(points)
+                self._pull = (
+                    partial(pull_back, gradient, points) if self._composite is None else self._gauss_newton(points)
+                )
         return value, [g.detach() for g in gradient]
 
     def _gauss_newton(self, points: Leaves) -> Callable[[Leaves], Leaves]:
@@ -95,36 +97,8 @@ class Problem:
         cut = [leaf.detach().requires_grad_() for leaf in outputs]
         value = self._composite.loss(unflatten(cut, spec), *self._theta)
         slopes = torch.autograd.grad(value.sum(), cut, create_graph=True, materialize_grads=True)
-        push, curve, pull = pushed(outputs, points), pulled(slopes, cut), pulled(outputs, points)
-        return lambda u: pull(curve(push(u)))
-
-
-def pushed(outputs: Leaves, inputs: Leaves) -> Callable[[Leaves], Leaves]:
-    """u -> (d outputs / d inputs) u: the pull-back w -> J'w is linear, so the gradient of w -> <J'w, u> is J u."""
-    dummies = [torch.zeros_like(leaf, requires_grad=True) for leaf in outputs]
-    live = [i for i, output in enumerate(outputs) if output.requires_grad]
-    some, weights = [outputs[i] for i in live], [dummies[i] for i in live]
-    return pulled(torch.autograd.grad(some, inputs, weights, create_graph=True, materialize_grads=True), dummies)
-
-
-def pulled(outputs: Any, inputs: Leaves) -> Callable[[Leaves], Leaves]:
-    """w -> (d outputs / d inputs)' w from a graph that is kept; zero for outputs that do not depend on anything."""
-    live = [i for i, output in enumerate(outputs) if output.requires_grad]
-
-    def pull(vectors: Leaves) -> Leaves:
-        if not live:
-            return [torch.zeros_like(leaf) for leaf in inputs]
-        return list(
-            torch.autograd.grad(
-                [outputs[i] for i in live],
-                inputs,
-                [vectors[i] for i in live],
-                retain_graph=True,
-                materialize_grads=True,
-            )
-        )
-
-    return pull
+        push = pushed(outputs, points)
+        return lambda u: pull_back(outputs, points, pull_back(list(slopes), cut, push(u)))
 
 
 def _gauss_newton_parts(objective: Callable[..., Any]) -> Any:

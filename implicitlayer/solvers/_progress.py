@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["Iteration"]
-
 Report = Callable[["Iteration"], None]
 
 

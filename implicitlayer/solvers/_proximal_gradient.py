@@ -17,14 +17,12 @@ import torch
 from implicitlayer.base._solution import RecordingSolver, SolverResult
 from implicitlayer.base._tree import flatten, lane_reduce, leaves_norm, unflatten
 from implicitlayer.base._types import Leaves
+from implicitlayer.equation._residual import pull_back
 from implicitlayer.sets._term import expand_like, resolve
 from implicitlayer.solvers._inputs import check_limits, check_num_steps, check_unknowns
-from implicitlayer.solvers._leaves import add, choose, minus, value_and_gradient
-from implicitlayer.solvers._momentum import Momentum
+from implicitlayer.solvers._leaves import Momentum, add, choose, minus, value_and_gradient
 from implicitlayer.solvers._outcome import StallWatch, contradiction, finite_leaves, outcome, relative_move
 from implicitlayer.solvers._progress import Iteration, reporting
-
-__all__ = ["ProximalGradient"]
 
 _MAX_DOUBLINGS = 200
 _NOISE = 16  # rounding errors of a sum, in units of eps
@@ -181,15 +179,7 @@ def _curvature_along(
     _, gradient = value_and_gradient(objective, points, spec, theta, create_graph=True)
     size = leaves_norm(slope, lane_dims)
     unit = [g / expand_like(torch.where(size > 0, size, 1.0), g) for g in slope]
-    product: Leaves = [torch.zeros_like(leaf) for leaf in x]
-    attached = [i for i, g in enumerate(gradient) if g.requires_grad]
-    if attached:
-        product = list(
-            torch.autograd.grad(
-                [gradient[i] for i in attached], points, [unit[i] for i in attached], materialize_grads=True
-            )
-        )
-    curvature = leaves_norm(product, lane_dims)
+    curvature = leaves_norm(pull_back(gradient, points, unit), lane_dims)
     return torch.where((curvature > 0) & curvature.isfinite(), curvature, 1.0)
 
 
@@ -236,3 +226,22 @@ def _stepped(prox: Prox, z: Leaves, slope: Leaves, curvature: torch.Tensor) -> L
 def _dot(a: Leaves, b: Leaves, lane_dims: int) -> torch.Tensor:
     parts = [lane_reduce((x * y).double(), lane_dims) for x, y in zip(a, b, strict=True)]
     return torch.stack(parts).sum(0)
+
+
+class ProjectedGradient(ProximalGradient):
+    """Minimise a smooth objective over a set: :class:`ProximalGradient`, whose prox is the projection.
+
+    Args:
+        constraint: a set (``il.sets``), a pytree of sets, or a function of theta that returns one; None takes that of
+            the layer.
+        settings: as in :class:`ProximalGradient`.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> solver = il.solvers.ProjectedGradient(il.sets.Box(0.0, 1.0), rtol=1e-12)
+        >>> solver(lambda x: ((x - 3) ** 2).sum(), torch.zeros(2, dtype=torch.float64)).tolist()
+        [1.0, 1.0]
+    """
+
+    def __init__(self, constraint: Any = None, **settings: Any) -> None:
+        super().__init__(constraint, **settings)

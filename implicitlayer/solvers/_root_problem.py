@@ -21,8 +21,6 @@ from implicitlayer.solvers._inputs import check_limits
 from implicitlayer.solvers._outcome import outcome
 from implicitlayer.solvers._progress import Iteration, Report
 
-__all__: list[str] = []
-
 _WORDS = {
     Status.STAGNATED: "No step lowers the residual further{where}: it is as small as rounding errors allow, or this is "
     "a minimum of its norm that is no root.",

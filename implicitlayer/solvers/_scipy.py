@@ -11,12 +11,11 @@ import torch
 
 from implicitlayer.base._solution import RecordingSolver, SolverResult
 from implicitlayer.base._status import Status
-from implicitlayer.base._tree import flatten, leaves_norm, ravel, unflatten, unravel
+from implicitlayer.base._tree import flatten, leaves_norm, unflatten
+from implicitlayer.equation._residual import pull_back
 from implicitlayer.solvers._inputs import check_attached, check_unknowns
 from implicitlayer.solvers._progress import Iteration, reporting
-from implicitlayer.solvers._scipy_limits import bounds_of_layer, constraints_of_layer, refuse_hidden_limits
-
-__all__ = ["SciPyMinimize"]
+from implicitlayer.solvers._scipy_limits import FlatPoints, bounds_of_layer, constraints_of_layer, refuse_hidden_limits
 
 _DERIVATIVE_FREE = ("nelder-mead", "powell", "cobyla", "cobyqa")
 _NEEDS_HESSIAN = ("newton-cg", "trust-ncg", "trust-krylov", "trust-constr")
@@ -94,46 +93,32 @@ class SciPyMinimize(RecordingSolver):
             raise ImportError('SciPyMinimize needs SciPy: pip install "implicitlayer[scipy]".') from error
         leaves, spec = flatten(init)
         check_unknowns(leaves)
-        first: list[float] = []  # the objective at init; NaN beside it where its gradient is not finite
+        function = _FlatObjective(objective, FlatPoints(leaves, spec), theta, self.method.lower())
+        settings = self._settings_for(function, init)
+        with reporting(self.callback, self.progress, self.options.get("maxiter")) as report:
+            telling = _Telling(function, report)
+            telling(function.points.flat(leaves))
+            result = optimize.minimize(
+                function,
+                function.points.flat(leaves),
+                jac=True if function.with_gradient else None,
+                method=self.method,
+                tol=self.tol,
+                options=self.options,
+                callback=telling if report is not None else None,
+                **settings,
+            )
+            if telling.stopped is not None:
+                raise telling.stopped
+        value = unflatten([leaf.detach() for leaf in function.points.at(result.x)], spec)
+        return SolverResult(
+            value, self._status(result, function.first), int(result.get("nit", 0)), str(result.message), aux=result
+        )
 
-        def points(flat: np.ndarray) -> list[torch.Tensor]:
-            x = unravel(torch.from_numpy(np.array(flat, dtype=np.float64)).to(leaves[0].device), leaves, 0)
-            return [leaf.detach().requires_grad_() for leaf in x]
-
-        def to_numpy(parts: Any) -> np.ndarray:
-            return ravel([p.detach().double() for p in parts], 0).cpu().numpy()
-
-        def value_and_gradient(flat: np.ndarray) -> tuple[float, np.ndarray]:
-            with torch.enable_grad():
-                x = points(flat)
-                value = objective(unflatten(x, spec), *theta)
-                check_attached(value, single=True)
-                gradient = torch.autograd.grad(value, x, materialize_grads=True)
-            number, flat_gradient = float(value.detach()), to_numpy(gradient)
-            if not first:
-                first.extend([number, 0.0 if np.isfinite(flat_gradient).all() else np.nan])
-            return number, flat_gradient
-
-        def hessian_product(flat: np.ndarray, direction: np.ndarray) -> np.ndarray:
-            with torch.enable_grad():
-                x = points(flat)
-                value = objective(unflatten(x, spec), *theta)
-                gradient = torch.autograd.grad(value, x, create_graph=True, materialize_grads=True)
-                along = unravel(torch.from_numpy(direction).to(leaves[0].device), leaves, 0)
-                inner = sum((g * d).sum() for g, d in zip(gradient, along, strict=True))
-                assert isinstance(inner, torch.Tensor)
-                product = torch.autograd.grad(inner, x, materialize_grads=True)
-            return to_numpy(product)
-
-        def value_only(flat: np.ndarray) -> float:
-            with torch.no_grad():
-                number = float(objective(unflatten(points(flat), spec), *theta))
-            if not first:
-                first.append(number)
-            return number
-
+    def _settings_for(self, function: _FlatObjective, init: Any) -> dict[str, Any]:
+        """What ``minimize`` is called with besides: the user's own, and what the layer knows."""
         settings = dict(self.settings)
-        bounds = bounds_of_layer(objective, self.method, init, theta)
+        bounds = bounds_of_layer(function.objective, self.method, init, function.theta)
         if bounds is not None:
             if settings.get("bounds") is not None:
                 raise ValueError(
@@ -141,49 +126,12 @@ class SciPyMinimize(RecordingSolver):
                 )
             settings["bounds"] = bounds
         if settings.get("constraints") is None:
-            constraints = constraints_of_layer(objective, self.method, leaves, spec, theta)
+            constraints = constraints_of_layer(function.objective, self.method, function.points, function.theta)
             if constraints:
                 settings["constraints"] = constraints
-        with_gradient = self.method.lower() not in _DERIVATIVE_FREE
-        if self.method.lower() in _NEEDS_HESSIAN:
-            settings.setdefault("hessp", hessian_product)
-        stopped: list[StopIteration] = []
-        limit = self.options.get("maxiter")
-        with reporting(self.callback, self.progress, limit) as report:
-
-            def tell(flat: np.ndarray, *_: Any) -> None:
-                if report is None or stopped:
-                    return
-                if with_gradient:
-                    number, slope = value_and_gradient(flat)
-                    norm = leaves_norm([torch.from_numpy(slope)], 0)
-                else:
-                    number, norm = value_only(flat), torch.tensor(np.nan, dtype=torch.float64)
-                at = unflatten([leaf.detach() for leaf in points(flat)], spec)
-                try:
-                    report(Iteration(next(count), torch.tensor(number, dtype=torch.float64), norm, at))
-                except StopIteration as stop:  # SciPy would end with success
-                    stopped.append(stop)
-                    raise
-
-            count = itertools.count()
-            tell(to_numpy(leaves))
-            result = optimize.minimize(
-                value_and_gradient if with_gradient else value_only,
-                to_numpy(leaves),
-                jac=True if with_gradient else None,
-                method=self.method,
-                tol=self.tol,
-                options=self.options,
-                callback=tell if report is not None else None,
-                **settings,
-            )
-            if stopped:
-                raise stopped[0]
-        value = unflatten([leaf.detach() for leaf in points(result.x)], spec)
-        return SolverResult(
-            value, self._status(result, first), int(result.get("nit", 0)), str(result.message), aux=result
-        )
+        if function.method in _NEEDS_HESSIAN:
+            settings.setdefault("hessp", function.hessian_product)
+        return settings
 
     def _status(self, result: Any, first: list[float]) -> Status:
         """SciPy's own, but that its methods go on after NaN or Inf at the start and may call anything converged."""
@@ -195,3 +143,75 @@ class SciPyMinimize(RecordingSolver):
         if self.method.lower() in _LINE_SEARCH and result.status == 2:
             return Status.STAGNATED
         return Status.MAX_STEPS_REACHED
+
+
+class _FlatObjective:
+    """The objective as SciPy calls it: of one flat NumPy vector, its value, with the gradient where the method has it.
+
+    Attributes:
+        first: the objective at init; NaN beside it where its gradient is not finite.
+    """
+
+    def __init__(
+        self, objective: Callable[..., torch.Tensor], points: FlatPoints, theta: tuple[Any, ...], method: str
+    ) -> None:
+        self.objective, self.points, self.theta, self.method = objective, points, theta, method
+        self.with_gradient = method not in _DERIVATIVE_FREE
+        self.first: list[float] = []
+
+    def __call__(self, flat: np.ndarray) -> Any:
+        return self.value_and_gradient(flat) if self.with_gradient else self.value_only(flat)
+
+    def _at(self, x: list[torch.Tensor]) -> torch.Tensor:
+        return self.objective(unflatten(x, self.points.spec), *self.theta)
+
+    def value_and_gradient(self, flat: np.ndarray) -> tuple[float, np.ndarray]:
+        with torch.enable_grad():
+            x = self.points.at(flat)
+            value = self._at(x)
+            check_attached(value, single=True)
+            gradient = torch.autograd.grad(value, x, materialize_grads=True)
+        number, flat_gradient = float(value.detach()), self.points.flat(gradient)
+        if not self.first:
+            self.first.extend([number, 0.0 if np.isfinite(flat_gradient).all() else np.nan])
+        return number, flat_gradient
+
+    def value_only(self, flat: np.ndarray) -> float:
+        with torch.no_grad():
+            number = float(self._at(self.points.at(flat)))
+        if not self.first:
+            self.first.append(number)
+        return number
+
+    def hessian_product(self, flat: np.ndarray, direction: np.ndarray) -> np.ndarray:
+        with torch.enable_grad():
+            x = self.points.at(flat)
+            gradient = torch.autograd.grad(self._at(x), x, create_graph=True, materialize_grads=True)
+            product = pull_back(list(gradient), x, self.points.vectors(direction))
+        return self.points.flat(product)
+
+
+class _Telling:
+    """SciPy's callback: tells a listener of an iteration, at one evaluation; ``stopped``: the listener's StopIteration,
+    with which SciPy would end in success."""
+
+    def __init__(self, function: _FlatObjective, report: Callable[[Iteration], None] | None) -> None:
+        self.function, self.report = function, report
+        self.stopped: StopIteration | None = None
+        self.count = itertools.count()
+
+    def __call__(self, flat: np.ndarray, *_: Any) -> None:
+        if self.report is None or self.stopped is not None:
+            return
+        number, norm = 0.0, torch.tensor(np.nan, dtype=torch.float64)
+        if self.function.with_gradient:
+            number, slope = self.function.value_and_gradient(flat)
+            norm = leaves_norm([torch.from_numpy(slope)], 0)
+        else:
+            number = self.function.value_only(flat)
+        at = unflatten([leaf.detach() for leaf in self.function.points.at(flat)], self.function.points.spec)
+        try:
+            self.report(Iteration(next(self.count), torch.tensor(number, dtype=torch.float64), norm, at))
+        except StopIteration as stop:
+            self.stopped = stop
+            raise

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,6 @@ from implicitlayer.base._tree import TreeSpec, flatten, ravel, tree_map, unflatt
 from implicitlayer.base._types import Leaves
 from implicitlayer.sets._box import Box, NonNegative
 from implicitlayer.sets._term import PerPart, ProximalTerm, resolve
-
-__all__: list[str] = []
 
 WITH_BOUNDS = ("L-BFGS-B", "TNC", "SLSQP", "Nelder-Mead", "Powell", "trust-constr", "COBYLA", "COBYQA")
 WITH_CONSTRAINTS = ("SLSQP", "trust-constr", "COBYLA", "COBYQA")
@@ -58,7 +56,7 @@ def bounds_of_layer(objective: Any, method: str, init: Any, theta: tuple[Any, ..
     return np.stack([corner(-np.inf), corner(np.inf)], axis=1)
 
 
-def constraints_of_layer(problem: Any, method: str, like: Leaves, spec: TreeSpec, theta: tuple[Any, ...]) -> list[Any]:
+def constraints_of_layer(problem: Any, method: str, points: FlatPoints, theta: tuple[Any, ...]) -> list[Any]:
     """The equations and inequalities h = 0, g <= 0 of ``il.constrained_argmin`` as SciPy's dicts; empty without any.
 
     Raises:
@@ -69,7 +67,7 @@ def constraints_of_layer(problem: Any, method: str, like: Leaves, spec: TreeSpec
     for kind, vector, sign in (("eq", "equality_vector", 1.0), ("ineq", "inequality_vector", -1.0)):
         size = getattr(problem, "num_equalities" if kind == "eq" else "num_inequalities", 0)
         if size:
-            values = _Values(getattr(problem, vector), like, spec, theta, sign)
+            values = _Values(getattr(problem, vector), points, theta, sign)
             found.append({"type": kind, "fun": values.at, "jac": values.jacobian})
     if found and method.lower() not in (name.lower() for name in WITH_CONSTRAINTS):
         raise ValueError(
@@ -78,19 +76,37 @@ def constraints_of_layer(problem: Any, method: str, like: Leaves, spec: TreeSpec
     return found
 
 
+class FlatPoints:
+    """The unknowns as SciPy has them, one float64 vector on the CPU, and as torch has them."""
+
+    def __init__(self, like: Leaves, spec: TreeSpec) -> None:
+        self.like, self.spec = like, spec
+
+    def vectors(self, flat: np.ndarray) -> Leaves:
+        """The leaves of a flat vector."""
+        return unravel(torch.from_numpy(np.array(flat, dtype=np.float64)).to(self.like[0].device), self.like, 0)
+
+    def at(self, flat: np.ndarray) -> Leaves:
+        """The same as points of a graph."""
+        return [leaf.detach().requires_grad_() for leaf in self.vectors(flat)]
+
+    def flat(self, leaves: Sequence[torch.Tensor]) -> np.ndarray:
+        """The flat vector of leaves."""
+        return ravel([leaf.detach().double() for leaf in leaves], 0).cpu().numpy()
+
+
 class _Values:
     """Constraints as functions of a flat NumPy x: [k], and their gradients, [k, n]."""
 
     def __init__(
-        self, function: Callable[..., torch.Tensor], like: Leaves, spec: TreeSpec, theta: tuple[Any, ...], sign: float
+        self, function: Callable[..., torch.Tensor], points: FlatPoints, theta: tuple[Any, ...], sign: float
     ) -> None:
-        self.function, self.like, self.spec, self.theta, self.sign = function, like, spec, theta, sign
+        self.function, self.points, self.theta, self.sign = function, points, theta, sign
 
     def _of(self, flat: np.ndarray) -> tuple[Leaves, torch.Tensor]:
-        point = torch.from_numpy(np.array(flat, dtype=np.float64)).to(self.like[0].device)
-        x = [leaf.detach().requires_grad_() for leaf in unravel(point, self.like, 0)]
+        x = self.points.at(flat)
         with torch.enable_grad():
-            return x, self.function(unflatten(x, self.spec), *self.theta)
+            return x, self.function(unflatten(x, self.points.spec), *self.theta)
 
     def at(self, flat: np.ndarray) -> Any:
         return self.sign * self._of(flat)[1].detach().double().cpu().numpy()
@@ -98,7 +114,7 @@ class _Values:
     def jacobian(self, flat: np.ndarray) -> Any:
         x, values = self._of(flat)
         rows = [torch.autograd.grad(v, x, retain_graph=True, materialize_grads=True) for v in values]
-        return self.sign * torch.stack([ravel([part.double() for part in row], 0) for row in rows]).cpu().numpy()
+        return self.sign * np.stack([self.points.flat(row) for row in rows])
 
 
 def refuse_hidden_limits(x: np.ndarray, settings: dict[str, Any], method: str) -> None:

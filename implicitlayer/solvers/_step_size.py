@@ -14,8 +14,6 @@ from implicitlayer import _torch
 from implicitlayer.base._tree import TreeSpec, flatten, leaves_in_order, ravel, unflatten, unravel
 from implicitlayer.base._types import Leaves
 
-__all__: list[str] = []
-
 StepSize = Any
 
 

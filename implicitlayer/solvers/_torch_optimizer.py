@@ -13,8 +13,6 @@ from implicitlayer.solvers._inputs import check_attached, check_num_steps, check
 from implicitlayer.solvers._outcome import finite_leaves, outcome
 from implicitlayer.solvers._progress import Iteration, Report, reporting
 
-__all__ = ["TorchOptimizer"]
-
 # Their update of an entry reads the history of that entry alone, so lanes stay independent.
 _ENTRYWISE = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "ASGD", "Rprop")
 

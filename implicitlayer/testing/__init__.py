@@ -24,13 +24,14 @@ from implicitlayer.testing._conformance import (
     solver_checks,
 )
 from implicitlayer.testing._families import (
+    ArgminProblem,
+    RootProblem,
     nonconvex_problem,
     quadratic_problem,
     root_problem,
     smooth_convex_problem,
 )
 from implicitlayer.testing._faults import Fault, SolverFailedError, faults, faulty_solvers
-from implicitlayer.testing._problems import ArgminProblem, RootProblem
 from implicitlayer.testing._properties import (
     check_adjoint,
     check_batch_equals_loop,

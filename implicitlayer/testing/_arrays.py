@@ -84,7 +84,7 @@ def singular_matrix(
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """A matrix [n, n] of deficient rank, up to rounding; its nonzero singular values are 0.1 to 1 times the scale.
+    """A matrix [n, n] of deficient rank, up to rounding. Its nonzero singular values are 0.1 to 1 times the scale.
 
     Args:
         n, log10_scale, seed, dtype: as in :func:`spd_matrix`.

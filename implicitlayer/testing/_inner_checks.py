@@ -16,7 +16,7 @@ from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.testing import _arrays as arrays
 from implicitlayer.testing import _families as families
 from implicitlayer.testing._claims import InnerClaim, require
-from implicitlayer.testing._problems import ArgminProblem
+from implicitlayer.testing._families import ArgminProblem
 
 F64, F32 = torch.float64, torch.float32
 SIZES = (1, 2, 5)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 
 from implicitlayer.testing._arrays import check_one_of
-from implicitlayer.testing._problems import _Problem
+from implicitlayer.testing._families import _Problem
 
 Gradients = list[torch.Tensor | None]
 
@@ -39,7 +39,7 @@ class RoleCase:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ThetaRole:
-    """A way in which the last theta of a problem is given to a layer; ``role(problem)`` is the case to test.
+    """A way in which the last theta of a problem is given to a layer. ``role(problem)`` is the case to test.
 
     Attributes:
         name: what it is, such as ``"closed over"``.

@@ -14,7 +14,7 @@ from hypothesis.errors import InvalidArgument
 
 from implicitlayer.testing import _arrays as arrays
 from implicitlayer.testing import _families as families
-from implicitlayer.testing._problems import ArgminProblem, RootProblem
+from implicitlayer.testing._families import ArgminProblem, RootProblem
 
 T = TypeVar("T")
 F64 = torch.float64

@@ -220,7 +220,7 @@ LAYER_MUTANTS = [
     ),
     Mutant(
         "distance to the solution underestimated a millionfold",
-        "equation/_stationarity.py",
+        "equation/_distance.py",
         "stationarity",
         "squared / lane_norm(product)",
         "1e-06 * squared / lane_norm(product)",
@@ -238,7 +238,7 @@ LAYER_MUTANTS = [
     ),
     Mutant(
         "gradient at the answer measured by its own size",
-        "equation/_stationarity.py",
+        "equation/_distance.py",
         "stationarity",
         "squared / lane_norm(product) * scale[..., 0]",
         "squared / lane_norm(product)",

@@ -155,7 +155,7 @@ LINEAR_MUTANTS = [
     Mutant(
         "data of a proximal loss taken for unread",
         RESIDUAL,
-        "Residual.seen_by",
+        "Residual.restricted_to",
         "self.parts.coupling is None or any(needed[self.parts.num_coupled:])",
         "self.parts.coupling is None",
         "thetas other than the centre get zero",
