@@ -307,7 +307,7 @@ class _Products(Attached):
         held, (Q, _, A, _, G, _) = self.points[3], self.theta
         ux, uy, uz, ua = u
         pulled = (times(Q, ux) + times(Q.mT, ux)) / 2 + times(A.mT, uy) + times(G.mT, held * uz)
-        return [pulled, times(A, ux), held * (times(G, ux) + uz) - uz, ua]
+        return [pulled, times(A, ux), held * times(G, ux) - (1 - held) * uz, ua]
 
     def pull_theta(self, u: Leaves, needed: Sequence[bool]) -> list[torch.Tensor | None]:
         x, y, z, held = self.points
