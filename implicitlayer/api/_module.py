@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import is_dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -19,10 +19,13 @@ class ArgminLayer(CopiesFunctions, nn.Module):
     """:func:`argmin` as a module: ``forward(*theta) -> x``, or ``forward(init, *theta)`` without a stored ``init``.
 
     An objective that is an ``nn.Module`` is registered, so its parameters are in ``parameters()`` and
-    ``state_dict()``, move with ``.to()``, and get gradients. The layer pickles and copies if the objective, solver and
-    ``init`` do. No lambda pickles; ``copy.deepcopy`` of a module gives a layer in it whose objective is a lambda or
-    nested function over the module (its parts, its tensors) the weights of the copy. What a function reads as a global,
-    or through an object of your own that can be called, stays shared.
+    ``state_dict()``, move with ``.to()``, and get gradients. So are the modules that :func:`least_squares`,
+    :func:`composite` and :func:`proximal` (a loss, a learned strength) were given, in ``layer.parts``.
+
+    The layer pickles and copies if the objective, solver and ``init`` do. No lambda pickles; ``copy.deepcopy`` of a
+    module gives a layer in it whose objective is a lambda or nested function over the module (its parts, its tensors)
+    the weights of the copy. What a function reads as a global, or through an object of your own that can be called,
+    stays shared.
 
     The weights of a call are kept for its backward, whatever happens to the module in between
     (``torch.func.functional_call``, ensembles by ``vmap``).
@@ -59,6 +62,9 @@ class ArgminLayer(CopiesFunctions, nn.Module):
     ) -> None:
         super().__init__()
         self.objective = objective
+        parts = _modules_in(objective)
+        if parts:
+            self.parts = nn.ModuleDict(parts)
         self._layer: ImplicitLayer = self._facade(objective, solver, **settings)
         if isinstance(init, torch.Tensor):
             self.register_buffer("init", init)
@@ -78,7 +84,7 @@ class ArgminLayer(CopiesFunctions, nn.Module):
     def forward(self, *args: Any) -> Any:
         """x for ``theta``."""
         # a layer of this call's own: threads may call at once, and the weights of a call go with its graph
-        layer = replace(self._layer, function=self._with_weights_of_now())
+        layer = replace(self._layer, function=_with_weights_of_now(self.objective))
         init = self.init
         if init is None:
             if not args:
@@ -91,13 +97,30 @@ class ArgminLayer(CopiesFunctions, nn.Module):
         self._layer.records = layer.records
         return solution
 
-    def _with_weights_of_now(self) -> Callable[..., Any]:
-        objective = self.objective
-        # an objective that knows its parts (see NOTE [objectives with parts]) is used as it is
-        if not isinstance(objective, nn.Module) or hasattr(objective, "as_composite"):
+
+def _with_weights_of_now(objective: Any) -> Any:
+    """The same function, which keeps the weights that it has."""
+    if isinstance(objective, nn.Module):
+        if hasattr(objective, "as_composite"):  # it knows its parts (see NOTE [objectives with parts])
             return objective
         weights = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
-        return lambda x, *theta: torch.func.functional_call(objective, weights, (x, *theta))
+        return lambda *args: torch.func.functional_call(objective, weights, args)
+    if _modules_in(objective):
+        functions = {name: part for name, part in vars(objective).items() if name in ("loss", "model")}
+        return replace(objective, **{name: _with_weights_of_now(part) for name, part in functions.items()})
+    return objective
+
+
+def _modules_in(objective: Any) -> dict[str, nn.Module]:
+    """The modules that an objective was made of, by the names of its fields."""
+    found: dict[str, nn.Module] = {}
+    if isinstance(objective, nn.Module) or not is_dataclass(objective):
+        return found
+    for name, value in vars(objective).items():
+        if isinstance(value, nn.Module):
+            found[name] = value
+        found |= {f"{name}_{inner}": module for inner, module in _modules_in(value).items()}
+    return found
 
 
 class RootLayer(ArgminLayer):

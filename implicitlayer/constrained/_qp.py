@@ -10,12 +10,14 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 
 from implicitlayer import _torch
+from implicitlayer._errors import InfeasibleError
 from implicitlayer.base._surroundings import outside_compiled_code
 from implicitlayer.base._tree import TreeSpec, flatten
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.constrained._kkt import AtKink, KktLayer
 from implicitlayer.constrained._kkt_lagrangian import Unknowns
 from implicitlayer.constrained._qp_arguments import RANKS, Fold, arguments, on_all_levels
+from implicitlayer.constrained._qp_closest import closest
 from implicitlayer.constrained._qp_function import ProvedProgram, by_data, in_plain_surroundings
 from implicitlayer.constrained._qp_solve import Proof, QuadraticSolver, full_data, searched
 from implicitlayer.constrained._qp_sparse import Entries, is_sparse, made_dense, pulled, sparse_proof_of
@@ -35,7 +37,7 @@ from implicitlayer.programs._qp_rank import independent_equations
 __all__ = ["qp"]
 
 _STATIONARITY_RTOL = 1e-6
-_SIDES, _POLICIES = get_args(AtKink), get_args(OnFailure)
+_SIDES, _POLICIES, _MOVES = get_args(AtKink), get_args(OnFailure), ("error", "closest")
 
 
 @outside_compiled_code
@@ -57,6 +59,7 @@ def qp(
     on_failure: OnFailure = "warn",
     active_rtol: float = 1e-8,
     at_kink: AtKink = "inactive",
+    infeasible: Literal["error", "closest"] = "error",
 ) -> Any:
     """The x that minimises ``1/2 x'Qx + p'x`` under ``A x = b``, ``lower <= G x <= h`` and ``lb <= x <= ub``.
 
@@ -98,6 +101,11 @@ def qp(
         active_rtol: distance from a border, relative to the size of x, and force of a border, relative to the terms of
             the gradient, that count as zero.
         at_kink: what an inequality at a kink counts as for derivatives: ``"inactive"`` or ``"active"``.
+        infeasible: what becomes of a program whose constraints contradict each other: ``"error"``, or ``"closest"``,
+            the solution (and its derivatives) where all sides have moved by the shift of least Euclidean norm that
+            makes them hold, ``active_set.shift`` of the last record. Rows are as they are given, so their units matter.
+            Multipliers of moved rows are not unique: those of least norm, of either sign. Programs of a batch in
+            which one is infeasible are solved one by one. Not under transforms, nor with ``"mask"``.
 
     Returns:
         x [*batch, n].
@@ -123,9 +131,14 @@ def qp(
         >>> [round(v, 12) + 0.0 for v in point.grad.tolist()]
         [0.5, -0.5, 0.0]
     """
-    for name, choice, choices in (("at_kink", at_kink, _SIDES), ("on_failure", on_failure, _POLICIES)):
+    options = ("at_kink", at_kink, _SIDES), ("on_failure", on_failure, _POLICIES), ("infeasible", infeasible, _MOVES)
+    for name, choice, choices in options:
         if choice not in choices:
             raise ValueError(f"{name}={choice!r} must be one of {choices}.")
+    moves = infeasible == "closest"
+    if moves and (on_failure == "mask" or _torch.transforms_active()):
+        where = "beside on_failure='mask'" if on_failure == "mask" else "under a transform, where no value can be seen"
+        raise ValueError(f"infeasible='closest' is not {where}. Leave it out, or call il.qp on a batch of programs.")
     given = {"Q": Q, "p": p, "A": A, "b": b, "G": G, "h": h, "lower": lower, "lb": lb, "ub": ub}
     if isinstance(solver, str) and solver != "auto":
         raise ValueError(f"solver={solver!r} must be 'auto', one of il.solvers, such as DAQP(), or a function.")
@@ -140,7 +153,7 @@ def qp(
         if isinstance(solver, str):
             settings = replace(settings, solver=fastest(data[1].shape[-1], batch.numel()))
         settings = settings.starting(init, fold, batch, data[5].shape[-1])
-        found = _solution(data, batch, settings), fold
+        found = (_closest if moves else _solution)(data, batch, settings), fold
     (x, y, z), fold = found
     return (x, fold(y, z)) if return_multipliers else x
 
@@ -154,6 +167,7 @@ class _Settings:
     on_failure: OnFailure
     tolerances: Tolerances
     at_kink: AtKink
+    shift: torch.Tensor | None = None
 
     @property
     def search(self) -> Search | None:
@@ -178,7 +192,7 @@ class _Settings:
         """The general layer, for one call, with what :func:`searched` has found where that was made."""
         hold, user = self.at_kink == "active", None if self.search is not None else self.solver
         search = self.search or ActiveSet()
-        solve = QuadraticSolver(user, self.tolerances, hold, self.on_failure, search, proof, has_searched)
+        solve = QuadraticSolver(user, self.tolerances, hold, self.on_failure, search, proof, has_searched, self.shift)
         n, e, m = (data[k].shape[-1] for k in (1, 3, 5))
         linear = self.linear_solver if self.linear_solver is not None else KktSolver(n, e, m, prepared=solve.prepared)
         lanes = data[1].ndim - 1
@@ -204,6 +218,24 @@ def _solution(
     layer = settings.layer(list(data), proof, has_searched)
     found = layer(Unknowns(n, e, m, torch.ones_like(m)), *on_all_levels(data))
     return found.x, found.equality, found.inequality
+
+
+def _closest(
+    data: tuple[torch.Tensor, ...], batch: torch.Size, settings: _Settings
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same, of the closest feasible program where there is none."""
+
+    def one(
+        program: tuple[torch.Tensor, ...], shift: torch.Tensor | None, quietly: bool
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        own = settings if settings.search is None else replace(settings, solver=None)
+        how = replace(own, on_failure="ignore", solver=None) if quietly else replace(own, shift=shift)
+        return _solution(program, torch.Size([]), how)
+
+    try:
+        return _solution(data, batch, settings)
+    except InfeasibleError:
+        return closest(data, batch, one, settings.on_failure)
 
 
 def _sparse_solution(given: dict[str, Any], settings: _Settings, init: Any) -> tuple[Any, Fold] | None:
@@ -307,7 +339,7 @@ class _Products(Attached):
         held, (Q, _, A, _, G, _) = self.points[3], self.theta
         ux, uy, uz, ua = u
         pulled = (times(Q, ux) + times(Q.mT, ux)) / 2 + times(A.mT, uy) + times(G.mT, held * uz)
-        return [pulled, times(A, ux), held * (times(G, ux) + uz) - uz, ua]
+        return [pulled, times(A, ux), held * times(G, ux) - (1 - held) * uz, ua]
 
     def pull_theta(self, u: Leaves, needed: Sequence[bool]) -> list[torch.Tensor | None]:
         x, y, z, held = self.points

@@ -108,6 +108,7 @@ class QuadraticSolver:
     search: Search = field(default_factory=ActiveSet)
     known: Proof | None = None
     has_searched: bool = False
+    shift: torch.Tensor | None = None  # how far sides were moved, of the closest feasible program
     found: list[ActiveConstraints] = field(default_factory=list)
     prepared: list[Factors | KktMatrices] = field(default_factory=list)
     equations: Equations | None = None  # in the place of those of the call, where these depend on each other
@@ -134,7 +135,7 @@ class QuadraticSolver:
             independent = active.independent & ~self.equations.deficient
             old = self.equations.old_multipliers(active.equality)
             active = replace(active, equality=old, independent=independent)
-        self.found.append(replace(active, found_by=self._name(proof)))
+        self.found.append(replace(active, found_by=self._name(proof), shift=self.shift))
         self.prepared.append(factors)
         rest = (active.equality, torch.where(held, active.inequality, 0.0), held)
         z = Unknowns(*(t.to(start.x.dtype) for t in (solution.x, *rest)))

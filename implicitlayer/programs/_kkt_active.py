@@ -75,6 +75,8 @@ class ActiveConstraints(ActiveSet):
         size, zero: [*lanes], of x, which distances are compared with; a distance below which nothing is: NOTE [scales].
         nearest: [*lanes], distance of x from the nearest border of an inequality that does not hold as an equation.
         found_by: what found the active set of a quadratic program; empty elsewhere.
+        shift: [e + m], how far the sides of a program without a feasible point were moved, of ``A x = b`` and of the
+            rows ``G x <= h``; rows that moved hold as equations and are not in ``active``. None where nothing moved.
     """
 
     equality: torch.Tensor
@@ -86,6 +88,7 @@ class ActiveConstraints(ActiveSet):
     zero: torch.Tensor | None = None
     nearest: torch.Tensor | None = None
     found_by: str = ""
+    shift: torch.Tensor | None = None
 
     def judge(self, on_failure: OnFailure, stationarity_rtol: float | None) -> None:
         """Apply the failure policy: outside the constraints, not stationary, at a kink, dependent gradients."""
@@ -308,7 +311,9 @@ def stacked(found: list[ActiveConstraints], lanes: torch.Size) -> ActiveConstrai
         parts = torch.stack([getattr(one, name) for one in found])
         return parts.reshape((*lanes, *parts.shape[1:]))
 
-    names = [name for name in ActiveConstraints.__dataclass_fields__ if name not in ("kinks_known", "found_by")]
+    names = [
+        name for name in ActiveConstraints.__dataclass_fields__ if name not in ("kinks_known", "found_by", "shift")
+    ]
     return ActiveConstraints(kinks_known=True, **{name: stack(name) for name in names})  # type: ignore[arg-type]
 
 

@@ -24,6 +24,7 @@ from implicitlayer.solvers._outcome import PATIENCE, StallWatch, codes_of, outco
 from implicitlayer.solvers._problem import Problem
 from implicitlayer.solvers._progress import Iteration, Report, reporting
 
+_LEAST = 1e-10  # y's below this share of |s'g| is rounding: the Wolfe conditions alone give 0.1
 _LONG_SEARCH = 10  # trials of a search after which a step without gain counts for more, by NOTE [rounding]
 
 
@@ -80,10 +81,12 @@ class Limited(RecordingSolver):
         return self.rtol > 0 or self.atol > 0
 
 
-def descend(settings: Any, problem: Problem, method: Method, curvature: float) -> SolverResult:
+def descend(
+    settings: Any, problem: Problem, method: Method, curvature: float, loop: type[Descent] | None = None
+) -> SolverResult:
     """Minimise with the directions of ``method``, to the tolerances of ``settings`` (:class:`Limited`)."""
     with reporting(settings.callback, settings.progress, settings.max_steps) as report:
-        return _Descent(settings, problem, method, curvature, report).run()
+        return (loop or Descent)(settings, problem, method, curvature, report).run()
 
 
 def traced_descent(
@@ -94,8 +97,8 @@ def traced_descent(
     ``method`` makes one in its first state: a loop holds tensors only, and every round begins with objects made anew.
     """
 
-    def descent(state: tuple[torch.Tensor, ...] = ()) -> _Descent:
-        made = _Descent(settings, problem, method(), curvature, None, on_host=False)
+    def descent(state: tuple[torch.Tensor, ...] = ()) -> Descent:
+        made = Descent(settings, problem, method(), curvature, None, on_host=False)
         return restored(made, list(state)) if state else made
 
     def one_more(*state: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -129,7 +132,9 @@ def restored(value: Any, tensors: list[torch.Tensor]) -> Any:
     return value
 
 
-class _Descent:
+class Descent:
+    """The loop: one evaluation in all lanes per round."""
+
     STATE: tuple[str, ...] = (
         *("running", "turning", "x", "gradient", "value", "norm", "steps", "stalled", "direction", "best"),
         *("watch", "search", "method"),
@@ -182,9 +187,9 @@ class _Descent:
         """
         running, on_host = self.running, self.on_host
         if turns:
-            self._turn(self.turning, found)
+            self.turn(self.turning, found)
         length = torch.where(running, self.search.step, 0.0).unsqueeze(-1).to(self.x.dtype)
-        trial = self._chosen(running, torch.addcmul(self.x, length, self.direction), self.x)
+        trial = self._chosen(running, self.trial(length), self.x)
         value, gradient = self.problem(trial)
         accepted, failed = self.search.advance(value, lane_dot(gradient, self.direction))
         accepted, failed = accepted & running, failed & running
@@ -208,6 +213,10 @@ class _Descent:
         self.turning = (accepted | retrying) & self.running
         return True
 
+    def trial(self, length: torch.Tensor) -> torch.Tensor:
+        """The points [*lanes, n] at these lengths [*lanes, 1] along the directions."""
+        return torch.addcmul(self.x, length, self.direction)
+
     def _chosen(self, lanes: torch.Tensor, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
         """``new`` [*lanes, n] in some lanes, ``old`` in the others; no copy where one of them is the answer."""
         if self.on_host and bool(lanes.all()):
@@ -227,7 +236,7 @@ class _Descent:
         )
         return stalled
 
-    def _turn(self, lanes: torch.Tensor, found: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+    def turn(self, lanes: torch.Tensor, found: tuple[torch.Tensor, torch.Tensor] | None) -> None:
         """New directions and searches in these lanes: the method's, or the steepest one where that leads uphill."""
         direction, step = found or self.method.direction(lanes, self.x, self.gradient, self.norm)
         slope = lane_dot(self.gradient, direction)
@@ -267,3 +276,13 @@ class _Descent:
     def _result(self) -> SolverResult:
         num_steps = int(self.steps.max()) if self.steps.numel() else 0
         return outcome(self._tree(), num_steps, **self._ends(), words=_WORDS)
+
+
+def pair_scales(
+    lanes: torch.Tensor, step: torch.Tensor, change: torch.Tensor, search: LineSearch
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """rho = 1 / y's, gamma = y's / y'y, and the lanes whose pair is to be kept: its curvature is positive."""
+    curvature, square = lane_dot(step, change), lane_dot(change, change)
+    rho, gamma = 1 / curvature, curvature / square
+    good = lanes & (curvature > _LEAST * (search.step * search.slope).abs()) & rho.isfinite() & gamma.isfinite()
+    return rho, gamma, good

@@ -14,14 +14,14 @@ from implicitlayer.base._solution import SolverResult
 from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._common import times
 from implicitlayer.linear._operator import lane_dot
-from implicitlayer.solvers._descent import Limited, descend, rounds_between_syncs, traced_descent
+from implicitlayer.solvers._bounded import check_bounds, in_a_box
+from implicitlayer.solvers._descent import Limited, descend, pair_scales, rounds_between_syncs, traced_descent
 from implicitlayer.solvers._line_search import LineSearch
 from implicitlayer.solvers._problem import Problem
 
 _CURVATURE = 0.9  # c2 of the Wolfe conditions, the usual choice for quasi-Newton directions
 _PAIRS = 10  # kept by default: more save few gradients of large problems
 _FEW = 32  # unknowns up to which a whole matrix is cheaper than ten pairs
-_LEAST = 1e-10  # y's below this share of |s'g| is rounding: the Wolfe conditions alone give 0.1
 
 
 @dataclass(frozen=True)
@@ -44,16 +44,23 @@ class LBFGS(Limited):
         rtol, atol: tolerances on the norm of the gradient, see above; both 0 means none.
         memory: pairs to keep, at least 1; costs ``2 memory`` copies of the unknowns. None: all of them for up to 32
             unknowns (two n x n matrices, so more steps do not take longer), else ten.
+        bounds: an ``il.sets.Box`` or ``NonNegative``, a pytree of them like x, or a function of theta that returns one;
+            None takes the box of the layer that calls (``constraint=``), if it has one. Every point is inside, and the
+            gradient that the tolerances are about leaves out the entries that press on a bound. The default memory
+            is then that of n pairs for up to 32 unknowns, at least ten. In a layer leave it out: one that knows nothing
+            of the bounds cannot differentiate.
         callback: called with an :class:`Iteration` at the start and after every step.
         progress: show a bar (needs tqdm, extra ``implicitlayer[fewshot]``).
 
     Raises:
-        ValueError: a memory below 1, a negative limit or tolerance.
+        ValueError: a memory below 1, a negative limit or tolerance, bounds beside those of the layer.
+        TypeError: bounds, or a constraint of the layer, that are no box.
         ImportError: ``progress=True`` without tqdm.
 
     Source: Nocedal & Wright, Numerical Optimization, 2006, algorithms 7.4 and 7.5 (two-loop recursion, scaled by
-    s'y / y'y), 3.5 and 3.6 (line search). Difference to SciPy's L-BFGS-B: no bounds, all pairs for few unknowns,
-    and the line search trusts slopes where values differ by rounding errors, so small tolerances are reached.
+    s'y / y'y), 3.5 and 3.6 (line search). Difference to SciPy's L-BFGS-B: all pairs for few unknowns, the line search
+    trusts slopes where values differ by rounding errors, so small tolerances are reached, and with bounds the model is
+    minimised in the box by changes of the active set in place of a Cauchy point.
 
     Example:
         >>> import torch, implicitlayer as il
@@ -66,14 +73,24 @@ class LBFGS(Limited):
 
     _: KW_ONLY
     memory: int | None = None
+    bounds: Any = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_bounds(self.bounds)
         if self.memory is not None and not self.memory >= 1:
             raise ValueError(f"memory={self.memory} must be at least 1. For none use GradientDescent.")
 
+    @property
+    def batched(self) -> bool:  # type: ignore[override]
+        """Whether all lanes are solved at once: where the bounds are the layer's, which knows its lanes."""
+        return self.bounds is None
+
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         """The same, with status and step count."""
+        found = in_a_box(self, objective, init, theta, _CURVATURE)
+        if found is not None:
+            return found
         problem = Problem(objective, init, theta)
         n = problem.start.shape[-1]
         if self.memory is None and n <= _FEW:
@@ -82,6 +99,8 @@ class LBFGS(Limited):
 
     def traced(self, problem: TracedProblem) -> tuple[torch.Tensor, torch.Tensor]:
         """The same for a compiler; see :func:`implicitlayer.compile`."""
+        if self.bounds is not None:
+            raise ValueError("bounds= of LBFGS cannot be compiled. Call the layer itself.")
         n = problem.start.shape[-1]
         if self.memory is None and n <= _FEW:
             return traced_descent(self, problem, lambda: _Matrices(problem.start), _CURVATURE)
@@ -129,7 +148,7 @@ class _TwoLoop:
 
     def moved(self, lanes: torch.Tensor, step: torch.Tensor, change: torch.Tensor, search: LineSearch) -> None:
         """Remember the pair of these lanes where its curvature is positive."""
-        rho, gamma, good = _scales(lanes, step, change, search)
+        rho, gamma, good = pair_scales(lanes, step, change, search)
         if self.gamma is None:
             self.gamma = torch.zeros_like(gamma)
         self.gamma = torch.where(good, gamma, self.gamma)
@@ -185,7 +204,7 @@ class _Matrices:
 
     def moved(self, lanes: torch.Tensor, step: torch.Tensor, change: torch.Tensor, search: LineSearch) -> None:
         """Take in the pair of these lanes where its curvature is positive; a pair of zeros changes nothing."""
-        rho, gamma, good = _scales(lanes, step, change, search)
+        rho, gamma, good = pair_scales(lanes, step, change, search)
         rho, here = torch.where(good, rho, 0.0), good.unsqueeze(-1)
         s, y = (self._columns(torch.where(here, vector, 0.0)) for vector in (step, change))
         self.gamma = torch.where(good, gamma, self.gamma)
@@ -210,16 +229,6 @@ class _Matrices:
 
     def _rows(self, columns: torch.Tensor) -> torch.Tensor:
         return columns.reshape(*self.lanes, self.n)
-
-
-def _scales(
-    lanes: torch.Tensor, step: torch.Tensor, change: torch.Tensor, search: LineSearch
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """rho = 1 / y's, gamma = y's / y'y, and the lanes whose pair is to be kept: its curvature is positive."""
-    curvature, square = lane_dot(step, change), lane_dot(change, change)
-    rho, gamma = 1 / curvature, curvature / square
-    good = lanes & (curvature > _LEAST * (search.step * search.slope).abs()) & rho.isfinite() & gamma.isfinite()
-    return rho, gamma, good
 
 
 def _where(

@@ -58,6 +58,7 @@ class LineSearch:
         self.low: Numbers = (zero, zero, zero)  # step, value, slope
         self.high: Numbers = (zero, zero, zero)
         self.settling = never  # the next trial is low again, to be taken whatever it is
+        self.longest: torch.Tensor | None = None  # no step is longer; one of this length need not lose its slope
 
     def start(self, lanes: torch.Tensor, value: torch.Tensor, slope: torch.Tensor, step: torch.Tensor) -> None:
         """Begin a new search in some lanes: value and slope at 0, first trial."""
@@ -70,6 +71,10 @@ class LineSearch:
         self.low = _where(lanes, (zero, value, slope), self.low)
         self.high = _where(lanes, (unknown, unknown, unknown), self.high)
         self.settling = self.settling & ~lanes
+
+    def limit(self, longest: torch.Tensor) -> None:
+        """No step of the searches that go on is longer."""
+        self.longest, self.step = longest, torch.minimum(self.step, longest)
 
     def noise(self, value: torch.Tensor) -> torch.Tensor:
         """What rounding may do to a value of this size."""
@@ -96,6 +101,9 @@ class LineSearch:
         self.high = _where(better, _where(turned, low, high), trial)
         self.low = _where(better, trial, low)
         following = torch.where(self.high[0].isfinite(), self._inside(noise), self._beyond(low, trial))
+        if self.longest is not None:
+            accepted = accepted | (better & (trial[0] >= self.longest))
+            following = torch.minimum(following, self.longest)
         exhausted = ~accepted & (self.trials >= MAX_TRIALS)
         failed = exhausted & (self.low[0] == 0)
         self.settling = exhausted & ~failed

@@ -197,3 +197,86 @@ def test_a_module_that_knows_its_parts_can_have_gauss_newton_curvature() -> None
     )
     layer(t).sum().backward()
     assert t.grad is not None and relative_error(t.grad, torch.full((1,), 5.0, dtype=F64)) < TOLERANCE
+
+
+class Residuals(nn.Module):
+    """W x + b - t, which vanishes at W^-1 (t - b)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(3, 3).double()
+        with torch.no_grad():
+            self.net.weight.copy_(torch.eye(3, dtype=F64) + 0.2 * randn(3, 3, seed=11))
+
+    def forward(self, x: Tensor, *data: Tensor) -> Tensor:
+        return self.net(x) - sum(data)
+
+
+class Squares(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, dtype=F64))
+
+    def forward(self, outputs: Tensor, *data: Tensor) -> Tensor:
+        value: Tensor = (self.scale * outputs * outputs).sum(-1)
+        return value
+
+
+MADE_OF_PARTS: dict[str, tuple[Callable[[], Any], list[str]]] = {
+    "least_squares": (lambda: il.least_squares(Residuals()), ["model.net.weight", "model.net.bias"]),
+    "composite": (
+        lambda: il.composite(Squares(), Residuals()),
+        ["loss.scale", "model.net.weight", "model.net.bias"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MADE_OF_PARTS)
+def test_modules_that_an_objective_is_made_of_are_registered_and_keep_the_weights_of_a_call(name: str) -> None:
+    make, names = MADE_OF_PARTS[name]
+    layer = il.ArgminLayer(make(), il.solvers.NewtonCG(rtol=1e-13), init=torch.zeros(3, dtype=F64))
+    assert [name for name, _ in layer.named_parameters()] == [f"parts.{name}" for name in names]
+    t, v = randn(3, seed=1), randn(3, seed=2)
+    weight, bias = "parts.model.net.weight", "parts.model.net.bias"
+
+    def gradient_of(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        x = torch.func.functional_call(layer, weights, (t,))
+        return dict(zip(weights, torch.autograd.grad(x @ v, list(weights.values())), strict=True))
+
+    now = {key: p.detach().clone().requires_grad_() for key, p in layer.named_parameters()}
+    other = {key: (1.1 * p.detach()).requires_grad_() for key, p in now.items()}
+    # a condition below 1e1 and solves to 1e-10 and better
+    for weights in (now, other):
+        solution = torch.linalg.solve(weights[weight], t - weights[bias]) @ v
+        exact = torch.autograd.grad(solution, (weights[weight], weights[bias]))
+        found = gradient_of(weights)
+        assert relative_error(found[weight], exact[0]) < TOLERANCE and relative_error(found[bias], exact[1]) < TOLERANCE
+        assert "loss.scale" not in names or float(found["parts.loss.scale"].norm()) < TOLERANCE  # the misfit is zero
+    stacked = {key: torch.stack([now[key], other[key]]).detach() for key in now}
+    ensemble = torch.func.grad(lambda weights: torch.func.functional_call(layer, weights, (t,)) @ v)
+    for key, rows in torch.vmap(ensemble)(stacked).items():
+        right = torch.stack([gradient_of(now)[key], gradient_of(other)[key]])
+        assert float((rows - right).norm()) < TOLERANCE * max(1.0, float(right.norm()))
+    copied = copy.deepcopy(layer)
+    assert copied.parts["model"] is copied.objective.model and copied.parts["model"] is not layer.parts["model"]
+
+
+def test_a_proximal_objective_has_the_parameters_of_its_loss_and_of_its_strength() -> None:
+    """phi = (b + s theta) / (1 + s) for a loss 1/2 |phi - b|^2 whose b is a weight."""
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.b = nn.Parameter(torch.ones(3, dtype=F64))
+
+        def forward(self, phi: Tensor) -> Tensor:
+            return 0.5 * ((phi - self.b) ** 2).sum()
+
+    strength = il.LearnedStrength(torch.tensor(0.5, dtype=F64))
+    layer = il.ArgminLayer(il.proximal(Loss(), strength), il.solvers.LBFGS(rtol=1e-12), init=torch.zeros_like)
+    names = [name for name, _ in layer.named_parameters()]
+    assert names[0] == "parts.loss.b" and len(names) == 1 + len(list(strength.parameters()))
+    layer(torch.zeros(3, dtype=F64)).sum().backward()
+    s = float(strength().detach())
+    assert all(p.grad is not None for p in layer.parameters())
+    assert relative_error(layer.parts["loss"].b.grad, torch.full((3,), 1 / (1 + s), dtype=F64)) < TOLERANCE

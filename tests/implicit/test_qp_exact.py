@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from references import F64, randn
+from references import F64, randn, relative_error
 
 import implicitlayer as il
 from implicitlayer._errors import KinkWarning
@@ -227,3 +227,23 @@ def test_what_stays_undecided_is_told_as_a_kink() -> None:
     with pytest.warns(KinkWarning, match=r"1 inequalities are at their border .*within 2\.0e\+00"):
         got = il.qp(Q, p, G=G, h=h, solver=lambda *data: (x, (tensor([]), z)))
     assert torch.equal(got, x)
+
+
+@pytest.mark.parametrize("power", range(0, 21, 4))
+def test_the_multiplier_of_a_row_hides_nothing_of_its_residual_whatever_the_units(power: int) -> None:
+    """x[0] is held by a row of length s, so the derivative of v'x in p[0] is zero, and in the row's side -v'dx / s.
+
+    The solve may leave 2e-10 of ||v|| in units of the row and of Q (NOTE in ``_qp_function``); before, a product lost
+    what is below eps of the multiplier, 1 / s times as much.
+    """
+    s = 2.0**-power
+    Q, row = torch.tensor([[2.0**-11, -1.0], [-1.0, 24576.0]], dtype=F64), torch.tensor([[-s, 0.0]], dtype=F64)
+    x, v = torch.tensor([-2.0, 2.0], dtype=F64), torch.tensor([-1.0, 3.0], dtype=F64)
+    p = (-(Q @ x) - row[0] / s).requires_grad_()
+    h = torch.tensor([2 * s], dtype=F64, requires_grad=True)
+    in_p, in_h = torch.autograd.grad(il.qp(Q, p, G=row, h=h) @ v, (p, h))
+    assert abs(float(in_p[0])) <= 2e-10 * float(v.norm()) / 24576
+    # dx[1] / dx[0] = 1 / 24576 along the border, and dx[0] / dh = -1 / s
+    right = torch.tensor([-(float(v[0]) + float(v[1]) / 24576) / s], dtype=F64)
+    assert relative_error(in_h, right) <= 1e-9
+    assert relative_error(in_p[1:], -v[1:] / 24576) <= 1e-9

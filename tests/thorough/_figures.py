@@ -136,6 +136,7 @@ def figures_of(outcomes: Sequence[Outcome], asked: int) -> list[Figure]:
         ),
         _at_least("certificate: smallest bound / error", 1, numbers("bound / error", ["certificate"]), min),
         _at_least("certificate: estimates within 10 x", 0.95, within, statistics.fmean),
+        _told("programs: worst error, unreported", _silent_errors(silent, "programs", ""), max),
         _told("quadratics f32, b = A z: median error", errors("quadratic", "f32, b"), statistics.median),
         _told("quadratics f32, b = A z: worst error, unreported", _silent_errors(silent, "quadratic", "f32, b"), max),
         _told(

@@ -16,6 +16,7 @@ from tests.thorough import (
     _lanes,
     _linear,
     _nonlinear,
+    _programs,
     _quadratics,
     _rough,
     _structures,
@@ -35,6 +36,7 @@ FAMILIES: tuple[Family, ...] = (
     *_rough.FAMILIES,
     *_broken.FAMILIES,
     *_lanes.FAMILIES,
+    *_programs.FAMILIES,
 )
 _CHUNK = 25
 

@@ -66,6 +66,22 @@ def test_a_biased_gradient_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) 
     assert "relative error 9.9" in outcomes[0].note  # 1 - 1/1.01
 
 
+def test_a_program_solved_to_nine_digits_or_with_a_row_left_out_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among programs without kinks, of conditions below 1e6, where 1e-11 of the terms is all that may be missing."""
+    programs, qp = next(family for family in FAMILIES if family.name == "programs"), il.qp
+    integers = {"n": 4, "rows": 4, "first": 0, "second": 0, "form": 0}
+    cases = [f"{','.join(f'{k}={v}' for k, v in integers.items())},seed={seed}" for seed in range(6)]
+    assert isinstance(programs, DrawnFamily)
+
+    def verdicts(wrong: Callable[..., Any]) -> set[str]:
+        monkeypatch.setattr(il, "qp", wrong)
+        return {programs.one(programs.integers(case)).verdict for case in cases}
+
+    assert verdicts(qp) == {RIGHT}
+    assert verdicts(lambda **data: qp(**data) + 1e-6) == {SILENT}
+    assert SILENT in verdicts(lambda h=None, G=None, **data: qp(**data) + 0 * h.sum())
+
+
 def verdict(work: Callable[[Trial], None]) -> str:
     return run_trial("family", "case", work).verdict
 
