@@ -1,6 +1,7 @@
 """Put an optimizer inside a PyTorch model: differentiable argmin layers around any solver, and implicit MAML."""
 
 import importlib
+import importlib.util
 import typing
 
 from implicitlayer import fewshot as fewshot
@@ -171,6 +172,20 @@ __all__ = [
     "testing",
     "value",
 ]
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:  # a finder that forbids it
+        return False
+
+
+# `from implicitlayer import *` takes what the installation has; asked for by name, the rest says which extra it needs.
+if not _installed("hypothesis"):
+    __all__.remove("testing")
+if not _installed("sklearn"):
+    __all__.remove("ImplicitSearchCV")
 
 
 def __getattr__(name: str) -> object:
