@@ -15,7 +15,7 @@ Tensor = torch.Tensor
 F64 = torch.float64
 
 with warnings.catch_warnings():  # torch's first forward-mode call imports what torch itself calls deprecated
-    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.filterwarnings("ignore", "`torch.jit.script`")
     torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
 
 
