@@ -29,7 +29,7 @@ from implicitlayer._errors import (
     UnboundedError,
     UnsupportedTransformError,
 )
-from implicitlayer.api import ArgminLayer, FixedPointLayer, RootLayer, argmin, fixed_point, root, value
+from implicitlayer.api import ArgminLayer, DeepEquilibrium, FixedPointLayer, RootLayer, argmin, fixed_point, root, value
 from implicitlayer.base._active_set import ActiveSet
 from implicitlayer.base._records import BackwardRecord, ForwardRecord, GradientError, diagnostics
 from implicitlayer.base._solution import LinearSolution, RecordingSolver, SolverResult
@@ -100,6 +100,7 @@ __all__ = [
     "ConstrainedLayer",
     "ConvergenceWarning",
     "CvxpyLayer",
+    "DeepEquilibrium",
     "Dense",
     "ElasticNet",
     "FixedPointLayer",

@@ -28,7 +28,7 @@ LAYERS["equation"] = {"base", "linear", "equation"}
 LAYERS["programs"] = {"base", "linear", "programs"}
 LAYERS["layer"] = {"base", "linear", "equation", "layer"}
 LAYERS["constrained"] = {"base", "linear", "sets", "equation", "programs", "layer", "constrained"}
-LAYERS["api"] = {*LAYERS["constrained"], "api"}
+LAYERS["api"] = {*LAYERS["constrained"], "solvers", "api"}
 LAYERS["compiled"] = {"base", "linear", "equation", "layer", "compiled"}
 LAYERS["explain"] = {*LAYERS["api"], "explain"}
 # solvers never import a layer: a solver does not know how its answer is differentiated
@@ -103,8 +103,8 @@ def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=relative)
 def test_imports_point_down(path: Path) -> None:
     layer = layer_of(module_name(path))
-    if layer is None:
-        return  # the facade gathers all layers
+    if layer is None or path.name == "__main__.py":
+        return  # the facade gathers all layers, and the command stands on it
     for line, target in imported_modules(path):
         where = f"{relative(path)}:{line} ({layer}/) imports {target}"
         assert layer_of(target) is not None, (
