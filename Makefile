@@ -3,7 +3,8 @@
 #   make demo               train iMAML on the embedded Glyphs characters, a table and a picture at the end (minutes)
 #   make demo DATA=<dir>    the same on Omniglot: <dir> holds images_background.zip and images_evaluation.zip, or their extracted folders
 #   make test               all tests         make test ARGS="-k conjugate -x"
-#   make check              formatting, lint, types and the tests of the core: before every commit
+#   make check              formatting, lint, types and the tests of the core: before every commit (make core: the tests alone)
+#   .ci/versions            the core on other versions of Python and torch
 #   make test-thorough      more than 10,000 random problems with known answers, the figures as a table, and seeded faults (5 to 12 minutes)
 #                           ARGS="--minutes 3", ARGS="--family root --seed 7"; tables in runs/thorough/
 #   make paper-cpu          the paper's figures and tables, reduced for a CPU (at most 25 minutes on 2 cores); results in runs/paper/
@@ -22,6 +23,7 @@
 SHELL   := /bin/bash
 VENV    ?= .venv
 WORKERS ?= 2
+CONSTRAINTS ?= constraints.txt
 DATA    ?=
 REFRESH ?=
 ARGS    ?=
@@ -39,12 +41,12 @@ PAGE  := $(if $(REFRESH),docs/paper.md,runs/paper/paper.md)
 INTO  := --output-dir "$(PAPER)"
 REAL  := $(if $(DATA),--data-dir "$(DATA)")
 
-.PHONY: help demo test check test-thorough paper-cpu lint format docs notebooks bench clean
+.PHONY: help demo test check core test-thorough paper-cpu lint format docs notebooks bench clean
 help:
 	@sed -n '1,/PIP_FLAGS/s/^# \{0,1\}//p' Makefile
 
 # The environment is made anew when the pinned versions change; each command adds only the extras it needs.
-$(VENV)/made: constraints.txt
+$(VENV)/made: $(CONSTRAINTS)
 	@if [ -z "$(PYTHON)" ]; then echo "No Python >= 3.10 was found. Install one, or name it: make $(MAKECMDGOALS) PYTHON=<interpreter>"; exit 1; fi
 	@echo "== environment $(VENV) with $$($(PYTHON) --version)"
 	@if [ -e "$(VENV)" ] && [ ! -e "$(VENV)/pyvenv.cfg" ]; then echo "VENV=$(VENV) exists and is no virtual environment"; exit 1; fi
@@ -53,8 +55,8 @@ $(VENV)/made: constraints.txt
 	@touch $@
 
 $(VENV)/with-%: $(VENV)/made pyproject.toml
-	@echo "== installing implicitlayer[$*] at the versions of constraints.txt (the first time this downloads torch)"
-	"$(BIN)/python" -m pip install --disable-pip-version-check --quiet -c constraints.txt $(PIP_FLAGS) -e ".[$*]"
+	@echo "== installing implicitlayer[$*] at the versions of $(CONSTRAINTS) (the first time this downloads torch)"
+	"$(BIN)/python" -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS) $(PIP_FLAGS) -e ".[$*]"
 	@touch $@
 
 demo: $(VENV)/with-examples
@@ -64,7 +66,9 @@ test: $(VENV)/with-dev
 	$(RUN) "$(BIN)/python" -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 CORE := tests/implicit tests/linear $(wildcard tests/test_reliability*.py) tests/test_structure.py tests/test_torch_names.py
-check: lint
+check: lint core
+
+core: $(VENV)/with-dev
 	$(RUN) "$(BIN)/python" -m pytest -q -n $(WORKERS) --dist worksteal $(CORE) $(ARGS)
 
 test-thorough: $(VENV)/with-dev
@@ -100,7 +104,7 @@ notebooks: $(VENV)/with-examples
 	for script in examples/gallery/[!_]*.py; do "$(BIN)/python" -m jupytext --to ipynb -o "notebooks/$$(basename "$$script" .py).ipynb" "$$script" || exit 1; done
 
 bench: $(VENV)/with-examples
-	@"$(BIN)/python" -m pip install --disable-pip-version-check --quiet -c constraints.txt $(PIP_FLAGS) -e ".[bench]" \
+	@"$(BIN)/python" -m pip install --disable-pip-version-check --quiet -c $(CONSTRAINTS) $(PIP_FLAGS) -e ".[bench]" \
 		|| echo "== TorchOpt could not be installed here; it is left out of the comparison"
 	for script in examples/benchmarks/[!_]*.py; do "$(BIN)/python" "$$script" $(ARGS) || exit 1; done
 

@@ -1,6 +1,7 @@
 """Put an optimizer inside a PyTorch model: differentiable argmin layers around any solver, and implicit MAML."""
 
 import importlib
+import importlib.util
 import typing
 
 from implicitlayer import fewshot as fewshot
@@ -28,7 +29,7 @@ from implicitlayer._errors import (
     UnboundedError,
     UnsupportedTransformError,
 )
-from implicitlayer.api import ArgminLayer, FixedPointLayer, RootLayer, argmin, fixed_point, root, value
+from implicitlayer.api import ArgminLayer, DeepEquilibrium, FixedPointLayer, RootLayer, argmin, fixed_point, root, value
 from implicitlayer.base._active_set import ActiveSet
 from implicitlayer.base._records import BackwardRecord, ForwardRecord, GradientError, diagnostics
 from implicitlayer.base._solution import LinearSolution, RecordingSolver, SolverResult
@@ -99,6 +100,7 @@ __all__ = [
     "ConstrainedLayer",
     "ConvergenceWarning",
     "CvxpyLayer",
+    "DeepEquilibrium",
     "Dense",
     "ElasticNet",
     "FixedPointLayer",
@@ -171,6 +173,20 @@ __all__ = [
     "testing",
     "value",
 ]
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:  # a finder that forbids it
+        return False
+
+
+# `from implicitlayer import *` takes what the installation has; asked for by name, the rest says which extra it needs.
+if not _installed("hypothesis"):
+    __all__.remove("testing")
+if not _installed("sklearn"):
+    __all__.remove("ImplicitSearchCV")
 
 
 def __getattr__(name: str) -> object:

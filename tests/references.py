@@ -15,8 +15,19 @@ Tensor = torch.Tensor
 F64 = torch.float64
 
 with warnings.catch_warnings():  # torch's first forward-mode call imports what torch itself calls deprecated
-    warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.filterwarnings("ignore", "`torch.jit.script`")
     torch.func.jvp(torch.sin, (torch.zeros(()),), (torch.ones(()),))
+
+
+def cdist_has_second_derivatives() -> bool:
+    """Of few rows: torch 2.13 has none, torch 2.14 has."""
+    x = torch.ones(2, 2, requires_grad=True)
+    (first,) = torch.autograd.grad(torch.cdist(x, torch.zeros(2, 2)).sum(), x, create_graph=True)
+    try:
+        torch.autograd.grad(first.sum(), x)
+    except NotImplementedError:
+        return False
+    return True
 
 
 def generator(seed: int) -> torch.Generator:

@@ -28,7 +28,7 @@ LAYERS["equation"] = {"base", "linear", "equation"}
 LAYERS["programs"] = {"base", "linear", "programs"}
 LAYERS["layer"] = {"base", "linear", "equation", "layer"}
 LAYERS["constrained"] = {"base", "linear", "sets", "equation", "programs", "layer", "constrained"}
-LAYERS["api"] = {*LAYERS["constrained"], "api"}
+LAYERS["api"] = {*LAYERS["constrained"], "solvers", "api"}
 LAYERS["compiled"] = {"base", "linear", "equation", "layer", "compiled"}
 LAYERS["explain"] = {*LAYERS["api"], "explain"}
 # solvers never import a layer: a solver does not know how its answer is differentiated
@@ -105,8 +105,8 @@ def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=relative)
 def test_imports_point_down(path: Path) -> None:
     layer = layer_of(module_name(path))
-    if layer is None:
-        return  # the facade gathers all layers
+    if layer is None or path.name == "__main__.py":
+        return  # the facade gathers all layers, and the command stands on it
     for line, target in imported_modules(path):
         where = f"{relative(path)}:{line} ({layer}/) imports {target}"
         assert layer_of(target) is not None, (
@@ -191,6 +191,38 @@ def test_importing_the_package_needs_torch_and_numpy_only() -> None:
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[]", f"importing implicitlayer pulls in optional extras: {result.stdout}"
+
+
+BARE = """
+import sys
+
+class OnlyTorchAndNumPy:
+    extras = {"hypothesis", "pytest", "sklearn", "scipy", "PIL", "matplotlib", "tqdm"}
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in self.extras:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, OnlyTorchAndNumPy())
+"""
+
+
+def in_a_bare_installation(code: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-c", BARE + code], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_a_star_import_takes_all_that_a_bare_installation_has() -> None:
+    result = in_a_bare_installation("from implicitlayer import *\nprint(*(name for name in globals()))")
+    assert result.returncode == 0, result.stderr
+    assert set(il.__all__) - set(result.stdout.split()) == {"testing", "ImplicitSearchCV"}
+
+
+@pytest.mark.parametrize(("name", "needs"), [("testing", "[testing]"), ("ImplicitSearchCV", "[sklearn]")])
+@pytest.mark.parametrize("code", ["import implicitlayer as il; il.{}", "from implicitlayer import {}"])
+def test_a_name_that_needs_an_extra_says_so_in_a_bare_installation(code: str, name: str, needs: str) -> None:
+    result = in_a_bare_installation(code.format(name))
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1].startswith("ImportError:") and f"implicitlayer{needs}" in result.stderr
 
 
 @pytest.mark.parametrize("path", python_files(), ids=relative)

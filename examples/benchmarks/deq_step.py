@@ -86,11 +86,9 @@ def main() -> None:
     for batch, width in CASES[: 1 if options.smoke else None]:
         torch.manual_seed(0)
         cell, u = Cell(width), torch.randn(batch, width)
-        layer = il.FixedPointLayer(
+        layer = il.DeepEquilibrium(
             cell,
-            il.solvers.AndersonAcceleration(rtol=FORWARD, max_steps=60),
-            init=torch.zeros_like,
-            batch_dims=1,
+            solver=il.solvers.AndersonAcceleration(rtol=FORWARD, max_steps=60),
             linear_solver=il.Bicgstab(rtol=BACKWARD),
         )
         ways = {"layer": layer, "by hand": lambda u, cell=cell: by_hand(cell, u)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import is_dataclass, replace
 from typing import Any, ClassVar
 
@@ -83,17 +83,20 @@ class ArgminLayer(CopiesFunctions, nn.Module):
 
     def forward(self, *args: Any) -> Any:
         """x for ``theta``."""
-        # a layer of this call's own: threads may call at once, and the weights of a call go with its graph
-        layer = replace(self._layer, function=_with_weights_of_now(self.objective))
         init = self.init
         if init is None:
             if not args:
                 raise TypeError("forward(init, *theta) needs init: none was stored in the layer.")
             init, *args = args  # type: ignore[assignment]
-        elif callable(init) and not isinstance(init, torch.Tensor):
+        return self._solved(init, args)
+
+    def _solved(self, init: Any, theta: Sequence[Any]) -> Any:
+        # a layer of this call's own: threads may call at once, and the weights of a call go with its graph
+        layer = replace(self._layer, function=_with_weights_of_now(self.objective))
+        if callable(init) and not isinstance(init, torch.Tensor):
             with torch.no_grad():
-                init = init(*args)
-        solution = layer(init, *args)
+                init = init(*theta)
+        solution = layer(init, *theta)
         self._layer.records = layer.records
         return solution
 
@@ -104,7 +107,15 @@ def _with_weights_of_now(objective: Any) -> Any:
         if hasattr(objective, "as_composite"):  # it knows its parts (see NOTE [objectives with parts])
             return objective
         weights = {**dict(objective.named_parameters()), **dict(objective.named_buffers())}
-        return lambda *args: torch.func.functional_call(objective, weights, args)
+        stores = [s for m in objective.modules() for s in (m._parameters, m._buffers, m._modules)]
+        held = [(store, name, value) for store in stores for name, value in store.items()]
+
+        def of_now(*args: Any) -> Any:
+            if all(store.get(name) is value for store, name, value in held):  # as nearly always, and far cheaper
+                return objective(*args)
+            return torch.func.functional_call(objective, weights, args)
+
+        return of_now
     if _modules_in(objective):
         functions = {name: part for name, part in vars(objective).items() if name in ("loss", "model")}
         return replace(objective, **{name: _with_weights_of_now(part) for name, part in functions.items()})

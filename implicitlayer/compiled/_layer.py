@@ -101,11 +101,16 @@ def compile(
 _MANY = 32  # signatures of one layer, after which a word is due
 
 
+def cpp_compiler() -> str | None:
+    """Where the C++ compiler is, None without one."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++", "cl"))), None)
+
+
 def _can_compile(tensors: Leaves) -> bool:
     """Whether there is a compiler for the devices of these; a warning, once, where there is none."""
     if any(t.device.type != "cpu" for t in tensors):
         return True  # torch brings its own
-    if any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++", "cl")):
+    if cpp_compiler():
         return True
     warn(
         "il.compile needs a C++ compiler (g++ or clang++, or $CXX), and there is none: the layer is called as it is.",

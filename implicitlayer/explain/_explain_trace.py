@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import linecache
 import sys
@@ -37,7 +38,6 @@ _EXITS |= {name: f".{name}()" for name in ("item", "tolist", "detach", "detach_"
 _COPIES = {"tensor", "as_tensor", "asarray", "new_tensor", "scalar_tensor"}
 _TRUTH = {"__bool__", "equal", "allclose", "is_nonzero", "__contains__"}
 _SKIPPED = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
-_APPLY = torch.autograd.Function.apply.__func__.__code__  # type: ignore[attr-defined]
 _MAX_TEXT = 80  # characters of a source line that are shown
 _MAX_OUTPUTS = 200  # intermediate results kept for the search of the call where a derivative becomes zero
 
@@ -205,17 +205,28 @@ def _user_line() -> tuple[SourceLine | None, str, bool]:
     """
     frame: types.FrameType | None = sys._getframe(1)
     found: tuple[SourceLine | None, str] = (None, "")
+    of_functions = _codes_of_functions()
     while frame is not None and frame.f_code is not Tracer.run.__code__:
         filename, number = frame.f_code.co_filename, frame.f_lineno
-        if frame.f_code is _APPLY:
-            return *found, True
         if found[0] is None and not filename.startswith(_SKIPPED):
             line = linecache.getline(filename, number)
             text = line.strip()
             short = text if len(text) <= _MAX_TEXT else f"{text[:_MAX_TEXT]}..."
             found = SourceLine(filename, number, short), _expression(frame, line)
+        if frame.f_code in of_functions:
+            return *found, True
         frame = frame.f_back
     return *found, False
+
+
+def _codes_of_functions() -> set[types.CodeType]:
+    """What ``torch.autograd.Function.apply`` runs. Where apply is written in C (torch 2.14), it has no frame itself."""
+    classes: list[Any] = [torch.autograd.Function]
+    methods = []
+    for cls in classes:  # which grows
+        classes += cls.__subclasses__()
+        methods += [inspect.unwrap(cls.forward), inspect.unwrap(cls.setup_context)]
+    return {method.__code__ for method in methods if hasattr(method, "__code__")}
 
 
 def _expression(frame: types.FrameType, line: str) -> str:

@@ -40,8 +40,8 @@ def hash_split(names: Iterable[str], sizes: Mapping[str, int], *, seed: int = SE
 
 def load_splits(dataset: str) -> dict[str, list[str]]:
     """The stored class names of each split of ``"omniglot"``, ``"glyphs"`` or ``"mini_imagenet"``."""
-    text = resources.files("implicitlayer.fewshot").joinpath("splits", f"{dataset}.json").read_text(encoding="utf-8")
-    stored = json.loads(text)
+    folder = resources.files("implicitlayer.fewshot") / "splits"
+    stored = json.loads((folder / f"{dataset}.json").read_text(encoding="utf-8"))
     return {split: list(stored[split]) for split in SPLIT_NAMES}
 
 

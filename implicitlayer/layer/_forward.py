@@ -214,7 +214,9 @@ def _call_solver(spec: LayerSpec, init: Leaves, theta: Leaves) -> tuple[list[tup
     batched = bool(getattr(calling.solver, "batched", False))
     lanes_inside = residual.lane_dims_of_function > 0
     alone = spec.masks and residual.lane_dims == 0  # a solver of several lanes does not say which of them failed
-    if not residual.levels and not hidden and calling.user_function is not None:
+    # the values of an objective show its lanes; those of an equation do not, and a batched solver is told them
+    told = batched and not calling.gives_value and lanes_inside
+    if not residual.levels and not hidden and calling.user_function is not None and not told:
         objective = calling.user_function
         if calling.gives_value and residual.lane_dims_of_function and not batched:
             objective = summed(objective)

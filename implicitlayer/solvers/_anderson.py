@@ -1,8 +1,8 @@
 """Anderson acceleration of fixed-point iterations, one problem or many at once."""
 
-# Legend: g(x) the map, f = g(x) - x, per lane; dX, dF the last changes of x and f as rows. With gamma the
-# least-squares solution of gamma dF = f and beta the mixing,
-#     x_new = x + beta f - gamma (dX + beta dF):
+# Legend: g(x) the map, f = g(x) - x, per lane; dx, df the last changes of x and f as rows. With gamma the
+# least-squares solution of gamma df = f and beta the mixing,
+#     x_new = x + beta f - gamma (dx + beta df):
 # the point whose linearised residual is smallest among those that the last steps span, and beta of that residual.
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from implicitlayer.solvers._outcome import PATIENCE
 from implicitlayer.solvers._progress import reporting
 from implicitlayer.solvers._root_problem import RootProblem, RootSolver
 
-_RIDGE = 1e-14  # on columns of length 1: just enough for a Cholesky factor of parallel ones
+_RIDGE = 50.0  # rounding errors, on the Gram matrix of rows of length 1: parallel ones leave it regular
 _NEIGHBOUR = 4.0  # residuals within so many of their own rounding errors are not told apart
 _GROWTH = 10.0  # of the residual over the best so far, after which a lane forgets its history
 
@@ -74,8 +74,7 @@ class AndersonAcceleration(RootSolver):
         f = best_f = problem(x) - x
         norm = best_norm = problem.norm(f)
         tolerance = self.tolerance(norm, x.dtype)
-        changes_x: list[torch.Tensor] = []
-        changes_f: list[torch.Tensor] = []
+        history = _History(x, min(self.memory, self.max_steps), self.mixing)
         idle, gave_up = torch.zeros_like(norm), torch.zeros_like(norm, dtype=torch.bool)
         step = 0
         with reporting(self.callback, self.progress, self.max_steps) as report:
@@ -84,37 +83,31 @@ class AndersonAcceleration(RootSolver):
                 running = (best_norm > tolerance) & best_norm.isfinite() & ~gave_up
                 if not bool(running.any()):
                     break
-                moved = x + self.mixing * f
-                if changes_f:
-                    rows_f, rows_x = torch.stack(changes_f, -2), torch.stack(changes_x, -2)
-                    gamma = _least_squares(rows_f, f).unsqueeze(-2)
-                    moved = moved - (gamma @ rows_x + self.mixing * (gamma @ rows_f))[..., 0, :]
+                moved = history.moved(x, f)
                 x_new = torch.where(running.unsqueeze(-1), moved, x)
-                f_new = torch.where(running.unsqueeze(-1), problem(x_new) - x_new, f)
+                f_new = problem(x_new) - x_new
                 norm = problem.norm(f_new)
                 step += 1
                 problem.tell(report, step, norm, x_new)
+                history.add(x_new - x, f_new - f)
                 lost = running & ~(norm <= _GROWTH * best_norm)
-                # a lane that has lost its way, or has arrived, leaves columns of zeros, which nothing is made of
-                keep = (running & ~lost).unsqueeze(-1)
-                changes_x.append(torch.where(keep, x_new - x, 0.0))
-                changes_f.append(torch.where(keep, f_new - f, 0.0))
-                del changes_x[: -self.memory or None], changes_f[: -self.memory or None]
                 if bool(lost.any()):
-                    kept = ~lost.unsqueeze(-1)
-                    changes_x = [torch.where(kept, c, 0.0) for c in changes_x]
-                    changes_f = [torch.where(kept, c, 0.0) for c in changes_f]
+                    history.forget(lost)
                     if self.memory:
+                        kept = ~lost.unsqueeze(-1)
                         x_new = torch.where(kept, x_new, best + self.mixing * best_f)
                         f_new = torch.where(kept, f_new, problem(x_new) - x_new)
                         norm = problem.norm(f_new)
                 better = running & (norm < best_norm)
-                best = torch.where(better.unsqueeze(-1), x_new, best)
-                best_f = torch.where(better.unsqueeze(-1), f_new, best_f)
-                best_norm = torch.where(better, norm, best_norm)
-                x, f = x_new, f_new
                 idle = torch.where(better, 0, idle + 1)
-                if bool((asking := running & (idle >= PATIENCE)).any()):
+                if bool(better.all()):
+                    best, best_f, best_norm = x_new, f_new, norm
+                else:
+                    best = torch.where(better.unsqueeze(-1), x_new, best)
+                    best_f = torch.where(better.unsqueeze(-1), f_new, best_f)
+                    best_norm = torch.where(better, norm, best_norm)
+                x, f = x_new, f_new
+                if step >= PATIENCE and bool((asking := running & (idle >= PATIENCE)).any()):
                     gave_up = gave_up | (asking & (best_norm <= _NEIGHBOUR * _rounding(problem, best, best_f)))
                     idle = torch.where(asking, 0, idle)
         return problem.result(best, best_norm, best_norm <= tolerance, gave_up, step)
@@ -131,17 +124,40 @@ def _rounding(problem: RootProblem, x: torch.Tensor, f: torch.Tensor) -> torch.T
     return problem.norm(problem(beside) - beside - f)
 
 
-def _least_squares(rows: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """gamma [*lanes, m] with ``gamma @ rows`` nearest to ``target``, by the normal equations of unit rows."""
-    sizes = rows.norm(dim=-1)
-    safe = torch.where(sizes > 0, sizes, 1.0)
-    unit = rows / safe.unsqueeze(-1)
-    gram = (unit @ unit.mT).double()
-    gram = gram + _RIDGE * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    gram = gram + torch.diag_embed((sizes == 0).double())
-    projections = (unit @ target.unsqueeze(-1)).double()
-    values, basis = torch.linalg.eigh(torch.where(gram.isfinite(), gram, 0.0))
-    inverse = torch.where(values > _RIDGE, 1 / values.clamp_min(_RIDGE), 0.0)
-    gamma = basis @ (inverse.unsqueeze(-1) * (basis.mT @ projections))
-    coefficients: torch.Tensor = gamma[..., 0].to(target.dtype) / safe
-    return coefficients
+class _History:
+    """The last changes as rows of length 1, [*lanes, memory, n]: u = df / |df|, and w = (dx + beta df) / |df|.
+
+    A lane that stands still adds rows of zeros, which nothing is made of.
+    """
+
+    def __init__(self, x: torch.Tensor, memory: int, mixing: float) -> None:
+        self._mixing, self._memory, self._made = mixing, memory, 0
+        self._u, self._w = (x.new_zeros(*x.shape[:-1], memory, x.shape[-1]) for _ in range(2))
+        self._ridge = _RIDGE * torch.finfo(x.dtype).eps * torch.eye(memory, dtype=x.dtype, device=x.device)
+
+    def add(self, dx: torch.Tensor, df: torch.Tensor) -> None:
+        """One more change, in the place of the oldest."""
+        if not self._memory:
+            return
+        size = torch.linalg.vector_norm(df, dim=-1, keepdim=True)
+        size = torch.where(size > 0, size, 1.0)
+        row = self._made % self._memory
+        self._u[..., row, :] = df / size
+        self._w[..., row, :] = torch.add(dx, df, alpha=self._mixing) / size
+        self._made += 1
+
+    def forget(self, lanes: torch.Tensor) -> None:
+        """Nothing is left of these lanes, [*lanes] bool."""
+        for rows in (self._u, self._w):
+            rows.masked_fill_(lanes[..., None, None], 0.0)
+
+    def moved(self, x: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
+        """x_new; gamma by the normal equations, with a ridge that lets parallel rows share what they explain."""
+        plain: torch.Tensor = torch.add(x, f, alpha=self._mixing)
+        m = min(self._made, self._memory)
+        if not m:
+            return plain
+        u = self._u[..., :m, :]
+        gamma = torch.linalg.solve_ex(u @ u.mT + self._ridge[:m, :m], u @ f.unsqueeze(-1))[0]
+        plain -= (gamma.mT @ self._w[..., :m, :])[..., 0, :]
+        return plain

@@ -48,8 +48,8 @@ def test_a_tensor_read_only_on_another_branch_is_differentiated_or_refused_by_na
     assert refused or (w.grad is not None and torch.allclose(w.grad, 2 * w.detach(), rtol=1e-9))
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")
 def test_weights_of_a_traced_module_are_differentiated_or_refused_by_name() -> None:
     """Their weights are read in C++, where no torch function sees them."""
     net = torch.nn.Linear(2, 1, bias=False).double()

@@ -127,6 +127,13 @@ def test_a_theta_gets_what_its_verdict_says(case: str) -> None:
         assert leaf.where is not None and leaf.where.filename == __file__ and source in leaf.where.text
 
 
+@pytest.mark.parametrize("case", ["a Function", "an old Function", "severed"])
+def test_a_function_is_known_where_torch_calls_it_from_c(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch does from 2.14 on, where ``apply`` has no frame of Python that could be found."""
+    monkeypatch.setattr(torch.autograd.Function, "apply", torch._C._FunctionBase.__dict__["apply"])
+    test_a_theta_gets_what_its_verdict_says(case)
+
+
 @pytest.mark.parametrize("case", ["a factor", "additive", "item", "NumPy"])
 def test_without_requires_grad_the_verdict_says_whether_that_would_do(case: str) -> None:
     term, _, _, source = CASES[case]

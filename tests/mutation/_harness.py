@@ -164,7 +164,7 @@ def first_catch(mutant: Mutant | None, suite: Suite) -> Catch | None:
     """
     with fresh_package(mutant) as (il, testing), warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message="`torch.jit.script`", category=DeprecationWarning)
+        warnings.filterwarnings("ignore", message="`torch.jit.script`")
         named = (AssertionError, il.ImplicitLayerError, il.ImplicitLayerWarning)
         near = "" if mutant is None else mutant.near
         for name, check in sorted(suite(il, testing), key=lambda pair: not pair[0].startswith(near)):
