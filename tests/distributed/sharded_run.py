@@ -18,93 +18,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.nn
 from processes import fork
+from sharded_problem import CG, GD, LINEAR, PLACED, SOLVERS, Cases, Tree, difference, gradient, objective, query
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import implicitlayer as il
-
-Tree = dict[str, torch.Tensor]
-GD, CG = il.solvers.GradientDescent(0.4, max_steps=200, rtol=1e-12), il.ConjugateGradient(rtol=1e-12)
-SOLVERS = {"GradientDescent": GD, "NewtonCG": il.solvers.NewtonCG(), "LBFGS": il.solvers.LBFGS(rtol=1e-12)}
-LINEAR = {
-    "ConjugateGradient": CG,
-    "Minres": il.Minres(rtol=1e-12),
-    "Gmres": il.Gmres(rtol=1e-12),
-    "Dense": il.Dense(rtol=1e-12),
-}
-# w1 [3, 4], w2 [4, 2]; two processes share three rows unevenly
-PLACED = {"Shard(0)": [Shard(0)] * 2, "Shard(1)": [Shard(1)] * 2, "Replicate": [Replicate()] * 2}
-
-
-def network(x: Tree, inputs: torch.Tensor) -> torch.Tensor:
-    return torch.tanh(inputs @ x["w1"]) @ x["w2"]
-
-
-def objective(x: Tree, theta: Tree, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """A fit plus the proximal term, whose Hessian is 2 I: with the fit's small weight GD at 0.4 needs few steps."""
-    near = sum(((x[name] - theta[name]) ** 2).sum() for name in x)
-    return 0.01 * ((network(x, inputs) - targets) ** 2).sum() + near
-
-
-def problem() -> tuple[Tree, list[torch.Tensor]]:
-    draw = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=draw, dtype=torch.float64)
-
-    theta = {"w1": normal(3, 4), "w2": normal(4, 2)}
-    return theta, [normal(10, 3), normal(10, 2), normal(8, 3), normal(8, 2)]
-
-
-def query(x: Tree, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return ((network(x, inputs) - targets) ** 2).sum()
-
-
-def gradient(layer: Any, theta: Tree, data: list[torch.Tensor], function: Callable[..., Any] = query) -> list[Any]:
-    x = layer({name: leaf.detach() for name, leaf in theta.items()}, theta, *data[:2])
-    return list(torch.autograd.grad(function(x, *data[2:]), list(theta.values())))
-
-
-def difference(found: list[Any], wanted: list[torch.Tensor]) -> float:
-    return max((g.full_tensor() - w).abs().max().item() for g, w in zip(found, wanted, strict=True))
-
-
-class Cases:
-    """The sharded problem, its answers on one process, and what is found."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        self.theta, self.data = problem()
-        self.found: dict[str, Any] = {}
-
-    def sharded(self, placed: str, rows: Any) -> tuple[Tree, list[torch.Tensor]]:
-        pairs = zip(self.theta.items(), PLACED[placed], strict=True)
-        theta = {name: self.put(leaf, how).requires_grad_() for (name, leaf), how in pairs}
-        return theta, [self.put(t, rows) for t in self.data]
-
-    def put(self, tensor: torch.Tensor, how: Any) -> DTensor:
-        return distribute_tensor(tensor, self.mesh, [how])
-
-    def alone(self, layer: Any, function: Callable[..., Any] = query) -> list[torch.Tensor]:
-        theta = {name: leaf.clone().requires_grad_() for name, leaf in self.theta.items()}
-        return gradient(layer, theta, self.data, function)
-
-    def agree(self, name: str, layer: Any, placed: str, rows: Any, wanted: list[torch.Tensor]) -> None:
-        theta, data = self.sharded(placed, rows)
-        found = gradient(layer, theta, data)
-        assert all(type(g) is DTensor for g in found)
-        self.found[name] = difference(found, wanted)
-
-    def refused(self, name: str, run: Callable[[], object]) -> None:
-        try:
-            run()
-            self.found[name] = "no error"
-        except Exception as error:
-            notes = " ".join(getattr(error, "__notes__", ()))  # from Python 3.11 on
-            self.found[name] = f"{type(error).__name__}: {error} {notes}"
 
 
 def solvers(cases: Cases) -> None:
