@@ -6,7 +6,9 @@ One axis at a time, float64: unknowns, lanes of ten unknowns (batch_dims and vma
 tensors that the objective closes over, steps of conjugate gradients, rows of a quadratic program. The solver knows the
 answer, so what is measured is the layer; the objective has a diagonal Hessian, and ten steps of conjugate gradients
 solve the backward system unless their number is the axis. Of each axis: the time, its slope in a log-log fit over the
-larger half (1 is linear), and the time of one more. Times are the least of three rounds, on one core.
+larger half (1 is linear), and the time of one more. Times are the least of three rounds, on one core. Of the largest
+number of unknowns also the memory, as copies of x: the peak of live tensor storage made by a call, beside that of the
+same computation written by hand.
 """
 
 from __future__ import annotations
@@ -53,6 +55,35 @@ def diagonal(n: int, lanes: tuple[int, ...] = ()) -> Callable[[], None]:
     t = torch.ones(*lanes, n, dtype=F64, requires_grad=True)
     init = torch.zeros(*lanes, n, dtype=F64)
     return lambda: torch.autograd.grad(layer(init, t).sum(), t)[0].sum()
+
+
+def by_hand(n: int) -> Callable[[], torch.Tensor]:
+    """What the layer of :func:`diagonal` computes, without it."""
+    d = torch.linspace(1.0, 2.0, n, dtype=F64)
+    leaf = torch.ones(n, dtype=F64, requires_grad=True)
+
+    def call() -> torch.Tensor:
+        x, t = (leaf.detach() / d).requires_grad_(), leaf.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad((0.5 * d * x * x - t * x).sum(-1), x, create_graph=True)
+        u, r = torch.zeros_like(x), torch.ones_like(x)
+        p, size = r.clone(), r @ r
+        for _ in range(10):
+            (product,) = torch.autograd.grad(gradient, x, p, retain_graph=True)
+            step = size / (p @ product)
+            u, r = u + step * p, r - step * product
+            size, before = r @ r, size
+            p = r + size / before * p
+        return -torch.autograd.grad(gradient, t, u)[0].sum()
+
+    return call
+
+
+def copies_of_x(call: Callable[[], Any], n: int) -> float:
+    """The most that a call holds at a time, in vectors of n numbers."""
+    call()
+    with il.meta.PeakMemory() as memory:
+        call()
+    return memory.peak / (8 * n)
 
 
 class Known:
@@ -176,6 +207,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             ends = f"{1e3 * seconds[0]:.2f} ms, {1e3 * seconds[-1]:.0f} ms"
             growth = f"{axes[name]['slope']:.2f}"
             print(f"| {name} | {sizes[0]:,} to {sizes[-1]:,} | {ends} | {growth} | {1e6 * more:.2f} µs |", flush=True)
+    most = axes["unknowns"]["sizes"][-1]
+    makers = {"layer": diagonal, "by hand": by_hand}
+    copies = {name: copies_of_x(make(most), most) for name, make in makers.items()}
+    print(f"\nmemory of {most:,} unknowns: " + ", ".join(f"{k} {v:.1f} copies of x" for k, v in copies.items()))
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     result = {
@@ -186,6 +221,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         ),
         "seed": options.seed,
         "axes": axes,
+        "copies_of_x": {"unknowns": most, **copies},
     }
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")
