@@ -138,10 +138,12 @@ def words_of(experiment: experiments.Experiment, options: Any) -> str:
         return "reduced: a smoke run, one meta-step"
     if experiment.setting == "cpu":
         outer, data = experiment.outer, experiment.data
+        shots = f" and {data.train_shots} training shots" if data.train_shots else ""
+        same = "network and data" if experiment.method.name == "reptile" else "network, data and inner problem"
         return (
-            f"cpu: the paper's network, data and inner problem; {outer.tasks_per_step} tasks with {data.num_query} "
-            f"query pictures of each class in a meta-step, outer rate {outer.learning_rate:g}, "
-            f"{experiment.run.minutes:g} minutes of training on one CPU core"
+            f"cpu: the paper's {same}; {outer.tasks_per_step} tasks with {data.num_query} query pictures{shots} of "
+            f"each class in a meta-step, outer rate {outer.learning_rate:g}, {experiment.run.minutes:g} minutes of "
+            "training on one CPU core"
         )
     words = f"{experiment.network.num_filters} filters, meta-batch {experiment.outer.tasks_per_step}"
     words += f", {experiment.data.num_query} query pictures of each class, {experiment.method.inner_steps} inner steps"

@@ -57,6 +57,10 @@ _CPU = (
     "5 query pictures of each class in a meta-step, Adam with rate 2e-3 falling along a half cosine, the meta-gradient "
     "clipped at norm 0.5, a budget in minutes. Chosen on validation classes."
 )
+_CPU_REPTILE = (
+    "The settings of Reptile's own paper (5 tasks in a meta-step, 10 training shots, an outer rate of 1) on the "
+    "network and data of iMAML's; what fits one CPU core is the budget in minutes, and 5 query pictures of each class."
+)
 _CPU_MINIIMAGENET = (
     "The paper's network, data and inner problem (iMAML's first trial step, 0.1, was chosen here); the rest is what "
     "fits one CPU core: 4 tasks of 5 query pictures of each class in a meta-step, Adam with rate 1e-3 falling along a "
@@ -148,7 +152,9 @@ def _cpu_omniglot(cell: str, method: MethodName) -> Experiment:
     if method in TODAY:
         same = _CPU.replace(", data, inner problem, strength and CG steps", " and data")
         settings, notes = _head_only(method), [_HEAD_ONLY, same, _HEAD, _TURNS]
-    if method != "reptile":
+    if method == "reptile":
+        notes[0] = _CPU_REPTILE
+    else:
         outer = Outer(learning_rate=2e-3, decay="cosine", tasks_per_step=16, max_gradient_norm=0.5)
     return Experiment(
         f"cpu-omniglot-{cell}-{method}",
