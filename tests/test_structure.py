@@ -207,11 +207,14 @@ FORBIDDEN = {
 }
 
 
-def functions() -> Iterator[tuple[Path, ast.FunctionDef]]:
+def functions() -> Iterator[tuple[str, ast.FunctionDef, list[str]]]:
+    """Every function of the package: its file, itself, and the lines of the file."""
     for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        text = path.read_text(encoding="utf-8")
+        lines = text.splitlines()
+        for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef):
-                yield path, node
+                yield relative(path), node, lines
 
 
 # What users call with keywords, one for each thing that may be asked for.
@@ -231,11 +234,11 @@ AS_TORCH_HAS_IT = {"_torch_batch_norm", "_torch_instance_norm", "forward"}
 
 def test_functions_have_few_parameters() -> None:
     many = {}
-    for path, node in functions():
+    for path, node, _ in functions():
         given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
         count = sum(argument.arg not in ("self", "cls") for argument in given)
         if count > 8 and node.name not in FACADES | AS_TORCH_HAS_IT:
-            many[f"{relative(path)}: {node.name}"] = count
+            many[f"{path}: {node.name}"] = count
     assert not many, f"more than 8 parameters, what do they have in common? {many}"
 
 
@@ -249,10 +252,10 @@ def num_lines_of(function: ast.FunctionDef, lines: list[str]) -> int:
 
 def test_functions_stay_short() -> None:
     long = {}
-    for path, node in functions():
-        count = num_lines_of(node, path.read_text(encoding="utf-8").splitlines())
+    for path, node, lines in functions():
+        count = num_lines_of(node, lines)
         if count > MAX_FUNCTION_LINES:
-            long[f"{relative(path)}: {node.name}"] = count
+            long[f"{path}: {node.name}"] = count
     assert not long, f"more than {MAX_FUNCTION_LINES} lines: which steps have a name of their own? {long}"
 
 

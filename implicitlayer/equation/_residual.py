@@ -269,16 +269,21 @@ def no_graph() -> ObjectiveError:
     )
 
 
+def not_floating(value: Any) -> ObjectiveError:
+    """The error of an objective that returns something else than a floating tensor."""
+    kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+    hint = ""
+    if isinstance(value, tuple):
+        hint = " If it returns (value, aux), pass objective_has_aux=True."
+    elif not isinstance(value, torch.Tensor):
+        hint = " Write it in torch operations: NumPy and Python numbers have no gradient."
+    return ObjectiveError(f"the objective must return a real floating tensor, got {kind}.{hint}")
+
+
 def check_value(values: Any, lanes: torch.Size, has_lanes: bool) -> None:
     """Raise unless ``values`` is what an objective may return: one floating number (per lane)."""
     if not isinstance(values, torch.Tensor) or not values.is_floating_point():
-        kind = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
-        hint = ""
-        if isinstance(values, tuple):
-            hint = " If it returns (value, aux), pass objective_has_aux=True."
-        elif not isinstance(values, torch.Tensor):
-            hint = " Write it in torch operations: NumPy and Python numbers have no gradient."
-        raise ObjectiveError(f"the objective must return a real floating tensor, got {kind}.{hint}")
+        raise not_floating(values)
     if values.shape != lanes:
         expected = "one value per lane" if has_lanes else "a 0-d tensor"
         remedy = "Sum or average over the data inside the objective"
