@@ -134,7 +134,8 @@ class Residual:
 
     def values(self, x: Leaves, theta: Leaves) -> torch.Tensor:
         """The objective of every lane, [*lanes]; only for gradients."""
-        values: torch.Tensor = self.over_lanes(self.function)(x, theta)
+        function = self.over_lanes(self.function) if self.levels else self.function
+        values: torch.Tensor = function(x, theta)
         check_value(values, x[0].shape[: self.lane_dims], self.lane_dims_of_function > 0)
         return values
 
