@@ -305,6 +305,14 @@ def test_the_plain_path_is_short(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(calls) <= MAX_FILES
 
 
+def test_what_the_fast_check_leaves_out_is_there() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8").replace("\\\n", "")
+    (names,) = re.findall(r"^SLOW := (.*)$", makefile, flags=re.MULTILINE)
+    assert names.split()
+    for name in names.split():  # pytest passes over a file that it is to ignore and that does not exist
+        assert (ROOT / "tests" / name).is_file(), f"Makefile: SLOW names tests/{name}, which is gone"
+
+
 def test_no_file_mentions_what_it_should_not() -> None:
     found = []
     for path in tracked_files():
