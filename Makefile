@@ -3,7 +3,8 @@
 #   make demo               train iMAML on the embedded Glyphs characters, a table and a picture at the end (minutes)
 #   make demo DATA=<dir>    the same on Omniglot: <dir> holds images_background.zip and images_evaluation.zip, or their extracted folders
 #   make test               all tests         make test ARGS="-k conjugate -x"
-#   make check              formatting, lint, types and the tests of the core: before every commit (make core: the tests alone)
+#   make check              formatting, lint, types and the tests of the core, under 3 minutes on 2 cores: before every commit
+#                           (make core: the tests alone)
 #   .ci/versions            the core on other versions of Python and torch
 #   make test-thorough      more than 10,000 random problems with known answers, the figures as a table, and seeded faults (5 to 12 minutes)
 #                           ARGS="--minutes 3", ARGS="--family root --seed 7"; tables in runs/thorough/
@@ -65,7 +66,11 @@ demo: $(VENV)/with-examples
 test: $(VENV)/with-dev
 	$(RUN) "$(BIN)/python" -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
-CORE := tests/implicit tests/linear $(wildcard tests/test_reliability*.py) tests/test_structure.py tests/test_torch_names.py
+# Without the files that take longest: under three minutes on two cores. make test runs them.
+SLOW := implicit/test_garbage.py implicit/test_properties.py implicit/test_transform_table.py implicit/test_qp_plain_path.py \
+	implicit/test_qp_sparse.py linear/test_conformance.py linear/test_conjugate_gradient_figures.py
+CORE := tests/implicit tests/linear $(wildcard tests/test_reliability*.py) tests/test_structure.py tests/test_torch_names.py \
+	$(SLOW:%=--ignore=tests/%)
 check: lint core
 
 core: $(VENV)/with-dev

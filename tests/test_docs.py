@@ -53,6 +53,43 @@ def test_code_blocks_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         pytest.skip(f"{name} ran, but {'; '.join(left_out)}: not installed")
 
 
+MAX_WIDTH = 120
+# but for the page that examples/paper/report.py writes
+PAGES = [*(path for path in FILES if path.name != "paper.md"), ROOT / "CONTRIBUTING.md"]
+
+
+def long_lines(text: str) -> list[int]:
+    """Numbers of the lines of prose that are too long: not of tables, of code, or of words that cannot break."""
+    found, code = [], False
+    for number, line in enumerate(text.splitlines(), start=1):
+        code ^= line.lstrip().startswith("```")
+        breakable = " " in line.strip()[3:]  # behind the mark of a list
+        if len(line) > MAX_WIDTH and breakable and not code and not line.lstrip().startswith(("|", "<", "![", "$$")):
+            found.append(number)
+    return found
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_lines_of_prose_are_short(path: Path) -> None:
+    found = long_lines(path.read_text(encoding="utf-8"))
+    assert not found, f"{path.relative_to(ROOT)}: longer than {MAX_WIDTH} characters are the lines {found[:20]}"
+
+
+def test_long_lines_are_found_in_prose_alone() -> None:
+    long = "word " * 30
+    text = f"{long}\n\n| {long} |\n\n```text\n{long}\n```\n\n* {'x' * 130}\n\n{long}\n"
+    assert long_lines(text) == [1, 11]
+
+
+# What these pages and the docstrings mean by these words is not in a dictionary.
+OWN_WORDS = ["active set", "certificate", "kink", "lane", "lanes as one", "matvec", "polish", "record", "warm start"]
+
+
+@pytest.mark.parametrize("word", OWN_WORDS)
+def test_words_of_our_own_are_in_the_glossary(word: str) -> None:
+    assert f"**{word.capitalize()}.**" in (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+
+
 def test_a_block_is_found_with_its_line(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text(

@@ -191,13 +191,16 @@ class _Search:
     def run(self, shift: float = 0.0) -> tuple[_Finder, Any]:
         """What one run reads, and its value; ``shift``: the relative change of numbers taken out of theta."""
         mark, given, aliases = Run(), list(self.everything), {}
+        attached = []
         for i, leaf in enumerate(self.leaves):
             # a graph cannot save a tensor of inference mode
             source = leaf.clone() if leaf.is_inference() and not torch.is_inference_mode_enabled() else leaf
             if self.plain and (i < self.num_x or self.sources.bits[i]):
-                aliases[id(leaf)] = mark.marked(source.detach().requires_grad_())
+                attached.append(source.detach().requires_grad_())
+                aliases[id(leaf)] = attached[-1]
             else:
                 aliases[id(leaf)] = source.view_as(source)
+        mark.marked(attached)
         known = []
         for place, leaf in zip(self.places, self.leaves, strict=True):
             given[place] = aliases[id(leaf)]

@@ -134,7 +134,8 @@ class Residual:
 
     def values(self, x: Leaves, theta: Leaves) -> torch.Tensor:
         """The objective of every lane, [*lanes]; only for gradients."""
-        values: torch.Tensor = self.over_lanes(self.function)(x, theta)
+        function = self.over_lanes(self.function) if self.levels else self.function
+        values: torch.Tensor = function(x, theta)
         check_value(values, x[0].shape[: self.lane_dims], self.lane_dims_of_function > 0)
         return values
 
@@ -269,16 +270,21 @@ def no_graph() -> ObjectiveError:
     )
 
 
+def not_floating(value: Any) -> ObjectiveError:
+    """The error of an objective that returns something else than a floating tensor."""
+    kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+    hint = ""
+    if isinstance(value, tuple):
+        hint = " If it returns (value, aux), pass objective_has_aux=True."
+    elif not isinstance(value, torch.Tensor):
+        hint = " Write it in torch operations: NumPy and Python numbers have no gradient."
+    return ObjectiveError(f"the objective must return a real floating tensor, got {kind}.{hint}")
+
+
 def check_value(values: Any, lanes: torch.Size, has_lanes: bool) -> None:
     """Raise unless ``values`` is what an objective may return: one floating number (per lane)."""
     if not isinstance(values, torch.Tensor) or not values.is_floating_point():
-        kind = values.dtype if isinstance(values, torch.Tensor) else type(values).__name__
-        hint = ""
-        if isinstance(values, tuple):
-            hint = " If it returns (value, aux), pass objective_has_aux=True."
-        elif not isinstance(values, torch.Tensor):
-            hint = " Write it in torch operations: NumPy and Python numbers have no gradient."
-        raise ObjectiveError(f"the objective must return a real floating tensor, got {kind}.{hint}")
+        raise not_floating(values)
     if values.shape != lanes:
         expected = "one value per lane" if has_lanes else "a 0-d tensor"
         remedy = "Sum or average over the data inside the objective"

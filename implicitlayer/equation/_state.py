@@ -68,10 +68,11 @@ class Run:
         self.number = next(_numbers)
         self.over = False
 
-    def marked(self, tensor: torch.Tensor) -> torch.Tensor:
-        """``tensor``, which stands for x or theta in this run."""
-        tensor.run_of_layer = self  # type: ignore[attr-defined]
-        return tensor
+    def marked(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """The tensors, which stand for x or theta in this run."""
+        for tensor in tensors:
+            tensor.run_of_layer = self  # type: ignore[attr-defined]
+        return tensors
 
 
 _MOST_NODES = 10_000  # a graph from outside is looked at so far: that of a cache is small

@@ -133,7 +133,7 @@ def _solved(spec: LayerSpec, init: Leaves, theta: Leaves, failed: torch.Tensor |
     with plain_surroundings(theta, derivatives=True):
         plain = spec.needs_derivative and not plainly_impossible()
         mark = Run()
-        reaching = spec.reaching(given, [t.requires_grad for t in given], mark) if plain else theta
+        reaching = spec.reaching(given, [t.requires_grad for t in given], mark)[0] if plain else theta
         try:
             x, found = _checked(spec, x, spec.seen(theta), init, ended, failed, reaching)
         finally:

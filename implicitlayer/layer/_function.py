@@ -68,35 +68,25 @@ class LayerSpec:
         gradients = [t.grad for t in self.closed or () if t.is_leaf]
         return [(0, 0) if g is None else (id(g), g._version) for g in gradients]
 
-    def standing(self, theta: Leaves) -> Leaves:
-        """The closed-over tensors at the end of theta, where they stand for themselves; see NOTE [leaves]."""
-        if not self.closed or self.residual.levels:
-            return []
-        return self.closed.standing(theta[self.calling.num_theta :])
-
-    def reaching(self, theta: Leaves, needed: Sequence[bool], mark: Run) -> Leaves:
-        """theta leaves for a plain graph that reaches the ``needed`` ones."""
+    def reaching(self, theta: Leaves, needed: Sequence[bool], mark: Run) -> tuple[Leaves, bool]:
+        """theta leaves for a plain graph that reaches the ``needed`` ones; whether it is sure to miss nothing."""
         own: Leaves = []
-        if self.closed:
-            own = self.standing(theta)
+        if self.closed and not self.residual.levels:
+            own = self.closed.standing(theta[self.calling.num_theta :])
             self.closed.stood |= bool(own)
-        leaves = []
-        for leaf, need in zip(theta[: len(theta) - len(own)], needed, strict=False):
-            leaves.append(mark.marked(leaf.detach().requires_grad_(need)))
-        return [*leaves, *own]
+        explicit = theta[: len(theta) - len(own)]
+        leaves = mark.marked([t.detach().requires_grad_(need) for t, need in zip(explicit, needed, strict=False)])
+        return [*leaves, *own], len(leaves) == self.calling.num_theta
 
     def graph_for(self, x: Leaves, theta: Leaves, needed: Sequence[bool], held: Attached | None) -> Graph | None:
         """F for a plain backward, ``held`` or to be made; None where only torch.func finds all of its derivatives."""
-        if held is not None:
-            if self.closed is not None and self.closed.constants:
-                self.closed.refuse_changed()
-        elif len(theta) - len(self.standing(theta)) != self.calling.num_theta:
+        if held is not None and self.closed is not None and self.closed.constants:
+            self.closed.refuse_changed()
+        reaching, complete = self.reaching(theta, needed, Run())
+        if held is None and not complete:
             return None
-        return Graph(partial(self.attached, x, theta, needed), held)
-
-    def attached(self, x: Leaves, theta: Leaves, needed: Sequence[bool]) -> Attached:
-        """F for derivatives at plain tensors."""
-        return self.residual.for_derivatives([t.detach() for t in x], self.reaching(theta, needed, Run()))
+        # a record may hold it, so it holds neither the graph that x and theta have nor this spec
+        return Graph(partial(self.residual.for_derivatives, [t.detach() for t in x], reaching), held)
 
     def refuse_unseen(self, x: Leaves, theta: Leaves) -> None:
         """Raise where a closed-over leaf stood for itself and no mode sees it read: a derivative would miss it."""

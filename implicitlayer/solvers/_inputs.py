@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from implicitlayer._errors import ObjectiveError
+from implicitlayer.equation._residual import no_graph, not_floating
 
 
 def check_unknowns(leaves: Sequence[Any]) -> None:
@@ -34,15 +35,9 @@ def check_limits(solver: Any) -> None:
 def check_attached(value: Any, single: bool = False) -> None:
     """Raise ObjectiveError unless autograd can see how ``value`` depends on x (``single``: and it is one number)."""
     if not isinstance(value, torch.Tensor):
-        raise ObjectiveError(
-            f"the objective must return a real floating tensor, got {type(value).__name__}. Write it in torch "
-            "operations: NumPy and Python numbers have no gradient."
-        )
+        raise not_floating(value)
     if not value.requires_grad:
-        raise ObjectiveError(
-            "the objective does not depend on x in a way autograd can see: its value has no graph. Build it from "
-            "torch operations on x, without .detach(), .item(), .numpy() or torch.no_grad()."
-        )
+        raise no_graph()
     if single and value.ndim:
         raise ObjectiveError(
             f"the objective must return a 0-d tensor: this solver sees one problem at a time, and got values of shape "

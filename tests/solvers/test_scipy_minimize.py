@@ -86,6 +86,29 @@ def test_bounds_and_callbacks_reach_scipy() -> None:
     assert x.tolist() == [1.0, 1.0] and seen
 
 
+@pytest.mark.parametrize("bend", [0.0, 2.0])
+def test_products_with_the_hessian_are_zero_in_unknowns_that_are_linear(bend: float) -> None:
+    from scipy.optimize import minimize
+
+    def objective(x: dict[str, Tensor]) -> Tensor:
+        value = x["a"][0] - 2 * x["a"][1] + x["b"].sum()
+        return value + bend / 2 * ((x["b"] - 3) ** 2).sum() if bend else value
+
+    box = [(0.0, 1.0), (0.0, 1.0), (-5.0, 5.0)]
+    init = {"a": torch.full((2,), 0.5, dtype=F64), "b": torch.zeros(1, dtype=F64)}
+    x = SciPyMinimize("trust-constr", bounds=box)(objective, init)
+    # the same method with the derivatives written out: it makes the same steps, up to rounding
+    expected = minimize(
+        lambda x: (x[0] - 2 * x[1] + x[2] + bend / 2 * (x[2] - 3) ** 2, [1.0, -2.0, 1.0 + bend * (x[2] - 3)]),
+        [0.5, 0.5, 0.0],
+        method="trust-constr",
+        jac=True,
+        hessp=lambda x, p: [0.0, 0.0, bend * p[2]],
+        bounds=box,
+    )
+    assert torch.cat([x["a"], x["b"]]).sub(torch.from_numpy(expected.x)).abs().max() < 1e-9
+
+
 def test_it_works_where_gradients_are_switched_off_and_leaves_module_gradients_alone() -> None:
     module = torch.nn.Linear(2, 1).double()
     with torch.no_grad():
