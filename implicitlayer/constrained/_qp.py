@@ -10,14 +10,13 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 
 from implicitlayer import _torch
-from implicitlayer._errors import InfeasibleError
 from implicitlayer.base._surroundings import outside_compiled_code
 from implicitlayer.base._tree import TreeSpec, flatten
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.constrained._kkt import AtKink, KktLayer
 from implicitlayer.constrained._kkt_lagrangian import Unknowns
 from implicitlayer.constrained._qp_arguments import RANKS, Fold, arguments, on_all_levels
-from implicitlayer.constrained._qp_closest import closest
+from implicitlayer.constrained._qp_closest import UNSOLVED, closest
 from implicitlayer.constrained._qp_function import ProvedProgram, by_data, in_plain_surroundings
 from implicitlayer.constrained._qp_solve import Proof, QuadraticSolver, full_data, searched
 from implicitlayer.constrained._qp_sparse import Entries, is_sparse, made_dense, pulled, sparse_proof_of
@@ -234,7 +233,7 @@ def _closest(
 
     try:
         return _solution(data, batch, settings)
-    except InfeasibleError:
+    except UNSOLVED:
         return closest(data, batch, one, settings.on_failure)
 
 

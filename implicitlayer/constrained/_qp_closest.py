@@ -24,12 +24,15 @@ from collections.abc import Callable
 
 import torch
 
-from implicitlayer._errors import InfeasibleError, KinkError, KinkWarning
+from implicitlayer._errors import InfeasibleError, KinkError, KinkWarning, NotConvergedError
 from implicitlayer.base._types import OnFailure
 from implicitlayer.base._warn import warn
 from implicitlayer.linear._common import NOISE
 
-__all__ = ["closest"]
+__all__ = ["UNSOLVED", "closest"]
+
+# a contradiction too small for a certificate keeps the interior point from an answer
+UNSOLVED = (InfeasibleError, NotConvergedError)
 
 Program = tuple[torch.Tensor, ...]
 Solution = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -52,13 +55,13 @@ def closest(data: Program, batch: torch.Size, solve: Solve, on_failure: OnFailur
         one = tuple(t.expand(*batch, *t.shape[len(batch) :])[lane] for t in data) if batch else data
         try:
             found.append(solve(one, None, False))
-        except InfeasibleError as error:
+        except UNSOLVED as error:
             found.append(_moved(one, solve, on_failure, error))
     x, y, z = (torch.stack(parts).reshape(*batch, -1) for parts in zip(*found, strict=True))
     return x, y, z
 
 
-def _moved(data: Program, solve: Solve, on_failure: OnFailure, error: InfeasibleError) -> Solution:
+def _moved(data: Program, solve: Solve, on_failure: OnFailure, error: Exception) -> Solution:
     """The solution under the moved sides; see NOTE [closest feasible program]."""
     Q, p, A, b, G, h = data
     e, rows, sides = len(b), torch.cat([A, G]), torch.cat([b, h])
@@ -66,6 +69,8 @@ def _moved(data: Program, solve: Solve, on_failure: OnFailure, error: Infeasible
         eye = torch.eye(len(sides), dtype=p.dtype, device=p.device)
         dual = eye, sides, rows.mT, torch.zeros_like(p), -eye[e:], torch.zeros_like(h)
         shift = solve(tuple(t.detach() for t in dual), None, True)[0]
+        if not float(shift.abs().max()) > NOISE * torch.finfo(p.dtype).eps * float(sides.abs().max()):
+            raise error  # all rows hold together, to rounding: nothing to move
         moved = shift[e:] > _MOVED * shift.abs().max()
         held = torch.cat([torch.ones_like(b, dtype=torch.bool), moved])
         left, values, _ = torch.linalg.svd(rows[held], full_matrices=False)
@@ -83,7 +88,7 @@ def _moved(data: Program, solve: Solve, on_failure: OnFailure, error: Infeasible
         warn(message, KinkWarning, "dependent")
     of_all = rows[held] @ (torch.linalg.pinv(rows[held], rtol=rtol) @ sides[held])
     shift = torch.zeros_like(sides).masked_scatter(held, (of_all - sides[held]).detach())
-    if not bool((shift[e:] >= 0).all()) or not float(shift.abs().max()) > 0:
+    if not bool((shift[e:] >= 0).all()):
         raise error
     rest = torch.where(moved[:, None], 0.0, G), torch.where(moved, 1.0, h)
     x, y, z = solve((Q, p, T @ rows[held], T @ of_all, *rest), shift, False)

@@ -50,6 +50,22 @@ def test_the_script_runs_to_its_end_and_prints_something(script: str, tmp_path: 
         assert ("\nTorchOpt " in shown) is installed
 
 
+def test_the_page_of_faults_shows_the_committed_answers_and_no_fault_is_silent_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    script = EXAMPLES / "benchmarks" / "peers_faults.py"
+    spec = importlib.util.spec_from_file_location("peers_faults", script)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.syspath_prepend(str(script.parent))  # it imports the files beside it
+    spec.loader.exec_module(module)
+    answers = json.loads(script.with_suffix(".json").read_text())
+    assert (ROOT / "docs" / "peers_faults.md").read_text() == module.page(answers)
+    for name in ("il.qp", "il.argmin"):
+        verdicts = {fault: row["verdict"] for fault, row in answers[name]["faults"].items()}
+        assert set(verdicts.values()) == {"right", "told"}, verdicts
+
+
 def test_the_page_on_the_theory_shows_the_numbers_of_the_committed_run() -> None:
     results = json.loads((EXAMPLES / "theory" / "results.json").read_text())
     page = (ROOT / "docs" / "theory.md").read_text()

@@ -186,3 +186,14 @@ def test_where_values_cannot_be_seen_it_is_refused() -> None:
         il.qp(EYE, p[0], G=G, h=h, infeasible="closest", on_failure="mask")
     with pytest.raises(ValueError, match=r"infeasible='nearest' must be one of \('error', 'closest'\)"):
         il.qp(EYE, p[0], G=G, h=h, infeasible="nearest")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("exponent", range(11))
+def test_a_contradiction_of_any_size_is_met_in_the_middle_or_is_below_the_size_that_counts(exponent: int) -> None:
+    """gap <= x[0] <= 0 beside an x[1] of size one: contradictions below 1e-6 of it are none for ``il.qp``."""
+    gap = 10.0**-exponent
+    G, h = tensor([[1.0, 0.0], [-1.0, 0.0]]), tensor([0.0, -gap])
+    x = il.qp(EYE, tensor([0.3, -1.0]), G=G, h=h, infeasible="closest")
+    # the middle to rounding of numbers of size one, or a point between both sides, to 1e-11 of that size
+    allowed = 1e-11 if gap > 1e-6 else gap / 2 + 1e-11
+    assert abs(float(x[0]) - gap / 2) <= allowed and abs(float(x[1]) - 1) < 1e-11
