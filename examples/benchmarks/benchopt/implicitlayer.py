@@ -28,7 +28,7 @@ class Solver(BaseSolver):
     name = "implicitlayer"
     requirements = ["pip::implicitlayer", "pip::torch"]  # noqa: RUF012 (as benchopt wants it)
     stopping_criterion = SufficientProgressCriterion(patience=constants.PATIENCE, strategy="callback")
-    parameters = {"optimizer": ["lbfgs", "adam"]}  # noqa: RUF012
+    parameters = {"step_size_outer": [1.0]}  # noqa: RUF012
 
     @staticmethod
     def get_next(stop_val):
@@ -60,10 +60,7 @@ class Solver(BaseSolver):
             if not callback():
                 raise EnoughError
 
-        optimizer = {
-            "lbfgs": partial(torch.optim.LBFGS, max_iter=2, line_search_fn="strong_wolfe"),
-            "adam": partial(torch.optim.Adam, lr=0.1),
-        }[self.optimizer]
+        optimizer = partial(torch.optim.SGD, lr=self.step_size_outer)
         try:
             settings = {"init": self.start[0], "optimizer": optimizer, "max_steps": 10**6, "rtol": 1e-6}
             result = il.bilevel(outer, self.layer, self.start[1], callback=look, **settings)
