@@ -1,4 +1,4 @@
-"""A deep equilibrium model, and what Jacobian regularisation buys: an easier equilibrium, the same accuracy.
+"""A deep equilibrium model, and what Jacobian regularisation buys: an easier equilibrium, and an accuracy that holds.
 
 z = tanh(W z + u(x)) is solved by Anderson's acceleration for each point, and trained through il.DeepEquilibrium
 (memory of one evaluation, whatever the steps). Two models, the same seed; one is also asked for a small Jacobian at its
