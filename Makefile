@@ -67,8 +67,8 @@ test: $(VENV)/with-dev
 	$(RUN) "$(BIN)/python" -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 # Without the files that take longest: under three minutes on two cores. make test runs them.
-SLOW := implicit/test_garbage.py implicit/test_properties.py implicit/test_transform_table.py implicit/test_qp_plain_path.py \
-	implicit/test_qp_sparse.py linear/test_conformance.py linear/test_conjugate_gradient_figures.py
+SLOW := implicit/test_batch_norm.py implicit/test_garbage.py implicit/test_properties.py implicit/test_transform_table.py \
+	implicit/test_qp_plain_path.py implicit/test_qp_sparse.py linear/test_conformance.py linear/test_conjugate_gradient_figures.py
 CORE := tests/implicit tests/linear $(wildcard tests/test_reliability*.py) tests/test_structure.py tests/test_torch_names.py \
 	$(SLOW:%=--ignore=tests/%)
 check: lint core
