@@ -39,7 +39,7 @@ LAYERS["meta"] = {*LAYERS["api"], "solvers", "meta"}
 # and nobody imports testing
 LAYERS["testing"] = {*LAYERS["explain"], "solvers", "fewshot", "meta", "testing"}
 MAX_LINES = 400  # of a file
-MAX_PACKAGE_LINES = 35_750  # wanted are 22,000
+MAX_PACKAGE_LINES = 35_640  # wanted are 22,000
 # The plain path of a layer; wanted are 250 and 14.
 MAX_CALLS, MAX_FILES = 332, 27
 
