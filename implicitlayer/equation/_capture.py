@@ -29,6 +29,7 @@ from implicitlayer.equation._state import (
     FirstRun,
     Run,
     Sources,
+    inside_a_function,
     refuse_kept,
     refuse_numbers,
     refuse_numpy,
@@ -300,11 +301,12 @@ class _Finder(ReadingMode):
             source |= self.bits.get(id(tensor), 0)
             touches = touches or id(tensor) in self.touched
         self.read |= source
-        if touches and func in NUMPY:
+        if touches and func in NUMPY and not inside_a_function(_Search.run):
             raise refuse_numpy(entering[0])
         if func in NUMBERS:
-            self.numbers |= source
-            return NUMBERS[func](entering[0].detach(), self.shift if source else 0.0)
+            watched = source if source and not inside_a_function(_Search.run) else 0
+            self.numbers |= watched
+            return NUMBERS[func](entering[0].detach(), self.shift if watched else 0.0)
         result = func(*args, **(kwargs or {}))
         for tensor in (result,) if isinstance(result, torch.Tensor) else _tensors_in((result,), []):
             self.known.setdefault(id(tensor), tensor)

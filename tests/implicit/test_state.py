@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -289,3 +291,33 @@ def test_what_torch_cannot_differentiate_twice_is_named_with_a_remedy() -> None:
         layer = il.argmin(lambda x, t, term=term: term(x, t) + 2 * ((x - t) ** 2).sum(), lambda f, x, t: t / 2)
         with pytest.raises(il.ObjectiveError, match=match):
             layer(torch.zeros(6, dtype=F64), t)
+
+
+class NumpySine(torch.autograd.Function):
+    """Computed by NumPy from x, and by a number of it, with the derivative in torch."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.from_numpy(np.sin(x.detach().numpy())) if x.ndim else torch.tensor(math.sin(x.item())).to(x)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return g * x.cos()
+
+
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_a_function_with_a_derivative_of_its_own_may_use_numpy_and_numbers(shape: tuple[int, ...]) -> None:
+    # min x^2 - t sin(x) / 2 is at 2 x = t cos(x) / 2, so dx/dt = (cos(x) / 2) / (2 + t sin(x) / 2)
+    t = torch.full(shape, 0.7, dtype=F64, requires_grad=True)
+
+    def objective(x: Tensor, t: Tensor) -> Tensor:
+        # sin(t) - sin(t): a number is taken out of theta too
+        return (x**2 - t * NumpySine.apply(x) / 2 + NumpySine.apply(t) - t.sin()).sum()
+
+    x = il.argmin(objective, il.solvers.NewtonCG(rtol=1e-13))(torch.zeros(shape, dtype=F64), t)
+    (found,) = torch.autograd.grad(x.sum(), t)
+    x = x.detach()
+    expected = (x.cos() / 2) / (2 + t.detach() * x.sin() / 2)
+    assert torch.allclose(found, expected, rtol=1e-10, atol=0)
