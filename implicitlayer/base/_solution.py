@@ -180,7 +180,8 @@ class RecordingSolver(Extension):
     ``il.testing.extension_checks(il.RecordingSolver)`` finds it, and tests it as a minimiser unless it finds roots.
 
     Attributes:
-        finds: what it looks for, if it can say so: layers refuse a solver of another problem than theirs.
+        finds: what it looks for, if it can say so: layers refuse a solver of another problem than theirs. What finds
+            a root is called with ``x - map(x)`` by a layer of a fixed point.
         batched: if it is there and true, the solver takes many problems at once: an objective that returns [*lanes].
 
     Example:
@@ -199,7 +200,7 @@ class RecordingSolver(Extension):
         [1.0, 1.0]
     """
 
-    finds: ClassVar[Literal["minimum", "root"] | None] = None
+    finds: ClassVar[Literal["minimum", "root", "fixed point"] | None] = None
 
     def run(self, objective: Callable[..., Any], init: Any, *theta: Any) -> SolverResult:
         """Solve, and return the value with status and step count."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from implicitlayer.sets._term import expand_like, largest_of, resolve
 
 __all__ = ["ProxLayer"]
 
+_FAR = 10.0, -10.0, 1e3, -1e3  # beyond what a set holds, and near enough for what a regulariser takes away
 _NEAR = 1e-3  # ||F|| over the size of x and eta grad f, above which an answer is no solution
 _ROUNDINGS = 4  # of x - eta grad f (the data, a product, a sum), in units of eps of its largest entry
 
@@ -178,6 +180,14 @@ class ProxLayer(ImplicitLayer):
             resolve(self.terms, theta, self.terms_name).prox(x, 1.0, self.batch_dims)
             return value
 
+        def read_far(x: Any, *theta: Any) -> Any:
+            """The same with values in which the numbers of the constraint show: from far away on two sides."""
+            prox = resolve(self.terms, theta, self.terms_name).prox
+            sizes = tree_map(lambda t: 1 + t.detach().abs(), x)
+            points = [tree_map(partial(torch.mul, far), sizes) for far in _FAR]
+            return function(x, *theta), [prox(point, 1.0, self.batch_dims) for point in points]
+
+        read.where_numbers_show = read_far  # type: ignore[attr-defined]
         return read
 
     def _judge(self, found: ActiveSet, on_failure: OnFailure, limited: bool) -> None:

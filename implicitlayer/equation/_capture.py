@@ -22,6 +22,7 @@ from implicitlayer.base._tree import flatten, is_data, places_of_data, unflatten
 from implicitlayer.equation._normalisation import PLAIN
 from implicitlayer.equation._state import (
     BORROWING,
+    CLOSED_OVER,
     DETACHING,
     LAYOUT,
     NUMBERS,
@@ -143,7 +144,8 @@ def find_closed_over(
     if check is not None:
         check(value)
         if first.numbers and search.plain:
-            refuse_numbers(search.sources, first.numbers, value, search.run)
+            more = _Search(getattr(function, "where_numbers_show", function), args, True)
+            refuse_numbers(more.sources, first.numbers, value if more.function is function else more.run()[1], more.run)
     found, constants = ClosedOver(), []
     for tensor, need in zip(first.outside, needing(first.outside) if first.outside else (), strict=True):
         if need:
@@ -304,6 +306,8 @@ class _Finder(ReadingMode):
         if touches and func in NUMPY and not inside_a_function(_Search.run):
             raise refuse_numpy(entering[0])
         if func in NUMBERS:
+            if not touches and entering and entering[0].requires_grad:
+                source = CLOSED_OVER
             watched = source if source and not inside_a_function(_Search.run) else 0
             self.numbers |= watched
             return NUMBERS[func](entering[0].detach(), self.shift if watched else 0.0)

@@ -29,7 +29,8 @@ from implicitlayer.base._surroundings import PLAINLY
 from implicitlayer.base._tree import flatten_with_names, is_data, tree_leaves
 from implicitlayer.equation._normalisation import NORMALISATIONS, wrong_third_derivative
 
-_SHIFT = 2.0**-10
+CLOSED_OVER = 1 << 62  # the bit of numbers that are not theta's
+_SHIFT = 2.0**-7
 _ROUNDINGS = 1e3  # in units of eps: changes of the value below this are rounding
 _LEAF = torch.zeros((), requires_grad=True)
 
@@ -188,11 +189,11 @@ def refuse_numbers(sources: Sources, bits: int, value: Any, run: Callable[[float
     same = finder.numbers == bits and not _differ(value, other)
     if same or (finder.numbers == bits and _differ(value, run(0.0)[1])):  # of a random function nothing is known
         return
-    name = sources.name(bits)
+    name = "a tensor that it closes over" if bits == CLOSED_OVER else sources.name(bits & ~CLOSED_OVER)
     raise ClosureError(
         f"the objective takes a Python number out of {name} (by .item(), float() or .tolist()) and computes with it: "
-        f"no gradient flows through a number. Compute with the tensor itself; if {name} is meant to be a constant "
-        "here, say so by .detach()."
+        "no gradient flows through a number. Compute with the tensor itself; if it is meant to be a constant here, say "
+        "so by .detach()."
     )
 
 

@@ -110,8 +110,7 @@ class ImplicitLayer(CopiesFunctions):
         if (not set(map(type, x)) <= WHOLE or _torch.transforms_active()) and any(map(is_sharded, x)):
             return self._call_sharded(init, theta)
         x_spec = flatten(init)[1]
-        if _torch.num_modes():
-            theta = tree_map(announce, theta)
+        theta = tree_map(announce, theta) if _torch.num_modes() else theta
         signature = Signature.of(theta)
         tensors = signature.tensors
         user_function = without_aux(self.function) if self.objective_has_aux else self.function
@@ -120,6 +119,7 @@ class ImplicitLayer(CopiesFunctions):
         hidden = self._closed_over(user_function, x, x_spec, signature, (init, *theta)) if watched else ClosedOver()
         needs = hidden.needs_derivative if watched else differentiable and any(needing(tensors))
         function, residual, constraints = self._equation(user_function, x_spec, signature, hidden)
+        of_root = self.kind == "fixed_point" and getattr(self.solver, "finds", None) == "root"
         calling = Calling(
             solver=self.solver,
             solver_has_aux=self.solver_has_aux,
@@ -128,8 +128,8 @@ class ImplicitLayer(CopiesFunctions):
             rebuild_theta=signature.rebuild,
             flatten_theta=lambda args, extra: [*Signature.of(args).tensors, *extra],
             num_theta=len(tensors),
-            flat_function=function,
-            user_function=None if hidden or constraints is not None else user_function,
+            flat_function=_minus_identity(function) if of_root else function,
+            user_function=None if hidden or constraints is not None or of_root else user_function,
             gives_value=self.kind == "argmin",
             constraints=constraints,
         )

@@ -14,10 +14,11 @@ from implicitlayer._errors import ImplicitLayerError
 from implicitlayer.base._solution import RecordingSolver
 from implicitlayer.base._tree import flatten_with_names, is_data, tree_leaves
 
-_WANTED = {"argmin": "minimum", "root": "root", "fixed_point": "root"}
+_WANTED = {"argmin": "minimum", "root": "root", "fixed_point": "fixed point"}
 _FINDERS = {
     "minimum": "il.solvers.LBFGS(), NewtonCG() or GradientDescent()",
-    "root": "il.solvers.Newton(), Broyden() or AndersonAcceleration()",
+    "root": "il.solvers.Newton() or Broyden()",
+    "fixed point": "il.solvers.AndersonAcceleration(), Newton() or Broyden()",
 }
 
 
@@ -37,7 +38,8 @@ def check_roles(layer: str, function: Callable[..., Any], solver: Callable[..., 
     if isinstance(solver, torch.optim.Optimizer):
         raise TypeError(f"solver={type(solver).__name__}(...) was made for one run. {_instead(type(solver))}")
     wanted, finds = _WANTED.get(layer), getattr(solver, "finds", None)
-    if wanted in _FINDERS and finds in _FINDERS and finds != wanted:
+    # a root of x - map(x) is a fixed point, and the layer hands that to the solver
+    if wanted in _FINDERS and finds in _FINDERS and finds != wanted and (finds, wanted) != ("root", "fixed point"):
         raise TypeError(
             f"solver={type(solver).__name__}(...) looks for a {finds}, and il.{layer} needs a {wanted}. Pass "
             f"{_FINDERS[wanted]}, or a solver of your own."

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -59,6 +59,8 @@ class AndersonAcceleration(RootSolver):
     memory: int = 5
     mixing: float = 1.0
     max_steps: int = 500
+
+    finds: ClassVar[Literal["fixed point"]] = "fixed point"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -121,7 +121,7 @@ class RootSolver(RecordingSolver):
     callback: Callable[[Iteration], None] | None = None
     progress: bool = False
 
-    finds: ClassVar[Literal["root"]] = "root"
+    finds: ClassVar[Literal["root", "fixed point"]] = "root"
     batched: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -168,7 +168,7 @@ def _counts(kind: type[Extension], module: str | None) -> bool:
         inspect.isabstract(kind)
         or Extension in kind.__bases__
         or kind.__name__.startswith("_")
-        or getattr(kind, "finds", None) == "root"
+        or getattr(kind, "finds", None) in ("root", "fixed point")
     ):
         return False
     own = name == PACKAGE or name.startswith(f"{PACKAGE}.")

@@ -157,7 +157,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 def test_two_processes_share_a_run(tmp_path: Path, launcher: list[str], threads: str) -> None:
     """Without a folder, by torchrun or by itself: one is made, written once, and the result is that of one process."""
     words = ["reduced-glyphs-5w1s-imaml-gd", *TINY]
-    environment = os.environ | {"OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
         [sys.executable, *launcher, str(ROOT / "examples" / "paper" / "train.py"), *words],
         cwd=tmp_path,

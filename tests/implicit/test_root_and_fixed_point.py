@@ -209,3 +209,19 @@ def test_lanes_of_batch_dims_equal_a_loop() -> None:
     loop = torch.stack([make("root", linear_solver=il.Dense())(ZEROS, w, lane) for lane in b])
     for got, expected in zip(torch.autograd.grad(x, (w, b), v), torch.autograd.grad(loop, (w, b), v), strict=True):
         assert relative_error(got, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("solver", [il.solvers.Newton(), il.solvers.Broyden(), il.solvers.AndersonAcceleration()])
+@pytest.mark.parametrize("batch_dims", [0, 1])
+def test_a_fixed_point_is_found_by_solvers_of_roots_too(solver: Any, batch_dims: int) -> None:
+    # x = x / 2 + t is x = 2 t
+    t = torch.tensor([8.0, 1.0], dtype=torch.float64, requires_grad=True)
+    layer = il.fixed_point(lambda x, t: 0.5 * x + t[..., None], solver, batch_dims=batch_dims)
+    x = layer(torch.ones(2, 1, dtype=torch.float64), t)
+    assert torch.allclose(x[:, 0], 2 * t, rtol=1e-9)
+    assert torch.allclose(torch.autograd.grad(x.sum(), t)[0], torch.full_like(t, 2.0), rtol=1e-9)
+
+
+def test_a_root_is_not_looked_for_by_a_solver_of_fixed_points() -> None:
+    with pytest.raises(TypeError, match=r"looks for a fixed point, and il.root needs a root"):
+        il.root(lambda x, t: 0.5 * x - t, il.solvers.AndersonAcceleration())

@@ -321,3 +321,43 @@ def test_a_function_with_a_derivative_of_its_own_may_use_numpy_and_numbers(shape
     x = x.detach()
     expected = (x.cos() / 2) / (2 + t.detach() * x.sin() / 2)
     assert torch.allclose(found, expected, rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda f: il.argmin(f, il.solvers.ProximalGradient(), regularizer=lambda t: il.L1(t.item())),
+        lambda f: il.argmin(f, il.solvers.ProjectedGradient(), constraint=lambda t: il.sets.Box(0.0, t.item())),
+        lambda f: il.argmin(f, il.solvers.ProjectedGradient(), constraint=lambda t: il.sets.Ball(float(t))),
+        lambda f: il.constrained_argmin(f, lambda f, x, t: torch.ones_like(x), equality=lambda x, t: x - t.item()),
+        lambda f: il.constrained_argmin(f, lambda f, x, t: torch.ones_like(x), inequality=lambda x, t: x - float(t)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_number_taken_out_of_theta_by_a_set_or_constraint_is_refused_by_name(layer: Any, dtype: torch.dtype) -> None:
+    t = torch.ones((), dtype=dtype, requires_grad=True)
+    solve = layer(lambda x, t: 0.5 * ((x - 5 * t) ** 2).sum())
+    with pytest.raises(il.ClosureError, match=r"takes a Python number out of theta"):
+        solve(torch.zeros(1, dtype=dtype), t)
+
+
+def test_a_set_whose_number_is_for_a_log_is_right() -> None:
+    t, log = torch.ones((), dtype=F64, requires_grad=True), list[float]()
+    box = lambda t: (log.append(t.item()), il.sets.Box(0.0, t))[1]  # noqa: E731
+    layer = il.argmin(lambda x, t: 0.5 * ((x - 5 * t) ** 2).sum(), il.solvers.ProjectedGradient(), constraint=box)
+    (found,) = torch.autograd.grad(layer(torch.zeros(1, dtype=F64), t).sum(), t)
+    assert found.item() == 1.0 and log
+
+
+def test_a_number_taken_out_of_a_closed_over_weight_is_refused() -> None:
+    w = nn.Parameter(torch.tensor(3.0, dtype=F64))
+
+    def layer(of: Callable[[Tensor], Tensor]) -> Tensor:
+        solve = il.argmin(lambda x: 0.5 * ((x - (2 * of(w)).item()) ** 2 + w * x**2).sum(), il.solvers.LBFGS())
+        return solve(torch.zeros(1, dtype=F64))
+
+    with pytest.raises(il.ClosureError, match="number out of a tensor that it closes over"):
+        layer(lambda w: w)
+    # a constant by its owner's word: x = 6 / (1 + w), dx/dw = -6 / (1 + w)^2
+    (found,) = torch.autograd.grad(layer(Tensor.detach).sum(), w)
+    assert found.item() == pytest.approx(-6 / 16)

@@ -6,6 +6,7 @@ IMPLICITLAYER_WRITE_DOCS=1 python -m pytest tests/testing/test_conformance_table
 import functools
 import inspect
 import os
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ def sentence(check: Callable[..., None]) -> str:
 def section(kind: str, promise: str) -> list[str]:
     checks = ALL_CHECKS[kind]
     numbers = [str(i) for i in range(1, len(checks) + 1)]
-    legend = [f"{i}. `{name}`: {sentence(check)}" for i, (name, check) in enumerate(checks.items(), start=1)]
+    items = (f"{i}. `{name}`: {sentence(check)}" for i, (name, check) in enumerate(checks.items(), start=1))
+    legend = [textwrap.fill(i, 120, subsequent_indent=" " * (i.index(" ") + 1), break_on_hyphens=False) for i in items]
     rows = [line(k, claim) for k, claim in CLAIMS if k == kind]
     head = "| " + " | ".join(["solver", promise, *numbers]) + " |"
     rule = "|" + "|".join(["---"] * (2 + len(checks))) + "|"
