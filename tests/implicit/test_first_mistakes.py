@@ -104,16 +104,15 @@ ROOT_SOLVERS: list[Any] = [il.solvers.Newton(), il.solvers.Broyden(), il.solvers
 @pytest.mark.parametrize("solver", MINIMISERS, ids=lambda solver: type(solver).__name__)
 @pytest.mark.parametrize("make", [il.root, il.fixed_point, il.RootLayer, il.FixedPointLayer])
 def test_a_minimiser_is_refused_where_a_root_is_sought(make: Callable[..., Any], solver: Any) -> None:
-    with pytest.raises(
-        TypeError, match=r"looks for a minimum, and il\.\w+ needs a root\. Pass il\.solvers\.Newton\(\)"
-    ):
+    needed = r"(root needs a root\. Pass il.solvers.Newton|fixed_point needs a fixed point\. Pass il.solvers.Anders)"
+    with pytest.raises(TypeError, match=rf"looks for a minimum, and il\.{needed}"):
         make(lambda x, t: 0.5 * x - t, solver)
 
 
 @pytest.mark.parametrize("solver", ROOT_SOLVERS, ids=lambda solver: type(solver).__name__)
 @pytest.mark.parametrize("make", [il.argmin, il.ArgminLayer])
 def test_a_solver_of_roots_is_refused_where_a_minimum_is_sought(make: Callable[..., Any], solver: Any) -> None:
-    with pytest.raises(TypeError, match=r"looks for a root, and il\.argmin needs a minimum\. Pass il\.solvers\.LBFGS"):
+    with pytest.raises(TypeError, match=r"looks for a (root|fixed point), and il\.argmin needs a minimum\. Pass"):
         make(distance, solver)
 
 
