@@ -172,7 +172,7 @@ class ProxLayer(ImplicitLayer):
 
         return objective, residual, Constraints(self.terms, prox, examine, self._judge)
 
-    def _read(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _read(self, function: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
         """What the finder of closed-over tensors runs: the objective, and the data of the constraint."""
 
         def read(x: Any, *theta: Any) -> Any:
@@ -187,8 +187,7 @@ class ProxLayer(ImplicitLayer):
             points = [tree_map(partial(torch.mul, far), sizes) for far in _FAR]
             return function(x, *theta), [prox(point, 1.0, self.batch_dims) for point in points]
 
-        read.where_numbers_show = read_far  # type: ignore[attr-defined]
-        return read
+        return read, read_far
 
     def _judge(self, found: ActiveSet, on_failure: OnFailure, limited: bool) -> None:
         """An answer outside of the set is an error; one at a kink, or with the wrong curvature, a warning."""

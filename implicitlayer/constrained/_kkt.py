@@ -16,7 +16,7 @@ from implicitlayer.base._tree import TreeSpec, flatten_with_names
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.constrained._kkt_answer import Caller
 from implicitlayer.constrained._kkt_finder import Finder
-from implicitlayer.constrained._kkt_lagrangian import ConditionsResidual, Form, Lagrangian, Unknowns, masked
+from implicitlayer.constrained._kkt_lagrangian import ConditionsResidual, Form, Lagrangian, masked
 from implicitlayer.equation._capture import ClosedOver
 from implicitlayer.equation._distance import AnswerCheck
 from implicitlayer.equation._flat import Signature
@@ -232,17 +232,12 @@ class KktLayer(ImplicitLayer):
     active_set: ActiveConstraints | None = None
     num_x: int | None = None  # entries of x in one problem, where the answer may be rough
 
-    def _read(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _read(self, function: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
         if not isinstance(function, Lagrangian):
-            return function
+            return function, None
         parts = [part for part in (function.objective, function.equality, function.inequality) if part is not None]
-
-        def read(z: Unknowns, *theta: Any) -> torch.Tensor:
-            return function(z, *theta)
-
         # the multipliers are zero at the start, and hide what a constraint computes
-        read.where_numbers_show = lambda z, *theta: [part(z.x, *theta) for part in parts]  # type: ignore[attr-defined]
-        return read
+        return function, lambda z, *theta: [part(z.x, *theta) for part in parts]
 
     def _equation(
         self, user_function: Callable[..., Any], x_spec: TreeSpec, signature: Signature, hidden: ClosedOver

@@ -129,11 +129,15 @@ class ClosedOver(list[torch.Tensor]):
 
 
 def find_closed_over(
-    function: Callable[..., Any], args: tuple[Any, ...], check: Callable[[Any], object] | None = None
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    check: Callable[[Any], object] | None = None,
+    shown: Callable[..., Any] | None = None,
 ) -> ClosedOver:
     """Tensors that ``function(*args)`` reads from outside and that need a derivative, in order of first use.
 
-    What the function returns is handed to ``check``, so that nonsense is found before a long solve.
+    What the function returns is handed to ``check``, so that nonsense is found before a long solve. ``shown(*args)``:
+    values in which every number shows that is taken out of theta, where those of the function itself may hide it.
 
     It is run on aliases of the tensors in ``args``: one that is closed over as well is found.
     """
@@ -144,8 +148,8 @@ def find_closed_over(
     if check is not None:
         check(value)
         if first.numbers and search.plain:
-            more = _Search(getattr(function, "where_numbers_show", function), args, True)
-            refuse_numbers(more.sources, first.numbers, value if more.function is function else more.run()[1], more.run)
+            of = search if shown is None else _Search(shown, args, True)
+            refuse_numbers(of.sources, first.numbers, value if shown is None else of.run()[1], of.run)
     found, constants = ClosedOver(), []
     for tensor, need in zip(first.outside, needing(first.outside) if first.outside else (), strict=True):
         if need:

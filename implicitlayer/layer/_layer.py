@@ -174,8 +174,9 @@ class ImplicitLayer(CopiesFunctions):
             else:
                 like_x(value, x, x_spec)
 
+        function, shown = self._read(function)
         try:
-            hidden = find_closed_over(self._read(function), args, check)
+            hidden = find_closed_over(function, args, check, shown)
         except Exception as error:
             name_limit(error)
             tell_arguments(error, self.function, args[0], args[1:])
@@ -198,9 +199,9 @@ class ImplicitLayer(CopiesFunctions):
             return sharding.distributed(result[0]), result[1]
         return sharding.distributed(result)
 
-    def _read(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """What is run to find closed-over tensors."""
-        return function
+    def _read(self, function: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
+        """What is run to find closed-over tensors, and what shows its numbers; see :func:`find_closed_over`."""
+        return function, None
 
     def _equation(
         self, user_function: Callable[..., Any], x_spec: TreeSpec, signature: Signature, hidden: ClosedOver

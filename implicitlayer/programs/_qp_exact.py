@@ -157,10 +157,13 @@ def at_rest(program: Data, found: Exact, farthest: float) -> Exact:
 
     Of those at most ``farthest`` away, relative to the size of x.
     """
-    finite = torch.cat([found.solution.x, *(t.flatten(len(found.error.shape)) for t in program)], -1).isfinite().all(-1)
     x, rounding = found.solution.x, NOISE * torch.finfo(program[1].dtype).eps
-    terms = conditions(program, x, x.dtype).scale
-    rough = finite & (~(found.error <= TIGHT) | (terms <= rounding * _largest_terms(program, x)))
+    Qx = _times(program[0], x)
+    terms = torch.linalg.vector_norm(Qx, dim=-1) + torch.linalg.vector_norm(Qx + program[1], dim=-1)
+    rough = ~(found.error <= TIGHT) | (terms <= rounding * _largest_terms(program, x))
+    if bool(rough.any()):
+        for t in (x, *program):
+            rough = rough & t.isfinite().flatten(rough.ndim).all(-1)
     if not bool(rough.any()):
         return found
     some: Data = tuple(t[rough] for t in program)  # type: ignore[assignment]
@@ -171,9 +174,8 @@ def at_rest(program: Data, found: Exact, farthest: float) -> Exact:
     along = _times(vectors.mT, _times(Q, x) + p) / torch.where(curved, values, 1.0)
     lengths = torch.linalg.vector_norm(A, dim=-1)
     over = torch.where(lengths > 0, 1 / lengths, 0.0)
-    free = (over[..., None] * A) @ (
-        vectors * ~curved[:, None]
-    )  # moves that keep Q x, and what they do to the equations
+    # moves that keep Q x, and what they do to the equations
+    free = (over[..., None] * A) @ (vectors * ~curved[:, None])
     step = _times(vectors, torch.where(curved, along, 0.0))
     step = step + _times(vectors, _times(torch.linalg.pinv(free), over * (_times(A, x - step) - b)))
     still = torch.linalg.vector_norm(step, dim=-1) <= farthest * torch.linalg.vector_norm(x, dim=-1)

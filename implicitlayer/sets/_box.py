@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,9 +12,9 @@ import torch
 from implicitlayer.base._tree import flatten, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.sets._set import ConvexSet
-from implicitlayer.sets._term import check_entries, is_plain, joined, norm_of, spread
+from implicitlayer.sets._term import PerPart, ProximalTerm, check_entries, is_plain, joined, norm_of, spread
 
-__all__ = ["Box", "NonNegative"]
+__all__ = ["Box", "NonNegative", "ends_of_box", "is_box"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,3 +120,22 @@ def _is_number(tensor: torch.Tensor) -> torch.Tensor:
 
 
 _POSITIVE = Box(0.0, math.inf)
+
+
+def is_box(term: ProximalTerm | None) -> bool:
+    """Whether a term consists of bounds."""
+    if isinstance(term, PerPart):
+        return all(map(is_box, term.terms))
+    return term is None or isinstance(term, (Box, NonNegative))
+
+
+def ends_of_box(project: Callable[[Any, torch.Tensor], Any], like: Any) -> tuple[Leaves, Leaves]:
+    """The leaves of the lower and the upper bounds of a box, from ``project(y, step)``, in the shapes of ``like``."""
+    leaves, spec = flatten(like)
+    step = torch.ones((), dtype=leaves[0].dtype, device=leaves[0].device)
+
+    def end(value: float) -> Leaves:  # the projection of a point at infinity is the bound on that side
+        with torch.no_grad():
+            return list(flatten(project(unflatten([torch.full_like(t, value) for t in leaves], spec), step))[0])
+
+    return end(-torch.inf), end(torch.inf)

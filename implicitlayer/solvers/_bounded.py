@@ -25,8 +25,8 @@ from implicitlayer.base._tree import flatten, ravel, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.linear._common import times
 from implicitlayer.linear._operator import lane_dot
-from implicitlayer.sets._box import Box, NonNegative
-from implicitlayer.sets._term import PerPart, ProximalTerm, resolve
+from implicitlayer.sets._box import ends_of_box, is_box
+from implicitlayer.sets._term import ProximalTerm, resolve
 from implicitlayer.solvers._descent import Descent, descend, pair_scales
 from implicitlayer.solvers._line_search import LineSearch
 from implicitlayer.solvers._problem import Problem
@@ -65,7 +65,7 @@ def check_bounds(bounds: Any) -> None:
 
 
 def _check(term: ProximalTerm) -> None:
-    if not _is_box(term):
+    if not is_box(term):
         raise TypeError(
             f"LBFGS stays inside il.sets.Box and il.sets.NonNegative only, got {type(term).__name__}. Use "
             "il.solvers.ProximalGradient(), or a solver of your own that knows the set."
@@ -81,23 +81,7 @@ def _ends(own: Any, objective: Any, init: Any, theta: tuple[Any, ...]) -> tuple[
         raise ValueError("bounds= of LBFGS beside constraint= of the layer: which one? Leave out bounds=.")
     term = resolve(own if own is not None else of_layer, theta, "bounds")
     _check(term)
-    leaves, spec = flatten(init)
-    step = torch.ones((), dtype=leaves[0].dtype, device=leaves[0].device)
-    project = term.prox if of_layer is None else lambda y, step: objective.prox(y, step, *theta)
-
-    def end(value: float) -> Leaves:  # the projection of a point at infinity is the bound on that side
-        with torch.no_grad():
-            far = unflatten([torch.full_like(leaf, value) for leaf in leaves], spec)
-            return list(flatten(project(far, step))[0])
-
-    return end(-torch.inf), end(torch.inf)
-
-
-def _is_box(term: ProximalTerm | None) -> bool:
-    """Whether a term consists of bounds."""
-    if isinstance(term, PerPart):
-        return all(_is_box(part) for part in term.terms)
-    return term is None or isinstance(term, (Box, NonNegative))
+    return ends_of_box(term.prox if of_layer is None else lambda y, step: objective.prox(y, step, *theta), init)
 
 
 class _BoxProblem(Problem):

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from implicitlayer._errors import StationarityError
-from implicitlayer.base._tree import TreeSpec, flatten, ravel, tree_map, unflatten, unravel
+from implicitlayer.base._tree import TreeSpec, ravel, unflatten, unravel
 from implicitlayer.base._types import Leaves
-from implicitlayer.sets._box import Box, NonNegative
-from implicitlayer.sets._term import PerPart, ProximalTerm, resolve
+from implicitlayer.sets._box import ends_of_box, is_box
+from implicitlayer.sets._term import resolve
 
 WITH_BOUNDS = ("L-BFGS-B", "TNC", "SLSQP", "Nelder-Mead", "Powell", "trust-constr", "COBYLA", "COBYQA")
 WITH_CONSTRAINTS = ("SLSQP", "trust-constr", "COBYLA", "COBYQA")
@@ -36,7 +36,7 @@ def bounds_of_layer(objective: Any, method: str, init: Any, theta: tuple[Any, ..
     if terms is None:
         return None
     term = resolve(terms, theta)
-    if not _is_box(term):
+    if not is_box(term):
         raise TypeError(
             f"SciPyMinimize can pass on il.sets.Box and il.sets.NonNegative only, got {type(term).__name__}. Use "
             "il.solvers.ProjectedGradient(), or a solver of your own that knows the set."
@@ -45,15 +45,8 @@ def bounds_of_layer(objective: Any, method: str, init: Any, theta: tuple[Any, ..
         raise ValueError(
             f"method={method!r} of SciPy has no bounds, and the layer has a box. Use one of {WITH_BOUNDS}."
         )
-    step = torch.ones((), dtype=flatten(init)[0][0].dtype)
-
-    def corner(end: float) -> np.ndarray:  # the projection of a point at infinity is the bound on that side
-        far = tree_map(lambda leaf: torch.full_like(leaf, end), init)
-        with torch.no_grad():
-            leaves = flatten(objective.prox(far, step, *theta))[0]
-        return ravel([leaf.double() for leaf in leaves], 0).cpu().numpy()
-
-    return np.stack([corner(-np.inf), corner(np.inf)], axis=1)
+    ends = ends_of_box(lambda y, step: objective.prox(y, step, *theta), init)
+    return np.stack([ravel([leaf.double() for leaf in leaves], 0).cpu().numpy() for leaves in ends], axis=1)
 
 
 def constraints_of_layer(problem: Any, method: str, points: FlatPoints, theta: tuple[Any, ...]) -> list[Any]:
@@ -137,12 +130,6 @@ def refuse_hidden_limits(x: np.ndarray, settings: dict[str, Any], method: str) -
             "bounds leave them out here and pass constraint=il.sets.Box(lower, upper) to il.argmin: the solver takes "
             "them from there. For others see il.sets, or il.constrained_argmin."
         )
-
-
-def _is_box(term: ProximalTerm | None) -> bool:
-    if isinstance(term, PerPart):
-        return all(_is_box(part) for part in term.terms)
-    return term is None or isinstance(term, (Box, NonNegative))
 
 
 def _bounds(bounds: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
