@@ -35,6 +35,13 @@ current_level: Callable[[], int | None] = _functorch.maybe_current_level  # of t
 forward_level: Callable[[], int] = partial(getattr, forward_ad, "_current_level")
 
 
+def innermost(tensor: torch.Tensor) -> torch.Tensor:
+    """The plain tensor inside all wrappers of transforms: the values of all lanes."""
+    while is_wrapped(tensor):
+        tensor = unwrapped(tensor)
+    return tensor
+
+
 def num_forward_levels() -> int:
     """How many ``torch.func.jvp`` are active, one inside the other."""
     stack = _functorch.get_interpreter_stack() or []

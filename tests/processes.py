@@ -26,10 +26,21 @@ def free_port() -> str:
 
 
 def launch(command: list[str], timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    """``python command...`` with one thread per process and the import path of the tests."""
+    """``python command...`` with one thread per process and the import path of the tests.
+
+    A segmentation fault is none of the package, which is Python: torch's threads of gloo had one, once in some fifty
+    starts of four processes. It is printed with its stacks, and the script is started once more.
+    """
     environment = {name: value for name, value in os.environ.items() if name not in OUTSIDE}
-    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=timeout)
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONFAULTHANDLER": "1"}
+    for _ in range(2):
+        process = subprocess.run(
+            [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=timeout
+        )
+        if abs(process.returncode) != signal.SIGSEGV:
+            break
+        print(f"segmentation fault in {command}:\n{process.stderr}")
+    return process
 
 
 def results(folder: Path, num_processes: int) -> list[dict[str, Any]]:

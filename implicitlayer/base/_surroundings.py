@@ -53,6 +53,11 @@ _LIMITS = (
     ("do not have strides", "a sparse CSR tensor where torch.func is needed", "Make it a COO one: .to_sparse_coo()."),
     ("once_differentiable", "an autograd.Function that is once_differentiable", PLAINLY),
     (
+        "Cannot access storage of Sparse",
+        "a sparse tensor under forward mode (jvp, jacfwd, hessian), which torch has not",
+        "Differentiate in reverse mode (jacrev, .backward()), or make it dense: .to_dense().",
+    ),
+    (
         "must override the setup_context",
         "an autograd.Function without setup_context (or a full backward hook)",
         _UNDER_TRANSFORMS,
@@ -82,6 +87,19 @@ _LIMITS = (
         "leaf Variable that requires grad.*in-place|mutate a captured Tensor",
         "an operation in place on a tensor (x or theta)",
         "Write it out of place: x * 2 for x.mul_(2), torch.stack or torch.cat for a buffer that is filled.",
+    ),
+)
+# what says so only where the function itself was run under a transform
+_LIMITS_OF_TRANSFORMS = (
+    (
+        r"attempting to call Tensor.requires_grad_\(\)|element 0 of tensors does not require grad",
+        "torch.autograd.grad (or .requires_grad_()) under a transform",
+        "Write torch.func.grad(function)(x), which transforms can see through, or call the layer outside of them.",
+    ),
+    (
+        r"vmap: It looks like you're (?:either \(1\) )?calling .item\(\)",
+        "a Python number of a tensor, or a branch on its value, under vmap",
+        "Compute with the tensor itself; write torch.where in place of a branch.",
     ),
 )
 
@@ -192,16 +210,19 @@ def drawn_since(states: list[torch.Tensor], tensors: Sequence[torch.Tensor]) -> 
         return not all(map(torch.equal, states, random_states(tensors)))
 
 
-def name_limit(error: Exception) -> None:
-    """Raise an ObjectiveError from ``error`` if it is one of torch's that says what torch cannot do."""
+def name_limit(error: Exception, *, transformed: bool = False) -> None:
+    """Raise an ObjectiveError from ``error`` if it is one of torch's that says what torch cannot do.
+
+    ``transformed``: it comes from a run of the function itself under a transform.
+    """
     unknown = isinstance(error, RuntimeError) and not isinstance(error, ImplicitLayerError)
-    named = _named(str(error)) if unknown else None
+    named = _named(str(error), (*_LIMITS, *_LIMITS_OF_TRANSFORMS) if transformed else _LIMITS) if unknown else None
     if named is not None:
         raise ObjectiveError(named) from error
 
 
-def _named(message: str) -> str | None:
-    for pattern, what, remedy in _LIMITS:
+def _named(message: str, limits: Sequence[tuple[str, str, str | None]]) -> str | None:
+    for pattern, what, remedy in limits:
         found = re.search(pattern, message, re.DOTALL)
         if found is None:
             continue

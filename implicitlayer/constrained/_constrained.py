@@ -28,7 +28,7 @@ from implicitlayer.equation._capture import ClosedOver
 from implicitlayer.equation._flat import Reading, Signature, call_with, flat_function
 from implicitlayer.equation._residual import Attached, Residual
 from implicitlayer.layer._forward import Constraints
-from implicitlayer.layer._layer import ImplicitLayer, without_aux
+from implicitlayer.layer._layer import ImplicitLayer, Several, without_aux
 from implicitlayer.linear._operator import is_for_symmetric
 from implicitlayer.sets._term import expand_like, largest_of, resolve
 
@@ -177,8 +177,7 @@ class ProxLayer(ImplicitLayer):
 
         def read(x: Any, *theta: Any) -> Any:
             value = function(x, *theta)
-            resolve(self.terms, theta, self.terms_name).prox(x, 1.0, self.batch_dims)
-            return value
+            return Several((value, resolve(self.terms, theta, self.terms_name).prox(x, 1.0, self.batch_dims)))
 
         def read_far(x: Any, *theta: Any) -> Any:
             """The same with values in which the numbers of the constraint show: from far away on two sides."""

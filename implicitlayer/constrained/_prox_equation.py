@@ -153,6 +153,12 @@ class At(Attached):
     step: torch.Tensor
 
     @cached_property
+    def ends(self) -> tuple[list[torch.Tensor], None, str]:
+        """As for every run; its graph holds the slope too, so its edges are not those of one run."""
+        leaves, _, flaw = super().ends
+        return leaves, None, flaw
+
+    @cached_property
     def _steps(self) -> Leaves:
         return [expand_like(self.step, leaf) for leaf in self.points]
 

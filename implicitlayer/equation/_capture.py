@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -28,9 +29,12 @@ from implicitlayer.equation._state import (
     NUMBERS,
     NUMPY,
     FirstRun,
+    Reads,
     Run,
     Sources,
+    edges_into,
     inside_a_function,
+    is_constant,
     refuse_kept,
     refuse_numbers,
     refuse_numpy,
@@ -96,23 +100,19 @@ class ClosedOver(list[torch.Tensor]):
         stand = all(own is value and own.is_leaf and not own._backward_hooks for own, value in pairs)
         return list(self) if stand else []
 
-    def settle(self, met: set[int], read: int) -> None:
-        """Keep the constants that a second run has met; ``read``: the theta that it has read."""
+    def settle(self, met: set[int]) -> None:
+        """Keep the constants that a second run has met."""
         kept = tuple((tensor, version) for tensor, version in self.constants if id(tensor) in met)
         self.borrows |= len(kept) < len(self.constants)
         self.constants, self.settled = kept, True
+        if self.first is not None:
+            self.first.refuse_kept(met)
+
+    def confirm(self, theta: Sequence[torch.Tensor], edges: dict[int, int] | None) -> None:
+        """Check what the run at the solution reads of theta, by the edges of its graph; see NOTE [state]."""
         first, self.first = self.first, None  # it holds the arguments of the call
         if first is not None:
-            first.check(met, read)
-
-    def confirm(self, theta: Sequence[torch.Tensor], reached: Iterable[torch.Tensor]) -> None:
-        """The same of a run whose graph reaches these tensors, where nothing is to be watched."""
-        if self.first is None:
-            return
-        ids, read = {id(tensor) for tensor in reached}, 0
-        for tensor, bits in zip(theta, self.first.sources.bits[self.first.sources.num_x :], strict=False):
-            read |= bits if id(tensor) in ids else 0
-        self.settle(set(), read)
+            first.refuse_unread(None if edges is None else list(map(edges.get, map(id, theta), repeat(0))), self.draws)
 
     def refuse_changed(self, met: set[int] | None = None) -> None:
         """Raise if a constant has been changed in place, or is none of those that a later run has ``met``."""
@@ -147,7 +147,7 @@ def find_closed_over(
     draws = drawn_since(states, search.leaves)
     if check is not None:
         check(value)
-        if first.numbers and search.plain:
+        if first.numbers and not (search.plain and is_constant(value)):
             of = search if shown is None else _Search(shown, args, True)
             refuse_numbers(of.sources, first.numbers, value if shown is None else of.run()[1], of.run)
     found, constants = ClosedOver(), []
@@ -167,12 +167,15 @@ def find_closed_over(
         # from outside are the same (the first run's are alive, so no id is used twice).
         again = {id(tensor) for tensor in search.run()[0].outside}
         found[:] = [tensor for tensor in found if id(tensor) in again]
-    if search.plain and check is not None:
+    if check is not None:
+        reads = search.reads(first, value)
         del value  # and with it the graph: of what the run has made, the function's own is what lives on
-        found.first = FirstRun(search.sources, first.read, first.made_of_theta(), lambda: search.run()[0].read)
-        if found.first.made:  # something was kept: before the solver meets it, one more run tells whether it is read
-            second, _ = search.run()
-            found.first.check(set(second.known), second.read)
+        left = FirstRun(search.sources, reads, first.made_of_theta(), lambda: search.reads(*search.run()))
+        if left.made:  # something was kept: before the solver meets it, one more run tells whether it is read
+            second, value = search.run()
+            left.refuse_kept(set(second.known))
+            left.refuse_unread(search.reads(second, value).edges, draws)
+        found.first = left if search.plain else None  # no later run is compared where a transform is at work
     return found
 
 
@@ -197,22 +200,21 @@ class _Search:
 
     def run(self, shift: float = 0.0) -> tuple[_Finder, Any]:
         """What one run reads, and its value; ``shift``: the relative change of numbers taken out of theta."""
-        mark, given, aliases = Run(), list(self.everything), {}
+        mark, given = Run(), list(self.everything)
+        known: list[torch.Tensor] = []
         attached = []
         for i, leaf in enumerate(self.leaves):
             # a graph cannot save a tensor of inference mode
             source = leaf.clone() if leaf.is_inference() and not torch.is_inference_mode_enabled() else leaf
             if self.plain and (i < self.num_x or self.sources.bits[i]):
-                attached.append(source.detach().requires_grad_())
-                aliases[id(leaf)] = attached[-1]
+                known.append(source.detach().requires_grad_())
+                attached.append(known[-1])
             else:
-                aliases[id(leaf)] = source.view_as(source)
+                known.append(source.view_as(source))
+            given[self.places[i]] = known[-1]
         mark.marked(attached)
-        known = []
-        for place, leaf in zip(self.places, self.leaves, strict=True):
-            given[place] = aliases[id(leaf)]
-            known.append(given[place])
         finder = _Finder(known, self.sources.by_id(known), self.since, shift)
+        finder.plain, finder.given = self.plain, list(map(id, known[self.num_x :]))
         if self.checked:
             finder.touched = {*finder.bits, *map(id, known[: self.num_x])}
         if not self.plain:
@@ -224,6 +226,12 @@ class _Search:
                 return finder, self.function(*unflatten(given, self.spec))
         finally:
             mark.over = True
+
+    def reads(self, finder: _Finder, value: Any) -> Reads:
+        """What a run that gave ``value`` has read of theta."""
+        values = (value,) if isinstance(value, torch.Tensor) else _tensors_in((value,), [])
+        edges = edges_into(values, self.sources.start) if self.plain else {}
+        return Reads(finder.read, list(map(edges.get, finder.given, repeat(0))), finder.outside)
 
 
 def plainly_impossible() -> bool:
@@ -274,6 +282,8 @@ class _Finder(ReadingMode):
         self.attached: dict[int, torch.Tensor] = {}  # those from outside that have a graph and were not looked at
         self.known = dict(zip(map(id, known), known, strict=True))
         self.bits = bits
+        self.plain = True
+        self.given: Sequence[int] = ()  # ids of the stand-ins for theta
         self.touched: set[int] = set()  # what must not go to NumPy, and all that is made of it, detached or not
         self.read = 0
         self.numbers = 0
@@ -337,7 +347,8 @@ class _Finder(ReadingMode):
 
     def made_of_theta(self) -> list[tuple[weakref.ref[torch.Tensor], int]]:
         """The tensors that were made of theta and that others hold, and of which; they are held here no longer."""
-        made = [(weakref.ref(self.known[key]), bits) for key, bits in self.bits.items()]
+        own = set(map(id, self.outside))
+        made = [(weakref.ref(self.known[key]), bits) for key, bits in self.bits.items() if key not in own]
         self.known.clear()
         return [pair for pair in made if pair[0]() is not None]
 
@@ -347,6 +358,8 @@ class _Finder(ReadingMode):
             if tensor.grad_fn is not None or hasattr(tensor, "run_of_layer"):
                 self.attached[id(tensor)] = tensor
             self.outside.append(tensor)
+            if not self.plain and needs_derivative(tensor):  # what is made of it here has no graph that leads to it
+                self.bits[id(tensor)] = CLOSED_OVER
             self.versions.append(-1 if tensor.is_inference() else tensor._version)
             return
         inside = tensor

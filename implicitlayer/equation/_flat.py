@@ -192,13 +192,11 @@ class Reading:
     def __init__(self, closed: ClosedOver) -> None:
         self.closed = closed
         self.met: set[int] = set()
-        self.read = 0
         self.unmet: dict[int, tuple[int, ...]] | None = None
 
     def add(self, mode: _Substitute) -> Reading:
         """What one more run has read."""
         self.met |= mode.met
-        self.read |= mode.read
         last = self.unmet
         self.unmet = mode.unmet if last is None else {key: mode.unmet[key] for key in last if key in mode.unmet}
         return self
@@ -210,7 +208,7 @@ class Reading:
         if self.closed.settled:
             self.closed.refuse_changed(self.met)
         else:
-            self.closed.settle(self.met, self.read)
+            self.closed.settle(self.met)
         if self.unmet:
             raise ClosureError(
                 f"the objective no longer reads a closed-over tensor of shape {next(iter(self.unmet.values()))} that "
@@ -245,9 +243,8 @@ def call_with(
         return function(*args)
     if swaps and closed.checkpoints:
         raise _read_again(originals)
-    given = None if first is None or not watched else first.given(args)
     operations = {} if closed.checkpoints else PLAIN  # a checkpoint would run again without this mode
-    with _Substitute(originals, values, operations, given) as mode:
+    with _Substitute(originals, values, operations) as mode:
         result = function(*args)
     if reading is not None:
         reading.add(mode)
@@ -273,20 +270,11 @@ class _Substitute(ReadingMode):
         originals: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
         operations: dict[Any, Any],
-        given: dict[int, int] | None = None,
     ) -> None:
         super().__init__()
-        self.originals, self.operations, self.given = originals, operations, given or {}
+        self.originals, self.operations = originals, operations
         self.met: set[int] = set()  # ids of all that entered an operation; what is asked for here outlives the run
         self.values = {id(old): new for old, new in zip(originals, values, strict=True) if new is not old}
-
-    @property
-    def read(self) -> int:
-        """The bits of the arguments that were read."""
-        read = 0
-        for key, bits in self.given.items():
-            read |= bits if key in self.met else 0
-        return read
 
     @property
     def unmet(self) -> dict[int, tuple[int, ...]]:

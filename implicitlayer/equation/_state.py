@@ -2,12 +2,14 @@
 
 # NOTE [state]: the first run of an objective (the finder's) and every later one must read the same tensors. A function
 # that keeps what it has made of theta, in a cache, reads no theta later: its gradient would be zero in silence. So the
-# second run must not read a tensor that the first one made of a theta that needs a gradient, and must read every such
-# theta that the first one read. If it does not, one more run at the arguments of the first tells a cache from a branch
-# that depends on x. What is detached by hand is a constant by intention.
+# second run must not read a tensor that the first one made of a theta that needs a gradient. And the run at the
+# solution must read every such theta where the first one read it: its graph has no fewer edges into it. If it has, one
+# more run at the arguments of the first tells a cache from a branch that depends on x. What is detached by hand is a
+# constant by intention. Under a transform no graph shows what is read: only what the first run keeps is looked for.
 #
 # An error does not empty the cache: called once more, the function reads what it has kept and no theta from the start.
-# What it has kept has a graph that ends at the stand-ins for x and theta of that earlier run, so these carry a mark.
+# What it has kept has a graph that ends at the stand-ins for x and theta of that earlier run, so these carry a mark; or
+# it was made by a solver, of tensors without a graph: then the error marks it.
 #
 # NOTE [numbers]: .item() takes a number out of a tensor, and no gradient flows through it. A number for a log is
 # harmless. So the function is run again with such numbers changed a little: where its value changes, it uses them.
@@ -19,6 +21,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -29,7 +32,7 @@ from implicitlayer.base._surroundings import PLAINLY
 from implicitlayer.base._tree import flatten_with_names, is_data, tree_leaves
 from implicitlayer.equation._normalisation import NORMALISATIONS, wrong_third_derivative
 
-CLOSED_OVER = 1 << 62  # the bit of numbers that are not theta's
+CLOSED_OVER = 1  # the bit of what is not theta's
 _SHIFT = 2.0**-7
 _ROUNDINGS = 1e3  # in units of eps: changes of the value below this are rounding
 _LEAF = torch.zeros((), requires_grad=True)
@@ -77,6 +80,13 @@ class Run:
         return tensors
 
 
+def _kept(tensors: list[torch.Tensor]) -> None:
+    """Mark what a function has kept, so that it is known by it when the function is called again."""
+    run = Run()
+    run.over = True
+    run.marked(tensors)
+
+
 _MOST_NODES = 10_000  # a graph from outside is looked at so far: that of a cache is small
 
 
@@ -115,7 +125,7 @@ class Sources:
         """Those of ``(x, *theta)``, where x has ``num_x`` tensors; ``needed``: which of theta need a derivative."""
         bits = [0] * (num_x + len(needed))
         for i, need in enumerate(needed):
-            bits[num_x + i] = 1 << i if need else 0
+            bits[num_x + i] = 2 << i if need else 0
         with _torch.without_modes():  # no business of an enclosing finder's
             start = _number_of(_LEAF.view(()))  # of the first node that is made from now on
         return cls(bits, theta, start, num_x)
@@ -137,63 +147,94 @@ class Sources:
 
     def name(self, bits: int) -> str:
         """The first theta of those in ``bits``."""
+        bits &= ~CLOSED_OVER
+        if not bits:
+            return "a tensor that it closes over"
         pairs = zip(*flatten_with_names(self.theta, "theta"), strict=True)
-        return [name for leaf, name in pairs if is_data(leaf)][(bits & -bits).bit_length() - 1]
+        return [name for leaf, name in pairs if is_data(leaf)][(bits & -bits).bit_length() - 2]
+
+
+@dataclass(frozen=True, eq=False)
+class Reads:
+    """What one run reads of theta: the bits of what enters an operation, and the edges of its graph into each tensor.
+
+    ``outside``: the tensors from outside that it reads.
+    """
+
+    bits: int
+    edges: Sequence[int]
+    outside: Sequence[torch.Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class FirstRun:
-    """What the first run leaves for the second one to check; see NOTE [state].
+    """What the first run leaves for later ones to check; see NOTE [state].
 
     Attributes:
         sources: the arguments.
-        read: the bits of what was read.
+        reads: what was read.
         made: tensors that were made of theta and are the function's, as they are still alive, with the bits of their
             sources.
-        again: the bits of what one more run at the same arguments reads.
+        again: what one more run at the same arguments reads.
     """
 
     sources: Sources
-    read: int
+    reads: Reads
     made: Sequence[tuple[weakref.ref[torch.Tensor], int]]
-    again: Callable[[], int]
+    again: Callable[[], Reads]
 
-    def given(self, args: Sequence[Any]) -> dict[int, int]:
-        """The bits of the arguments of a later run, by id."""
-        return self.sources.by_id([leaf for leaf in tree_leaves(list(args)) if is_data(leaf)])
-
-    def check(self, met: set[int], read: int) -> None:
-        """Raise if the second run read what the first one had made, or no longer reads a theta."""
+    def refuse_kept(self, met: set[int]) -> None:
+        """Raise if a later run reads what the first one had made."""
         for ref, bits in self.made:
             tensor = ref()
             if tensor is not None and id(tensor) in met:
+                _kept([tensor])
                 raise ClosureError(
                     f"the objective reads a tensor of shape {tuple(tensor.shape)} that it made of "
                     f"{self.sources.name(bits)} in an earlier run and has kept (a cache): no gradient flows through "
                     "it. Compute it anew in every run, or compute it before the layer and pass it as one more theta."
                 )
-        missing = self.read & ~read
-        if missing and (missing := missing & ~self.again()):
+
+    def refuse_unread(self, edges: Sequence[int] | None, random: bool) -> None:
+        """Raise if a later run, whose graph has these edges into theta, reads less of it than the first."""
+        missing = -1 if edges is None else self._missing(self.reads.bits, edges, random)
+        if missing:
+            again = self.again()
+            missing &= self._missing(self.reads.bits & ~again.bits, again.edges, random)
+        if missing:
+            known = set(map(id, self.reads.outside))
+            _kept([tensor for tensor in again.outside if id(tensor) not in known])
             raise ClosureError(
-                f"the objective read {self.sources.name(missing)} when it was first run, and does not any longer: it "
-                "has kept something that it made of it (a cache), and the gradient would be zero without a word. "
-                "Compute it anew in every run, or compute it before the layer and pass it as one more theta."
+                f"the objective read {self.sources.name(missing)} when it was first run, and does not any longer, or "
+                "not everywhere: it has kept something that it made of it (a cache), and the gradient would miss that "
+                "without a word. Compute it anew in every run, or compute it before the layer and pass it as one more "
+                "theta."
             )
+
+    def _missing(self, read: int, edges: Sequence[int], random: bool) -> int:
+        """The bits of what was ``read`` at first and has no edge now, or fewer."""
+        missing = 0
+        for now, before, bit in zip(edges, self.reads.edges, self.sources.bits[self.sources.num_x :], strict=False):
+            if (not now and read & bit) or (now < before and not random):
+                missing |= bit
+        return missing
+
+
+def is_constant(value: Any) -> bool:
+    """Whether ``value`` is an objective's without any graph, which has an error of its own."""
+    return isinstance(value, torch.Tensor) and not (value.ndim or value.requires_grad)
 
 
 def refuse_numbers(sources: Sources, bits: int, value: Any, run: Callable[[float], tuple[Any, Any]]) -> None:
     """Raise if ``value`` depends on Python numbers that the function took out of theta; see NOTE [numbers]."""
-    if isinstance(value, torch.Tensor) and not (value.ndim or value.requires_grad):
-        return  # no graph at all, which has an error of its own
     finder, other = run(_SHIFT)
     same = finder.numbers == bits and not _differ(value, other)
     if same or (finder.numbers == bits and _differ(value, run(0.0)[1])):  # of a random function nothing is known
         return
-    name = "a tensor that it closes over" if bits == CLOSED_OVER else sources.name(bits & ~CLOSED_OVER)
     raise ClosureError(
-        f"the objective takes a Python number out of {name} (by .item(), float() or .tolist()) and computes with it: "
-        "no gradient flows through a number. Compute with the tensor itself; if it is meant to be a constant here, say "
-        "so by .detach()."
+        f"the objective takes a Python number out of {sources.name(bits)} (by .item(), float() or .tolist()) and "
+        "computes with it: no gradient flows through a number. Compute with the tensor itself; if it is meant to be a "
+        "constant here, say so by .detach()."
     )
 
 
@@ -223,8 +264,8 @@ def refuse_numpy(tensor: torch.Tensor) -> ClosureError:
 def _differ(value: Any, other: Any) -> bool:
     for a, b in zip(tree_leaves(value), tree_leaves(other), strict=True):
         if isinstance(a, torch.Tensor) and a.is_floating_point():
-            noise = _ROUNDINGS * torch.finfo(a.dtype).eps * a.detach().abs()
-            if bool(((a - b).detach().abs() > noise).any()):
+            a, b = _torch.innermost(a).detach(), _torch.innermost(b).detach()
+            if bool(((a - b).abs() > _ROUNDINGS * torch.finfo(a.dtype).eps * a.abs()).any()):
                 return True
     return False
 
@@ -298,22 +339,44 @@ def nodes_of(values: Sequence[torch.Tensor], most: int | None = None) -> list[An
     return found
 
 
+_GRAD_FN = attrgetter("grad_fn")
+_END: Any = type(_LEAF.view(()).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
+
+
+def edges_into(values: Sequence[torch.Tensor], start: int) -> dict[int, int]:
+    """How many edges of the graph of ``values`` end in each leaf, by id; nodes older than ``start`` are left out."""
+    found: list[Any] = list(filter(None, map(_GRAD_FN, values)))
+    seen, edges = set(found), dict[int, int]()
+    for node in found:  # which grows
+        for child, _ in node.next_functions:
+            if type(child) is _END:
+                edges[id(child.variable)] = edges.get(id(child.variable), 0) + 1
+            elif child is not None and child not in seen and child._sequence_nr() >= start:
+                seen.add(child)
+                found.append(child)
+    return edges
+
+
 def leaves_of(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The leaf tensors that the graph of ``values`` reaches."""
     return ends_of(values)[0]
 
 
-def ends_of(values: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], str]:
-    """The leaf tensors that the graph of ``values`` reaches, and what is wrong with its third derivative."""
+def ends_of(values: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], dict[int, int], str]:
+    """The leaves that the graph of ``values`` reaches, its edges into each by id, what its third derivative lacks."""
     leaves = [value for value in values if value.grad_fn is None and value.requires_grad]
-    flaw = ""
+    edges, flaw = dict[int, int](), ""
     for node in nodes_of(values):
         kind = type(node)
+        if kind is _END:
+            leaves.append(node.variable)
+            continue
+        for child, _ in node.next_functions:
+            if type(child) is _END:
+                edges[id(child.variable)] = edges.get(id(child.variable), 0) + 1
         function = getattr(kind, "_forward_cls", None)
         if function is not None:
             _refuse_once_differentiable(function)
-        elif kind.__name__ == "AccumulateGrad":
-            leaves.append(node.variable)
         elif kind.__name__.rstrip("0123456789") in NORMALISATIONS:
             flaw = flaw or wrong_third_derivative(node)
-    return leaves, flaw
+    return leaves, edges, flaw

@@ -22,6 +22,7 @@ from implicitlayer.equation._capture import (
     derivatives_possible,
     find_closed_over,
     needing,
+    plainly_impossible,
 )
 from implicitlayer.equation._certificate import Assumptions
 from implicitlayer.equation._flat import Signature, flat_function, flat_parts, like_x
@@ -169,6 +170,7 @@ class ImplicitLayer(CopiesFunctions):
         """What the function reads from outside; it is run for this, and errors in it or in its value are told first."""
 
         def check(value: Any) -> None:
+            value = value[0] if isinstance(value, Several) else value
             if self.kind == "argmin":
                 check_value(value, x[0].shape[: self.batch_dims], self.batch_dims > 0)
             else:
@@ -178,7 +180,7 @@ class ImplicitLayer(CopiesFunctions):
         try:
             hidden = find_closed_over(function, args, check, shown)
         except Exception as error:
-            name_limit(error)
+            name_limit(error, transformed=plainly_impossible())
             tell_arguments(error, self.function, args[0], args[1:])
             raise
         _refuse_not_differentiated([*signature.leaves, *hidden])
@@ -216,6 +218,10 @@ class ImplicitLayer(CopiesFunctions):
             parts=flat_parts(self.function, x_spec, signature, hidden, self.batch_dims),
         )
         return function, residual, None
+
+
+class Several(tuple[Any, ...]):
+    """The value of a layer's function, and what else its equation reads."""
 
 
 def _minus_identity(function: FlatFunction) -> FlatFunction:

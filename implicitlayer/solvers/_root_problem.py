@@ -43,11 +43,21 @@ class RootProblem:
                 f"dimensions, got shapes {[tuple(leaf.shape) for leaf in self._like]}."
             )
         self.start = ravel(self._like, self.lane_dims).clone()
+        self._takes_derivatives = False
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The function's value, detached, [*lanes, n]."""
-        with torch.enable_grad():  # it may use autograd inside
-            leaves = self._leaves(unravel(x, self._like, self.lane_dims), [])
+        points = unravel(x, self._like, self.lane_dims)
+        if self._takes_derivatives:
+            points = [leaf.detach().requires_grad_() for leaf in points]
+        try:
+            with torch.enable_grad():
+                leaves = self._leaves(points, [])
+        except RuntimeError as error:  # of torch.autograd.grad in x, which needs a graph that reaches it
+            if self._takes_derivatives or "does not require grad" not in str(error):
+                raise
+            self._takes_derivatives = True
+            return self(x)
         return ravel([leaf.detach() for leaf in leaves], self.lane_dims)
 
     def _leaves(self, x: Leaves, _: Leaves) -> Leaves:

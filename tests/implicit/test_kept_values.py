@@ -1,0 +1,203 @@
+"""Numbers and caches that an objective makes of theta: under any transform, in any layer, from any evaluation on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.autograd.forward_ad as fwd
+from torch import Tensor
+
+import implicitlayer as il
+
+F64 = torch.float64
+T = torch.tensor([0.5, 2.0], dtype=F64)
+ZEROS = torch.zeros(2, dtype=F64)
+Layer = Callable[[Tensor], Tensor]
+
+
+def dual(layer: Layer) -> Tensor:
+    with fwd.dual_level():
+        return fwd.unpack_dual(layer(fwd.make_dual(T, torch.ones_like(T)))).tangent
+
+
+def summed(layer: Layer) -> Callable[[Tensor], Tensor]:
+    return lambda t: layer(t).sum()
+
+
+# each with its value for x = t ** 2
+TRANSFORMS: dict[str, tuple[Callable[[Layer], Tensor], Tensor]] = {
+    "grad": (lambda layer: torch.func.grad(summed(layer))(T), 2 * T),
+    "jacrev": (lambda layer: torch.func.jacrev(layer)(T), torch.diag(2 * T)),
+    "jacfwd": (lambda layer: torch.func.jacfwd(layer)(T), torch.diag(2 * T)),
+    "jvp": (lambda layer: torch.func.jvp(layer, (T,), (torch.ones_like(T),))[1], 2 * T),
+    "hessian": (lambda layer: torch.func.hessian(summed(layer))(T), 2 * torch.eye(2, dtype=F64)),
+    "dual numbers": (dual, 2 * T),
+    "vmap": (lambda layer: torch.vmap(layer)(T.expand(3, 2)), (T**2).expand(3, 2)),
+    "vmap of grad": (lambda layer: torch.vmap(torch.func.grad(summed(layer)))(T.expand(3, 2)), (2 * T).expand(3, 2)),
+}
+NUMBERS = [name for name in TRANSFORMS if "vmap" not in name]  # there torch has no numbers
+
+
+def layer_of(objective: Callable[[Tensor, Tensor], Tensor], given: str) -> Layer:
+    if given == "theta":
+        return lambda t: il.argmin(objective, il.solvers.NewtonCG())(ZEROS, t)
+    return lambda t: il.argmin(lambda x: objective(x, t), il.solvers.NewtonCG())(ZEROS)
+
+
+@pytest.mark.parametrize("given", ["theta", "closed over"])
+@pytest.mark.parametrize("transform", NUMBERS)
+def test_a_number_taken_out_of_theta_is_refused_under_a_transform_too(transform: str, given: str) -> None:
+    layer = layer_of(lambda x, t: ((x - t.sum().item() * t) ** 2).sum(), given)
+    with pytest.raises(il.ClosureError, match=r"takes a Python number out of"):
+        TRANSFORMS[transform][0](layer)
+
+
+@pytest.mark.parametrize("given", ["theta", "closed over"])
+@pytest.mark.parametrize("transform", NUMBERS)
+def test_a_number_for_a_log_is_fine_under_a_transform(transform: str, given: str) -> None:
+    log: list[float] = []
+
+    def objective(x: Tensor, t: Tensor) -> Tensor:
+        log.append(t.sum().item())
+        return ((x - t**2) ** 2).sum()
+
+    compute, expected = TRANSFORMS[transform]
+    # a quadratic is solved to rounding by one Newton step
+    torch.testing.assert_close(compute(layer_of(objective, given)), expected, rtol=1e-12, atol=1e-12)
+    assert log
+
+
+@pytest.mark.parametrize("given", ["theta", "closed over"])
+@pytest.mark.parametrize("transform", [name for name in TRANSFORMS if "vmap" in name])
+def test_a_number_under_vmap_is_an_error_that_says_so(transform: str, given: str) -> None:
+    layer = layer_of(lambda x, t: ((x - t.sum().item() * t) ** 2).sum(), given)
+    with pytest.raises(il.ObjectiveError, match=r"Python number of a tensor.*under vmap"):
+        TRANSFORMS[transform][0](layer)
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("given", ["theta", "closed over"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_cache_is_refused_under_a_transform_too(transform: str, given: str, beside: bool) -> None:
+    cache: list[Tensor] = []
+
+    def objective(x: Tensor, t: Tensor) -> Tensor:
+        if not cache:
+            cache.append(t**2)
+        return ((x - cache[0]) ** 2).sum() + (((x - t) ** 2).sum() if beside else 0)
+
+    with pytest.raises(il.ClosureError, match=r"cache|no longer reads"):
+        TRANSFORMS[transform][0](layer_of(objective, given))
+
+
+Square = Callable[[Tensor], Tensor]
+SLSQP = il.solvers.SciPyMinimize("SLSQP")
+BOXED = il.solvers.SciPyMinimize("L-BFGS-B")
+# x for t = 3, in which every layer reads t in two places; the derivative of its sum is in the second column
+LAYERS: dict[str, tuple[Callable[[Square], Any], float]] = {
+    # x - t^2 + x - t = 0
+    "argmin": (
+        lambda k: il.argmin(lambda x, t: ((x - k(t)) ** 2 + (x - t) ** 2).sum(), il.solvers.GradientDescent(0.2)),
+        7.0,
+    ),
+    "root": (lambda k: il.root(lambda x, t: x - k(t) - t, il.solvers.Newton()), 14.0),
+    "fixed_point": (lambda k: il.fixed_point(lambda x, t: 0.5 * x + k(t) + t, il.solvers.AndersonAcceleration()), 28.0),
+    # the nearest point to t (1, 1) with sum t^2
+    "equality": (
+        lambda k: il.constrained_argmin(lambda x, t: ((x - t) ** 2).sum(), SLSQP, equality=lambda x, t: x.sum() - k(t)),
+        6.0,
+    ),
+    "inequality": (
+        lambda k: il.constrained_argmin(
+            lambda x, t: ((x + t) ** 2).sum(), SLSQP, inequality=lambda x, t: k(t) - x.sum()
+        ),
+        6.0,
+    ),
+    # both entries at the upper bound t^2 / 30
+    "a set": (
+        lambda k: il.argmin(
+            lambda x, t: ((x - t) ** 2).sum(), BOXED, constraint=lambda t: il.sets.Box(-k(t) / 30, k(t) / 30)
+        ),
+        0.4,
+    ),
+}
+
+
+@pytest.mark.parametrize("begin", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_cache_beside_another_use_of_theta_never_gives_a_wrong_gradient(name: str, begin: int) -> None:
+    cache: list[Tensor] = []
+    count = 0
+
+    def kept(t: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        if cache:
+            return cache[0]
+        value = t * t
+        if count >= begin:
+            cache.append(value)
+        return value
+
+    make, expected = LAYERS[name]
+    refused = 0
+    for square in (lambda t: t * t, kept, kept):
+        t = torch.tensor(3.0, dtype=F64, requires_grad=True)
+        try:
+            x = make(square)(ZEROS, t)
+        except il.ClosureError:
+            refused += 1
+            continue
+        # solvers stop within 1e-6 of the solution
+        assert torch.autograd.grad(x.sum(), t)[0].item() == pytest.approx(expected, rel=1e-5)
+    assert refused > 0
+
+
+def test_a_term_that_is_read_on_one_side_of_a_branch_is_no_cache() -> None:
+    def objective(x: Tensor, t: Tensor) -> Tensor:
+        return (
+            ((x - t) ** 2).sum() + (t * x**2).sum() * (1.0 if x.sum() < 1 else 0.0)
+            if x.sum() < 1
+            else ((x - t) ** 2).sum()
+        )
+
+    t = torch.tensor([3.0, 4.0], dtype=F64, requires_grad=True)
+    x = il.argmin(objective, lambda f, x, t: t.clone())(ZEROS, t)
+    torch.testing.assert_close(torch.autograd.grad(x.sum(), t)[0], torch.ones(2, dtype=F64), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("solver", [il.solvers.Newton(), il.solvers.Broyden(), il.solvers.AndersonAcceleration()])
+def test_the_function_of_a_root_may_take_a_derivative_by_autograd(solver: Any) -> None:
+    def slope(x: Tensor, t: Tensor) -> Tensor:
+        energy = ((x - t) ** 2).sum() / 2 + (x**4).sum() / 4
+        return torch.autograd.grad(energy, x, create_graph=True)[0]
+
+    t = T.clone().requires_grad_()
+    if isinstance(solver, il.solvers.AndersonAcceleration):
+        x = il.fixed_point(lambda x, t: x - 0.1 * slope(x, t), solver)(ZEROS, t)
+    else:
+        x = il.root(slope, solver)(ZEROS, t)
+    # x + x^3 = t; the solvers stop at 1e-12 of the first residual
+    torch.testing.assert_close((x + x**3).detach(), T, rtol=1e-10, atol=0)
+    expected = 1 / (1 + 3 * x.detach() ** 2)
+    torch.testing.assert_close(torch.autograd.grad(x.sum(), t)[0], expected, rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_autograd_inside_a_function_under_a_transform_is_named_with_a_remedy(transform: str) -> None:
+    def objective(x: Tensor, t: Tensor) -> Tensor:
+        return torch.autograd.grad(((x - t) ** 2).sum(), x, create_graph=True)[0].square().sum()
+
+    with pytest.raises(il.ObjectiveError, match=r"torch\.autograd\.grad.*under a transform.*torch\.func\.grad"):
+        TRANSFORMS[transform][0](layer_of(objective, "theta"))
+
+
+@pytest.mark.parametrize("transform", ["jacfwd", "jvp", "hessian", "dual numbers"])
+def test_sparse_data_under_forward_mode_are_named_with_a_remedy(transform: str) -> None:
+    data = torch.eye(2, dtype=F64).to_sparse()
+    layer = layer_of(lambda x, t: ((data @ x - t) ** 2).sum(), "theta")
+    with pytest.raises(il.ObjectiveError, match=r"sparse tensor under forward mode.*to_dense"):
+        TRANSFORMS[transform][0](layer)
