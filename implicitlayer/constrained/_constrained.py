@@ -11,8 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -28,13 +27,12 @@ from implicitlayer.equation._capture import ClosedOver
 from implicitlayer.equation._flat import Reading, Signature, call_with, flat_function
 from implicitlayer.equation._residual import Attached, Residual
 from implicitlayer.layer._forward import Constraints
-from implicitlayer.layer._layer import ImplicitLayer, Several, without_aux
+from implicitlayer.layer._layer import ImplicitLayer, without_aux
 from implicitlayer.linear._operator import is_for_symmetric
 from implicitlayer.sets._term import expand_like, largest_of, resolve
 
 __all__ = ["ProxLayer"]
 
-_FAR = 10.0, -10.0, 1e3, -1e3  # beyond what a set holds, and near enough for what a regulariser takes away
 _NEAR = 1e-3  # ||F|| over the size of x and eta grad f, above which an answer is no solution
 _ROUNDINGS = 4  # of x - eta grad f (the data, a product, a sum), in units of eps of its largest entry
 
@@ -64,6 +62,8 @@ class ProxLayer(ImplicitLayer):
     terms: Any = None
     terms_name: str = "constraint"
     step_size: float | None = None
+
+    reads_more: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -177,16 +177,9 @@ class ProxLayer(ImplicitLayer):
 
         def read(x: Any, *theta: Any) -> Any:
             value = function(x, *theta)
-            return Several((value, resolve(self.terms, theta, self.terms_name).prox(x, 1.0, self.batch_dims)))
+            return [value, resolve(self.terms, theta, self.terms_name).prox(x, 1.0, self.batch_dims)]
 
-        def read_far(x: Any, *theta: Any) -> Any:
-            """The same with values in which the numbers of the constraint show: from far away on two sides."""
-            prox = resolve(self.terms, theta, self.terms_name).prox
-            sizes = tree_map(lambda t: 1 + t.detach().abs(), x)
-            points = [tree_map(partial(torch.mul, far), sizes) for far in _FAR]
-            return function(x, *theta), [prox(point, 1.0, self.batch_dims) for point in points]
-
-        return read, read_far
+        return read, None
 
     def _judge(self, found: ActiveSet, on_failure: OnFailure, limited: bool) -> None:
         """An answer outside of the set is an error; one at a kink, or with the wrong curvature, a warning."""

@@ -149,7 +149,7 @@ def find_closed_over(
         check(value)
         if first.numbers and not (search.plain and is_constant(value)):
             of = search if shown is None else _Search(shown, args, True)
-            refuse_numbers(of.sources, first.numbers, value if shown is None else of.run()[1], of.run)
+            refuse_numbers(of.sources, first.numbers, of.run)
     found, constants = ClosedOver(), []
     for tensor, need in zip(first.outside, needing(first.outside) if first.outside else (), strict=True):
         if need:
@@ -198,14 +198,19 @@ class _Search:
         self.sources = Sources.of(args[1:], self.num_x, self.needed)
         self.since = Run()
 
-    def run(self, shift: float = 0.0) -> tuple[_Finder, Any]:
-        """What one run reads, and its value; ``shift``: the relative change of numbers taken out of theta."""
+    def run(self, shift: float = 0.0, move: float = 0.0) -> tuple[_Finder, Any]:
+        """What one run reads, and its value.
+
+        ``shift``: the relative change of numbers taken out of theta; ``move``: its distance in units of 1 + |x|.
+        """
         mark, given = Run(), list(self.everything)
         known: list[torch.Tensor] = []
         attached = []
         for i, leaf in enumerate(self.leaves):
             # a graph cannot save a tensor of inference mode
             source = leaf.clone() if leaf.is_inference() and not torch.is_inference_mode_enabled() else leaf
+            if move and i < self.num_x:
+                source = moved(source, move)
             if self.plain and (i < self.num_x or self.sources.bits[i]):
                 known.append(source.detach().requires_grad_())
                 attached.append(known[-1])
@@ -232,6 +237,12 @@ class _Search:
         values = (value,) if isinstance(value, torch.Tensor) else _tensors_in((value,), [])
         edges = edges_into(values, self.sources.start) if self.plain else {}
         return Reads(finder.read, list(map(edges.get, finder.given, repeat(0))), finder.outside)
+
+
+def moved(x: torch.Tensor, far: float) -> torch.Tensor:
+    """x + far (1 + |x|), by another factor between 3/4 and 5/4 in every entry."""
+    factors = 1 + 0.25 * torch.arange(x.numel(), dtype=x.dtype, device=x.device).cos().reshape(x.shape)
+    return x.detach() + far * factors * (1 + x.detach().abs())
 
 
 def plainly_impossible() -> bool:

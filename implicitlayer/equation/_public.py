@@ -12,10 +12,10 @@ from implicitlayer.base._surroundings import outside_compiled_code, plain_surrou
 from implicitlayer.base._tree import TreeSpec, flatten, leaves_in_order, ravel, unflatten, unravel
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.equation._capture import find_closed_over
-from implicitlayer.equation._flat import Signature, flat_function, flat_parts
+from implicitlayer.equation._flat import Signature, flat_function, flat_parts, like_x
 from implicitlayer.equation._jacobian import Curvature, Jacobian, OperatorFamily
 from implicitlayer.equation._repair import POLICIES, NegativeCurvature
-from implicitlayer.equation._residual import Residual, pullback
+from implicitlayer.equation._residual import Residual, check_value, pullback
 from implicitlayer.equation._solve import Settings, SolveSpec, solve
 from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.linear._operator import FlatOperator, is_for_symmetric
@@ -89,7 +89,8 @@ def hessian_operator(
         [3.0, 6.0]
     """
     leaves, x_spec = flatten(x)
-    hidden = find_closed_over(objective, (x, *theta))
+    hidden = find_closed_over(objective, (x, *theta), lambda value: check_value(value, torch.Size(), False))
+    hidden.first = None  # there is no solution, whose run would be compared
     signature = Signature.of(theta)
     residual = Residual(
         flat_function(objective, x_spec, signature, hidden, True),
@@ -223,7 +224,8 @@ def linear_solve(
             )
         family, parameters = _LinearFunction(_matrix_product, like, symmetric=symmetric), [operator]
     else:
-        hidden = find_closed_over(operator, (rhs, *tensors))
+        hidden = find_closed_over(operator, (rhs, *tensors), lambda value: like_x(value, leaves, spec))
+        hidden.first = None  # as above
         signature = Signature.of(tensors)
         parameters = [*signature.tensors, *hidden]
         family = _LinearFunction(flat_function(operator, spec, signature, hidden, False), like, symmetric=symmetric)

@@ -12,7 +12,8 @@
 # it was made by a solver, of tensors without a graph: then the error marks it.
 #
 # NOTE [numbers]: .item() takes a number out of a tensor, and no gradient flows through it. A number for a log is
-# harmless. So the function is run again with such numbers changed a little: where its value changes, it uses them.
+# harmless. So the function is run again with such numbers changed a little: where its value changes, it uses them. At
+# init that may not show (x = 0 hides a strength, a point of a set hides its borders): it is tried near and far as well.
 
 from __future__ import annotations
 
@@ -34,6 +35,7 @@ from implicitlayer.equation._normalisation import NORMALISATIONS, wrong_third_de
 
 CLOSED_OVER = 1  # the bit of what is not theta's
 _SHIFT = 2.0**-7
+_MOVES = 0.0, 0.0625, 10.0, -10.0, 1e3, -1e3  # beyond what a set holds, near enough for what a regulariser takes away
 _ROUNDINGS = 1e3  # in units of eps: changes of the value below this are rounding
 _LEAF = torch.zeros((), requires_grad=True)
 
@@ -225,17 +227,32 @@ def is_constant(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and not (value.ndim or value.requires_grad)
 
 
-def refuse_numbers(sources: Sources, bits: int, value: Any, run: Callable[[float], tuple[Any, Any]]) -> None:
-    """Raise if ``value`` depends on Python numbers that the function took out of theta; see NOTE [numbers]."""
-    finder, other = run(_SHIFT)
-    same = finder.numbers == bits and not _differ(value, other)
-    if same or (finder.numbers == bits and _differ(value, run(0.0)[1])):  # of a random function nothing is known
+def refuse_numbers(sources: Sources, bits: int, run: Callable[[float, float], tuple[Any, Any]]) -> None:
+    """Raise if the function depends on Python numbers that it took out of theta; see NOTE [numbers].
+
+    ``run(shift, move)``: what it reads and its value, with numbers changed by ``shift``, at ``move`` from x.
+    """
+    if not any(_depends_on_numbers(run, move) for move in _MOVES):
         return
     raise ClosureError(
         f"the objective takes a Python number out of {sources.name(bits)} (by .item(), float() or .tolist()) and "
         "computes with it: no gradient flows through a number. Compute with the tensor itself; if it is meant to be a "
         "constant here, say so by .detach()."
     )
+
+
+def _depends_on_numbers(run: Callable[[float, float], tuple[Any, Any]], move: float) -> bool:
+    try:
+        finder, value = run(0.0, move)
+        shifted, other = run(_SHIFT, move)
+        if shifted.numbers == finder.numbers and not _differ(value, other):
+            return False
+        # of a random function nothing is known
+        return shifted.numbers != finder.numbers or not _differ(value, run(0.0, move)[1])
+    except Exception:
+        if move:  # it need not be defined there
+            return False
+        raise
 
 
 def inside_a_function(begin: Callable[..., Any]) -> bool:

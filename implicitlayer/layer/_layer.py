@@ -63,6 +63,7 @@ class ImplicitLayer(CopiesFunctions):
     assumptions: Assumptions | None = None
 
     own_function: ClassVar[bool] = False  # the function is the library's: it closes over nothing, and is not searched
+    reads_more: ClassVar[bool] = False  # what is run to find closed-over tensors returns more than the value
 
     def __post_init__(self) -> None:
         self.records: list[Record] = []
@@ -170,7 +171,7 @@ class ImplicitLayer(CopiesFunctions):
         """What the function reads from outside; it is run for this, and errors in it or in its value are told first."""
 
         def check(value: Any) -> None:
-            value = value[0] if isinstance(value, Several) else value
+            value = value[0] if self.reads_more else value
             if self.kind == "argmin":
                 check_value(value, x[0].shape[: self.batch_dims], self.batch_dims > 0)
             else:
@@ -218,10 +219,6 @@ class ImplicitLayer(CopiesFunctions):
             parts=flat_parts(self.function, x_spec, signature, hidden, self.batch_dims),
         )
         return function, residual, None
-
-
-class Several(tuple[Any, ...]):
-    """The value of a layer's function, and what else its equation reads."""
 
 
 def _minus_identity(function: FlatFunction) -> FlatFunction:

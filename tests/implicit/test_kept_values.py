@@ -201,3 +201,78 @@ def test_sparse_data_under_forward_mode_are_named_with_a_remedy(transform: str) 
     layer = layer_of(lambda x, t: ((data @ x - t) ** 2).sum(), "theta")
     with pytest.raises(il.ObjectiveError, match=r"sparse tensor under forward mode.*to_dense"):
         TRANSFORMS[transform][0](layer)
+
+
+def number_of(u: Tensor, a: Tensor) -> Tensor:
+    return (a**2).item() * u
+
+
+def cached_of() -> Callable[[Tensor, Tensor], Tensor]:
+    cache: list[Tensor] = []
+
+    def product(u: Tensor, a: Tensor) -> Tensor:
+        if not cache:
+            cache.append(a**2)
+        return cache[0] * u
+
+    return product
+
+
+def test_an_operator_of_linear_solve_keeps_to_the_same_rules() -> None:
+    a = torch.tensor(2.0, dtype=F64, requires_grad=True)
+    with pytest.raises(il.ClosureError, match=r"takes a Python number out of theta\[0\]"):
+        il.linear_solve(number_of, T, None, a)
+    with pytest.raises(il.ClosureError, match=r"takes a Python number out of a tensor that it closes over"):
+        il.linear_solve(lambda u: number_of(u, a), T)
+    with pytest.raises(il.ClosureError, match=r"made of theta\[0\].*a cache"):
+        il.linear_solve(cached_of(), T, None, a)
+    with pytest.raises(il.ClosureError, match=r"takes a Python number out of theta\[0\]"):
+        il.hessian_operator(lambda x, a: a.item() * (x**2).sum(), ZEROS, a)
+
+
+def test_an_operator_that_logs_a_number_is_solved() -> None:
+    log: list[float] = []
+    a = torch.tensor(2.0, dtype=F64, requires_grad=True)
+
+    def product(u: Tensor, a: Tensor) -> Tensor:
+        log.append(a.item())
+        return a**2 * u
+
+    u = il.linear_solve(product, T, None, a)
+    # u = T / a^2
+    assert torch.autograd.grad(u.sum(), a)[0].item() == pytest.approx(-2 * T.sum().item() / 8, rel=1e-12)
+    assert log
+
+
+@pytest.mark.parametrize("transform", [None, "grad", "jacfwd"])
+@pytest.mark.parametrize("given", ["theta", "closed over"])
+@pytest.mark.parametrize("number", ["strength", "border", "root", "set", "inequality", "equality"])
+def test_a_number_that_does_not_show_at_init_is_refused(number: str, given: str, transform: str | None) -> None:
+    """At x = 0 a strength has no effect, inside of its borders a set has none, nor has a penalty of what is outside."""
+    newton = il.solvers.NewtonCG()
+    pull = lambda x: ((x - 1) ** 2).sum()  # noqa: E731
+    makers: dict[str, Callable[[Callable[[], Tensor]], Any]] = {
+        "strength": lambda t: il.argmin(lambda x, *_: pull(x) + t(*_).sum().item() * (x**2).sum(), newton),
+        "border": lambda t: il.argmin(
+            lambda x, *_: pull(x) + ((x - t(*_).sum().item()).clamp(min=0) ** 2).sum(), newton
+        ),
+        "root": lambda t: il.root(lambda x, *_: x - 1 + t(*_).sum().item() * x, il.solvers.Newton()),
+        "set": lambda t: il.argmin(
+            lambda x, *_: pull(x), BOXED, constraint=lambda *_: il.sets.Box(-1.0, t(*_).sum().item() / 10)
+        ),
+        "inequality": lambda t: il.constrained_argmin(
+            lambda x, *_: pull(x), SLSQP, inequality=lambda x, *_: t(*_).sum().item() * x - 1
+        ),
+        "equality": lambda t: il.constrained_argmin(
+            lambda x, *_: pull(x), SLSQP, equality=lambda x, *_: t(*_).sum().item() * x.sum()
+        ),
+    }
+
+    def layer(t: Tensor) -> Tensor:
+        if given == "theta":
+            return makers[number](lambda *args: args[0])(ZEROS, t)
+        return makers[number](lambda *_: t)(ZEROS)
+
+    compute = TRANSFORMS[transform][0] if transform else lambda f: f(T.clone().requires_grad_())
+    with pytest.raises(il.ClosureError, match=r"takes a Python number out of"):
+        compute(layer)
