@@ -1,9 +1,9 @@
-"""``il.from_cvxpy``: a problem of CVXPY that is a quadratic program, as a layer."""
+"""``il.from_cvxpy``: a problem of CVXPY that is a quadratic program, or one over cones, as a layer."""
 
 # NOTE [parameters]: for a problem that follows CVXPY's rules of parametrised programming (DPP), the data of its
 # canonical form  minimise 1/2 x'Px + q'x,  A_0 x + b_0 = 0,  A_1 x + b_1 >= 0  are affine functions of its parameters.
 # CVXPY keeps them as sparse matrices that act on the vector of all parameters, each in column order, and a one. They
-# are applied here in torch: the rest is il.qp.
+# are applied here in torch: the rest is il.qp. With A_1 x + b_1 in a product of cones it is a cone program.
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from typing import Any
 import torch
 
 from implicitlayer import _torch
+from implicitlayer.constrained._conic import cone_program
 from implicitlayer.constrained._qp import qp
 from implicitlayer.constrained._qp_sparse import Entries
+from implicitlayer.programs._cones import Cones
 
 __all__ = ["CvxpyLayer", "from_cvxpy"]
 
 _LARGE = 300  # unknowns from which on a single program is faster with sparse matrices
 _SETTINGS = {"solver", "linear_solver", "on_failure", "active_rtol", "at_kink"}
-_CONES = {"soc": "second-order", "exp": "exponential", "psd": "semidefinite", "p3d": "power", "pnd": "power"}
+_CONES = {"exp": "exponential", "p3d": "power", "pnd": "power"}  # without a derivative here
 
 
 def from_cvxpy(problem: Any, parameters: Sequence[Any], variables: Sequence[Any], **settings: Any) -> CvxpyLayer:
@@ -59,19 +61,19 @@ def from_cvxpy(problem: Any, parameters: Sequence[Any], variables: Sequence[Any]
     # a variable with an attribute is replaced by others; a plain copy is not
     copies = [v if not _attributes(v) else cp.Variable(v.shape) for v in variables]
     equal = [copy == v for copy, v in zip(copies, variables, strict=True) if copy is not v]
+    whole = cp.Problem(problem.objective, [*problem.constraints, *equal])
     try:
-        data = cp.Problem(problem.objective, [*problem.constraints, *equal]).get_problem_data(cp.OSQP)[0]
+        return CvxpyLayer(whole.get_problem_data(cp.OSQP)[0]["param_prob"], parameters, copies, settings)
     except cp.error.SolverError as error:
-        raise ValueError(
-            f"the problem is no quadratic program: CVXPY needs {_cones(cp, problem)} for it. il.qp has linear "
-            "constraints and a quadratic objective; squares (cp.sum_squares) in place of norms may do, or take "
-            "CVXPYlayers, or CVXPY as the solver of il.constrained_argmin."
-        ) from error
-    return CvxpyLayer(data["param_prob"], parameters, copies, settings)
+        program = _cone_program(cp, whole, error)
+    own = sorted(set(settings) & {"solver", "at_kink"})
+    if own:
+        raise TypeError(f"settings {own} are those of quadratic programs; this problem has cones. Leave them out.")
+    return CvxpyLayer(program, parameters, copies, settings)
 
 
 class CvxpyLayer(torch.nn.Module):
-    """A quadratic program of CVXPY as a layer; made by :func:`from_cvxpy`."""
+    """A quadratic program of CVXPY, or one over cones, as a layer; made by :func:`from_cvxpy`."""
 
     def __init__(
         self, program: Any, parameters: Sequence[Any], variables: Sequence[Any], settings: dict[str, Any]
@@ -83,9 +85,11 @@ class CvxpyLayer(torch.nn.Module):
         order, at = program.param_id_to_col, program.var_id_to_col
         self._order = sorted(range(len(parameters)), key=lambda i: order[parameters[i].id])
         self._variables = [(at[v.id], v.size, v.shape) for v in variables]
-        n, e = program.x.size, program.cone_dims.zero
+        n, e, dims = program.x.size, program.cone_dims.zero, program.cone_dims
+        self._cones = Cones(dims.nonneg, tuple(dims.soc), tuple(dims.psd))
         m, num = program.A.shape[0] // (n + 1), program.q.shape[1]
-        self._large = n >= _LARGE
+        self._conic = bool(dims.soc or dims.psd)
+        self._large = n >= _LARGE and not self._conic
         entries = {name: _entries(getattr(program, name), n if name == "P" else m) for name in ("P", "A")}
         (i, j, values, k), of_q = entries["A"], _entries(program.q, n + 1)
         first = i < e
@@ -107,7 +111,13 @@ class CvxpyLayer(torch.nn.Module):
         sparse = self._large and not batch and not _torch.transforms_active() and vector.device.type == "cpu"
         matrices = {name: getattr(self, name)(vector, sparse) for name in ("Q", "A", "G")}
         vectors = {name: getattr(self, name)(vector, False)[..., 0] for name in ("p", "b", "h")}
-        x = qp(**matrices, **vectors, **self._settings)
+        if self._conic:
+            data = (matrices["Q"], vectors["p"], matrices["A"], vectors["b"], matrices["G"], vectors["h"])
+            derivative = vector.requires_grad or _torch.transforms_active()
+            settings = {"on_failure": "warn", "active_rtol": 1e-8, "linear_solver": None, **self._settings}
+            x = cone_program(data, self._cones, derivative=derivative, **settings)
+        else:
+            x = qp(**matrices, **vectors, **self._settings)
         # CVXPY's vectors are in column order
         parts = [
             x[..., start : start + size].reshape((*batch, *reversed(shape))) for start, size, shape in self._variables
@@ -260,11 +270,19 @@ def _check(problem: Any, parameters: Sequence[Any], variables: Sequence[Any]) ->
         )
 
 
-def _cones(cp: Any, problem: Any) -> str:
-    """Which cones a problem needs that are not linear, in words."""
+def _cone_program(cp: Any, problem: Any, error: Exception) -> Any:
+    """The program over cones that are known here; an error that names the others."""
+    if "CLARABEL" not in cp.installed_solvers():
+        raise ImportError("il.from_cvxpy needs clarabel for cones: pip install 'implicitlayer[solvers]'.") from error
     try:
-        dims = problem.get_problem_data(cp.CLARABEL)[0]["dims"]
-    except (cp.error.SolverError, KeyError):
-        return "cones that are not linear"
-    names = dict.fromkeys(word for name, word in _CONES.items() if getattr(dims, name, None))
-    return " and ".join(f"{word} cones" for word in names) or "cones that are not linear"
+        data = problem.get_problem_data(cp.CLARABEL)[0]
+    except cp.error.SolverError:
+        raise ValueError(f"the problem needs cones that Clarabel does not have: {error}") from error
+    names = dict.fromkeys(word for name, word in _CONES.items() if getattr(data["dims"], name, None))
+    if names:
+        raise ValueError(
+            f"the problem needs {' and '.join(f'{word} cones' for word in names)} (of exp, log, entropies, powers), "
+            "which have no derivative here. Linear, second-order and semidefinite ones do; take CVXPYlayers, or CVXPY "
+            "as the solver of il.constrained_argmin."
+        ) from error
+    return data["param_prob"]
