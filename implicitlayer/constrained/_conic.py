@@ -137,15 +137,16 @@ class _Clarabel:
             if not bool(better.any()):
                 break
             u, value = torch.where(better, moved, u), torch.where(better, after, value)
-        _, p, _, b, _, h = data
+        Q, p, A, b, G, h = data
         x, y, w = u.split([p.shape[-1], b.shape[-1], h.shape[-1]], -1)
         parts = value.split([p.shape[-1], b.shape[-1] + h.shape[-1]], -1)
-        multipliers = torch.cat([y, self.cones.project(w) - w], -1)
+        multipliers, size = torch.cat([y, self.cones.project(w) - w], -1), torch.linalg.matrix_norm
+        rows = size(torch.cat([A, G], -2))
         terms = [
-            _norm(p) + _norm(multipliers) * torch.linalg.matrix_norm(torch.cat([data[2], data[4]], -2)),
-            _norm(torch.cat([b, h], -1)) + _norm(x) * torch.linalg.matrix_norm(torch.cat([data[2], data[4]], -2)),
+            _norm(p) + size(Q) * _norm(x) + rows * _norm(multipliers),
+            _norm(torch.cat([b, h], -1)) + rows * _norm(x),
         ]
-        off = [_norm(part) / torch.where(size > 0, size, 1.0) for part, size in zip(parts, terms, strict=True)]
+        off = [_norm(part) / torch.where(of > 0, of, 1.0) for part, of in zip(parts, terms, strict=True)]
         return u, torch.where(failed, 0.0, torch.maximum(*off))
 
     def _judge(self, left: torch.Tensor, words: list[str]) -> None:

@@ -29,29 +29,33 @@ _CONES = {"exp": "exponential", "p3d": "power", "pnd": "power"}  # without a der
 
 
 def from_cvxpy(problem: Any, parameters: Sequence[Any], variables: Sequence[Any], **settings: Any) -> CvxpyLayer:
-    """A layer ``layer(*values of the parameters) -> tuple of the variables`` of a quadratic program written in CVXPY.
+    """A layer ``layer(*values of the parameters) -> tuple of the variables`` of a problem written in CVXPY.
 
     CVXPY brings the problem into the form of :func:`qp` once; every call applies the parameters and solves it there, so
-    that its checks, batches, transforms and derivatives of every order are those of :func:`qp`.
+    that its checks, batches, transforms and derivatives of every order are those of :func:`qp`. One with norms or
+    semidefinite matrices becomes a cone program: Clarabel solves it, Newton's method makes the answer exact, and the
+    equation of its optimality conditions is differentiated, to the third order.
 
     Args:
         problem: a ``cvxpy.Problem`` that follows the rules of parametrised programming (``problem.is_dpp()``) and has
-            no other cones than linear ones: quadratic objectives, linear constraints, absolute values, maxima.
+            linear, second-order and semidefinite cones only: no exponentials, logarithms, powers.
         parameters: its ``cvxpy.Parameter``s, all of them, in the order of the layer's arguments.
         variables: the ``cvxpy.Variable``s that are wanted.
-        settings: keyword arguments of :func:`qp`, such as ``on_failure`` and ``solver``.
+        settings: keyword arguments of :func:`qp`, such as ``on_failure`` and ``solver``; with cones ``on_failure``,
+            ``active_rtol`` and ``linear_solver`` (default :class:`Dense`).
 
     Returns:
         A module. Its arguments are tensors of one dtype and device, each of the shape of its parameter after
         dimensions of a batch, which are broadcast; the results have these too.
 
     Raises:
-        ImportError: CVXPY, or OSQP by which it knows quadratic programs, is missing.
+        ImportError: CVXPY, OSQP by which it knows quadratic programs, or Clarabel for cones, is missing.
         ValueError: not DPP, other cones, integers, parameters or variables that are missing, attributes other than
             signs; in a call a value of another shape, or against the sign of its parameter.
 
-    Source: Agrawal et al., Differentiable convex optimization layers, NeurIPS 2019 (arXiv:1910.12430). Difference to
-    CVXPYlayers: quadratic programs only, by their active set in place of a cone program.
+    Source: Agrawal et al., Differentiable convex optimization layers, NeurIPS 2019 (arXiv:1910.12430), and
+    Differentiating through a cone program, J. Appl. Numer. Optim. 1 (2019). Difference to CVXPYlayers: quadratic
+    programs by their active set, cone programs by the natural residual without a homogeneous form; no exponential cone.
     """
     unknown = sorted(set(settings) - _SETTINGS)
     if unknown:
