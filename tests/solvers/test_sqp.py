@@ -238,6 +238,12 @@ def test_a_lane_that_starts_at_nan_is_told() -> None:
     t = torch.tensor([[1.0, 2.0], [float("nan"), 0.0]], dtype=F64)
     with pytest.raises(il.NonFiniteError):
         disc()(torch.zeros(2, 2, dtype=F64), t, torch.ones(2, dtype=F64))
+    t = t.requires_grad_()
+    x = disc("mask")(torch.zeros(2, 2, dtype=F64), t, torch.ones(2, dtype=F64))
+    expected = t[0] / t[0].norm()
+    assert relative_error(x[0], expected) < SOLVED and x[1].isnan().all()
+    found, closed = (torch.autograd.grad(y.sum(), t)[0] for y in (x[0], expected))
+    assert relative_error(found[0], closed[0]) < SOLVED and not found[1].any()
 
 
 def test_a_step_limit_is_told() -> None:
