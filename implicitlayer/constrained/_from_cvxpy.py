@@ -1,9 +1,9 @@
-"""``il.from_cvxpy``: a problem of CVXPY that is a quadratic program, as a layer."""
+"""``il.from_cvxpy``: a problem of CVXPY that is a quadratic program, or one over cones, as a layer."""
 
 # NOTE [parameters]: for a problem that follows CVXPY's rules of parametrised programming (DPP), the data of its
 # canonical form  minimise 1/2 x'Px + q'x,  A_0 x + b_0 = 0,  A_1 x + b_1 >= 0  are affine functions of its parameters.
 # CVXPY keeps them as sparse matrices that act on the vector of all parameters, each in column order, and a one. They
-# are applied here in torch: the rest is il.qp.
+# are applied here in torch: the rest is il.qp. With A_1 x + b_1 in a product of cones it is a cone program.
 
 from __future__ import annotations
 
@@ -16,40 +16,46 @@ from typing import Any
 import torch
 
 from implicitlayer import _torch
+from implicitlayer.constrained._conic import cone_program
 from implicitlayer.constrained._qp import qp
 from implicitlayer.constrained._qp_sparse import Entries
+from implicitlayer.programs._cones import Cones
 
 __all__ = ["CvxpyLayer", "from_cvxpy"]
 
 _LARGE = 300  # unknowns from which on a single program is faster with sparse matrices
 _SETTINGS = {"solver", "linear_solver", "on_failure", "active_rtol", "at_kink"}
-_CONES = {"soc": "second-order", "exp": "exponential", "psd": "semidefinite", "p3d": "power", "pnd": "power"}
+_CONES = {"exp": "exponential", "p3d": "power", "pnd": "power"}  # without a derivative here
 
 
 def from_cvxpy(problem: Any, parameters: Sequence[Any], variables: Sequence[Any], **settings: Any) -> CvxpyLayer:
-    """A layer ``layer(*values of the parameters) -> tuple of the variables`` of a quadratic program written in CVXPY.
+    """A layer ``layer(*values of the parameters) -> tuple of the variables`` of a problem written in CVXPY.
 
     CVXPY brings the problem into the form of :func:`qp` once; every call applies the parameters and solves it there, so
-    that its checks, batches, transforms and derivatives of every order are those of :func:`qp`.
+    that its checks, batches, transforms and derivatives of every order are those of :func:`qp`. One with norms or
+    semidefinite matrices becomes a cone program: Clarabel solves it, Newton's method makes the answer exact, and the
+    equation of its optimality conditions is differentiated, to the third order.
 
     Args:
         problem: a ``cvxpy.Problem`` that follows the rules of parametrised programming (``problem.is_dpp()``) and has
-            no other cones than linear ones: quadratic objectives, linear constraints, absolute values, maxima.
+            linear, second-order and semidefinite cones only: no exponentials, logarithms, powers.
         parameters: its ``cvxpy.Parameter``s, all of them, in the order of the layer's arguments.
         variables: the ``cvxpy.Variable``s that are wanted.
-        settings: keyword arguments of :func:`qp`, such as ``on_failure`` and ``solver``.
+        settings: keyword arguments of :func:`qp`, such as ``on_failure`` and ``solver``; with cones ``on_failure``,
+            ``active_rtol`` and ``linear_solver`` (default :class:`Dense`).
 
     Returns:
         A module. Its arguments are tensors of one dtype and device, each of the shape of its parameter after
         dimensions of a batch, which are broadcast; the results have these too.
 
     Raises:
-        ImportError: CVXPY, or OSQP by which it knows quadratic programs, is missing.
+        ImportError: CVXPY, OSQP by which it knows quadratic programs, or Clarabel for cones, is missing.
         ValueError: not DPP, other cones, integers, parameters or variables that are missing, attributes other than
             signs; in a call a value of another shape, or against the sign of its parameter.
 
-    Source: Agrawal et al., Differentiable convex optimization layers, NeurIPS 2019 (arXiv:1910.12430). Difference to
-    CVXPYlayers: quadratic programs only, by their active set in place of a cone program.
+    Source: Agrawal et al., Differentiable convex optimization layers, NeurIPS 2019 (arXiv:1910.12430), and
+    Differentiating through a cone program, J. Appl. Numer. Optim. 1 (2019). Difference to CVXPYlayers: quadratic
+    programs by their active set, cone programs by the natural residual without a homogeneous form; no exponential cone.
     """
     unknown = sorted(set(settings) - _SETTINGS)
     if unknown:
@@ -59,19 +65,19 @@ def from_cvxpy(problem: Any, parameters: Sequence[Any], variables: Sequence[Any]
     # a variable with an attribute is replaced by others; a plain copy is not
     copies = [v if not _attributes(v) else cp.Variable(v.shape) for v in variables]
     equal = [copy == v for copy, v in zip(copies, variables, strict=True) if copy is not v]
+    whole = cp.Problem(problem.objective, [*problem.constraints, *equal])
     try:
-        data = cp.Problem(problem.objective, [*problem.constraints, *equal]).get_problem_data(cp.OSQP)[0]
+        return CvxpyLayer(whole.get_problem_data(cp.OSQP)[0]["param_prob"], parameters, copies, settings)
     except cp.error.SolverError as error:
-        raise ValueError(
-            f"the problem is no quadratic program: CVXPY needs {_cones(cp, problem)} for it. il.qp has linear "
-            "constraints and a quadratic objective; squares (cp.sum_squares) in place of norms may do, or take "
-            "CVXPYlayers, or CVXPY as the solver of il.constrained_argmin."
-        ) from error
-    return CvxpyLayer(data["param_prob"], parameters, copies, settings)
+        program = _cone_program(cp, whole, error)
+    own = sorted(set(settings) & {"solver", "at_kink"})
+    if own:
+        raise TypeError(f"settings {own} are those of quadratic programs; this problem has cones. Leave them out.")
+    return CvxpyLayer(program, parameters, copies, settings)
 
 
 class CvxpyLayer(torch.nn.Module):
-    """A quadratic program of CVXPY as a layer; made by :func:`from_cvxpy`."""
+    """A quadratic program of CVXPY, or one over cones, as a layer; made by :func:`from_cvxpy`."""
 
     def __init__(
         self, program: Any, parameters: Sequence[Any], variables: Sequence[Any], settings: dict[str, Any]
@@ -83,9 +89,11 @@ class CvxpyLayer(torch.nn.Module):
         order, at = program.param_id_to_col, program.var_id_to_col
         self._order = sorted(range(len(parameters)), key=lambda i: order[parameters[i].id])
         self._variables = [(at[v.id], v.size, v.shape) for v in variables]
-        n, e = program.x.size, program.cone_dims.zero
+        n, e, dims = program.x.size, program.cone_dims.zero, program.cone_dims
+        self._cones = Cones(dims.nonneg, tuple(dims.soc), tuple(dims.psd))
         m, num = program.A.shape[0] // (n + 1), program.q.shape[1]
-        self._large = n >= _LARGE
+        self._conic = bool(dims.soc or dims.psd)
+        self._large = n >= _LARGE and not self._conic
         entries = {name: _entries(getattr(program, name), n if name == "P" else m) for name in ("P", "A")}
         (i, j, values, k), of_q = entries["A"], _entries(program.q, n + 1)
         first = i < e
@@ -107,7 +115,13 @@ class CvxpyLayer(torch.nn.Module):
         sparse = self._large and not batch and not _torch.transforms_active() and vector.device.type == "cpu"
         matrices = {name: getattr(self, name)(vector, sparse) for name in ("Q", "A", "G")}
         vectors = {name: getattr(self, name)(vector, False)[..., 0] for name in ("p", "b", "h")}
-        x = qp(**matrices, **vectors, **self._settings)
+        if self._conic:
+            data = (matrices["Q"], vectors["p"], matrices["A"], vectors["b"], matrices["G"], vectors["h"])
+            derivative = vector.requires_grad or _torch.transforms_active()
+            settings = {"on_failure": "warn", "active_rtol": 1e-8, "linear_solver": None, **self._settings}
+            x = cone_program(data, self._cones, derivative=derivative, **settings)
+        else:
+            x = qp(**matrices, **vectors, **self._settings)
         # CVXPY's vectors are in column order
         parts = [
             x[..., start : start + size].reshape((*batch, *reversed(shape))) for start, size, shape in self._variables
@@ -260,11 +274,19 @@ def _check(problem: Any, parameters: Sequence[Any], variables: Sequence[Any]) ->
         )
 
 
-def _cones(cp: Any, problem: Any) -> str:
-    """Which cones a problem needs that are not linear, in words."""
+def _cone_program(cp: Any, problem: Any, error: Exception) -> Any:
+    """The program over cones that are known here; an error that names the others."""
+    if "CLARABEL" not in cp.installed_solvers():
+        raise ImportError("il.from_cvxpy needs clarabel for cones: pip install 'implicitlayer[solvers]'.") from error
     try:
-        dims = problem.get_problem_data(cp.CLARABEL)[0]["dims"]
-    except (cp.error.SolverError, KeyError):
-        return "cones that are not linear"
-    names = dict.fromkeys(word for name, word in _CONES.items() if getattr(dims, name, None))
-    return " and ".join(f"{word} cones" for word in names) or "cones that are not linear"
+        data = problem.get_problem_data(cp.CLARABEL)[0]
+    except cp.error.SolverError:
+        raise ValueError(f"the problem needs cones that Clarabel does not have: {error}") from error
+    names = dict.fromkeys(word for name, word in _CONES.items() if getattr(data["dims"], name, None))
+    if names:
+        raise ValueError(
+            f"the problem needs {' and '.join(f'{word} cones' for word in names)} (of exp, log, entropies, powers), "
+            "which have no derivative here. Linear, second-order and semidefinite ones do; take CVXPYlayers, or CVXPY "
+            "as the solver of il.constrained_argmin."
+        ) from error
+    return data["param_prob"]

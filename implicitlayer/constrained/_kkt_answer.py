@@ -104,7 +104,7 @@ class Caller:
     def _read(self, answer: Any, like: Leaves) -> tuple[Leaves, tuple[Any, Any]]:
         """x leaves and what the solver gave as multipliers."""
         given: tuple[Any, Any] = (None, None)
-        if self.returns_multipliers:
+        if self.returns_multipliers or getattr(self.solver, "returns_multipliers", False):
             if not isinstance(answer, tuple) or len(answer) != 2 or not isinstance(answer[1], tuple | list):
                 raise SolverOutputError(
                     "with solver_returns_multipliers=True the solver must return (x, (lambda, mu)), got "

@@ -218,6 +218,14 @@ class ConstrainedProblem:
         """g(x, *theta) as one vector, [num_inequalities]; with the lanes in front where there are some."""
         return self._slope(1, x, theta)
 
+    def values(self, x: Any, *theta: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """f [*lanes], h [*lanes, num_equalities] and g [*lanes, num_inequalities], from one evaluation."""
+        y, z = (t.detach().requires_grad_() for t in self._rest[:2])
+        with torch.enable_grad():
+            value = self.scalar(Unknowns(x, y, z, self._rest[2]), *theta)
+            h, g = torch.autograd.grad(value.sum(), (y, z), create_graph=True, materialize_grads=True)
+        return value, h, g
+
     def _slope(self, which: int, x: Any, theta: tuple[Any, ...]) -> torch.Tensor:
         def of_multipliers(vector: torch.Tensor) -> torch.Tensor:
             rest = list(self._rest)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from implicitlayer._errors import NonFiniteError
+from implicitlayer.base._failures import over_lanes, refuse
 from implicitlayer.base._status import Status
 from implicitlayer.base._tree import TreeSpec, flatten, name_lanes, ravel, unflatten, unravel
 from implicitlayer.base._types import Leaves
@@ -59,10 +60,14 @@ class PointOfProblem:
         terms = torch.cat([found.gradient, found.h, rows_h.flatten(-2), found.g, rows_g.flatten(-2)], -1)
         finite = terms.isfinite().all(-1)
         if not bool(finite.all()):
-            raise NonFiniteError(
+            error = NonFiniteError(
                 "the objective, a constraint or one of their gradients holds NaN or Inf at the solver's answer"
                 f"{name_lanes(~finite)}. Check theta for NaN, and that the functions are differentiable there."
             )
+            refuse(~finite, error)
+            # a masked lane: anything finite does
+            parts: dict[str, Any] = {name: t for name, t in vars(found).items() if isinstance(t, torch.Tensor)}
+            found = replace(found, **{name: torch.where(over_lanes(finite, t), t, 0.0) for name, t in parts.items()})
         return found
 
     def error(self, x: Leaves, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:

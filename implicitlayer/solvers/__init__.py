@@ -12,12 +12,14 @@ from implicitlayer.solvers._newton_root import Broyden, Newton
 from implicitlayer.solvers._progress import Iteration
 from implicitlayer.solvers._proximal_gradient import ProjectedGradient, ProximalGradient
 from implicitlayer.solvers._scipy import SciPyMinimize
+from implicitlayer.solvers._sqp import SQP
 from implicitlayer.solvers._torch_optimizer import TorchOptimizer
 
 __all__ = [
     "DAQP",
     "LBFGS",
     "OSQP",
+    "SQP",
     "AcceleratedGradient",
     "ActiveSet",
     "AndersonAcceleration",

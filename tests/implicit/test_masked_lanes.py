@@ -273,3 +273,18 @@ def test_a_solver_that_raises_for_a_lane_of_a_constrained_layer(batched: bool) -
     gradient = torch.autograd.grad((x[keep] * w).sum(), t)[0]
     torch.testing.assert_close(gradient[keep], (w - w.mean()).expand(LANES - 1, N), rtol=1e-10, atol=1e-12)
     assert not gradient[BAD].any()
+
+
+def test_nan_in_the_theta_of_a_lane_with_constraints_masks_it_though_the_solver_knows_an_answer() -> None:
+    t = torch.tensor([[2.0, 0.5], [math.nan, 1.0]], dtype=F64, requires_grad=True)
+    layer = il.constrained_argmin(
+        lambda x, t: ((x - t) ** 2).sum(-1),
+        lambda problem, x, t: t[problem.lane].nan_to_num(0.0).clamp(max=1.0),
+        inequality=lambda x, t: x - 1,
+        batch_dims=1,
+        on_failure="mask",
+    )
+    x = layer(torch.zeros(2, 2, dtype=F64), t)
+    assert x[0].tolist() == [1.0, 0.5] and x[1].isnan().all()
+    (gradient,) = torch.autograd.grad(x.nansum(), t)
+    assert gradient.tolist() == [[0.0, 1.0], [0.0, 0.0]]

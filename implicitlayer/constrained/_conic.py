@@ -1,0 +1,187 @@
+"""Cone programs as layers: Clarabel finds the solution, the equation of its optimality conditions is differentiated."""
+
+# Legend: minimise 1/2 x'Q x + p'x  subject to  A x = b,  h - G x in K, a product of cones (m rows); multipliers y of
+# the equations and z in the dual cone K*, which for these cones is K.
+#
+# NOTE [natural residual]: s = h - G x in K, z in K* and s'z = 0 say that s and -z are the projections of w = s - z onto
+# K and its polar cone (Moreau). So with s = P(w) and z = P(w) - w the conditions of optimality are the square equation
+#     F(x, y, w) = (Q x + p + A'y + G'z,  A x - b,  G x + s - h) = 0
+# (the residual map of Agrawal et al. 2019 with the scaling of the homogeneous form taken out): whatever w is, s and z
+# are in their cones and complementary. F is smooth where P is; what is differentiated is a layer of its root.
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from importlib import import_module
+from typing import Any, ClassVar
+
+import torch
+
+from implicitlayer._errors import InfeasibleError, KinkError, KinkWarning, NotConvergedError, UnboundedError
+from implicitlayer.base._failures import refuse, standing
+from implicitlayer.base._solution import SolverResult
+from implicitlayer.base._status import Status
+from implicitlayer.base._tree import name_lanes
+from implicitlayer.base._types import OnFailure
+from implicitlayer.base._warn import warn
+from implicitlayer.layer._layer import ImplicitLayer
+from implicitlayer.linear._dense import Dense
+from implicitlayer.programs._cones import Cones
+
+__all__ = ["cone_program"]
+
+_ENOUGH = 1e-6  # conditions that hold to this, relative to the largest of their data, are those of a solution
+_NEWTON = 3  # steps after Clarabel, while they halve what is left
+_TOLERANCES = ("tol_gap_abs", "tol_gap_rel", "tol_feas")
+_ERRORS: dict[str, tuple[type[Exception], str]] = {
+    "PrimalInfeasible": (InfeasibleError, "has no feasible point. Loosen its constraints"),
+    "DualInfeasible": (UnboundedError, "is unbounded: its objective falls without end. Bound its variables"),
+}
+
+Data = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def cone_program(
+    data: Data, cones: Cones, *, derivative: bool, on_failure: OnFailure, active_rtol: float, linear_solver: Any
+) -> torch.Tensor:
+    """x [*lanes, n] of the programs Q, p, A, b, G, h, whose dimensions in front are lanes.
+
+    Args:
+        derivative: whether one is wanted: then kinks are told.
+        on_failure: as of :func:`qp`.
+        active_rtol: an eigenvalue of w below this, relative to the largest, counts as zero: a kink.
+        linear_solver: for the Jacobian of F; None for a dense one.
+    """
+    p, b, h = data[1], data[3], data[5]
+    sizes = p.shape[-1], b.shape[-1], h.shape[-1]
+    solver = _Clarabel(cones, on_failure, active_rtol if derivative else None)
+    linear = Dense() if linear_solver is None else linear_solver
+    layer = ImplicitLayer(
+        partial(_conditions, cones=cones), solver, linear, "root", False, False, on_failure, None, 0, p.ndim - 1
+    )
+    u: torch.Tensor = layer(p.new_zeros(*p.shape[:-1], sum(sizes)), *data)
+    return u[..., : sizes[0]]
+
+
+def _conditions(u: torch.Tensor, *data: torch.Tensor, cones: Cones) -> torch.Tensor:
+    """F of NOTE [natural residual], [*lanes, n + e + m]."""
+    Q, p, A, b, G, h = data
+    x, y, w = u.split([p.shape[-1], b.shape[-1], h.shape[-1]], -1)
+    s = cones.project(w)
+    times = lambda M, v: (M @ v.unsqueeze(-1)).squeeze(-1)  # noqa: E731
+    slope = times(Q, x) + p + times(A.mT, y) + times(G.mT, s - w)
+    return torch.cat([slope, times(A, x) - b, times(G, x) + s - h], -1)
+
+
+@dataclass(frozen=True, eq=False)
+class _Clarabel:
+    """The solver of F = 0, one program at a time; ``active_rtol`` is None where kinks do not matter."""
+
+    cones: Cones
+    on_failure: OnFailure
+    active_rtol: float | None
+    batched: ClassVar[bool] = True
+
+    def __call__(self, residual: Any, init: torch.Tensor, *data: torch.Tensor) -> SolverResult:
+        lanes = init.shape[:-1]
+        ends = (2, 1, 2, 1, 2, 1)  # dimensions of one program; one that all share comes without those of the lanes
+        flat = [
+            t.detach().double().expand(*lanes, *t.shape[t.ndim - k :]).reshape(lanes.numel(), *t.shape[t.ndim - k :])
+            for t, k in zip(data, ends, strict=True)
+        ]
+        answers = [self._one(*(t[i] for t in flat)) for i in range(lanes.numel())]
+        found = [u for u, _, _ in answers]
+        u = torch.stack(found) if found else init.reshape(0, init.shape[-1]).double()
+        for status, (error, words) in _ERRORS.items():
+            bad = torch.tensor([said == status for _, said, _ in answers], dtype=torch.bool).reshape(lanes)
+            if bool(bad.any()):
+                refuse(bad, error(f"the cone program {words}{name_lanes(bad)}."))
+        known = torch.tensor([said in _ERRORS for _, said, _ in answers], dtype=torch.bool)
+        u, left = self._polished(u, flat, known)
+        self._judge(left.reshape(lanes), [said for _, said, _ in answers])
+        if self.active_rtol is not None and u.shape[0]:
+            self._judge_kinks(u.reshape(*lanes, -1), left.reshape(lanes))
+        steps = max((count for _, _, count in answers), default=0)
+        return SolverResult(u.reshape(init.shape).to(init), Status.CONVERGED, steps)
+
+    def _one(self, *data: torch.Tensor) -> tuple[torch.Tensor, str, int]:
+        """u, Clarabel's word for how it ended, and its iterations."""
+        Q, p, A, b, G, h = data
+        clarabel, sparse = import_module("clarabel"), import_module("scipy.sparse")
+        settings = clarabel.DefaultSettings()
+        settings.verbose = False
+        for name in _TOLERANCES:
+            setattr(settings, name, 1e-11)
+        zero = [clarabel.ZeroConeT(len(b))] if len(b) else []
+        rows, right = torch.cat([A, G]).cpu().numpy(), torch.cat([b, h]).cpu().numpy()
+        arguments = sparse.triu(sparse.csc_matrix(Q.cpu().numpy()), format="csc"), p.cpu().numpy()
+        kinds = [*zero, *self.cones.for_clarabel(clarabel)]
+        found = clarabel.DefaultSolver(*arguments, sparse.csc_matrix(rows), right, kinds, settings).solve()
+        x, z, s = (torch.tensor(part, dtype=p.dtype, device=p.device) for part in (found.x, found.z, found.s))
+        u = torch.cat([x, z[: len(b)], (s - z)[len(b) :]])
+        return u.nan_to_num(0.0, 0.0, 0.0), str(found.status), int(found.iterations)
+
+    def _polished(
+        self, u: torch.Tensor, data: list[torch.Tensor], failed: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """u after steps of Newton's method where they help, and what is left of F relative to its terms, [B]."""
+        conditions = partial(_conditions, cones=self.cones)
+        value = conditions(u, *data)
+        jacobian = torch.func.vmap(torch.func.jacrev(conditions))
+        for _ in range(_NEWTON if u.numel() else 0):
+            step = torch.linalg.pinv(jacobian(u, *data)) @ value.unsqueeze(-1)
+            moved = u - step.squeeze(-1)
+            after = conditions(moved, *data)
+            better = (_norm(after) < 0.5 * _norm(value)).unsqueeze(-1)
+            if not bool(better.any()):
+                break
+            u, value = torch.where(better, moved, u), torch.where(better, after, value)
+        Q, p, A, b, G, h = data
+        x, y, w = u.split([p.shape[-1], b.shape[-1], h.shape[-1]], -1)
+        parts = value.split([p.shape[-1], b.shape[-1] + h.shape[-1]], -1)
+        multipliers, size = torch.cat([y, self.cones.project(w) - w], -1), torch.linalg.matrix_norm
+        rows = size(torch.cat([A, G], -2))
+        terms = [
+            _norm(p) + size(Q) * _norm(x) + rows * _norm(multipliers),
+            _norm(torch.cat([b, h], -1)) + rows * _norm(x),
+        ]
+        off = [_norm(part) / torch.where(of > 0, of, 1.0) for part, of in zip(parts, terms, strict=True)]
+        return u, torch.where(failed, 0.0, torch.maximum(*off))
+
+    def _judge(self, left: torch.Tensor, words: list[str]) -> None:
+        """An answer that is none is an error."""
+        bad = ~(left <= _ENOUGH)
+        if self.on_failure != "ignore" and bool(bad.any()):
+            said = sorted({word for word, is_bad in zip(words, bad.flatten().tolist(), strict=True) if is_bad})
+            refuse(
+                bad,
+                NotConvergedError(
+                    f"the cone program was not solved{name_lanes(bad)}: Clarabel ended with {', '.join(said)}, and a "
+                    f"condition of optimality is violated by {float(left[bad].max()):.1e} of its terms (allowed "
+                    f"{_ENOUGH:.0e}). Scale the data, or write the problem with fewer redundant constraints.",
+                    None,
+                ),
+            )
+
+    def _judge_kinks(self, u: torch.Tensor, left: torch.Tensor) -> None:
+        assert self.active_rtol is not None
+        values = self.cones.eigenvalues(u[..., u.shape[-1] - sum(self.cones.sizes) :]).abs()
+        if self.on_failure == "ignore" or not values.shape[-1]:
+            return
+        rtol = torch.maximum(2 * left, torch.full_like(left, self.active_rtol))
+        bent = standing(values.amin(-1) <= rtol * values.amax(-1))
+        if bool(bent.any()):
+            message = (
+                f"the solution of the cone program sits at a kink{name_lanes(bent)}: a constraint holds with equality "
+                "and has a multiplier of zero (an eigenvalue of s - z is zero). The solution bends there, and its "
+                "derivative is that of one side."
+            )
+            if self.on_failure == "raise":
+                raise KinkError(message)
+            warn(message, KinkWarning, "kink")
+
+
+def _norm(vectors: torch.Tensor) -> torch.Tensor:
+    norms: torch.Tensor = torch.linalg.vector_norm(vectors, dim=-1)
+    return norms
