@@ -113,6 +113,18 @@ def while_loop(
     return result
 
 
+def kept_loops() -> dict[str, Any]:
+    """Options of the compiler with which the next process finds on disk what it has made of a :func:`while_loop`.
+
+    It keeps only what is marked as safe to keep, and no loop is. The key of what is kept holds the code of the graph
+    with that of the loops' bodies, and with this mark the version of torch.
+    """
+    from torch._inductor import config
+
+    mark = "unsafe_marked_cacheable_functions"
+    return {mark: {"torch.ops.higher_order.while_loop": torch.__version__}} if hasattr(config, mark) else {}
+
+
 def compiler_errors() -> tuple[type[Exception], ...]:
     """What ``torch.compile`` raises where it cannot follow a function; asked for when an exception is there."""
     from torch._dynamo.exc import TorchDynamoException

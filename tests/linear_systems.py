@@ -1,9 +1,12 @@
 """Random systems of il.testing for the tests of linear solvers, each with its right-hand side; counted products."""
 
+from typing import Any
+
 import torch
 from hypothesis import strategies as st
 from references import F64, randn
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import implicitlayer as il
 from implicitlayer import testing
@@ -41,6 +44,18 @@ class Counted:
 
     def operator(self, symmetric: bool = False) -> il.FlatOperator:
         return il.FlatOperator(self, self.transpose, symmetric=symmetric)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that torch makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
 
 
 def indefinite_matrix(n: int, log10_cond: float, seed: int) -> Tensor:

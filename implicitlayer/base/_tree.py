@@ -80,7 +80,8 @@ def leaves_in_order(tree: Any, like: Any) -> list[Any] | None:
     None if the structures differ in more than that.
     """
     leaves, spec = flatten(tree)
-    if spec == flatten(like)[1]:
+    wanted_spec = flatten(like)[1]
+    if spec is wanted_spec or spec == wanted_spec:
         return leaves
     leaves, names = flatten_with_names(tree, "")
     wanted = flatten_with_names(like, "")[1]
@@ -139,8 +140,8 @@ def leaves_norm(leaves: Sequence[torch.Tensor], lane_dims: int) -> torch.Tensor:
     flat = [g.reshape(*lanes, g.shape[lane_dims:].numel()) for g in leaves]
     if all(g.dtype in (torch.float32, torch.float16, torch.bfloat16) for g in flat):  # squares fit into float64
         parts = [torch.linalg.vector_norm(g, dim=-1, dtype=torch.float64) for g in flat]
-        norm = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
-        return torch.where(norm.isnan(), math.inf, norm)
+        norm: torch.Tensor = parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts), dim=0)
+        return norm.nan_to_num(math.inf, math.inf)
     largest = [g.abs().amax(-1) if g.numel() else g.new_zeros(lanes) for g in flat]
     scale = torch.stack([part.double() for part in largest]).amax(0)
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
@@ -149,4 +150,4 @@ def leaves_norm(leaves: Sequence[torch.Tensor], lane_dims: int) -> torch.Tensor:
         unit = g.double() / scale.unsqueeze(-1)
         total = total + (unit * unit).sum(-1)
     norm = scale * total.sqrt()
-    return torch.where(norm.isnan(), math.inf, norm)
+    return norm.nan_to_num(math.inf, math.inf)

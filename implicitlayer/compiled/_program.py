@@ -162,4 +162,4 @@ class Program:
             raise closed_over(count)
         if self.backend == "eager":
             return graph.forward
-        return _torch.inductor()(graph, inputs, config_patches=self.options)
+        return _torch.inductor()(graph, inputs, config_patches={**_torch.kept_loops(), **self.options})

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from operator import is_
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from implicitlayer._errors import ClosureError, ObjectiveError
 from implicitlayer.base._surroundings import ReadingMode
 from implicitlayer.base._tree import TreeSpec, flatten, leaves_in_order, places_of_data, unflatten
 from implicitlayer.base._types import FlatFunction, Leaves
-from implicitlayer.equation._capture import ClosedOver, tensors_entering
+from implicitlayer.equation._capture import ClosedOver
 from implicitlayer.equation._normalisation import PLAIN
 
 
@@ -44,6 +45,12 @@ class Signature:
             filled[place] = tensor
         rebuilt: tuple[Any, ...] = unflatten(filled, self.spec)
         return rebuilt
+
+    @staticmethod
+    def tensors_of(args: tuple[Any, ...]) -> Leaves:
+        """``Signature.of(args).tensors``; a solver asks at every evaluation."""
+        leaves, _ = flatten(args)
+        return [leaves[i] for i in places_of_data(leaves)]
 
     @property
     def num_in_first(self) -> int:
@@ -105,13 +112,13 @@ def flat_function(
 def like_x(value: Any, x: Sequence[torch.Tensor], x_spec: TreeSpec) -> Leaves:
     """Leaves of a residual, checked to be one equation per unknown."""
     leaves = leaves_in_order(value, unflatten(x, x_spec))
-    expected = [tuple(t.shape) for t in x]
-    found = flatten(value)[0] if leaves is None else leaves
-    shapes = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf).__name__ for leaf in found]
-    if leaves is None or shapes != expected:
+    fits = [isinstance(a, torch.Tensor) and a.shape == b.shape for a, b in zip(leaves or (), x, strict=False)]
+    if leaves is None or not all(fits):
+        found = flatten(value)[0] if leaves is None else leaves
+        shapes = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf).__name__ for leaf in found]
         raise ObjectiveError(
             "the residual must return one equation per unknown, in the structure of x: expected shapes "
-            f"{expected}, got {shapes}."
+            f"{[tuple(t.shape) for t in x]}, got {shapes}."
         )
     return list(leaves)
 
@@ -282,11 +289,13 @@ class _Substitute(ReadingMode):
         return {id(old): tuple(old.shape) for old in self.originals if id(old) not in self.met}
 
     def swap(self, value: Any) -> Any:
+        """What stands for an argument of an operation, whose tensors are met."""
         if isinstance(value, torch.Tensor):
+            self.met.add(id(value))
             return self.values.get(id(value), value)
         if isinstance(value, (list, tuple)):
-            items = [self.swap(item) for item in value]
-            if all(new is old for new, old in zip(items, value, strict=True)):
+            items = list(map(self.swap, value))
+            if not self.values or all(map(is_, items, value)):
                 return value
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         if isinstance(value, dict):
@@ -294,8 +303,7 @@ class _Substitute(ReadingMode):
         return value
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        self.met.update(map(id, tensors_entering(args, kwargs)))
-        if self.values:
-            args, kwargs = self.swap(args), self.swap(kwargs)
-        return self.operations.get(func, func)(*args, **kwargs)
+        args = list(map(self.swap, args))
+        if not kwargs:
+            return self.operations.get(func, func)(*args)
+        return self.operations.get(func, func)(*args, **self.swap(kwargs))

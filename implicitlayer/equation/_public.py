@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from implicitlayer.base._surroundings import outside_compiled_code, plain_surroundings
+from implicitlayer.base._surroundings import out_of_inference, outside_compiled_code, plain_surroundings
 from implicitlayer.base._tree import TreeSpec, flatten, leaves_in_order, ravel, unflatten, unravel
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.equation._capture import find_closed_over
@@ -230,7 +230,11 @@ def linear_solve(
         parameters = [*signature.tensors, *hidden]
         family = _LinearFunction(flat_function(operator, spec, signature, hidden, False), like, symmetric=symmetric)
     settings = Settings(solver, on_failure, negative_curvature=negative_curvature)
-    return unflatten(solve(SolveSpec(family, len(leaves), settings, "linear"), leaves, parameters), spec)
+    solved = SolveSpec(family, len(leaves), settings, "linear")
+    if torch.is_inference_mode_enabled():  # where torch 2.11 records nothing, not even inside torch.func
+        with torch.inference_mode(False), torch.no_grad():
+            return unflatten(solve(solved, out_of_inference(leaves), out_of_inference(parameters)), spec)
+    return unflatten(solve(solved, leaves, parameters), spec)
 
 
 def _matrix_product(u: Leaves, tensors: Leaves) -> Leaves:

@@ -128,7 +128,7 @@ class ImplicitLayer(CopiesFunctions):
             x_spec=x_spec,
             x_names=x_names,
             rebuild_theta=signature.rebuild,
-            flatten_theta=lambda args, extra: [*Signature.of(args).tensors, *extra],
+            flatten_theta=lambda args, extra: [*Signature.tensors_of(args), *extra],
             num_theta=len(tensors),
             flat_function=_minus_identity(function) if of_root else function,
             user_function=None if hidden or constraints is not None or of_root else user_function,

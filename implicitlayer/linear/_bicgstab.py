@@ -22,13 +22,12 @@ from implicitlayer.linear._common import (
     CONTINUE,
     LIMIT,
     Correction,
+    Keep,
     KrylovSolver,
     Round,
     any_runs,
     lane_norm,
-    largest,
     select,
-    times,
 )
 from implicitlayer.linear._operator import FlatOperator, lane_dot
 from implicitlayer.linear._preconditioners import Precondition
@@ -61,58 +60,95 @@ class Bicgstab(KrylovSolver):
         """The recurrence, run from zero on the right-hand side ``start.residual`` until it breaks down."""
         r = shadow = start.residual
         eps = torch.finfo(r.dtype).eps
-        norm = initial = shadow_norm = lane_norm(r)
-        running = start.running
-        codes = torch.where(running, LIMIT, int(Status.CONVERGED))
-        steps = torch.zeros_like(codes)
+        norm = lane_norm(r)
+        noise, blown = eps * norm, norm / eps
+        lanes = _Lanes(start)
         x, p, v = (torch.zeros_like(r) for _ in range(3))
         rho = alpha = omega = torch.ones_like(norm)
-        growth = torch.zeros_like(norm)
-
-        def settle(mask: torch.Tensor, code: int) -> None:
-            nonlocal codes, running
-            codes = torch.where(running & mask, code, codes)
-            running = running & ~mask
+        growth = zero = torch.zeros_like(norm)
 
         for step in range((start.max_steps + 1) // 2):
-            settle(steps >= start.steps_left, LIMIT)
-            if not any_runs(running, step):
+            if not lanes.go_on(step):
                 break
             rho, rho_old = lane_dot(shadow, r), rho
             # below this the inner product is rounding noise: <q, r> of two vectors that have become orthogonal; and a
             # residual this much above the first has lost all digits of x
-            settle((rho.abs() <= eps * shadow_norm * norm) | (norm > initial / eps), CONTINUE)
-            p = select(running, r + times(rho / rho_old * (alpha / omega), p - times(omega, v)))
+            lanes.settle((rho.abs() <= noise * norm) | (norm > blown), CONTINUE)
+            p = torch.addcmul(p, _column(omega, p), v, value=-1)
+            p = lanes.live(torch.addcmul(r, _column(rho / rho_old * (alpha / omega), p), p))
             p_hat = precondition(p)
             v = operator(p_hat)
-            steps = steps + running
             v_norm = lane_norm(v)
-            growth = torch.where(running, torch.maximum(growth, largest(v) / largest(p_hat)), growth)
-            settle(~v_norm.isfinite(), int(Status.NONFINITE))
-            along = lane_dot(shadow, select(running, v))
-            settle(along.abs() <= eps * shadow_norm * v_norm, CONTINUE)
-            alpha = rho / along
-            s = select(running, r - times(alpha, v))
-            x = select(running, x + times(alpha, p_hat), x)
-            r = select(running, s, r)
-            norm = torch.where(running, lane_norm(s), norm)
-            settle(norm <= start.stop, int(Status.CONVERGED))
-            settle(steps >= start.steps_left, LIMIT)
-            if not any_runs(running, step):
+            growth = lanes.keep(torch.maximum(growth, v_norm / lane_norm(p_hat)), growth)
+            along = lane_dot(shadow, v)
+            lanes.after_product(v_norm, along.abs() > noise * v_norm)
+            alpha = lanes.keep(rho / along, zero)
+            s = torch.addcmul(r, _column(alpha, r), v, value=-1)
+            x = lanes.keep.vectors(torch.addcmul(x, _column(alpha, x), p_hat), x)
+            norm = lanes.keep(lane_norm(s), norm)
+            lanes.settle(norm <= start.stop, int(Status.CONVERGED))
+            if not lanes.go_on(step):
                 break
 
-            s_hat = precondition(select(running, s))
+            s_hat = precondition(lanes.live(s))
             t = operator(s_hat)
-            steps = steps + running
             t_norm = lane_norm(t)
-            settle(~t_norm.isfinite(), int(Status.NONFINITE))
-            unit = select(running, times(1 / t_norm, t))
+            unit = t * _column(lanes.keep(1 / t_norm, zero), t)
             cosine = lane_dot(unit, s)
             # omega = 0 to working precision: s and A s are orthogonal, the smoothing half has nothing to do
-            settle((t_norm == 0) | (cosine.abs() <= eps * norm), CONTINUE)
+            lanes.after_product(t_norm, cosine.abs() > eps * norm)
             omega = cosine / t_norm
-            x = select(running, x + times(omega, s_hat), x)
-            r = select(running, s - times(omega, t), r)
-            norm = torch.where(running, lane_norm(r), norm)
-            settle(norm <= start.stop, int(Status.CONVERGED))
-        return Correction(x, codes, steps, norm, growth=growth)
+            x = lanes.keep.vectors(torch.addcmul(x, _column(omega, x), s_hat), x)
+            r = torch.addcmul(s, _column(cosine, s), unit, value=-1)
+            norm = lanes.keep(lane_norm(r), norm)
+            lanes.settle(norm <= start.stop, int(Status.CONVERGED))
+        return Correction(x, lanes.codes, lanes.steps_made(), norm, growth=growth)
+
+
+class _Lanes:
+    """Which lanes run, and how and after how many products the others have ended.
+
+    On the CPU a look at a mask is nearly free, and nothing is done for lanes that go on. A lane that has ended keeps x;
+    its p, v and t are zero, and nobody reads its r.
+    """
+
+    def __init__(self, start: Round) -> None:
+        self.keep, self._start, self._products = Keep(start.running), start, 0
+        self._on_host = start.running.device.type == "cpu"
+        self._least = int(start.steps_left.min()) if self._on_host else 0
+        self.codes = torch.where(start.running, LIMIT, int(Status.CONVERGED))
+        self._steps = torch.zeros_like(self.codes)
+
+    def settle(self, mask: torch.Tensor, code: int) -> None:
+        """The running lanes of ``mask`` end with ``code``."""
+        mask = mask if self.keep.all else mask & self.keep.running
+        if self._on_host and not bool(mask.any()):
+            return
+        self.codes, self._steps = self.codes.masked_fill(mask, code), self._steps.masked_fill(mask, self._products)
+        self.keep = Keep(self.keep.running & ~mask)
+
+    def after_product(self, norm: torch.Tensor, fine: torch.Tensor) -> None:
+        """One more product, of this norm; where it is not ``fine``, which NaN is not, the method has broken down."""
+        self._products += 1
+        if not (self._on_host and bool(fine.all())):
+            self.settle(~norm.isfinite(), int(Status.NONFINITE))
+            self.settle(~fine, CONTINUE)
+
+    def go_on(self, step: int) -> bool:
+        """Whether a lane runs, after the end of those that have made their last step."""
+        if self._products >= self._least:
+            self.settle(self._start.steps_left <= self._products, LIMIT)
+        return self.keep.all or any_runs(self.keep.running, step)
+
+    def live(self, vector: torch.Tensor) -> torch.Tensor:
+        """The vector [*lanes, n] with zeros in lanes that have ended."""
+        return vector if self.keep.all else select(self.keep.running, vector)
+
+    def steps_made(self) -> torch.Tensor:
+        """Products that each lane has used."""
+        return torch.where(self.keep.running, self._products, self._steps)
+
+
+def _column(coefficient: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+    """One float64 number per lane, as a column in the dtype of a vector."""
+    return coefficient.to(vector.dtype).unsqueeze(-1)

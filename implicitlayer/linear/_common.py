@@ -31,6 +31,8 @@ _LEAST_FALL = 1e-3
 BLOWN_UP = 1e3
 # A residual above this share of (smallest curvature seen) * ||u|| may hide a large error of u.
 SUSPICIOUS_RESIDUAL = 1e-3
+# A float64 norm from here to its inverse has lost no square to overflow, nor one of weight to underflow.
+_SMALL = 1e-140
 # On an accelerator the test "is any lane still running" is a host synchronisation: make it this rarely.
 STEPS_BETWEEN_SYNCS = 8
 
@@ -104,7 +106,7 @@ class Correction:
         steps: int [*lanes], products used.
         norm: [*lanes], norm of ``residual - A d`` by the recurrence; None where there is none.
         curvature: [*lanes], smallest Rayleigh quotient seen; None where there is none.
-        growth: [*lanes], largest ``||A v|| / ||v||`` seen (of largest magnitudes), a lower bound of the size of A.
+        growth: [*lanes], largest ``||A v|| / ||v||`` seen (in any norm), a lower bound of the size of A.
     """
 
     value: torch.Tensor
@@ -124,13 +126,23 @@ def lane_norm(vector: torch.Tensor, other: torch.Tensor | None = None) -> torch.
 
     NaN where the inner product is negative.
     """
-    scale = lane_scale(vector)
     if other is None or other is vector:
-        part = vector / scale
-        return (part * part).sum(-1).double().sqrt() * scale[..., 0]
-    scale_other = lane_scale(other)
+        norm: torch.Tensor = torch.linalg.vector_norm(vector, dim=-1, dtype=torch.float64)
+        if vector.dtype is not torch.float64 or _moderate(norm):  # the squares of shorter floats fit into float64
+            return norm
+        scale = lane_scale(vector)
+        careful = torch.linalg.vector_norm(vector / scale, dim=-1) * scale[..., 0]
+        return torch.where((norm > _SMALL) & (norm < 1 / _SMALL), norm, careful)  # no lane's depends on the others
+    scale, scale_other = lane_scale(vector), lane_scale(other)
     dot = lane_dot(vector / scale, other / scale_other)
     return dot.sqrt() * scale[..., 0].double().sqrt() * scale_other[..., 0].double().sqrt()
+
+
+def _moderate(norm: torch.Tensor) -> bool:
+    """Whether no square of float64 has overflowed, or is lost, in any lane; a look at it is nearly free on the CPU."""
+    if norm.device.type != "cpu" or not norm.numel() or torch.compiler.is_compiling():
+        return False
+    return norm.min().item() > _SMALL and norm.max().item() < 1 / _SMALL
 
 
 def largest(vector: torch.Tensor) -> torch.Tensor:
@@ -195,7 +207,7 @@ def refine(
     codes = torch.where(initial.isfinite(), int(Status.CONVERGED), int(Status.NONFINITE))
     steps = torch.zeros_like(codes)
     curvature, growth = torch.full_like(initial, math.inf), torch.zeros_like(initial)
-    is_true = False
+    is_true = settled = False  # settled: every lane has converged, and by its true residual
     while bool(running.any()):
         unit = lane_scale(residual)
         stop = torch.maximum(tolerance, eps * norm) / unit[..., 0]
@@ -215,6 +227,10 @@ def refine(
         new_norm = lane_norm(new_residual)
         is_true, previous = True, norm
         better = running & (new_norm < norm)
+        ended = better & (codes == int(Status.CONVERGED)) & (new_norm <= 2 * tolerance)
+        if rhs.device.type == "cpu" and bool(ended.all()):
+            x, norm, settled = candidate, new_norm, True
+            break
         x, residual = select(better, candidate, x), select(better, new_residual, residual)
         norm = torch.where(better, new_norm, norm)
         codes = torch.where(running & ~new_norm.isfinite(), int(Status.NONFINITE), codes)
@@ -222,7 +238,7 @@ def refine(
         running = undecided & (steps < max_steps)
 
     relative = torch.where(initial > 0, norm / initial, torch.zeros_like(initial))
-    if limits.has_tolerance:
+    if limits.has_tolerance and not settled:
         rounding = eps * growth * lane_norm(x) / torch.where(initial > 0, initial, 1.0)
         codes = _judge(codes, norm <= SLACK * tolerance, relative, rounding, math.sqrt(eps))
     return LinearSolution(

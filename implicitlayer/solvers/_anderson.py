@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from implicitlayer.base._solution import SolverResult
+from implicitlayer.linear._common import Keep
 from implicitlayer.solvers._outcome import PATIENCE
 from implicitlayer.solvers._progress import reporting
 from implicitlayer.solvers._root_problem import RootProblem, RootSolver
@@ -77,41 +78,40 @@ class AndersonAcceleration(RootSolver):
         norm = best_norm = problem.norm(f)
         tolerance = self.tolerance(norm, x.dtype)
         history = _History(x, min(self.memory, self.max_steps), self.mixing)
-        idle, gave_up = torch.zeros_like(norm), torch.zeros_like(norm, dtype=torch.bool)
-        step = 0
+        gained, gave_up = torch.zeros_like(norm), torch.zeros_like(norm, dtype=torch.bool)
+        keep, step = Keep((norm > tolerance) & norm.isfinite()), 0  # a lane that has stopped stays at its best
         with reporting(self.callback, self.progress, self.max_steps) as report:
             problem.tell(report, 0, norm, x)
-            while step < self.max_steps:
-                running = (best_norm > tolerance) & best_norm.isfinite() & ~gave_up
-                if not bool(running.any()):
-                    break
-                moved = history.moved(x, f)
-                x_new = torch.where(running.unsqueeze(-1), moved, x)
-                f_new = problem(x_new) - x_new
-                norm = problem.norm(f_new)
+            while step < self.max_steps and bool(keep.running.any()):
+                x_new = keep.vectors(history.moved(x, f), x)
+                f_new = keep.vectors(problem(x_new) - x_new, f)
+                norm = keep(problem.norm(f_new), best_norm)
                 step += 1
                 problem.tell(report, step, norm, x_new)
                 history.add(x_new - x, f_new - f)
-                lost = running & ~(norm <= _GROWTH * best_norm)
+                lost = norm > _GROWTH * best_norm
                 if bool(lost.any()):
                     history.forget(lost)
                     if self.memory:
-                        kept = ~lost.unsqueeze(-1)
-                        x_new = torch.where(kept, x_new, best + self.mixing * best_f)
-                        f_new = torch.where(kept, f_new, problem(x_new) - x_new)
-                        norm = problem.norm(f_new)
-                better = running & (norm < best_norm)
-                idle = torch.where(better, 0, idle + 1)
-                if bool(better.all()):
+                        x_new = torch.where(lost.unsqueeze(-1), best + self.mixing * best_f, x_new)
+                        f_new = torch.where(lost.unsqueeze(-1), problem(x_new) - x_new, f_new)
+                        norm = torch.where(lost, problem.norm(f_new), norm)
+                better = norm < best_norm
+                if bool((better if keep.all else better | ~keep.running).all()):
                     best, best_f, best_norm = x_new, f_new, norm
                 else:
                     best = torch.where(better.unsqueeze(-1), x_new, best)
                     best_f = torch.where(better.unsqueeze(-1), f_new, best_f)
                     best_norm = torch.where(better, norm, best_norm)
-                x, f = x_new, f_new
-                if step >= PATIENCE and bool((asking := running & (idle >= PATIENCE)).any()):
-                    gave_up = gave_up | (asking & (best_norm <= _NEIGHBOUR * _rounding(problem, best, best_f)))
-                    idle = torch.where(asking, 0, idle)
+                gained.masked_fill_(better, step)
+                x, f, running = x_new, f_new, best_norm > tolerance
+                running = running if keep.all else running & keep.running
+                if step >= PATIENCE and bool((asking := running & (step - gained >= PATIENCE)).any()):
+                    stuck = asking & (best_norm <= _NEIGHBOUR * _rounding(problem, best, best_f))
+                    x, f = (torch.where(stuck.unsqueeze(-1), *pair) for pair in ((best, x), (best_f, f)))
+                    gave_up, running = gave_up | stuck, running & ~stuck
+                    gained.masked_fill_(asking, step)
+                keep = Keep(running)
         return problem.result(best, best_norm, best_norm <= tolerance, gave_up, step)
 
 
@@ -127,14 +127,14 @@ def _rounding(problem: RootProblem, x: torch.Tensor, f: torch.Tensor) -> torch.T
 
 
 class _History:
-    """The last changes as rows of length 1, [*lanes, memory, n]: u = df / |df|, and w = (dx + beta df) / |df|.
+    """The last changes as rows of length 1, [lanes, memory, n]: u = df / |df|, and w = (dx + beta df) / |df|.
 
     A lane that stands still adds rows of zeros, which nothing is made of.
     """
 
     def __init__(self, x: torch.Tensor, memory: int, mixing: float) -> None:
         self._mixing, self._memory, self._made = mixing, memory, 0
-        self._u, self._w = (x.new_zeros(*x.shape[:-1], memory, x.shape[-1]) for _ in range(2))
+        self._u, self._w = (x.new_zeros(x.shape[:-1].numel(), memory, x.shape[-1]) for _ in range(2))
         self._ridge = _RIDGE * torch.finfo(x.dtype).eps * torch.eye(memory, dtype=x.dtype, device=x.device)
 
     def add(self, dx: torch.Tensor, df: torch.Tensor) -> None:
@@ -142,24 +142,24 @@ class _History:
         if not self._memory:
             return
         size = torch.linalg.vector_norm(df, dim=-1, keepdim=True)
-        size = torch.where(size > 0, size, 1.0)
+        size.masked_fill_(size == 0, 1.0)
         row = self._made % self._memory
-        self._u[..., row, :] = df / size
-        self._w[..., row, :] = torch.add(dx, df, alpha=self._mixing) / size
+        for rows, change in ((self._u, df), (self._w, torch.add(dx, df, alpha=self._mixing))):
+            torch.div(change, size, out=rows[:, row].view(df.shape))
         self._made += 1
 
     def forget(self, lanes: torch.Tensor) -> None:
         """Nothing is left of these lanes, [*lanes] bool."""
         for rows in (self._u, self._w):
-            rows.masked_fill_(lanes[..., None, None], 0.0)
+            rows.masked_fill_(lanes.reshape(-1, 1, 1), 0.0)
 
     def moved(self, x: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
         """x_new; gamma by the normal equations, with a ridge that lets parallel rows share what they explain."""
-        plain: torch.Tensor = torch.add(x, f, alpha=self._mixing)
+        plain = torch.add(x, f, alpha=self._mixing)
         m = min(self._made, self._memory)
         if not m:
             return plain
-        u = self._u[..., :m, :]
-        gamma = torch.linalg.solve_ex(u @ u.mT + self._ridge[:m, :m], u @ f.unsqueeze(-1))[0]
-        plain -= (gamma.mT @ self._w[..., :m, :])[..., 0, :]
-        return plain
+        u, w, ridge = self._u[:, :m], self._w[:, :m], self._ridge[:m, :m]
+        right = torch.bmm(u, f.reshape(len(u), f.shape[-1], 1))
+        gamma = torch.linalg.solve_ex(torch.baddbmm(ridge, u, u.mT), right)[0]
+        return torch.baddbmm(plain.view(len(u), 1, x.shape[-1]), gamma.mT, w, alpha=-1).view(x.shape)

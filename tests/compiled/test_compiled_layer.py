@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-import shutil
 import threading
 from collections.abc import Callable
 from functools import partial
@@ -380,17 +379,3 @@ def test_without_a_compiler_the_layer_is_called_as_it_is(monkeypatch: pytest.Mon
     torch.testing.assert_close(gradient, torch.ones(2, dtype=F64))
     layer(torch.zeros(2, dtype=F64), t)  # said once
     assert layer.num_compilations == 0
-
-
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
-def test_by_the_compiler_itself_the_numbers_are_the_same() -> None:
-    """One solver through the whole compiler: closed form x = log t."""
-    layer = il.compile(
-        il.argmin(lambda x, t: (x.exp() - t * x).sum(), il.solvers.GradientDescent(0.2, 200, rtol=1e-12))
-    )
-    t = torch.tensor([2.0, 4.0], dtype=F64, requires_grad=True)
-    for _ in range(2):
-        x = layer(torch.zeros(2, dtype=F64), t)
-        (gradient,) = torch.autograd.grad(x.sum(), t)
-    torch.testing.assert_close(x.detach(), t.detach().log(), rtol=1e-11, atol=0)
-    torch.testing.assert_close(gradient, 1 / t.detach(), rtol=1e-10, atol=0)

@@ -1,8 +1,9 @@
 """Bi-CGSTAB: agreement with SciPy step by step, breakdowns, what it cannot do."""
 
+import pytest
 import scipy.sparse.linalg
 import torch
-from linear_systems import Counted, contraction
+from linear_systems import Counted, Operations, contraction
 from references import F64, randn, relative_error
 
 import implicitlayer as il
@@ -56,3 +57,30 @@ def test_a_preconditioner_saves_steps() -> None:
     assert solution.status is Status.CONVERGED and solution.num_steps < 60
     assert float((b - matrix @ solution.value).norm() / b.norm()) <= 1e-9
     assert il.Bicgstab(max_steps=60, rtol=1e-10)(matrix, b).status is not Status.CONVERGED
+
+
+def test_the_scale_of_one_lane_changes_no_bit_of_the_others() -> None:
+    # squares of A v overflow in the first lane and vanish in the second
+    matrices = torch.stack([contraction(12, seed=1)] * 3) * torch.tensor([1e200, 1e-200, 1.0], dtype=F64).reshape(
+        3, 1, 1
+    )
+    b, like = randn(3, 12, seed=2), torch.stack([contraction(12, seed=1)] * 3)
+    together, plain = il.Bicgstab()(matrices, b), il.Bicgstab()(like, b)
+    assert together.status is Status.CONVERGED
+    assert torch.equal(together.value[2], plain.value[2]) and together.steps.tolist() == plain.steps.tolist()
+    # powers of ten round: a few units in each entry of A
+    scaled = together.value[:2] * torch.tensor([[1e200], [1e-200]], dtype=F64)
+    assert relative_error(scaled, plain.value[:2]) <= 1e-9  # ten times the default tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_an_iteration_makes_few_operations_while_no_lane_stops(dtype: torch.dtype) -> None:
+    matrices = torch.stack([contraction(30, seed=seed) for seed in range(4)]).to(dtype)
+    b = randn(4, 30, seed=9).to(dtype)
+    made = []
+    for steps in (4, 10):
+        with Operations() as counted:
+            assert il.Bicgstab(max_steps=steps)(matrices, b).num_steps == steps
+        made.append(counted.number)
+    # counted at the dispatcher: 3 iterations of 2 products, of which each is 4; a mask per lane and vector would be 300
+    assert made[1] - made[0] <= 3 * 100
