@@ -14,18 +14,20 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
+import meta_problem
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.nn
 from processes import fork
-from sharded_problem import CG, GD, LINEAR, PLACED, SOLVERS, Cases, Tree, difference, gradient, objective, query
+from sharded_problem import CG, GD, LINEAR, NEWTON, PLACED, SOLVERS, Cases, Tree, difference, gradient, objective, query
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import implicitlayer as il
+from implicitlayer.base._parts import Parts
 
 
 def solvers(cases: Cases) -> None:
@@ -40,7 +42,7 @@ def rows(cases: Cases) -> None:
     """Data whose rows are shared: the value of the objective is a sum over processes."""
     for linear in ("ConjugateGradient", "Gmres", "Dense"):
         linear_solver = LINEAR[linear]
-        layer = il.argmin(objective, il.solvers.NewtonCG(), linear_solver=linear_solver)
+        layer = il.argmin(objective, NEWTON, linear_solver=linear_solver)
         wanted = cases.alone(layer)
         for placed in PLACED if linear == "ConjugateGradient" else ["Shard(0)"]:
             cases.agree(f"rows {linear} {placed}", layer, placed, Shard(0), wanted)
@@ -137,6 +139,29 @@ def other_layers(cases: Cases) -> None:
     # curvature that turns negative: the message picks the numbers of the lane
     bad = il.argmin(lambda x, t: (-(x**2) + x * t).sum(), lambda f, x, t: t / 2, linear_solver=CG)
     cases.refused("negative curvature", lambda: bad(init, t).sum().backward())
+
+
+def meta_learners(cases: Cases) -> None:
+    """Parameters in parts, and the tasks on every process, or three of them shared by two."""
+    theta, *tasks = meta_problem.problem()
+    steps = il.solvers.GradientDescent(0.1, max_steps=3)
+    methods = {
+        "MAML": il.meta.MAML(meta_problem.task_loss, step_size=0.1, num_steps=3, momentum=0.5),
+        "TruncatedMAML": il.meta.TruncatedMAML(meta_problem.task_loss, step_size=0.1, num_steps=3, strength=0.7),
+        "FirstOrderMAML": il.meta.FirstOrderMAML(meta_problem.task_loss, steps),
+        "Reptile": il.meta.Reptile(meta_problem.task_loss, steps, strength=0.7),
+    }
+    for name, method in methods.items():
+        losses = method(theta, *tasks)
+        wanted = [losses, *torch.autograd.grad(losses.sum(), list(theta.values()))]
+        worst = 0.0
+        for how in (Replicate(), Shard(0)):
+            cut = {"u": cases.put(theta["u"], Shard(0)), "w": cases.put(theta["w"], Shard(1))}
+            cut = {key: leaf.detach().requires_grad_() for key, leaf in cut.items()}
+            losses = method(cut, *torch.utils._pytree.tree_map(lambda t, how=how: cases.put(t, how), tasks))
+            found = [losses, *torch.autograd.grad(losses.sum(), list(cut.values()))]
+            worst = max(worst, difference(found, wanted))
+        cases.found[name] = worst
 
 
 def learners(cases: Cases) -> None:
@@ -236,19 +261,70 @@ def models(cases: Cases) -> None:
     cases.refused("FSDP2 inside", lambda: weights(fully_shard(mlp(), mesh=cases.mesh), cases.data))
 
 
-class Traffic(TorchDispatchMode):
-    """Collectives that DTensors make, and the bytes that a process gives to them."""
+class Watching(TorchDispatchMode):
+    """Sees the operations on what lies on this process, inside of DTensors and vectors in parts too."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(kind is Parts or hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # it comes here again with what it consists of
+        result = op(*args, **(kwargs or {}))
+        self.see(op, args, result)
+        return result
+
+    def see(self, op: Any, args: Any, result: Any) -> None:
+        raise NotImplementedError
+
+
+class Traffic(Watching):
+    """Collectives, and the bytes that a process gives to them."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = self.bytes = 0
 
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if DTensor in types:
-            return NotImplemented
-        if op.namespace == "_c10d_functional" and not op.__name__.startswith(("wait", "_wrap")):
-            self.count, self.bytes = self.count + 1, self.bytes + args[0].numel() * args[0].element_size()
-        return op(*args, **(kwargs or {}))
+    def see(self, op: Any, args: Any, result: Any) -> None:
+        functional = op.namespace == "_c10d_functional" and not op.__name__.startswith(("wait", "_wrap"))
+        if functional or op.namespace == "c10d":
+            given = args[0 if functional else 1]
+            self.count, self.bytes = self.count + 1, self.bytes + given.numel() * given.element_size()
+
+
+class Largest(Watching):
+    """The most entries of a tensor that was made: of all its dimensions, and of the last one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = self.length = 0
+
+    def see(self, op: Any, args: Any, result: Any) -> None:
+        for made in torch.utils._pytree.tree_leaves(result):
+            if isinstance(made, torch.Tensor) and made.untyped_storage().device.type != "meta":
+                self.entries = max(self.entries, made.untyped_storage().nbytes() // made.element_size())
+                self.length = max(self.length, made.shape[-1] if made.ndim else 1)
+
+
+def memory(cases: Cases) -> None:
+    """The largest tensor of a solve and of its derivative, where columns of w1 and rows of w2 lie on one process."""
+    draw = torch.Generator().manual_seed(1)
+    descent = il.solvers.GradientDescent(0.2, max_steps=200, rtol=1e-12)  # a wide network is steeper
+    plain = {
+        "w1": torch.randn(16, 64, generator=draw, dtype=torch.float64) / 4,
+        "w2": torch.randn(64, 4, generator=draw, dtype=torch.float64) / 8,
+    }
+    size = sum(leaf.numel() for leaf in plain.values())
+    data = [torch.randn(4, width, generator=draw, dtype=torch.float64) for width in (16, 4)]
+    for inner, linear in (("GradientDescent", "ConjugateGradient"), ("NewtonCG", "Minres"), ("LBFGS", "Gmres")):
+        theta = {"w1": cases.put(plain["w1"], Shard(1)), "w2": cases.put(plain["w2"], Shard(0))}
+        theta = {name: leaf.requires_grad_() for name, leaf in theta.items()}
+        given = [cases.put(t, Replicate()) for t in data]
+        solver = descent if inner == "GradientDescent" else SOLVERS[inner]
+        layer = il.argmin(objective, solver, linear_solver=LINEAR[linear])
+        with Largest() as seen:
+            x = layer({name: leaf.detach() for name, leaf in theta.items()}, theta, *given)
+            torch.autograd.grad(sum((leaf**2).sum() for leaf in x.values()), list(theta.values()))
+        # all basis vectors of GMRES are one tensor
+        found = seen.length if linear == "Gmres" else seen.entries
+        cases.found[f"memory {inner} {linear}"] = f"1 / {size / found:g} of the unknowns"
 
 
 def traffic(cases: Cases) -> None:
@@ -260,11 +336,12 @@ def traffic(cases: Cases) -> None:
             for steps in (3, 4):
                 linear = il.ConjugateGradient(max_steps=steps)
                 layer = il.argmin(objective, il.solvers.GradientDescent(0.4, max_steps=3), linear_solver=linear)
-                x = layer({name: leaf.detach() for name, leaf in theta.items()}, theta, *data[:2])
-                loss = query(x, *data[2:])
-                with warnings.catch_warnings(), Traffic() as seen:
+                with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # three steps of either solver are no solution
-                    torch.autograd.grad(loss, list(theta.values()))
+                    x = layer({name: leaf.detach() for name, leaf in theta.items()}, theta, *data[:2])
+                    loss = query(x, *data[2:])
+                    with Traffic() as seen:
+                        torch.autograd.grad(loss, list(theta.values()))
                 told.append((seen.count, seen.bytes))
             count, size = (after - before for before, after in zip(*told, strict=True))
             shared = "shared" if rows.is_shard() else "whole"
@@ -316,9 +393,17 @@ def example(cases: Cases) -> None:
     cases.found["example"] = abs(names["found"] - names["expected"])
 
 
+def layer_decay(cases: Cases) -> None:
+    """The program of examples/distributed with a narrow network; it asserts what it prints."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "distributed"))
+    import layer_decay
+
+    cases.found["layer decay"] = layer_decay.run(width=16)["difference"]
+
+
 PARTS = {
-    2: (solvers, rows, unannounced, other_layers, learners, models, traffic, loaded, trainer, example),
-    4: (saved, four),
+    2: (solvers, rows, unannounced, other_layers, meta_learners, learners, models, traffic, loaded, trainer, example),
+    4: (saved, four, memory, layer_decay),
 }
 
 

@@ -54,6 +54,7 @@ def test_rows_of_the_data_on_several_processes_are_summed(found: dict[str, Any],
 WORKS = [
     *("root", "fixed_point", "batch_dims", "closed over", "tied", "second order", "own solver", "plain value"),
     *("plain theta", "iMAML", "DDP", "tensor parallel", "FSDP2 around", "checkpoint", "example"),
+    *("MAML", "TruncatedMAML", "FirstOrderMAML", "Reptile", "layer decay"),
 ]
 
 
@@ -66,6 +67,11 @@ def test_what_else_works_with_dtensors_has_the_answer_of_one_process(found: dict
 @pytest.mark.parametrize("placed", ["four {} Shard(0)", "four {} Shard(1)", "2 x 2 {}"])
 def test_four_processes_give_the_gradient_of_one(found: dict[str, Any], solvers: str, placed: str) -> None:
     assert found[placed.format(solvers)] < TOLERANCE
+
+
+@pytest.mark.parametrize("solvers", ["GradientDescent ConjugateGradient", "NewtonCG Minres", "LBFGS Gmres"])
+def test_no_process_makes_a_vector_of_all_unknowns(found: dict[str, Any], solvers: str) -> None:
+    assert found[f"memory {solvers}"] == "1 / 4 of the unknowns"
 
 
 REFUSED = {
@@ -100,5 +106,6 @@ def test_the_page_lists_what_was_found(found: dict[str, Any]) -> None:
     told = {line.split("|")[1].strip(" `"): line.split("|")[3].strip() for line in rows}
     assert told.keys() == found.keys(), told.keys() ^ found.keys()
     for name, value in found.items():
-        right = "same" if isinstance(value, float) else value if "collectives" in value else f"`{value.split(':')[0]}`"
+        counted = not isinstance(value, float) and ("collectives" in value or "of the unknowns" in value)
+        right = "same" if isinstance(value, float) else value if counted else f"`{value.split(':')[0]}`"
         assert told[name].startswith(right), (name, value)
