@@ -213,3 +213,10 @@ WHOLE = [
 @pytest.mark.parametrize("solver", WHOLE, ids=lambda solver: type(solver).__name__)
 def test_solvers_that_look_at_entries_get_whole_vectors(solver: Any) -> None:
     assert not solver.in_parts
+
+
+def test_peak_memory_counts_the_entries_that_are_here() -> None:
+    x = Parts(torch.zeros(1000, dtype=torch.float64), Cut(4000, ((0, 1000),), ()))
+    with il.meta.PeakMemory() as memory:
+        y = x + 1
+    assert y.shape == (4000,) and memory.peak == 8000

@@ -95,6 +95,7 @@ class Divided(Sharding):
         def of_vector(x: torch.Tensor, *theta: Any) -> Any:
             return self.put_together(function(unflatten(_Leaves.apply(x, self, True), self.spec), *theta))
 
+        of_vector.unknowns = self.outside  # type: ignore[attr-defined]  # how its user calls them, for messages
         return of_vector
 
     def leaves(self, flat: Any) -> tuple[torch.Tensor, ...]:

@@ -40,12 +40,11 @@ class Cut:
         import torch.distributed as dist
 
         dtype = mine.dtype
-        mine = mine.to(torch.uint8) if dtype is torch.bool else mine
+        mine = mine.to(torch.uint8) if dtype is torch.bool else mine.contiguous()
         for group in self.groups:
-            flat = mine.reshape(1, -1).contiguous()
-            everybody = flat.new_empty(dist.get_world_size(group), flat.shape[1])
-            dist.all_gather_into_tensor(everybody, flat, group=group)
-            mine = operation(everybody, [0], False).reshape(mine.shape).to(mine.dtype)
+            everybody = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+            dist.all_gather(everybody, mine, group=group)
+            mine = operation(torch.stack(everybody), [0], False).to(mine.dtype)
         return mine.to(dtype)
 
 

@@ -2,10 +2,11 @@
 
 # NOTE [sharded objectives]: solvers, checks and linear solves decide by numbers, and processes that decide differently
 # wait for each other for ever. So they work on whole plain tensors, the same bits on every process (or on vectors of
-# which nothing but sums can be known, see _divided), and only the objective sees DTensors: its unknowns are cut at its door and its value is put together there. With x the whole
-# tensor and the parts P x, f(P x) has the gradient P' f'(P x), and P' is the gathering of the parts, whatever torch has
-# left to be done: a value or gradient with the placement Partial, of which every process holds a summand, is summed.
-# The transposes of the two are each other, so each Function below is the backward of the other one, to any order.
+# which nothing but sums can be known, see _divided), and only the objective sees DTensors: its unknowns are cut at its
+# door and its value is put together there. With x the whole tensor and the parts P x, f(P x) has the gradient
+# P' f'(P x), and P' is the gathering of the parts, whatever torch has left to be done: a value or gradient with the
+# placement Partial, of which every process holds a summand, is summed. The transposes of the two are each other, so
+# each Function below is the backward of the other one, to any order.
 
 from __future__ import annotations
 

@@ -75,7 +75,12 @@ def test_no_process_makes_a_vector_of_all_unknowns(found: dict[str, Any], solver
 
 
 REFUSED = {
-    "FSDP2 inside": ("RuntimeError", "got mixed torch.Tensor and DTensor", "a module under fully_shard (FSDP2)"),
+    "FSDP2 inside": (
+        "RuntimeError",
+        "got mixed torch.Tensor and DTensor",
+        "x a dict with ['0.weight']",
+        "a module under fully_shard (FSDP2)",
+    ),
     "Trainer": ("TypeError", "theta['w'] is a DTensor", "torch.distributed.checkpoint"),
     "unannounced rows": ("ObjectiveError", "has another value on every process", "distribute_tensor(data, mesh"),
     "summed by hand": ("ObjectiveError", "has another gradient in leaf", ".to_local()"),
