@@ -95,6 +95,16 @@ keeps_graph: Callable[[], bool] = _autograd._get_current_graph_task_keep_graph
 # A graph break of torch.compile that does not import the compiler by itself.
 not_compiled: Callable[[Any], Any] = torch._compile._disable_dynamo
 
+# Classes of tensors that are no memory of their own.
+no_torch_function: Any = _core._disabled_torch_function_impl  # operators see them, functions do not
+
+
+def wrapper_of(kind: type[torch.Tensor], shape: tuple[int, ...], like: torch.Tensor) -> Any:
+    """A tensor of class ``kind`` without memory, of the dtype and device of ``like``."""
+    make: Any = getattr(torch.Tensor, "_make_wrapper_subclass")  # noqa: B009  torch's annotation has no such name
+    return make(kind, shape, dtype=like.dtype, device=like.device)
+
+
 # One call for a list of tensors.
 foreach_add = torch._foreach_add
 foreach_add_ = torch._foreach_add_

@@ -1,11 +1,12 @@
 """DTensors: unknowns that an objective sees in parts, one per process, and everybody else as a whole."""
 
 # NOTE [sharded objectives]: solvers, checks and linear solves decide by numbers, and processes that decide differently
-# wait for each other for ever. So they work on whole plain tensors, the same bits on every process, and only the
-# objective sees DTensors: its unknowns are cut at its door and its value is put together there. With x the whole
-# tensor and the parts P x, f(P x) has the gradient P' f'(P x), and P' is the gathering of the parts, whatever torch has
-# left to be done: a value or gradient with the placement Partial, of which every process holds a summand, is summed.
-# The transposes of the two are each other, so each Function below is the backward of the other one, to any order.
+# wait for each other for ever. So they work on whole plain tensors, the same bits on every process (or on vectors of
+# which nothing but sums can be known, see _divided), and only the objective sees DTensors: its unknowns are cut at its
+# door and its value is put together there. With x the whole tensor and the parts P x, f(P x) has the gradient
+# P' f'(P x), and P' is the gathering of the parts, whatever torch has left to be done: a value or gradient with the
+# placement Partial, of which every process holds a summand, is summed. The transposes of the two are each other, so
+# each Function below is the backward of the other one, to any order.
 
 from __future__ import annotations
 
@@ -119,40 +120,47 @@ class Sharding:
         self.mesh = next(layout[0] for layout in self.layouts if layout is not None)
         self._compared: set[str] = set()
 
-    def whole(self, tree: Any) -> Any:
-        """``tree`` with every DTensor put together; its gradient is cut as it was."""
-        leaves, spec = flatten(tree)
-        return unflatten([gathered(leaf) if is_data(leaf) else leaf for leaf in leaves], spec)
+    def inside(self, init: Any) -> Any:
+        """The unknowns of the layer: whole ones."""
+        return whole(init)
 
-    def distributed(self, tree: Any) -> Any:
+    def outside(self, tree: Any) -> Any:
         """A tree like ``init`` cut as ``init`` was."""
         leaves, spec = flatten(tree)
         pairs = zip(leaves, self.layouts, strict=True)
         return unflatten([t if how is None else _Distribute.apply(t, *how) for t, how in pairs], spec)
 
-    def seen_whole(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` of sharded unknowns as one of whole unknowns, with a whole result."""
+    def seen(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """``function`` of sharded unknowns as one of the layer's unknowns, with a whole result."""
 
         def on_whole(x: Any, *theta: Any) -> Any:
             leaves, spec = flatten(x)
             cut = [self._seen(i, leaf) for i, leaf in enumerate(leaves)]
-            result = self.whole(function(unflatten(cut, spec), *theta))
-            self._compare("value", [leaf for leaf in flatten(result)[0] if is_data(leaf)])
-            return result
+            return self.put_together(function(unflatten(cut, spec), *theta))
 
         return on_whole
+
+    def put_together(self, result: Any) -> Any:
+        """The whole of what the user's function returns, which must be the same on every process."""
+        result = whole(result)
+        self.compare("value", [leaf for leaf in flatten(result)[0] if is_data(leaf)], range(self.mesh.ndim))
+        return result
 
     def _seen(self, index: int, leaf: torch.Tensor) -> torch.Tensor:
         layout = self.layouts[index]
         if layout is None:
             return leaf
+        every = range(self.mesh.ndim)
         cut: torch.Tensor = _Distribute.apply(
-            leaf, *layout, lambda gradient: self._compare(f"gradient in leaf {index} of x", [gradient])
+            leaf, *layout, lambda gradient: self.compare(f"gradient in leaf {index} of x", [gradient], every)
         )
         return cut
 
-    def _compare(self, what: str, tensors: Sequence[torch.Tensor]) -> None:
-        """Raise on every process unless the first ``tensors`` called ``what`` are the same on all, up to rounding."""
+    def compare(self, what: str, tensors: Sequence[torch.Tensor], dims: Sequence[int]) -> None:
+        """Raise on every process unless the first ``tensors`` called ``what`` are the same on all, up to rounding.
+
+        ``dims``: those of the mesh along which they are compared.
+        """
         if what in self._compared or not tensors:
             return
         import torch.distributed as dist
@@ -162,7 +170,7 @@ class Sharding:
         # sums agree to their rounding, far below the root of eps times the sum of magnitudes; NaN is for others to tell
         mine = torch.stack([part for t in plain for part in (t.sum(), t.abs().sum())]).nan_to_num()
         rtol = max(torch.finfo(t.dtype).eps for t in tensors) ** 0.5
-        for dim in range(self.mesh.ndim):
+        for dim in dims:
             group = self.mesh.get_group(dim)
             everybody = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
             dist.all_gather(everybody, mine, group=group)
@@ -176,6 +184,12 @@ class Sharding:
                     "put together. Make the data DTensors too, distribute_tensor(data, mesh, [Shard(0)]), and leave "
                     "out .to_local()."
                 )
+
+
+def whole(tree: Any) -> Any:
+    """``tree`` with every DTensor put together; its gradient is cut as it was."""
+    leaves, spec = flatten(tree)
+    return unflatten([gathered(leaf) if is_data(leaf) else leaf for leaf in leaves], spec)
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:

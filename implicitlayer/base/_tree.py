@@ -95,7 +95,8 @@ def lane_reduce(values: torch.Tensor, lane_dims: int) -> torch.Tensor:
     """Sum of all but the first ``lane_dims`` dimensions; works for 0-d and empty tensors."""
     if lane_dims == 0:
         return values.sum()
-    return values.flatten(lane_dims).sum(-1) if values.ndim > lane_dims else values
+    # not flattened: torch does not flatten what is cut unevenly
+    return values.sum(tuple(range(lane_dims, values.ndim))) if values.ndim > lane_dims else values
 
 
 def ravel(leaves: Sequence[torch.Tensor], lane_dims: int) -> torch.Tensor:

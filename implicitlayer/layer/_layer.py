@@ -11,6 +11,7 @@ import torch
 from implicitlayer import _torch
 from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
 from implicitlayer.base._copying import CopiesFunctions
+from implicitlayer.base._divided import Divided
 from implicitlayer.base._records import CallRecords, Record
 from implicitlayer.base._sharding import WHOLE, Sharding, is_sharded
 from implicitlayer.base._surroundings import name_limit, out_of_inference, outside_compiled_code
@@ -188,19 +189,19 @@ class ImplicitLayer(CopiesFunctions):
         return hidden
 
     def _call_sharded(self, init: Any, theta: tuple[Any, ...]) -> Any:
-        """The same layer of whole unknowns; see NOTE [sharded objectives]."""
+        """The same layer of unknowns that solvers can work with; see NOTE [sharded objectives]."""
         if type(self)._equation is not ImplicitLayer._equation:
             raise UnsupportedTransformError(
                 "init holds DTensors, and a layer with a set, a regulariser or constraints takes plain tensors only. "
                 "Pass init.full_tensor() (the objective may distribute it again), or use a layer without them."
             )
-        sharding = Sharding(init)
-        whole = replace(self, function=sharding.seen_whole(self.function))
-        result = whole(sharding.whole(init), *theta)
-        self.records = whole.records
-        if self.solver_has_aux:
-            return sharding.distributed(result[0]), result[1]
-        return sharding.distributed(result)
+        stays = self.kind == "argmin" and not (self.batch_dims or self.solver_has_aux or _torch.transforms_active())
+        stays = stays and all(getattr(by, "in_parts", False) for by in (self.solver, self.linear_solver))
+        sharding = Divided(init) if stays and Divided.possible(init) else Sharding(init)
+        inner = replace(self, function=sharding.seen(self.function))
+        result = inner(sharding.inside(init), *theta)
+        self.records = inner.records
+        return (sharding.outside(result[0]), result[1]) if self.solver_has_aux else sharding.outside(result)
 
     def _read(self, function: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
         """What is run to find closed-over tensors, and what shows its numbers; see :func:`find_closed_over`."""

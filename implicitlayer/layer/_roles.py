@@ -53,6 +53,7 @@ def tell_arguments(error: Exception, function: Callable[..., Any], init: Any, th
     """
     if isinstance(error, ImplicitLayerError) or not hasattr(error, "add_note"):
         return
+    init = getattr(function, "unknowns", lambda x: x)(init)  # DTensors of one vector
     names = ["x", *(f"theta[{i}]" for i in range(len(theta)))]
     shown = "; ".join(f"{name} {_shown(value)}" for name, value in zip(names, (init, *theta), strict=True))
     note = (

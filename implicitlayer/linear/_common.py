@@ -359,6 +359,11 @@ class KrylovSolver(LinearSolver):
         """The three arguments that say when to stop."""
         return Limits(self.rtol, self.atol, self.max_steps)
 
+    @property
+    def in_parts(self) -> bool:  # type: ignore[override]
+        """Whether vectors of which every process holds a part will do: a preconditioner may want whole ones."""
+        return self.preconditioner is None
+
     def correct(self, operator: FlatOperator, precondition: Precondition, start: Round) -> Correction:
         """The recurrence, run from zero on the right-hand side ``start.residual``."""
         raise NotImplementedError

@@ -71,9 +71,12 @@ class LinearSolver(Extension):
         systems: which matrices it is for: ``"general"``, ``"symmetric"``, ``"positive definite"``, or
             ``"contraction"`` (I - J with ``||J|| < 1``). One for symmetric matrices is never asked for a transposed
             solve, and refused where a system is not symmetric.
+        in_parts: whether it may be given vectors of which every process holds a part only, where unknowns are DTensors:
+            it uses them entry by entry and in sums over all entries (products, norms, ``amax``), and in no other way.
     """
 
     systems: ClassVar[Literal["positive definite", "symmetric", "general", "contraction"]] = "general"
+    in_parts: ClassVar[bool] = False
 
     def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution | torch.Tensor:
         """Solve for a flat right-hand side [*lanes, n].

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from implicitlayer._torch import TorchDispatchMode, pytree
+from implicitlayer.base._parts import Parts
 
 
 class PeakMemory(TorchDispatchMode):
     """Bytes of tensor storage that are made inside the ``with`` block and alive, ``now``, and their ``peak``.
 
     Storages are counted once, after every operator, wherever they live; views and tensors from outside cost nothing.
+    Of a DTensor the part on this process counts.
     What an operator takes and frees inside itself (a workspace) is not seen.
 
     Example:
@@ -33,12 +35,13 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator and count the storages it made."""
+        if any(kind is Parts or hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # a DTensor: it comes here again with what lies on this process
         given = {t.untyped_storage()._cdata for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
         for tensor in pytree.tree_leaves(result):
-            if not isinstance(tensor, torch.Tensor):
+            if not isinstance(tensor, torch.Tensor) or (storage := tensor.untyped_storage()).device.type == "meta":
                 continue
-            storage = tensor.untyped_storage()
             key, size = storage._cdata, storage.nbytes()
             if key not in self._alive and key not in given:
                 self._alive.add(key)

@@ -99,6 +99,11 @@ class GradientDescent(RecordingSolver):
         """Whether there is a test besides the number of steps."""
         return self.rtol > 0 or self.atol > 0
 
+    @property
+    def in_parts(self) -> bool:  # type: ignore[override]
+        """Whether unknowns of which every process holds a part will do: nobody else gets to see them."""
+        return isinstance(self.step_size, int | float) and self.callback is None
+
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         """The same, with status and step count."""
         if self.line_search == "armijo":

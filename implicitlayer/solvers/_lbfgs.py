@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from implicitlayer.base._parts import lies_in_parts
 from implicitlayer.base._solution import SolverResult
 from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._common import times
@@ -86,6 +87,11 @@ class LBFGS(Limited):
         """Whether all lanes are solved at once: where the bounds are the layer's, which knows its lanes."""
         return self.bounds is None
 
+    @property
+    def in_parts(self) -> bool:  # type: ignore[override]
+        """Whether unknowns of which every process holds a part will do: nobody else gets to see them."""
+        return self.bounds is None and self.callback is None
+
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         """The same, with status and step count."""
         found = in_a_box(self, objective, init, theta, _CURVATURE)
@@ -93,7 +99,7 @@ class LBFGS(Limited):
             return found
         problem = Problem(objective, init, theta)
         n = problem.start.shape[-1]
-        if self.memory is None and n <= _FEW:
+        if self.memory is None and n <= _FEW and not lies_in_parts(problem.start):
             return descend(self, problem, _Matrices(problem.start), _CURVATURE)
         return descend(self, problem, self._two_loop(problem.start), _CURVATURE)
 

@@ -95,6 +95,11 @@ class NewtonCG(Limited):
         if self.line_search not in _CURVATURES:
             raise ValueError(f'line_search={self.line_search!r} must be "armijo" or "wolfe".')
 
+    @property
+    def in_parts(self) -> bool:  # type: ignore[override]
+        """Whether unknowns of which every process holds a part will do: nobody else gets to see them."""
+        return self.curvature == "hessian" and self.callback is None
+
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         """The same, with status and step count."""
         problem = Problem(objective, init, theta, self.curvature)

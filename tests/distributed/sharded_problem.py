@@ -12,7 +12,8 @@ import implicitlayer as il
 
 Tree = dict[str, torch.Tensor]
 GD, CG = il.solvers.GradientDescent(0.4, max_steps=200, rtol=1e-12), il.ConjugateGradient(rtol=1e-12)
-SOLVERS = {"GradientDescent": GD, "NewtonCG": il.solvers.NewtonCG(), "LBFGS": il.solvers.LBFGS(rtol=1e-12)}
+NEWTON = il.solvers.NewtonCG(rtol=1e-12)  # without a tolerance four times as many steps, the last ones in rounding
+SOLVERS = {"GradientDescent": GD, "NewtonCG": NEWTON, "LBFGS": il.solvers.LBFGS(rtol=1e-12)}
 LINEAR = {
     "ConjugateGradient": CG,
     "Minres": il.Minres(rtol=1e-12),

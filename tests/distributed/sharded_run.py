@@ -14,16 +14,17 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
+import meta_problem
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.nn
 from processes import fork
-from sharded_problem import CG, GD, LINEAR, PLACED, SOLVERS, Cases, Tree, difference, gradient, objective, query
+from sharded_costs import memory, traffic
+from sharded_problem import CG, GD, LINEAR, NEWTON, PLACED, SOLVERS, Cases, Tree, difference, gradient, objective, query
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import implicitlayer as il
 
@@ -40,7 +41,7 @@ def rows(cases: Cases) -> None:
     """Data whose rows are shared: the value of the objective is a sum over processes."""
     for linear in ("ConjugateGradient", "Gmres", "Dense"):
         linear_solver = LINEAR[linear]
-        layer = il.argmin(objective, il.solvers.NewtonCG(), linear_solver=linear_solver)
+        layer = il.argmin(objective, NEWTON, linear_solver=linear_solver)
         wanted = cases.alone(layer)
         for placed in PLACED if linear == "ConjugateGradient" else ["Shard(0)"]:
             cases.agree(f"rows {linear} {placed}", layer, placed, Shard(0), wanted)
@@ -137,6 +138,29 @@ def other_layers(cases: Cases) -> None:
     # curvature that turns negative: the message picks the numbers of the lane
     bad = il.argmin(lambda x, t: (-(x**2) + x * t).sum(), lambda f, x, t: t / 2, linear_solver=CG)
     cases.refused("negative curvature", lambda: bad(init, t).sum().backward())
+
+
+def meta_learners(cases: Cases) -> None:
+    """Parameters in parts, and the tasks on every process, or three of them shared by two."""
+    theta, *tasks = meta_problem.problem()
+    steps = il.solvers.GradientDescent(0.1, max_steps=3)
+    methods = {
+        "MAML": il.meta.MAML(meta_problem.task_loss, step_size=0.1, num_steps=3, momentum=0.5),
+        "TruncatedMAML": il.meta.TruncatedMAML(meta_problem.task_loss, step_size=0.1, num_steps=3, strength=0.7),
+        "FirstOrderMAML": il.meta.FirstOrderMAML(meta_problem.task_loss, steps),
+        "Reptile": il.meta.Reptile(meta_problem.task_loss, steps, strength=0.7),
+    }
+    for name, method in methods.items():
+        losses = method(theta, *tasks)
+        wanted = [losses, *torch.autograd.grad(losses.sum(), list(theta.values()))]
+        worst = 0.0
+        for how in (Replicate(), Shard(0)):
+            cut = {"u": cases.put(theta["u"], Shard(0)), "w": cases.put(theta["w"], Shard(1))}
+            cut = {key: leaf.detach().requires_grad_() for key, leaf in cut.items()}
+            losses = method(cut, *torch.utils._pytree.tree_map(lambda t, how=how: cases.put(t, how), tasks))
+            found = [losses, *torch.autograd.grad(losses.sum(), list(cut.values()))]
+            worst = max(worst, difference(found, wanted))
+        cases.found[name] = worst
 
 
 def learners(cases: Cases) -> None:
@@ -236,41 +260,6 @@ def models(cases: Cases) -> None:
     cases.refused("FSDP2 inside", lambda: weights(fully_shard(mlp(), mesh=cases.mesh), cases.data))
 
 
-class Traffic(TorchDispatchMode):
-    """Collectives that DTensors make, and the bytes that a process gives to them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = self.bytes = 0
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if DTensor in types:
-            return NotImplemented
-        if op.namespace == "_c10d_functional" and not op.__name__.startswith(("wait", "_wrap")):
-            self.count, self.bytes = self.count + 1, self.bytes + args[0].numel() * args[0].element_size()
-        return op(*args, **(kwargs or {}))
-
-
-def traffic(cases: Cases) -> None:
-    """What one more step of conjugate gradients says to other processes."""
-    for placed in ("Replicate", "Shard(0)", "Shard(1)"):
-        for rows in (Replicate(), Shard(0)):
-            theta, data = cases.sharded(placed, rows)
-            told = []
-            for steps in (3, 4):
-                linear = il.ConjugateGradient(max_steps=steps)
-                layer = il.argmin(objective, il.solvers.GradientDescent(0.4, max_steps=3), linear_solver=linear)
-                x = layer({name: leaf.detach() for name, leaf in theta.items()}, theta, *data[:2])
-                loss = query(x, *data[2:])
-                with warnings.catch_warnings(), Traffic() as seen:
-                    warnings.simplefilter("ignore")  # three steps of either solver are no solution
-                    torch.autograd.grad(loss, list(theta.values()))
-                told.append((seen.count, seen.bytes))
-            count, size = (after - before for before, after in zip(*told, strict=True))
-            shared = "shared" if rows.is_shard() else "whole"
-            cases.found[f"step {placed}, {shared} data"] = f"{count} collectives, {size} bytes"
-
-
 def saved(cases: Cases) -> None:
     """A checkpoint that four processes write, and any number can read."""
     theta, _ = cases.sharded("Shard(1)", Replicate())
@@ -316,9 +305,17 @@ def example(cases: Cases) -> None:
     cases.found["example"] = abs(names["found"] - names["expected"])
 
 
+def layer_decay(cases: Cases) -> None:
+    """The program of examples/distributed with a narrow network; it asserts what it prints."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "distributed"))
+    import layer_decay
+
+    cases.found["layer decay"] = layer_decay.run(width=16, outer_steps=1)["difference"]
+
+
 PARTS = {
-    2: (solvers, rows, unannounced, other_layers, learners, models, traffic, loaded, trainer, example),
-    4: (saved, four),
+    2: (solvers, rows, unannounced, other_layers, meta_learners, learners, models, traffic, loaded, trainer, example),
+    4: (saved, four, memory, layer_decay),
 }
 
 

@@ -54,6 +54,7 @@ def test_rows_of_the_data_on_several_processes_are_summed(found: dict[str, Any],
 WORKS = [
     *("root", "fixed_point", "batch_dims", "closed over", "tied", "second order", "own solver", "plain value"),
     *("plain theta", "iMAML", "DDP", "tensor parallel", "FSDP2 around", "checkpoint", "example"),
+    *("MAML", "TruncatedMAML", "FirstOrderMAML", "Reptile", "layer decay"),
 ]
 
 
@@ -68,8 +69,18 @@ def test_four_processes_give_the_gradient_of_one(found: dict[str, Any], solvers:
     assert found[placed.format(solvers)] < TOLERANCE
 
 
+@pytest.mark.parametrize("solvers", ["GradientDescent ConjugateGradient", "NewtonCG Minres", "LBFGS Gmres"])
+def test_no_process_makes_a_vector_of_all_unknowns(found: dict[str, Any], solvers: str) -> None:
+    assert found[f"memory {solvers}"] == "1 / 4 of the unknowns"
+
+
 REFUSED = {
-    "FSDP2 inside": ("RuntimeError", "got mixed torch.Tensor and DTensor", "a module under fully_shard (FSDP2)"),
+    "FSDP2 inside": (
+        "RuntimeError",
+        "got mixed torch.Tensor and DTensor",
+        "x a dict with ['0.weight']",
+        "a module under fully_shard (FSDP2)",
+    ),
     "Trainer": ("TypeError", "theta['w'] is a DTensor", "torch.distributed.checkpoint"),
     "unannounced rows": ("ObjectiveError", "has another value on every process", "distribute_tensor(data, mesh"),
     "summed by hand": ("ObjectiveError", "has another gradient in leaf", ".to_local()"),
@@ -100,5 +111,5 @@ def test_the_page_lists_what_was_found(found: dict[str, Any]) -> None:
     told = {line.split("|")[1].strip(" `"): line.split("|")[3].strip() for line in rows}
     assert told.keys() == found.keys(), told.keys() ^ found.keys()
     for name, value in found.items():
-        right = "same" if isinstance(value, float) else value if "collectives" in value else f"`{value.split(':')[0]}`"
+        right = "same" if isinstance(value, float) else value if value[0].isdigit() else f"`{value.split(':')[0]}`"
         assert told[name].startswith(right), (name, value)
