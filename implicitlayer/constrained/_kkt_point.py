@@ -66,8 +66,12 @@ class PointOfProblem:
             )
             refuse(~finite, error)
             # a masked lane: anything finite does
-            parts: dict[str, Any] = {name: t for name, t in vars(found).items() if isinstance(t, torch.Tensor)}
-            found = replace(found, **{name: torch.where(over_lanes(finite, t), t, 0.0) for name, t in parts.items()})
+            finite_parts: dict[str, Any] = {
+                name: torch.where(over_lanes(finite, t), t, 0.0)
+                for name in Conditions.__dataclass_fields__
+                if isinstance(t := getattr(found, name), torch.Tensor)
+            }
+            found = replace(found, **finite_parts)
         return found
 
     def error(self, x: Leaves, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:

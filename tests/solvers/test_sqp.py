@@ -129,7 +129,9 @@ def test_the_values_of_the_book_are_reached_as_often_as_by_slsqp(ends: list[tupl
     assert {problem.number for (problem, *_), good in zip(ends, ours, strict=True) if not good} == {16, 20, 33}
 
 
-def test_it_needs_half_of_the_evaluations_of_slsqp(ends: list[tuple[Problem, End, End]]) -> None:
+def test_all_problems_together_take_less_than_half_of_the_evaluations_of_slsqp(
+    ends: list[tuple[Problem, End, End]],
+) -> None:
     both = [(sqp.evaluations, slsqp.evaluations) for problem, sqp, slsqp in ends if best(problem, sqp)]
     ours, theirs = (sum(counts) for counts in zip(*both, strict=True))
     assert ours < 0.5 * theirs
