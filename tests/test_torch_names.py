@@ -198,3 +198,19 @@ def test_a_dispatch_mode_sees_every_operator() -> None:
     with Seeing():
         X.sin()
     assert len(seen) == 1 and _torch.pytree.tree_leaves({"a": [1, (2,)]}) == [1, 2]
+
+
+def test_a_class_of_tensors_without_memory_sees_operators_and_no_functions() -> None:
+    seen: list[str] = []
+
+    class Kind(torch.Tensor):
+        __torch_function__ = _torch.no_torch_function
+
+        @classmethod
+        def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return torch.ones(())
+
+    made = _torch.wrapper_of(Kind, (3, 2), torch.zeros(1, dtype=torch.float64))
+    assert type(made) is Kind and made.shape == (3, 2) and made.dtype is torch.float64
+    assert type(made.sum()) is torch.Tensor and seen == ["aten.sum.default"]
