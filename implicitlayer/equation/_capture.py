@@ -28,6 +28,7 @@ from implicitlayer.equation._state import (
     LAYOUT,
     NUMBERS,
     NUMPY,
+    OF_X,
     FirstRun,
     Reads,
     Run,
@@ -335,7 +336,8 @@ class _Finder(ReadingMode):
                 source = CLOSED_OVER
             watched = source if source and not inside_a_function(_Search.run) else 0
             self.numbers |= watched
-            return NUMBERS[func](entering[0].detach(), self.shift if watched else 0.0)
+            shift = 0.0 if not watched else -self.shift if watched == OF_X else self.shift
+            return NUMBERS[func](entering[0].detach(), shift)
         result = func(*args, **(kwargs or {}))
         for tensor in (result,) if isinstance(result, torch.Tensor) else _tensors_in((result,), []):
             self.known.setdefault(id(tensor), tensor)
@@ -359,7 +361,8 @@ class _Finder(ReadingMode):
     def made_of_theta(self) -> list[tuple[weakref.ref[torch.Tensor], int]]:
         """The tensors that were made of theta and that others hold, and of which; they are held here no longer."""
         own = set(map(id, self.outside))
-        made = [(weakref.ref(self.known[key]), bits) for key, bits in self.bits.items() if key not in own]
+        of_theta = [(key, bits) for key, bits in self.bits.items() if bits != OF_X and key not in own]
+        made = [(weakref.ref(self.known[key]), bits) for key, bits in of_theta]
         self.known.clear()
         return [pair for pair in made if pair[0]() is not None]
 

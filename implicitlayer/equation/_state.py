@@ -33,7 +33,7 @@ from implicitlayer.base._surroundings import PLAINLY
 from implicitlayer.base._tree import flatten_with_names, is_data, tree_leaves
 from implicitlayer.equation._normalisation import NORMALISATIONS, wrong_third_derivative
 
-CLOSED_OVER = 1  # the bit of what is not theta's
+CLOSED_OVER, OF_X = 1, 2  # the bits of what is not theta's
 _SHIFT = 2.0**-7
 _MOVES = 0.0, 0.0625, 10.0, -10.0, 1e3, -1e3  # beyond what a set holds, near enough for what a regulariser takes away
 _ROUNDINGS = 1e3  # in units of eps: changes of the value below this are rounding
@@ -46,9 +46,10 @@ def _number_of(tensor: torch.Tensor) -> int:
 
 
 def _shifted(value: Any, shift: float) -> Any:
+    """Numbers changed by a part ``shift`` of their size; zero stays zero where it is negative, which is for x."""
     if isinstance(value, list):
         return [_shifted(item, shift) for item in value]
-    return value + shift * (value if value else 1.0) if isinstance(value, float) and shift else value
+    return value + shift * (value if value or shift < 0 else 1.0) if isinstance(value, float) and shift else value
 
 
 # What takes a Python number out of a tensor; asked with a relative shift.
@@ -112,7 +113,7 @@ def refuse_kept(tensor: torch.Tensor, since: Run) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """The tensors among the arguments: one bit for each theta that needs a derivative, none for the others.
+    """The tensors among the arguments: one bit for x, one for each theta that needs a derivative.
 
     ``start``: the number of the first node of a graph that is made after this object.
     """
@@ -125,9 +126,7 @@ class Sources:
     @classmethod
     def of(cls, theta: tuple[Any, ...], num_x: int, needed: Sequence[bool]) -> Sources:
         """Those of ``(x, *theta)``, where x has ``num_x`` tensors; ``needed``: which of theta need a derivative."""
-        bits = [0] * (num_x + len(needed))
-        for i, need in enumerate(needed):
-            bits[num_x + i] = 2 << i if need else 0
+        bits = [OF_X] * num_x + [4 << i if need else 0 for i, need in enumerate(needed)]
         with _torch.without_modes():  # no business of an enclosing finder's
             start = _number_of(_LEAF.view(()))  # of the first node that is made from now on
         return cls(bits, theta, start, num_x)
@@ -149,11 +148,11 @@ class Sources:
 
     def name(self, bits: int) -> str:
         """The first theta of those in ``bits``."""
-        bits &= ~CLOSED_OVER
-        if not bits:
-            return "a tensor that it closes over"
+        if bits <= CLOSED_OVER + OF_X:
+            return "x" if bits & OF_X else "a tensor that it closes over"
+        bits &= ~(CLOSED_OVER + OF_X)
         pairs = zip(*flatten_with_names(self.theta, "theta"), strict=True)
-        return [name for leaf, name in pairs if is_data(leaf)][(bits & -bits).bit_length() - 2]
+        return [name for leaf, name in pairs if is_data(leaf)][(bits & -bits).bit_length() - 3]
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,7 +227,7 @@ def is_constant(value: Any) -> bool:
 
 
 def refuse_numbers(sources: Sources, bits: int, run: Callable[[float, float], tuple[Any, Any]]) -> None:
-    """Raise if the function depends on Python numbers that it took out of theta; see NOTE [numbers].
+    """Raise if the function depends on Python numbers that it took out of x or theta; see NOTE [numbers].
 
     ``run(shift, move)``: what it reads and its value, with numbers changed by ``shift``, at ``move`` from x.
     """

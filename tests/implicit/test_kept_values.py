@@ -276,3 +276,30 @@ def test_a_number_that_does_not_show_at_init_is_refused(number: str, given: str,
     compute = TRANSFORMS[transform][0] if transform else lambda f: f(T.clone().requires_grad_())
     with pytest.raises(il.ClosureError, match=r"takes a Python number out of"):
         compute(layer)
+
+
+@pytest.mark.parametrize("init", [0.0, 1.0])
+def test_a_number_taken_out_of_x_is_refused(init: float) -> None:
+    layer = il.argmin(lambda x, t: ((x - t) ** 2).sum() + x.sum().item() * x.sum(), il.solvers.NewtonCG())
+    with pytest.raises(il.ClosureError, match=r"takes a Python number out of x \("):
+        layer(torch.full((2,), init, dtype=F64), T.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("init", [0.0, 1.0])
+def test_a_number_of_x_that_changes_nothing_is_fine(init: float) -> None:
+    """A shift that keeps exponentials small, and a branch on a number at whose border both sides agree."""
+
+    def objective(x: Tensor, t: Tensor) -> Tensor:
+        most = x.max().item()
+        soft = (x - most).exp().sum().log() + most
+        r = x[0] - t[0]
+        return ((x - t) ** 2).sum() + soft + (r**2 / 2 if abs(x[0].item() - t[0].item()) <= 1 else r.abs() - 0.5)
+
+    t = T.clone().requires_grad_()
+    x = il.argmin(objective, il.solvers.NewtonCG())(torch.full((2,), init, dtype=F64), t)
+    (found,) = torch.autograd.grad(x.sum(), t)
+    # at the solution, within 1 of t: 3 r_0 + softmax(x)_0 = 0 and 2 r_1 + softmax(x)_1 = 0
+    p = torch.softmax(x.detach(), 0)
+    D = torch.diag(torch.tensor([3.0, 2.0], dtype=F64))
+    expected = torch.linalg.solve(D + torch.diag(p) - torch.outer(p, p), D).sum(0)
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=0)
