@@ -27,6 +27,7 @@ from implicitlayer.base._types import FlatFunction, Leaves
 from implicitlayer.equation._capture import ClosedOver
 from implicitlayer.equation._flat import Reading
 from implicitlayer.equation._residual import Attached, Residual, check_value, no_graph, pull_back, pullback
+from implicitlayer.equation._state import edges_into
 from implicitlayer.sets._term import expand_like, largest_of, resolve
 
 __all__ = ["At", "ProxProblem", "ProxResidual"]
@@ -153,10 +154,11 @@ class At(Attached):
     step: torch.Tensor
 
     @cached_property
-    def ends(self) -> tuple[list[torch.Tensor], None, str]:
-        """As for every run; its graph holds the slope too, so its edges are not those of one run."""
+    def ends(self) -> tuple[list[torch.Tensor], dict[int, int], str]:
+        """As for every run; the edges are those of the objective, and of the prox but for those of its argument."""
         leaves, _, flaw = super().ends
-        return leaves, None, flaw
+        edges, of_prox = edges_into(self.outputs[:1]), edges_into(self.near, stop=self.y)
+        return leaves, {key: edges.get(key, 0) + of_prox.get(key, 0) for key in {**edges, **of_prox}}, flaw
 
     @cached_property
     def _steps(self) -> Leaves:

@@ -109,11 +109,11 @@ class ClosedOver(list[torch.Tensor]):
         if self.first is not None:
             self.first.refuse_kept(met)
 
-    def confirm(self, theta: Sequence[torch.Tensor], edges: dict[int, int] | None) -> None:
+    def confirm(self, theta: Sequence[torch.Tensor], edges: dict[int, int]) -> None:
         """Check what the run at the solution reads of theta, by the edges of its graph; see NOTE [state]."""
         first, self.first = self.first, None  # it holds the arguments of the call
         if first is not None:
-            first.refuse_unread(None if edges is None else list(map(edges.get, map(id, theta), repeat(0))), self.draws)
+            first.refuse_unread(list(map(edges.get, map(id, theta), repeat(0))), self.draws)
 
     def refuse_changed(self, met: set[int] | None = None) -> None:
         """Raise if a constant has been changed in place, or is none of those that a later run has ``met``."""
@@ -361,8 +361,8 @@ class _Finder(ReadingMode):
     def made_of_theta(self) -> list[tuple[weakref.ref[torch.Tensor], int]]:
         """The tensors that were made of theta and that others hold, and of which; they are held here no longer."""
         own = set(map(id, self.outside))
-        of_theta = [(key, bits) for key, bits in self.bits.items() if bits != OF_X and key not in own]
-        made = [(weakref.ref(self.known[key]), bits) for key, bits in of_theta]
+        pairs = self.bits.items()
+        made = [(weakref.ref(self.known[key]), bits) for key, bits in pairs if bits != OF_X and key not in own]
         self.known.clear()
         return [pair for pair in made if pair[0]() is not None]
 

@@ -43,11 +43,8 @@ class Attached:
     _pushed: list[Callable[[Leaves], Leaves]] = field(default_factory=list, kw_only=True)
 
     @cached_property
-    def ends(self) -> tuple[list[torch.Tensor], dict[int, int] | None, str]:
-        """The leaves that the graph of the outputs reaches, its edges into them, and a flaw: see :func:`ends_of`.
-
-        The edges are None where the graph holds more than one run of the function.
-        """
+    def ends(self) -> tuple[list[torch.Tensor], dict[int, int], str]:
+        """The leaves that the graph of the outputs reaches, its edges into them, and a flaw: see :func:`ends_of`."""
         return ends_of(self.outputs)
 
     def pull(self, u: Leaves) -> Leaves:

@@ -126,7 +126,9 @@ class Sources:
     @classmethod
     def of(cls, theta: tuple[Any, ...], num_x: int, needed: Sequence[bool]) -> Sources:
         """Those of ``(x, *theta)``, where x has ``num_x`` tensors; ``needed``: which of theta need a derivative."""
-        bits = [OF_X] * num_x + [4 << i if need else 0 for i, need in enumerate(needed)]
+        bits = [OF_X] * num_x + [0] * len(needed)
+        for i, need in enumerate(needed):
+            bits[num_x + i] = 4 << i if need else 0
         with _torch.without_modes():  # no business of an enclosing finder's
             start = _number_of(_LEAF.view(()))  # of the first node that is made from now on
         return cls(bits, theta, start, num_x)
@@ -157,10 +159,7 @@ class Sources:
 
 @dataclass(frozen=True, eq=False)
 class Reads:
-    """What one run reads of theta: the bits of what enters an operation, and the edges of its graph into each tensor.
-
-    ``outside``: the tensors from outside that it reads.
-    """
+    """What a run reads: the bits of theta, the edges of its graph into each tensor of it, tensors from outside."""
 
     bits: int
     edges: Sequence[int]
@@ -196,9 +195,9 @@ class FirstRun:
                     "it. Compute it anew in every run, or compute it before the layer and pass it as one more theta."
                 )
 
-    def refuse_unread(self, edges: Sequence[int] | None, random: bool) -> None:
+    def refuse_unread(self, edges: Sequence[int], random: bool) -> None:
         """Raise if a later run, whose graph has these edges into theta, reads less of it than the first."""
-        missing = -1 if edges is None else self._missing(self.reads.bits, edges, random)
+        missing = self._missing(self.reads.bits, edges, random)
         if missing:
             again = self.again()
             missing &= self._missing(self.reads.bits & ~again.bits, again.edges, random)
@@ -231,7 +230,7 @@ def refuse_numbers(sources: Sources, bits: int, run: Callable[[float, float], tu
 
     ``run(shift, move)``: what it reads and its value, with numbers changed by ``shift``, at ``move`` from x.
     """
-    if not any(_depends_on_numbers(run, move) for move in _MOVES):
+    if run(0.0, 0.0)[0].numbers == bits and not any(_depends_on_numbers(run, move) for move in _MOVES):
         return
     raise ClosureError(
         f"the objective takes a Python number out of {sources.name(bits)} (by .item(), float() or .tolist()) and "
@@ -359,10 +358,10 @@ _GRAD_FN = attrgetter("grad_fn")
 _END: Any = type(_LEAF.view(()).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
 
 
-def edges_into(values: Sequence[torch.Tensor], start: int) -> dict[int, int]:
-    """How many edges of the graph of ``values`` end in each leaf, by id; nodes older than ``start`` are left out."""
+def edges_into(values: Sequence[torch.Tensor], start: int = 0, stop: Sequence[torch.Tensor] = ()) -> dict[int, int]:
+    """How many edges of the graph of ``values`` end in each leaf, by id; not of nodes before ``start`` and ``stop``."""
     found: list[Any] = list(filter(None, map(_GRAD_FN, values)))
-    seen, edges = set(found), dict[int, int]()
+    seen, edges = {*found, *map(_GRAD_FN, stop)}, dict[int, int]()
     for node in found:  # which grows
         for child, _ in node.next_functions:
             if type(child) is _END:

@@ -128,7 +128,9 @@ def lane_norm(vector: torch.Tensor, other: torch.Tensor | None = None) -> torch.
     """
     if other is None or other is vector:
         norm: torch.Tensor = torch.linalg.vector_norm(vector, dim=-1, dtype=torch.float64)
-        if vector.dtype is not torch.float64 or _moderate(norm):  # the squares of shorter floats fit into float64
+        seen = norm.device.type == "cpu" and norm.numel() and not torch.compiler.is_compiling()  # a look costs little
+        fine = seen and norm.min().item() > _SMALL and norm.max().item() < 1 / _SMALL
+        if vector.dtype is not torch.float64 or fine:  # the squares of shorter floats fit into float64
             return norm
         scale = lane_scale(vector)
         careful = torch.linalg.vector_norm(vector / scale, dim=-1) * scale[..., 0]
@@ -136,13 +138,6 @@ def lane_norm(vector: torch.Tensor, other: torch.Tensor | None = None) -> torch.
     scale, scale_other = lane_scale(vector), lane_scale(other)
     dot = lane_dot(vector / scale, other / scale_other)
     return dot.sqrt() * scale[..., 0].double().sqrt() * scale_other[..., 0].double().sqrt()
-
-
-def _moderate(norm: torch.Tensor) -> bool:
-    """Whether no square of float64 has overflowed, or is lost, in any lane; a look at it is nearly free on the CPU."""
-    if norm.device.type != "cpu" or not norm.numel() or torch.compiler.is_compiling():
-        return False
-    return norm.min().item() > _SMALL and norm.max().item() < 1 / _SMALL
 
 
 def largest(vector: torch.Tensor) -> torch.Tensor:
