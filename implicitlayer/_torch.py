@@ -35,11 +35,11 @@ current_level: Callable[[], int | None] = _functorch.maybe_current_level  # of t
 forward_level: Callable[[], int] = partial(getattr, forward_ad, "_current_level")
 
 
-def innermost(tensor: torch.Tensor) -> torch.Tensor:
-    """The plain tensor inside all wrappers of transforms: the values of all lanes."""
-    while is_wrapped(tensor):
-        tensor = unwrapped(tensor)
-    return tensor
+def innermost(value: Any) -> Any:
+    """What is inside all wrappers of transforms: of a tensor the values of all lanes; of anything else itself."""
+    while isinstance(value, torch.Tensor) and is_wrapped(value):
+        value = unwrapped(value)
+    return value
 
 
 def num_forward_levels() -> int:

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
+from implicitlayer import _torch
 from implicitlayer.base._parts import Cut, Parts
-from implicitlayer.base._sharding import Sharding, _inside, _no_summands, gathered
+from implicitlayer.base._sharding import Sharding, _no_summands, gathered
 from implicitlayer.base._tree import flatten, unflatten
 
 
@@ -123,7 +124,7 @@ class Divided(Sharding):
 
     def compare_gradient(self, gradient: Any) -> None:
         """Raise unless processes that hold the same entries have found the same gradient of them."""
-        for index, (part, how) in enumerate(self._pairs(_inside(gradient).local.split(self.sizes))):
+        for index, (part, how) in enumerate(self._pairs(_torch.innermost(gradient).local.split(self.sizes))):
             dims = [i for i in range(self.mesh.ndim) if how is None or not how[1][i].is_shard()]
             if dims:
                 self.compare(f"gradient in leaf {index} of x", [part], dims)

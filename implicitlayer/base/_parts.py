@@ -74,10 +74,14 @@ class Parts(torch.Tensor):
             return rule(*args, **(kwargs or {}))
         if torch.Tag.pointwise in func.tags or func.overloadpacket in _BY_ENTRY:
             return _by_entry(func, args, kwargs or {})
-        raise NotImplementedError(
-            f"{func} on unknowns that lie in parts on several processes: only operations entry by entry, and sums over "
-            "all entries, are possible. Set in_parts = False on the solver: it then gets whole vectors."
-        )
+        raise _impossible(str(func))
+
+
+def _impossible(what: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"{what}, on unknowns that lie in parts on several processes: only operations entry by entry, and sums over "
+        "all entries, are possible. Set in_parts = False on the solver: it then gets whole vectors."
+    )
 
 
 def lies_in_parts(vector: torch.Tensor) -> bool:
@@ -96,11 +100,11 @@ def _by_entry(func: Any, args: Any, kwargs: Any) -> Any:
     def here(value: Any) -> Any:
         if isinstance(value, Parts):
             if value.cut is not cut:
-                raise NotImplementedError(f"{func} of unknowns that are cut in two different ways.")
+                raise _impossible(f"{func} of unknowns that are cut in two different ways")
             return value.local
         if isinstance(value, torch.Tensor) and value.ndim and value.shape[-1] != 1:
             if value.shape[-1] != cut.size or value.stride(-1) != 0:
-                raise NotImplementedError(f"{func} of a whole tensor {tuple(value.shape)} and one in parts.")
+                raise _impossible(f"{func} with a whole tensor {tuple(value.shape)}")
             return value[..., :1]  # a number that was expanded
         return value
 
@@ -157,13 +161,13 @@ def _viewed(vector: Parts, size: Sequence[int], **_: Any) -> Parts:
     local = vector.local
     if size and (size[-1] == vector.cut.size or (size[-1] == -1 and vector.ndim == 1 == len(size))):
         return Parts(local.view(*size[:-1], local.shape[-1]), vector.cut)
-    raise NotImplementedError(f"a view {tuple(size)} of a vector {tuple(vector.shape)} in parts.")
+    raise _impossible(f"a view {tuple(size)} of {tuple(vector.shape)}")
 
 
 def _selected(vector: Parts, dim: int, index: int) -> Parts:
     found, over_parts = _split(dim, vector.ndim)
     if over_parts:
-        raise NotImplementedError("one entry of a vector in parts.")
+        raise _impossible("one entry")
     return Parts(vector.local.select(found[0], index), vector.cut)
 
 
@@ -171,21 +175,21 @@ def _sliced(vector: Parts, dim: int = 0, start: int | None = None, end: int | No
     (found,), over_parts = _split([dim], vector.ndim)
     start, end = start or 0, vector.shape[found] if end is None else min(end, vector.shape[found])
     if over_parts and (start, end, step) != (0, vector.cut.size, 1):
-        raise NotImplementedError("some entries of a vector in parts.")
+        raise _impossible("some entries")
     return Parts(vector.local if over_parts else _aten.slice(vector.local, found, start, end, step), vector.cut)
 
 
 def _unsqueezed(vector: Parts, dim: int) -> Parts:
     place = dim % (vector.ndim + 1)
     if place == vector.ndim:
-        raise NotImplementedError("a dimension behind the last one of a vector in parts.")
+        raise _impossible("a dimension behind the last one")
     return Parts(vector.local.unsqueeze(place), vector.cut)
 
 
 def _joined(tensors: Sequence[Parts], dim: int = 0) -> Parts:
     cut = _cut_of(tensors)
     if _split(dim, tensors[0].ndim)[1]:
-        raise NotImplementedError("vectors in parts, one behind the other.")
+        raise _impossible("vectors one behind the other")
     return Parts(torch.cat([t.local for t in tensors], dim), cut)
 
 

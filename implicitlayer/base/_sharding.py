@@ -24,21 +24,15 @@ WHOLE = {torch.Tensor, torch.nn.Parameter, type(None)}  # classes of what is sur
 
 def is_sharded(value: Any) -> bool:
     """Whether ``value`` is a DTensor, also inside transforms of torch.func, which hide it."""
-    inside = _inside(value)
+    inside = _torch.innermost(value)
     return hasattr(inside, "device_mesh") and hasattr(inside, "full_tensor")
-
-
-def _inside(value: Any) -> Any:
-    while isinstance(value, torch.Tensor) and _torch.is_wrapped(value):
-        value = _torch.unwrapped(value)
-    return value
 
 
 def _layout(value: Any) -> tuple[Any, tuple[Any, ...]] | None:
     """Mesh and placements of a DTensor; None for anything else."""
     if not is_sharded(value):
         return None
-    inside = _inside(value)
+    inside = _torch.innermost(value)
     return inside.device_mesh, inside.placements
 
 
@@ -166,7 +160,7 @@ class Sharding:
         import torch.distributed as dist
 
         self._compared.add(what)
-        plain = [_inside(t).detach().double() for t in tensors]
+        plain = [_torch.innermost(t).detach().double() for t in tensors]
         # sums agree to their rounding, far below the root of eps times the sum of magnitudes; NaN is for others to tell
         mine = torch.stack([part for t in plain for part in (t.sum(), t.abs().sum())]).nan_to_num()
         rtol = max(torch.finfo(t.dtype).eps for t in tensors) ** 0.5

@@ -153,12 +153,11 @@ class At(Attached):
     diagonal: Leaves | None
     step: torch.Tensor
 
-    @cached_property
-    def ends(self) -> tuple[list[torch.Tensor], dict[int, int], str]:
-        """As for every run; the edges are those of the objective, and of the prox but for those of its argument."""
-        leaves, _, flaw = super().ends
+    @property
+    def edges(self) -> dict[int, int]:
+        """Those of the objective, and of the prox but for those of its argument."""
         edges, of_prox = edges_into(self.outputs[:1]), edges_into(self.near, stop=self.y)
-        return leaves, {key: edges.get(key, 0) + of_prox.get(key, 0) for key in {**edges, **of_prox}}, flaw
+        return {key: edges.get(key, 0) + of_prox.get(key, 0) for key in {**edges, **of_prox}}
 
     @cached_property
     def _steps(self) -> Leaves:

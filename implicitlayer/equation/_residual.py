@@ -18,7 +18,7 @@ from implicitlayer.base._tree import ravel, unravel
 from implicitlayer.base._types import FlatFunction, Leaves
 from implicitlayer.equation._capture import plainly_impossible
 from implicitlayer.equation._flat import NO_PARTS, Parts
-from implicitlayer.equation._state import ends_of, leaves_of, other_leaves, refuse_hidden_tensors
+from implicitlayer.equation._state import edges_into, ends_of, leaves_of, other_leaves, refuse_hidden_tensors
 
 Randomness = str
 # torch annotates its results as two or three values
@@ -43,9 +43,14 @@ class Attached:
     _pushed: list[Callable[[Leaves], Leaves]] = field(default_factory=list, kw_only=True)
 
     @cached_property
-    def ends(self) -> tuple[list[torch.Tensor], dict[int, int], str]:
-        """The leaves that the graph of the outputs reaches, its edges into them, and a flaw: see :func:`ends_of`."""
+    def ends(self) -> tuple[list[torch.Tensor], str]:
+        """The leaves that the graph of the outputs reaches, and what is wrong with its third derivative."""
         return ends_of(self.outputs)
+
+    @property
+    def edges(self) -> dict[int, int]:
+        """The edges of one run's graph into each leaf, by id."""
+        return edges_into(self.outputs)
 
     def pull(self, u: Leaves) -> Leaves:
         """(dF/dx)' u; the graph is kept."""

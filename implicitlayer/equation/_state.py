@@ -230,7 +230,7 @@ def refuse_numbers(sources: Sources, bits: int, run: Callable[[float, float], tu
 
     ``run(shift, move)``: what it reads and its value, with numbers changed by ``shift``, at ``move`` from x.
     """
-    if run(0.0, 0.0)[0].numbers == bits and not any(_depends_on_numbers(run, move) for move in _MOVES):
+    if not any(_depends_on_numbers(run, move, bits) for move in _MOVES):
         return
     raise ClosureError(
         f"the objective takes a Python number out of {sources.name(bits)} (by .item(), float() or .tolist()) and "
@@ -239,14 +239,15 @@ def refuse_numbers(sources: Sources, bits: int, run: Callable[[float, float], tu
     )
 
 
-def _depends_on_numbers(run: Callable[[float, float], tuple[Any, Any]], move: float) -> bool:
+def _depends_on_numbers(run: Callable[[float, float], tuple[Any, Any]], move: float, bits: int) -> bool:
     try:
         finder, value = run(0.0, move)
         shifted, other = run(_SHIFT, move)
-        if shifted.numbers == finder.numbers and not _differ(value, other):
+        expected = finder.numbers if move else bits  # at x the first run has taken these
+        if shifted.numbers == expected and not _differ(value, other):
             return False
         # of a random function nothing is known
-        return shifted.numbers != finder.numbers or not _differ(value, run(0.0, move)[1])
+        return shifted.numbers != expected or not _differ(value, run(0.0, move)[1])
     except Exception:
         if move:  # it need not be defined there
             return False
@@ -377,21 +378,17 @@ def leaves_of(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return ends_of(values)[0]
 
 
-def ends_of(values: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], dict[int, int], str]:
-    """The leaves that the graph of ``values`` reaches, its edges into each by id, what its third derivative lacks."""
+def ends_of(values: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], str]:
+    """The leaf tensors that the graph of ``values`` reaches, and what is wrong with its third derivative."""
     leaves = [value for value in values if value.grad_fn is None and value.requires_grad]
-    edges, flaw = dict[int, int](), ""
+    flaw = ""
     for node in nodes_of(values):
         kind = type(node)
-        if kind is _END:
-            leaves.append(node.variable)
-            continue
-        for child, _ in node.next_functions:
-            if type(child) is _END:
-                edges[id(child.variable)] = edges.get(id(child.variable), 0) + 1
         function = getattr(kind, "_forward_cls", None)
         if function is not None:
             _refuse_once_differentiable(function)
+        elif kind is _END:
+            leaves.append(node.variable)
         elif kind.__name__.rstrip("0123456789") in NORMALISATIONS:
             flaw = flaw or wrong_third_derivative(node)
-    return leaves, edges, flaw
+    return leaves, flaw

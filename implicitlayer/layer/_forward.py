@@ -159,8 +159,8 @@ def _checked(
     if spec.closed is not None:
         run = at if at is not None else residual.run(x, reaching)
         keeps = residual.refuse_hidden(x, reaching, run) and keeps and not spec.closed.borrows
-        _, edges, flaw = run.ends
-        spec.closed.confirm(reaching, edges)
+        flaw = run.ends[1]
+        spec.closed.confirm(reaching, run.edges)
         del run
 
     measured: Stationarity | None = None
