@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -152,3 +152,25 @@ def leaves_norm(leaves: Sequence[torch.Tensor], lane_dims: int) -> torch.Tensor:
         total = total + (unit * unit).sum(-1)
     norm = scale * total.sqrt()
     return norm.nan_to_num(math.inf, math.inf)
+
+
+def tensors_in(values: Iterable[Any], found: list[torch.Tensor]) -> list[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            tensors_in(value, found)
+        elif isinstance(value, dict):
+            tensors_in(value.values(), found)
+    return found
+
+
+def tensors_entering(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> list[torch.Tensor]:
+    """The tensors among the arguments of an operation; most are given one by one."""
+    found: list[torch.Tensor] = []
+    for value in args:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple, dict)):
+            tensors_in((value,), found)
+    return tensors_in(kwargs.values(), found) if kwargs else found

@@ -23,7 +23,7 @@ import torch
 from implicitlayer._errors import ObjectiveError, SolverOutputError
 from implicitlayer.base._tree import TreeSpec, flatten, ravel, tree_map, unflatten
 from implicitlayer.base._types import FlatFunction, Leaves
-from implicitlayer.equation._capture import derivatives_possible, find_closed_over
+from implicitlayer.equation._capture import derivatives_possible, find_closed_over, run_undifferentiated
 from implicitlayer.equation._residual import Residual, check_value, slope
 
 __all__ = ["ConditionsResidual", "ConstrainedProblem", "Form", "Lagrangian", "Unknowns", "masked"]
@@ -60,8 +60,7 @@ class Form:
         if derivatives_possible():  # the first run of the function: what it keeps is to be seen
             find_closed_over(function, (init, *theta), values.append)
         else:
-            with torch.no_grad():
-                values.append(function(init, *theta))
+            values.append(run_undifferentiated(function, (init, *theta)))
         leaves, spec = flatten(values[0])
         for leaf in leaves:
             if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from itertools import repeat
+from itertools import compress, repeat
 from typing import Any
 
 import torch
@@ -19,26 +19,29 @@ from torch.autograd import forward_ad
 from implicitlayer import _torch
 from implicitlayer._errors import ClosureError
 from implicitlayer.base._surroundings import ReadingMode, drawn_since, plain_surroundings, random_states
-from implicitlayer.base._tree import flatten, is_data, places_of_data, unflatten
+from implicitlayer.base._tree import flatten, is_data, places_of_data, tensors_entering, tensors_in, unflatten
 from implicitlayer.equation._normalisation import PLAIN
+from implicitlayer.equation._numbers import (
+    NUMBERS,
+    NUMPY,
+    inside_a_function,
+    is_constant,
+    refuse_numbers,
+    refuse_numpy,
+)
 from implicitlayer.equation._state import (
     BORROWING,
     CLOSED_OVER,
     DETACHING,
     LAYOUT,
-    NUMBERS,
-    NUMPY,
     OF_X,
     FirstRun,
     Reads,
     Run,
     Sources,
     edges_into,
-    inside_a_function,
-    is_constant,
+    mark_kept,
     refuse_kept,
-    refuse_numbers,
-    refuse_numpy,
 )
 
 
@@ -113,7 +116,10 @@ class ClosedOver(list[torch.Tensor]):
         """Check what the run at the solution reads of theta, by the edges of its graph; see NOTE [state]."""
         first, self.first = self.first, None  # it holds the arguments of the call
         if first is not None:
-            first.refuse_unread(list(map(edges.get, map(id, theta), repeat(0))), self.draws)
+            found = list(map(edges.get, map(id, theta), repeat(0)))
+            first.refuse_unread(found, self.draws)
+            if not (self or any(found)):
+                first.tell_nothing_read()
 
     def refuse_changed(self, met: set[int] | None = None) -> None:
         """Raise if a constant has been changed in place, or is none of those that a later run has ``met``."""
@@ -171,13 +177,21 @@ def find_closed_over(
     if check is not None:
         reads = search.reads(first, value)
         del value  # and with it the graph: of what the run has made, the function's own is what lives on
-        left = FirstRun(search.sources, reads, first.made_of_theta(), lambda: search.reads(*search.run()))
+        left = FirstRun(search.sources, reads, first.made_of_theta(search.code), lambda: search.reads(*search.run()))
         if left.made:  # something was kept: before the solver meets it, one more run tells whether it is read
             second, value = search.run()
             left.refuse_kept(set(second.known))
             left.refuse_unread(search.reads(second, value).edges, draws)
         found.first = left if search.plain else None  # no later run is compared where a transform is at work
     return found
+
+
+def run_undifferentiated(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """``function(*args)`` where nothing is differentiated: what it keeps of theta is marked; see NOTE [state]."""
+    search = _Search(function, args, False, derivatives=False)
+    finder, value = search.run()
+    finder.made_of_theta(search.code)
+    return value
 
 
 class _Search:
@@ -188,16 +202,20 @@ class _Search:
         needed: which tensors of theta need a derivative.
     """
 
-    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], checked: bool) -> None:
+    def __init__(
+        self, function: Callable[..., Any], args: tuple[Any, ...], checked: bool, *, derivatives: bool = True
+    ) -> None:
         self.function, self.checked = function, checked
         self.everything, self.spec = flatten(args)
         self.places = places_of_data(self.everything)
         self.leaves = [self.everything[i] for i in self.places]
         self.num_x = bisect_left(self.places, len(flatten(args[0])[0]))
         self.plain = not plainly_impossible()
-        self.needed = needing(self.leaves[self.num_x :])
+        theta = self.leaves[self.num_x :]
+        self.needed = needing(theta) if derivatives else [False] * len(theta)
         self.sources = Sources.of(args[1:], self.num_x, self.needed)
-        self.since = Run()
+        self.code = getattr(function, "__code__", type(function))
+        self.since = Run((self.code, self.sources.needed & ~OF_X))
 
     def run(self, shift: float = 0.0, move: float = 0.0) -> tuple[_Finder, Any]:
         """What one run reads, and its value.
@@ -212,17 +230,17 @@ class _Search:
             source = leaf.clone() if leaf.is_inference() and not torch.is_inference_mode_enabled() else leaf
             if move and i < self.num_x:
                 source = moved(source, move)
-            if self.plain and (i < self.num_x or self.sources.bits[i]):
+            if self.plain and self.sources.bits[i] & self.sources.needed:
                 known.append(source.detach().requires_grad_())
                 attached.append(known[-1])
             else:
                 known.append(source.view_as(source))
             given[self.places[i]] = known[-1]
         mark.marked(attached)
-        finder = _Finder(known, self.sources.by_id(known), self.since, shift)
+        finder = _Finder(known, self.sources.by_id(known), self.sources.needed, self.since, shift)
         finder.plain, finder.given = self.plain, list(map(id, known[self.num_x :]))
         if self.checked:
-            finder.touched = {*finder.bits, *map(id, known[: self.num_x])}
+            finder.touched = set(compress(finder.bits, map(finder.needed.__and__, finder.bits.values())))
         if not self.plain:
             with torch.no_grad(), finder:
                 return finder, self.function(*unflatten(given, self.spec))
@@ -235,7 +253,7 @@ class _Search:
 
     def reads(self, finder: _Finder, value: Any) -> Reads:
         """What a run that gave ``value`` has read of theta."""
-        values = (value,) if isinstance(value, torch.Tensor) else _tensors_in((value,), [])
+        values = (value,) if isinstance(value, torch.Tensor) else tensors_in((value,), [])
         edges = edges_into(values, self.sources.start) if self.plain else {}
         return Reads(finder.read, list(map(edges.get, finder.given, repeat(0))), finder.outside)
 
@@ -263,37 +281,17 @@ def _has_tangent(tensor: torch.Tensor) -> bool:
     return _torch.forward_mode_active() and forward_ad.unpack_dual(tensor).tangent is not None
 
 
-def _tensors_in(values: Iterable[Any], found: list[torch.Tensor]) -> list[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            _tensors_in(value, found)
-        elif isinstance(value, dict):
-            _tensors_in(value.values(), found)
-    return found
-
-
-def tensors_entering(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> list[torch.Tensor]:
-    """The tensors among the arguments of an operation; most are given one by one."""
-    found: list[torch.Tensor] = []
-    for value in args:
-        if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple, dict)):
-            _tensors_in((value,), found)
-    return _tensors_in(kwargs.values(), found) if kwargs else found
-
-
 class _Finder(ReadingMode):
     """Collects tensors that enter an operation without being known; keeps all alive, so that ids stay unique."""
 
-    def __init__(self, known: Sequence[torch.Tensor], bits: dict[int, int], since: Run, shift: float = 0.0) -> None:
+    def __init__(
+        self, known: Sequence[torch.Tensor], bits: dict[int, int], needed: int, since: Run, shift: float = 0.0
+    ) -> None:
         super().__init__()
         self.since = since
         self.attached: dict[int, torch.Tensor] = {}  # those from outside that have a graph and were not looked at
         self.known = dict(zip(map(id, known), known, strict=True))
-        self.bits = bits
+        self.bits, self.needed = bits, needed
         self.plain = True
         self.given: Sequence[int] = ()  # ids of the stand-ins for theta
         self.touched: set[int] = set()  # what must not go to NumPy, and all that is made of it, detached or not
@@ -324,10 +322,11 @@ class _Finder(ReadingMode):
                 self.meet(tensor)
             if id(tensor) in self.attached and func not in DETACHING:  # what is detached by hand may be kept
                 refuse_kept(self.attached.pop(id(tensor)), self.since)
-        source, touches = 0, False
+        of, touches = 0, False
         for tensor in entering:
-            source |= self.bits.get(id(tensor), 0)
+            of |= self.bits.get(id(tensor), 0)
             touches = touches or id(tensor) in self.touched
+        source = of & self.needed
         self.read |= source
         if touches and func in NUMPY and not inside_a_function(_Search.run):
             raise refuse_numpy(entering[0])
@@ -339,12 +338,12 @@ class _Finder(ReadingMode):
             shift = 0.0 if not watched else -self.shift if watched == OF_X else self.shift
             return NUMBERS[func](entering[0].detach(), shift)
         result = func(*args, **(kwargs or {}))
-        for tensor in (result,) if isinstance(result, torch.Tensor) else _tensors_in((result,), []):
+        for tensor in (result,) if isinstance(result, torch.Tensor) else tensors_in((result,), []):
             self.known.setdefault(id(tensor), tensor)
             if touches:
                 self.touched.add(id(tensor))
-            if source and func not in DETACHING:
-                self.bits.setdefault(id(tensor), source)
+            if of and func not in DETACHING:
+                self.bits.setdefault(id(tensor), of)
         return result
 
     def refuse_changing(self, constants: set[int]) -> None:
@@ -358,13 +357,20 @@ class _Finder(ReadingMode):
                     "a tensor out of the objective."
                 )
 
-    def made_of_theta(self) -> list[tuple[weakref.ref[torch.Tensor], int]]:
-        """The tensors that were made of theta and that others hold, and of which; they are held here no longer."""
+    def made_of_theta(self, code: Any) -> list[tuple[weakref.ref[torch.Tensor], int]]:
+        """The tensors that were made of theta and that others hold, and of which; they are held here no longer.
+
+        Those of a theta that needs no derivative are only marked, as kept by ``code``; see NOTE [state].
+        """
         own = set(map(id, self.outside))
         pairs = self.bits.items()
         made = [(weakref.ref(self.known[key]), bits) for key, bits in pairs if bits != OF_X and key not in own]
         self.known.clear()
-        return [pair for pair in made if pair[0]() is not None]
+        alive = [(tensor, ref, bits) for ref, bits in made if (tensor := ref()) is not None]
+        for tensor, _, bits in alive:
+            if not bits & self.needed & ~OF_X:
+                mark_kept([tensor], (code, bits & ~OF_X))
+        return [(ref, bits) for _, ref, bits in alive if bits & self.needed & ~OF_X]
 
     def meet(self, tensor: torch.Tensor) -> None:
         """A tensor from outside, or one that a transform inside the function has wrapped."""

@@ -1,4 +1,4 @@
-"""What a run of a function leaves: where the graph of its value ends, what it has kept, and numbers out of theta."""
+"""What a run of a function leaves: where the graph of its value ends, and what it has kept."""
 
 # NOTE [state]: the first run of an objective (the finder's) and every later one must read the same tensors. A function
 # that keeps what it has made of theta, in a cache, reads no theta later: its gradient would be zero in silence. So the
@@ -9,16 +9,12 @@
 #
 # An error does not empty the cache: called once more, the function reads what it has kept and no theta from the start.
 # What it has kept has a graph that ends at the stand-ins for x and theta of that earlier run, so these carry a mark; or
-# it was made by a solver, of tensors without a graph: then the error marks it.
-#
-# NOTE [numbers]: .item() takes a number out of a tensor, and no gradient flows through it. A number for a log is
-# harmless. So the function is run again with such numbers changed a little: where its value changes, it uses them. At
-# init that may not show (x = 0 hides a strength, a point of a set hides its borders): it is tried near and far as well.
+# it was made by a solver, of tensors without a graph: then the error marks it. What was kept of a theta that needed no
+# gradient then (an evaluation before the training) is marked too: an error once the same theta of it needs one.
 
 from __future__ import annotations
 
 import itertools
-import sys
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,15 +24,13 @@ from typing import Any
 import torch
 
 from implicitlayer import _torch
-from implicitlayer._errors import ClosureError, ObjectiveError
+from implicitlayer._errors import ClosureError, ImplicitLayerWarning, ObjectiveError
 from implicitlayer.base._surroundings import PLAINLY
-from implicitlayer.base._tree import flatten_with_names, is_data, tree_leaves
+from implicitlayer.base._tree import flatten_with_names, is_data
+from implicitlayer.base._warn import warn
 from implicitlayer.equation._normalisation import NORMALISATIONS, wrong_third_derivative
 
 CLOSED_OVER, OF_X = 1, 2  # the bits of what is not theta's
-_SHIFT = 2.0**-7
-_MOVES = 0.0, 0.0625, 10.0, -10.0, 1e3, -1e3  # beyond what a set holds, near enough for what a regulariser takes away
-_ROUNDINGS = 1e3  # in units of eps: changes of the value below this are rounding
 _LEAF = torch.zeros((), requires_grad=True)
 
 
@@ -45,20 +39,6 @@ def _number_of(tensor: torch.Tensor) -> int:
     return -1 if node is None else int(node._sequence_nr())
 
 
-def _shifted(value: Any, shift: float) -> Any:
-    """Numbers changed by a part ``shift`` of their size; zero stays zero where it is negative, which is for x."""
-    if isinstance(value, list):
-        return [_shifted(item, shift) for item in value]
-    return value + shift * (value if value or shift < 0 else 1.0) if isinstance(value, float) and shift else value
-
-
-# What takes a Python number out of a tensor; asked with a relative shift.
-NUMBERS: dict[Any, Callable[[torch.Tensor, float], Any]] = {
-    torch.Tensor.item: lambda tensor, shift: _shifted(tensor.item(), shift),
-    torch.Tensor.tolist: lambda tensor, shift: _shifted(tensor.tolist(), shift),
-    torch.Tensor.__float__: lambda tensor, shift: _shifted(float(tensor), shift),
-}
-NUMPY: set[Any] = {torch.Tensor.numpy, torch.Tensor.__array__}
 LAYOUT: Any = torch.Tensor.layout.__get__  # type: ignore[attr-defined]  # reads no entry
 BORROWING: set[Any] = {torch.as_tensor, torch.asarray, torch.frombuffer}
 DETACHING: set[Any] = {torch.Tensor.detach, torch.detach, torch.Tensor.data.__get__}  # type: ignore[attr-defined]
@@ -68,13 +48,25 @@ _numbers = itertools.count()
 
 
 class Run:
-    """The mark of the tensors that stand for x and theta in one run of a function of a layer."""
+    """The mark of the tensors that stand for x and theta in one run of a function of a layer.
 
-    __slots__ = ("number", "over")
+    ``of``: the code that was run and the bits of the thetas that need a derivative, or of what a tensor was made of.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("number", "of", "over")
+
+    def __init__(self, of: tuple[Any, int] | None = None) -> None:
         self.number = next(_numbers)
+        self.of = of
         self.over = False
+
+    def holds_back(self, later: Run) -> bool:
+        """Whether a derivative of a ``later`` run stops at what this one has left."""
+        if not self.over or self.number >= later.number:
+            return False
+        return self.of is None or (
+            later.of is not None and self.of[0] == later.of[0] and bool(self.of[1] & later.of[1])
+        )
 
     def marked(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
         """The tensors, which stand for x or theta in this run."""
@@ -83,9 +75,9 @@ class Run:
         return tensors
 
 
-def _kept(tensors: list[torch.Tensor]) -> None:
+def mark_kept(tensors: list[torch.Tensor], of: tuple[Any, int] | None = None) -> None:
     """Mark what a function has kept, so that it is known by it when the function is called again."""
-    run = Run()
+    run = Run(of)
     run.over = True
     run.marked(tensors)
 
@@ -103,7 +95,7 @@ def refuse_kept(tensor: torch.Tensor, since: Run) -> None:
     ends = [getattr(node, "variable", None) for node in nodes_of([tensor], _MOST_NODES)]
     for leaf in [tensor, *ends]:
         run = getattr(leaf, "run_of_layer", None)
-        if run is not None and run.over and run.number < since.number:
+        if run is not None and run.holds_back(since):
             raise ClosureError(
                 f"the objective reads a tensor of shape {tuple(tensor.shape)} that it made of x or theta in an earlier "
                 "call and has kept (a cache): no gradient flows through it. Compute it anew in every run, or compute "
@@ -113,12 +105,14 @@ def refuse_kept(tensor: torch.Tensor, since: Run) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Sources:
-    """The tensors among the arguments: one bit for x, one for each theta that needs a derivative.
+    """The tensors among the arguments: one bit for x, one for each theta.
 
-    ``start``: the number of the first node of a graph that is made after this object.
+    ``needed``: the bits of what a derivative may be asked for, and of what is closed over. ``start``: the number of the
+    first node of a graph that is made after this object.
     """
 
     bits: Sequence[int]
+    needed: int
     theta: tuple[Any, ...]
     start: int
     num_x: int
@@ -126,12 +120,12 @@ class Sources:
     @classmethod
     def of(cls, theta: tuple[Any, ...], num_x: int, needed: Sequence[bool]) -> Sources:
         """Those of ``(x, *theta)``, where x has ``num_x`` tensors; ``needed``: which of theta need a derivative."""
-        bits = [OF_X] * num_x + [0] * len(needed)
-        for i, need in enumerate(needed):
-            bits[num_x + i] = 4 << i if need else 0
+        of_theta = list(map((4).__lshift__, range(len(needed))))
+        bits = [OF_X] * num_x + of_theta
+        wanted = OF_X | CLOSED_OVER | sum(itertools.compress(of_theta, needed))
         with _torch.without_modes():  # no business of an enclosing finder's
             start = _number_of(_LEAF.view(()))  # of the first node that is made from now on
-        return cls(bits, theta, start, num_x)
+        return cls(bits, wanted, theta, start, num_x)
 
     def made_since(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor may have been made since; nodes are numbered by thread, so it need not be so."""
@@ -144,8 +138,7 @@ class Sources:
         """
         found: dict[int, int] = {}
         for leaf, bit in zip(reversed(leaves), reversed(self.bits), strict=False):
-            if bit:
-                found[id(leaf)] = found.get(id(leaf), 0) | bit
+            found[id(leaf)] = found.get(id(leaf), 0) | bit
         return found
 
     def name(self, bits: int) -> str:
@@ -188,7 +181,7 @@ class FirstRun:
         for ref, bits in self.made:
             tensor = ref()
             if tensor is not None and id(tensor) in met:
-                _kept([tensor])
+                mark_kept([tensor])
                 raise ClosureError(
                     f"the objective reads a tensor of shape {tuple(tensor.shape)} that it made of "
                     f"{self.sources.name(bits)} in an earlier run and has kept (a cache): no gradient flows through "
@@ -203,13 +196,25 @@ class FirstRun:
             missing &= self._missing(self.reads.bits & ~again.bits, again.edges, random)
         if missing:
             known = set(map(id, self.reads.outside))
-            _kept([tensor for tensor in again.outside if id(tensor) not in known])
+            mark_kept([tensor for tensor in again.outside if id(tensor) not in known])
             raise ClosureError(
                 f"the objective read {self.sources.name(missing)} when it was first run, and does not any longer, or "
                 "not everywhere: it has kept something that it made of it (a cache), and the gradient would miss that "
                 "without a word. Compute it anew in every run, or compute it before the layer and pass it as one more "
                 "theta."
             )
+
+    def tell_nothing_read(self) -> None:
+        """Warn, where the run at the solution reads no theta, if the first one read none that needs a derivative."""
+        if not self.sources.needed >> 2 or self.reads.bits & ~OF_X:
+            return
+        warn(
+            "the objective reads no theta that requires a gradient, so the gradient is zero. If it has kept what an "
+            "earlier call made of theta (a cache), compute that anew in every run; if it reads the tensor in another "
+            "way, write that in torch operations; if the solution does not depend on theta, leave theta out.",
+            ImplicitLayerWarning,
+            "no theta is read",
+        )
 
     def _missing(self, read: int, edges: Sequence[int], random: bool) -> int:
         """The bits of what was ``read`` at first and has no edge now, or fewer."""
@@ -218,72 +223,6 @@ class FirstRun:
             if (not now and read & bit) or (now < before and not random):
                 missing |= bit
         return missing
-
-
-def is_constant(value: Any) -> bool:
-    """Whether ``value`` is an objective's without any graph, which has an error of its own."""
-    return isinstance(value, torch.Tensor) and not (value.ndim or value.requires_grad)
-
-
-def refuse_numbers(sources: Sources, bits: int, run: Callable[[float, float], tuple[Any, Any]]) -> None:
-    """Raise if the function depends on Python numbers that it took out of x or theta; see NOTE [numbers].
-
-    ``run(shift, move)``: what it reads and its value, with numbers changed by ``shift``, at ``move`` from x.
-    """
-    if not any(_depends_on_numbers(run, move, bits) for move in _MOVES):
-        return
-    raise ClosureError(
-        f"the objective takes a Python number out of {sources.name(bits)} (by .item(), float() or .tolist()) and "
-        "computes with it: no gradient flows through a number. Compute with the tensor itself; if it is meant to be a "
-        "constant here, say so by .detach()."
-    )
-
-
-def _depends_on_numbers(run: Callable[[float, float], tuple[Any, Any]], move: float, bits: int) -> bool:
-    try:
-        finder, value = run(0.0, move)
-        shifted, other = run(_SHIFT, move)
-        expected = finder.numbers if move else bits  # at x the first run has taken these
-        if shifted.numbers == expected and not _differ(value, other):
-            return False
-        # of a random function nothing is known
-        return shifted.numbers != expected or not _differ(value, run(0.0, move)[1])
-    except Exception:
-        if move:  # it need not be defined there
-            return False
-        raise
-
-
-def inside_a_function(begin: Callable[..., Any]) -> bool:
-    """Whether ``begin`` has called the forward of an autograd.Function, which says itself what its derivative is."""
-    kinds: list[Any] = torch.autograd.Function.__subclasses__()
-    for kind in kinds:  # which grows
-        kinds += kind.__subclasses__()
-    forwards = {getattr(kind.forward, "__code__", None) for kind in kinds}
-    frame = sys._getframe(1)
-    while frame.f_code not in forwards:
-        if frame.f_code is begin.__code__ or frame.f_back is None:
-            return False
-        frame = frame.f_back
-    return True
-
-
-def refuse_numpy(tensor: torch.Tensor) -> ClosureError:
-    """The error of a function that hands what it made of its arguments to NumPy."""
-    return ClosureError(
-        f"the objective hands a tensor of shape {tuple(tensor.shape)}, which it made of x or theta, to NumPy: what "
-        "NumPy computes has no derivative (nor has .detach().numpy()). Write the objective in torch operations (torch "
-        "has most of NumPy's functions); only the solver may use NumPy."
-    )
-
-
-def _differ(value: Any, other: Any) -> bool:
-    for a, b in zip(tree_leaves(value), tree_leaves(other), strict=True):
-        if isinstance(a, torch.Tensor) and a.is_floating_point():
-            a, b = _torch.innermost(a).detach(), _torch.innermost(b).detach()
-            if bool(((a - b).abs() > _ROUNDINGS * torch.finfo(a.dtype).eps * a.abs()).any()):
-                return True
-    return False
 
 
 def refuse_hidden_tensors(

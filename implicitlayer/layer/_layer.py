@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -24,6 +25,7 @@ from implicitlayer.equation._capture import (
     find_closed_over,
     needing,
     plainly_impossible,
+    run_undifferentiated,
 )
 from implicitlayer.equation._certificate import Assumptions
 from implicitlayer.equation._flat import Signature, flat_function, flat_parts, like_x
@@ -68,6 +70,7 @@ class ImplicitLayer(CopiesFunctions):
 
     def __post_init__(self) -> None:
         self.records: list[Record] = []
+        self._watched = self.own_function  # whether what it keeps was looked at
         for name in ("function", "solver", "linear_solver"):
             if not callable(getattr(self, name)):
                 raise TypeError(f"{name} must be callable, got {type(getattr(self, name)).__name__}.")
@@ -119,7 +122,7 @@ class ImplicitLayer(CopiesFunctions):
         user_function = without_aux(self.function) if self.objective_has_aux else self.function
         differentiable = derivatives_possible()
         watched = differentiable and not self.own_function
-        hidden = self._closed_over(user_function, x, x_spec, signature, (init, *theta)) if watched else ClosedOver()
+        hidden = (self._closed_over if watched else self._watch)(user_function, x, x_spec, signature, (init, *theta))
         needs = hidden.needs_derivative if watched else differentiable and any(needing(tensors))
         function, residual, constraints = self._equation(user_function, x_spec, signature, hidden)
         of_root = self.kind == "fixed_point" and getattr(self.solver, "finds", None) == "root"
@@ -165,6 +168,14 @@ class ImplicitLayer(CopiesFunctions):
         if self.solver_has_aux:
             return solution, found.aux[0] if len(found.aux) == 1 else list(found.aux)
         return solution
+
+    def _watch(self, function: Callable[..., Any], *call: Any) -> ClosedOver:
+        """Where nothing is to be found: what the function keeps of theta is marked, for a call with derivatives."""
+        if not (derivatives_possible() or self._watched):
+            self._watched = True
+            with suppress(Exception):  # a function that cannot be run here is the solver's to call
+                run_undifferentiated(self._read(function)[0], call[-1])
+        return ClosedOver()
 
     def _closed_over(
         self, function: Callable[..., Any], x: Leaves, x_spec: TreeSpec, signature: Signature, args: tuple[Any, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -154,6 +155,77 @@ def test_a_cache_beside_another_use_of_theta_never_gives_a_wrong_gradient(name: 
         # solvers stop within 1e-6 of the solution
         assert torch.autograd.grad(x.sum(), t)[0].item() == pytest.approx(expected, rel=1e-5)
     assert refused > 0
+
+
+BEFORE: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "no_grad": torch.no_grad,
+    "inference mode": torch.inference_mode,
+    "no gradient needed": nullcontext,
+}
+
+
+@pytest.mark.parametrize("before", BEFORE)
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_cache_filled_by_an_evaluation_without_derivatives_is_refused_when_they_are_needed(
+    name: str, before: str
+) -> None:
+    """As where a model is evaluated before it is trained."""
+    cache: list[Tensor] = []
+
+    def kept(t: Tensor) -> Tensor:
+        if not cache:
+            cache.append(t * t)
+        return cache[0]
+
+    layer = LAYERS[name][0](kept)
+    t = torch.tensor(3.0, dtype=F64, requires_grad=True)
+    with BEFORE[before]():
+        values = [layer(ZEROS, t.detach() if before == "no gradient needed" else t) for _ in range(2)]
+    # the second one is right, with what is kept; solvers stop within 1e-6 of the solution
+    torch.testing.assert_close(values[1], values[0], rtol=1e-6, atol=1e-8)
+    with pytest.raises(il.ClosureError, match=r"made of x or theta in an earlier call.*a cache"):
+        layer(ZEROS, t)
+    cache.clear()
+    with pytest.raises(il.ClosureError, match=r"a cache"):  # of this call now
+        layer(ZEROS, t)
+
+
+def test_what_is_kept_of_one_theta_holds_back_no_gradient_of_another() -> None:
+    cache: list[Tensor] = []
+
+    def objective(x: Tensor, data: Tensor, t: Tensor) -> Tensor:
+        if not cache:
+            cache.append(data**2)
+        return ((x - cache[0] * t) ** 2).sum()
+
+    layer = il.argmin(objective, il.solvers.NewtonCG())
+    with torch.no_grad():
+        layer(ZEROS, T, T)
+    t = T.clone().requires_grad_()
+    # x = data^2 t
+    (found,) = torch.autograd.grad(layer(ZEROS, T, t).sum(), t)
+    torch.testing.assert_close(found, T**2, rtol=1e-12, atol=0)
+    assert cache
+
+
+UNREAD: dict[str, Callable[[Tensor], Any]] = {
+    "argmin": lambda c: il.argmin(lambda x, t: ((x - c) ** 2).sum(), il.solvers.NewtonCG()),
+    "root": lambda c: il.root(lambda x, t: x - c, il.solvers.Newton()),
+    "fixed_point": lambda c: il.fixed_point(lambda x, t: 0.5 * x + c, il.solvers.AndersonAcceleration()),
+    "a set": lambda c: il.argmin(lambda x, t: ((x - c) ** 2).sum(), BOXED, constraint=il.sets.Box(-1.0, 1.0)),
+    "equality": lambda c: il.constrained_argmin(
+        lambda x, t: ((x - c) ** 2).sum(), SLSQP, equality=lambda x, t: x.sum() - 1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_a_zero_gradient_of_a_function_that_reads_no_theta_is_told(name: str) -> None:
+    layer = UNREAD[name](torch.tensor(9.0, dtype=F64))
+    t = torch.tensor(3.0, dtype=F64, requires_grad=True)
+    with pytest.warns(il.ImplicitLayerWarning, match=r"reads no theta.*the gradient is zero"):
+        x = layer(ZEROS, t)
+    assert torch.autograd.grad(x.sum(), t)[0].item() == 0.0
 
 
 def test_a_term_that_is_read_on_one_side_of_a_branch_is_no_cache() -> None:
