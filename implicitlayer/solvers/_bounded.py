@@ -141,6 +141,7 @@ class _BoxMethod:
 
     STATE: tuple[str, ...] = ("S", "Y", "curvature")
     conjugate = False
+    halving = False
 
     def __init__(self, problem: _BoxProblem, memory: int) -> None:
         self.problem, self.memory = problem, memory

@@ -45,6 +45,7 @@ class Method(Protocol):
 
     STATE: tuple[str, ...]  # names of the attributes that change
     conjugate: bool  # with exact line searches, n steps solve a quadratic of n unknowns
+    halving: bool  # near a minimum every step at least halves the gradient
 
     def direction(
         self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
@@ -158,7 +159,7 @@ class Descent:
         self.finite = self.norm.isfinite() & self.value.isfinite()
         self.stalled = torch.zeros_like(self.finite)
         eps, exact = torch.finfo(problem.dtype).eps, method.conjugate
-        self.watch = StallWatch(self.norm, self.value, eps)
+        self.watch = StallWatch(self.norm, self.value, eps, method.halving)
         self.search = LineSearch(self.norm, eps, curvature, exact_on_quadratics=exact)
         self.direction = torch.zeros_like(self.x)
         self.on_host = rounds_between_syncs(self.x) == 1 if on_host is None else on_host

@@ -229,6 +229,7 @@ class _Growing:
 
     STATE: tuple[str, ...] = ("trial",)
     conjugate = False
+    halving = False
 
     def __init__(self, problem: Problem | TracedProblem, step_size: float) -> None:
         self.trial = step_size * problem.unit  # gradients are measured in this unit

@@ -128,6 +128,7 @@ class _TwoLoop:
     """The pairs of every lane; a lane that has fewer than the others has zeros in front, which change nothing."""
 
     STATE: tuple[str, ...] = ("pairs", "gamma")
+    halving = False
 
     def __init__(self, memory: int, *, conjugate: bool = False, on_host: bool = True) -> None:
         self.memory, self.conjugate, self.on_host = memory, conjugate, on_host
@@ -191,6 +192,7 @@ class _Matrices:
 
     STATE: tuple[str, ...] = ("P", "R", "gamma")
     conjugate = True
+    halving = False
 
     def __init__(self, like: torch.Tensor) -> None:
         self.lanes, self.n = like.shape[:-1], like.shape[-1]

@@ -125,6 +125,7 @@ class _Truncated:
 
     def __init__(self, settings: NewtonCG, problem: Problem | TracedProblem) -> None:
         self.settings, self.problem = settings, problem
+        self.halving = settings.cg_steps is None and not settings.damping and settings.curvature == "hessian"
         self.damping = (settings.damping / problem.unit).unsqueeze(-1).to(problem.start.dtype)
         self.first_norm = problem.norm(problem.first_gradient)
 

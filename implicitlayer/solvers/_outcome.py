@@ -20,7 +20,10 @@ from implicitlayer.solvers._leaves import lanes_like
 # slower than rounding needs patience, so a lane that came far gets more of it.) Methods that are not steady say which
 # steps prove something, and how much: see :func:`contradiction`. A value that grows by more than rounding is no stall
 # but divergence, or a ripple of the momentum, unless x hardly moves: near 0, values have hardly any rounding errors.
+# Newton's steps at least halve the gradient near a minimum, so three that together do not have met rounding errors:
+# chance alone, which sets records, takes four times the steps to say so.
 PATIENCE = 20
+_PATIENCE_OF_NEWTON, _HALF = 3, 0.5
 _SHARE = 0.1  # of the steps that a lane has made
 _LITTLE = 0.05  # what a step without gain counts if it proves nothing: a cycle of rounding errors ends some time
 NOISE = 256  # a sum over m data rounds by about sqrt(m) eps: this covers 65,000 of them
@@ -40,12 +43,15 @@ class StallWatch:
         norm: of the gradients at the start, or infinite; float64 [*lanes].
         value: of the objective there, or infinite; float64 [*lanes].
         eps: of the dtype.
+        halving: whether every step near a minimum at least halves the gradient.
     """
 
-    STATE: tuple[str, ...] = ("norm", "value", "idle", "steps", "gained")
+    STATE: tuple[str, ...] = ("norm", "before", "value", "idle", "steps", "gained")
 
-    def __init__(self, norm: torch.Tensor, value: torch.Tensor, eps: float) -> None:
+    def __init__(self, norm: torch.Tensor, value: torch.Tensor, eps: float, halving: bool = False) -> None:
         self.norm, self.value, self.eps = norm, value, eps  # the least norm, and the value at the last gain
+        self.before = norm  # when a step last gained enough
+        self.share, self.patience = (_HALF, _PATIENCE_OF_NEWTON) if halving else (1.0, PATIENCE)
         self.idle, self.steps = torch.zeros_like(norm), torch.zeros_like(norm)
         self.gained = torch.ones_like(norm, dtype=torch.bool)  # the lanes that the last look found better
 
@@ -74,18 +80,20 @@ class StallWatch:
             on_host: whether asking costs nothing.
         """
         noise = NOISE * self.eps * value.abs()
-        gained = (value < self.value - noise) | (norm < self.norm)
-        self.gained = here = lanes & gained
+        lower = value < self.value - noise
+        self.gained = here = lanes & (lower | (norm < self.norm))
+        enough = here & (lower | (norm < self.share * self.before))
         self.steps = self.steps + lanes
         self.value = torch.where(here, value, self.value)
         self.norm = torch.where(here, torch.minimum(norm, self.norm), self.norm)
-        no_gain = lanes & ~gained
+        self.before = torch.where(enough, self.norm, self.before)
+        no_gain = lanes & ~enough
         if on_host and not bool(no_gain.any()):
-            self.idle = torch.where(here, 0.0, self.idle)
+            self.idle = torch.where(enough, 0.0, self.idle)
             return no_gain
         level = value.isfinite() & ((value <= self.value + noise) | (move() <= _ULPS * self.eps))
-        self.idle = torch.where(here, 0.0, self.idle + torch.where(no_gain & level, weight(), 0.0))
-        return lanes & (self.idle >= (_SHARE * self.steps).clamp_min(PATIENCE))
+        self.idle = torch.where(enough, 0.0, self.idle + torch.where(no_gain & level, weight(), 0.0))
+        return lanes & (self.idle >= (_SHARE * self.steps).clamp_min(self.patience))
 
 
 def contradiction(

@@ -17,7 +17,7 @@ from implicitlayer.solvers._problem import Problem
 class Fixed:
     """A method with one direction until it is told to forget, then the steepest."""
 
-    conjugate = False
+    conjugate = halving = False
 
     STATE = ()
 

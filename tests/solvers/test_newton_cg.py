@@ -72,6 +72,30 @@ def test_convergence_is_superlinear(line_search: Any) -> None:
     assert ratios[-1] < 1e-3 and ratios[-1] < 0.1 * ratios[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("problem", ["least squares", "logistic"])
+def test_without_a_tolerance_it_ends_soon_after_rounding_is_all_that_is_left(
+    problem: str, seed: int, dtype: torch.dtype
+) -> None:
+    A, b = randn(40, 20, seed=seed).to(dtype), randn(40, seed=seed + 9).to(dtype)
+    functions = {
+        "least squares": lambda x: ((A @ x - b) ** 2).sum() + (x**2).sum(),
+        "logistic": lambda x: torch.nn.functional.softplus(A @ x * b.sign()).sum() + 0.1 * (x**2).sum(),
+    }
+    norms: list[float] = []
+    result = NewtonCG(callback=lambda at: norms.append(float(at.gradient_norm))).run(
+        functions[problem], torch.zeros(20, dtype=dtype)
+    )
+    assert result.status is Status.STAGNATED
+    # each of 40 + 20 terms of an entry of the gradient is rounded a few times, by eps of what it is at most
+    size = float((A.abs().mT @ (A.abs() @ result.value.abs() + b.abs() + 1) + result.value.abs()).norm())
+    least = 60 * torch.finfo(dtype).eps * size
+    assert norms[-1] <= least
+    first = next(k for k, norm in enumerate(norms) if norm <= least)
+    assert len(norms) - 1 - first <= 6  # two that still halve it, at most, three that do not, and the last search
+
+
 def test_at_negative_curvature_the_first_direction_is_the_scaled_gradient() -> None:
     """f = x^2 y-ish saddle: at g'Hg < 0 the step is -g g'g / |g'Hg|, if the search takes it as it is."""
     matrix = torch.diag(torch.tensor([-1.0, -2.0], dtype=F64))
