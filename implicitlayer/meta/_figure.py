@@ -60,7 +60,7 @@ def plot_learning_curves(
     axes.set_title(title, fontsize=10, loc="left")
     axes.grid(color=GRID, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="center right", frameon=False)
 
 
 def plot_episode(
