@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from implicitlayer import _torch
 from implicitlayer._errors import ImplicitLayerError, ObjectiveError
+from implicitlayer.base._tree import is_data
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -143,6 +144,14 @@ def plain_surroundings(tensors: Sequence[torch.Tensor], *, derivatives: bool = F
 
 class ReadingMode(TorchFunctionMode):
     """A mode of this library, active while a function of a layer runs: it watches what the function reads."""
+
+
+def announce(tensor: Any) -> Any:
+    """Let an enclosing finder see ``tensor``: our own Functions take tensors past every TorchFunctionMode."""
+    if is_data(tensor) and _torch.num_modes() > 0:
+        alias: torch.Tensor = tensor.view_as(tensor)
+        return alias
+    return tensor
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from itertools import compress, repeat
+from itertools import chain, compress, repeat
 from typing import Any
 
 import torch
@@ -19,13 +19,14 @@ from torch.autograd import forward_ad
 from implicitlayer import _torch
 from implicitlayer._errors import ClosureError
 from implicitlayer.base._surroundings import ReadingMode, drawn_since, plain_surroundings, random_states
-from implicitlayer.base._tree import flatten, is_data, places_of_data, tensors_entering, tensors_in, unflatten
+from implicitlayer.base._tree import flatten, places_of_data, tensors_entering, tensors_in, unflatten
 from implicitlayer.equation._normalisation import PLAIN
 from implicitlayer.equation._numbers import (
     NUMBERS,
     NUMPY,
     inside_a_function,
     is_constant,
+    moved,
     refuse_numbers,
     refuse_numpy,
 )
@@ -114,12 +115,18 @@ class ClosedOver(list[torch.Tensor]):
 
     def confirm(self, theta: Sequence[torch.Tensor], edges: dict[int, int]) -> None:
         """Check what the run at the solution reads of theta, by the edges of its graph; see NOTE [state]."""
-        first, self.first = self.first, None  # it holds the arguments of the call
-        if first is not None:
+        if self.first is not None and self.first.plain:
+            first, self.first = self.first, None  # it holds the arguments of the call
             found = list(map(edges.get, map(id, theta), repeat(0)))
             first.refuse_unread(found, self.draws)
             if not (self or any(found)):
                 first.tell_nothing_read()
+
+    def confirm_under_transform(self) -> None:
+        """Check what one more run at the arguments of the first reads; see NOTE [state]."""
+        first, self.first = self.first, None
+        if first is not None and self.needs_derivative:
+            first.refuse_unread(first.again().edges, self.draws)
 
     def refuse_changed(self, met: set[int] | None = None) -> None:
         """Raise if a constant has been changed in place, or is none of those that a later run has ``met``."""
@@ -175,15 +182,21 @@ def find_closed_over(
         again = {id(tensor) for tensor in search.run()[0].outside}
         found[:] = [tensor for tensor in found if id(tensor) in again]
     if check is not None:
-        reads = search.reads(first, value)
+        reads = search.reads(first, value, found)
         del value  # and with it the graph: of what the run has made, the function's own is what lives on
-        left = FirstRun(search.sources, reads, first.made_of_theta(search.code), lambda: search.reads(*search.run()))
-        if left.made:  # something was kept: before the solver meets it, one more run tells whether it is read
-            second, value = search.run()
-            left.refuse_kept(set(second.known))
-            left.refuse_unread(search.reads(second, value).edges, draws)
-        found.first = left if search.plain else None  # no later run is compared where a transform is at work
+        found.first = _left(search, first, reads, list(found), draws)
     return found
+
+
+def _left(search: _Search, first: _Finder, reads: Reads, hidden: list[torch.Tensor], draws: bool) -> FirstRun:
+    """What the first run leaves for later ones to check."""
+    made = first.made_of_theta(search.code)
+    left = FirstRun(search.sources, reads, made, lambda: search.reads(*search.run(), hidden), search.plain)
+    if left.made:  # something was kept: before the solver meets it, one more run tells whether it is read
+        second, value = search.run()
+        left.refuse_kept(set(second.known))
+        left.refuse_unread(search.reads(second, value, hidden).edges, draws)
+    return left
 
 
 def run_undifferentiated(function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -251,30 +264,19 @@ class _Search:
         finally:
             mark.over = True
 
-    def reads(self, finder: _Finder, value: Any) -> Reads:
-        """What a run that gave ``value`` has read of theta."""
-        values = (value,) if isinstance(value, torch.Tensor) else tensors_in((value,), [])
-        edges = edges_into(values, self.sources.start) if self.plain else {}
-        return Reads(finder.read, list(map(edges.get, finder.given, repeat(0))), finder.outside)
-
-
-def moved(x: torch.Tensor, far: float) -> torch.Tensor:
-    """x + far (1 + |x|), by another factor between 3/4 and 5/4 in every entry."""
-    factors = 1 + 0.25 * torch.arange(x.numel(), dtype=x.dtype, device=x.device).cos().reshape(x.shape)
-    return x.detach() + far * factors * (1 + x.detach().abs())
+    def reads(self, finder: _Finder, value: Any, hidden: Sequence[torch.Tensor]) -> Reads:
+        """What a run that gave ``value`` has read of theta, and of ``hidden``, which it closes over."""
+        edges, ends = finder.entered, map(id, hidden)
+        if self.plain:
+            values = (value,) if isinstance(value, torch.Tensor) else tensors_in((value,), [])
+            edges = edges_into(values, self.sources.start)
+            ends = map(id, [tensor if tensor.is_leaf else tensor.grad_fn for tensor in hidden])
+        return Reads(finder.read, list(map(edges.get, chain(finder.given, ends), repeat(0))), finder.outside)
 
 
 def plainly_impossible() -> bool:
     """Whether a transform or forward mode is at work."""
     return _torch.transforms_active() or _torch.forward_level() >= 0
-
-
-def announce(tensor: Any) -> Any:
-    """Let an enclosing finder see ``tensor``: our own Functions take tensors past every TorchFunctionMode."""
-    if is_data(tensor) and _torch.num_modes() > 0:
-        alias: torch.Tensor = tensor.view_as(tensor)
-        return alias
-    return tensor
 
 
 def _has_tangent(tensor: torch.Tensor) -> bool:
@@ -294,6 +296,7 @@ class _Finder(ReadingMode):
         self.bits, self.needed = bits, needed
         self.plain = True
         self.given: Sequence[int] = ()  # ids of the stand-ins for theta
+        self.entered: dict[int, int] = {}  # under a transform: how many operations each tensor from outside enters
         self.touched: set[int] = set()  # what must not go to NumPy, and all that is made of it, detached or not
         self.read = 0
         self.numbers = 0
@@ -326,6 +329,8 @@ class _Finder(ReadingMode):
         for tensor in entering:
             of |= self.bits.get(id(tensor), 0)
             touches = touches or id(tensor) in self.touched
+            if not self.plain:
+                self.entered[id(tensor)] = self.entered.get(id(tensor), 0) + 1
         source = of & self.needed
         self.read |= source
         if touches and func in NUMPY and not inside_a_function(_Search.run):
@@ -367,6 +372,8 @@ class _Finder(ReadingMode):
         made = [(weakref.ref(self.known[key]), bits) for key, bits in pairs if bits != OF_X and key not in own]
         self.known.clear()
         alive = [(tensor, ref, bits) for ref, bits in made if (tensor := ref()) is not None]
+        if not alive:
+            return []
         for tensor, _, bits in alive:
             if not bits & self.needed & ~OF_X:
                 mark_kept([tensor], (code, bits & ~OF_X))

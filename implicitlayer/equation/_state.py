@@ -5,7 +5,8 @@
 # second run must not read a tensor that the first one made of a theta that needs a gradient. And the run at the
 # solution must read every such theta where the first one read it: its graph has no fewer edges into it. If it has, one
 # more run at the arguments of the first tells a cache from a branch that depends on x. What is detached by hand is a
-# constant by intention. Under a transform no graph shows what is read: only what the first run keeps is looked for.
+# constant by intention. Under a transform no graph shows what is read: there the function is run once more after the
+# solve, at the arguments of the first, and no theta may enter fewer operations than before.
 #
 # An error does not empty the cache: called once more, the function reads what it has kept and no theta from the start.
 # What it has kept has a graph that ends at the stand-ins for x and theta of that earlier run, so these carry a mark; or
@@ -152,7 +153,14 @@ class Sources:
 
 @dataclass(frozen=True, eq=False)
 class Reads:
-    """What a run reads: the bits of theta, the edges of its graph into each tensor of it, tensors from outside."""
+    """What a run reads.
+
+    Attributes:
+        bits: those of theta.
+        edges: how often it reads each tensor of theta, and each closed-over one that needs a derivative: edges of its
+            graph, or under a transform the operations that it enters.
+        outside: the tensors from outside.
+    """
 
     bits: int
     edges: Sequence[int]
@@ -169,12 +177,14 @@ class FirstRun:
         made: tensors that were made of theta and are the function's, as they are still alive, with the bits of their
             sources.
         again: what one more run at the same arguments reads.
+        plain: whether no transform is at work.
     """
 
     sources: Sources
     reads: Reads
     made: Sequence[tuple[weakref.ref[torch.Tensor], int]]
     again: Callable[[], Reads]
+    plain: bool
 
     def refuse_kept(self, met: set[int]) -> None:
         """Raise if a later run reads what the first one had made."""
@@ -218,8 +228,8 @@ class FirstRun:
 
     def _missing(self, read: int, edges: Sequence[int], random: bool) -> int:
         """The bits of what was ``read`` at first and has no edge now, or fewer."""
-        missing = 0
-        for now, before, bit in zip(edges, self.reads.edges, self.sources.bits[self.sources.num_x :], strict=False):
+        missing, bits = 0, itertools.chain(self.sources.bits[self.sources.num_x :], itertools.repeat(CLOSED_OVER))
+        for now, before, bit in zip(edges, self.reads.edges, bits, strict=False):
             if (not now and read & bit) or (now < before and not random):
                 missing |= bit
         return missing
@@ -299,14 +309,19 @@ _END: Any = type(_LEAF.view(()).grad_fn.next_functions[0][0])  # type: ignore[un
 
 
 def edges_into(values: Sequence[torch.Tensor], start: int = 0, stop: Sequence[torch.Tensor] = ()) -> dict[int, int]:
-    """How many edges of the graph of ``values`` end in each leaf, by id; not of nodes before ``start`` and ``stop``."""
+    """How many edges of the graph of ``values`` end in each leaf, by id, and in each node before ``start``.
+
+    Nodes of ``stop`` are left out.
+    """
     found: list[Any] = list(filter(None, map(_GRAD_FN, values)))
     seen, edges = {*found, *map(_GRAD_FN, stop)}, dict[int, int]()
     for node in found:  # which grows
         for child, _ in node.next_functions:
             if type(child) is _END:
                 edges[id(child.variable)] = edges.get(id(child.variable), 0) + 1
-            elif child is not None and child not in seen and child._sequence_nr() >= start:
+            elif child is not None and child._sequence_nr() < start:
+                edges[id(child)] = edges.get(id(child), 0) + 1
+            elif child is not None and child not in seen:
                 seen.add(child)
                 found.append(child)
     return edges

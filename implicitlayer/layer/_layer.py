@@ -15,12 +15,11 @@ from implicitlayer.base._copying import CopiesFunctions
 from implicitlayer.base._divided import Divided
 from implicitlayer.base._records import CallRecords, Record
 from implicitlayer.base._sharding import WHOLE, Sharding, is_sharded
-from implicitlayer.base._surroundings import name_limit, out_of_inference, outside_compiled_code
+from implicitlayer.base._surroundings import announce, name_limit, out_of_inference, outside_compiled_code
 from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, tree_map, unflatten
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.equation._capture import (
     ClosedOver,
-    announce,
     derivatives_possible,
     find_closed_over,
     needing,
@@ -164,10 +163,10 @@ class ImplicitLayer(CopiesFunctions):
         except RuntimeError as error:
             name_limit(error)
             raise
-        solution = unflatten(leaves, x_spec)
-        if self.solver_has_aux:
-            return solution, found.aux[0] if len(found.aux) == 1 else list(found.aux)
-        return solution
+        if hidden.first is not None:
+            hidden.confirm_under_transform()
+        solution, aux = unflatten(leaves, x_spec), found.aux
+        return (solution, aux[0] if len(aux) == 1 else list(aux)) if self.solver_has_aux else solution
 
     def _watch(self, function: Callable[..., Any], *call: Any) -> ClosedOver:
         """Where nothing is to be found: what the function keeps of theta is marked, for a call with derivatives."""
