@@ -220,8 +220,8 @@ class Reading:
             raise ClosureError(
                 f"the objective no longer reads a closed-over tensor of shape {next(iter(self.unmet.values()))} that "
                 "it read when the layer was called: module weights that were swapped for the call only (as "
-                "torch.func.functional_call does), or a branch. Pass the tensor to the layer as one more theta, or use "
-                "il.ArgminLayer, which keeps the weights of the call."
+                "torch.func.functional_call does), a cache, or a branch. Pass the tensor to the layer as one more "
+                "theta, or use il.ArgminLayer, which keeps the weights of the call."
             )
 
 
