@@ -41,13 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def extras() -> dict[str, str]:
-    """The packages of all extras, by whether they are installed."""
+    """The packages of the extras for users, by whether they are installed."""
     try:
         required = metadata.requires("implicitlayer") or []
     except metadata.PackageNotFoundError:
         return {"extras": "unknown: run from a source tree that is not installed"}
     found, missing = [], []
-    names = {re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in required if "extra ==" in line}
+    lines = [line for line in required if "extra ==" in line and not re.search("extra == .(bench|dev|docs)", line)]
+    names = {re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in lines}
     for name in sorted(names - {"implicitlayer"}, key=str.lower):
         try:
             found.append(f"{name} {metadata.version(name)}")

@@ -3,6 +3,7 @@
 # The derivatives behind a verdict are those of the layer, so an outcome is compared with the layer's gradient as it
 # is: an error, None, exactly zero, or not zero. No tolerance is involved.
 
+import sys
 import warnings
 from typing import Any
 
@@ -16,6 +17,12 @@ from implicitlayer.explain._explain_leaves import GradientExplanation
 
 START = torch.tensor([1.1, 0.7], dtype=F64)
 SETTINGS: dict[str, Any] = {"stationarity_rtol": None, "on_failure": "ignore", "linear_solver": il.Dense()}
+
+
+def written(expression: str, operation: str) -> str:
+    """How a verdict names a place: the expression as written, or, on Python 3.10, which keeps no columns, its operation
+    and the line."""
+    return f"`{expression}`" if sys.version_info >= (3, 11) else f"`{operation}` (test_"
 
 
 def stay(f: Any, x: Any, *theta: Any) -> Any:

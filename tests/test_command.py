@@ -48,6 +48,7 @@ def test_extras_are_told_apart_by_whether_they_are_installed(monkeypatch: pytest
         "hypothesis; extra == 'testing'",
         "never.heard-of[it]>=1.0; extra == 'odd'",
         "implicitlayer[x]; extra == 'y'",
+        "tool-of-developers; python_version >= '3.11' and extra == 'dev'",
     ]
     monkeypatch.setattr(metadata, "requires", lambda _: required)
     version = metadata.version("hypothesis")

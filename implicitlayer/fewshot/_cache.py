@@ -16,14 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from implicitlayer._errors import ImplicitLayerWarning
+from implicitlayer.base._optional import extra
 
 FORMAT = 1  # raise it when the meaning of a cached block changes, so that old files are left alone
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/implicitlayer``, or ``~/.cache/implicitlayer`` where that variable is not set."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "implicitlayer"
+    """The system's folder for caches: on Linux ``$XDG_CACHE_HOME/implicitlayer``, or ``~/.cache/implicitlayer``."""
+    with extra("fewshot", "Finding the cache folder needs platformdirs"):
+        from platformdirs import user_cache_path
+    return user_cache_path("implicitlayer", appauthor=False)
 
 
 def places_of(root: str | os.PathLike[str] | None, subfolder: str = "") -> tuple[list[Path], str]:
@@ -40,7 +42,6 @@ def cached_images(
     key: Sequence[object],
     shape: tuple[int, ...],
     build: Callable[[], Iterable[NDArray[np.uint8]]],
-    *,
     cache_dir: str | Path | None = None,
 ) -> NDArray[np.uint8]:
     """The uint8 array that ``build()`` makes, from disk when it was made before from the same ``key``.
@@ -69,7 +70,7 @@ def cached_images(
             f"Decoded pictures could not be kept in {folder} ({error}); they will be made again next time. "
             "Give a folder that can be written with cache_dir= or the variable XDG_CACHE_HOME.",
             ImplicitLayerWarning,
-            stacklevel=4,
+            stacklevel=3,
         )
     else:
         found = _load(path, shape)

@@ -4,18 +4,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from implicitlayer._errors import ImplicitLayerError
-from implicitlayer.fewshot._cache import cached_images
 
 NUM_COLOURS = 3
 
@@ -141,17 +136,6 @@ class ImageClasses:
         )
 
 
-def load_block(
-    name: str,
-    key: Sequence[object],
-    shape: tuple[int, ...],
-    build: Callable[[], Iterable[NDArray[np.uint8]]],
-    cache_dir: str | Path | None,
-) -> Tensor:
-    """The cached block of pictures as a tensor; it shares the pages of the cache file, and writes stay private."""
-    return torch.from_numpy(cached_images(name, key, shape, build, cache_dir=cache_dir))
-
-
 def check_image_size(image_size: int) -> None:
     """Refuse what is no picture size."""
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 8:
@@ -159,13 +143,3 @@ def check_image_size(image_size: int) -> None:
             f"image_size={image_size!r} must be an integer of at least 8 pixels. Omniglot papers use 28, "
             "mini-ImageNet papers 84."
         )
-
-
-@contextmanager
-def extra(package: str, purpose: str) -> Iterator[None]:
-    """Imports of an optional package, whose error names what to install."""
-    try:
-        yield
-    except ImportError as error:
-        message = f"{purpose} needs {package}, which is not installed: pip install 'implicitlayer[fewshot]'"
-        raise ImportError(message) from error

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from implicitlayer.base._numbers import check_integer
-from implicitlayer.fewshot._dataset import NUM_COLOURS, DatasetError, check_image_size, extra
+from implicitlayer.base._optional import extra
+from implicitlayer.fewshot._dataset import NUM_COLOURS, DatasetError, check_image_size
 
 Names = Mapping[Any, str] | Sequence[str] | None
 
@@ -140,7 +141,7 @@ def _shape(picture: Any) -> tuple[int, ...]:
 
 
 def _resized(picture: NDArray[np.uint8], image_size: int) -> NDArray[np.uint8]:
-    with extra("pillow", "Changing the size of pictures"):
+    with extra("fewshot", "Changing the size of pictures needs pillow"):
         from PIL import Image
     if picture.shape[:2] == (image_size, image_size):
         return picture

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from implicitlayer.fewshot._dataset import extra
+from implicitlayer.base._optional import extra
 from implicitlayer.fewshot._splits import SEED, hash_split
 
 # Regular and bold of each family. Italics are left out: their cursive forms (Cyrillic te as m) are other characters'.
@@ -48,21 +48,21 @@ def codepoint_of(name: str) -> int:
 @functools.cache
 def coverage(face: str) -> frozenset[int]:
     """The code points for which a face has a picture of its own; any other would be drawn as an empty box."""
-    with extra("matplotlib", "Rendering glyphs"):
+    with extra("fewshot", "Rendering glyphs needs matplotlib"):
         from matplotlib.ft2font import FT2Font
     return frozenset(FT2Font(str(_font_file(face))).get_charmap())
 
 
 @functools.cache
 def _font(face: str) -> Any:
-    with extra("pillow", "Rendering glyphs"):
+    with extra("fewshot", "Rendering glyphs needs pillow"):
         from PIL import ImageFont
     # The basic layout engine is in every Pillow; the other is not, and may pick other forms of a letter.
     return ImageFont.truetype(str(_font_file(face)), FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _font_file(face: str) -> Path:
-    with extra("matplotlib", "Rendering glyphs"):
+    with extra("fewshot", "Rendering glyphs needs matplotlib"):
         import matplotlib
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{face}.ttf")
     if not path.is_file():

@@ -15,7 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from implicitlayer.base._numbers import check_integer
-from implicitlayer.fewshot._dataset import ImageClasses, check_image_size, extra, load_block
+from implicitlayer.base._optional import extra
+from implicitlayer.fewshot._cache import cached_images
+from implicitlayer.fewshot._dataset import ImageClasses, check_image_size
 from implicitlayer.fewshot._glyph_classes import codepoint_of, faces_of, ink
 from implicitlayer.fewshot._splits import load_splits, names_of
 
@@ -38,8 +40,7 @@ class Glyphs(ImageClasses):
         image_size: side of the pictures in pixels, at least 8.
         num_examples: drawers, at least 2. A drawer's pictures are the same whatever their number is.
         seed: other drawers, the same classes and splits.
-        cache_dir: folder for the rendered pictures; default ``$XDG_CACHE_HOME/implicitlayer`` or
-            ``~/.cache/implicitlayer``. The first call renders (some seconds), later ones read.
+        cache_dir: as in :class:`Omniglot`. The first call renders (some seconds), later ones read.
 
     Attributes:
         images: uint8, ``[num_classes, num_examples, image_size, image_size]``; ink is high, paper is 0.
@@ -70,14 +71,14 @@ class Glyphs(ImageClasses):
         key = ["glyphs", RECIPE, image_size, num_examples, seed, names, _versions()]
         name, shape = f"glyphs-{split}-{image_size}", (len(names), num_examples, image_size, image_size)
         codepoints = [codepoint_of(name) for name in names]
-        images = load_block(name, key, shape, lambda: render(codepoints, image_size, num_examples, seed), cache_dir)
-        super().__init__(images, names, split=split)
+        images = cached_images(name, key, shape, lambda: render(codepoints, image_size, num_examples, seed), cache_dir)
+        super().__init__(torch.from_numpy(images), names, split=split)
 
 
 def _versions() -> list[str]:
     found = []
     for package in ("matplotlib", "pillow", "torch"):
-        with extra(package, "Rendering glyphs"):
+        with extra("fewshot", f"Rendering glyphs needs {package}"):
             found.append(metadata.version(package))
     return found
 

@@ -6,7 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from implicitlayer.fewshot._dataset import ImageClasses, check_image_size, load_block
+import torch
+
+from implicitlayer.fewshot._cache import cached_images
+from implicitlayer.fewshot._dataset import ImageClasses, check_image_size
 from implicitlayer.fewshot._mini_imagenet_files import NUM_PICTURES, decode, fingerprint, locate
 from implicitlayer.fewshot._splits import load_splits, names_of
 
@@ -61,5 +64,5 @@ class MiniImageNet(ImageClasses):
         layout, files = locate(root, names)
         key = ["mini_imagenet", image_size, names, fingerprint(files)]
         name, shape = f"mini_imagenet-{split}-{image_size}", (len(names), NUM_PICTURES, image_size, image_size, 3)
-        images = load_block(name, key, shape, lambda: decode(layout, files, image_size), cache_dir)
-        super().__init__(images, names, split=split)
+        images = cached_images(name, key, shape, lambda: decode(layout, files, image_size), cache_dir)
+        super().__init__(torch.from_numpy(images), names, split=split)

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from implicitlayer.base._optional import extra
 from implicitlayer.fewshot._cache import places_of
-from implicitlayer.fewshot._dataset import DatasetError, extra
+from implicitlayer.fewshot._dataset import DatasetError
 
 NUM_PICTURES = 600
 SUBFOLDERS = ("", "mini_imagenet", "mini-imagenet", "miniimagenet")
@@ -150,7 +151,7 @@ def fingerprint(files: Files) -> str:
 
 def decode(layout: Layout, files: Files, image_size: int) -> Iterator[NDArray[np.uint8]]:
     """The pictures of one class after another, uint8 ``[600, S, S, 3]``."""
-    with extra("pillow", "Reading mini-ImageNet"):
+    with extra("fewshot", "Reading mini-ImageNet needs pillow"):
         from PIL import Image
     for paths in files.values():
         images = np.empty((NUM_PICTURES, image_size, image_size, 3), dtype=np.uint8)

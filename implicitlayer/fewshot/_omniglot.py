@@ -6,31 +6,35 @@ import hashlib
 import io
 import os
 import re
-import tempfile
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from implicitlayer.fewshot._cache import places_of
-from implicitlayer.fewshot._dataset import DatasetError, ImageClasses, check_image_size, extra, load_block
+from implicitlayer.base._optional import extra
+from implicitlayer.fewshot._cache import cached_images, places_of
+from implicitlayer.fewshot._dataset import DatasetError, ImageClasses, check_image_size
 from implicitlayer.fewshot._splits import load_splits, names_of
 
-PARTS = ("images_background", "images_evaluation")
+# The MD5 sums are those that torchvision.datasets.Omniglot checks; the authors publish none.
+PARTS = {
+    "images_background": "md5:68d2efa1b9178cc56df9314c21c6e718",
+    "images_evaluation": "md5:6b91aef0f799c5bb55b94e3f2daec811",
+}
 NUM_DRAWERS = 20  # each character was drawn once by each of 20 people
 SIDE = 105  # pixels
 URL = "https://github.com/brendenlake/omniglot/raw/master/python/"
-TIMEOUT = 60.0  # seconds without a byte
+RETRIES = 2  # of a download, after 1 and 2 seconds
 # "python" is where a clone of the authors' repository has the archives, "omniglot-py" where torchvision puts them.
 SUBFOLDERS = ("", "omniglot", "python", "omniglot-py")
 # What zipfile, zlib and Pillow raise for damaged bytes; a bad PNG chunk is a SyntaxError to Pillow.
 DAMAGE = (OSError, EOFError, SyntaxError, zipfile.BadZipFile, zlib.error)
 REMEDY = (
-    f"Put {PARTS[0]}.zip and {PARTS[1]}.zip (or the extracted folders) there, or fetch them, 15 MB, by "
+    "Put images_background.zip and images_evaluation.zip (or the extracted folders) there, or fetch them, 15 MB, by "
     "il.fewshot.Omniglot({root}download=True) in Python."
 )
 
@@ -52,8 +56,8 @@ class Omniglot(ImageClasses):
         image_size: side of the pictures in pixels, at least 8.
         splits: your own lists of class names (``"Greek/character01"``) in place of the stored ones.
         download: fetch archives that are missing, 15 MB, from the authors' repository. Never done unasked.
-        cache_dir: folder for the decoded pictures; default ``$XDG_CACHE_HOME/implicitlayer`` or
-            ``~/.cache/implicitlayer``.
+        cache_dir: folder for the decoded pictures; default: that of the system for caches,
+            on Linux ``$XDG_CACHE_HOME/implicitlayer`` or ``~/.cache/implicitlayer``.
 
     Attributes:
         images: uint8, ``[num_classes, 20, image_size, image_size]``.
@@ -84,10 +88,9 @@ class Omniglot(ImageClasses):
         sources = _find_sources(root, download=download)
         key = ["omniglot", image_size, names, [source.fingerprint(names) for source in sources]]
         shape = (len(names), NUM_DRAWERS, image_size, image_size)
-        images = load_block(
-            f"omniglot-{split}-{image_size}", key, shape, lambda: _decode(sources, names, image_size), cache_dir
-        )
-        super().__init__(images, names, split=split)
+        name = f"omniglot-{split}-{image_size}"
+        images = cached_images(name, key, shape, lambda: _decode(sources, names, image_size), cache_dir)
+        super().__init__(torch.from_numpy(images), names, split=split)
 
 
 class _Archive:
@@ -179,7 +182,7 @@ def _sources_in(folder: Path) -> list[_Source]:
 
 
 def _decode(sources: Sequence[_Source], names: Sequence[str], image_size: int) -> NDArray[np.uint8]:
-    with extra("pillow", "Reading Omniglot"):
+    with extra("fewshot", "Reading Omniglot needs pillow"):
         from PIL import Image
     place: dict[str, tuple[_Source, list[str]]] = {}
     for source in sources:
@@ -190,7 +193,7 @@ def _decode(sources: Sequence[_Source], names: Sequence[str], image_size: int) -
         where = ", ".join(str(source.path) for source in sources)
         raise FileNotFoundError(
             f"{len(missing):,} of {len(names):,} classes are not in {where}, the first is {missing[0]}. "
-            f"Both {PARTS[0]} and {PARTS[1]} are needed. {REMEDY.format(root='root, ')}"
+            f"Both {' and '.join(PARTS)} are needed. {REMEDY.format(root='root, ')}"
         )
     images = np.empty((len(names), NUM_DRAWERS, image_size, image_size), dtype=np.uint8)
     for index, name in enumerate(names):
@@ -223,25 +226,16 @@ def _again(path: Path) -> str:
 
 
 def _download(target: Path) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    for part in PARTS:
-        path = target / f"{part}.zip"
-        if path.exists() or (target / part).is_dir():
-            continue
-        url = URL + path.name
-        handle, temporary = tempfile.mkstemp(dir=target, prefix=part, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file, urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-                while block := response.read(1 << 20):
-                    file.write(block)
-            with zipfile.ZipFile(temporary) as archive:
-                bad = archive.testzip()
-            if bad is not None:
-                raise zipfile.BadZipFile(f"{bad} has a wrong checksum")
-            os.replace(temporary, path)
-        except DAMAGE as error:  # URLError and time-outs are OSErrors
-            raise DatasetError(
-                f"{url} could not be downloaded ({error}). Get it where there is a network and put it into {target}."
-            ) from error
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+    with extra("fewshot", "Downloading Omniglot needs pooch"):
+        import pooch
+    files = {f"{part}.zip": md5 for part, md5 in PARTS.items() if not (target / part).is_dir()}
+    server = pooch.create(target, URL, registry=files, retry_if_failed=RETRIES)
+    for file in files:
+        if not (target / file).exists():
+            try:
+                server.fetch(file, progressbar=True)
+            except (OSError, ValueError) as error:  # requests' errors are OSErrors; a wrong sum is a ValueError
+                raise DatasetError(
+                    f"{URL}{file} could not be downloaded ({error}). Get it where there is a network and put it into "
+                    f"{target}."
+                ) from error

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from implicitlayer.base._optional import extra
 from implicitlayer.base._status import Status
 
 __all__ = ["BilevelResult"]
@@ -90,10 +91,8 @@ class BilevelResult:
         Returns:
             The matplotlib figure.
         """
-        try:
+        with extra("progress", "plot() needs matplotlib"):
             from matplotlib.figure import Figure
-        except ImportError as error:
-            raise ImportError('plot() needs matplotlib: pip install "implicitlayer[fewshot]".') from error
         figure = Figure(figsize=(8, 3), layout="constrained")
         left, right = figure.subplots(1, 2)
         column = lambda name: [record[name] for record in self.history]  # noqa: E731

@@ -69,7 +69,7 @@ class LevenbergMarquardt(Limited):
         max_steps: limit of steps; each takes one evaluation of the residuals, at times more, and one Jacobian.
         rtol, atol: tolerances on the norm of the gradient, see above; both 0 means none.
         callback: called with an :class:`Iteration` at the start and after every step.
-        progress: show a bar (needs tqdm, extra ``implicitlayer[fewshot]``).
+        progress: show a bar (needs tqdm, extra ``implicitlayer[progress]``).
 
     Raises:
         ValueError: a negative limit or tolerance.

@@ -55,7 +55,7 @@ class NewtonCG(Limited):
         damping: non-negative, added to the diagonal, in units of curvature.
         line_search: ``"armijo"`` only cuts steps back; ``"wolfe"`` also lengthens them, for starts far from a minimum.
         callback: called with an :class:`Iteration` at the start and after every step.
-        progress: show a bar (needs tqdm, extra ``implicitlayer[fewshot]``).
+        progress: show a bar (needs tqdm, extra ``implicitlayer[progress]``).
 
     Raises:
         ValueError: a setting outside its range or none of those listed.

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from implicitlayer.base._optional import extra
+
 Report = Callable[["Iteration"], None]
 
 
@@ -48,10 +50,8 @@ def reporting(
     if not progress:
         yield callback
         return
-    try:
+    with extra("progress", "progress=True needs tqdm"):
         from tqdm import tqdm
-    except ImportError as error:
-        raise ImportError('progress=True needs tqdm: pip install "implicitlayer[fewshot]".') from error
     with tqdm(total=max_steps, unit="step", leave=False) as bar:
 
         def report(iteration: Iteration) -> None:

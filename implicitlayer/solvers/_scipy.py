@@ -43,7 +43,7 @@ class SciPyMinimize(RecordingSolver):
             its iterations (TNC and COBYLA: where they do). SciPy tells the point alone, so each call costs one more
             evaluation. Derivative-free methods use no gradient: there ``gradient_norm`` is NaN. An exception ends the
             solve and reaches the caller, ``StopIteration`` too (SciPy itself would take that for the answer).
-        progress: show a bar (needs tqdm, extra ``implicitlayer[fewshot]``).
+        progress: show a bar (needs tqdm, extra ``implicitlayer[progress]``).
         settings: further keyword arguments of ``minimize`` (bounds, constraints, ...).
 
     Raises:

@@ -63,7 +63,7 @@ class SQP(Limited):
         rtol, atol: tolerances, see above.
         callback: called with an :class:`Iteration` at the start and after every step; ``gradient_norm`` is that of the
             Lagrangian.
-        progress: show a bar (needs tqdm, extra ``implicitlayer[fewshot]``).
+        progress: show a bar (needs tqdm, extra ``implicitlayer[progress]``).
 
     Raises:
         ValueError: a negative limit or tolerance.

@@ -30,7 +30,7 @@ class TorchOptimizer(RecordingSolver):
         rtol, atol: tolerances on the norm of the gradient; both 0 means none.
         callback: called with an :class:`Iteration` at the start and after every call of ``step``, from the evaluation
             that the next one begins with; without a tolerance this costs one more gradient, at the end.
-        progress: show a bar (needs tqdm, extra ``implicitlayer[fewshot]``).
+        progress: show a bar (needs tqdm, extra ``implicitlayer[progress]``).
         settings: keyword arguments of the optimizer, such as ``lr``.
 
     Raises:

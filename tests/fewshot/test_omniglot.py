@@ -1,9 +1,17 @@
 """Omniglot is read whole and right, from zips and folders alike, or refused with the file's name and a remedy."""
 
+import hashlib
 import os
 import shutil
+import socket
+import sys
+import threading
 import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -163,31 +171,108 @@ def test_cache_that_cannot_be_written_is_a_warning_only(tree: Path, tmp_path: Pa
         assert Omniglot(tree, splits=SPLITS, cache_dir=tmp_path / "file" / "below").num_classes == 3
 
 
+@dataclass
+class Server:
+    """The folder it serves over HTTP on this machine, what was asked for, and how many answers are still refused."""
+
+    folder: Path
+    asked: list[str]
+    refusals: int = 0
+
+
+@pytest.fixture
+def server(zips: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    pytest.importorskip("pooch")
+    state = Server(zips, [])
+
+    class Handler(SimpleHTTPRequestHandler):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args, directory=str(state.folder))
+
+        def do_GET(self) -> None:
+            state.asked.append(self.path)
+            if state.refusals:
+                state.refusals -= 1
+                self.send_error(503)
+            else:
+                super().do_GET()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    sums = {part: f"md5:{hashlib.md5((zips / f'{part}.zip').read_bytes()).hexdigest()}" for part in _omniglot.PARTS}
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        monkeypatch.setattr(_omniglot, "URL", f"http://127.0.0.1:{http.server_port}/")
+        monkeypatch.setattr(_omniglot, "PARTS", sums)
+        monkeypatch.setattr("pooch.core.time.sleep", lambda seconds: None)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield state
+        http.shutdown()
+
+
 def test_download_fetches_what_is_missing_and_only_when_asked(
-    tmp_path: Path, zips: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(_omniglot, "URL", zips.as_uri() + "/")
     root = tmp_path / "fetched"
     with pytest.raises(FileNotFoundError):
         Omniglot(root, splits=SPLITS)
-    assert not root.exists()
-    expected = Omniglot(zips, splits=SPLITS).images
+    assert not root.exists() and server.asked == []
+    expected = Omniglot(server.folder, splits=SPLITS).images
     assert torch.equal(Omniglot(root, splits=SPLITS, download=True).images, expected)
+    assert "100%" in capsys.readouterr().err  # the bar
     (root / "images_evaluation.zip").unlink()
     assert torch.equal(Omniglot(root, splits=SPLITS, download=True).images, expected)
+    assert server.asked == ["/images_background.zip", "/images_evaluation.zip", "/images_evaluation.zip"]
     assert sorted(path.name for path in root.iterdir()) == ["images_background.zip", "images_evaluation.zip"]
 
 
-def test_failed_download_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_omniglot, "URL", (tmp_path / "no such place").as_uri() + "/")
-    with pytest.raises(DatasetError, match=r"images_background\.zip could not be downloaded .*put it into .*fetched"):
-        Omniglot(tmp_path / "fetched", splits=SPLITS, download=True)
-    (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "images_background.zip").write_bytes(b"<html>not found</html>")
-    monkeypatch.setattr(_omniglot, "URL", (tmp_path / "bad").as_uri() + "/")
-    with pytest.raises(DatasetError, match=r"could not be downloaded .*not a zip file"):
-        Omniglot(tmp_path / "fetched", splits=SPLITS, download=True)
-    assert list((tmp_path / "fetched").iterdir()) == []
+def test_a_download_that_breaks_off_is_tried_again(tmp_path: Path, server: Server) -> None:
+    server.refusals = _omniglot.RETRIES
+    assert Omniglot(tmp_path / "fetched", splits=SPLITS, download=True).num_classes == 3
+
+
+def test_failed_download_leaves_nothing_behind_and_says_where_to_put_the_file(tmp_path: Path, server: Server) -> None:
+    root = tmp_path / "fetched"
+    server.refusals = _omniglot.RETRIES + 1
+    with pytest.raises(
+        DatasetError, match=r"http.*images_background\.zip could not be downloaded .*503.*put it into .*fetched"
+    ):
+        Omniglot(root, splits=SPLITS, download=True)
+    (server.folder / "images_background.zip").write_bytes(b"<html>not found</html>")
+    with pytest.raises(DatasetError, match=r"could not be downloaded .*hash.*images_background\.zip.*put it into"):
+        Omniglot(root, splits=SPLITS, download=True)
+    assert list(root.iterdir()) == []
+
+
+def test_an_archive_that_is_there_is_never_replaced(tmp_path: Path, server: Server) -> None:
+    root = tmp_path / "fetched"
+    root.mkdir()
+    with (
+        zipfile.ZipFile(server.folder / "images_background.zip") as archive,
+        zipfile.ZipFile(root / "images_background.zip", "w", zipfile.ZIP_DEFLATED) as packed_again,
+    ):
+        for entry in archive.namelist():
+            packed_again.writestr(entry, archive.read(entry))
+    mine = (root / "images_background.zip").read_bytes()
+    assert Omniglot(root, splits=SPLITS, download=True).num_classes == 3
+    assert (root / "images_background.zip").read_bytes() == mine and server.asked == ["/images_evaluation.zip"]
+
+
+def test_without_a_network_the_error_says_where_to_put_the_files(tmp_path: Path, server: Server) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        closed = free.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_omniglot, "URL", f"http://127.0.0.1:{closed}/")
+        with pytest.raises(DatasetError, match=r"could not be downloaded .*Get it where there is a network and put it"):
+            Omniglot(tmp_path / "fetched", splits=SPLITS, download=True)
+
+
+def test_without_pooch_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pooch", None)
+    with pytest.raises(ImportError, match=r"Downloading Omniglot needs pooch.*pip install 'implicitlayer\[fewshot\]'"):
+        Omniglot(tmp_path, splits=SPLITS, download=True)
 
 
 def test_splits_are_checked(tree: Path) -> None:

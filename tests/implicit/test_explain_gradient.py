@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from explanations import SETTINGS, START, explained, scalar, squares, stay
+from explanations import SETTINGS, START, explained, scalar, squares, stay, written
 from references import F64
 from torch import Tensor
 
@@ -59,6 +59,10 @@ class OldStyle(torch.autograd.Function):
         return 2 * gradient
 
 
+DETACH = written("t.detach()", ".detach()")
+CLAMP = written("t.clamp(0, 1)", "clamp()")
+NUMPY = written("t.detach().numpy()", ".numpy()")
+
 # name: (what is added to |x - s|^2, outcome, part of the verdict, source text that is pointed at)
 CASES: dict[str, tuple[Callable[[Tensor, Tensor], Any], str, str, str]] = {
     "a factor": (lambda x, t: t * squares(x), "gradient", "gets its gradient.", ""),
@@ -79,7 +83,7 @@ CASES: dict[str, tuple[Callable[[Tensor, Tensor], Any], str, str, str]] = {
     "float": (lambda x, t: float(t) * squares(x), "error", "takes a Python number out of", "float(t)"),
     "math": (lambda x, t: math.exp(t) * squares(x), "error", "takes a Python number out of", "math.exp(t)"),
     "data": (lambda x, t: t.data * squares(x), "zero", "detached at `t.data`", "t.data"),
-    "detach": (lambda x, t: t.detach() * squares(x), "zero", "detached at `t.detach()`", "t.detach()"),
+    "detach": (lambda x, t: t.detach() * squares(x), "zero", f"detached at {DETACH}", "t.detach()"),
     "tolist": (lambda x, t: t.tolist() * squares(x), "error", "takes a Python number out of", "t.tolist()"),
     "copy": (lambda x, t: torch.tensor(t) * squares(x), "zero", "torch.stack", "torch.tensor(t)"),
     "copies": (lambda x, t: (torch.tensor([t, t]) * x**2).sum(), "zero", "torch.stack", "torch.tensor([t, t])"),
@@ -95,7 +99,7 @@ CASES: dict[str, tuple[Callable[[Tensor, Tensor], Any], str, str, str]] = {
     "where": (lambda x, t: torch.where(t > 0, x, 2 * x).sum() ** 2, "zero", "only a truth value", "t > 0"),
     "round": (lambda x, t: t.round() * squares(x), "zero", "through `t.round()`", "t.round()"),
     "sign": (lambda x, t: torch.sign(t) * squares(x), "zero", "whose derivative is zero", "torch.sign(t)"),
-    "clamp": (lambda x, t: t.clamp(0, 1) * squares(x), "zero", "through `t.clamp(0, 1)`", "t.clamp(0, 1)"),
+    "clamp": (lambda x, t: t.clamp(0, 1) * squares(x), "zero", f"through {CLAMP}", "t.clamp(0, 1)"),
     "severed": (lambda x, t: Severed.apply(t) * squares(x), "zero", "autograd sees no path from it", "t * 2"),
     "shape only": (lambda x, t: torch.zeros_like(t) * squares(x), "zero", "does not change", "zeros_like(t)"),
     "partly detached": (
@@ -107,7 +111,7 @@ CASES: dict[str, tuple[Callable[[Tensor, Tensor], Any], str, str, str]] = {
     "NumPy": (
         lambda x, t: torch.as_tensor(np.exp(t.detach().numpy())) * squares(x),
         "error",
-        "ClosureError: NumPy reads it at `t.detach().numpy()`",
+        f"ClosureError: NumPy reads it at {NUMPY}",
         "t.detach().numpy()",
     ),
     "an old Function": (lambda x, t: OldStyle.apply(t) * squares(x), "gradient", "gets its gradient", ""),

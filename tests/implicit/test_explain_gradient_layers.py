@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from explanations import SETTINGS, START, explained, layer_outcomes, scalar, squares, stay
+from explanations import SETTINGS, START, explained, layer_outcomes, scalar, squares, stay, written
 from references import F64
 from torch import Tensor, nn
 
@@ -127,7 +127,7 @@ def test_roots_and_fixed_points_are_explained_by_their_own_equation(detached: bo
     for layer, word in ((root, "the residual"), (heron, "the map")):
         explanation = explained(layer, START, a, b, **{"theta[0]": a, "theta[1]": b})
         assert [leaf.outcome for leaf in explanation.leaves] == ["zero" if detached else "gradient", "zero"]
-        assert f"reaches {word} through `0 * b`" in explanation["theta[1]"].verdict
+        assert f"reaches {word} through {written('0 * b', 'mul()')}" in explanation["theta[1]"].verdict
         assert explanation["x"].verdict == "in order."
 
 
@@ -151,7 +151,7 @@ def test_a_proximal_objective_names_its_learned_strength_and_the_rounding_of_its
     tensors = {"theta[0]": theta, "theta[1]": data, "objective.strength": strength}
     explanation = explained(layer, START, theta, data, **tensors)
     assert [leaf.outcome for leaf in explanation.leaves] == ["gradient", "zero", "gradient"]
-    assert "through `d.round()`" in explanation["theta[1]"].verdict
+    assert f"through {written('d.round()', 'round()')}" in explanation["theta[1]"].verdict
 
 
 def test_what_is_no_layer_is_refused_with_what_is_accepted() -> None:
