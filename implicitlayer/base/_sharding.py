@@ -17,7 +17,7 @@ import torch
 
 from implicitlayer import _torch
 from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
-from implicitlayer.base._tree import flatten, is_data, unflatten
+from implicitlayer.base._tree import flatten, is_data, tree_map, unflatten
 
 WHOLE = {torch.Tensor, torch.nn.Parameter, type(None)}  # classes of what is sure to lie on one process
 
@@ -40,6 +40,20 @@ def placed_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
     """A constant that is the same on every process, cut as ``like`` is; itself for a plain one."""
     layout = _layout(like)
     return tensor if layout is None else _cut(tensor, *layout)
+
+
+def beside(tree: Any, like: Any) -> Any:
+    """``tree`` with its tensors, the same on every process, as DTensors where ``like`` has some: torch mixes no two."""
+    mesh = next((leaf.device_mesh for leaf in flatten(like)[0] if is_sharded(leaf)), None)
+    if mesh is None:
+        return tree
+    from torch.distributed.tensor import DTensor, Replicate
+
+    def placed(leaf: Any) -> Any:
+        plain = is_data(leaf) and not is_sharded(leaf)
+        return DTensor.from_local(leaf, mesh, [Replicate()] * mesh.ndim, run_check=False) if plain else leaf
+
+    return tree_map(placed, tree)
 
 
 def _cut(tensor: torch.Tensor, mesh: Any, placements: Sequence[Any]) -> torch.Tensor:

@@ -272,14 +272,6 @@ def loaded(cases: Cases) -> None:
     cases.found["checkpoint"] = difference(list(theta.values()), list(cases.theta.values()))
 
 
-def trainer(cases: Cases) -> None:
-    w = cases.put(torch.zeros(2, dtype=torch.float64), Shard(0)).requires_grad_()
-    method = il.meta.iMAML(lambda x, t: ((x["w"] - t) ** 2).sum(1), GD, strength=1.0)
-    optimizer = torch.optim.SGD([w], lr=0.1)
-    tasks = il.fewshot.Sinusoids(seed=0)
-    cases.refused("Trainer", lambda: il.meta.Trainer(method, {"w": w}, tasks, optimizer, tasks_per_step=2, max_steps=1))
-
-
 def four(cases: Cases) -> None:
     """More than two processes, in one row or in a square: rows of data one way, weights the other way."""
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "weights"))
@@ -314,7 +306,7 @@ def layer_decay(cases: Cases) -> None:
 
 
 PARTS = {
-    2: (solvers, rows, unannounced, other_layers, meta_learners, learners, models, traffic, loaded, trainer, example),
+    2: (solvers, rows, unannounced, other_layers, meta_learners, learners, models, traffic, loaded, example),
     4: (saved, four, memory, layer_decay),
 }
 
