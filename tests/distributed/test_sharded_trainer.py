@@ -84,8 +84,7 @@ def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_checkpoint(tmp_path: Path
 
 
 def test_a_killed_process_ends_the_others_with_the_last_checkpoint_and_the_command(tmp_path: Path) -> None:
-    agent = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    process = launch(*agent, SCRIPT, tmp_path, 2, "killed")
+    process = processes.torchrun(2, [SCRIPT, str(tmp_path), "2", "killed"], timeout=300)
     assert process.returncode != 0
     path = tmp_path / "killed" / "checkpoint.pt"
     for words in ("A worker was lost", "The last finished step is 5.", f"{path} holds step 4", "--nproc-per-node 2"):
@@ -102,6 +101,16 @@ def test_a_damaged_or_missing_part_of_a_checkpoint_is_told(found: dict[str, Any]
 def test_theta_on_two_meshes_is_refused(found: dict[str, Any]) -> None:
     error, words = "ValueError: theta['w'] lies on ", "must be Shard or Replicate on one mesh"
     assert found["another mesh"].startswith(error) and words in found["another mesh"]
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_the_program_of_the_page_runs_under_torchrun(tmp_path: Path, size: int) -> None:
+    section = PAGE.read_text(encoding="utf-8").split("## Training")[1]
+    program = section.split("```py\n")[1].split("```")[0].replace('"sharded-run"', repr(str(tmp_path / "run")))
+    (tmp_path / "sharded_meta.py").write_text(program)
+    process = processes.torchrun(size, [str(tmp_path / "sharded_meta.py")], timeout=300)
+    assert process.returncode == 0, process.stderr
+    assert il.meta.load_checkpoint(tmp_path / "run" / "checkpoint.pt")["step"] == 20
 
 
 def test_the_page_lists_the_layouts_that_were_run(found: dict[str, Any]) -> None:

@@ -67,7 +67,8 @@ def method_of(name: str, strength: torch.Tensor) -> il.meta.MetaMethod:
 
 def make(theta: Tree, run_dir: Path | None, **settings: Any) -> il.meta.Trainer:
     theta = {name: leaf.detach().clone().requires_grad_() for name, leaf in theta.items()}
-    strength = torch.tensor(1.0, dtype=torch.float64, requires_grad=True)
+    device = next(iter(theta.values())).device
+    strength = torch.tensor(1.0, dtype=torch.float64, device=device, requires_grad=True)
     method = method_of(settings.pop("method", "iMAML"), strength)
     leaves = [*theta.values(), strength]
     optimizer = settings.pop("optimizer", torch.optim.Adam)(leaves, lr=0.05)
@@ -114,9 +115,9 @@ def difference(found: list[torch.Tensor], wanted: list[torch.Tensor]) -> float:
     return max(((a - b).abs() / b.abs().clamp_min(1)).max().item() for a, b in pairs)
 
 
-def cut() -> Tree:
+def cut(device: str = "cpu") -> Tree:
     """Theta in parts on all processes."""
-    row = init_device_mesh("cpu", (dist.get_world_size(),))
+    row = init_device_mesh(device, (dist.get_world_size(),))
     return {name: distribute_tensor(leaf, row, [CUT[name]]) for name, leaf in start().items()}
 
 
