@@ -287,12 +287,12 @@ def _least(leaves: Leaves, lane_dims: int) -> torch.Tensor:
 
 def _of_whole_data(terms: Any) -> Any:
     """The same terms with whole tensors in place of the DTensors that they hold."""
-    if callable(terms):
+    if callable(terms) and not isinstance(terms, type):
         return lambda *theta: _of_whole_data(terms(*theta))
 
     def of(term: Any) -> Any:
-        data = {field.name: whole(getattr(term, field.name)) for field in fields(term)} if is_dataclass(term) else {}
-        return replace(term, **data) if data else term
+        own = fields(term) if is_dataclass(term) and not isinstance(term, type) else ()
+        return replace(term, **{field.name: whole(getattr(term, field.name)) for field in own}) if own else term
 
     return tree_map(of, terms)
 

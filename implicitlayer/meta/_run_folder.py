@@ -8,11 +8,12 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,9 @@ class RunFolder:
         plain_data(_without_parts(state)[0])
         remove_unfinished(self.folder)
         for path in (self.last, self.best):
-            if path.exists():
-                self._remove_folders(path, load_checkpoint(path))
+            if self._folders(path):
+                with suppress(CheckpointError, FileNotFoundError):  # a damaged file is told by who reads it
+                    self._remove_folders(path, load_checkpoint(path))
         probe = self.folder / ".writable"
         replace_file(probe, lambda file: None)
         probe.unlink()
@@ -135,9 +137,14 @@ class RunFolder:
 
     def _remove_folders(self, path: Path, state: dict[str, Any]) -> None:
         """Remove the folders of ``path`` that its state does not name."""
-        for folder in self.folder.glob(f"{path.stem}-*/"):
+        for folder in self._folders(path):
             if folder.name != state.get("parts", {}).get("folder"):
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _folders(self, path: Path) -> list[Path]:
+        """Those that were made for ``path``."""
+        name = re.compile(rf"{path.stem}-\d+(-\d+)?")
+        return [folder for folder in self.folder.glob(f"{path.stem}-*") if name.fullmatch(folder.name)]
 
 
 def _without_parts(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
