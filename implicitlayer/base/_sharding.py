@@ -113,9 +113,12 @@ class _Distribute(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.layout, ctx.check = inputs[1:3], inputs[3] if len(inputs) > 3 else None
+        ctx.set_materialize_grads(False)  # torch's zeros would be no DTensor
 
     @staticmethod
-    def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
+    def backward(ctx: Any, cotangent: torch.Tensor | None) -> Any:
+        if cotangent is None:
+            return None, None, None, None
         gradient = _Gather.apply(cotangent, *ctx.layout)
         if ctx.check is not None:
             ctx.check(gradient)
@@ -134,9 +137,12 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.layout = inputs[1:]
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
+    def backward(ctx: Any, cotangent: torch.Tensor | None) -> Any:
+        if cotangent is None:
+            return None, None, None
         return _Distribute.apply(cotangent, *ctx.layout), None, None
 
     vmap = staticmethod(_refuse_vmap)
