@@ -31,7 +31,7 @@ def other_problems(cases: Cases) -> None:
     def halves(x: torch.Tensor, t: torch.Tensor, *_: Any) -> torch.Tensor:
         return ((x - t) ** 2 + x**2).sum()
 
-    projected, proximal = il.solvers.ProjectedGradient(), il.solvers.ProximalGradient()
+    projected, proximal = il.solvers.ProjectedGradient(rtol=1e-12), il.solvers.ProximalGradient(rtol=1e-12)
 
     def box(t: torch.Tensor, upper: torch.Tensor) -> Any:
         return il.argmin(halves, projected, constraint=lambda t, upper: il.sets.Box(0, upper))(t.detach() * 0, t, upper)
