@@ -37,10 +37,16 @@ def launch(command: list[str], timeout: float = 120) -> subprocess.CompletedProc
         process = subprocess.run(
             [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=timeout
         )
-        if abs(process.returncode) != signal.SIGSEGV:
+        if abs(process.returncode) != signal.SIGSEGV and "(SIGSEGV)" not in process.stderr:  # torchrun's word for it
             break
         print(f"segmentation fault in {command}:\n{process.stderr}")
     return process
+
+
+def torchrun(num_processes: int, command: list[str], timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    """``torchrun command...``, as users start their programs."""
+    agent = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(num_processes)]
+    return launch([*agent, *command], timeout)
 
 
 def results(folder: Path, num_processes: int) -> list[dict[str, Any]]:

@@ -8,15 +8,18 @@ ever holds all weights: neither for the network, nor for Newton's steps, nor for
 
 Every run asserts the numbers of one process with plain tensors to 1e-12, and prints the peak memory of the solve and of
 its derivative beside theirs: bytes of live tensors on one process, made since the start. Beside the weights themselves
-these are their vectors and the activations, of which the narrow ones (inputs and outputs) are whole everywhere.
+these are their vectors and the activations, of which the narrow ones (inputs and outputs) are whole everywhere. All
+steps but the last, in which memory is counted, are timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,18 +74,21 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 def train(start: Tree, decays: Tree, data: list[torch.Tensor], outer_steps: int) -> dict[str, Any]:
     """A few outer steps: losses on the other data, decays, and the peak memory of the last of them."""
     layer = il.argmin(objective, SOLVER, linear_solver=LINEAR)
-    losses, peaks = [], []
-    for _ in range(outer_steps):
+    losses, clocks = [], []
+    for step in range(outer_steps):
         decays = {name: leaf.detach().requires_grad_() for name, leaf in decays.items()}
-        with il.meta.PeakMemory() as memory:
+        memory = il.meta.PeakMemory()
+        clocks.append((time.perf_counter(), time.process_time()))
+        with memory if step == outer_steps - 1 else contextlib.nullcontext():  # counting takes time
             loss = misfit(layer(start, decays, start, *data[:2]), *data[2:])
             gradient = torch.autograd.grad(loss, list(decays.values()))
-        peaks.append(memory.peak)
         losses.append(whole(loss).item())
         steps = zip(decays.items(), gradient, strict=True)
         decays = {name: leaf.detach() - OUTER_RATE * slope for (name, leaf), slope in steps}
     found = {name: whole(leaf).item() for name, leaf in decays.items()}
-    return {"losses": losses, "decays": found, "peak_bytes": peaks[-1]}
+    times = [(after - before) / max(outer_steps - 1, 1) for before, after in zip(clocks[0], clocks[-1], strict=True)]
+    spent = dict(zip(("seconds_per_step", "cpu_seconds_per_step"), times, strict=True))  # of all steps but the last
+    return {"losses": losses, "decays": found, "peak_bytes": memory.peak} | spent
 
 
 def cut(width: int, mesh: Any) -> tuple[Tree, Tree, list[torch.Tensor]]:
@@ -106,6 +112,7 @@ def run(width: int, outer_steps: int) -> dict[str, Any]:
     found = train(*cut(width, init_device_mesh("cpu", (size,))), outer_steps)
     alone = train(*problem(width), outer_steps)
     found |= {"difference": compare(found, alone), "of_plain_memory": found["peak_bytes"] / alone["peak_bytes"]}
+    found["plain_seconds_per_step"] = alone["seconds_per_step"]
     assert found["difference"] < TOLERANCE, (found, alone)
     return found
 
@@ -133,10 +140,13 @@ def main() -> None:
         everything[str(size)] = found | {"peak_bytes": peaks, "rtol": RTOL, "versions": versions}
         everything = dict(sorted(everything.items(), key=lambda item: int(item[0])))
         arguments.output.write_text(json.dumps(everything, indent=2) + "\n")
-        print("processes | peak MB of one | of plain tensors | loss before, after | difference to one process")
+        print(
+            "processes | peak MB of one | of plain tensors | seconds a step (of CPU) | loss before, after | difference"
+        )
         for processes, entry in everything.items():
             print(
                 f"{processes:>9} | {max(entry['peak_bytes']) / 1e6:14.2f} | {entry['of_plain_memory']:16.3f} | "
+                f"{entry['seconds_per_step']:14.2f} ({entry['cpu_seconds_per_step']:6.2f}) | "
                 f"{entry['losses'][0]:8.5f}, {entry['losses'][-1]:.5f} | {entry['difference']:.1e}"
             )
     dist.barrier()

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from implicitlayer.api._module import ArgminLayer
+from implicitlayer.base._sharding import on_whole_tensors
 from implicitlayer.base._tree import flatten, unflatten
 from implicitlayer.constrained._constrained import ProxLayer
 from implicitlayer.constrained._kkt import ConstrainedLayer
@@ -104,6 +105,7 @@ def _of_constrained(layer: ConstrainedLayer) -> Callable[..., torch.Tensor]:
     return smallest
 
 
+@on_whole_tensors
 def _value_of_qp(*args: Any, **settings: Any) -> torch.Tensor:
     """The smallest value of a quadratic program, [*batch]; arguments are those of :func:`qp`."""
     given = _ARGUMENTS.bind(*args, **settings).arguments

@@ -10,14 +10,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from implicitlayer import _torch
 from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
-from implicitlayer.base._tree import flatten, is_data, unflatten
+from implicitlayer.base._tree import flatten, is_data, tree_map, unflatten
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 WHOLE = {torch.Tensor, torch.nn.Parameter, type(None)}  # classes of what is sure to lie on one process
 
@@ -40,6 +44,42 @@ def placed_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
     """A constant that is the same on every process, cut as ``like`` is; itself for a plain one."""
     layout = _layout(like)
     return tensor if layout is None else _cut(tensor, *layout)
+
+
+def mesh_of(values: Iterable[Any]) -> Any:
+    """The mesh of the first DTensor among ``values``; None without any."""
+    for value in values:
+        if value.__class__ not in WHOLE and is_sharded(value):
+            return _torch.innermost(value).device_mesh
+    return None
+
+
+def beside(tree: Any, like: Any) -> Any:
+    """``tree`` with its tensors, the same on every process, as DTensors where ``like`` has some: torch mixes no two."""
+    mesh = mesh_of(flatten(like)[0])
+    return tree if mesh is None else everywhere(tree, mesh)
+
+
+def everywhere(tree: Any, mesh: Any) -> Any:
+    """``tree`` with its plain tensors, the same on every process of a mesh, as DTensors that are whole on each."""
+    from torch.distributed.tensor import Replicate
+
+    layout = mesh, (Replicate(),) * mesh.ndim
+    return tree_map(lambda t: _Distribute.apply(t, *layout) if is_data(t) and not is_sharded(t) else t, tree)
+
+
+def on_whole_tensors(function: Callable[P, R]) -> Callable[P, R]:
+    """``function``, of data alone, for DTensors too: it is given whole tensors, and what it returns lies everywhere."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        mesh = mesh_of((*args, *kwargs.values()))
+        if mesh is None:
+            return function(*args, **kwargs)
+        found: R = everywhere(function(*whole(args), **whole(kwargs)), mesh)
+        return found
+
+    return call
 
 
 def _cut(tensor: torch.Tensor, mesh: Any, placements: Sequence[Any]) -> torch.Tensor:
@@ -73,9 +113,12 @@ class _Distribute(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.layout, ctx.check = inputs[1:3], inputs[3] if len(inputs) > 3 else None
+        ctx.set_materialize_grads(False)  # torch's zeros would be no DTensor
 
     @staticmethod
-    def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
+    def backward(ctx: Any, cotangent: torch.Tensor | None) -> Any:
+        if cotangent is None:
+            return None, None, None, None
         gradient = _Gather.apply(cotangent, *ctx.layout)
         if ctx.check is not None:
             ctx.check(gradient)
@@ -94,9 +137,12 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.layout = inputs[1:]
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, cotangent: torch.Tensor) -> Any:
+    def backward(ctx: Any, cotangent: torch.Tensor | None) -> Any:
+        if cotangent is None:
+            return None, None, None
         return _Distribute.apply(cotangent, *ctx.layout), None, None
 
     vmap = staticmethod(_refuse_vmap)

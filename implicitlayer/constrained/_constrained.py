@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +18,7 @@ import torch
 from implicitlayer._errors import IndefiniteError, InfeasibleError, KinkError, KinkWarning, StationarityWarning
 from implicitlayer.base._active_set import ActiveSet
 from implicitlayer.base._failures import refuse, standing
+from implicitlayer.base._sharding import Sharding, mesh_of, whole
 from implicitlayer.base._surroundings import out_of_inference, outside_compiled_code, plain_surroundings
 from implicitlayer.base._tree import TreeSpec, flatten, name_lanes, ravel, tree_map, unflatten
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
@@ -90,6 +91,8 @@ class ProxLayer(ImplicitLayer):
     @outside_compiled_code
     def __call__(self, init: Any, *theta: Any) -> Any:
         """As for every layer; the answer must be in the set even where nothing needs a gradient."""
+        if mesh_of(flatten(init)[0]) is not None:
+            return super().__call__(init, *theta)  # which calls this layer for whole tensors
         if self.batch_dims and flatten(init)[0]:
             resolve(self.terms, theta, self.terms_name).refuse_ambiguous(init, self.batch_dims)
         solution = super().__call__(init, *theta)
@@ -112,6 +115,17 @@ class ProxLayer(ImplicitLayer):
             _, residual, _ = self._equation(value_of, spec, signature, ClosedOver())
             found = _examined(residual.attached(leaves, signature.tensors), spec)
         self._refuse_outside(found)
+
+    def _call_sharded(self, init: Any, theta: tuple[Any, ...]) -> Any:
+        """As for every layer; the objective sees thetas as they are, the term whole ones, which are gathered once."""
+        layer = replace(self, terms=_of_whole_data(self.terms))
+        if mesh_of(flatten(theta)[0]) is not None:
+            given = Sharding(theta)
+            layer.function = lambda x, *whole_theta: self.function(x, *given.outside(whole_theta))
+            theta = given.inside(theta)
+        solution = ImplicitLayer._call_sharded(layer, init, theta)
+        self.records = layer.records
+        return solution
 
     def as_root(self, function: Callable[..., Any]) -> ImplicitLayer:
         """The layer of the equation that is differentiated, for the objective ``function`` as the user wrote it."""
@@ -269,6 +283,18 @@ def _examined(at: At, x_spec: TreeSpec) -> _Found:
 def _least(leaves: Leaves, lane_dims: int) -> torch.Tensor:
     flat = ravel(leaves, lane_dims)
     return flat.amin(-1) if flat.shape[-1] else flat.new_full(flat.shape[:-1], torch.inf)
+
+
+def _of_whole_data(terms: Any) -> Any:
+    """The same terms with whole tensors in place of the DTensors that they hold."""
+    if callable(terms) and not isinstance(terms, type):
+        return lambda *theta: _of_whole_data(terms(*theta))
+
+    def of(term: Any) -> Any:
+        own = fields(term) if is_dataclass(term) and not isinstance(term, type) else ()
+        return replace(term, **{field.name: whole(getattr(term, field.name)) for field in own}) if own else term
+
+    return tree_map(of, terms)
 
 
 def _plain(leaf: Any) -> Any:

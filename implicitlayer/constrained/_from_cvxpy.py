@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from implicitlayer import _torch
+from implicitlayer.base._sharding import on_whole_tensors
 from implicitlayer.constrained._conic import cone_program
 from implicitlayer.constrained._qp import qp
 from implicitlayer.constrained._qp_sparse import Entries
@@ -108,6 +109,7 @@ class CvxpyLayer(torch.nn.Module):
             part = _Affine((size, 1, num), r[shift], zero, -side * values[shift], k[shift])
             self.add_module("b" if name == "A" else "h", part)
 
+    @on_whole_tensors
     def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The variables at the solution for these values of the parameters."""
         vector = self._vector(values)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -11,6 +11,7 @@ import torch
 from implicitlayer.base._active_set import ActiveSet
 from implicitlayer.base._copying import CopiesFunctions
 from implicitlayer.base._records import Record
+from implicitlayer.base._sharding import Sharding, everywhere, mesh_of
 from implicitlayer.base._surroundings import outside_compiled_code
 from implicitlayer.base._tree import TreeSpec, flatten_with_names
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
@@ -193,6 +194,8 @@ class ConstrainedLayer(CopiesFunctions):
         """x and its multipliers."""
         leaves, names = flatten_with_names(init, "x")
         check_init(leaves, names, self.batch_dims)
+        if mesh_of(leaves) is not None:
+            return self._solved_sharded(init, theta)
         lanes = leaves[0].shape[: self.batch_dims]
         forms = (
             Form.of("equality", self.equality, init, theta, lanes),
@@ -221,6 +224,16 @@ class ConstrainedLayer(CopiesFunctions):
         self.records = layer.records
         self.active_set = layer.active_set or self.active_set  # a call without a derivative looks for none
         return z.x, Multipliers(forms[0].rebuild(z.equality), forms[1].rebuild(z.inequality))
+
+    def _solved_sharded(self, init: Any, theta: tuple[Any, ...]) -> tuple[Any, Multipliers]:
+        """The same of whole unknowns; NOTE [sharded objectives]."""
+        inner, sharding = replace(self), Sharding(init)
+        for name in ("objective", "equality", "inequality"):
+            if getattr(self, name) is not None:
+                setattr(inner, name, Sharding(init).seen(getattr(self, name)))
+        x, multipliers = inner.solved(sharding.inside(init), theta)
+        self.records, self.active_set = inner.records, inner.active_set
+        return sharding.outside(x), everywhere(multipliers, sharding.mesh)
 
 
 @dataclass(eq=False)

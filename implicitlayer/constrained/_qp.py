@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 
 from implicitlayer import _torch
+from implicitlayer.base._sharding import on_whole_tensors
 from implicitlayer.base._surroundings import outside_compiled_code
 from implicitlayer.base._tree import TreeSpec, flatten
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
@@ -40,6 +41,7 @@ _SIDES, _POLICIES, _MOVES = get_args(AtKink), get_args(OnFailure), ("error", "cl
 
 
 @outside_compiled_code
+@on_whole_tensors
 def qp(
     Q: torch.Tensor,
     p: torch.Tensor,

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from implicitlayer import _torch
-from implicitlayer.base._sharding import WHOLE, is_sharded
 from implicitlayer.constrained._kkt import Multipliers
 from implicitlayer.constrained._qp_sparse import Entries, is_sparse
 
@@ -175,8 +174,6 @@ def _checked(given: dict[str, Any]) -> tuple[torch.Size, dict[str, Any]]:
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise TypeError(f"{name} must be a real floating tensor, got {kind}. Use torch.as_tensor(..., dtype=...).")
-        if tensor.__class__ not in WHOLE and is_sharded(tensor):
-            raise TypeError(f"{name} is a DTensor; il.qp takes tensors of one process. Pass {name}.full_tensor().")
     p = given["p"]
     sides = ("b",), ("h", "lower")
     for matrix, vectors in zip(("A", "G"), sides, strict=True):

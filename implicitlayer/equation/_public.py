@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from implicitlayer.base._sharding import Sharding, mesh_of, whole
 from implicitlayer.base._surroundings import out_of_inference, outside_compiled_code, plain_surroundings
 from implicitlayer.base._tree import TreeSpec, flatten, leaves_in_order, ravel, unflatten, unravel
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
@@ -51,6 +52,7 @@ class HessianOperator:
     family: OperatorFamily
     tensors: Leaves
     structure: TreeSpec
+    sharding: Sharding | None = None  # of x, where that holds DTensors: all else is of whole tensors
 
     def check(self, vector: Any, name: str) -> Leaves:
         """The leaves of ``vector``, or an error if it has not the structure and shapes of x."""
@@ -65,6 +67,8 @@ class HessianOperator:
 
     @outside_compiled_code
     def __call__(self, vector: Any) -> Any:
+        if self.sharding is not None:
+            return self.sharding.outside(replace(self, sharding=None)(whole(vector)))
         leaves = self.check(vector, "the vector")
         with plain_surroundings(leaves):
             return unflatten(self.family.product(leaves, self.tensors), self.structure)
@@ -89,6 +93,10 @@ def hessian_operator(
         [3.0, 6.0]
     """
     leaves, x_spec = flatten(x)
+    if mesh_of(leaves) is not None:
+        sharding = Sharding(x)
+        how: dict[str, Any] = {"curvature": curvature, "damping": damping}
+        return replace(hessian_operator(sharding.seen(objective), whole(x), *theta, **how), sharding=sharding)
     hidden = find_closed_over(objective, (x, *theta), lambda value: check_value(value, torch.Size(), False))
     hidden.first = None  # there is no solution, whose run would be compared
     signature = Signature.of(theta)
@@ -211,6 +219,9 @@ def linear_solve(
     if symmetric is None:
         symmetric = is_for_symmetric(solver)
     leaves, spec = flatten(rhs)
+    if mesh_of((operator, *leaves)) is not None or getattr(operator, "sharding", None) is not None:
+        how: dict[str, Any] = {"symmetric": symmetric, "on_failure": on_failure}
+        return _solved_sharded(operator, rhs, solver, *tensors, **how, negative_curvature=negative_curvature)
     like = tuple(_Form(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
     family: OperatorFamily
     if isinstance(operator, HessianOperator):
@@ -235,6 +246,19 @@ def linear_solve(
         with torch.inference_mode(False), torch.no_grad():
             return unflatten(solve(solved, out_of_inference(leaves), out_of_inference(parameters)), spec)
     return unflatten(solve(solved, leaves, parameters), spec)
+
+
+def _solved_sharded(operator: Any, rhs: Any, *given: Any, **settings: Any) -> Any:
+    """The same of whole tensors, NOTE [sharded objectives]; the solution lies as ``rhs`` does."""
+    sharding = Sharding(rhs) if mesh_of(flatten(rhs)[0]) is not None else None
+    if isinstance(operator, HessianOperator):
+        operator = replace(operator, sharding=None)
+    elif isinstance(operator, torch.Tensor):
+        operator = whole(operator)
+    elif sharding is not None:
+        operator = sharding.seen(operator)
+    solution = linear_solve(operator, whole(rhs), *given, **settings)
+    return solution if sharding is None else sharding.outside(solution)
 
 
 def _matrix_product(u: Leaves, tensors: Leaves) -> Leaves:

@@ -200,12 +200,8 @@ class ImplicitLayer(CopiesFunctions):
 
     def _call_sharded(self, init: Any, theta: tuple[Any, ...]) -> Any:
         """The same layer of unknowns that solvers can work with; see NOTE [sharded objectives]."""
-        if type(self)._equation is not ImplicitLayer._equation:
-            raise UnsupportedTransformError(
-                "init holds DTensors, and a layer with a set, a regulariser or constraints takes plain tensors only. "
-                "Pass init.full_tensor() (the objective may distribute it again), or use a layer without them."
-            )
-        stays = self.kind == "argmin" and not (self.batch_dims or self.solver_has_aux or _torch.transforms_active())
+        stays = self.kind == "argmin" and type(self)._equation is ImplicitLayer._equation
+        stays = stays and not (self.batch_dims or self.solver_has_aux or _torch.transforms_active())
         stays = stays and all(getattr(by, "in_parts", False) for by in (self.solver, self.linear_solver))
         sharding = Divided(init) if stays and Divided.possible(init) else Sharding(init)
         inner = replace(self, function=sharding.seen(self.function))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from implicitlayer._errors import ImplicitLayerError
+from implicitlayer.base._sharding import is_sharded
 
 try:
     import fcntl
@@ -118,7 +119,7 @@ def plain_data(value: Any, path: str = "") -> Any:
             return torch.from_numpy(value.astype(value.dtype.newbyteorder("="), order="C"))
         except (TypeError, ValueError):  # a dtype that torch does not have, such as longdouble
             pass
-    elif _is_read_back(value):
+    elif not is_sharded(value) and _is_read_back(value):  # of a DTensor a file would hold one process's part
         return value
     raise CheckpointError(
         f"{path or 'the state'} is a {kind.__module__}.{kind.__qualname__}, which a checkpoint cannot hold: only "
@@ -197,29 +198,3 @@ def save_json_lines(path: Path, records: list[dict[str, Any]]) -> None:
     """Write one JSON object per line in one step; numbers may be NumPy's, or tensors of one."""
     text = "".join(json.dumps(record, default=lambda number: number.item()) + "\n" for record in records)
     replace_file(path, lambda file: file.write(text.encode()))
-
-
-class RunFolder:
-    """``checkpoint.pt``, ``best.pt`` and ``metrics.jsonl`` in one folder, each of them whole at any moment."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.last = folder / "checkpoint.pt"
-        self.best = folder / "best.pt"
-
-    def check(self, state: dict[str, Any]) -> None:
-        """Raise now, and not at the first checkpoint, if nothing can be written here or the state cannot be kept."""
-        plain_data(state)
-        remove_unfinished(self.folder)
-        probe = self.folder / ".writable"
-        replace_file(probe, lambda file: None)
-        probe.unlink()
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Write the last state and its history."""
-        save_checkpoint(self.last, state)
-        save_json_lines(self.folder / "metrics.jsonl", state["history"])
-
-    def save_best(self, state: dict[str, Any]) -> None:
-        """Write the best state."""
-        save_checkpoint(self.best, state)

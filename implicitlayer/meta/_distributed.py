@@ -2,6 +2,11 @@
 
 # W: processes of the group ("workers"), B: tasks of a batch, all workers together
 
+# NOTE [tasks and parts]: a process that holds all of theta takes tasks of its own. Processes that hold the parts of one
+# copy of theta (DTensors) work on the same tasks together, and copies share the tasks. So numbers of a task, which are
+# the same on every process of a copy, count once for each copy; and a part of the gradient is summed over the processes
+# that hold the same part of other copies.
+
 from __future__ import annotations
 
 import os
@@ -12,13 +17,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from implicitlayer._errors import ImplicitLayerError
-from implicitlayer.meta._settings import fingerprint
+from implicitlayer.base._tree import tree_map
+from implicitlayer.base._types import PyTree
+from implicitlayer.meta._copies import Copies
+from implicitlayer.meta._settings import fingerprint, parts_of
 
 
 class WorkerLostError(ImplicitLayerError, RuntimeError):
@@ -33,6 +42,7 @@ class WorkerGroup:
         rank: number of this process, 0...size - 1.
         size: number of processes.
         device: where this process computes.
+        copies: how the processes hold copies of theta together, NOTE [tasks and parts]; None: each holds all of it.
 
     Example:
         >>> import torch, implicitlayer as il
@@ -44,12 +54,16 @@ class WorkerGroup:
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    copies: Copies | None = None
 
     @staticmethod
-    def current(device: torch.device | str = "cpu") -> WorkerGroup:
-        """The default group of ``torch.distributed`` if one is initialised, else this process alone."""
+    def current(device: torch.device | str = "cpu", theta: PyTree = ()) -> WorkerGroup:
+        """The default group of ``torch.distributed`` if one is initialised, else this process alone.
+
+        All processes make this call if ``theta`` holds DTensors.
+        """
         if dist.is_available() and dist.is_initialized():
-            return WorkerGroup(dist.get_rank(), dist.get_world_size(), torch.device(device))
+            return WorkerGroup(dist.get_rank(), dist.get_world_size(), torch.device(device), Copies.of(theta))
         return WorkerGroup(device=torch.device(device))
 
     @property
@@ -59,7 +73,12 @@ class WorkerGroup:
 
     def share(self, num_tasks: int) -> slice:
         """Which of ``num_tasks`` tasks are this process's: contiguous parts whose sizes differ by one at most."""
-        return slice(self.rank * num_tasks // self.size, (self.rank + 1) * num_tasks // self.size)
+        index, count = (self.rank, self.size) if self.copies is None else (self.copies.index, self.copies.count)
+        return slice(index * num_tasks // count, (index + 1) * num_tasks // count)
+
+    def seen(self, theta: PyTree) -> PyTree:
+        """Theta as the tasks of this process see it: the copy that lies on this process and those beside it."""
+        return theta if self.copies is None else tree_map(self.copies.seen, theta)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
         """``values`` summed over all processes, the same bits on each; a new tensor."""
@@ -78,12 +97,26 @@ class WorkerGroup:
         total: list[float] = self.sum_small(torch.tensor(numbers, dtype=torch.float64)).tolist()
         return total
 
+    def sum_of_tasks(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over all tasks of a small tensor about those of this process, on the CPU."""
+        counts = self.copies is None or self.copies.is_first
+        return self.sum_small(values if counts else torch.zeros_like(values))
+
+    def largest_of_copy(self, number: float) -> float:
+        """The largest ``number`` of the processes that hold one copy of theta."""
+        if self.copies is None:
+            return number
+        largest = torch.tensor(number, dtype=torch.float64, device=self._control())
+        for group in self.copies.groups:
+            self._collective(partial(dist.all_reduce, largest, dist.ReduceOp.MAX, group))
+        return largest.item()
+
     def sum_gradients(self, leaves: Sequence[torch.Tensor], present: Sequence[bool]) -> None:
         """Replace every ``leaf.grad`` by its sum over all processes: one flat all-reduce for each dtype and device.
 
         ``leaves`` are in the same order everywhere; ``present`` says which of them have a gradient on any process.
         """
-        if self.size == 1:
+        if self.size == 1 and self.copies is None:
             return
         buckets: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
         for leaf, has_gradient in zip(leaves, present, strict=True):
@@ -91,11 +124,25 @@ class WorkerGroup:
                 leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
                 buckets.setdefault((leaf.dtype, leaf.device), []).append(leaf)
         for bucket in buckets.values():
-            gradients = [leaf.grad for leaf in bucket if leaf.grad is not None]
-            total = self.sum(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+            gradients = [self._gradient_here(leaf) for leaf in bucket]
+            total = self._sum_of_copies(torch.cat([gradient.reshape(-1) for gradient in gradients]))
             parts = total.split([gradient.numel() for gradient in gradients])
-            for gradient, part in zip(gradients, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
+            for leaf, gradient, part in zip(bucket, gradients, parts, strict=True):
+                if self.copies is None:
+                    gradient.copy_(part.view_as(gradient))
+                else:
+                    leaf.grad = self.copies.whole_gradient(leaf, part.view_as(gradient))
+
+    def _gradient_here(self, leaf: torch.Tensor) -> torch.Tensor:
+        assert leaf.grad is not None
+        return leaf.grad if self.copies is None else self.copies.part_of_gradient(leaf)
+
+    def _sum_of_copies(self, values: torch.Tensor) -> torch.Tensor:
+        if self.copies is None:
+            return self.sum(values)
+        if self.copies.count > 1:
+            self._collective(partial(dist.all_reduce, values, group=self.copies.others))
+        return values
 
     def from_first(self, make: Callable[[], Mapping[str, Any] | None]) -> dict[str, Any] | None:
         """What ``make()`` gives on the first process, on every process: a dict of tensors and plain data, or None."""
@@ -120,11 +167,14 @@ class WorkerGroup:
         """Raise on every process unless each of ``values`` (name -> pytree) is bitwise the same on all."""
         if self.size == 1:
             return
-        mine = torch.tensor([fingerprint(value) for value in values.values()], device=self._control())
+        prints = [[fingerprint(value), fingerprint(parts_of(value))] for value in values.values()]
+        mine = torch.tensor(prints, device=self._control())
         everybody = [torch.empty_like(mine) for _ in range(self.size)]
         self._collective(lambda: dist.all_gather(everybody, mine))
+        alike = [0] * self.size if self.copies is None else self.copies.alike()
         for index, name in enumerate(values):
-            others = [rank for rank, theirs in enumerate(everybody) if theirs[index] != everybody[0][index]]
+            wanted = [(everybody[0][index, 0], everybody[first][index, 1]) for first in alike]
+            others = [rank for rank, theirs in enumerate(everybody) if tuple(theirs[index]) != wanted[rank]]
             if others:
                 raise ValueError(
                     f"{name} of process {others[0]} is not that of process 0, but every process must have the same and "
@@ -135,14 +185,27 @@ class WorkerGroup:
         """Where small messages lie: on the CPU if the group has a backend for it."""
         return torch.device("cpu") if "cpu:" in dist.get_backend_config() else self.device
 
+    def lost(self, error: RuntimeError) -> WorkerLostError:
+        """``error`` as :class:`WorkerLostError` where it is one, or comes from torch's messages between processes.
+
+        Any other is raised.
+        """
+        if isinstance(error, WorkerLostError):
+            return error
+        if self.copies is None or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise error
+        return self._lost(error)
+
     def _collective(self, operation: Callable[[], object]) -> None:
         try:
             operation()
         except RuntimeError as error:  # gloo and nccl have no class of their own for a peer that is gone
-            raise WorkerLostError(
-                f"A worker was lost: process {self.rank} of {self.size} waited for the others in vain "
-                f"({_first(error)})."
-            ) from error
+            raise self._lost(error) from error
+
+    def _lost(self, error: RuntimeError) -> WorkerLostError:
+        return WorkerLostError(
+            f"A worker was lost: process {self.rank} of {self.size} waited for the others in vain ({_first(error)})."
+        )
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from implicitlayer.base._records import collect
+from implicitlayer.base._sharding import beside, gathered
 from implicitlayer.base._types import PyTree
 from implicitlayer.meta._checks import check_one_per_task
 from implicitlayer.meta._chunks import in_chunks
@@ -47,7 +48,7 @@ class Totals:
 
     def add(self, name: str, values: torch.Tensor) -> None:
         """Add the sum of ``values``, one per task."""
-        total = values.detach().double().sum()
+        total = gathered(values.detach()).double().sum()
         self._sums[name] = self._sums[name] + total if name in self._sums else total
 
     def numbers(self) -> list[float]:
@@ -87,6 +88,7 @@ def accumulate(
     totals = Totals()
 
     def add(support: PyTree, query: PyTree) -> None:  # all that a chunk holds is freed before the next one begins
+        support, query = beside((support, query), theta)
         with collect(in_depth=False) as records:
             phi = method.adapt(theta, support)
             if metric is not None and metric.from_loss:
@@ -95,7 +97,7 @@ def accumulate(
                 losses, scores = method.query_losses(theta, phi, query), None
             (losses.sum() / total_tasks).backward()
         totals.add("loss", losses)
-        totals.add("tasks", losses.new_tensor(num_tasks(support)))
+        totals.add("tasks", torch.tensor(num_tasks(support), device=losses.device))
         if metric is not None:
             totals.add("accuracy", metric.of(phi, query, support) if scores is None else scores)
         if look:

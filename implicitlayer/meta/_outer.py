@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from implicitlayer.base._sharding import gathered, is_sharded
 from implicitlayer.meta._settings import plain
 
 Better = Literal["higher", "lower"]
@@ -72,7 +73,10 @@ class OuterStep:
 
     def gradient_norm(self) -> torch.Tensor:
         """Euclidean norm of the whole gradient, 0-d."""
-        return torch.nn.utils.get_total_norm([leaf.grad for leaf in self.leaves if leaf.grad is not None])
+        gradients = [leaf.grad for leaf in self.leaves if leaf.grad is not None]
+        if any(map(is_sharded, gradients)):  # a number of each, as they may lie on other processes than one another
+            gradients = [gathered(torch.linalg.vector_norm(gradient)) for gradient in gradients]
+        return torch.nn.utils.get_total_norm(gradients)
 
     def clip(self, norm: torch.Tensor) -> None:
         """Shorten the gradient, whose norm is ``norm``, to ``max_gradient_norm``."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from implicitlayer.base._sharding import is_sharded
 from implicitlayer.base._tree import flatten
 
 # Metadata of a dataclass field that says how numbers are computed, not which: a run may go on with another value.
@@ -51,11 +52,18 @@ def differences(saved: Any, present: Any) -> list[str]:
     ]
 
 
+def parts_of(tree: Any) -> list[torch.Tensor]:
+    """What lies on this process of every DTensor."""
+    return [leaf.detach().to_local() for leaf in flatten(tree)[0] if is_sharded(leaf)]
+
+
 def fingerprint(tree: Any) -> int:
-    """63 bits of a SHA-256 over every tensor's bytes and every other leaf's repr."""
+    """63 bits of a SHA-256 over every tensor's bytes and every other leaf's repr; of a DTensor over its layout."""
     digest = hashlib.sha256()
     for leaf in flatten(tree)[0]:
-        if isinstance(leaf, torch.Tensor):
+        if is_sharded(leaf):
+            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}{leaf.placements}".encode())
+        elif isinstance(leaf, torch.Tensor):
             digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
             digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         else:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from implicitlayer.base._numbers import check_integer
+from implicitlayer.base._sharding import beside, gathered
 from implicitlayer.base._types import PyTree
 from implicitlayer.meta._checks import check_one_per_task
 from implicitlayer.meta._chunks import in_chunks, take_tasks
@@ -107,18 +108,20 @@ def evaluate(
     group = WorkerGroup() if group is None else group
     values: list[torch.Tensor] = []
     with torch.no_grad():
+        theta = group.seen(theta)
         for support, query in map(as_support_query, episodes):
             mine = group.share(num_tasks(support))
             part = (take_tasks(support, mine), take_tasks(query, mine))
             # the tasks of the other processes are zeros here, so that the sum over processes puts all in order
             all_tasks = torch.zeros(num_tasks(support))
             measured = [
-                check_one_per_task("metric", values, num_tasks(some)).float().cpu()
-                for some, other in in_chunks(part, tasks_per_chunk)
+                gathered(check_one_per_task("metric", values, num_tasks(some))).float().cpu()
+                for chunk in in_chunks(part, tasks_per_chunk)
+                for some, other in [beside(chunk, theta)]
                 for values in [metric(method.adapt(theta, some), other, *([some] if transductive is False else []))]
             ]
             all_tasks[mine] = torch.cat(measured) if measured else all_tasks[mine]
             values.append(all_tasks)
     if not values:
         raise ValueError("episodes is empty: there is nothing to evaluate.")
-    return Evaluation(group.sum_small(torch.cat(values)), transductive)
+    return Evaluation(group.sum_of_tasks(torch.cat(values)), transductive)

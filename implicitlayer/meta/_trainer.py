@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,6 +41,9 @@ class Trainer(TrainerState):
     same tasks and takes its share of them; the gradients are summed, so that the step is that of one process to
     rounding. The first process writes the files. A process that is lost ends the others with :class:`WorkerLostError`,
     after the last finished step was saved.
+
+    Theta may be DTensors. Processes that hold one copy of it together then work on the same tasks, copies share them,
+    and every process writes its parts of a checkpoint; see ``docs/distributed.md``.
 
     Args:
         method: a method of :mod:`implicitlayer.meta`.
@@ -91,6 +95,7 @@ class Trainer(TrainerState):
     _events: EventLog | None = None
     _stop: StopRequest | None = None
     _first_of_fit = False
+    _saved_at = math.inf  # by the clock of time.perf_counter
 
     def fit(self, *, until: float = 1.0) -> list[dict[str, Any]]:
         """Train until the budget is used; Ctrl-C finishes the step, saves, and raises ``KeyboardInterrupt``.
@@ -127,8 +132,8 @@ class Trainer(TrainerState):
                     self._loop(until)
                 finally:
                     self._tell("on_end")
-            except WorkerLostError as error:
-                lost = self._worker_lost(error)
+            except RuntimeError as error:
+                lost = self._worker_lost(self._group.lost(error))
                 # also printed: the launcher ends this process by a signal, maybe before Python shows its error
                 print(lost, file=sys.stderr, flush=True)
                 raise lost from error
@@ -188,14 +193,14 @@ class Trainer(TrainerState):
 
     def _loop(self, until: float) -> None:
         assert self._stop is not None
-        saved_at, saved_step = time.perf_counter(), self.step
+        self._saved_at, saved_step = time.perf_counter(), self.step
         show = self.show_progress and self._group.is_first
         progress = Progress(self.done, name=self.name, show=show, leave=until >= 1.0)
         try:
             if self._validation_is_due:  # a lost process came between the step and its validation
                 self._validate()
             while self.done < until:
-                stopped = self._train_step()
+                stopped, late = self._train_step()
                 self._tell("on_step", self.history[-1])
                 if self._validation_is_due:
                     self._validate()
@@ -203,10 +208,9 @@ class Trainer(TrainerState):
                 if self._events is not None:
                     self._events.write(self.history[-1])
                 progress.update(self.done, self.history[-1])
-                late = time.perf_counter() - saved_at >= self.checkpoint_seconds
                 if late or stopped or (self.checkpoint_steps and self.step - saved_step >= self.checkpoint_steps):
                     self.save()
-                    saved_at, saved_step = time.perf_counter(), self.step
+                    self._saved_at, saved_step = time.perf_counter(), self.step
                 if stopped:
                     raise KeyboardInterrupt(f"stopped after step {self.step}; the checkpoint holds it")
             self.save()
@@ -239,8 +243,8 @@ class Trainer(TrainerState):
         if self._group.is_first:
             warn(message, CollapseWarning, "collapse")
 
-    def _train_step(self) -> bool:
-        """One meta-step on all processes; whether any of them was asked to stop."""
+    def _train_step(self) -> tuple[bool, bool]:
+        """One meta-step on all processes; whether any of them was asked to stop, and whether to save."""
         started, done_before = time.perf_counter(), self.done
         self._remember()
         self._outer.set_rates(done_before)
@@ -260,16 +264,17 @@ class Trainer(TrainerState):
         self.seconds += time.perf_counter() - started
         self._mark(record, done_before)
         asked = self._stop is not None and self._stop.asked
+        late = time.perf_counter() - self._saved_at >= self.checkpoint_seconds
         if self._group.size > 1:  # the clock of the first process counts
-            own = self.seconds if self._group.is_first else 0.0
-            self.seconds, num_asked = self._group.sum_numbers([own, asked])
+            own = (self.seconds, late) if self._group.is_first else (0.0, False)
+            self.seconds, num_late, num_asked = self._group.sum_numbers([*own, asked])
             self._mark(record, done_before)
-            asked = num_asked > 0
-        return asked
+            asked, late = num_asked > 0, num_late > 0
+        return asked, late
 
     def _remember(self) -> None:
         """Keep what a step changes before it is finished: if a process is lost meanwhile, the step is undone."""
-        if self._group.size > 1:
+        if self._group.size > 1 and self._group.copies is None:  # else nothing is saved then
             self._before_step = {}
             state = self.state_dict()
             names = ["sampler", "random"]
@@ -288,7 +293,7 @@ class Trainer(TrainerState):
         self.optimizer.zero_grad(set_to_none=True)
         metric = None if self.metric is None else ChunkMetric(self._measure, self._scored_by_loss)
         mine = take_tasks(episode[0], tasks), take_tasks(episode[1], tasks)
-        return accumulate(self.method, self.theta, mine, total, tasks_per_chunk, metric, look)
+        return accumulate(self.method, self._group.seen(self.theta), mine, total, tasks_per_chunk, metric, look)
 
     @property
     def _scored_by_loss(self) -> bool:
@@ -308,8 +313,9 @@ class Trainer(TrainerState):
         group, total = self._group, num_tasks(episode)
         numbers = self._accumulate(episode, group.share(total), total, self._chunk, look).numbers()
         leaves = self._outer.leaves
-        if group.size > 1:
-            sums = group.sum_numbers([*numbers, *(leaf.grad is not None for leaf in leaves)])
+        if group.size > 1 or group.copies is not None:
+            own = torch.tensor([*numbers, *(leaf.grad is not None for leaf in leaves)], dtype=torch.float64)
+            sums = group.sum_of_tasks(own).tolist()
             group.sum_gradients(leaves, [count > 0 for count in sums[len(numbers) :]])
             numbers = sums[: len(numbers)]
         record: dict[str, Any] = means(numbers, with_metric=self.metric is not None)
@@ -333,7 +339,8 @@ class Trainer(TrainerState):
 
         def peak_of(size: int) -> int:
             tasks = slice(share.start, share.start + size)
-            return peak_memory(lambda: self._accumulate(episode, tasks, total, None, look=True), self._leaves[0].device)
+            run = partial(self._accumulate, episode, tasks, total, None, look=True)
+            return int(self._group.largest_of_copy(peak_memory(run, self._leaves[0].device)))
 
         chunk = total
         if share.stop > share.start:
@@ -353,7 +360,7 @@ class Trainer(TrainerState):
         best = -math.inf if self.best is None else sign * self.best["validation"]
         if sign * result.mean > best:  # never true of NaN
             self.best = {"step": self.step, "validation": result.mean, "interval": result.interval}
-            if self._folder is not None and self._group.is_first:
+            if self._folder is not None:
                 self._folder.save_best(self.state_dict())
                 self.save()
 
@@ -364,6 +371,9 @@ class Trainer(TrainerState):
             kept = "Nothing was saved: run_dir=None"
         elif not self._owns_folder:  # lost before it was clear that no other run lies there
             kept = "Nothing was saved: no step was begun"
+        elif self._group.copies is not None:
+            held = "holds nothing yet" if self._saved_step is None else f"holds step {self._saved_step}"
+            kept = f"{path} {held}: what lay on the lost process cannot be saved"
         elif first:
             self.save()
             kept = f"{path} holds step {self.step}"

@@ -11,11 +11,10 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from implicitlayer.base._numbers import check_integer
-from implicitlayer.base._sharding import is_sharded
-from implicitlayer.base._tree import flatten, flatten_with_names
+from implicitlayer.base._tree import flatten, tree_map
 from implicitlayer.base._types import PyTree
 from implicitlayer.meta._callbacks import check_callbacks
-from implicitlayer.meta._checkpoint import CheckpointError, RunFolder, load_checkpoint
+from implicitlayer.meta._checkpoint import CheckpointError, load_checkpoint
 from implicitlayer.meta._checks import check_number
 from implicitlayer.meta._collapse import ON_COLLAPSE, OnCollapse
 from implicitlayer.meta._distributed import WorkerGroup
@@ -23,6 +22,7 @@ from implicitlayer.meta._method import MetaMethod
 from implicitlayer.meta._monitor import require_tensorboard
 from implicitlayer.meta._outer import Better, OuterStep
 from implicitlayer.meta._random_state import random_state, set_random_state
+from implicitlayer.meta._run_folder import RunFolder
 from implicitlayer.meta._settings import differences, plain
 from implicitlayer.meta._statistics import AnyMetric
 from implicitlayer.meta._tasks import Episode, TaskSampler, as_support_query
@@ -76,13 +76,6 @@ class TrainerState:
         missing = [name for name in ("sample", "state_dict", "load_state_dict") if not hasattr(self.sampler, name)]
         if missing:
             raise TypeError(f"the sampler needs the methods {missing}: a checkpoint keeps its position.")
-        for leaf, name in zip(*flatten_with_names(self.theta, "theta"), strict=True):
-            if is_sharded(leaf):
-                raise TypeError(
-                    f"{name} is a DTensor, and the Trainer shares tasks among processes that hold all of theta. Call "
-                    "the method in a loop of your own: method(theta, support, query).mean().backward(), a step of the "
-                    "optimizer, and torch.distributed.checkpoint.save for what it learns."
-                )
         held = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
         learned = [p for p in self._leaves if p.requires_grad]
         if not learned:
@@ -104,11 +97,13 @@ class TrainerState:
             require_tensorboard()
             if self.run_dir is None:
                 raise ValueError("tensorboard=True writes into the run folder. Give run_dir.")
-        self._group = WorkerGroup.current(self._leaves[0].device)
-        self._folder = None if self.run_dir is None else RunFolder(Path(self.run_dir))
+        own = self.method.parameters()
+        self._group = WorkerGroup.current(self._leaves[0].device, (self.theta, own) if own else self.theta)
+        self._folder = None if self.run_dir is None else RunFolder(Path(self.run_dir), self._group)
         self._chunk = self.tasks_per_chunk
         self._validation_is_due = False
         self._at_best = False
+        self._saved_step: int | None = None  # of the last checkpoint of this run
         self._owns_folder = False  # whether the checkpoint there is one of this run
         # During a step of several processes: the entries of the state that it has changed already, as they were.
         self._before_step: dict[str, Any] = {}
@@ -186,14 +181,15 @@ class TrainerState:
         self._before_step = {}
 
     def save(self) -> None:
-        """Write the checkpoint and the metrics, each in one step; only the first process of a group writes."""
+        """Write the checkpoint and the metrics, each in one step; every process of a group must call it."""
         if self._at_best:
             raise RuntimeError(
                 "theta is that of the best validation (load_best), the rest of the state is not: saved together they "
                 "are no state of this run. Call resume() first."
             )
-        if self._folder is not None and self._group.is_first:
+        if self._folder is not None:
             self._folder.save(self.state_dict())
+            self._saved_step = self.step
         self._owns_folder = True
 
     def resume(self) -> bool:
@@ -202,10 +198,11 @@ class TrainerState:
         Budgets may differ from those of the run that is resumed, and so may the number of processes. CheckpointError
         where the file is damaged, or of a run with other settings.
         """
-        state = self._group.from_first(lambda: self._load(self.checkpoint_path))
+        state = self._read(self.checkpoint_path)
         if state is not None:
             self.load_state_dict(state)
             self._owns_folder = True
+            self._saved_step = self.step
         return state is not None
 
     def load_best(self) -> dict[str, Any]:
@@ -220,7 +217,7 @@ class TrainerState:
 
     def _read_best(self) -> dict[str, Any]:
         """The state of the best validation, its tensors put in place."""
-        state = self._group.from_first(lambda: self._load(self.best_path))
+        state = self._read(self.best_path)
         if state is None:
             raise FileNotFoundError(
                 f"{self.best_path or 'run_dir=None'}: no best state is kept there. It is written at the first "
@@ -228,6 +225,24 @@ class TrainerState:
             )
         self._set_leaves(state)
         return state
+
+    def _read(self, path: Path | None) -> dict[str, Any] | None:
+        """The state in a file, the same on every process, with DTensors placed as they are here."""
+        state = self._group.from_first(lambda: self._load(path))
+        if state is None:
+            return None
+        assert self._folder is not None
+        self._check_shapes(state)
+        likes = {name: tree_map(lambda _: None, state[name]) for name in ("theta", "method", "optimizer")}
+        likes["theta"], likes["method"] = flatten(self.theta)[0], self.method.parameters()
+        for index, values in likes["optimizer"]["state"].items():
+            leaf = self._outer.leaves[index]
+            # the number of steps is no tensor for each entry
+            like = {
+                name: None if name == "step" else tree_map(lambda _, own=leaf: own, v) for name, v in values.items()
+            }
+            likes["optimizer"]["state"][index] = like
+        return self._folder.with_parts(state, likes)
 
     @property
     def _leaves(self) -> list[torch.Tensor]:
@@ -237,15 +252,18 @@ class TrainerState:
     def _validates(self) -> bool:
         return self.metric is not None and len(self.validation) > 0
 
-    def _set_leaves(self, state: dict[str, Any]) -> None:
+    def _check_shapes(self, state: dict[str, Any]) -> None:
         saved = [*state["theta"], *state["method"]]
         shapes, saved_shapes = [tuple(leaf.shape) for leaf in self._leaves], [tuple(leaf.shape) for leaf in saved]
         if shapes != saved_shapes:
             raise ValueError(
                 f"The checkpoint holds tensors of shapes {saved_shapes}, this run has {shapes}: other settings?"
             )
+
+    def _set_leaves(self, state: dict[str, Any]) -> None:
+        self._check_shapes(state)
         with torch.no_grad():
-            for leaf, value in zip(self._leaves, saved, strict=True):
+            for leaf, value in zip(self._leaves, [*state["theta"], *state["method"]], strict=True):
                 leaf.copy_(value)
 
     def _settings(self) -> dict[str, Any]:

@@ -54,15 +54,15 @@ def gradient(layer: Any, theta: Tree, data: list[torch.Tensor], function: Callab
 
 
 def difference(found: list[Any], wanted: list[torch.Tensor]) -> float:
-    return max((g.full_tensor() - w).abs().max().item() for g, w in zip(found, wanted, strict=True))
+    return max((g.full_tensor().cpu() - w).abs().max().item() for g, w in zip(found, wanted, strict=True))
 
 
 class Cases:
     """The sharded problem, its answers on one process, and what is found."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
         self.folder = folder
-        self.mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        self.mesh = init_device_mesh(device, (dist.get_world_size(),))
         self.theta, self.data = problem()
         self.found: dict[str, Any] = {}
 

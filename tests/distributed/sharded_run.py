@@ -1,9 +1,10 @@
-"""What test_sharded runs in two or four processes at once: ``python sharded_run.py FOLDER PROCESSES``.
+"""What test_sharded runs in two or four processes: ``torchrun --nproc-per-node 2 sharded_run.py FOLDER``.
 
 Each process leaves ``FOLDER/<rank>.json``: for every case the largest difference to one process, or the error.
 """
 
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,8 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.nn
-from processes import fork
 from sharded_costs import memory, traffic
+from sharded_others import other_problems
 from sharded_problem import CG, GD, LINEAR, NEWTON, PLACED, SOLVERS, Cases, Tree, difference, gradient, objective, query
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
@@ -126,15 +127,6 @@ def other_layers(cases: Cases) -> None:
 
     init = t.detach() * 0
     cases.refused("vmap", lambda: torch.vmap(lambda t: il.argmin(halves, GD)(t.detach()[0] * 0, t))(init))
-    unit = il.sets.Box(0, 1)
-    box = il.argmin(lambda x, t: halves(x, t).sum(), il.solvers.ProjectedGradient(unit), constraint=unit)
-    cases.refused("a set", lambda: box(init, t))
-    equal = il.constrained_argmin(
-        lambda x, t: halves(x, t).sum(), il.solvers.SciPyMinimize("SLSQP"), equality=lambda x, t: x.sum() - 1
-    )
-    cases.refused("constrained_argmin", lambda: equal(init, t))
-    q = cases.put(matrix.detach(), Replicate())
-    cases.refused("qp", lambda: il.qp(q, cases.put(b, Replicate())))
     # curvature that turns negative: the message picks the numbers of the lane
     bad = il.argmin(lambda x, t: (-(x**2) + x * t).sum(), lambda f, x, t: t / 2, linear_solver=CG)
     cases.refused("negative curvature", lambda: bad(init, t).sum().backward())
@@ -272,14 +264,6 @@ def loaded(cases: Cases) -> None:
     cases.found["checkpoint"] = difference(list(theta.values()), list(cases.theta.values()))
 
 
-def trainer(cases: Cases) -> None:
-    w = cases.put(torch.zeros(2, dtype=torch.float64), Shard(0)).requires_grad_()
-    method = il.meta.iMAML(lambda x, t: ((x["w"] - t) ** 2).sum(1), GD, strength=1.0)
-    optimizer = torch.optim.SGD([w], lr=0.1)
-    tasks = il.fewshot.Sinusoids(seed=0)
-    cases.refused("Trainer", lambda: il.meta.Trainer(method, {"w": w}, tasks, optimizer, tasks_per_step=2, max_steps=1))
-
-
 def four(cases: Cases) -> None:
     """More than two processes, in one row or in a square: rows of data one way, weights the other way."""
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("rows", "weights"))
@@ -314,7 +298,19 @@ def layer_decay(cases: Cases) -> None:
 
 
 PARTS = {
-    2: (solvers, rows, unannounced, other_layers, meta_learners, learners, models, traffic, loaded, trainer, example),
+    2: (
+        solvers,
+        rows,
+        unannounced,
+        other_layers,
+        other_problems,
+        meta_learners,
+        learners,
+        models,
+        traffic,
+        loaded,
+        example,
+    ),
     4: (saved, four, memory, layer_decay),
 }
 
@@ -333,4 +329,4 @@ def main(folder: Path, size: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(fork(int(sys.argv[2]), lambda: main(Path(sys.argv[1]), int(sys.argv[2]))))
+    main(Path(sys.argv[1]), int(os.environ["WORLD_SIZE"]))

@@ -1,0 +1,82 @@
+"""Cases of sharded_run besides layers of ``il.argmin``: each function of DTensors against the same of plain tensors."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sharded_problem import CG, Cases, difference
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+import implicitlayer as il
+
+
+def other_problems(cases: Cases) -> None:
+    """Sets, regularisers, constraints, programs, values, linear systems, other meta-learners: those of one process."""
+    t, matrix = cases.theta["w1"], cases.data[0].mT @ cases.data[0] + torch.eye(3)
+    p, two, rows = cases.data[0][0], torch.tensor(0.3, dtype=torch.float64), cases.data[0][1:3]
+    ways = {"0": Shard(0), "1": Shard(1), "whole": Replicate()}
+
+    def same(name: str, function: Callable[..., Any], *data: tuple[torch.Tensor, str]) -> None:
+        """What a function of DTensors returns, and its gradient in each of them, which is placed as it is."""
+        alone = [tensor.clone().requires_grad_() for tensor, _ in data]
+        parts = [cases.put(tensor, ways[how]).requires_grad_() for tensor, how in data]
+        found = []
+        for given in (parts, alone):
+            values = [value for value in torch.utils._pytree.tree_leaves(function(*given)) if value.numel()]
+            slopes = torch.autograd.grad(sum((value**2).sum() for value in values), given, materialize_grads=True)
+            found.append([*values, *slopes])
+        assert [g.placements for g in found[0][-len(data) :]] == [part.placements for part in parts]
+        cases.found[name] = difference(found[0], found[1])
+
+    def halves(x: torch.Tensor, t: torch.Tensor, *_: Any) -> torch.Tensor:
+        return ((x - t) ** 2 + x**2).sum()
+
+    projected, proximal = il.solvers.ProjectedGradient(rtol=1e-12), il.solvers.ProximalGradient(rtol=1e-12)
+
+    def box(t: torch.Tensor, upper: torch.Tensor) -> Any:
+        return il.argmin(halves, projected, constraint=lambda t, upper: il.sets.Box(0, upper))(t.detach() * 0, t, upper)
+
+    def lasso(t: torch.Tensor, s: torch.Tensor) -> Any:
+        return il.argmin(halves, proximal, regularizer=lambda t, s: il.L1(s))(t.detach() * 0, t, s)
+
+    def constrained(t: torch.Tensor) -> il.ConstrainedLayer:
+        return il.constrained_argmin(
+            lambda x, t: ((x - t) ** 2).sum() + (x**4).sum(),
+            il.solvers.SQP(),
+            equality=lambda x, t: x.sum() - 1,
+            inequality=lambda x, t: x - t.abs() / 4 - 0.3,
+            return_multipliers=True,
+        )
+
+    def program(Q: torch.Tensor, p: torch.Tensor, A: torch.Tensor) -> Any:
+        return il.qp(Q, p, A, p[:2], ub=p.abs() + 0.1, return_multipliers=True)
+
+    same("a set", box, (t, "1"), (two, "whole"))
+    same("a regulariser", lasso, (t, "0"), (two, "whole"))
+    same("constrained_argmin", lambda t: constrained(t)(t.detach() * 0, t), (p, "0"))
+    same("qp", program, (matrix, "0"), (p, "0"), (rows, "1"))
+    same("value", lambda Q, p: il.value(il.qp)(Q, p, ub=p.detach() * 0), (matrix, "0"), (p, "whole"))
+    same("linear_solve", il.linear_solve, (matrix, "0"), (p, "0"))
+    solve = il.linear_solve
+    same("linear_solve of a function", lambda Q, p: solve(lambda u, Q: Q @ u, p, CG, Q), (matrix, "0"), (p, "0"))
+    same("hvp", lambda x, v: il.hvp(lambda x: (x**4).sum(), x, v), (p, "0"), (rows[0], "whole"))
+    same("hessian_operator", lambda x, v: solve(il.hessian_operator(network_of_one, x), v), (p, "0"), (rows[0], "0"))
+
+    def few_shot(make: Callable[..., il.meta.MetaMethod]) -> Callable[..., Any]:
+        def losses(*theta: torch.Tensor) -> torch.Tensor:
+            inputs, labels = cases.data[0][:6].expand(2, 6, 3), torch.tensor([0, 1]).repeat(2, 3)
+            if isinstance(theta[0], DTensor):
+                inputs, labels = cases.put(inputs, Replicate()), cases.put(labels, Replicate())
+            method = make(lambda p, x: torch.tanh(x @ p["f"]), il.fewshot.task_cross_entropy, head=("w", "b"))
+            return method(dict(zip(("f", "w", "b"), theta, strict=True)), (inputs, labels), (2 * inputs, labels))
+
+        return losses
+
+    head = cases.theta["w2"].mT, cases.theta["w2"][0]
+    anil = few_shot(lambda *args, **kwargs: il.meta.ANIL(*args, **kwargs, step_size=0.3, num_steps=2))
+    same("ANIL", anil, (t, "1"), (head[0], "1"), (head[1], "whole"))
+    same("ProtoNet", few_shot(il.meta.ProtoNet), (t, "1"), (head[0], "1"), (head[1], "whole"))
+
+
+def network_of_one(x: torch.Tensor) -> torch.Tensor:
+    return (x**4).sum() + (x**2).sum()
