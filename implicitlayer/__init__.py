@@ -75,7 +75,7 @@ from implicitlayer.linear import (
 from implicitlayer.outer import BilevelResult, bilevel
 from implicitlayer.programs import ActiveConstraints
 from implicitlayer.sets._regularizers import L1, ElasticNet, GroupL1
-from implicitlayer.sets._user import Prox
+from implicitlayer.sets._set import Prox
 
 if typing.TYPE_CHECKING:
     from implicitlayer import testing as testing
