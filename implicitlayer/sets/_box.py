@@ -14,8 +14,6 @@ from implicitlayer.base._types import Leaves
 from implicitlayer.sets._set import ConvexSet
 from implicitlayer.sets._term import PerPart, ProximalTerm, check_entries, is_plain, joined, norm_of, spread
 
-__all__ = ["Box", "NonNegative", "ends_of_box", "is_box"]
-
 
 @dataclass(frozen=True, eq=False)
 class Box(ConvexSet):

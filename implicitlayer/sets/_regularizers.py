@@ -14,8 +14,6 @@ from implicitlayer.base._tree import flatten, lane_reduce, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.sets._term import ProximalTerm, check_entries, expand_like, norm_of, spread
 
-__all__ = ["L1", "ElasticNet", "GroupL1", "Regularizer"]
-
 
 class Regularizer(ProximalTerm):
     """A :class:`ProximalTerm` whose value is finite everywhere."""

@@ -18,8 +18,6 @@ import torch
 from implicitlayer.base._tree import flatten, unflatten
 from implicitlayer.sets._term import ProximalTerm, expand_like, joined, largest_of, leaves_like, norm_of
 
-__all__ = ["ConvexSet", "Projection", "Prox"]
-
 _JUMP = 0.1  # of the derivative, whose eigenvalues lie between 0 and 1
 _FAR = 1e-4  # over the size of y; the nearer step is sqrt(eps)
 

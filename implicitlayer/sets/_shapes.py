@@ -23,8 +23,6 @@ from implicitlayer.sets._term import (
     unit_of,
 )
 
-__all__ = ["Affine", "Ball", "Simplex"]
-
 # The projection of y on {A x = b} is y - A^+ (A y - b) with A^+ the pseudo-inverse, so redundant equations do no harm.
 # torch differentiates A^+ by closed formulas (G. Golub & V. Pereyra 1973), right to every order and under every
 # transform as long as the rank does not change; its linear solves are not (vmap of forward mode).
