@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import typing
 
+from implicitlayer import api, compiled, constrained, equation, explain, layer, linear, outer, programs
 from implicitlayer import fewshot as fewshot
 from implicitlayer import meta as meta
 from implicitlayer import sets as sets
@@ -29,53 +30,21 @@ from implicitlayer._errors import (
     UnboundedError,
     UnsupportedTransformError,
 )
-from implicitlayer.api import ArgminLayer, DeepEquilibrium, FixedPointLayer, RootLayer, argmin, fixed_point, root, value
+from implicitlayer.api import *
 from implicitlayer.base._active_set import ActiveSet
 from implicitlayer.base._records import BackwardRecord, ForwardRecord, GradientError, diagnostics
 from implicitlayer.base._solution import LinearSolution, RecordingSolver, SolverResult
 from implicitlayer.base._status import Status
-from implicitlayer.compiled import CompiledLayer, compile
-from implicitlayer.constrained import ConstrainedLayer, CvxpyLayer, Multipliers, constrained_argmin, from_cvxpy, qp
-from implicitlayer.equation import (
-    Assumptions,
-    Composite,
-    HessianOperator,
-    composite,
-    hessian_operator,
-    hvp,
-    least_squares,
-    linear_solve,
-)
-from implicitlayer.explain import GradientExplanation, explain_gradient
-from implicitlayer.layer import (
-    Bregman,
-    ImplicitArgmin,
-    ImplicitLayer,
-    LearnedStrength,
-    MatrixStrength,
-    OperatorStrength,
-    Proximal,
-    bregman,
-    proximal,
-)
-from implicitlayer.linear import (
-    Bicgstab,
-    ConjugateGradient,
-    Dense,
-    FlatOperator,
-    Gmres,
-    Jacobi,
-    LinearSolver,
-    Minres,
-    Neumann,
-    NormalEquations,
-    Nystrom,
-    WarmStart,
-)
-from implicitlayer.outer import BilevelResult, bilevel
-from implicitlayer.programs import ActiveConstraints
+from implicitlayer.compiled import *
+from implicitlayer.constrained import *
+from implicitlayer.equation import *
+from implicitlayer.explain import *
+from implicitlayer.layer import *
+from implicitlayer.linear import *
+from implicitlayer.outer import *
+from implicitlayer.programs import *
 from implicitlayer.sets._regularizers import L1, ElasticNet, GroupL1
-from implicitlayer.sets._user import Prox
+from implicitlayer.sets._set import Prox
 
 if typing.TYPE_CHECKING:
     from implicitlayer import testing as testing
@@ -85,61 +54,29 @@ __version__ = "0.1.0"
 
 __all__ = [
     "L1",
-    "ActiveConstraints",
     "ActiveSet",
-    "ArgminLayer",
-    "Assumptions",
     "BackwardRecord",
-    "Bicgstab",
-    "BilevelResult",
-    "Bregman",
     "ClosureError",
-    "CompiledLayer",
-    "Composite",
-    "ConjugateGradient",
-    "ConstrainedLayer",
     "ConvergenceWarning",
-    "CvxpyLayer",
-    "DeepEquilibrium",
-    "Dense",
     "ElasticNet",
-    "FixedPointLayer",
-    "FlatOperator",
     "ForwardRecord",
-    "Gmres",
     "GradientError",
-    "GradientExplanation",
     "GroupL1",
-    "HessianOperator",
-    "ImplicitArgmin",
-    "ImplicitLayer",
     "ImplicitLayerError",
     "ImplicitLayerWarning",
     "ImplicitSearchCV",
     "IndefiniteError",
     "InfeasibleError",
-    "Jacobi",
     "KinkError",
     "KinkWarning",
-    "LearnedStrength",
     "LinearSolution",
     "LinearSolveError",
-    "LinearSolver",
-    "MatrixStrength",
-    "Minres",
-    "Multipliers",
-    "Neumann",
     "NonFiniteError",
-    "NormalEquations",
     "NotConvergedError",
     "NotRecordedError",
-    "Nystrom",
     "ObjectiveError",
-    "OperatorStrength",
     "Prox",
-    "Proximal",
     "RecordingSolver",
-    "RootLayer",
     "SingularError",
     "SolverOutputError",
     "SolverResult",
@@ -148,31 +85,23 @@ __all__ = [
     "Status",
     "UnboundedError",
     "UnsupportedTransformError",
-    "WarmStart",
-    "argmin",
-    "bilevel",
-    "bregman",
-    "compile",
-    "composite",
-    "constrained_argmin",
     "diagnostics",
-    "explain_gradient",
     "fewshot",
-    "fixed_point",
-    "from_cvxpy",
-    "hessian_operator",
-    "hvp",
-    "least_squares",
-    "linear_solve",
     "meta",
-    "proximal",
-    "qp",
-    "root",
     "sets",
     "solvers",
     "testing",
-    "value",
 ]
+# what these rooms list is reached as il.*
+__all__ += api.__all__
+__all__ += compiled.__all__
+__all__ += constrained.__all__
+__all__ += equation.__all__
+__all__ += explain.__all__
+__all__ += layer.__all__
+__all__ += linear.__all__
+__all__ += outer.__all__
+__all__ += programs.__all__
 
 
 def _installed(package: str) -> bool:

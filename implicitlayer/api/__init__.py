@@ -1,8 +1,7 @@
 """``il.argmin``, ``il.root``, ``il.fixed_point`` and their modules: what chooses among the layers."""
 
 from implicitlayer.api._argmin import argmin, fixed_point, root
-from implicitlayer.api._deep_equilibrium import DeepEquilibrium
-from implicitlayer.api._module import ArgminLayer, FixedPointLayer, RootLayer
+from implicitlayer.api._module import ArgminLayer, DeepEquilibrium, FixedPointLayer, RootLayer
 from implicitlayer.api._value import value
 
 __all__ = [

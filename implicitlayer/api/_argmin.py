@@ -160,19 +160,9 @@ def root(
         0.083333333333
     """
     check_roles("root", residual, solver, "residual")
-    return ImplicitLayer(
-        residual,
-        solver,
-        linear_solver if linear_solver is not None else Gmres(),
-        "root",
-        solver_has_aux,
-        objective_has_aux,
-        on_failure,
-        stationarity_rtol,
-        polish,
-        batch_dims,
-        assumptions=assumptions,
-    )
+    settings = solver_has_aux, objective_has_aux, on_failure, stationarity_rtol, polish, batch_dims
+    linear = linear_solver if linear_solver is not None else Gmres()
+    return ImplicitLayer(residual, solver, linear, "root", *settings, assumptions=assumptions)
 
 
 def fixed_point(
@@ -214,16 +204,6 @@ def fixed_point(
         0.25
     """
     check_roles("fixed_point", map, solver, "map")
-    return ImplicitLayer(
-        map,
-        solver,
-        linear_solver if linear_solver is not None else Gmres(),
-        "fixed_point",
-        solver_has_aux,
-        objective_has_aux,
-        on_failure,
-        stationarity_rtol,
-        polish,
-        batch_dims,
-        assumptions=assumptions,
-    )
+    settings = solver_has_aux, objective_has_aux, on_failure, stationarity_rtol, polish, batch_dims
+    linear = linear_solver if linear_solver is not None else Gmres()
+    return ImplicitLayer(map, solver, linear, "fixed_point", *settings, assumptions=assumptions)

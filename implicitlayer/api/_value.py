@@ -28,6 +28,7 @@ from implicitlayer.constrained._qp import qp
 from implicitlayer.constrained._qp_sparse import Entries, is_sparse
 from implicitlayer.equation._capture import plainly_impossible
 from implicitlayer.layer._layer import ImplicitLayer, without_aux
+from implicitlayer.programs._interior_point_step import times
 
 _ARGUMENTS = inspect.signature(qp)
 
@@ -136,7 +137,7 @@ def _held(
 def _times(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     if is_sparse(matrix):  # torch's own product has the gradient of a dense matrix
         return Entries.of(matrix).times(vector)
-    return (matrix @ vector[..., None])[..., 0]
+    return times(matrix, vector)
 
 
 def _fixed(tree: Any) -> Any:

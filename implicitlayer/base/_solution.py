@@ -17,11 +17,10 @@ from implicitlayer._errors import (
     NotConvergedError,
     SingularError,
 )
-from implicitlayer.base._extension import Extension
 from implicitlayer.base._ritz import RitzValues
 from implicitlayer.base._status import Status
 from implicitlayer.base._tree import name_lanes
-from implicitlayer.base._types import OnFailure
+from implicitlayer.base._types import Extension, OnFailure
 from implicitlayer.base._warn import warn
 
 

@@ -1,8 +1,8 @@
-"""What users bring: the protocols of objectives, inner solvers and linear solvers."""
+"""What users bring: the protocols of objectives, inner solvers and linear solvers, and the base of what they extend."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -29,3 +29,16 @@ class InnerSolver(Protocol):
     """
 
     def __call__(self, objective: Objective, init: PyTree, /, *theta: PyTree) -> PyTree: ...
+
+
+class Extension:
+    """A class whose subclasses ``il.testing.extension_checks`` finds by themselves."""
+
+    @classmethod
+    def examples(cls, *given: Any) -> Sequence[Any]:
+        """The instances that are checked: by default one, made without arguments.
+
+        Args:
+            given: what the base class says that every instance is made of, if anything.
+        """
+        return [cls(*given)]

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import torch
 
+from implicitlayer._errors import KinkError, KinkWarning
+from implicitlayer.base._types import OnFailure
+
 _SKIPPED = (str(Path(__file__).parents[1]), str(Path(torch.__file__).parent))
 
 
@@ -41,3 +44,10 @@ def warn(message: str, category: type[Warning], kind: str) -> None:
     text = _Text(message)
     text.kind = kind
     warnings.warn(text, category, stacklevel=level + 1)
+
+
+def tell_kink(message: str, kind: str, on_failure: OnFailure) -> None:
+    """A solution that has a one-sided derivative: an error under ``"raise"``, else a warning."""
+    if on_failure == "raise":
+        raise KinkError(message)
+    warn(message, KinkWarning, kind)

@@ -1,13 +1,15 @@
 """Cone programs as layers: Clarabel finds the solution, the equation of its optimality conditions is differentiated."""
 
-# Legend: minimise 1/2 x'Q x + p'x  subject to  A x = b,  h - G x in K, a product of cones (m rows); multipliers y of
-# the equations and z in the dual cone K*, which for these cones is K.
+# NOTE [spectrum]: in these cones every w has eigenvalues, and its projection has the positive parts of them: w_i itself
+# on a half line, t - |v| and t + |v| of w = (t, v) in a second-order cone, those of the matrix in a semidefinite one.
+# The projection is smooth where none of them is zero.
 #
-# NOTE [natural residual]: s = h - G x in K, z in K* and s'z = 0 say that s and -z are the projections of w = s - z onto
-# K and its polar cone (Moreau). So with s = P(w) and z = P(w) - w the conditions of optimality are the square equation
-#     F(x, y, w) = (Q x + p + A'y + G'z,  A x - b,  G x + s - h) = 0
-# (the residual map of Agrawal et al. 2019 with the scaling of the homogeneous form taken out): whatever w is, s and z
-# are in their cones and complementary. F is smooth where P is; what is differentiated is a layer of its root.
+# NOTE [absolute value]: that of a symmetric matrix, A = |W|, is the solution of A A = W W with A >= 0. Its derivative,
+# A dA + dA A = W dW + dW W, is a linear equation whose solution in the basis of eigenvectors is divided by a_i + a_j;
+# that through the eigenvectors themselves would be divided by differences of eigenvalues, which may be equal. So with
+# the eigenvectors held fixed Newton's steps with the first slope, L,
+#     A_{k+1} = A_k + L^-1 ((W W - A_k A_k) - (that at the value of W)),   A_0 = |W| as a number,
+# leave the number as it is, and have its derivatives up to order k, as each step is off by the last error times dW.
 
 from __future__ import annotations
 
@@ -18,18 +20,125 @@ from typing import Any, ClassVar
 
 import torch
 
-from implicitlayer._errors import InfeasibleError, KinkError, KinkWarning, NotConvergedError, UnboundedError
+from implicitlayer._errors import InfeasibleError, NotConvergedError, UnboundedError
 from implicitlayer.base._failures import refuse, standing
 from implicitlayer.base._solution import SolverResult
 from implicitlayer.base._status import Status
 from implicitlayer.base._tree import name_lanes
 from implicitlayer.base._types import OnFailure
-from implicitlayer.base._warn import warn
+from implicitlayer.base._warn import tell_kink
 from implicitlayer.layer._layer import ImplicitLayer
 from implicitlayer.linear._dense import Dense
-from implicitlayer.programs._cones import Cones
+from implicitlayer.programs._interior_point_step import norm_of, times
 
-__all__ = ["cone_program"]
+_ORDERS = 3  # of exact derivatives of the projection: those of a layer go as far
+
+
+@dataclass(frozen=True)
+class Cones:
+    """A product of cones: ``lines`` half lines, second-order cones of sizes ``orders``, matrices of sizes ``sides``.
+
+    A second-order cone holds (t, v) with t >= |v|, a matrix is its upper triangle, column by column, in which entries
+    off the diagonal are multiplied by the root of 2.
+    """
+
+    lines: int
+    orders: tuple[int, ...] = ()
+    sides: tuple[int, ...] = ()
+
+    def split(self, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The parts of w [..., m], one per cone, the half lines together."""
+        parts: tuple[torch.Tensor, ...] = torch.split(w, self.sizes, -1)
+        return parts
+
+    @property
+    def sizes(self) -> list[int]:
+        """Rows of each part."""
+        return [self.lines, *self.orders, *(k * (k + 1) // 2 for k in self.sides)]
+
+    def project(self, w: torch.Tensor) -> torch.Tensor:
+        """The nearest point, [..., m]; differentiable three times."""
+        lines, *others = self.split(w)
+        parts = [lines.clamp(min=0), *(_second_order(part) for part in others[: len(self.orders)])]
+        for part, k in zip(others[len(self.orders) :], self.sides, strict=True):
+            W = _matrix(part, k)
+            parts.append(_triangle((W + _absolute(W)) / 2))
+        return torch.cat(parts, -1)
+
+    def eigenvalues(self, w: torch.Tensor) -> torch.Tensor:
+        """Those of NOTE [spectrum], [..., number of them]."""
+        lines, *others = self.split(w)
+        parts = [lines]
+        for part in others[: len(self.orders)]:
+            t, r = part[..., :1], torch.linalg.vector_norm(part[..., 1:], dim=-1, keepdim=True)
+            parts += [t - r, t + r]
+        for part, k in zip(others[len(self.orders) :], self.sides, strict=True):
+            parts.append(torch.linalg.eigvalsh(_matrix(part, k)))
+        return torch.cat(parts, -1)
+
+    def for_clarabel(self, clarabel: Any) -> list[Any]:
+        """The same in its words."""
+        lines = [clarabel.NonnegativeConeT(self.lines)] if self.lines else []
+        orders = [clarabel.SecondOrderConeT(size) for size in self.orders]
+        return [*lines, *orders, *(clarabel.PSDTriangleConeT(k) for k in self.sides)]
+
+
+def _second_order(w: torch.Tensor) -> torch.Tensor:
+    """w inside, 0 in the polar cone, else (1 + t / |v|) / 2 times (|v|, v)."""
+    t, v = w[..., :1], w[..., 1:]
+    squares = (v * v).sum(-1, keepdim=True)
+    r = torch.where(squares > 0, squares, 1.0).sqrt()  # no derivative at zero, where w or 0 is taken
+    half = (1 + t / r) / 2
+    r_or_zero = torch.where(squares > 0, r, 0.0)
+    between = torch.cat([half * r, half * v], -1)
+    return torch.where(r_or_zero <= t, w, torch.where(r_or_zero <= -t, torch.zeros_like(w), between))
+
+
+def _absolute(W: torch.Tensor) -> torch.Tensor:
+    """|W| of symmetric matrices; see NOTE [absolute value]."""
+    values, U = torch.linalg.eigh(W.detach())
+    a = values.abs()
+    A: torch.Tensor = (U * a.unsqueeze(-2)) @ U.mT
+    sums = a.unsqueeze(-1) + a.unsqueeze(-2)
+    inverse = torch.where(sums > 0, 1 / torch.where(sums > 0, sums, 1.0), 0.0)
+    square = W @ W
+    for _ in range(_ORDERS):
+        change = square - A @ A
+        change = change - change.detach()
+        A = A + U @ (inverse * (U.mT @ change @ U)) @ U.mT
+    return A
+
+
+def _places(k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns of the upper triangle, column by column."""
+    columns, rows = torch.tril_indices(k, k, device=device)
+    return rows, columns
+
+
+def _matrix(part: torch.Tensor, k: int) -> torch.Tensor:
+    """The symmetric matrix [..., k, k] of a triangle."""
+    rows, columns = _places(k, part.device)
+    index = torch.zeros(k, k, dtype=torch.int64, device=part.device)
+    index[rows, columns] = index[columns, rows] = torch.arange(len(rows), device=part.device)
+    scale = torch.full((k, k), 0.5**0.5, dtype=part.dtype, device=part.device).fill_diagonal_(1.0)
+    return part[..., index] * scale
+
+
+def _triangle(matrix: torch.Tensor) -> torch.Tensor:
+    """The inverse."""
+    rows, columns = _places(matrix.shape[-1], matrix.device)
+    scale = torch.full(rows.shape, 2.0**0.5, dtype=matrix.dtype, device=matrix.device)
+    return matrix[..., rows, columns] * scale.masked_fill(rows == columns, 1.0)
+
+
+# Legend: minimise 1/2 x'Q x + p'x  subject to  A x = b,  h - G x in K, a product of cones (m rows); multipliers y of
+# the equations and z in the dual cone K*, which for these cones is K.
+#
+# NOTE [natural residual]: s = h - G x in K, z in K* and s'z = 0 say that s and -z are the projections of w = s - z onto
+# K and its polar cone (Moreau). So with s = P(w) and z = P(w) - w the conditions of optimality are the square equation
+#     F(x, y, w) = (Q x + p + A'y + G'z,  A x - b,  G x + s - h) = 0
+# (the residual map of Agrawal et al. 2019 with the scaling of the homogeneous form taken out): whatever w is, s and z
+# are in their cones and complementary. F is smooth where P is; what is differentiated is a layer of its root.
 
 _ENOUGH = 1e-6  # conditions that hold to this, relative to the largest of their data, are those of a solution
 _NEWTON = 3  # steps after Clarabel, while they halve what is left
@@ -69,7 +178,6 @@ def _conditions(u: torch.Tensor, *data: torch.Tensor, cones: Cones) -> torch.Ten
     Q, p, A, b, G, h = data
     x, y, w = u.split([p.shape[-1], b.shape[-1], h.shape[-1]], -1)
     s = cones.project(w)
-    times = lambda M, v: (M @ v.unsqueeze(-1)).squeeze(-1)  # noqa: E731
     slope = times(Q, x) + p + times(A.mT, y) + times(G.mT, s - w)
     return torch.cat([slope, times(A, x) - b, times(G, x) + s - h], -1)
 
@@ -133,7 +241,7 @@ class _Clarabel:
             step = torch.linalg.pinv(jacobian(u, *data)) @ value.unsqueeze(-1)
             moved = u - step.squeeze(-1)
             after = conditions(moved, *data)
-            better = (_norm(after) < 0.5 * _norm(value)).unsqueeze(-1)
+            better = (norm_of(after) < 0.5 * norm_of(value)).unsqueeze(-1)
             if not bool(better.any()):
                 break
             u, value = torch.where(better, moved, u), torch.where(better, after, value)
@@ -143,10 +251,10 @@ class _Clarabel:
         multipliers, size = torch.cat([y, self.cones.project(w) - w], -1), torch.linalg.matrix_norm
         rows = size(torch.cat([A, G], -2))
         terms = [
-            _norm(p) + size(Q) * _norm(x) + rows * _norm(multipliers),
-            _norm(torch.cat([b, h], -1)) + rows * _norm(x),
+            norm_of(p) + size(Q) * norm_of(x) + rows * norm_of(multipliers),
+            norm_of(torch.cat([b, h], -1)) + rows * norm_of(x),
         ]
-        off = [_norm(part) / torch.where(of > 0, of, 1.0) for part, of in zip(parts, terms, strict=True)]
+        off = [norm_of(part) / torch.where(of > 0, of, 1.0) for part, of in zip(parts, terms, strict=True)]
         return u, torch.where(failed, 0.0, torch.maximum(*off))
 
     def _judge(self, left: torch.Tensor, words: list[str]) -> None:
@@ -177,11 +285,4 @@ class _Clarabel:
                 "and has a multiplier of zero (an eigenvalue of s - z is zero). The solution bends there, and its "
                 "derivative is that of one side."
             )
-            if self.on_failure == "raise":
-                raise KinkError(message)
-            warn(message, KinkWarning, "kink")
-
-
-def _norm(vectors: torch.Tensor) -> torch.Tensor:
-    norms: torch.Tensor = torch.linalg.vector_norm(vectors, dim=-1)
-    return norms
+            tell_kink(message, "kink", self.on_failure)

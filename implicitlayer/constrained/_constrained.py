@@ -15,14 +15,14 @@ from typing import Any, ClassVar
 
 import torch
 
-from implicitlayer._errors import IndefiniteError, InfeasibleError, KinkError, KinkWarning, StationarityWarning
+from implicitlayer._errors import IndefiniteError, InfeasibleError, StationarityWarning
 from implicitlayer.base._active_set import ActiveSet
 from implicitlayer.base._failures import refuse, standing
 from implicitlayer.base._sharding import Sharding, mesh_of, whole
 from implicitlayer.base._surroundings import out_of_inference, outside_compiled_code, plain_surroundings
 from implicitlayer.base._tree import TreeSpec, flatten, name_lanes, ravel, tree_map, unflatten
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
-from implicitlayer.base._warn import warn
+from implicitlayer.base._warn import tell_kink, warn
 from implicitlayer.constrained._prox_equation import At, ProxProblem, ProxResidual, positive, refuse_detached
 from implicitlayer.equation._capture import ClosedOver
 from implicitlayer.equation._flat import Reading, Signature, call_with, flat_function
@@ -31,8 +31,6 @@ from implicitlayer.layer._forward import Constraints
 from implicitlayer.layer._layer import ImplicitLayer, without_aux
 from implicitlayer.linear._operator import is_for_symmetric
 from implicitlayer.sets._term import expand_like, largest_of, resolve
-
-__all__ = ["ProxLayer"]
 
 _NEAR = 1e-3  # ||F|| over the size of x and eta grad f, above which an answer is no solution
 _ROUNDINGS = 4  # of x - eta grad f (the data, a product, a sum), in units of eps of its largest entry
@@ -241,9 +239,7 @@ class ProxLayer(ImplicitLayer):
                 f"{float(found.tolerance.max()):.1e}). The solution bends there, and its derivative is that of one "
                 "side. See record.active_set.kinks."
             )
-            if on_failure == "raise":
-                raise KinkError(message)
-            warn(message, KinkWarning, "kink")
+            tell_kink(message, "kink", on_failure)
 
 
 def _examined(at: At, x_spec: TreeSpec) -> _Found:

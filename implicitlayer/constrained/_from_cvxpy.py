@@ -17,12 +17,9 @@ import torch
 
 from implicitlayer import _torch
 from implicitlayer.base._sharding import on_whole_tensors
-from implicitlayer.constrained._conic import cone_program
+from implicitlayer.constrained._conic import Cones, cone_program
 from implicitlayer.constrained._qp import qp
 from implicitlayer.constrained._qp_sparse import Entries
-from implicitlayer.programs._cones import Cones
-
-__all__ = ["CvxpyLayer", "from_cvxpy"]
 
 _LARGE = 300  # unknowns from which on a single program is faster with sparse matrices
 _SETTINGS = {"solver", "linear_solver", "on_failure", "active_rtol", "at_kink"}

@@ -16,8 +16,8 @@ from implicitlayer.base._surroundings import outside_compiled_code
 from implicitlayer.base._tree import TreeSpec, flatten_with_names
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.constrained._kkt_answer import Caller
-from implicitlayer.constrained._kkt_finder import Finder
 from implicitlayer.constrained._kkt_lagrangian import ConditionsResidual, Form, Lagrangian, masked
+from implicitlayer.constrained._kkt_point import Finder
 from implicitlayer.equation._capture import ClosedOver
 from implicitlayer.equation._distance import AnswerCheck
 from implicitlayer.equation._flat import Signature
@@ -28,8 +28,6 @@ from implicitlayer.layer._roles import check_linear_solver, check_roles
 from implicitlayer.layer._verdict import tell_step_limit
 from implicitlayer.programs._kkt_active import ActiveConstraints, Tolerances, stacked
 from implicitlayer.programs._kkt_linear import KktSolver
-
-__all__ = ["ConstrainedLayer", "Multipliers", "constrained_argmin"]
 
 AtKink = Literal["inactive", "active"]
 

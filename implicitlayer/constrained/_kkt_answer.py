@@ -18,8 +18,6 @@ from implicitlayer.constrained._kkt_lagrangian import ConstrainedProblem, Form
 from implicitlayer.layer._forward import _check_leaf, called
 from implicitlayer.programs._kkt_multipliers import Known
 
-__all__ = ["Answer", "Caller"]
-
 
 @dataclass(frozen=True, eq=False)
 class Answer:

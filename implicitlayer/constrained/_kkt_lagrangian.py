@@ -26,8 +26,6 @@ from implicitlayer.base._types import FlatFunction, Leaves
 from implicitlayer.equation._capture import derivatives_possible, find_closed_over, run_undifferentiated
 from implicitlayer.equation._residual import Residual, check_value, slope
 
-__all__ = ["ConditionsResidual", "ConstrainedProblem", "Form", "Lagrangian", "Unknowns", "masked"]
-
 
 class Unknowns(NamedTuple):
     """z of NOTE [the scalar]: x in its own structure, multipliers [*lanes, e], [*lanes, m], the mask a [*lanes, m]."""

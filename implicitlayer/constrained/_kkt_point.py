@@ -1,24 +1,27 @@
-"""A problem of ``il.constrained_argmin`` at the answer of its solver: optimality conditions, error, a Newton step."""
+"""The user's solver inside ``il.constrained_argmin``, and the problem at its answer: multipliers, polish, borders."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 
 from implicitlayer._errors import NonFiniteError
-from implicitlayer.base._failures import over_lanes, refuse
+from implicitlayer.base._failures import over_lanes, refuse, replaced
+from implicitlayer.base._solution import SolverResult
 from implicitlayer.base._status import Status
 from implicitlayer.base._tree import TreeSpec, flatten, name_lanes, ravel, unflatten, unravel
 from implicitlayer.base._types import Leaves
+from implicitlayer.constrained._kkt_answer import Caller
 from implicitlayer.constrained._kkt_lagrangian import ConstrainedProblem, Unknowns
 from implicitlayer.equation._jacobian import Jacobian
 from implicitlayer.equation._residual import Residual, gradient_of
-from implicitlayer.programs._kkt_active import Conditions, length_of_step
+from implicitlayer.programs._interior_point_step import norm_of
+from implicitlayer.programs._kkt_active import ActiveConstraints, Conditions, Tolerances, length_of_step
 from implicitlayer.programs._kkt_linear import KktSolver
-
-__all__ = ["PointOfProblem"]
+from implicitlayer.programs._kkt_multipliers import multipliers_of_lanes
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +59,7 @@ class PointOfProblem:
         )  # fmt: skip
         # a step of rounding to the minimum of the objective alone: the gradient is H times that of x
         still = (pull > 0) & (pull <= 16 * eps * found.size)
-        found = replace(found, at_rest=torch.where(still, _norm(slope) * found.size / pull, 0.0))
+        found = replace(found, at_rest=torch.where(still, norm_of(slope) * found.size / pull, 0.0))
         terms = torch.cat([found.gradient, found.h, rows_h.flatten(-2), found.g, rows_g.flatten(-2)], -1)
         finite = terms.isfinite().all(-1)
         if not bool(finite.all()):
@@ -123,16 +126,68 @@ class PointOfProblem:
             solution = solver(operator, slope)
             moved = unravel(ravel(at, lane_dims) - solution.value, at, lane_dims)
             after = flat_slopes(moved)
-        better = (solution.codes <= Status.STAGNATED) & (_norm(after) < _norm(slope))  # usable, see Status
+        better = (solution.codes <= Status.STAGNATED) & (norm_of(after) < norm_of(slope))  # usable, see Status
         if not bool(better.any()):
             return None
-        chosen = [
-            torch.where(better.reshape(better.shape + (1,) * (new.ndim - lane_dims)), new, old)
-            for new, old in zip(moved, at, strict=True)
-        ]
+        chosen = replaced(better, at, moved)
         return chosen[:k], chosen[k].double(), chosen[k + 1].double()
 
 
-def _norm(vectors: torch.Tensor) -> torch.Tensor:
-    norms: torch.Tensor = torch.linalg.vector_norm(vectors, dim=-1)
-    return norms
+@dataclass(eq=False)
+class Finder:
+    """Makes z of NOTE [the scalar] of the answer of a solver.
+
+    The lanes of vmap come here one at a time (``implicitlayer.layer._forward``) unless the solver is batched; those
+    of ``batch_dims`` always come together, and what is done with the answer is done for all of them at once.
+
+    Attributes:
+        call: the user's solver.
+        tolerances, hold_kinks, polish: as in :func:`constrained_argmin`.
+        found: the active set of each call of this object.
+        num_polished: Newton steps kept in all calls.
+    """
+
+    call: Caller
+    tolerances: Tolerances
+    hold_kinks: bool
+    polish: int
+    found: list[ActiveConstraints] = field(default_factory=list)
+    num_polished: int = 0
+
+    @property
+    def batched(self) -> bool:
+        """Whether this is to be called once for all lanes of vmap."""
+        return self.call.batched
+
+    def __call__(self, scalar: Callable[..., torch.Tensor], start: Unknowns, *theta: Any) -> SolverResult:
+        """z with the shapes of ``start``, and how the solver ended."""
+        problem = ConstrainedProblem(scalar, start, self.call.forms)
+        init, spec = flatten(start.x)
+        answer = self.call(problem, init, spec, theta, start.equality.shape[:-1])
+        x, point = answer.x, PointOfProblem(problem, spec, theta, init)
+        at = point.conditions(x)
+        near = at.near(self.tolerances.active_rtol)
+        y, z = multipliers_of_lanes(at.gradient, at.rows_h, at.rows_g, near, answer.known)
+        for _ in range(self.polish):
+            _, held = self._classify(at, y, z)
+            better = point.newton_step(x, y, torch.where(held, z, 0.0), held)
+            if better is None:
+                break
+            x, y, z = better
+            self.num_polished += 1
+            at = point.conditions(x)
+        active, held = self._classify(at, y, z)
+        rtol = self.tolerances.stationarity_rtol
+        if rtol is not None and bool((active.stationarity <= rtol).any()):
+            wrong_by = point.error(x, active.equality, active.inequality)
+            # how far an answer is off that is none, nobody knows
+            wrong_by = torch.where(active.stationarity <= rtol, wrong_by, 0.0)
+            active, held = self._classify(at, y, z, wrong_by)
+        self.found.append(active)
+        rest = (active.equality, torch.where(held, active.inequality, 0.0), held)
+        return answer.result(Unknowns(unflatten(x, spec), *(t.to(x[0].dtype) for t in rest)))
+
+    def _classify(
+        self, at: Conditions, y: torch.Tensor, z: torch.Tensor, wrong_by: torch.Tensor | None = None
+    ) -> tuple[ActiveConstraints, torch.Tensor]:
+        return at.active_set(y, z, self.tolerances.active_rtol, self.hold_kinks, wrong_by)

@@ -30,8 +30,6 @@ from implicitlayer.equation._residual import Attached, Residual, check_value, no
 from implicitlayer.equation._state import edges_into
 from implicitlayer.sets._term import expand_like, largest_of, resolve
 
-__all__ = ["At", "ProxProblem", "ProxResidual"]
-
 # A solution may be zero, and an answer near it as far from it, or outside of the set, as its solver's rounding:
 # distances are then compared with this power of eps times the size of y (6e-6 of it in float64).
 FLOOR = 1 / 3

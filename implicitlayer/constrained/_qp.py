@@ -34,8 +34,6 @@ from implicitlayer.programs._kkt_active import Tolerances
 from implicitlayer.programs._kkt_linear import KktSolver
 from implicitlayer.programs._qp_rank import independent_equations
 
-__all__ = ["qp"]
-
 _STATIONARITY_RTOL = 1e-6
 _SIDES, _POLICIES, _MOVES = get_args(AtKink), get_args(OnFailure), ("error", "closest")
 
@@ -268,7 +266,7 @@ def _sparse_gradients(
     """The gradients of a sparse program by way of the dense one: differentiable to every order."""
     given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
     with torch.enable_grad():
-        Q, A, G = (place.with_values(t).dense() for place, t in zip(matrices, data[::2], strict=True))
+        Q, A, G = (replace(place, values=t).dense() for place, t in zip(matrices, data[::2], strict=True))
         outputs = _solution((Q, data[1], A, data[3], G, data[5]), torch.Size([]), settings)
         wanted = [t for t, need in zip(data, needed, strict=True) if need]
         weights = [cotangents[i] for i in given]

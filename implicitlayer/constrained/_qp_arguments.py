@@ -17,8 +17,6 @@ from implicitlayer import _torch
 from implicitlayer.constrained._kkt import Multipliers
 from implicitlayer.constrained._qp_sparse import Entries, is_sparse
 
-__all__ = ["RANKS", "Fold", "arguments", "on_all_levels"]
-
 _NO_BOUND = 1e20
 # How many dimensions of each argument belong to one program.
 RANKS = {"Q": 2, "p": 1, "A": 2, "b": 1, "G": 2, "h": 1, "lower": 1, "lb": 1, "ub": 1}

@@ -24,12 +24,10 @@ from collections.abc import Callable
 
 import torch
 
-from implicitlayer._errors import InfeasibleError, KinkError, KinkWarning, NotConvergedError
+from implicitlayer._errors import InfeasibleError, NotConvergedError
 from implicitlayer.base._types import OnFailure
-from implicitlayer.base._warn import warn
+from implicitlayer.base._warn import tell_kink
 from implicitlayer.linear._common import NOISE
-
-__all__ = ["UNSOLVED", "closest"]
 
 # a contradiction too small for a certificate keeps the interior point from an answer
 UNSOLVED = (InfeasibleError, NotConvergedError)
@@ -83,9 +81,7 @@ def _moved(data: Program, solve: Solve, on_failure: OnFailure, error: Exception)
             "every change of A and G raises: then x jumps. The derivative is that for changes that keep the rank; "
             "those in p, b, h and Q are not concerned. Detach A and G if they are constants."
         )
-        if on_failure == "raise":
-            raise KinkError(message)
-        warn(message, KinkWarning, "dependent")
+        tell_kink(message, "dependent", on_failure)
     of_all = rows[held] @ (torch.linalg.pinv(rows[held], rtol=rtol) @ sides[held])
     shift = torch.zeros_like(sides).masked_scatter(held, (of_all - sides[held]).detach())
     if not bool((shift[e:] >= 0).all()):

@@ -22,8 +22,6 @@ from implicitlayer.equation._capture import derivatives_possible
 from implicitlayer.equation._solve import alive, over_batched_vectors
 from implicitlayer.linear._operator import default_rtol
 
-__all__ = ["ProvedProgram", "by_data", "in_plain_surroundings"]
-
 Pull = list[torch.Tensor | None]
 # (x, y, z and mask of the proof, data, cotangents of these four, which data need a gradient) -> their gradients
 General = Callable[[Leaves, Leaves, Pull, tuple[bool, ...]], Pull]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,10 +25,11 @@ from implicitlayer.base._tree import name_lanes
 from implicitlayer.base._types import OnFailure
 from implicitlayer.constrained._kkt_lagrangian import Unknowns
 from implicitlayer.programs._backends import ActiveSet, Search
-from implicitlayer.programs._interior_point import Data, ProgramStatus, QuadraticSolution, interior_point
+from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolution, interior_point
+from implicitlayer.programs._interior_point_step import Data, flat_lanes, times
 from implicitlayer.programs._kkt_active import ActiveConstraints, Tolerances
 from implicitlayer.programs._kkt_linear import Factors, KktFactors, KktMatrices, PartedFactors
-from implicitlayer.programs._kkt_multipliers import multipliers
+from implicitlayer.programs._kkt_multipliers import multipliers_of_lanes
 from implicitlayer.programs._qp_cold import LanesProof, cold_lanes, guessed_lanes
 from implicitlayer.programs._qp_exact import (
     ENOUGH,
@@ -46,8 +46,6 @@ from implicitlayer.programs._qp_exact import (
 from implicitlayer.programs._qp_rank import Equations, RankFactors, independent_equations
 from implicitlayer.programs._qp_single import SingleProof, exact_cold, exact_guess, exact_near
 from implicitlayer.programs._qp_terms import Mask, SingleProgram
-
-__all__ = ["Proof", "QuadraticSolver", "full_data", "searched"]
 
 Proof = SingleProof | LanesProof
 
@@ -133,7 +131,7 @@ class QuadraticSolver:
             assert not isinstance(factors, KktMatrices)
             factors = RankFactors(factors, self.equations, given[2])
             independent = active.independent & ~self.equations.deficient
-            old = self.equations.old_multipliers(active.equality)
+            old = times(self.equations.to_new.mT, active.equality)
             active = replace(active, equality=old, independent=independent)
         self.found.append(replace(active, found_by=self._name(proof), shift=self.shift))
         self.prepared.append(factors)
@@ -202,7 +200,7 @@ class QuadraticSolver:
             if equations is None:
                 return self._exact(program, self._answer(program, self.solver))
             answer = self._answer(self.given, self.solver)  # of the equations as they were given
-            return self._exact(program, replace(answer, equality=equations.new_multipliers(answer.equality)))
+            return self._exact(program, replace(answer, equality=times(equations.of_old, answer.equality)))
         _refuse_indefinite(program[0], eps)
         if not isinstance(proof, LanesProof):
             return self._exact(program, interior_point(program, _LATE))
@@ -228,14 +226,12 @@ class QuadraticSolver:
         lanes = program[1].shape[:-1]
         if getattr(solver, "batched", False):
             return self._read(solver(*program), program)
-        flat = [t.reshape(lanes.numel(), *t.shape[len(lanes) :]) for t in program]
-        answers = []
-        for i in range(lanes.numel()):
-            one: Data = tuple(t[i] for t in flat)  # type: ignore[assignment]
-            answers.append(self._read(solver(*one), one))
+        programs = zip(*flat_lanes(program), strict=True)
+        answers = [self._read(solver(*one), one) for one in programs]
         names = QuadraticSolution.__dataclass_fields__
-        stacks = {name: torch.stack([getattr(answer, name) for answer in answers]) for name in names}
-        return QuadraticSolution(**{name: t.reshape((*lanes, *t.shape[1:])) for name, t in stacks.items()})
+        return QuadraticSolution(*(torch.stack([getattr(a, name) for a in answers]) for name in names)).reshaped(
+            1, lanes
+        )
 
     def _read(self, answer: Any, program: Data) -> QuadraticSolution:
         """What a solver returned, with multipliers fitted where it gave none."""
@@ -261,15 +257,8 @@ class QuadraticSolver:
     def _fitted(self, program: Data, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         at = conditions(program, x, x.dtype)
         near = at.near(max(self.tolerances.active_rtol, 1e-5))
-        lanes = x.shape[:-1]
-        if not lanes:
-            return multipliers(at.gradient, at.rows_h, at.rows_g, near)
-        pairs = []
-        for lane in itertools.product(*(range(size) for size in lanes)):
-            parts = (at.gradient, at.rows_h, at.rows_g, near)
-            pairs.append(multipliers(*(t[lane] for t in parts)))
-        y, z = (torch.stack(parts) for parts in zip(*pairs, strict=True))
-        return y.reshape(*lanes, -1), z.reshape(*lanes, -1)
+        known = [(None, None)] * x.shape[:-1].numel()
+        return multipliers_of_lanes(at.gradient, at.rows_h, at.rows_g, near, known)
 
     def _exact(self, program: Data, answer: QuadraticSolution) -> tuple[Exact, torch.Tensor]:
         """The solution next to the answer, and the mask of inequalities that stay undecided."""

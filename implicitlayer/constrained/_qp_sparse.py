@@ -19,8 +19,6 @@ from implicitlayer.base._types import Leaves
 from implicitlayer.programs._qp_single import SingleProof
 from implicitlayer.programs._sparse_program import SparseProgram, sparse_proof
 
-__all__ = ["Entries", "is_sparse", "made_dense", "pulled", "sparse_proof_of"]
-
 _LAYOUTS = (torch.sparse_coo, torch.sparse_csr)
 _MOST = 50_000_000  # entries of the matrices of a program that is made dense: 400 MB
 
@@ -92,10 +90,6 @@ class Entries:
 
     def __neg__(self) -> Entries:
         return replace(self, values=-self.values)
-
-    def with_values(self, values: torch.Tensor) -> Entries:
-        """The same places with other values."""
-        return replace(self, values=values)
 
     def times(self, vector: torch.Tensor) -> torch.Tensor:
         """The product with a vector [*lanes, n], differentiable."""

@@ -93,13 +93,10 @@ def closed_over_tensors(function: Callable[..., Any], args: tuple[Any, ...]) -> 
 
     What two runs do not both meet was made inside, by a call that no TorchFunctionMode sees.
     """
-    first, second = (_all(find_closed_over(function, args)) for _ in range(2))
+    runs = [find_closed_over(function, args) for _ in range(2)]
+    first, second = ([*found, *(tensor for tensor, _ in found.constants)] for found in runs)
     again = {id(tensor) for tensor in second}
     return [tensor for tensor in first if id(tensor) in again]
-
-
-def _all(found: ClosedOver) -> Leaves:
-    return [*found, *(tensor for tensor, _ in found.constants)]
 
 
 def probe(problem: Problem) -> tuple[list[Facts], list[Facts]]:

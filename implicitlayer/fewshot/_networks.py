@@ -17,10 +17,16 @@ from torch import Tensor
 from implicitlayer.base._numbers import check_integer
 from implicitlayer.fewshot._batch_norm import EPSILON, batch_norm_relu
 from implicitlayer.fewshot._conv4_loss import Conv4Loss, Evaluation
-from implicitlayer.fewshot._convolution import convolution, convolution_relu
-from implicitlayer.fewshot._kernels import hand_written, keep_freed_memory, mapped, needs_plain_operations
+from implicitlayer.fewshot._kernels import (
+    convolution,
+    convolution_relu,
+    hand_written,
+    keep_freed_memory,
+    mapped,
+    max_pool,
+    needs_plain_operations,
+)
 from implicitlayer.fewshot._parameters import DrawnNetwork, stacked_parameters
-from implicitlayer.fewshot._pooling import max_pool
 from implicitlayer.fewshot._task_losses import check_labels, task_accuracy, task_cross_entropy
 
 Downsample = Literal["stride", "max_pool"]

@@ -102,7 +102,9 @@ class Bicgstab(KrylovSolver):
             r = torch.addcmul(s, _column(cosine, s), unit, value=-1)
             norm = lanes.keep(lane_norm(r), norm)
             lanes.settle(norm <= start.stop, int(Status.CONVERGED))
-        return Correction(x, lanes.codes, lanes.steps_made(), norm, growth=growth)
+        return Correction(
+            x, lanes.codes, torch.where(lanes.keep.running, lanes.products, lanes.steps), norm, growth=growth
+        )
 
 
 class _Lanes:
@@ -113,40 +115,36 @@ class _Lanes:
     """
 
     def __init__(self, start: Round) -> None:
-        self.keep, self._start, self._products = Keep(start.running), start, 0
+        self.keep, self._start, self.products = Keep(start.running), start, 0
         self._on_host = start.running.device.type == "cpu"
         self._least = int(start.steps_left.min()) if self._on_host else 0
         self.codes = torch.where(start.running, LIMIT, int(Status.CONVERGED))
-        self._steps = torch.zeros_like(self.codes)
+        self.steps = torch.zeros_like(self.codes)
 
     def settle(self, mask: torch.Tensor, code: int) -> None:
         """The running lanes of ``mask`` end with ``code``."""
         mask = mask if self.keep.all else mask & self.keep.running
         if self._on_host and not bool(mask.any()):
             return
-        self.codes, self._steps = self.codes.masked_fill(mask, code), self._steps.masked_fill(mask, self._products)
+        self.codes, self.steps = self.codes.masked_fill(mask, code), self.steps.masked_fill(mask, self.products)
         self.keep = Keep(self.keep.running & ~mask)
 
     def after_product(self, norm: torch.Tensor, fine: torch.Tensor) -> None:
         """One more product, of this norm; where it is not ``fine``, which NaN is not, the method has broken down."""
-        self._products += 1
+        self.products += 1
         if not (self._on_host and bool(fine.all())):
             self.settle(~norm.isfinite(), int(Status.NONFINITE))
             self.settle(~fine, CONTINUE)
 
     def go_on(self, step: int) -> bool:
         """Whether a lane runs, after the end of those that have made their last step."""
-        if self._products >= self._least:
-            self.settle(self._start.steps_left <= self._products, LIMIT)
+        if self.products >= self._least:
+            self.settle(self._start.steps_left <= self.products, LIMIT)
         return self.keep.all or any_runs(self.keep.running, step)
 
     def live(self, vector: torch.Tensor) -> torch.Tensor:
         """The vector [*lanes, n] with zeros in lanes that have ended."""
         return vector if self.keep.all else select(self.keep.running, vector)
-
-    def steps_made(self) -> torch.Tensor:
-        """Products that each lane has used."""
-        return torch.where(self.keep.running, self._products, self._steps)
 
 
 def _column(coefficient: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:

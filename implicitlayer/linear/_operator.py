@@ -11,10 +11,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from implicitlayer.base._extension import Extension
 from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._status import Status
 from implicitlayer.base._tree import flatten, ravel, unflatten, unravel
+from implicitlayer.base._types import Extension
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 

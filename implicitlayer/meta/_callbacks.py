@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Callback"]
-
 EVENTS = ("on_start", "on_step", "on_validation", "on_checkpoint", "on_end")
 
 

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +30,12 @@ class Copies:
     dims: tuple[int, ...]
 
     @classmethod
-    def of(cls, theta: Any) -> Copies | None:
-        """Those of DTensors in ``theta``; None without any. All processes make this call."""
-        pairs = zip(*flatten_with_names(theta, "theta"), strict=True)
+    def of(cls, theta: Any, own: Sequence[torch.Tensor] = ()) -> Copies | None:
+        """Those of DTensors in ``theta`` and the method's ``own``; None without any. All processes make this call."""
+        pairs = [
+            *zip(*flatten_with_names(theta, "theta"), strict=True),
+            *((t, "a parameter of the method") for t in own),
+        ]
         named = [(leaf, name) for leaf, name in pairs if is_sharded(leaf)]
         if not named:
             return None

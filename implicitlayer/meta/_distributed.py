@@ -57,13 +57,15 @@ class WorkerGroup:
     copies: Copies | None = None
 
     @staticmethod
-    def current(device: torch.device | str = "cpu", theta: PyTree = ()) -> WorkerGroup:
+    def current(
+        device: torch.device | str = "cpu", theta: PyTree = (), own: Sequence[torch.Tensor] = ()
+    ) -> WorkerGroup:
         """The default group of ``torch.distributed`` if one is initialised, else this process alone.
 
-        All processes make this call if ``theta`` holds DTensors.
+        All processes make this call if ``theta``, or the ``own`` parameters of a method, hold DTensors.
         """
         if dist.is_available() and dist.is_initialized():
-            return WorkerGroup(dist.get_rank(), dist.get_world_size(), torch.device(device), Copies.of(theta))
+            return WorkerGroup(dist.get_rank(), dist.get_world_size(), torch.device(device), Copies.of(theta, own))
         return WorkerGroup(device=torch.device(device))
 
     @property

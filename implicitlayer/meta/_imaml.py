@@ -14,6 +14,7 @@ from implicitlayer.equation._repair import NegativeCurvature
 from implicitlayer.layer import Proximal
 from implicitlayer.linear import ConjugateGradient
 from implicitlayer.meta._checks import PerTask
+from implicitlayer.meta._first_order import LastStep, StepSizeGradient, check_step_size_gradient
 from implicitlayer.meta._method import (
     MetaMethod,
     StrengthLike,
@@ -27,7 +28,6 @@ from implicitlayer.meta._method import (
 )
 from implicitlayer.meta._recording import RecordedCall, ReplayedProducts, recordings_of
 from implicitlayer.meta._settings import EXECUTION
-from implicitlayer.meta._step import LastStep, StepSizeGradient, check_step_size_gradient
 from implicitlayer.solvers._gradient_descent import GradientDescent
 
 

@@ -13,9 +13,8 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
-from implicitlayer.base._extension import Extension
 from implicitlayer.base._tree import flatten, tree_map
-from implicitlayer.base._types import PyTree
+from implicitlayer.base._types import Extension, PyTree
 from implicitlayer.layer import MatrixStrength, OperatorStrength, proximal
 from implicitlayer.meta._checks import PerTask, check_batch_leaves, check_one_per_task, check_theta
 

@@ -97,8 +97,7 @@ class TrainerState:
             require_tensorboard()
             if self.run_dir is None:
                 raise ValueError("tensorboard=True writes into the run folder. Give run_dir.")
-        own = self.method.parameters()
-        self._group = WorkerGroup.current(self._leaves[0].device, (self.theta, own) if own else self.theta)
+        self._group = WorkerGroup.current(self._leaves[0].device, self.theta, self.method.parameters())
         self._folder = None if self.run_dir is None else RunFolder(Path(self.run_dir), self._group)
         self._chunk = self.tasks_per_chunk
         self._validation_is_due = False

@@ -35,8 +35,6 @@ from implicitlayer.linear._warm_start import WarmStart
 from implicitlayer.outer._result import BilevelResult
 from implicitlayer.solvers._progress import Iteration, reporting
 
-__all__ = ["bilevel"]
-
 _ETA = 0.1  # error of a gradient over its norm
 _FIRST = 1e-2  # the tolerance to begin with, relative to the gradient at init and to the cotangent
 _LOOSEST = 0.1

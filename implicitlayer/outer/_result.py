@@ -9,8 +9,6 @@ from typing import Any
 from implicitlayer.base._optional import extra
 from implicitlayer.base._status import Status
 
-__all__ = ["BilevelResult"]
-
 
 @dataclass(frozen=True, eq=False)
 class BilevelResult:

@@ -30,8 +30,6 @@ try:
 except ImportError as error:
     raise ImportError('il.ImplicitSearchCV needs scikit-learn: pip install "implicitlayer[sklearn]".') from error
 
-__all__ = ["ImplicitSearchCV"]
-
 _MODELS: dict[type, Any] = {
     Ridge: RidgeModel,
     Lasso: LassoModel,

@@ -15,8 +15,6 @@ from implicitlayer.api._argmin import argmin
 from implicitlayer.layer._layer import ImplicitLayer
 from implicitlayer.sets._regularizers import ElasticNet
 
-__all__: list[str] = []
-
 Tensors = dict[str, torch.Tensor]
 Settings = dict[str, tuple[Any, ...]]
 

@@ -17,10 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from implicitlayer.programs._interior_point import Data, ProgramStatus, QuadraticSolution
+from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolution
+from implicitlayer.programs._interior_point_step import flat_lanes
 from implicitlayer.programs._qp_cold import cold_lanes
-
-__all__ = ["DAQP", "ActiveSet", "Moreau", "ProxQP", "QPSolvers", "Search", "fastest"]
 
 Vector = npt.NDArray[np.float64]
 # x, y, z of one program, or None where it was not solved
@@ -65,9 +64,8 @@ class Search:
     def __call__(
         self, Q: torch.Tensor, p: torch.Tensor, A: torch.Tensor, b: torch.Tensor, G: torch.Tensor, h: torch.Tensor
     ) -> QuadraticSolution:
-        data: Data = (Q, p, A, b, G, h)
         lanes = p.shape[:-1]
-        arrays = [t.detach().reshape(lanes.numel(), *t.shape[len(lanes) :]).cpu().numpy() for t in data]
+        arrays = [t.detach().cpu().numpy() for t in flat_lanes((Q, p, A, b, G, h))]
         sizes = p.shape[-1], b.shape[-1], h.shape[-1]
         found = [np.zeros((lanes.numel(), size)) for size in sizes]
         codes = np.full(lanes.numel(), int(ProgramStatus.MAX_STEPS_REACHED))

@@ -24,14 +24,21 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from implicitlayer.programs._interior_point_single import iterate_single
-from implicitlayer.programs._interior_point_step import FARTHEST, PATIENCE, TO_BOUNDARY, Data, Newton, Point, times
-
-__all__ = ["Data", "ProgramStatus", "QuadraticSolution", "interior_point"]
+from implicitlayer.programs._interior_point_single import Outcome, iterate_single
+from implicitlayer.programs._interior_point_step import (
+    FARTHEST,
+    PATIENCE,
+    TO_BOUNDARY,
+    Data,
+    Newton,
+    Point,
+    flat_lanes,
+    times,
+)
 
 _FAR = 1e4  # FARTHEST for a lane that has found no solution either
 _NEARLY = 1e-6  # a lane that ends below this error has a solution: rounding stopped it, or the step limit
@@ -101,6 +108,11 @@ class QuadraticSolution:
             values[mask] = getattr(other, name)
         return QuadraticSolution(**filled)
 
+    def reshaped(self, num_dims: int, lanes: tuple[int, ...]) -> QuadraticSolution:
+        """The same lanes in other dimensions than the ``num_dims`` that they have."""
+        parts = (getattr(self, name) for name in self.__dataclass_fields__)
+        return QuadraticSolution(*(t.reshape((*lanes, *t.shape[num_dims:])) for t in parts))
+
 
 # (step, x [*lanes, n], largest violation of a condition of optimality [*lanes]), once per pass of the first attempt
 Report = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -115,7 +127,7 @@ def interior_point(
     has no solution, or when rounding stops its progress; the others go on.
     """
     lanes = data[1].shape[:-1]
-    flat: Data = tuple(t.reshape(lanes.numel(), *t.shape[len(lanes) :]) for t in data)  # type: ignore[assignment]
+    flat = flat_lanes(data)
     finite = torch.stack([t.isfinite().flatten(1).all(-1) for t in flat]).all(0)
     if not bool(finite.all()):
         flat = tuple(torch.where(_like(finite, t), t, 0.0) for t in flat)  # type: ignore[assignment]
@@ -133,15 +145,15 @@ def interior_point(
         solved = (other.codes == int(ProgramStatus.SOLVED)) | (other.error <= _NEARLY)
         for name in QuadraticSolution.__dataclass_fields__:
             getattr(found, name)[again[solved]] = getattr(other, name)[solved]
-    parts = (found.x, found.equality, found.inequality, torch.where(finite, found.codes, int(ProgramStatus.NONFINITE)))
-    return QuadraticSolution(*(t.reshape((*lanes, *t.shape[1:])) for t in (*parts, found.steps, found.error)))
+    codes = torch.where(finite, found.codes, int(ProgramStatus.NONFINITE))
+    return replace(found, codes=codes).reshaped(1, lanes)
 
 
 def _solve(
     data: Data, size: torch.Tensor, rtol: float, max_steps: int, report: Report | None = None
 ) -> QuadraticSolution:
     """Solve lanes [B] of finite data, whose solutions are taken to be of this size."""
-    unit, program = _normalise(data, size)
+    restored, program = _normalise(data, size)
     tell = None
     if report is not None:
         tell = lambda step, x, error: report(step, x * size[:, None], error)  # noqa: E731
@@ -150,7 +162,7 @@ def _solve(
     lost = (codes == int(ProgramStatus.MAX_STEPS_REACHED)) & (found.error > _NEARLY)
     if bool(lost.any()):
         codes[lost] = _why(tuple(t[lost] for t in program), rtol, max_steps)  # type: ignore[arg-type]
-    x, y, z = unit.restore(found.x, found.equality, found.inequality)
+    x, y, z = restored(found.x, found.equality, found.inequality)
     return QuadraticSolution(x, y, z, codes, found.steps.clone(), found.error.clone())
 
 
@@ -177,21 +189,11 @@ def _largest(tensor: torch.Tensor) -> torch.Tensor:
     return flat.abs().amax(-1) if flat.shape[-1] else flat.new_zeros(flat.shape[0])
 
 
-@dataclass(frozen=True, eq=False)
-class _Unit:
-    """x = size x~, rows divided by their norms, the objective by ``cost``: no scale of the data matters."""
+def _normalise(data: Data, size: torch.Tensor) -> tuple[Callable[..., tuple[torch.Tensor, ...]], Data]:
+    """x = size x~, rows divided by their norms, the objective by its cost: no scale of the data matters.
 
-    size: torch.Tensor
-    cost: torch.Tensor
-    rows_equality: torch.Tensor
-    rows_inequality: torch.Tensor
-
-    def restore(self, x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        size, cost = self.size[:, None], self.cost[:, None]
-        return x * size, y * cost / (size * self.rows_equality), z * cost / (size * self.rows_inequality)
-
-
-def _normalise(data: Data, size: torch.Tensor) -> tuple[_Unit, Data]:
+    What brings x, y and z back into the units of the data, and the program.
+    """
     Q, p, A, b, G, h = data
     Q = (Q + Q.mT) / 2
     rows = [torch.linalg.vector_norm(t, dim=-1) for t in (A, G)]
@@ -200,8 +202,12 @@ def _normalise(data: Data, size: torch.Tensor) -> tuple[_Unit, Data]:
     Q, p = Q * (size**2)[:, None, None], p * size[:, None]
     cost = torch.maximum(_largest(Q), _largest(p))
     cost = torch.where(cost > 0, cost, 1.0)
-    unit = _Unit(size, cost, equality, inequality)
-    return unit, (Q / cost[:, None, None], p / cost[:, None], A, b / size[:, None], G, h / size[:, None])
+
+    def restored(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        unit, force = size[:, None], cost[:, None]
+        return x * unit, y * force / (unit * equality), z * force / (unit * inequality)
+
+    return restored, (Q / cost[:, None, None], p / cost[:, None], A, b / size[:, None], G, h / size[:, None])
 
 
 def _iterate(data: Data, rtol: float, max_steps: int, report: Report | None = None) -> QuadraticSolution:
@@ -215,12 +221,16 @@ def _iterate_single(data: Data, rtol: float, max_steps: int, report: Report | No
     if report is not None:
         tell = lambda step, x, error: report(step, torch.from_numpy(x)[None], data[1].new_tensor([error]))  # noqa: E731
     found = iterate_single(data, rtol, max_steps, lambda: bool(_definite(data[0]).all()), tell)
+    x, y, z = (torch.from_numpy(part)[None] for part in (found.x, found.y, found.z))
+    numbers = torch.tensor([code_of(found)]), torch.tensor([found.steps]), x.new_tensor([found.error])
+    return QuadraticSolution(x, y, z, *numbers)
+
+
+def code_of(found: Outcome) -> int:
+    """A :class:`ProgramStatus`."""
     code = ProgramStatus.UNBOUNDED if found.unbounded else ProgramStatus.MAX_STEPS_REACHED
     code = ProgramStatus.INFEASIBLE if found.infeasible else code
-    code = ProgramStatus.SOLVED if found.solved else code
-    x, y, z = (torch.from_numpy(part)[None] for part in (found.x, found.y, found.z))
-    numbers = torch.tensor([int(code)]), torch.tensor([found.steps]), x.new_tensor([found.error])
-    return QuadraticSolution(x, y, z, *numbers)
+    return int(ProgramStatus.SOLVED if found.solved else code)
 
 
 def _iterate_lanes(data: Data, rtol: float, max_steps: int, report: Report | None) -> QuadraticSolution:

@@ -27,8 +27,6 @@ from implicitlayer.programs._interior_point_step import (
     Newton,
 )
 
-__all__ = ["Array", "Maps", "Outcome", "Until", "iterate", "iterate_single", "product", "triangular_solves"]
-
 Array = npt.NDArray[np.float64]
 Product = Callable[[Array], Array]
 

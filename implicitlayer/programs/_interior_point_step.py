@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["FARTHEST", "INDEPENDENT", "PATIENCE", "SHIFT", "TO_BOUNDARY", "Data", "Newton", "Point", "times"]
-
 SHIFT = 1e-13  # on the diagonals, relative to entries of size 1: keeps the factors of singular systems finite
 INDEPENDENT = 1e-5  # smallest pivot of A M^-1 A', relative to the largest, that is not taken for a redundant equation
 TO_BOUNDARY = 0.995  # part of the way to the boundary that a step may go
@@ -38,8 +36,19 @@ class Point:
         return Point(*(torch.where(mask[:, None], a, b) for a, b in pairs))
 
 
+def flat_lanes(data: Data) -> Data:
+    """The programs in a row, every tensor [B, ...]."""
+    lanes = data[1].shape[:-1]
+    return tuple(t.reshape(lanes.numel(), *t.shape[len(lanes) :]) for t in data)  # type: ignore[return-value]
+
+
 def times(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
     return (matrix @ vector[..., None])[..., 0]
+
+
+def norm_of(vectors: torch.Tensor) -> torch.Tensor:
+    norms: torch.Tensor = torch.linalg.vector_norm(vectors, dim=-1)
+    return norms
 
 
 class Newton:

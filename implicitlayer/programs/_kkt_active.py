@@ -18,14 +18,13 @@ from functools import cached_property
 
 import torch
 
-from implicitlayer._errors import InfeasibleError, KinkError, KinkWarning, StationarityError, StationarityWarning
+from implicitlayer._errors import InfeasibleError, StationarityError, StationarityWarning
 from implicitlayer.base._active_set import ActiveSet
 from implicitlayer.base._failures import refuse, standing
 from implicitlayer.base._tree import name_lanes
 from implicitlayer.base._types import OnFailure
-from implicitlayer.base._warn import warn
-
-__all__ = ["ABSOLUTE", "DEPENDENT", "NOISE", "ActiveConstraints", "Tolerances"]
+from implicitlayer.base._warn import tell_kink, warn
+from implicitlayer.programs._interior_point_step import norm_of, times
 
 NOISE = 1e3  # below this many eps of everything a distance is rounding
 DEPENDENT = 1e-8  # smallest eigenvalue of the products of unit rows that are independent
@@ -137,9 +136,7 @@ class ActiveConstraints(ActiveSet):
                 "these constraints consistent (of others it is one of several). Remove redundant constraints."
             )
         for kind, message in messages.items():
-            if on_failure == "raise":
-                raise KinkError(message)
-            warn(message, KinkWarning, kind)
+            tell_kink(message, kind, on_failure)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,31 +164,31 @@ class Conditions:
     @cached_property
     def norms_h(self) -> torch.Tensor:
         """Lengths of the gradients of the equations, [*lanes, e]."""
-        return _norm(self.rows_h)
+        return norm_of(self.rows_h)
 
     @cached_property
     def norms_g(self) -> torch.Tensor:
         """Lengths of the gradients of the inequalities, [*lanes, m]."""
-        return _norm(self.rows_g)
+        return norm_of(self.rows_g)
 
     @cached_property
     def size(self) -> torch.Tensor:
         """max(||x||, ||x - init||), above rounding."""
-        size = torch.maximum(_norm(self.x), _norm(self.away))
+        size = torch.maximum(norm_of(self.x), norm_of(self.away))
         return size.clamp(min=NOISE * self.eps * max(self.x.shape[-1], 1) ** 0.5)
 
     @cached_property
     def scale(self) -> torch.Tensor:
         """||grad f|| + ||H x||: the size of the terms of the gradient."""
-        return (_norm(self.gradient) + _norm(self.curved)).clamp(min=self.at_rest)
+        return (norm_of(self.gradient) + norm_of(self.curved)).clamp(min=self.at_rest)
 
     @cached_property
     def reach(self) -> torch.Tensor:
         """A length of the data, [*lanes]: NOTE [scales]."""
         parts = ((self.h, self.rows_h, self.norms_h), (self.g, self.rows_g, self.norms_g))
-        offsets = torch.cat([_over(_times(rows, self.x) - values, norms).abs() for values, rows, norms in parts], -1)
+        offsets = torch.cat([_over(times(rows, self.x) - values, norms).abs() for values, rows, norms in parts], -1)
         # a border through the origin, to rounding, tells no length
-        offsets = torch.where(offsets.isfinite() & (offsets > 1e-10 * _norm(self.x)[..., None]), offsets, 0.0)
+        offsets = torch.where(offsets.isfinite() & (offsets > 1e-10 * norm_of(self.x)[..., None]), offsets, 0.0)
         farthest = offsets.amax(-1) if offsets.shape[-1] else torch.zeros_like(self.pull)
         return torch.where(farthest > 0, torch.minimum(self.pull, farthest), self.pull)
 
@@ -212,7 +209,7 @@ class Conditions:
 
     def _rounding(self) -> torch.Tensor:
         """What the conditions are rounded by, about: a few eps of their terms."""
-        terms = sum((_norm(norms) * self.size for norms in (self.norms_h, self.norms_g)), self.scale)
+        terms = sum((norm_of(norms) * self.size for norms in (self.norms_h, self.norms_g)), self.scale)
         rounding: torch.Tensor = 16 * self.eps * terms
         return rounding
 
@@ -245,12 +242,12 @@ class Conditions:
             tolerance = torch.maximum(tolerance, farthest.amax(-1) if farthest.shape[-1] else tolerance)
         kinks = kinks & ~active
         kept = torch.where(active, inequality, 0.0)
-        slope = self.gradient + _pull(self.rows_h, equality) + _pull(self.rows_g, kept)
-        relative = torch.where(self.scale > 0, _norm(slope) / torch.where(self.scale > 0, self.scale, 1.0), 0.0)
+        slope = self.gradient + times(self.rows_h.mT, equality) + times(self.rows_g.mT, kept)
+        relative = torch.where(self.scale > 0, norm_of(slope) / torch.where(self.scale > 0, self.scale, 1.0), 0.0)
         off = torch.cat([_over(self.h, self.norms_h).abs(), (-distance).clamp(min=0)], -1)
         violation = off.amax(-1) if off.shape[-1] else torch.zeros_like(relative)
         held = active | kinks if hold_kinks else active
-        left = _norm(torch.cat([slope, self.h, torch.where(held, self.g, 0.0)], -1))
+        left = norm_of(torch.cat([slope, self.h, torch.where(held, self.g, 0.0)], -1))
         found = ActiveConstraints(
             active=active,
             kinks=kinks,
@@ -296,7 +293,7 @@ def length_of_step(slope: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
 
     (v'v)^2 <= v'Hv v'H^-1 v <= v'Hv ||v|| ||H^-1 v|| for a positive definite H, so it is never too large.
     """
-    norm, curvature = _norm(slope), (slope * product).sum(-1).abs()
+    norm, curvature = norm_of(slope), (slope * product).sum(-1).abs()
     curved = curvature > 0
     step = norm * (norm * norm / torch.where(curved, curvature, 1.0))
     return torch.where(curved & step.isfinite(), step, 0.0)
@@ -317,20 +314,7 @@ def stacked(found: list[ActiveConstraints], lanes: torch.Size) -> ActiveConstrai
     return ActiveConstraints(kinks_known=True, **{name: stack(name) for name in names})  # type: ignore[arg-type]
 
 
-def _norm(vectors: torch.Tensor) -> torch.Tensor:
-    norms: torch.Tensor = torch.linalg.vector_norm(vectors, dim=-1)
-    return norms
-
-
 def _over(values: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     """values / norms; without a gradient the border is infinitely far, or here if the value is zero."""
     infinite = torch.where(values == 0, 0.0, values.sign() * math.inf)
     return torch.where(norms > 0, values / torch.where(norms > 0, norms, 1.0), infinite)
-
-
-def _times(rows: torch.Tensor, vectors: torch.Tensor) -> torch.Tensor:
-    return (rows @ vectors[..., None])[..., 0]
-
-
-def _pull(rows: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    return (rows.mT @ weights[..., None])[..., 0]

@@ -26,8 +26,6 @@ from implicitlayer.base._status import Status
 from implicitlayer.linear._common import NOISE, Correction, Limits, Round, refine_direct
 from implicitlayer.linear._operator import FlatOperator, LinearSolver
 
-__all__ = ["Factors", "KktFactors", "KktMatrices", "KktSolver", "PartedFactors"]
-
 _SUSPICIOUS = 1e4  # a pivot below this many times the noise sends the lane the slow way
 
 

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 
 import torch
 
-__all__ = ["Known", "multipliers", "multipliers_of_lanes"]
-
 Known = tuple[torch.Tensor | None, torch.Tensor | None]  # (lambda [e], mu [m]) of one problem, None where not known
 
 

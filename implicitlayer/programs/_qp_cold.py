@@ -18,8 +18,8 @@ from functools import cached_property
 
 import torch
 
-from implicitlayer.programs._interior_point import Data, ProgramStatus, QuadraticSolution
-from implicitlayer.programs._interior_point_step import INDEPENDENT, times
+from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolution
+from implicitlayer.programs._interior_point_step import INDEPENDENT, Data, flat_lanes, times
 from implicitlayer.programs._kkt_active import ActiveConstraints, Conditions
 from implicitlayer.programs._qp_exact import (
     CORRECTIONS,
@@ -33,8 +33,6 @@ from implicitlayer.programs._qp_exact import (
     wrong_sides,
 )
 from implicitlayer.programs._qp_schur import SchurFactors
-
-__all__ = ["LanesProof", "cold_lanes", "guessed_lanes"]
 
 _ROUNDS = 15
 _NOISE = 1e-10  # of the largest length: a border that is crossed, or pulls, by less is not said to
@@ -176,7 +174,7 @@ class _System:
 
     def __init__(self, data: Data) -> None:
         self.data, self.lanes = data, data[1].shape[:-1]
-        Q, p, A, b, G, h = (t.reshape(self.lanes.numel(), *t.shape[len(self.lanes) :]) for t in data)
+        Q, p, A, b, G, h = flat_lanes(data)
         self.n, self.e = p.shape[-1], b.shape[-1]
         rows, g = torch.cat([A, G], -2), torch.cat([b, h], -1)
         size, lengths = Q.abs().flatten(1).amax(-1), torch.linalg.vector_norm(rows, dim=-1)
@@ -267,7 +265,7 @@ class _System:
         multipliers = torch.zeros_like(self.g).scatter(-1, index, w[..., 0] * real) * self.size[:, None] / self.lengths
         codes = torch.full_like(steps, int(ProgramStatus.SOLVED))
         parts = (x, multipliers[:, : self.e], multipliers[:, self.e :], codes, steps, torch.zeros_like(self.size))
-        at = QuadraticSolution(*(t.reshape((*self.lanes, *t.shape[1:])) for t in parts))
+        at = QuadraticSolution(*parts).reshaped(1, self.lanes)
         return at, SchurFactors(self.lanes, self.size, self.lengths, self.L, V, schur, index, held), solved
 
 

@@ -25,29 +25,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from implicitlayer.programs._interior_point import Data, QuadraticSolution
+from implicitlayer.programs._interior_point import QuadraticSolution
+from implicitlayer.programs._interior_point_step import Data, flat_lanes, times
 from implicitlayer.programs._kkt_active import NOISE, Conditions, length_of_step
 from implicitlayer.programs._kkt_linear import Factors, KktFactors, KktMatrices
-
-__all__ = [
-    "CORRECTIONS",
-    "ENOUGH",
-    "EXACT",
-    "ROUNDING",
-    "TIGHT",
-    "Exact",
-    "active_by_force",
-    "at_rest",
-    "conditions",
-    "error_of_x",
-    "exact",
-    "factorised",
-    "left_of",
-    "terms_at_rest",
-    "undecided",
-    "violation",
-    "wrong_sides",
-]
 
 TIGHT = 1e-11  # conditions that hold to this hold: rounding of a few solves
 ENOUGH = 1e-6  # an answer whose conditions hold to this is one
@@ -78,11 +59,11 @@ class Exact:
 def conditions(program: Data, x: torch.Tensor, dtype: torch.dtype) -> Conditions:
     """The terms of the optimality conditions at x; ``dtype`` is that of the data."""
     Q, p, A, b, G, h = program
-    Qx = _times(Q, x)
+    Qx = times(Q, x)
     largest_q, largest_p = Q.abs().flatten(-2).amax(-1), p.abs().amax(-1)
     pull = torch.where(largest_q > 0, largest_p / torch.where(largest_q > 0, largest_q, 1.0), 0.0)
     pull = torch.where(pull.isfinite(), pull, 0.0)
-    return Conditions(x, x, Qx + p, Qx, _times(A, x) - b, A, _times(G, x) - h, G, torch.finfo(dtype).eps, pull)
+    return Conditions(x, x, Qx + p, Qx, times(A, x) - b, A, times(G, x) - h, G, torch.finfo(dtype).eps, pull)
 
 
 def exact(program: Data, answer: QuadraticSolution, near: torch.Tensor) -> Exact:
@@ -90,25 +71,28 @@ def exact(program: Data, answer: QuadraticSolution, near: torch.Tensor) -> Exact
     where = conditions(program, answer.x, answer.x.dtype)
     first = active_by_force(answer.inequality, where)
     factors = factorised(program, first)
-    best, error = answer, violation(program, answer, where)
-    held, lanes = first, near.flatten().nonzero()[:, 0]
-    shape = near.shape
-    program, held = _flat(program, held, shape)
-    held = held[lanes]
-    best, error, near_by = _flat_solution(best, shape), error.flatten(), _flat_solution(answer, shape)
+    error = violation(program, answer, where)
+    shape, lanes = near.shape, near.flatten().nonzero()[:, 0]
+    program, held = flat_lanes(program), first.reshape(shape.numel(), first.shape[-1])[lanes]
+    error, near_by = error.flatten(), answer.reshaped(len(shape), (shape.numel(),))
+    best = near_by.lanes(torch.ones_like(error, dtype=torch.bool))
     inverse: Factors | None = factors
     for attempt in range(_BOLD + _CAREFUL):
         if not len(lanes):
             break
         here: Data = tuple(t[lanes] for t in program)  # type: ignore[assignment]
-        moved, wrong = _solve(here, _lanes_of(near_by, lanes), held, inverse, lanes, shape)
+        moved, wrong = _solve(here, near_by.lanes(lanes), held, inverse, lanes, shape)
         inverse = None
-        _keep(best, error, moved, violation(here, moved), lanes)
+        new = violation(here, moved)
+        better = new <= error[lanes]
+        error[lanes[better]] = new[better]
+        for name in ("x", "equality", "inequality"):
+            getattr(best, name)[lanes[better]] = getattr(moved, name)[better]
         if attempt >= _BOLD:
             wrong = wrong & (wrong.cumsum(-1) == 1)
         go = wrong.any(-1)
         lanes, held = lanes[go], (held ^ wrong)[go]
-    return Exact(_shaped(best, shape), error.reshape(shape), first, factors)
+    return Exact(best.reshaped(1, shape), error.reshape(shape), first, factors)
 
 
 def _solve(
@@ -126,8 +110,8 @@ def _solve(
     factors: Factors = inverse if inverse is not None and all_lanes else factorised(program, held)
     x, y, z = start.x, start.equality, start.inequality * force
     for _ in range(CORRECTIONS):
-        slope = _times(Q, x) + p + _times(A.mT, y) + _times(G.mT, z)
-        off = torch.cat([slope, _times(A, x) - b, force * (_times(G, x) - h)], -1)
+        slope = times(Q, x) + p + times(A.mT, y) + times(G.mT, z)
+        off = torch.cat([slope, times(A, x) - b, force * (times(G, x) - h)], -1)
         rhs = off.reshape(*shape, -1, 1) if all_lanes else off[..., None]
         step = factors.solve(rhs).reshape(off.shape)
         dx, dy, dz = step.split([p.shape[-1], b.shape[-1], h.shape[-1]], -1)
@@ -158,7 +142,7 @@ def at_rest(program: Data, found: Exact, farthest: float) -> Exact:
     Of those at most ``farthest`` away, relative to the size of x.
     """
     x, rounding = found.solution.x, NOISE * torch.finfo(program[1].dtype).eps
-    Qx = _times(program[0], x)
+    Qx = times(program[0], x)
     terms = torch.linalg.vector_norm(Qx, dim=-1) + torch.linalg.vector_norm(Qx + program[1], dim=-1)
     rough = ~(found.error <= TIGHT) | (terms <= rounding * _largest_terms(program, x))
     if bool(rough.any()):
@@ -171,18 +155,18 @@ def at_rest(program: Data, found: Exact, farthest: float) -> Exact:
     x = x[rough]
     values, vectors = torch.linalg.eigh(Q)
     curved = values > rounding * values[:, -1:].abs()
-    along = _times(vectors.mT, _times(Q, x) + p) / torch.where(curved, values, 1.0)
+    along = times(vectors.mT, times(Q, x) + p) / torch.where(curved, values, 1.0)
     lengths = torch.linalg.vector_norm(A, dim=-1)
     over = torch.where(lengths > 0, 1 / lengths, 0.0)
     # moves that keep Q x, and what they do to the equations
     free = (over[..., None] * A) @ (vectors * ~curved[:, None])
-    step = _times(vectors, torch.where(curved, along, 0.0))
-    step = step + _times(vectors, _times(torch.linalg.pinv(free), over * (_times(A, x - step) - b)))
+    step = times(vectors, torch.where(curved, along, 0.0))
+    step = step + times(vectors, times(torch.linalg.pinv(free), over * (times(A, x - step) - b)))
     still = torch.linalg.vector_norm(step, dim=-1) <= farthest * torch.linalg.vector_norm(x, dim=-1)
     x = x - step
     still &= terms_at_rest(some, x) > 0
-    for rows, sides, off in ((A, b, (_times(A, x) - b).abs()), (G, h, _times(G, x) - h)):
-        still &= (off <= rounding * (_times(rows.abs(), x.abs()) + sides.abs())).all(-1)
+    for rows, sides, off in ((A, b, (times(A, x) - b).abs()), (G, h, times(G, x) - h)):
+        still &= (off <= rounding * (times(rows.abs(), x.abs()) + sides.abs())).all(-1)
     old, error = found.solution.lanes(rough), found.error.clone()
     at = replace(old, x=x, equality=torch.zeros_like(old.equality), inequality=torch.zeros_like(old.inequality))
     moved = old.filled(still, at.lanes(still))
@@ -193,8 +177,8 @@ def at_rest(program: Data, found: Exact, farthest: float) -> Exact:
 def terms_at_rest(program: Data, x: torch.Tensor) -> torch.Tensor:
     """||Q|| ||x|| where each entry of Q x + p is the rounding of its own terms, [*lanes]; else zero."""
     Q, p = program[:2]
-    rounding = NOISE * torch.finfo(x.dtype).eps * (_times(Q.abs(), x.abs()) + p.abs())
-    still = ((_times(Q, x) + p).abs() <= rounding).all(-1)
+    rounding = NOISE * torch.finfo(x.dtype).eps * (times(Q.abs(), x.abs()) + p.abs())
+    still = ((times(Q, x) + p).abs() <= rounding).all(-1)
     return torch.where(still, _largest_terms(program, x), 0.0)
 
 
@@ -209,7 +193,7 @@ def error_of_x(program: Data, at: QuadraticSolution) -> torch.Tensor:
     Zero where that gradient is rounding, and where the answer is no solution: of that one another warning speaks.
     """
     slope = left_of(program, at.equality, at.inequality, conditions(program, at.x, at.x.dtype))
-    return torch.where((at.error > TIGHT) & (at.error <= ENOUGH), length_of_step(slope, _times(program[0], slope)), 0.0)
+    return torch.where((at.error > TIGHT) & (at.error <= ENOUGH), length_of_step(slope, times(program[0], slope)), 0.0)
 
 
 def undecided(program: Data, at: QuadraticSolution) -> torch.Tensor:
@@ -235,7 +219,7 @@ def active_by_force(z: torch.Tensor, where: Conditions) -> torch.Tensor:
 def left_of(program: Data, y: torch.Tensor, z: torch.Tensor, where: Conditions) -> torch.Tensor:
     """What is left of the gradient of the Lagrangian, [*lanes, n]."""
     _, _, A, _, G, _ = program
-    return where.gradient + _times(A.mT, y) + _times(G.mT, z)
+    return where.gradient + times(A.mT, y) + times(G.mT, z)
 
 
 def _sides(z: torch.Tensor, where: Conditions) -> tuple[torch.Tensor, torch.Tensor]:
@@ -257,40 +241,3 @@ def factorised(program: Data, held: torch.Tensor) -> KktFactors:
     Q, p, A, b, G, _ = program
     mask = torch.cat([torch.ones_like(b), held.to(p.dtype)], -1)
     return KktFactors(KktMatrices(Q, torch.cat([A, G], -2), mask), torch.finfo(p.dtype).eps)
-
-
-def _times(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
-    return (matrix @ vector[..., None])[..., 0]
-
-
-def _flat(program: Data, held: torch.Tensor, shape: torch.Size) -> tuple[Data, torch.Tensor]:
-    k = len(shape)
-    flat: Data = tuple(t.reshape(shape.numel(), *t.shape[k:]) for t in program)  # type: ignore[assignment]
-    return flat, held.reshape(shape.numel(), *held.shape[k:])
-
-
-_PARTS = ("x", "equality", "inequality")
-
-
-def _flat_solution(solution: QuadraticSolution, shape: torch.Size) -> QuadraticSolution:
-    parts = {name: getattr(solution, name).reshape(shape.numel(), getattr(solution, name).shape[-1]) for name in _PARTS}
-    return replace(solution, **{name: part.clone() for name, part in parts.items()})
-
-
-def _shaped(solution: QuadraticSolution, shape: torch.Size) -> QuadraticSolution:
-    parts = {name: getattr(solution, name) for name in _PARTS}
-    return replace(solution, **{name: part.reshape(*shape, part.shape[-1]) for name, part in parts.items()})
-
-
-def _lanes_of(solution: QuadraticSolution, lanes: torch.Tensor) -> QuadraticSolution:
-    return replace(solution, **{name: getattr(solution, name)[lanes] for name in _PARTS})
-
-
-def _keep(
-    best: QuadraticSolution, error: torch.Tensor, moved: QuadraticSolution, new: torch.Tensor, lanes: torch.Tensor
-) -> None:
-    """Write the lanes of ``moved`` over those of ``best`` where they are nearer to the conditions of optimality."""
-    better = new <= error[lanes]
-    error[lanes[better]] = new[better]
-    for name in _PARTS:
-        getattr(best, name)[lanes[better]] = getattr(moved, name)[better]

@@ -19,10 +19,9 @@ from implicitlayer.base._failures import refuse
 from implicitlayer.base._status import Status
 from implicitlayer.base._tree import name_lanes
 from implicitlayer.linear._common import NOISE
-from implicitlayer.programs._interior_point import Data, ProgramStatus
+from implicitlayer.programs._interior_point import ProgramStatus
+from implicitlayer.programs._interior_point_step import Data, times
 from implicitlayer.programs._kkt_linear import Factors
-
-__all__ = ["NEARLY", "Equations", "RankFactors", "independent_equations"]
 
 NEARLY = 1e-6  # squared distance of a row from the span of the others, below which the rows count as nearly dependent
 _CONTRADICTION = 1e-6  # the same as for other contradictions of il.qp
@@ -36,7 +35,7 @@ class Equations:
     Attributes:
         data: the program with V_r' x = T b.
         to_new: T [*lanes, r, e].
-        of_old: S_r U_r' [*lanes, r, e], in the units of the given rows.
+        of_old: S_r U_r' [*lanes, r, e], in the units of the given rows: y~ of y. That of T' is y of y~.
         deficient: bool [*lanes], where r is smaller than e.
     """
 
@@ -44,14 +43,6 @@ class Equations:
     to_new: torch.Tensor
     of_old: torch.Tensor
     deficient: torch.Tensor
-
-    def new_multipliers(self, y: torch.Tensor) -> torch.Tensor:
-        """y~ from y."""
-        return (self.of_old @ y[..., None])[..., 0]
-
-    def old_multipliers(self, y: torch.Tensor) -> torch.Tensor:
-        """y from y~."""
-        return (self.to_new.mT @ y[..., None])[..., 0]
 
 
 def independent_equations(data: Data, eps: float) -> Equations | None:
@@ -99,11 +90,7 @@ def independent_equations(data: Data, eps: float) -> Equations | None:
         new_rows, to_new, of_old = (
             torch.where(own, t, other) for t, other in ((new_rows, A), (to_new, unit), (of_old, unit))
         )
-    new_sides = (
-        torch.where(nearly[..., None], (to_new @ b[..., None])[..., 0], b)
-        if r == e
-        else (to_new @ b[..., None])[..., 0]
-    )
+    new_sides = torch.where(nearly[..., None], times(to_new, b), b) if r == e else times(to_new, b)
     return Equations((Q, p, new_rows, new_sides, G, h), to_new, of_old, nearly & (rank < e))
 
 

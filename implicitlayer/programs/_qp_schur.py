@@ -24,8 +24,6 @@ from implicitlayer.programs._interior_point_single import Array, product, triang
 from implicitlayer.programs._interior_point_step import INDEPENDENT
 from implicitlayer.programs._qp_terms import Mask, SingleProgram
 
-__all__ = ["SchurFactors", "SchurRows", "SchurSet"]
-
 _FEW = 32  # rows held up to which NumPy's solve is cheaper than calls of torch, and uses one thread
 _DEFINITE = 1e-7  # smallest pivot of L relative to the largest: the condition of Q is then above 1e14
 

@@ -30,8 +30,6 @@ from implicitlayer.programs._qp_exact import CORRECTIONS, EXACT, TIGHT, Exact, f
 from implicitlayer.programs._qp_schur import SchurRows, SchurSet
 from implicitlayer.programs._qp_terms import Mask, SingleProgram, Terms
 
-__all__ = ["SingleProof", "exact_cold", "exact_guess", "exact_near"]
-
 Same = TypeVar("Same")
 
 

@@ -12,13 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from implicitlayer.programs._interior_point import Data
 from implicitlayer.programs._interior_point_single import Array, product
+from implicitlayer.programs._interior_point_step import Data
 from implicitlayer.programs._kkt_active import ABSOLUTE, DEPENDENT, NOISE, ActiveConstraints
 from implicitlayer.programs._qp_exact import ROUNDING
 from implicitlayer.programs._qp_rank import NEARLY
-
-__all__ = ["Mask", "SingleProgram", "Terms"]
 
 Mask = npt.NDArray[np.bool_]
 

@@ -23,14 +23,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolution
-from implicitlayer.programs._interior_point_single import Array, Maps, Outcome, Until, iterate
+from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolution, code_of
+from implicitlayer.programs._interior_point_single import Array, Maps, Until, iterate
 from implicitlayer.programs._interior_point_step import SHIFT
 from implicitlayer.programs._kkt_linear import Factors
 from implicitlayer.programs._qp_single import SingleProof, exact_near
 from implicitlayer.programs._qp_terms import Mask, SingleProgram
-
-__all__ = ["SparseProgram", "sparse_proof"]
 
 _SURE = 1e10  # condition of K up to which its factors are believed
 _ESTIMATES = 4  # of the norm of an inverse: the second is mostly the last
@@ -170,15 +168,9 @@ def _interior_point(of: SparseProgram, rtol: float) -> QuadraticSolution:
     maps = Maps(q.dot, A.dot, A.T.tocsr().dot, G.dot, G.T.tocsr().dot)
     until = Until(rtol, _MAX_STEPS, lambda: of.definite(-1.0))
     found = iterate((of.p * (size / cost), sides[: of.e], sides[of.e :]), maps, _Newton(of, q, A, G).step, until)
-    return _as_solution(found, size, cost / (size * of.over), of.e)
-
-
-def _as_solution(found: Outcome, size: float, force: Array, e: int) -> QuadraticSolution:
-    code = ProgramStatus.UNBOUNDED if found.unbounded else ProgramStatus.MAX_STEPS_REACHED
-    code = ProgramStatus.INFEASIBLE if found.infeasible else code
-    code = ProgramStatus.SOLVED if found.solved else code
-    parts = found.x * size, found.y * force[:e], found.z * force[e:]
-    numbers = (torch.tensor(number) for number in (int(code), found.steps, found.error))
+    force = cost / (size * of.over)
+    parts = found.x * size, found.y * force[: of.e], found.z * force[of.e :]
+    numbers = (torch.tensor(number) for number in (code_of(found), found.steps, found.error))
     return QuadraticSolution(*(torch.from_numpy(part) for part in parts), *numbers)
 
 

@@ -14,8 +14,6 @@ from implicitlayer.base._types import Leaves
 from implicitlayer.sets._set import ConvexSet
 from implicitlayer.sets._term import PerPart, ProximalTerm, check_entries, is_plain, joined, norm_of, spread
 
-__all__ = ["Box", "NonNegative", "ends_of_box", "is_box"]
-
 
 @dataclass(frozen=True, eq=False)
 class Box(ConvexSet):
@@ -88,8 +86,7 @@ class Box(ConvexSet):
         return norm_of(joined(over, lane_dims))
 
 
-@dataclass(frozen=True, eq=False)
-class NonNegative(ConvexSet):
+class NonNegative(Box):
     """``x >= 0``, entry by entry.
 
     Example:
@@ -98,35 +95,24 @@ class NonNegative(ConvexSet):
         [0.0, 0.5]
     """
 
-    def project(self, y: Any, lane_dims: int = 0) -> Any:
-        """The positive part, in the structure of y."""
-        return _POSITIVE.project(y, lane_dims)
+    def __init__(self) -> None:
+        super().__init__(0.0, math.inf)
 
-    def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
-        """Entries at zero, and how far y is from zero."""
-        return _POSITIVE.activity(y, step, lane_dims)
-
-    def diagonal(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
-        """1 inside, 0 at the bound and outside."""
-        return _POSITIVE.diagonal(y, step, lane_dims)
-
-    def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
-        """Norm of the negative part, [*lanes]."""
-        return _POSITIVE.violation(x, lane_dims)
+    @classmethod
+    def examples(cls, *given: Any) -> list[Box]:
+        """The only one."""
+        return [cls()]
 
 
 def _is_number(tensor: torch.Tensor) -> torch.Tensor:
     return ~tensor.isnan()
 
 
-_POSITIVE = Box(0.0, math.inf)
-
-
 def is_box(term: ProximalTerm | None) -> bool:
     """Whether a term consists of bounds."""
     if isinstance(term, PerPart):
         return all(map(is_box, term.terms))
-    return term is None or isinstance(term, (Box, NonNegative))
+    return term is None or isinstance(term, Box)
 
 
 def ends_of_box(project: Callable[[Any, torch.Tensor], Any], like: Any) -> tuple[Leaves, Leaves]:

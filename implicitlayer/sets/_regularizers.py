@@ -14,8 +14,6 @@ from implicitlayer.base._tree import flatten, lane_reduce, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.sets._term import ProximalTerm, check_entries, expand_like, norm_of, spread
 
-__all__ = ["L1", "ElasticNet", "GroupL1", "Regularizer"]
-
 
 class Regularizer(ProximalTerm):
     """A :class:`ProximalTerm` whose value is finite everywhere."""
@@ -129,9 +127,7 @@ class ElasticNet(Regularizer):
 
     def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
         """The soft threshold, shrunk by ``1 + step * l2``."""
-        leaves, spec = flatten(L1(self.l1).prox(y, step, lane_dims))
-        shrink = spread(self.l2, y, "l2")
-        return unflatten([v / (1 + expand_like(step, v) * s) for v, s in zip(leaves, shrink, strict=True)], spec)
+        return self._shrunk(L1(self.l1).prox(y, step, lane_dims), y, step)
 
     def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
         """Entries at zero, and how far y is from the threshold."""
@@ -139,7 +135,10 @@ class ElasticNet(Regularizer):
 
     def diagonal(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
         """That of the soft threshold, shrunk by ``1 + step * l2``."""
-        leaves, spec = flatten(L1(self.l1).diagonal(y, step, lane_dims))
+        return self._shrunk(L1(self.l1).diagonal(y, step, lane_dims), y, step)
+
+    def _shrunk(self, soft: Any, y: Any, step: Any) -> Any:
+        leaves, spec = flatten(soft)
         shrink = spread(self.l2, y, "l2")
         return unflatten([v / (1 + expand_like(step, v) * s) for v, s in zip(leaves, shrink, strict=True)], spec)
 

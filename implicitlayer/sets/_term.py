@@ -21,11 +21,8 @@ import torch
 from implicitlayer import _torch
 from implicitlayer._torch import pytree
 from implicitlayer.base._copying import CopiesFunctions
-from implicitlayer.base._extension import Extension
 from implicitlayer.base._tree import TreeSpec, flatten, leaves_in_order, ravel, tree_map, unflatten, unravel
-from implicitlayer.base._types import Leaves
-
-__all__ = ["PerPart", "ProximalTerm", "resolve"]
+from implicitlayer.base._types import Extension, Leaves
 
 
 class ProximalTerm(CopiesFunctions, Extension):

@@ -8,9 +8,9 @@ from implicitlayer.solvers._interior_point import OSQP, Clarabel, InteriorPoint
 from implicitlayer.solvers._lbfgs import LBFGS
 from implicitlayer.solvers._levenberg_marquardt import LevenbergMarquardt
 from implicitlayer.solvers._newton_cg import NewtonCG
-from implicitlayer.solvers._newton_root import Broyden, Newton
 from implicitlayer.solvers._progress import Iteration
 from implicitlayer.solvers._proximal_gradient import ProjectedGradient, ProximalGradient
+from implicitlayer.solvers._roots import Broyden, Newton
 from implicitlayer.solvers._scipy import SciPyMinimize
 from implicitlayer.solvers._sqp import SQP
 from implicitlayer.solvers._torch_optimizer import TorchOptimizer

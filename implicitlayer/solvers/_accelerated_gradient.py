@@ -17,9 +17,17 @@ from implicitlayer.base._solution import RecordingSolver, SolverResult
 from implicitlayer.base._tree import flatten, lane_reduce, leaves_norm, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.solvers._descent import rounds_between_syncs
-from implicitlayer.solvers._inputs import check_limits
-from implicitlayer.solvers._leaves import Momentum, add, choose, lanes_as, leads_uphill, minus, value_and_gradient
-from implicitlayer.solvers._outcome import StallWatch, contradiction, finite_leaves, outcome, relative_move
+from implicitlayer.solvers._leaves import (
+    Momentum,
+    add,
+    check_limits,
+    choose,
+    lanes_as,
+    leads_uphill,
+    minus,
+    value_and_gradient,
+)
+from implicitlayer.solvers._outcome import StallWatch, codes_of, contradiction, finite_leaves, outcome, relative_move
 from implicitlayer.solvers._progress import Iteration, Report, reporting
 
 _MAX_CHANGES = 40  # of the curvature estimate in one search: 2^40, in the first one 2^2560, beyond any number
@@ -143,9 +151,8 @@ class AcceleratedGradient(RecordingSolver):
                 x = choose(running, x, y)  # a lane that has arrived stays where its gradient was measured
                 if step == self.max_steps or (step % every == 0 and not bool(running.any())):
                     reached, finite = norm <= tolerance, norm.isfinite() & finite_leaves(x, lane_dims)
-                    stalled = stalled & ~reached
-                    answer = unflatten(x, spec)
-                    return outcome(answer, step, wanted=True, reached=reached, finite=finite, stalled=stalled)
+                    codes = codes_of(True, reached, finite, stalled & ~reached)
+                    return outcome(unflatten(x, spec), step, codes)
             if self.smoothness is None:
                 active = norm.isfinite() & (norm > 0) & value.isfinite()
                 active = active if running is None else active & running
@@ -156,7 +163,7 @@ class AcceleratedGradient(RecordingSolver):
             y_new = add(x_new, change, momentum.next(partial(leads_uphill, gradient, change, lane_dims), curvature))
             x, y = choose(running, x_new, x), choose(running, y_new, y)
         finite = finite_leaves(x, lane_dims)
-        return outcome(unflatten(x, spec), self.max_steps, wanted=False, reached=finite, finite=finite)
+        return outcome(unflatten(x, spec), self.max_steps, codes_of(False, finite, finite))
 
 
 class _Problem:

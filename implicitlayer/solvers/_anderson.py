@@ -17,7 +17,7 @@ from implicitlayer.base._solution import SolverResult
 from implicitlayer.linear._common import Keep
 from implicitlayer.solvers._outcome import PATIENCE
 from implicitlayer.solvers._progress import reporting
-from implicitlayer.solvers._root_problem import RootProblem, RootSolver
+from implicitlayer.solvers._roots import RootProblem, RootSolver
 
 _RIDGE = 50.0  # rounding errors, on the Gram matrix of rows of length 1: parallel ones leave it regular
 _NEIGHBOUR = 4.0  # residuals within so many of their own rounding errors are not told apart

@@ -27,11 +27,9 @@ from implicitlayer.linear._common import times
 from implicitlayer.linear._operator import lane_dot
 from implicitlayer.sets._box import ends_of_box, is_box
 from implicitlayer.sets._term import ProximalTerm, resolve
-from implicitlayer.solvers._descent import Descent, descend, pair_scales
+from implicitlayer.solvers._descent import Descent, Method, descend, pair_scales
 from implicitlayer.solvers._line_search import LineSearch
 from implicitlayer.solvers._problem import Problem
-
-__all__: list[str] = []
 
 _PAIRS, _FEW = 10, 32  # kept by default; up to so many unknowns as many as these
 _ROUNDS = 10  # changes of the set of bounds that hold, within one model
@@ -136,12 +134,10 @@ class _BoxDescent(Descent):
         self.search.limit(room.amin(-1).double())
 
 
-class _BoxMethod:
+class _BoxMethod(Method):
     """The pairs of every lane, and the minimum of their model in the box; see NOTE [model in a box]."""
 
-    STATE: tuple[str, ...] = ("S", "Y", "curvature")
-    conjugate = False
-    halving = False
+    STATE = ("S", "Y", "curvature")
 
     def __init__(self, problem: _BoxProblem, memory: int) -> None:
         self.problem, self.memory = problem, memory

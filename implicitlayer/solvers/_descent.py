@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -18,7 +18,7 @@ from implicitlayer.base._status import Status
 from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._common import STEPS_BETWEEN_SYNCS
 from implicitlayer.linear._operator import lane_dot
-from implicitlayer.solvers._inputs import check_limits
+from implicitlayer.solvers._leaves import check_limits
 from implicitlayer.solvers._line_search import LineSearch
 from implicitlayer.solvers._outcome import PATIENCE, StallWatch, codes_of, outcome
 from implicitlayer.solvers._problem import Problem
@@ -40,23 +40,25 @@ _WORDS = {
 }
 
 
-class Method(Protocol):
+class Method:
     """How to choose directions. Masks are bool [*lanes]; what is returned for the other lanes is not read."""
 
-    STATE: tuple[str, ...]  # names of the attributes that change
-    conjugate: bool  # with exact line searches, n steps solve a quadratic of n unknowns
-    halving: bool  # near a minimum every step at least halves the gradient
+    STATE: tuple[str, ...] = ()  # names of the attributes that change
+    conjugate: bool = False  # with exact line searches, n steps solve a quadratic of n unknowns
+    halving: bool = False  # near a minimum every step at least halves the gradient
 
     def direction(
         self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """At x a direction [*lanes, n] and the first trial step float64 [*lanes]."""
+        raise NotImplementedError
 
     def moved(self, lanes: torch.Tensor, step: torch.Tensor, change: torch.Tensor, search: LineSearch) -> None:
         """These lanes made a step; ``change`` is that of the gradient."""
 
     def forget(self, lanes: torch.Tensor) -> torch.Tensor:
         """These lanes found no acceptable step: drop what led there. Returns the lanes that can try another way."""
+        return torch.zeros_like(lanes)
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ class Descent:
         while rounds % every or bool(self.running.any()):
             rounds += 1
             turns = self.round(turns)
-        return self._result()
+        return outcome(self._tree(), self.steps, self.codes, _WORDS)
 
     def round(self, turns: bool = True, found: tuple[torch.Tensor, torch.Tensor] | None = None) -> bool:
         """One evaluation in all lanes. Returns whether some may need a direction in the next round.
@@ -260,23 +262,10 @@ class Descent:
         assert isinstance(self.problem, Problem)
         return self.problem.tree(self.x)
 
-    def _ends(self) -> dict[str, Any]:
-        reached = self.norm <= self.tolerance
-        return {
-            "wanted": self.settings.has_tolerance,
-            "reached": reached,
-            "finite": self.finite,
-            "stalled": self.stalled,
-        }
-
     @property
     def codes(self) -> torch.Tensor:
         """How every lane has ended."""
-        return codes_of(**self._ends())
-
-    def _result(self) -> SolverResult:
-        num_steps = int(self.steps.max()) if self.steps.numel() else 0
-        return outcome(self._tree(), num_steps, **self._ends(), words=_WORDS)
+        return codes_of(self.settings.has_tolerance, self.norm <= self.tolerance, self.finite, self.stalled)
 
 
 def pair_scales(

@@ -11,14 +11,14 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from implicitlayer import _torch
+from implicitlayer.base._failures import over_lanes
 from implicitlayer.base._solution import RecordingSolver, SolverResult
 from implicitlayer.base._tree import flatten, leaves_norm, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._operator import lane_dot
-from implicitlayer.solvers._descent import descend, kept, restored, rounds_between_syncs, traced_descent
-from implicitlayer.solvers._inputs import check_limits
-from implicitlayer.solvers._leaves import lanes_like, value_and_gradient
+from implicitlayer.solvers._descent import Method, descend, kept, restored, rounds_between_syncs, traced_descent
+from implicitlayer.solvers._leaves import check_limits, value_and_gradient
 from implicitlayer.solvers._line_search import LineSearch
 from implicitlayer.solvers._outcome import StallWatch, codes_of, finite_leaves, outcome, relative_move
 from implicitlayer.solvers._problem import Problem
@@ -53,7 +53,7 @@ class GradientDescent(RecordingSolver):
         line_search: ``"armijo"``, or None for the fixed step size.
         callback: called with an :class:`Iteration` at the start and after every step; without a tolerance this costs
             one more gradient, at the end.
-        progress: show a bar (needs tqdm, extra ``implicitlayer[progress]``).
+        progress: show a bar (needs tqdm, extra ``implicitlayer[fewshot]``).
 
     Raises:
         ValueError: a step size that is not positive, a negative limit or tolerance, an unknown line search; at the
@@ -137,7 +137,7 @@ class GradientDescent(RecordingSolver):
             else:
                 _torch.foreach_sub_(x, _constant(moves(step_size, gradient, spec, value.ndim)))
         finite = finite_leaves(x, value.ndim if self.max_steps else 0)
-        return outcome(unflatten(x, spec), self.max_steps, wanted=False, reached=~finite, finite=finite)
+        return outcome(unflatten(x, spec), self.max_steps, codes_of(False, finite, finite))
 
     def _to_tolerance(
         self, objective: Callable[..., Any], x: list[Any], spec: Any, theta: Any, report: Report | None
@@ -164,12 +164,10 @@ class GradientDescent(RecordingSolver):
                 break
             move = _constant(moves(step_size, gradient, spec, value.ndim))
             for leaf, part in zip(x, move, strict=True):
-                leaf.sub_(torch.where(lanes_like(running, leaf), part, torch.zeros_like(part)))
+                leaf.sub_(torch.where(over_lanes(running, leaf), part, torch.zeros_like(part)))
         assert tolerance is not None
         reached, finite = norm <= tolerance, norm.isfinite() & finite_leaves(x, value.ndim)
-        return outcome(
-            unflatten(x, spec), step, wanted=True, reached=reached, finite=finite, stalled=stalled & ~reached
-        )
+        return outcome(unflatten(x, spec), step, codes_of(True, reached, finite, stalled & ~reached))
 
 
 def _traced_steps(
@@ -201,7 +199,7 @@ def _traced_steps(
         lambda step, *state: (step < steps) & state[3].any(), body, (counter, *state, *kept(fresh()))
     )
     reached, finite = norm <= tolerance, norm.isfinite() & x.isfinite().all(-1)
-    return x, codes_of(wanted=wanted, reached=reached, finite=finite, stalled=stalled & ~reached)
+    return x, codes_of(wanted, reached, finite, stalled & ~reached)
 
 
 def _constant(steps: Leaves) -> Leaves:
@@ -224,12 +222,10 @@ def _tell(report: Report | None, step: int, value: torch.Tensor, gradient: Any, 
 # twice the last step: doubling alone tries steps that are refused every second time.
 
 
-class _Growing:
+class _Growing(Method):
     """The steepest direction, first tried with a step size from the lane's last step: NOTE [first trial]."""
 
-    STATE: tuple[str, ...] = ("trial",)
-    conjugate = False
-    halving = False
+    STATE = ("trial",)
 
     def __init__(self, problem: Problem | TracedProblem, step_size: float) -> None:
         self.trial = step_size * problem.unit  # gradients are measured in this unit
@@ -246,7 +242,3 @@ class _Growing:
         curvature = lane_dot(step, change) / lane_dot(step, step)
         following = torch.where(curvature * following > 1, 1 / curvature, following)
         self.trial = torch.where(lanes, following, self.trial)
-
-    def forget(self, lanes: torch.Tensor) -> torch.Tensor:
-        """There is no other way down."""
-        return torch.zeros_like(lanes)

@@ -12,11 +12,13 @@ import torch
 
 from implicitlayer.base._parts import lies_in_parts
 from implicitlayer.base._solution import SolverResult
+from implicitlayer.base._types import Leaves
 from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._common import times
 from implicitlayer.linear._operator import lane_dot
 from implicitlayer.solvers._bounded import check_bounds, in_a_box
-from implicitlayer.solvers._descent import Limited, descend, pair_scales, rounds_between_syncs, traced_descent
+from implicitlayer.solvers._descent import Limited, Method, descend, pair_scales, rounds_between_syncs, traced_descent
+from implicitlayer.solvers._leaves import choose
 from implicitlayer.solvers._line_search import LineSearch
 from implicitlayer.solvers._problem import Problem
 
@@ -51,7 +53,7 @@ class LBFGS(Limited):
             is then that of n pairs for up to 32 unknowns, at least ten. In a layer leave it out: one that knows nothing
             of the bounds cannot differentiate.
         callback: called with an :class:`Iteration` at the start and after every step.
-        progress: show a bar (needs tqdm, extra ``implicitlayer[progress]``).
+        progress: show a bar (needs tqdm, extra ``implicitlayer[fewshot]``).
 
     Raises:
         ValueError: a memory below 1, a negative limit or tolerance, bounds beside those of the layer.
@@ -114,7 +116,7 @@ class LBFGS(Limited):
         def method() -> _TwoLoop:
             made, zero = self._two_loop(problem.start), torch.zeros_like(problem.first_value, dtype=torch.float64)
             nothing = torch.zeros_like(problem.start)
-            made.pairs, made.gamma, made.on_host = [(nothing, nothing, zero)] * made.memory, zero, False
+            made.pairs, made.gamma, made.on_host = [[nothing, nothing, zero]] * made.memory, zero, False
             return made
 
         return traced_descent(self, problem, method, _CURVATURE)
@@ -124,15 +126,14 @@ class LBFGS(Limited):
         return _TwoLoop(memory, conjugate=memory >= start.shape[-1], on_host=rounds_between_syncs(start) == 1)
 
 
-class _TwoLoop:
+class _TwoLoop(Method):
     """The pairs of every lane; a lane that has fewer than the others has zeros in front, which change nothing."""
 
-    STATE: tuple[str, ...] = ("pairs", "gamma")
-    halving = False
+    STATE = ("pairs", "gamma")
 
     def __init__(self, memory: int, *, conjugate: bool = False, on_host: bool = True) -> None:
         self.memory, self.conjugate, self.on_host = memory, conjugate, on_host
-        self.pairs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.pairs: list[Leaves] = []
         self.gamma: torch.Tensor | None = None  # float64 [*lanes]: y's / y'y of the newest pair, 0 without one
 
     def direction(
@@ -160,15 +161,15 @@ class _TwoLoop:
             self.gamma = torch.zeros_like(gamma)
         self.gamma = torch.where(good, gamma, self.gamma)
         if self.on_host and bool(good.all()):
-            self.pairs = [*self.pairs, (step, change, rho)][-self.memory :]
+            self.pairs = [*self.pairs, [step, change, rho]][-self.memory :]
             return
         here, nothing = good.unsqueeze(-1), torch.zeros_like(step)
-        newest = (torch.where(here, step, nothing), torch.where(here, change, nothing), torch.where(good, rho, 0.0))
+        newest = [torch.where(here, step, nothing), torch.where(here, change, nothing), torch.where(good, rho, 0.0)]
         # only some lanes move on: theirs shift by one place, the others keep theirs
         if len(self.pairs) < self.memory:
-            self.pairs.insert(0, (nothing, nothing, torch.zeros_like(rho)))
+            self.pairs.insert(0, [nothing, nothing, torch.zeros_like(rho)])
         following = [*self.pairs[1:], newest]
-        self.pairs = [_where(good, new, old) for new, old in zip(following, self.pairs, strict=True)]
+        self.pairs = [choose(good, new, old) for new, old in zip(following, self.pairs, strict=True)]
 
     def forget(self, lanes: torch.Tensor) -> torch.Tensor:
         """Drop the pairs of these lanes; those that had some may go on from the steepest descent."""
@@ -176,23 +177,19 @@ class _TwoLoop:
             return torch.zeros_like(lanes)
         had_some = lanes & (self.gamma > 0)
         self.gamma = torch.where(lanes, 0.0, self.gamma)
-        self.pairs = [
-            _where(lanes, (torch.zeros_like(s), torch.zeros_like(y), torch.zeros_like(rho)), (s, y, rho))
-            for s, y, rho in self.pairs
-        ]
+        self.pairs = [choose(lanes, [torch.zeros_like(part) for part in pair], pair) for pair in self.pairs]
         return had_some
 
 
-class _Matrices:
+class _Matrices(Method):
     """All pairs since a lane began or forgot: the two-loop recursion multiplied out, two matrices per lane.
 
     One pair makes ``H_new = V'H V + rho s s'`` of H, V = I - rho y s'. From ``H = gamma I`` all of them make
     ``H = gamma P'P + R`` with P and R that do not depend on gamma: ``P_new = P V``, ``R_new = V'R V + rho s s'``.
     """
 
-    STATE: tuple[str, ...] = ("P", "R", "gamma")
+    STATE = ("P", "R", "gamma")
     conjugate = True
-    halving = False
 
     def __init__(self, like: torch.Tensor) -> None:
         self.lanes, self.n = like.shape[:-1], like.shape[-1]
@@ -237,12 +234,3 @@ class _Matrices:
 
     def _rows(self, columns: torch.Tensor) -> torch.Tensor:
         return columns.reshape(*self.lanes, self.n)
-
-
-def _where(
-    lanes: torch.Tensor,
-    new: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    old: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    here = lanes.unsqueeze(-1)
-    return torch.where(here, new[0], old[0]), torch.where(here, new[1], old[1]), torch.where(lanes, new[2], old[2])

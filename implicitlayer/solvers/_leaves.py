@@ -1,16 +1,52 @@
-"""Objectives and steps on lists of leaves [*lanes, ...], and momentum: what the first-order solvers share."""
+"""What a solver checks before its first step, and objectives, steps and momentum on lists of leaves [*lanes, ...]."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from implicitlayer import _torch
+from implicitlayer._errors import ObjectiveError
+from implicitlayer.base._failures import over_lanes
 from implicitlayer.base._tree import flatten, lane_reduce, leaves_norm, unflatten
 from implicitlayer.base._types import Leaves
-from implicitlayer.solvers._inputs import check_attached
+from implicitlayer.equation._residual import no_graph, not_floating
+
+
+def check_unknowns(leaves: Sequence[Any]) -> None:
+    """Raise TypeError unless every leaf of init is a real floating tensor."""
+    for leaf in leaves:
+        if not isinstance(leaf, torch.Tensor) or not leaf.is_floating_point():
+            kind = leaf.dtype if isinstance(leaf, torch.Tensor) else type(leaf).__name__
+            raise TypeError(f"init holds {kind}; the unknowns must be real floating tensors. Use torch.as_tensor(...).")
+
+
+def check_num_steps(max_steps: Any) -> None:
+    """Raise TypeError unless ``max_steps`` is a whole number; its sign is for the caller."""
+    if isinstance(max_steps, bool) or not isinstance(max_steps, int):
+        raise TypeError(f"max_steps={max_steps!r} must be an integer: it counts steps.")
+
+
+def check_limits(solver: Any) -> None:
+    """Raise ValueError for a negative limit or tolerance among those that the solver has."""
+    for name in ("max_steps", "rtol", "atol", "batch_dims"):
+        if not getattr(solver, name, 0) >= 0:
+            raise ValueError(f"{name}={getattr(solver, name)} must be non-negative.")
+
+
+def check_attached(value: Any, single: bool = False) -> None:
+    """Raise ObjectiveError unless autograd can see how ``value`` depends on x (``single``: and it is one number)."""
+    if not isinstance(value, torch.Tensor):
+        raise not_floating(value)
+    if not value.requires_grad:
+        raise no_graph()
+    if single and value.ndim:
+        raise ObjectiveError(
+            f"the objective must return a 0-d tensor: this solver sees one problem at a time, and got values of shape "
+            f"{tuple(value.shape)}. Sum or average over the data, or let a layer with batch_dims call it lane by lane."
+        )
 
 
 def value_and_gradient(
@@ -33,14 +69,9 @@ def value_and_gradient(
     return value.detach(), list(gradient)
 
 
-def lanes_like(per_lane: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
-    """[*lanes] as [*lanes, 1, ...], to be combined with a leaf."""
-    return per_lane.reshape((*per_lane.shape, *[1] * (leaf.ndim - per_lane.ndim)))
-
-
 def lanes_as(per_lane: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
-    """The same in the leaf's dtype, to be multiplied with it."""
-    return lanes_like(per_lane, leaf).to(leaf.dtype)
+    """[*lanes] as [*lanes, 1, ...] in the leaf's dtype, to be multiplied with it."""
+    return over_lanes(per_lane, leaf).to(leaf.dtype)
 
 
 def minus(a: Leaves, b: Leaves) -> Leaves:
@@ -59,7 +90,7 @@ def choose(mask: torch.Tensor | None, new: Leaves, old: Leaves) -> Leaves:
     """The new leaves in the lanes of ``mask``, the old ones in all others; all are new where there is no mask."""
     if mask is None:
         return new
-    return [torch.where(lanes_like(mask, a), a, b) for a, b in zip(new, old, strict=True)]
+    return [torch.where(over_lanes(mask, a), a, b) for a, b in zip(new, old, strict=True)]
 
 
 class Momentum:

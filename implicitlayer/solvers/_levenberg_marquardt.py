@@ -31,8 +31,8 @@ from implicitlayer.base._types import Leaves
 from implicitlayer.equation._residual import pull_back, pushed
 from implicitlayer.linear._common import NOISE as NOISE_OF_RANK
 from implicitlayer.solvers._descent import Limited
-from implicitlayer.solvers._inputs import check_attached, check_unknowns
-from implicitlayer.solvers._outcome import NOISE, outcome
+from implicitlayer.solvers._leaves import check_attached, check_unknowns
+from implicitlayer.solvers._outcome import NOISE, codes_of, outcome
 from implicitlayer.solvers._problem import composite_of
 from implicitlayer.solvers._progress import Iteration, Report, reporting
 
@@ -144,10 +144,8 @@ class _Search:
             if bool(accepted.any()):
                 model = None
                 self._tell()
-        steps = int(self.steps.max()) if self.steps.numel() else 0
-        settings, reached = self.settings, self.norm <= self.tolerance
-        how = {"wanted": settings.has_tolerance, "finite": self.finite, "stalled": self.stalled, "words": _WORDS}
-        return outcome(self.problem.tree(self.x), steps, reached=reached, **how)
+        codes = codes_of(self.settings.has_tolerance, self.norm <= self.tolerance, self.finite, self.stalled)
+        return outcome(self.problem.tree(self.x), self.steps, codes, _WORDS)
 
     def _judged(
         self, trial: torch.Tensor, running: torch.Tensor, length: torch.Tensor, fall: torch.Tensor

@@ -17,8 +17,7 @@ from implicitlayer.base._solution import SolverResult
 from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._common import times
 from implicitlayer.linear._operator import lane_dot
-from implicitlayer.solvers._descent import Limited, descend, rounds_between_syncs, traced_descent
-from implicitlayer.solvers._line_search import LineSearch
+from implicitlayer.solvers._descent import Limited, Method, descend, rounds_between_syncs, traced_descent
 from implicitlayer.solvers._problem import Curvature, Problem
 
 # NOTE [forcing]: in a narrow curved valley the gradient is that of the steep walls, and a loose direction takes it down
@@ -117,11 +116,8 @@ class NewtonCG(Limited):
 _State = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-class _Truncated:
+class _Truncated(Method):
     """Directions by conjugate gradients on the curvature at the point that was evaluated last."""
-
-    STATE: tuple[str, ...] = ()
-    conjugate = False
 
     def __init__(self, settings: NewtonCG, problem: Problem | TracedProblem) -> None:
         self.settings, self.problem = settings, problem
@@ -176,13 +172,6 @@ class _Truncated:
         active = good & (rr_next.sqrt() > limit)
         p = torch.where(active.unsqueeze(-1), r + times(rr_next / rr, p), p)
         return r, d, p, rr_next, active
-
-    def moved(self, lanes: torch.Tensor, step: torch.Tensor, change: torch.Tensor, search: LineSearch) -> None:
-        """Every direction is made anew."""
-
-    def forget(self, lanes: torch.Tensor) -> torch.Tensor:
-        """There is nothing to forget."""
-        return torch.zeros_like(lanes)
 
 
 class _TracedTruncated(_Truncated):

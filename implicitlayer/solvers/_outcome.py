@@ -11,7 +11,7 @@ from implicitlayer.base._solution import SolverResult
 from implicitlayer.base._status import Status
 from implicitlayer.base._tree import finite_lanes, lane_reduce, leaves_norm, name_lanes
 from implicitlayer.base._types import Leaves
-from implicitlayer.solvers._leaves import lanes_like
+from implicitlayer.solvers._leaves import lanes_as, minus
 
 # NOTE [rounding]: where rounding is all that is left (a start at the solution of the problem before, with a tolerance
 # relative to a gradient that is all rounding), steps go on for ever. A lane whose value has not fallen by more than its
@@ -107,12 +107,11 @@ def contradiction(
     """
     if before is None:
         return torch.ones_like(leaves_norm(gradient, lane_dims))
-    s = [a - b for a, b in zip(point, before[0], strict=True)]
-    d = [a - b for a, b in zip(gradient, before[1], strict=True)]
+    s, d = minus(point, before[0]), minus(gradient, before[1])
     way, change = leaves_norm(s, lane_dims), leaves_norm(d, lane_dims)
     cosine = torch.zeros_like(way)  # neither overflows nor underflows
     for a, b in zip(s, d, strict=True):
-        units = [t / lanes_like(size, t).to(t.dtype) for t, size in ((a, way), (b, change))]
+        units = [t / lanes_as(size, t) for t, size in ((a, way), (b, change))]
         cosine = cosine + lane_reduce((units[0] * units[1]).double(), lane_dims)
     return torch.where(cosine * way * curvature > _SURE * change, _LITTLE, 1.0).double()
 
@@ -126,34 +125,24 @@ def relative_move(point: Leaves, move: Leaves | None, lane_dims: int) -> torch.T
 
 
 def outcome(
-    value: Any,
-    steps: int,
-    *,
-    wanted: bool,
-    reached: torch.Tensor,
-    finite: torch.Tensor,
-    stalled: torch.Tensor | None = None,
-    words: dict[Status, str] | None = None,
+    value: Any, steps: int | torch.Tensor, codes: torch.Tensor, words: dict[Status, str] | None = None
 ) -> SolverResult:
     """The result of a solve: the status of the worst lane, and a message that names the lanes that have it.
 
-    Args:
-        value: the answer, in the structure of ``init``.
-        steps: those of the slowest lane.
-        wanted: whether a tolerance was asked for.
-        reached, finite, stalled: bool [*lanes].
-        words: messages in place of the usual ones, with ``{where}``.
+    ``steps`` are those of every lane, or of the slowest; ``codes`` as of :func:`codes_of`; ``words`` are messages in
+    place of the usual ones, with ``{where}``.
     """
-    codes = codes_of(wanted=wanted, reached=reached, finite=finite, stalled=stalled)
+    if isinstance(steps, torch.Tensor):
+        steps = int(steps.max()) if steps.numel() else 0
     status = Status(int(codes.max())) if codes.numel() else Status.CONVERGED
     said = {**_WORDS, **(words or {})}.get(status, "")
     return SolverResult(value, status, steps, said.format(where=name_lanes(codes == int(status))))
 
 
 def codes_of(
-    *, wanted: bool, reached: torch.Tensor, finite: torch.Tensor, stalled: torch.Tensor | None = None
+    wanted: bool, reached: torch.Tensor, finite: torch.Tensor, stalled: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """A :class:`Status` per lane, int64 [*lanes], of what :func:`outcome` takes."""
+    """A :class:`Status` per lane, int64 [*lanes], of masks [*lanes]; ``wanted``: whether a tolerance was asked for."""
     missed = Status.MAX_STEPS_REACHED if wanted else Status.STEP_LIMIT
     codes = torch.where(reached, int(Status.CONVERGED if wanted else missed), int(missed))
     if stalled is not None:

@@ -13,11 +13,10 @@ from implicitlayer.base._tree import flatten, leaves_norm, ravel, unflatten, unr
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._residual import pull_back, pushed
 from implicitlayer.linear._operator import lane_scale
-from implicitlayer.solvers._inputs import check_unknowns
-from implicitlayer.solvers._leaves import value_and_gradient
+from implicitlayer.solvers._leaves import check_unknowns, value_and_gradient
 
 Curvature = Literal["hessian", "gauss_newton"]
-Product = Callable[[torch.Tensor], torch.Tensor]
+_WHO = 'curvature="gauss_newton"', 'curvature="hessian"'
 
 
 class Problem:
@@ -38,7 +37,7 @@ class Problem:
         check_unknowns(leaves)
         self._objective, self._theta, self._curvature = objective, theta, curvature
         self._like = [leaf.detach() for leaf in leaves]
-        self._composite = _gauss_newton_parts(objective) if curvature == "gauss_newton" else None
+        self._composite = composite_of(objective, *_WHO) if curvature == "gauss_newton" else None
         self._pull: Callable[[Leaves], Leaves] | None = None  # the curvature's products, at the point evaluated last
         value, gradient = self._evaluate(self._like)
         self.lane_dims, self.dtype = value.ndim, value.dtype
@@ -99,10 +98,6 @@ class Problem:
         slopes = torch.autograd.grad(value.sum(), cut, create_graph=True, materialize_grads=True)
         push = pushed(outputs, points)
         return lambda u: pull_back(outputs, points, pull_back(list(slopes), cut, push(u)))
-
-
-def _gauss_newton_parts(objective: Callable[..., Any]) -> Any:
-    return composite_of(objective, 'curvature="gauss_newton"', 'curvature="hessian"')
 
 
 def composite_of(objective: Callable[..., Any], who: str, other: str) -> Any:

@@ -19,9 +19,17 @@ from implicitlayer.base._tree import flatten, lane_reduce, leaves_norm, unflatte
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._residual import pull_back
 from implicitlayer.sets._term import expand_like, resolve
-from implicitlayer.solvers._inputs import check_limits, check_num_steps, check_unknowns
-from implicitlayer.solvers._leaves import Momentum, add, choose, minus, value_and_gradient
-from implicitlayer.solvers._outcome import StallWatch, contradiction, finite_leaves, outcome, relative_move
+from implicitlayer.solvers._leaves import (
+    Momentum,
+    add,
+    check_limits,
+    check_num_steps,
+    check_unknowns,
+    choose,
+    minus,
+    value_and_gradient,
+)
+from implicitlayer.solvers._outcome import StallWatch, codes_of, contradiction, finite_leaves, outcome, relative_move
 from implicitlayer.solvers._progress import Iteration, reporting
 
 _MAX_DOUBLINGS = 200
@@ -144,9 +152,7 @@ class ProximalGradient(RecordingSolver):
                     if not bool(running.any()):
                         break
         finite = finite_leaves(x, lane_dims) & (norm.isfinite() | (step == 0))
-        return outcome(
-            unflatten(x, spec), step, wanted=has_tolerance, reached=reached, finite=finite, stalled=stalled & ~reached
-        )
+        return outcome(unflatten(x, spec), step, codes_of(has_tolerance, reached, finite, stalled & ~reached))
 
     def _prox(self, objective: Callable[..., Any], spec: Any, theta: tuple[Any, ...]) -> Prox:
         """The layer's own operator where the term is the layer's: it knows lanes and closed-over tensors."""

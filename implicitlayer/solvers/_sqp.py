@@ -24,10 +24,10 @@ from implicitlayer import _torch
 from implicitlayer.base._solution import SolverResult
 from implicitlayer.base._status import Status
 from implicitlayer.base._tree import flatten, ravel, unflatten, unravel
-from implicitlayer.programs._interior_point_step import times
+from implicitlayer.programs._interior_point_step import norm_of, times
 from implicitlayer.solvers._descent import Limited
-from implicitlayer.solvers._inputs import check_attached, check_unknowns
-from implicitlayer.solvers._outcome import NOISE, StallWatch, outcome
+from implicitlayer.solvers._leaves import check_attached, check_unknowns
+from implicitlayer.solvers._outcome import NOISE, StallWatch, codes_of, outcome
 from implicitlayer.solvers._progress import Iteration, Report, reporting
 from implicitlayer.solvers._sqp_program import FLAT, Held, Step, convex, step_of, violation
 
@@ -209,7 +209,7 @@ class _Lanes:
         if not bool(self.finite.all()):  # these lanes stay where they are, and the others see nothing of them
             parts = {name: t.nan_to_num(0.0, 0.0, 0.0) for name, t in vars(self.at).items() if name in "fcpJW"}
             self.at = replace(self.at, **parts)
-        self.first, self.rho = _norm(self.at.p), y
+        self.first, self.rho = norm_of(self.at.p), y
         self.steps, self.failures, self.stalled = self.zero.long(), self.zero.long(), ~self.finite
         self.least = self.zero  # of all curvatures
         self.share = self.zero + 1  # of the slope at init over the size of x, which stands for curvatures that are none
@@ -227,7 +227,7 @@ class _Lanes:
     def size(self) -> torch.Tensor:
         """max(||x||, ||x - init||, distances of what is violated), [B]."""
         far = violation(self.at.c, self.of.e) / self.at.span.lengths
-        sizes = [_norm(self.at.x)[:, None], _norm(self.at.x - self.of.start)[:, None], far]
+        sizes = [norm_of(self.at.x)[:, None], norm_of(self.at.x - self.of.start)[:, None], far]
         return torch.cat(sizes, -1).amax(-1)
 
     def merit(self, f: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
@@ -237,8 +237,8 @@ class _Lanes:
     def _error(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The largest violation of a condition of optimality, relative as the docstring says, and ||grad L||, [B]."""
         at, e, size = self.at, self.of.e, self.size[:, None]
-        forces, rest = at.y.abs() * at.span.lengths, _norm(at.p + times(at.J.mT, at.y))
-        terms = torch.cat([forces, self.first[:, None], _norm(at.p)[:, None]], -1).amax(-1, keepdim=True)
+        forces, rest = at.y.abs() * at.span.lengths, norm_of(at.p + times(at.J.mT, at.y))
+        terms = torch.cat([forces, self.first[:, None], norm_of(at.p)[:, None]], -1).amax(-1, keepdim=True)
         off, inside = (t / at.span.lengths for t in (violation(at.c, e), (-at.c).clamp(min=0)))
         still = torch.where(rest <= self.settings.atol, 0.0, rest)[:, None]
         parts = [_over(still, terms), _over(off, size), torch.minimum(_over(inside, size), _over(forces, terms))[:, e:]]
@@ -254,9 +254,8 @@ class _Lanes:
         y = at.y.reshape(*lanes, at.y.shape[-1])
         tree = self.of.tree(at.x)
         value = (tree, (y[..., : self.of.e], y[..., self.of.e :])) if self.of.constrained else tree
-        steps = int(self.steps.max()) if len(error) else 0
         reached, finite, stalled = (t.reshape(lanes) for t in (reached, self.finite, self.stalled & ~reached))
-        return outcome(value, steps, wanted=True, reached=reached, finite=finite, stalled=stalled, words=_WORDS)
+        return outcome(value, self.steps, codes_of(True, reached, finite, stalled), _WORDS)
 
     def round(self) -> None:
         """One evaluation in all lanes."""
@@ -282,7 +281,7 @@ class _Lanes:
         flat = torch.maximum(self.share * self.first / torch.where(far > 0, far, 1.0), FLAT * size)
         B = convex(at.W, at.span, size, torch.where(flat > 0, flat, 1.0), self.least)
         off = violation(at.c, e)
-        least = _norm(at.p) * far + size * far * far + (self.rho * off).sum(-1)
+        least = norm_of(at.p) * far + size * far * far + (self.rho * off).sum(-1)
         self.step = _where(self.turning, step_of(B, at.p, at.c, at.J, at.held, least, e), self.step)
         d, forces = self.step.d, self.step.y.abs()
         self.rho = _where(self.turning, torch.maximum(forces, (self.rho + forces) / 2), self.rho)
@@ -311,7 +310,7 @@ class _Lanes:
         share = self.share * torch.where(full, 0.1, torch.where(short, 10.0, 1.0))
         self.least = torch.where(lanes, least, self.least)
         self.share = torch.where(lanes, share, self.share).clamp(_LEAST_SHARE, 1.0)
-        move, value = (lambda: _over(_norm(self.at.x - old.x), self.size)), self.merit(self.at.f, self.at.c)
+        move, value = (lambda: _over(norm_of(self.at.x - old.x), self.size)), self.merit(self.at.f, self.at.c)
         self.stalled = self.stalled | self.watch.look(lanes, self.error, value, lambda: self.zero + 1, move, True)
         self.best = _where(self.error < self.best[1], self.at, self.best[0]), torch.minimum(self.error, self.best[1])
         self._tell()
@@ -322,7 +321,7 @@ class _Lanes:
         first = lanes & (self.length == 1) & ~self.shift.any(-1) & c.isfinite().all(-1)
         held = self.step.held & first[:, None]
         shift = Held.of(self.at.J, held).correction(torch.where(held, c, 0.0))
-        worth = first & shift.any(-1) & (_norm(shift) <= _norm(self.step.d))
+        worth = first & shift.any(-1) & (norm_of(shift) <= norm_of(self.step.d))
         self.shift = _where(lanes, torch.where(worth[:, None], shift, 0.0), self.shift)
         # the minimum of the parabola through both values and the slope
         down = self.length * self.slope
@@ -339,11 +338,6 @@ class _Lanes:
         value, norm = (t.reshape(self.of.lanes) for t in (self.at.f.to(self.of.like[0].dtype), self.norm))
         step = int(self.steps.max()) if len(self.steps) else 0
         self.report(Iteration(step, value, norm, self.of.tree(self.at.x)))
-
-
-def _norm(vectors: torch.Tensor) -> torch.Tensor:
-    norms: torch.Tensor = torch.linalg.vector_norm(vectors, dim=-1)
-    return norms
 
 
 def _over(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -23,12 +23,10 @@ from dataclasses import dataclass
 
 import torch
 
-from implicitlayer.programs._interior_point import Data, interior_point
-from implicitlayer.programs._interior_point_step import times
+from implicitlayer.programs._interior_point import interior_point
+from implicitlayer.programs._interior_point_step import Data, times
 from implicitlayer.programs._qp_cold import cold_lanes
 from implicitlayer.programs._qp_exact import exact
-
-__all__ = ["FLAT", "Held", "Step", "convex", "step_of", "violation"]
 
 FLAT = 1e-8  # curvature below this share of the largest is none
 _FARTHEST = 1e4  # s of NOTE [convex] over the size of W: beyond it the coupling of the two spaces is cut back

@@ -9,8 +9,8 @@ import torch
 
 from implicitlayer.base._solution import RecordingSolver, SolverResult
 from implicitlayer.base._tree import flatten, leaves_norm, unflatten
-from implicitlayer.solvers._inputs import check_attached, check_num_steps, check_unknowns
-from implicitlayer.solvers._outcome import finite_leaves, outcome
+from implicitlayer.solvers._leaves import check_attached, check_num_steps, check_unknowns
+from implicitlayer.solvers._outcome import codes_of, finite_leaves, outcome
 from implicitlayer.solvers._progress import Iteration, Report, reporting
 
 # Their update of an entry reads the history of that entry alone, so lanes stay independent.
@@ -127,4 +127,4 @@ class TorchOptimizer(RecordingSolver):
             lane_dims = 0  # one test for all of them
         finite = finite_leaves(x, lane_dims)
         arrived = torch.full_like(finite, reached)
-        return outcome(unflatten(x, spec), step, wanted=has_tolerance, reached=arrived, finite=finite)
+        return outcome(unflatten(x, spec), step, codes_of(has_tolerance, arrived, finite))

@@ -44,16 +44,21 @@ from implicitlayer.testing._properties import (
 from implicitlayer.testing._report import GradientCheckError, GradientReport, GradientRow
 from implicitlayer.testing._roles import RoleCase, ThetaRole, roles, theta_roles
 from implicitlayer.testing._strategies import (
+    Pair,
+    cotangent,
+    cotangents,
     general_matrices,
     indefinite_matrices,
+    layouts,
     nonconvex_problems,
+    pytrees,
     quadratic_problems,
+    relayout,
     root_problems,
     singular_matrices,
     smooth_convex_problems,
     spd_matrices,
 )
-from implicitlayer.testing._trees import Pair, cotangent, cotangents, layouts, pytrees, relayout
 
 __all__ = [
     "ArgminProblem", "Fault", "GradientCheckError", "GradientReport", "GradientRow", "InnerClaim", "LinearClaim",

@@ -17,8 +17,7 @@ from implicitlayer.testing._answers import another_problem, check_followed
 from implicitlayer.testing._arrays import check_one_of
 from implicitlayer.testing._differences import DENSE_LIMIT, Accuracy
 from implicitlayer.testing._lanes import check_double, check_vmap
-from implicitlayer.testing._modes import SAFE_RTOL, Check, check_jvp, check_vjp
-from implicitlayer.testing._objective import check_objective
+from implicitlayer.testing._modes import SAFE_RTOL, Check, check_jvp, check_objective, check_vjp
 from implicitlayer.testing._references import Equation, Leaves, Wall
 from implicitlayer.testing._report import COARSE, GradientCheckError, GradientReport, GradientRow, worst_first
 

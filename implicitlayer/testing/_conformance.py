@@ -8,16 +8,15 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-from implicitlayer.base._extension import Extension
 from implicitlayer.base._solution import RecordingSolver
+from implicitlayer.base._types import Extension
 from implicitlayer.linear._operator import LinearSolver
 from implicitlayer.meta._method import MetaMethod
 from implicitlayer.sets._term import ProximalTerm
 from implicitlayer.testing._claims import InnerClaim, LinearClaim, claim_of, inner, linear
+from implicitlayer.testing._extension_checks import METHOD_CHECKS, TaskLossOfChecks, term_checks
 from implicitlayer.testing._inner_checks import inner_checks
 from implicitlayer.testing._linear_checks import linear_checks
-from implicitlayer.testing._method_checks import METHOD_CHECKS, TaskLossOfChecks
-from implicitlayer.testing._set_checks import term_checks
 
 Claim = LinearClaim | InnerClaim
 

@@ -7,7 +7,7 @@ from fewshot.network_problems import EXACT, Params, plain_logits, problem, produ
 from torch import Tensor
 
 from implicitlayer.fewshot import Conv4, conv4, task_cross_entropy
-from implicitlayer.fewshot._pooling import max_pool
+from implicitlayer.fewshot._kernels import max_pool
 
 # 21 -> 10 -> 5 -> 2 -> 1: two of the four halvings leave a row and a column out
 TINY = conv4(3, in_channels=3, num_filters=3, image_size=21, downsample="max_pool")

@@ -10,7 +10,7 @@ from references import F64, central_differences, orthogonal, randn, relative_err
 from torch import Tensor
 
 import implicitlayer as il
-from implicitlayer.programs._cones import Cones
+from implicitlayer.constrained._conic import Cones
 
 cp = pytest.importorskip("cvxpy", reason="cvxpy is not installed")
 if not {"OSQP", "CLARABEL"} <= set(cp.installed_solvers()):

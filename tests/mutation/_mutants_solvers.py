@@ -308,7 +308,7 @@ SOLVER_MUTANTS = [
         "gradient descent moves its finished lanes",
         DESCENT,
         "GradientDescent._to_tolerance",
-        "torch.where(lanes_like(running, leaf), part, torch.zeros_like(part))",
+        "torch.where(over_lanes(running, leaf), part, torch.zeros_like(part))",
         "part",
         "the answer of a lane depends on how long its neighbours run",
         near="GradientDescent, a_finished",

@@ -13,7 +13,7 @@ from scipy import optimize
 from torch import Tensor
 
 import implicitlayer as il
-from implicitlayer.solvers._scipy_limits import WITH_BOUNDS, WITH_CONSTRAINTS
+from implicitlayer.solvers._scipy import WITH_BOUNDS, WITH_CONSTRAINTS
 
 TARGET = torch.tensor([0.5, 2.0, -1.0], dtype=F64)
 UPPER = torch.tensor(1.0, dtype=F64)

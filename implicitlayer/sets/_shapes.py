@@ -1,0 +1,244 @@
+"""Affine sets, balls and simplices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+
+from implicitlayer.base._tree import flatten, tree_map, unflatten
+from implicitlayer.sets._set import ConvexSet
+from implicitlayer.sets._term import (
+    check_entries,
+    expand_like,
+    free,
+    joined,
+    norm_in_units,
+    norm_of,
+    number_like,
+    parted,
+    per_lane,
+    spread,
+    unit_of,
+)
+
+# The projection of y on {A x = b} is y - A^+ (A y - b) with A^+ the pseudo-inverse, so redundant equations do no harm.
+# torch differentiates A^+ by closed formulas (G. Golub & V. Pereyra 1973), right to every order and under every
+# transform as long as the rank does not change; its linear solves are not (vmap of forward mode).
+
+
+@dataclass(frozen=True, eq=False)
+class Affine(ConvexSet):
+    """``A x = b``, for the entries of x as one vector (of a pytree: all its leaves in order).
+
+    Args:
+        A: matrix [m, n] with n entries of x, or one per lane [*lanes, m, n].
+        b: right-hand sides [m] or [*lanes, m]. Tensors that require a gradient get one; that of A is right where the
+            rank of A does not change nearby (full rank).
+
+    Raises:
+        ValueError: shapes that do not fit, entries that are not finite.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> plane = il.sets.Affine(torch.ones(1, 3).double(), torch.tensor([6.0]).double())
+        >>> [round(v, 12) for v in plane.project(torch.tensor([0.0, 1.0, 2.0]).double()).tolist()]
+        [1.0, 2.0, 3.0]
+    """
+
+    A: Any
+    b: Any
+
+    def __post_init__(self) -> None:
+        a, b = torch.as_tensor(self.A), torch.as_tensor(self.b)
+        if a.ndim < 2 or b.ndim < 1 or a.shape[-2] != b.shape[-1]:
+            raise ValueError(
+                f"A [m, n] and b [m] must fit: got shapes {tuple(a.shape)} and {tuple(b.shape)}. One equation is a "
+                "matrix of one row."
+            )
+        for name in ("A", "b"):
+            check_entries(getattr(self, name), name, "finite", torch.isfinite)
+
+    def _data(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = number_like(self.A, x), number_like(self.b, x)
+        if a.shape[-1] != x.shape[-1]:
+            raise ValueError(f"A of shape {tuple(a.shape)} needs {a.shape[-1]} unknowns; x has {x.shape[-1]} entries.")
+        return a, b
+
+    @classmethod
+    def examples(cls, *given: Any) -> list[Affine]:
+        """A plane."""
+        return [cls(torch.tensor([[1.0, 2.0, 0.0, -1.0]]), torch.tensor([0.5]))]
+
+    def project(self, y: Any, lane_dims: int = 0) -> Any:
+        """The nearest solution of A x = b, in the structure of y."""
+        flat = joined(y, lane_dims)
+        a, b = self._data(flat)
+        missing = (a @ flat.unsqueeze(-1))[..., 0] - b
+        # torch refuses NaN in a pseudo-inverse, of every lane; behind a transform it is ``missing`` that carries it on
+        known = a.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
+        inverse = torch.linalg.pinv(torch.where(known, a, 0.0))
+        return parted(flat - (inverse @ missing.unsqueeze(-1))[..., 0], y, lane_dims)
+
+    def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
+        """No entry is held alone (the equations always are), and there is no kink."""
+        return free(y)
+
+    def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
+        """``||A x - b|| / ||A||_F``, below the distance from the solutions, [*lanes]; not zero where there are none."""
+        flat = joined(x, lane_dims)
+        a, b = self._data(flat)
+        size = norm_of(a.flatten(-2))
+        return norm_of((a @ flat.unsqueeze(-1))[..., 0] - b) / torch.where(size > 0, size, 1.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Ball(ConvexSet):
+    """``||x - center||_2 <= radius``, over all entries (of a pytree: of all its leaves together).
+
+    Args:
+        radius: non-negative, in units of x: a number or 0-d tensor, or one per lane.
+        center: a number, a tensor that broadcasts to every leaf of x, or a pytree like x; default 0.
+            Tensors that require a gradient get one.
+
+    Raises:
+        ValueError: a negative or NaN radius; a center that is not finite or does not broadcast to x.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> il.sets.Ball(5.0).project(torch.tensor([6.0, 8.0])).tolist()
+        [3.0, 4.0]
+    """
+
+    per_entry: ClassVar[tuple[str, ...]] = ("center",)
+
+    radius: Any = 1.0
+    center: Any = 0.0
+
+    def __post_init__(self) -> None:
+        check_entries(self.radius, "radius", "non-negative", lambda t: t >= 0)
+        check_entries(self.center, "center", "finite", torch.isfinite)
+
+    def _offset(self, x: Any, lane_dims: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Center and x - center [*lanes, n], the norm of the latter and the radius [*lanes, 1]."""
+        leaves = flatten(x)[0]
+        center = joined(
+            [c.expand(v.shape) for c, v in zip(spread(self.center, x, "center"), leaves, strict=True)], lane_dims
+        )
+        offset = joined(x, lane_dims) - center
+        radius = per_lane(self.radius, offset, lane_dims, "radius")
+        return center, offset, norm_of(offset, keepdim=True), radius.unsqueeze(-1)
+
+    def project(self, y: Any, lane_dims: int = 0) -> Any:
+        """The nearest point of the ball, in the structure of y."""
+        center, offset, norm, radius = self._offset(y, lane_dims)
+        inside = norm < radius
+        # The direction is made of numbers near 1: the norm itself may overflow. The untaken branch must not divide by
+        # zero: its NaN would reach the gradient through torch.where.
+        unit = unit_of(offset)
+        length = norm_in_units(offset / unit)
+        direction = offset / unit / torch.where(inside | (length == 0), 1.0, length)
+        return parted(torch.where(inside, offset + center, center + radius * direction), y, lane_dims)
+
+    def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
+        """All entries of a problem on the sphere, and the distance of y from it. A ball of radius 0 has no kink."""
+        _, offset, norm, radius = self._offset(y, lane_dims)
+        margin = torch.where(radius > 0, (norm - radius).abs(), torch.inf)
+        spec = flatten(y)[1]
+        held = parted((norm >= radius).to(offset.dtype).expand(offset.shape), y, lane_dims)
+        held = unflatten([leaf > 0 for leaf in flatten(held)[0]], spec)
+        return held, parted(margin.expand(offset.shape), y, lane_dims)
+
+    def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
+        """Distance from the ball, [*lanes]."""
+        _, _, norm, radius = self._offset(x, lane_dims)
+        return torch.relu(norm - radius)[..., 0]
+
+
+# The projection of y is (y - tau)+ with tau such that the entries add up to the total. With S the support and k its
+# size, tau = (sum_S y - total) / k: on S, dx = dy - mean_S(dy) + dtotal / k, elsewhere dx = 0. S is found by sorting:
+# the k largest entries belong to it while y_(k) > (y_(1) + ... + y_(k) - total) / k. A number added to all entries of y
+# changes nothing, so the largest is taken off first: the sums then hold the total and not the offset.
+
+
+@dataclass(frozen=True, eq=False)
+class Simplex(ConvexSet):
+    """``x >= 0`` and ``sum x = total``: probabilities, for total 1.
+
+    Args:
+        total: the sum, positive, in units of x: a number or 0-d tensor, or one per lane; a tensor gets its gradient.
+        dim: None: all entries of x (of a pytree: of all its leaves) are one simplex. A negative integer: every slice
+            along that dimension of every leaf is a simplex of its own.
+
+    Raises:
+        ValueError: a total that is not positive and finite, a ``dim`` that is not negative.
+
+    Source: J. Duchi et al., ICML 2008, fig. 1.
+
+    Example:
+        >>> import torch, implicitlayer as il
+        >>> il.sets.Simplex(1.0).project(torch.tensor([1.0, 0.5, -1.0])).tolist()
+        [0.75, 0.25, 0.0]
+    """
+
+    total: Any = 1.0
+    dim: int | None = None
+
+    def __post_init__(self) -> None:
+        check_entries(self.total, "total", "positive and finite", lambda t: (t > 0) & t.isfinite())
+        if self.dim is not None and self.dim >= 0:
+            raise ValueError(f"dim={self.dim} must be negative (counted from the last dimension), or None for all.")
+
+    def _shifted(self, y: torch.Tensor, lane_dims: int) -> torch.Tensor:
+        """y - tau along the last dimension."""
+        total = expand_like(per_lane(self.total, y, lane_dims, "total"), y)
+        if y.shape[-1]:
+            y = y - y.detach().amax(-1, keepdim=True)
+        with torch.no_grad():
+            ordered = y.sort(-1, descending=True).values
+            count = torch.arange(1, y.shape[-1] + 1, device=y.device, dtype=y.dtype)
+            inside = ordered * count > ordered.cumsum(-1) - total
+            size = inside.sum(-1, keepdim=True).clamp_min(1)
+            support = y >= ordered.gather(-1, size - 1)
+            size = support.sum(-1, keepdim=True)
+        tau = (torch.where(support, y, 0.0).sum(-1, keepdim=True) - total) / size
+        return torch.where(support, y - tau, torch.clamp_max(y - tau, 0.0))
+
+    def _along(self, y: Any, lane_dims: int, function: Any) -> Any:
+        """``function`` of vectors along the last dimension, in the structure of y."""
+        if self.dim is None:
+            return parted(function(joined(y, lane_dims)), y, lane_dims)
+        dim = self.dim
+        for leaf in flatten(y)[0]:
+            if leaf.ndim - lane_dims < -dim:
+                raise ValueError(f"dim={dim} is out of range for a leaf of shape {tuple(leaf.shape[lane_dims:])}.")
+        return tree_map(lambda leaf: function(leaf.movedim(dim, -1)).movedim(-1, dim), y)
+
+    def project(self, y: Any, lane_dims: int = 0) -> Any:
+        """The nearest point of the simplex, in the structure of y."""
+
+        def nearest(v: torch.Tensor) -> torch.Tensor:
+            z = self._shifted(v, lane_dims)
+            return torch.where(z <= 0, 0.0, z)
+
+        return self._along(y, lane_dims, nearest)
+
+    def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
+        """Entries at zero (the sum is always active), and how far each is from joining or leaving them."""
+        held = self._along(y, lane_dims, lambda v: self._shifted(v, lane_dims).to(v.dtype) <= 0)
+        return held, self._along(y, lane_dims, lambda v: self._shifted(v, lane_dims).abs())
+
+    def magnitude(self, y: Any, lane_dims: int = 0) -> torch.Tensor:
+        """Without what is common to all entries, which has no effect."""
+        shifted = self._along(y, lane_dims, lambda v: self._shifted(v, lane_dims))
+        return super().magnitude(shifted, lane_dims)
+
+    def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
+        """Norm of the negative part together with the error of the sum spread over the entries, [*lanes]."""
+
+        def parts(v: torch.Tensor) -> torch.Tensor:
+            total = expand_like(per_lane(self.total, v, lane_dims, "total"), v)
+            return torch.relu(-v) + ((v.sum(-1, keepdim=True) - total) / v.shape[-1]).abs() + torch.relu(-total)
+
+        return norm_of(joined(self._along(x, lane_dims, parts), lane_dims))
