@@ -65,6 +65,11 @@ def forward_mode_active() -> bool:
     return forward_level() >= 0
 
 
+def has_tangent(tensor: torch.Tensor) -> bool:
+    """Whether ``tensor`` is a dual number."""
+    return forward_mode_active() and forward_ad.unpack_dual(tensor).tangent is not None
+
+
 # The older batching of ``torch.autograd.grad(is_grads_batched=True)``, which custom Functions do not see. The numbers
 # are dim and level, and level, size and dim.
 is_batched_by_grad: Callable[[torch.Tensor], bool] = _functorch.is_legacy_batchedtensor

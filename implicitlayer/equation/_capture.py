@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +15,6 @@ from itertools import chain, compress, repeat
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from implicitlayer import _torch
 from implicitlayer._errors import ClosureError
@@ -55,7 +55,7 @@ def needing(tensors: Iterable[torch.Tensor]) -> list[bool]:
     """The same of each of ``tensors``."""
     forward = _torch.forward_level() >= 0
     with _torch.without_modes():  # the tensors themselves, not what an enclosing layer has swapped in for them
-        return [_torch.is_wrapped(t) or t.requires_grad or (forward and _has_tangent(t)) for t in tensors]
+        return [_torch.is_wrapped(t) or t.requires_grad or (forward and _torch.has_tangent(t)) for t in tensors]
 
 
 def derivatives_possible() -> bool:
@@ -113,7 +113,7 @@ class ClosedOver(list[torch.Tensor]):
         if self.first is not None:
             self.first.refuse_kept(met)
 
-    def confirm(self, theta: Sequence[torch.Tensor], edges: dict[int, int]) -> None:
+    def confirm(self, theta: Sequence[torch.Tensor], edges: dict[Any, int]) -> None:
         """Check what the run at the solution reads of theta, by the edges of its graph; see NOTE [state]."""
         if self.first is not None and self.first.plain:
             first, self.first = self.first, None  # it holds the arguments of the call
@@ -266,21 +266,18 @@ class _Search:
 
     def reads(self, finder: _Finder, value: Any, hidden: Sequence[torch.Tensor]) -> Reads:
         """What a run that gave ``value`` has read of theta, and of ``hidden``, which it closes over."""
-        edges, ends = finder.entered, map(id, hidden)
+        edges: dict[Any, int] = finder.entered
+        ends: Iterable[Any] = map(id, hidden)
         if self.plain:
             values = (value,) if isinstance(value, torch.Tensor) else tensors_in((value,), [])
             edges = edges_into(values, self.sources.start)
-            ends = map(id, [tensor if tensor.is_leaf else tensor.grad_fn for tensor in hidden])
+            ends = [id(tensor) if tensor.is_leaf else tensor.grad_fn for tensor in hidden]
         return Reads(finder.read, list(map(edges.get, chain(finder.given, ends), repeat(0))), finder.outside)
 
 
 def plainly_impossible() -> bool:
     """Whether a transform or forward mode is at work."""
     return _torch.transforms_active() or _torch.forward_level() >= 0
-
-
-def _has_tangent(tensor: torch.Tensor) -> bool:
-    return _torch.forward_mode_active() and forward_ad.unpack_dual(tensor).tangent is not None
 
 
 class _Finder(ReadingMode):
@@ -371,6 +368,9 @@ class _Finder(ReadingMode):
         pairs = self.bits.items()
         made = [(weakref.ref(self.known[key]), bits) for key, bits in pairs if bits != OF_X and key not in own]
         self.known.clear()
+        several = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if several and any(ref() is not None for ref, _ in made):
+            gc.collect()  # what a cycle holds is alive on some processes only, and all must go on in the same way
         alive = [(tensor, ref, bits) for ref, bits in made if (tensor := ref()) is not None]
         if not alive:
             return []

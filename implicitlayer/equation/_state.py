@@ -308,19 +308,19 @@ _GRAD_FN = attrgetter("grad_fn")
 _END: Any = type(_LEAF.view(()).grad_fn.next_functions[0][0])  # type: ignore[union-attr]
 
 
-def edges_into(values: Sequence[torch.Tensor], start: int = 0, stop: Sequence[torch.Tensor] = ()) -> dict[int, int]:
-    """How many edges of the graph of ``values`` end in each leaf, by id, and in each node before ``start``.
+def edges_into(values: Sequence[torch.Tensor], start: int = 0, stop: Sequence[torch.Tensor] = ()) -> dict[Any, int]:
+    """How many edges of the graph of ``values`` end in each leaf, by its id, and in each node made before ``start``.
 
     Nodes of ``stop`` are left out.
     """
     found: list[Any] = list(filter(None, map(_GRAD_FN, values)))
-    seen, edges = {*found, *map(_GRAD_FN, stop)}, dict[int, int]()
+    seen, edges = {*found, *map(_GRAD_FN, stop)}, dict[Any, int]()
     for node in found:  # which grows
         for child, _ in node.next_functions:
             if type(child) is _END:
                 edges[id(child.variable)] = edges.get(id(child.variable), 0) + 1
             elif child is not None and child._sequence_nr() < start:
-                edges[id(child)] = edges.get(id(child), 0) + 1
+                edges[child] = edges.get(child, 0) + 1
             elif child is not None and child not in seen:
                 seen.add(child)
                 found.append(child)
