@@ -44,8 +44,17 @@ def innermost(value: Any) -> Any:
 
 def num_forward_levels() -> int:
     """How many ``torch.func.jvp`` are active, one inside the other."""
+    return _num_levels("Jvp")
+
+
+def num_map_levels() -> int:
+    """How many ``torch.vmap`` are active, one inside the other."""
+    return _num_levels("Vmap")
+
+
+def _num_levels(kind: str) -> int:
     stack = _functorch.get_interpreter_stack() or []
-    return sum(level.key() == _functorch.TransformType.Jvp for level in stack)
+    return sum(level.key() == getattr(_functorch.TransformType, kind) for level in stack)
 
 
 def mapped_over(function: Callable[[torch.Tensor], torch.Tensor], vectors: torch.Tensor) -> torch.Tensor:

@@ -84,6 +84,14 @@ def test_forward_mode_is_seen_and_its_levels_are_counted() -> None:
         assert _torch.forward_mode_active()
 
 
+def test_levels_of_vmap_are_counted() -> None:
+    """Breaks: a mapped layer of DTensors ends in an error of torch's own."""
+    counts: list[int] = []
+    torch.vmap(torch.vmap(lambda x: (counts.append(_torch.num_map_levels()), x)[1]))(X[None])
+    torch.func.grad(lambda x: (counts.append(_torch.num_map_levels()), x.sum())[1])(X)
+    assert counts == [2, 0]
+
+
 def test_a_function_is_mapped_over_vectors_as_by_vmap_and_the_level_ends_with_an_error() -> None:
     """Breaks: dense matrices of an operator."""
     matrix = torch.tensor([[2.0, 1.0], [0.0, 3.0]], dtype=torch.float64)

@@ -47,9 +47,16 @@ def placed_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
 
 
 def mesh_of(values: Iterable[Any]) -> Any:
-    """The mesh of the first DTensor among ``values``; None without any."""
+    """The mesh of the first DTensor among ``values``; None without any.
+
+    Raises:
+        UnsupportedTransformError: there is one, inside vmap or forward mode.
+    """
+    hidden = _torch.transforms_active()
     for value in values:
-        if value.__class__ not in WHOLE and is_sharded(value):
+        if (hidden or value.__class__ not in WHOLE) and is_sharded(value):
+            if _torch.forward_mode_active() or _torch.num_map_levels():
+                _refuse_transform()
             return _torch.innermost(value).device_mesh
     return None
 
@@ -96,10 +103,11 @@ def _no_summands(placements: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(Replicate() if placement.is_partial() else placement for placement in placements)
 
 
-def _refuse_vmap(*_: Any) -> Any:
+def _refuse_transform(*_: Any) -> Any:
     raise UnsupportedTransformError(
-        "vmap over a layer whose unknowns are DTensors is not possible: torch cannot map what lies on several "
-        "processes. Pass batch_dims= for many problems at once, or call the layer in a loop."
+        "vmap over a layer that is given DTensors is not possible, nor is forward mode (jvp, jacfwd, hessian): torch "
+        "can neither map what lies on several processes nor give it a tangent. Use reverse mode (backward, grad, vjp), "
+        "batch_dims= for many problems at once, or a loop over calls of the layer."
     )
 
 
@@ -124,7 +132,7 @@ class _Distribute(torch.autograd.Function):
             ctx.check(gradient)
         return gradient, None, None, None
 
-    vmap = staticmethod(_refuse_vmap)
+    vmap = staticmethod(_refuse_transform)
 
 
 class _Gather(torch.autograd.Function):
@@ -145,7 +153,7 @@ class _Gather(torch.autograd.Function):
             return None, None, None
         return _Distribute.apply(cotangent, *ctx.layout), None, None
 
-    vmap = staticmethod(_refuse_vmap)
+    vmap = staticmethod(_refuse_transform)
 
 
 class Sharding:

@@ -114,16 +114,14 @@ class ProxLayer(ImplicitLayer):
             found = _examined(residual.attached(leaves, signature.tensors), spec)
         self._refuse_outside(found)
 
-    def _call_sharded(self, init: Any, theta: tuple[Any, ...]) -> Any:
+    def of_whole_tensors(self, sharding: Sharding, theta: tuple[Any, ...]) -> tuple[ImplicitLayer, tuple[Any, ...]]:
         """As for every layer; the objective sees thetas as they are, the term whole ones, which are gathered once."""
         layer = replace(self, terms=_of_whole_data(self.terms))
         if mesh_of(flatten(theta)[0]) is not None:
             given = Sharding(theta)
             layer.function = lambda x, *whole_theta: self.function(x, *given.outside(whole_theta))
             theta = given.inside(theta)
-        solution = ImplicitLayer._call_sharded(layer, init, theta)
-        self.records = layer.records
-        return solution
+        return replace(layer, function=sharding.seen(layer.function)), theta
 
     def as_root(self, function: Callable[..., Any]) -> ImplicitLayer:
         """The layer of the equation that is differentiated, for the objective ``function`` as the user wrote it."""

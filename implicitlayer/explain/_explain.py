@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,8 +11,9 @@ from torch import nn
 from implicitlayer import _torch
 from implicitlayer._errors import UnsupportedTransformError
 from implicitlayer.api._module import ArgminLayer
+from implicitlayer.base._sharding import Sharding, mesh_of
 from implicitlayer.base._surroundings import plain_surroundings
-from implicitlayer.base._tree import flatten, flatten_with_names
+from implicitlayer.base._tree import flatten, flatten_with_names, unflatten
 from implicitlayer.constrained._constrained import ProxLayer
 from implicitlayer.equation._flat import Signature
 from implicitlayer.explain._explain_leaves import (
@@ -60,9 +62,6 @@ def explain_gradient(layer: ImplicitLayer | ArgminLayer, /, *args: Any) -> Gradi
         x (float32, shape (), requires_grad=False): in order.
     """
     settings, function, init, theta = _resolve(layer, args)
-    if isinstance(settings, ProxLayer):
-        settings = settings.as_root(function)
-        function = settings.function
     if _torch.transforms_active():
         raise UnsupportedTransformError(
             "explain_gradient was called inside a torch.func transform, whose tensors have no requires_grad to "
@@ -70,6 +69,17 @@ def explain_gradient(layer: ImplicitLayer | ArgminLayer, /, *args: Any) -> Gradi
         )
     x, x_names = flatten_with_names(init, "x")
     check_init(x, x_names, settings.batch_dims)
+    if mesh_of(x) is not None:
+        sharding = Sharding(init)
+        given, spec = flatten(theta)
+        settings, theta = replace(settings, function=function).of_whole_tensors(sharding, theta)
+        pairs = zip(given, flatten(theta)[0], strict=True)
+        theta = unflatten([t if t is a or not a.is_leaf else _leaf_like(a, t) for a, t in pairs], spec)
+        function, init = settings.function, sharding.inside(init)
+        x = flatten(init)[0]
+    if isinstance(settings, ProxLayer):
+        settings = settings.as_root(function)
+        function = settings.function
     notes = _mode_notes()
     with torch.inference_mode(False), torch.enable_grad(), plain_surroundings(x), quietly():
         problem = _problem(settings, function, init, theta)
@@ -89,6 +99,11 @@ def explain_gradient(layer: ImplicitLayer | ArgminLayer, /, *args: Any) -> Gradi
     ]
     leaves = (*theta_leaves(problem, facts, verdicts), *closed_leaves(problem, facts, verdicts))
     return GradientExplanation(tuple(notes), tuple(unknowns), (*leaves, *unread_parameters(problem)))
+
+
+def _leaf_like(given: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """A leaf of a graph as ``given`` is one, with all its entries."""
+    return whole.detach().requires_grad_(given.requires_grad)
 
 
 def _resolve(layer: Any, args: tuple[Any, ...]) -> tuple[ImplicitLayer, Any, Any, tuple[Any, ...]]:

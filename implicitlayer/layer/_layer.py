@@ -14,7 +14,7 @@ from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
 from implicitlayer.base._copying import CopiesFunctions
 from implicitlayer.base._divided import Divided
 from implicitlayer.base._records import CallRecords, Record
-from implicitlayer.base._sharding import WHOLE, Sharding, is_sharded
+from implicitlayer.base._sharding import Sharding, mesh_of
 from implicitlayer.base._surroundings import announce, name_limit, out_of_inference, outside_compiled_code
 from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, tree_map, unflatten
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
@@ -112,7 +112,7 @@ class ImplicitLayer(CopiesFunctions):
             _refuse_forward_over_forward()
         x, x_names = flatten_with_names(init, "x")
         check_init(x, x_names, self.batch_dims)
-        if (not set(map(type, x)) <= WHOLE or _torch.transforms_active()) and any(map(is_sharded, x)):
+        if mesh_of(x) is not None:
             return self._call_sharded(init, theta)
         x_spec = flatten(init)[1]
         theta = tree_map(announce, theta) if _torch.num_modes() else theta
@@ -204,10 +204,14 @@ class ImplicitLayer(CopiesFunctions):
         stays = stays and not (self.batch_dims or self.solver_has_aux or _torch.transforms_active())
         stays = stays and all(getattr(by, "in_parts", False) for by in (self.solver, self.linear_solver))
         sharding = Divided(init) if stays and Divided.possible(init) else Sharding(init)
-        inner = replace(self, function=sharding.seen(self.function))
+        inner, theta = self.of_whole_tensors(sharding, theta)
         result = inner(sharding.inside(init), *theta)
         self.records = inner.records
         return (sharding.outside(result[0]), result[1]) if self.solver_has_aux else sharding.outside(result)
+
+    def of_whole_tensors(self, sharding: Sharding, theta: tuple[Any, ...]) -> tuple[ImplicitLayer, tuple[Any, ...]]:
+        """The same layer of unknowns as they are inside ``sharding``, and the thetas that it takes."""
+        return replace(self, function=sharding.seen(self.function)), theta
 
     def _read(self, function: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
         """What is run to find closed-over tensors, and what shows its numbers; see :func:`find_closed_over`."""

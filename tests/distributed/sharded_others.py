@@ -62,6 +62,29 @@ def other_problems(cases: Cases) -> None:
     same("hvp", lambda x, v: il.hvp(lambda x: (x**4).sum(), x, v), (p, "0"), (rows[0], "whole"))
     same("hessian_operator", lambda x, v: solve(il.hessian_operator(network_of_one, x), v), (p, "0"), (rows[0], "0"))
 
+    def explained(*theta: torch.Tensor) -> str:
+        halved = il.argmin(lambda x, t, s: halves(x, t).sum() + s, il.solvers.NewtonCG())
+        boxed = il.argmin(halves, projected, constraint=lambda t, s: il.sets.Box(-s, s))
+        return "\n".join(str(il.explain_gradient(layer, theta[0].detach() * 0, *theta)) for layer in (halved, boxed))
+
+    alone, parts = (t.clone().requires_grad_(), two), (cases.put(t, Shard(1)).requires_grad_(), two)
+    assert "gets its gradient" in explained(*alone)
+    cases.found["explain_gradient"] = float(explained(*parts) != explained(*alone))
+
+    # x = t / 2 is to be 1: t = 2 in every entry, by an outer optimizer that looks at all entries together
+    outer = cases.put(t[0], Shard(0)).requires_grad_()
+    optimizer = torch.optim.LBFGS([outer], line_search_fn="strong_wolfe")
+    solution = il.argmin(lambda x, t: halves(x, t).sum(), il.solvers.NewtonCG())
+
+    def loss() -> torch.Tensor:
+        optimizer.zero_grad()
+        value: torch.Tensor = ((solution(outer.detach() * 0, outer) - 1) ** 2).sum()
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    cases.found["an outer LBFGS"] = difference([outer], [torch.full_like(t[0], 2.0)])
+
     def few_shot(make: Callable[..., il.meta.MetaMethod]) -> Callable[..., Any]:
         def losses(*theta: torch.Tensor) -> torch.Tensor:
             inputs, labels = cases.data[0][:6].expand(2, 6, 3), torch.tensor([0, 1]).repeat(2, 3)

@@ -56,7 +56,7 @@ WORKS = [
     *("plain theta", "iMAML", "DDP", "tensor parallel", "FSDP2 around", "checkpoint", "example"),
     *("MAML", "TruncatedMAML", "FirstOrderMAML", "Reptile", "ANIL", "ProtoNet", "layer decay"),
     *("a set", "a regulariser", "constrained_argmin", "qp", "value"),
-    *("linear_solve", "linear_solve of a function", "hvp", "hessian_operator"),
+    *("linear_solve", "linear_solve of a function", "hvp", "hessian_operator", "explain_gradient", "an outer LBFGS"),
 ]
 
 
@@ -76,6 +76,7 @@ def test_no_process_makes_a_vector_of_all_unknowns(found: dict[str, Any], solver
     assert found[f"memory {solvers}"] == "1 / 4 of the unknowns"
 
 
+MAPPED = ("vmap", "vmap of a plain theta", "jvp")
 REFUSED = {
     "FSDP2 inside": (
         "RuntimeError",
@@ -85,7 +86,7 @@ REFUSED = {
     ),
     "unannounced rows": ("ObjectiveError", "has another value on every process", "distribute_tensor(data, mesh"),
     "summed by hand": ("ObjectiveError", "has another gradient in leaf", ".to_local()"),
-    "vmap": ("UnsupportedTransformError", "vmap over a layer whose unknowns are DTensors", "Pass batch_dims="),
+    **dict.fromkeys(MAPPED, ("UnsupportedTransformError", "vmap over a layer that is given DTensors", "batch_dims=")),
 }
 
 
