@@ -52,37 +52,51 @@ class _Flat(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
         ctx.of = inputs[0]
+        ctx.set_materialize_grads(False)  # torch's zeros would be no Parts
 
     @staticmethod
-    def backward(ctx: Any, cotangent: torch.Tensor) -> tuple[Any, ...]:
-        return None, *_Leaves.apply(cotangent, ctx.of, False)
+    def backward(ctx: Any, cotangent: torch.Tensor | None) -> tuple[Any, ...]:
+        leaves = (None,) * len(ctx.of.shapes) if cotangent is None else _Leaves.apply(cotangent, ctx.of, False)
+        return None, *leaves
 
 
 class Divided(Sharding):
-    """How the unknowns of a layer lie on processes, none of which holds all of them."""
+    """How the unknowns of a layer lie on processes, none of which holds all of them.
 
-    def __init__(self, init: Any) -> None:
+    Args:
+        init: pytree of tensors, at least one of them a DTensor.
+        lane_dims: number of leading dimensions that count problems: these are not cut.
+    """
+
+    def __init__(self, init: Any, lane_dims: int = 0) -> None:
         super().__init__(init)
         leaves, self.spec = flatten(init)
         self.shapes = [leaf.shape for leaf in leaves]
+        self.lanes = self.shapes[0][:lane_dims]
         self.here = [leaf.shape if how is None else leaf.to_local().shape for leaf, how in self._pairs(leaves)]
         self.strides = [torch.empty(shape, device="meta").stride() for shape in self.shapes]
-        self.sizes = [shape.numel() for shape in self.here]
-        self.cut = Cut(sum(leaf.numel() for leaf in leaves), self._counted(), self._groups())
+        self.sizes = [shape[lane_dims:].numel() for shape in self.here]
+        self.cut = Cut(sum(shape[lane_dims:].numel() for shape in self.shapes), self._counted(), self._groups())
 
     @classmethod
-    def possible(cls, init: Any) -> bool:
-        """Whether some leaf is cut, and the flat vector of all has one dtype and one mesh."""
+    def possible(cls, init: Any, lane_dims: int = 0) -> bool:
+        """Whether some leaf is cut, no lane is, and the flat vector of all has one dtype and one mesh."""
         from torch.distributed.tensor import Replicate, Shard
 
         leaves = flatten(init)[0]
         layouts = [how for how in Sharding(init).layouts if how is not None]
-        kinds = {type(placement) for _, placements in layouts for placement in placements}
+        placed = [placement for _, placements in layouts for placement in placements]
+        kinds = {type(placement) for placement in placed}
         one = len({leaf.dtype for leaf in leaves}) == 1 == len({mesh for mesh, _ in layouts})
-        return one and Shard in kinds and kinds <= {Shard, Replicate} and sum(leaf.numel() for leaf in leaves) > 1
+        cut = (
+            Shard in kinds
+            and kinds <= {Shard, Replicate}
+            and all(getattr(p, "dim", lane_dims) >= lane_dims for p in placed)
+        )
+        return one and cut and sum(leaf.shape[lane_dims:].numel() for leaf in leaves) > 1
 
     def inside(self, init: Any) -> torch.Tensor:
-        """The leaves of ``init`` as one vector."""
+        """The leaves of ``init`` as one vector [*lanes, n]."""
         vector: torch.Tensor = _Flat.apply(self, *flatten(init)[0])
         return vector
 
@@ -104,11 +118,11 @@ class Divided(Sharding):
         from torch.distributed.tensor import DTensor
 
         found = []
-        parts = flat.local.split(self.sizes)
+        parts = flat.local.split(self.sizes, -1)
         for part, here, shape, stride, how in zip(
             parts, self.here, self.shapes, self.strides, self.layouts, strict=True
         ):
-            local = part.view(here)
+            local = part.reshape(here).contiguous()  # of one problem it is a view
             if how is not None:
                 local = DTensor.from_local(local, *how, run_check=False, shape=shape, stride=stride)
             found.append(local)
@@ -117,14 +131,14 @@ class Divided(Sharding):
     def flat(self, leaves: Sequence[Any]) -> Parts:
         """The vector of some leaves, in whatever placements they are."""
         parts = []
-        for leaf, how in self._pairs(leaves):
+        for (leaf, how), size in zip(self._pairs(leaves), self.sizes, strict=True):
             part = gathered(leaf) if how is None else leaf.redistribute(placements=_no_summands(how[1])).to_local()
-            parts.append(part.reshape(-1))
-        return Parts(torch.cat(parts), self.cut)
+            parts.append(part.reshape(*self.lanes, size))
+        return Parts(torch.cat(parts, -1), self.cut)
 
     def compare_gradient(self, gradient: Any) -> None:
         """Raise unless processes that hold the same entries have found the same gradient of them."""
-        for index, (part, how) in enumerate(self._pairs(_torch.innermost(gradient).local.split(self.sizes))):
+        for index, (part, how) in enumerate(self._pairs(_torch.innermost(gradient).local.split(self.sizes, -1))):
             dims = [i for i in range(self.mesh.ndim) if how is None or not how[1][i].is_shard()]
             if dims:
                 self.compare(f"gradient in leaf {index} of x", [part], dims)

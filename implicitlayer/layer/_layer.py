@@ -201,9 +201,10 @@ class ImplicitLayer(CopiesFunctions):
     def _call_sharded(self, init: Any, theta: tuple[Any, ...]) -> Any:
         """The same layer of unknowns that solvers can work with; see NOTE [sharded objectives]."""
         stays = self.kind == "argmin" and type(self)._equation is ImplicitLayer._equation
-        stays = stays and not (self.batch_dims or self.solver_has_aux or _torch.transforms_active())
+        stays = stays and not (self.solver_has_aux or _torch.transforms_active())
         stays = stays and all(getattr(by, "in_parts", False) for by in (self.solver, self.linear_solver))
-        sharding = Divided(init) if stays and Divided.possible(init) else Sharding(init)
+        given = init, self.batch_dims
+        sharding = Divided(*given) if stays and Divided.possible(*given) else Sharding(init)
         inner, theta = self.of_whole_tensors(sharding, theta)
         result = inner(sharding.inside(init), *theta)
         self.records = inner.records

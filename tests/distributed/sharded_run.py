@@ -103,6 +103,16 @@ def other_layers(cases: Cases) -> None:
 
     x = il.argmin(halves, GD, batch_dims=1)(t.detach() * 0, t)
     cases.found["batch_dims"] = difference([x], [w1 / 2])
+    # one of three problems has no number, and the others are as they were
+    layer = il.argmin(halves, il.solvers.NewtonCG(), batch_dims=1, on_failure="mask")
+    broken = w1.clone()
+    broken[1] = torch.nan
+    s = cases.put(broken, Shard(1)).requires_grad_()
+    x = layer(t.detach() * 0, s)
+    (g,) = torch.autograd.grad(x.sum(), s)
+    kept = torch.tensor([0.5, 0.0, 0.5], dtype=torch.float64)[:, None]
+    assert plain(x)[1].isnan().all()
+    cases.found["batch_dims, mask"] = difference([x.nan_to_num(), g], [(w1 / 2) * 2 * kept, kept.expand(3, 4)])
     layer = il.argmin(lambda x: halves(x, t).sum(), GD)
     (g,) = torch.autograd.grad(layer(t.detach() * 0).sum(), t)
     cases.found["closed over"] = difference([g], [torch.full((3, 4), 0.5, dtype=torch.float64)])
@@ -145,6 +155,9 @@ def meta_learners(cases: Cases) -> None:
         "TruncatedMAML": il.meta.TruncatedMAML(meta_problem.task_loss, step_size=0.1, num_steps=3, strength=0.7),
         "FirstOrderMAML": il.meta.FirstOrderMAML(meta_problem.task_loss, steps),
         "Reptile": il.meta.Reptile(meta_problem.task_loss, steps, strength=0.7),
+        "iMAML LBFGS Gmres": il.meta.iMAML(
+            meta_problem.task_loss, il.solvers.LBFGS(), strength=0.7, linear_solver=il.Gmres(rtol=1e-12)
+        ),
     }
     for name, method in methods.items():
         losses = method(theta, *tasks)
@@ -154,7 +167,8 @@ def meta_learners(cases: Cases) -> None:
             cut = {"u": cases.put(theta["u"], Shard(0)), "w": cases.put(theta["w"], Shard(1))}
             cut = {key: leaf.detach().requires_grad_() for key, leaf in cut.items()}
             losses = method(cut, *torch.utils._pytree.tree_map(lambda t, how=how: cases.put(t, how), tasks))
-            found = [losses, *torch.autograd.grad(losses.sum(), list(cut.values()))]
+            losses.sum().backward()
+            found = [losses, *(leaf.grad for leaf in cut.values())]
             worst = max(worst, difference(found, wanted))
         cases.found[name] = worst
 

@@ -56,7 +56,8 @@ WORKS = [
     *("plain theta", "iMAML", "DDP", "tensor parallel", "FSDP2 around", "checkpoint", "example"),
     *("MAML", "TruncatedMAML", "FirstOrderMAML", "Reptile", "ANIL", "ProtoNet", "layer decay"),
     *("a set", "a regulariser", "constrained_argmin", "qp", "value"),
-    *("linear_solve", "linear_solve of a function", "hvp", "hessian_operator", "explain_gradient", "an outer LBFGS"),
+    *("linear_solve", "linear_solve of a function", "hvp", "hessian_operator", "explain_gradient"),
+    *("an outer LBFGS", "batch_dims, mask", "iMAML LBFGS Gmres"),
 ]
 
 
@@ -71,7 +72,7 @@ def test_four_processes_give_the_gradient_of_one(found: dict[str, Any], solvers:
     assert found[placed.format(solvers)] < TOLERANCE
 
 
-@pytest.mark.parametrize("solvers", ["GradientDescent ConjugateGradient", "NewtonCG Minres", "LBFGS Gmres"])
+@pytest.mark.parametrize("solvers", ["GradientDescent ConjugateGradient", "NewtonCG Minres", "LBFGS Gmres", "iMAML"])
 def test_no_process_makes_a_vector_of_all_unknowns(found: dict[str, Any], solvers: str) -> None:
     assert found[f"memory {solvers}"] == "1 / 4 of the unknowns"
 
