@@ -243,10 +243,7 @@ def whole(tree: Any) -> Any:
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a DTensor, with its graph; any other tensor itself."""
     layout = _layout(tensor)
-    if layout is None:
-        return tensor
-    whole: torch.Tensor = _Gather.apply(tensor, layout[0], _no_summands(layout[1]))
-    return whole
+    return tensor if layout is None else _Gather.apply(tensor, layout[0], _no_summands(layout[1]))
 
 
 def gathered_where_plain(

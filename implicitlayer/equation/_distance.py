@@ -326,9 +326,11 @@ class AnswerCheck:
         if self.nearest is not None:
             elsewhere = suspicious & family.residual.leaves_piece(x, theta, unravel(step, x, family.lane_dims))
         far = suspicious & (relative > self.rtol)
-        found.newton = relative
-        if bool(far.any()):
-            pick, found.lost = tuple(far.nonzero()[0].tolist()), far
+        found.newton, lost = relative, far if bool(far.any()) else elsewhere
+        if not bool(lost.any()):
+            return found
+        pick, found.lost = tuple(lost.nonzero()[0].tolist()), lost
+        if lost is far:
             found.message = (
                 f"the solver's answer is not stationary{name_lanes(far)}: a Newton step from it is "
                 f"{relative[pick].item():.1e} of its size long (allowed {self.rtol:.1e}), although the gradient there "
@@ -336,8 +338,7 @@ class AnswerCheck:
                 "the inner problem more tightly, pass polish=1 for a Newton step after the solver, or "
                 "stationarity_rtol=None if an early stop is intended."
             )
-        elif bool(elsewhere.any()):
-            pick, found.lost = tuple(elsewhere.nonzero()[0].tolist()), elsewhere
+        else:
             found.message = (
                 f"the solver's answer is too rough to tell its active set{name_lanes(elsewhere)}: a Newton step from "
                 f"it, {relative[pick].item():.1e} of its size long, changes which entries are held (at a bound, at "

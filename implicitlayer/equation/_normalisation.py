@@ -60,8 +60,9 @@ def layer_norm(
     weight: Maybe = None,
     bias: Maybe = None,
     eps: float = 1e-5,
+    cudnn_enable: bool = True,
 ) -> torch.Tensor:
-    """``F.layer_norm``."""
+    """``F.layer_norm``, and ``torch.layer_norm``, which has one argument more."""
     return _normalise(input, list(range(-len(normalized_shape), 0)), eps, weight, bias, tuple(normalized_shape))
 
 
@@ -84,52 +85,23 @@ def _refuse_running_statistics(module: str, running_mean: Maybe) -> None:
         )
 
 
-def _torch_batch_norm(
-    input: torch.Tensor,
-    weight: Maybe,
-    bias: Maybe,
-    running_mean: Maybe,
-    running_var: Maybe,
-    training: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool,
-) -> torch.Tensor:
-    return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+def _in_torch_order(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """``F.batch_norm`` or ``F.instance_norm`` with the arguments of ``torch.batch_norm`` or ``torch.instance_norm``."""
 
+    def called(input: Any, weight: Any, bias: Any, running_mean: Any, running_var: Any, *rest: Any, **by: Any) -> Any:
+        by.pop("cudnn_enabled", None)
+        return function(input, running_mean, running_var, weight, bias, *rest[:3], **by)
 
-def _torch_instance_norm(
-    input: torch.Tensor,
-    weight: Maybe,
-    bias: Maybe,
-    running_mean: Maybe,
-    running_var: Maybe,
-    use_input_stats: bool,
-    momentum: float,
-    eps: float,
-    cudnn_enabled: bool,
-) -> torch.Tensor:
-    return instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-
-
-def _torch_layer_norm(
-    input: torch.Tensor,
-    normalized_shape: Sequence[int],
-    weight: Maybe = None,
-    bias: Maybe = None,
-    eps: float = 1e-5,
-    cudnn_enable: bool = True,
-) -> torch.Tensor:
-    return layer_norm(input, normalized_shape, weight, bias, eps)
+    return called
 
 
 PLAIN: dict[Any, Callable[..., torch.Tensor]] = {
     F.batch_norm: batch_norm,
     F.instance_norm: instance_norm,
     F.layer_norm: layer_norm,
-    torch.batch_norm: _torch_batch_norm,
-    torch.instance_norm: _torch_instance_norm,
-    torch.layer_norm: _torch_layer_norm,
+    torch.batch_norm: _in_torch_order(batch_norm),
+    torch.instance_norm: _in_torch_order(instance_norm),
+    torch.layer_norm: layer_norm,
 }
 
 NORMALISATIONS = {

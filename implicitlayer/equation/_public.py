@@ -95,8 +95,8 @@ def hessian_operator(
     leaves, x_spec = flatten(x)
     if mesh_of(leaves) is not None:
         sharding = Sharding(x)
-        how: dict[str, Any] = {"curvature": curvature, "damping": damping}
-        return replace(hessian_operator(sharding.seen(objective), whole(x), *theta, **how), sharding=sharding)
+        inner = hessian_operator(sharding.seen(objective), whole(x), *theta, curvature=curvature, damping=damping)
+        return replace(inner, sharding=sharding)
     hidden = find_closed_over(objective, (x, *theta), lambda value: check_value(value, torch.Size(), False))
     hidden.first = None  # there is no solution, whose run would be compared
     signature = Signature.of(theta)

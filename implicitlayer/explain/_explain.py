@@ -74,7 +74,8 @@ def explain_gradient(layer: ImplicitLayer | ArgminLayer, /, *args: Any) -> Gradi
         given, spec = flatten(theta)
         settings, theta = replace(settings, function=function).of_whole_tensors(sharding, theta)
         pairs = zip(given, flatten(theta)[0], strict=True)
-        theta = unflatten([t if t is a or not a.is_leaf else _leaf_like(a, t) for a, t in pairs], spec)
+        like = [t.detach().requires_grad_(a.requires_grad) if t is not a and a.is_leaf else t for a, t in pairs]
+        theta = unflatten(like, spec)
         function, init = settings.function, sharding.inside(init)
         x = flatten(init)[0]
     if isinstance(settings, ProxLayer):
@@ -99,11 +100,6 @@ def explain_gradient(layer: ImplicitLayer | ArgminLayer, /, *args: Any) -> Gradi
     ]
     leaves = (*theta_leaves(problem, facts, verdicts), *closed_leaves(problem, facts, verdicts))
     return GradientExplanation(tuple(notes), tuple(unknowns), (*leaves, *unread_parameters(problem)))
-
-
-def _leaf_like(given: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-    """A leaf of a graph as ``given`` is one, with all its entries."""
-    return whole.detach().requires_grad_(given.requires_grad)
 
 
 def _resolve(layer: Any, args: tuple[Any, ...]) -> tuple[ImplicitLayer, Any, Any, tuple[Any, ...]]:

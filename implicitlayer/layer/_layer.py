@@ -14,7 +14,7 @@ from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
 from implicitlayer.base._copying import CopiesFunctions
 from implicitlayer.base._divided import Divided
 from implicitlayer.base._records import CallRecords, Record
-from implicitlayer.base._sharding import Sharding, mesh_of
+from implicitlayer.base._sharding import WHOLE, Sharding, mesh_of
 from implicitlayer.base._surroundings import announce, name_limit, out_of_inference, outside_compiled_code
 from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, tree_map, unflatten
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
@@ -112,7 +112,7 @@ class ImplicitLayer(CopiesFunctions):
             _refuse_forward_over_forward()
         x, x_names = flatten_with_names(init, "x")
         check_init(x, x_names, self.batch_dims)
-        if mesh_of(x) is not None:
+        if (not set(map(type, x)) <= WHOLE or _torch.transforms_active()) and mesh_of(x) is not None:
             return self._call_sharded(init, theta)
         x_spec = flatten(init)[1]
         theta = tree_map(announce, theta) if _torch.num_modes() else theta

@@ -38,6 +38,7 @@ class Search:
 
     batched: ClassVar[bool] = True
     package: ClassVar[str] = ""
+    extra: ClassVar[str] = "qp"
 
     @property
     def name(self) -> str:
@@ -50,7 +51,7 @@ class Search:
             return import_module(self.package)
         except ImportError as error:
             raise ImportError(
-                f"il.solvers.{type(self).__name__} needs {self.package}: pip install 'implicitlayer[qp]'."
+                f"il.solvers.{type(self).__name__} needs {self.package}: pip install 'implicitlayer[{self.extra}]'."
             ) from error
 
     def one(self, Q: Vector, p: Vector, A: Vector, b: Vector, G: Vector, h: Vector) -> Answer:
@@ -254,6 +255,62 @@ class QPSolvers(Search):
             return None
         none = np.zeros(0)
         return found.x, none if found.y is None else found.y, none if found.z is None else found.z
+
+
+class OSQP(Search):
+    """OSQP, an operator splitting method in C, one program at a time.
+
+    Args:
+        settings: of OSQP; by default ``eps_abs = eps_rel = 1e-9``, at most 100,000 steps and no output.
+
+    Raises:
+        ImportError: when used, if osqp is missing; ``pip install 'implicitlayer[solvers]'``.
+    """
+
+    package, extra = "osqp", "solvers"
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iter": 100_000, "verbose": False, **settings}
+
+    def one(self, Q: Vector, p: Vector, A: Vector, b: Vector, G: Vector, h: Vector) -> Answer:
+        """The answer of one program."""
+        module, sparse = self.module(), import_module("scipy.sparse")
+        rows, sides = sparse.csc_matrix(np.concatenate([A, G])), (np.full_like(h, -np.inf), h)
+        given, model = (sparse.csc_matrix(np.triu(Q)), p, rows, *(np.concatenate([b, s]) for s in sides)), module.OSQP()
+        try:
+            model.setup(*given, **self.settings)
+        except module.OSQPException:  # not convex
+            return None
+        found = model.solve(raise_error=False)
+        return (found.x, found.y[: len(b)], found.y[len(b) :]) if found.info.status == "solved" else None
+
+
+class Clarabel(Search):
+    """Clarabel, an interior-point method in Rust, one program at a time.
+
+    Args:
+        settings: attributes of ``clarabel.DefaultSettings``; by default no output.
+
+    Raises:
+        ImportError: when used, if clarabel is missing; ``pip install 'implicitlayer[solvers]'``.
+    """
+
+    package, extra = "clarabel", "solvers"
+
+    def __init__(self, **settings: Any) -> None:
+        self.settings = {"verbose": False, **settings}
+
+    def one(self, Q: Vector, p: Vector, A: Vector, b: Vector, G: Vector, h: Vector) -> Answer:
+        """The answer of one program."""
+        clarabel, sparse = self.module(), import_module("scipy.sparse")
+        settings = clarabel.DefaultSettings()
+        for name, value in self.settings.items():
+            setattr(settings, name, value)
+        cones = [cone(k) for cone, k in ((clarabel.ZeroConeT, len(b)), (clarabel.NonnegativeConeT, len(h))) if k]
+        rows, right = sparse.csc_matrix(np.concatenate([A, G])), np.concatenate([b, h])
+        found = clarabel.DefaultSolver(sparse.csc_matrix(np.triu(Q)), p, rows, right, cones, settings).solve()
+        x, z = np.array(found.x), np.array(found.z)
+        return (x, z[: len(b)], z[len(b) :]) if str(found.status) == "Solved" else None
 
 
 def fastest(num_unknowns: int, num_programs: int) -> Search:

@@ -1,10 +1,10 @@
 """Inner solvers that obey the solver protocol ``solver(objective, init, *theta) -> x``."""
 
-from implicitlayer.programs._backends import DAQP, ActiveSet, Moreau, ProxQP, QPSolvers
+from implicitlayer.programs._backends import DAQP, OSQP, ActiveSet, Clarabel, Moreau, ProxQP, QPSolvers
 from implicitlayer.solvers._accelerated_gradient import AcceleratedGradient
 from implicitlayer.solvers._anderson import AndersonAcceleration
 from implicitlayer.solvers._gradient_descent import GradientDescent
-from implicitlayer.solvers._interior_point import OSQP, Clarabel, InteriorPoint
+from implicitlayer.solvers._interior_point import InteriorPoint
 from implicitlayer.solvers._lbfgs import LBFGS
 from implicitlayer.solvers._levenberg_marquardt import LevenbergMarquardt
 from implicitlayer.solvers._newton_cg import NewtonCG

@@ -1,13 +1,11 @@
-"""Solvers of quadratic programs for ``il.qp``: the library's own, and two of other people as black boxes."""
+"""The library's own interior-point method as a solver of ``il.qp``."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import numpy as np
 import torch
 
 from implicitlayer.programs._interior_point import QuadraticSolution, interior_point
@@ -69,75 +67,3 @@ class InteriorPoint:
                 report(Iteration(step, value, error, x.clone()))
 
             return interior_point((Q, p, A, b, G, h), self.rtol, self.max_steps, tell)
-
-
-Answer = tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]
-
-
-class OSQP:
-    """OSQP as the solver of ``il.qp``, one program at a time.
-
-    Args:
-        settings: of OSQP; by default ``eps_abs = eps_rel = 1e-9``, no output.
-
-    Raises:
-        ImportError: osqp or SciPy is missing; ``pip install osqp scipy``.
-        RuntimeError: OSQP did not solve the program; with its own words.
-    """
-
-    def __init__(self, **settings: Any) -> None:
-        self.settings = {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iter": 100_000, "verbose": False, **settings}
-
-    def __call__(
-        self, Q: torch.Tensor, p: torch.Tensor, A: torch.Tensor, b: torch.Tensor, G: torch.Tensor, h: torch.Tensor
-    ) -> Answer:
-        """x and the multipliers of equations and inequalities."""
-        try:
-            osqp, sparse = import_module("osqp"), import_module("scipy.sparse")
-        except ImportError as error:
-            raise ImportError("il.solvers.OSQP needs osqp and SciPy: pip install osqp scipy.") from error
-        rows, upper = torch.cat([A, G]).numpy(), torch.cat([b, h]).numpy()
-        lower = np.concatenate([b.numpy(), np.full(h.shape, -np.inf)])
-        model = osqp.OSQP()
-        matrices = sparse.csc_matrix(np.triu(Q.numpy())), p.numpy(), sparse.csc_matrix(rows)
-        model.setup(*matrices, lower, upper, **self.settings)
-        result = model.solve(raise_error=False)
-        if result.info.status != "solved":
-            raise RuntimeError(f"OSQP: {result.info.status}.")
-        y = torch.from_numpy(np.array(result.y))
-        return torch.from_numpy(np.array(result.x)), (y[: len(b)], y[len(b) :])
-
-
-class Clarabel:
-    """Clarabel as the solver of ``il.qp``, one program at a time.
-
-    Args:
-        settings: attributes of ``clarabel.DefaultSettings``; by default no output.
-
-    Raises:
-        ImportError: clarabel or SciPy is missing; ``pip install clarabel scipy``.
-        RuntimeError: Clarabel did not solve the program; with its own words.
-    """
-
-    def __init__(self, **settings: Any) -> None:
-        self.settings = {"verbose": False, **settings}
-
-    def __call__(
-        self, Q: torch.Tensor, p: torch.Tensor, A: torch.Tensor, b: torch.Tensor, G: torch.Tensor, h: torch.Tensor
-    ) -> Answer:
-        """x and the multipliers of equations and inequalities."""
-        try:
-            clarabel, sparse = import_module("clarabel"), import_module("scipy.sparse")
-        except ImportError as error:
-            raise ImportError("il.solvers.Clarabel needs clarabel and SciPy: pip install clarabel scipy.") from error
-        settings = clarabel.DefaultSettings()
-        for name, value in self.settings.items():
-            setattr(settings, name, value)
-        rows, right = torch.cat([A, G]).numpy(), torch.cat([b, h]).numpy()
-        cones = [cone(k) for cone, k in ((clarabel.ZeroConeT, len(b)), (clarabel.NonnegativeConeT, len(h))) if k]
-        matrices = sparse.csc_matrix(np.triu(Q.numpy())), p.numpy(), sparse.csc_matrix(rows)
-        result = clarabel.DefaultSolver(*matrices, right, cones, settings).solve()
-        if str(result.status) != "Solved":
-            raise RuntimeError(f"Clarabel: {result.status}.")
-        z = torch.tensor(result.z, dtype=torch.float64)
-        return torch.tensor(result.x, dtype=torch.float64), (z[: len(b)], z[len(b) :])

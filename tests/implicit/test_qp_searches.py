@@ -12,7 +12,7 @@ from solvers.test_interior_point import programs
 import implicitlayer as il
 from implicitlayer._errors import InfeasibleError, KinkWarning
 from implicitlayer.programs import _backends
-from implicitlayer.solvers import DAQP, ActiveSet, Moreau, ProxQP, QPSolvers
+from implicitlayer.solvers import DAQP, OSQP, ActiveSet, Clarabel, Moreau, ProxQP, QPSolvers
 
 ROUNDING = 1e-9  # of solves with the matrix of a random program, condition below 1e5
 
@@ -28,6 +28,8 @@ SEARCHES = [
     pytest.param(Moreau(), id="Moreau", marks=needs("moreau")),
     pytest.param(QPSolvers("piqp"), id="piqp", marks=[needs("qpsolvers"), needs("piqp")]),
     pytest.param(QPSolvers("quadprog"), id="quadprog", marks=[needs("qpsolvers"), needs("quadprog")]),
+    pytest.param(OSQP(), id="OSQP", marks=needs("osqp")),
+    pytest.param(Clarabel(), id="Clarabel", marks=needs("clarabel")),
     pytest.param("auto", id="auto"),
 ]
 EYE, ONES = torch.eye(2, dtype=F64), torch.ones(2, dtype=F64)
@@ -154,8 +156,9 @@ def test_a_missing_package_is_named_with_the_extra_and_a_wrong_name_with_the_rig
         raise ImportError(name)
 
     monkeypatch.setattr(_backends, "import_module", missing)
-    for search in (DAQP(), ProxQP(), Moreau(), QPSolvers("piqp")):
-        with pytest.raises(ImportError, match=rf"{type(search).__name__} needs {search.package}: pip install .*\[qp\]"):
+    for search in (DAQP(), ProxQP(), Moreau(), QPSolvers("piqp"), OSQP(), Clarabel()):
+        words = rf"{type(search).__name__} needs {search.package}: pip install .*\[{search.extra}\]"
+        with pytest.raises(ImportError, match=words):
             il.qp(EYE, ONES, **BOX, solver=search)
     with pytest.raises(ValueError, match="solver='fastest' must be 'auto'"):
         il.qp(EYE, ONES, solver="fastest")  # type: ignore[arg-type]
