@@ -142,3 +142,20 @@ def test_the_address_of_the_repository_is_the_same_everywhere() -> None:
     assert all(url.startswith(urls["Repository"]) for url in urls.values())
     assert f"repo_url: {urls['Repository']}\n" in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     assert f'repository-code: "{urls["Repository"]}"\n' in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_badges_say_what_the_package_says_of_itself() -> None:
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    minors = sorted(int(minor) for minor in re.findall(r'"Programming Language :: Python :: 3\.(\d+)"', text))
+    torch = re.search(r'"torch>=([\d.]+)"', text)
+    terms = re.search(r'^license = "(.+)"', text, flags=re.MULTILINE)
+    assert torch is not None and terms is not None
+    true = {
+        "python": f"Python: 3.{minors[0]} to 3.{minors[-1]}",
+        "torch": f"PyTorch: {torch[1]} or newer",
+        "license": f"license: {terms[1]}",
+    }
+    shown = dict(re.findall(r"!\[([^\]]*)\]\(docs/images/badge-(\w+)\.svg\)", (ROOT / "README.md").read_text("utf-8")))
+    assert {name: words for words, name in shown.items()} == true
+    for name, words in true.items():
+        assert f'aria-label="{words}"' in (ROOT / "docs" / "images" / f"badge-{name}.svg").read_text("utf-8")
