@@ -171,12 +171,12 @@ class _Affine(torch.nn.Module):
 
     def forward(self, vector: torch.Tensor, sparse: bool) -> torch.Tensor:
         """The matrix for a vector [*batch, num], with these dimensions in front if it is not sparse."""
-        places, shape = self.places, self._shape
-        weights = self.weights.to(vector.dtype)
+        places, shape, weights = self.places, self._shape, self.weights.to(vector.dtype)
         values = Entries(weights, self.terms, self.of, torch.Size((len(places), self._num))).times(vector)
         if sparse:
             index = torch.stack([places // shape[1], places % shape[1]])
-            return torch.sparse_coo_tensor(index, values, shape, is_coalesced=True, check_invariants=False)
+            with torch.sparse.check_sparse_tensor_invariants(enable=False):  # as an argument, torch 2.11 warns of it
+                return torch.sparse_coo_tensor(index, values, shape, is_coalesced=True)
         flat = values.new_zeros(*vector.shape[:-1], shape.numel()).index_add(-1, places, values)
         return flat.reshape(*vector.shape[:-1], *shape)
 
