@@ -182,8 +182,8 @@ class RecordingSolver(Extension):
         finds: what it looks for, if it can say so: layers refuse a solver of another problem than theirs. What finds
             a root is called with ``x - map(x)`` by a layer of a fixed point.
         batched: if it is there and true, the solver takes many problems at once: an objective that returns [*lanes].
-        in_parts: whether it may be given one vector of which every process holds a part only, where unknowns are
-            DTensors: it uses it entry by entry and in sums over all entries (products, norms, ``amax``) only.
+        in_parts: whether it may be given one vector [*lanes, n] of which every process holds a part only, where
+            unknowns are DTensors: it uses it entry by entry and in sums (products, norms, ``amax``) only.
 
     Example:
         >>> import torch, implicitlayer as il
