@@ -86,13 +86,9 @@ class Divided(Sharding):
         leaves = flatten(init)[0]
         layouts = [how for how in Sharding(init).layouts if how is not None]
         placed = [placement for _, placements in layouts for placement in placements]
-        kinds = {type(placement) for placement in placed}
+        kinds, within = {type(p) for p in placed}, all(getattr(p, "dim", lane_dims) >= lane_dims for p in placed)
         one = len({leaf.dtype for leaf in leaves}) == 1 == len({mesh for mesh, _ in layouts})
-        cut = (
-            Shard in kinds
-            and kinds <= {Shard, Replicate}
-            and all(getattr(p, "dim", lane_dims) >= lane_dims for p in placed)
-        )
+        cut = Shard in kinds and kinds <= {Shard, Replicate} and within
         return one and cut and sum(leaf.shape[lane_dims:].numel() for leaf in leaves) > 1
 
     def inside(self, init: Any) -> torch.Tensor:
@@ -118,10 +114,8 @@ class Divided(Sharding):
         from torch.distributed.tensor import DTensor
 
         found = []
-        parts = flat.local.split(self.sizes, -1)
-        for part, here, shape, stride, how in zip(
-            parts, self.here, self.shapes, self.strides, self.layouts, strict=True
-        ):
+        columns = flat.local.split(self.sizes, -1), self.here, self.shapes, self.strides, self.layouts
+        for part, here, shape, stride, how in zip(*columns, strict=True):
             local = part.reshape(here).contiguous()  # of one problem it is a view
             if how is not None:
                 local = DTensor.from_local(local, *how, run_check=False, shape=shape, stride=stride)

@@ -78,9 +78,10 @@ class Trainer(TrainerState):
         checkpoint_seconds: at most this long between checkpoints ...
         checkpoint_steps: ... or this many steps, at least 1, whichever comes first.
         report_steps: every so many steps, at least 1, the inner problem is looked at (two forward passes).
-        on_collapse: what happens when the run loses what it has learned (half of the meta-loss that it had won is lost
-            again, or the inner solver raises its own objective, or negative curvature is met, in most tasks). "warn":
-            a :class:`CollapseWarning` that says why and what helps, once; "stop": the same as a
+        on_collapse: what happens when the run loses what it has learned (half of what the meta-loss had won is lost
+            again, or a third of what the metric of the training tasks had, or the inner solver raises its own
+            objective, or negative curvature is met, in most tasks). "warn": a :class:`CollapseWarning` that says why
+            and what helps, once; "stop": the same as a
             :class:`CollapseError`, after a checkpoint; "rollback": theta and the optimizer go back to the best
             validation, with a warning, at most three times, then as "stop".
         resume_command: what a message says to go on with; None takes the command this program was started with.
@@ -223,7 +224,7 @@ class Trainer(TrainerState):
         if (self.step - 1) % self.report_steps:  # at the steps that looked at the inner problem
             return
         told = any("collapsed" in past for past in self.history) and self.on_collapse == "warn"
-        found = "" if told else collapse(self.history)
+        found = "" if told else collapse(self.history, self.better)
         if not found:
             return
         record["collapsed"] = found

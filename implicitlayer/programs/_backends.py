@@ -139,7 +139,6 @@ class DAQP(Search):
     package: ClassVar[str] = "daqp"
 
     def all(self, arrays: list[Vector]) -> list[Answer]:
-        """The answers of all lanes [B]."""
         solve, (Q, p, A, b, G, h) = self.module().solve, arrays
         e, m = b.shape[-1], h.shape[-1]
         rows, above = np.concatenate([A, G], 1), np.concatenate([b, h], 1)
@@ -170,7 +169,6 @@ class ProxQP(Search):
     package: ClassVar[str] = "proxsuite"
 
     def one(self, Q: Vector, p: Vector, A: Vector, b: Vector, G: Vector, h: Vector) -> Answer:
-        """The answer of one program."""
         found = self.module().proxqp.dense.solve(Q, p, A, b, G, np.full_like(h, -_FAR), h, **self.settings)
         solved = found.info.status.name == "PROXQP_SOLVED"
         return (found.x, found.y, found.z) if solved else None
@@ -193,7 +191,6 @@ class Moreau(Search):
     package: ClassVar[str] = "moreau"
 
     def all(self, arrays: list[Vector]) -> list[Answer]:
-        """The answers of all lanes [B]."""
         moreau, (Q, p, A, b, G, h) = self.module(), arrays
         e = b.shape[-1]
         lanes, n, c = len(p), p.shape[-1], e + h.shape[-1]
@@ -238,7 +235,6 @@ class QPSolvers(Search):
         return f"QPSolvers({self.solver})"
 
     def one(self, Q: Vector, p: Vector, A: Vector, b: Vector, G: Vector, h: Vector) -> Answer:
-        """The answer of one program."""
         package = self.module()
         if self.solver not in package.available_solvers:
             raise ValueError(
@@ -273,7 +269,6 @@ class OSQP(Search):
         self.settings = {"eps_abs": 1e-9, "eps_rel": 1e-9, "max_iter": 100_000, "verbose": False, **settings}
 
     def one(self, Q: Vector, p: Vector, A: Vector, b: Vector, G: Vector, h: Vector) -> Answer:
-        """The answer of one program."""
         module, sparse = self.module(), import_module("scipy.sparse")
         rows, sides = sparse.csc_matrix(np.concatenate([A, G])), (np.full_like(h, -np.inf), h)
         given, model = (sparse.csc_matrix(np.triu(Q)), p, rows, *(np.concatenate([b, s]) for s in sides)), module.OSQP()
@@ -301,7 +296,6 @@ class Clarabel(Search):
         self.settings = {"verbose": False, **settings}
 
     def one(self, Q: Vector, p: Vector, A: Vector, b: Vector, G: Vector, h: Vector) -> Answer:
-        """The answer of one program."""
         clarabel, sparse = self.module(), import_module("scipy.sparse")
         settings = clarabel.DefaultSettings()
         for name, value in self.settings.items():

@@ -1,5 +1,6 @@
 """A run that loses what it has learned says so, and stops or goes back where it was asked to."""
 
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,22 @@ def test_a_loss_that_climbs_back_is_a_collapse_and_noise_is_none() -> None:
     assert not any(collapse(history(flat[:k])) for k in range(1, 401))  # half of nothing is lost by chance
     climbing = [0.6 + 0.02 * k for k in range(WINDOW + 40)]
     assert "the meta-loss is" in collapse(history(falling + climbing))
+
+
+@pytest.mark.parametrize(("better", "sign"), [("higher", 1), ("lower", -1)])
+def test_a_metric_that_falls_back_at_a_standing_loss_is_a_collapse(better: str, sign: int) -> None:
+    noise = (0.02 * torch.randn(400, generator=torch.Generator().manual_seed(0))).tolist()
+
+    def history(metric: list[float]) -> list[dict[str, Any]]:
+        pairs = zip(metric, noise, strict=False)
+        return [{"step": k + 1, "loss": 1.3, "accuracy": sign * (m + e)} for k, (m, e) in enumerate(pairs)]
+
+    rising = [0.4 + 0.004 * min(k, 100) for k in range(150)]
+    assert not any(collapse(history(rising[:k]), better) for k in range(1, 151))
+    a_little, much = ([0.8 - 0.002 * k for k in range(steps)] for steps in (50, 120))
+    assert not collapse(history(rising + a_little), better)
+    told = re.match(r"the metric of the training tasks is (-?[\d.]+) after", collapse(history(rising + much), better))
+    assert told is not None and float(told[1]) == pytest.approx(sign * 0.581, abs=0.02)  # mean of the last 20
 
 
 @pytest.mark.parametrize(
