@@ -52,8 +52,8 @@ def plot_learning_curves(
         latest = max([latest, *minutes.tolist(), *(record["seconds"] / 60 for record in points)])
     if chance is not None:
         axes.axhline(100 * chance, color=INK, linewidth=1, linestyle=":")
-        across = {"transform": axes.get_yaxis_transform(), "ha": "right"}
-        axes.text(0.995, 100 * chance + 1, "chance", color=INK, fontsize=8, **across)
+        across = axes.get_yaxis_transform()  # at the left, where no legend is
+        axes.text(0.005, 100 * chance + 1, "chance", color=INK, fontsize=8, transform=across)
     axes.set(xlabel="minutes of training", ylabel="accuracy on the query set, %", ylim=(0, 100))
     axes.set_xlim(0, 1.05 * latest or 1)
     title = "Learning curves: validation classes (dots, ± 95 %), training classes (thin)"
