@@ -47,11 +47,7 @@ def placed_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
 
 
 def mesh_of(values: Iterable[Any]) -> Any:
-    """The mesh of the first DTensor among ``values``; None without any.
-
-    Raises:
-        UnsupportedTransformError: there is one, inside vmap or forward mode.
-    """
+    """The mesh of the first DTensor among ``values``, which is an error inside vmap and forward mode; None without."""
     hidden = _torch.transforms_active()
     for value in values:
         if (hidden or value.__class__ not in WHOLE) and is_sharded(value):

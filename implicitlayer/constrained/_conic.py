@@ -29,6 +29,7 @@ from implicitlayer.base._types import OnFailure
 from implicitlayer.base._warn import tell_kink
 from implicitlayer.layer._layer import ImplicitLayer
 from implicitlayer.linear._dense import Dense
+from implicitlayer.programs._backends import by_clarabel
 from implicitlayer.programs._interior_point_step import norm_of, times
 
 _ORDERS = 3  # of exact derivatives of the projection: those of a layer go as far
@@ -142,7 +143,7 @@ def _triangle(matrix: torch.Tensor) -> torch.Tensor:
 
 _ENOUGH = 1e-6  # conditions that hold to this, relative to the largest of their data, are those of a solution
 _NEWTON = 3  # steps after Clarabel, while they halve what is left
-_TOLERANCES = ("tol_gap_abs", "tol_gap_rel", "tol_feas")
+_SETTINGS = {"verbose": False, "tol_gap_abs": 1e-11, "tol_gap_rel": 1e-11, "tol_feas": 1e-11}
 _ERRORS: dict[str, tuple[type[Exception], str]] = {
     "PrimalInfeasible": (InfeasibleError, "has no feasible point. Loosen its constraints"),
     "DualInfeasible": (UnboundedError, "is unbounded: its objective falls without end. Bound its variables"),
@@ -216,16 +217,10 @@ class _Clarabel:
     def _one(self, *data: torch.Tensor) -> tuple[torch.Tensor, str, int]:
         """u, Clarabel's word for how it ended, and its iterations."""
         Q, p, A, b, G, h = data
-        clarabel, sparse = import_module("clarabel"), import_module("scipy.sparse")
-        settings = clarabel.DefaultSettings()
-        settings.verbose = False
-        for name in _TOLERANCES:
-            setattr(settings, name, 1e-11)
+        clarabel = import_module("clarabel")
         zero = [clarabel.ZeroConeT(len(b))] if len(b) else []
-        rows, right = torch.cat([A, G]).cpu().numpy(), torch.cat([b, h]).cpu().numpy()
-        arguments = sparse.triu(sparse.csc_matrix(Q.cpu().numpy()), format="csc"), p.cpu().numpy()
-        kinds = [*zero, *self.cones.for_clarabel(clarabel)]
-        found = clarabel.DefaultSolver(*arguments, sparse.csc_matrix(rows), right, kinds, settings).solve()
+        program = [t.cpu().numpy() for t in (Q, p, torch.cat([A, G]), torch.cat([b, h]))]
+        found = by_clarabel(clarabel, program, [*zero, *self.cones.for_clarabel(clarabel)], _SETTINGS)
         x, z, s = (torch.tensor(part, dtype=p.dtype, device=p.device) for part in (found.x, found.z, found.s))
         u = torch.cat([x, z[: len(b)], (s - z)[len(b) :]])
         return u.nan_to_num(0.0, 0.0, 0.0), str(found.status), int(found.iterations)

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
+
 from implicitlayer._errors import ImplicitLayerError, ImplicitLayerWarning
 
 OnCollapse = Literal["warn", "rollback", "stop"]
@@ -55,13 +57,13 @@ def collapse(history: Sequence[dict[str, Any]], better: str = "higher") -> str:
 
 def _of_series(history: Sequence[dict[str, Any]], name: str, what: str, sign: float) -> list[str]:
     """Whether the numbers ``name``, which fall in a good run once they have been given ``sign``, have climbed back."""
-    values = [sign * record[name] for record in history if name in record]
+    values = [sign * record[name] for record in history if math.isfinite(record.get(name, math.nan))]
     if len(values) < 2 * WINDOW:
         return []
-    windows = [values[i : i + WINDOW] for i in range(len(values) - WINDOW + 1)]
-    means = [statistics.fmean(window) for window in windows]
-    first, best, last = means[0], min(means), means[-1]
-    spread = math.hypot(statistics.stdev(windows[means.index(best)]), statistics.stdev(windows[-1]))
+    means = np.lib.stride_tricks.sliding_window_view(values, WINDOW).mean(-1)
+    first, best, last = means[0], means.min(), means[-1]
+    at = int(means.argmin())
+    spread = math.hypot(statistics.stdev(values[at : at + WINDOW]), statistics.stdev(values[-WINDOW:]))
     lost = best < first and last - best > max(LOST[name] * (first - best), SURE * spread / math.sqrt(WINDOW))
     last, best, first = sign * last, sign * best, sign * first
     return [f"the {what} is {last:.3g} after {best:.3g} at its best and {first:.3g} at the start"] if lost else []

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -280,6 +281,15 @@ class OSQP(Search):
         return (found.x, found.y[: len(b)], found.y[len(b) :]) if found.info.status == "solved" else None
 
 
+def by_clarabel(clarabel: Any, program: Sequence[Vector], cones: list[Any], given: dict[str, Any]) -> Any:
+    """Clarabel's answer to ``program``, Q, p, rows, sides: the least x'Qx/2 + p'x with sides - rows x in its cones."""
+    sparse, settings, (Q, p, rows, sides) = import_module("scipy.sparse"), clarabel.DefaultSettings(), program
+    for name, value in given.items():
+        setattr(settings, name, value)
+    matrices = sparse.csc_matrix(np.triu(Q)), p, sparse.csc_matrix(rows)
+    return clarabel.DefaultSolver(*matrices, sides, cones, settings).solve()
+
+
 class Clarabel(Search):
     """Clarabel, an interior-point method in Rust, one program at a time.
 
@@ -296,13 +306,10 @@ class Clarabel(Search):
         self.settings = {"verbose": False, **settings}
 
     def one(self, Q: Vector, p: Vector, A: Vector, b: Vector, G: Vector, h: Vector) -> Answer:
-        clarabel, sparse = self.module(), import_module("scipy.sparse")
-        settings = clarabel.DefaultSettings()
-        for name, value in self.settings.items():
-            setattr(settings, name, value)
+        clarabel = self.module()
         cones = [cone(k) for cone, k in ((clarabel.ZeroConeT, len(b)), (clarabel.NonnegativeConeT, len(h))) if k]
-        rows, right = sparse.csc_matrix(np.concatenate([A, G])), np.concatenate([b, h])
-        found = clarabel.DefaultSolver(sparse.csc_matrix(np.triu(Q)), p, rows, right, cones, settings).solve()
+        program = Q, p, np.concatenate([A, G]), np.concatenate([b, h])
+        found = by_clarabel(clarabel, program, cones, self.settings)
         x, z = np.array(found.x), np.array(found.z)
         return (x, z[: len(b)], z[len(b) :]) if str(found.status) == "Solved" else None
 

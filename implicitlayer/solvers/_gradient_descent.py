@@ -53,7 +53,7 @@ class GradientDescent(RecordingSolver):
         line_search: ``"armijo"``, or None for the fixed step size.
         callback: called with an :class:`Iteration` at the start and after every step; without a tolerance this costs
             one more gradient, at the end.
-        progress: show a bar (needs tqdm, extra ``implicitlayer[fewshot]``).
+        progress: show a bar (needs tqdm, extra ``implicitlayer[progress]``).
 
     Raises:
         ValueError: a step size that is not positive, a negative limit or tolerance, an unknown line search; at the

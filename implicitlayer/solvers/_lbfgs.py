@@ -53,7 +53,7 @@ class LBFGS(Limited):
             is then that of n pairs for up to 32 unknowns, at least ten. In a layer leave it out: one that knows nothing
             of the bounds cannot differentiate.
         callback: called with an :class:`Iteration` at the start and after every step.
-        progress: show a bar (needs tqdm, extra ``implicitlayer[fewshot]``).
+        progress: show a bar (needs tqdm, extra ``implicitlayer[progress]``).
 
     Raises:
         ValueError: a memory below 1, a negative limit or tolerance, bounds beside those of the layer.

@@ -138,7 +138,11 @@ def other_layers(cases: Cases) -> None:
     init = t.detach() * 0
     cases.refused("vmap", lambda: torch.vmap(lambda t: il.argmin(halves, GD)(t.detach()[0] * 0, t))(init))
     tangent = torch.ones((), dtype=torch.float64)
-    pushed = lambda s: shrunk(init, s, t.detach())  # noqa: E731
+
+    def pushed(s: torch.Tensor) -> torch.Tensor:
+        solution: torch.Tensor = shrunk(init, s, t.detach())
+        return solution
+
     cases.refused("jvp", lambda: torch.func.jvp(pushed, (strength.detach(),), (tangent,)))
     cases.refused("vmap of a plain theta", lambda: torch.vmap(pushed)(strength.detach().expand(2)))
     # curvature that turns negative: the message picks the numbers of the lane

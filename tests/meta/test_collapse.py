@@ -142,6 +142,8 @@ def test_a_metric_that_falls_back_at_a_standing_loss_is_a_collapse(better: str, 
     assert not any(collapse(history(rising[:k]), better) for k in range(1, 151))
     a_little, much = ([0.8 - 0.002 * k for k in range(steps)] for steps in (50, 120))
     assert not collapse(history(rising + a_little), better)
+    for number in (float("nan"), float("inf")):
+        assert not collapse(history([*rising, number]), better)
     told = re.match(r"the metric of the training tasks is (-?[\d.]+) after", collapse(history(rising + much), better))
     assert told is not None and float(told[1]) == pytest.approx(sign * 0.581, abs=0.02)  # mean of the last 20
 
