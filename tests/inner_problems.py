@@ -31,7 +31,10 @@ def styblinski_tang(x: Tensor) -> Tensor:
 
 
 class Counted:
-    """An objective that counts the gradients (one for every evaluation, as our solvers use it) and Hessian products."""
+    """An objective that counts the gradients (one for every evaluation, as our solvers use it) and Hessian products.
+
+    Products that are made side by side, by ``vmap``, count as one.
+    """
 
     def __init__(self, function: Function) -> None:
         self.function, self.num_gradients, self.num_products = function, 0, 0
@@ -56,10 +59,15 @@ class _Watch(torch.autograd.Function):
 
 
 class _WatchSlope(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, g: Tensor, counted: Counted) -> Tensor:
-        ctx.counted = counted
+    def forward(g: Tensor, counted: Counted) -> Tensor:
         return g.view_as(g)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.counted = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

@@ -1,6 +1,13 @@
-"""Newton's method with truncated conjugate gradients, for one problem or many at once; no matrix is ever made."""
+"""Newton's method for one problem or many at once: a whole matrix for few unknowns, else conjugate gradients."""
 
 # Legend: g gradient, B curvature matrix + damping; conjugate gradients on B d = -g: d direction, r residual, p search.
+#
+# NOTE [few unknowns]: conjugate gradients need up to n products, one after the other, and their time is that of
+# Python. All n of them side by side are one pass, and a Cholesky factor gives the direction to the last digit: the
+# solution of a quadratic after one step. With D = diag(B)^-1/2 the factor is that of D B D, whose pivots lie between
+# 0 and 1 whatever the units of the unknowns: d = -D (D B D)^-1 D g. Lanes without a positive definite B, by more than
+# rounding, keep to conjugate gradients. Side by side are also n copies of what the objective computes, so there must
+# not be much of it.
 
 from __future__ import annotations
 
@@ -13,10 +20,12 @@ from typing import Any, Literal
 import torch
 
 from implicitlayer import _torch
+from implicitlayer.base._parts import lies_in_parts
 from implicitlayer.base._solution import SolverResult
 from implicitlayer.equation._traced import TracedProblem
-from implicitlayer.linear._common import times
-from implicitlayer.linear._operator import lane_dot
+from implicitlayer.linear._common import NOISE, times
+from implicitlayer.linear._dense import materialise
+from implicitlayer.linear._operator import FlatOperator, lane_dot
 from implicitlayer.solvers._descent import Limited, Method, descend, rounds_between_syncs, traced_descent
 from implicitlayer.solvers._problem import Curvature, Problem
 
@@ -26,6 +35,9 @@ from implicitlayer.solvers._problem import Curvature, Problem
 _TIGHT = 0.1
 _FEW = 5
 
+# Unknowns of a lane, unknowns of all lanes, numbers in theta; see NOTE [few unknowns].
+_SMALL, _SMALL_LANES, _SMALL_DATA = 32, 2**11, 2**20
+
 _CURVATURES = {"armijo": math.inf, "wolfe": 0.9}
 
 
@@ -33,11 +45,14 @@ _CURVATURES = {"armijo": math.inf, "wolfe": 0.9}
 class NewtonCG(Limited):
     """Hessian-free Newton: each direction is an approximate solution of ``(H + damping) d = -g`` by a few products.
 
-    Conjugate gradients start at d = 0 and stop when ``||r|| <= min(1/2, sqrt(||g|| / ||g at init||)) ||g||``, which
-    makes the convergence superlinear (a tenth of that for the first five products, which are cheap beside a step that
-    does not follow a curved valley), or after exactly ``cg_steps`` products. A direction p of negative curvature cuts
-    them off (Steihaug): what was found so far is the direction, at first ``-g`` times ``g'g / |g'H g|``. Then
-    ``x <- x + a d`` with a from a line search that tries 1 first.
+    With up to 32 unknowns (2,048 in all lanes, and a million numbers in theta) the products with all unit vectors are
+    made side by side, and a lane whose ``H + damping`` is positive definite gets the exact solution, by a Cholesky
+    factor. Otherwise conjugate gradients start at d = 0 and stop when
+    ``||r|| <= min(1/2, sqrt(||g|| / ||g at init||)) ||g||``, which makes the convergence superlinear (a tenth of that
+    for the first five products, which are cheap beside a step that does not follow a curved valley), or after exactly
+    ``cg_steps`` products. A direction p of negative curvature cuts them off (Steihaug): what was found so far is the
+    direction, at first ``-g`` times ``g'g / |g'H g|``. Then ``x <- x + a d`` with a from a line search that tries 1
+    first.
 
     Stops a lane when ``||g||_2 <= max(atol, rtol * ||g at init||_2)``, or where the line search finds no lower point,
     status ``STAGNATED``: with no tolerance that is where rounding errors stop it. Batched: with an objective that
@@ -47,8 +62,8 @@ class NewtonCG(Limited):
     Args:
         max_steps: limit of steps; each takes a gradient, at times two, and the products of its direction.
         rtol, atol: tolerances on the norm of the gradient, see above; both 0 means none.
-        cg_steps: products for each direction, at least 1 (5 in iMAML-HF); None: as many as the rule above asks for, at
-            most twice the number of unknowns.
+        cg_steps: products for each direction, at least 1 (5 in iMAML-HF), never a whole matrix; None: as many as the
+            rule above asks for, at most twice the number of unknowns.
         curvature: ``"hessian"``, or ``"gauss_newton"`` for an objective made by ``il.least_squares`` or
             ``il.composite``: never negative for a convex loss.
         damping: non-negative, added to the diagonal, in units of curvature.
@@ -105,7 +120,7 @@ class NewtonCG(Limited):
         return descend(self, problem, _Truncated(self, problem), _CURVATURES[self.line_search])
 
     def traced(self, problem: TracedProblem) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same for a compiler; see :func:`implicitlayer.compile`."""
+        """The same for a compiler, without whole matrices; see :func:`implicitlayer.compile`."""
         if self.curvature != "hessian":
             raise TypeError(f'curvature={self.curvature!r} is not compiled. Use curvature="hessian".')
         method = partial(_TracedTruncated, self, problem)
@@ -124,11 +139,26 @@ class _Truncated(Method):
         self.halving = settings.cg_steps is None and not settings.damping and settings.curvature == "hessian"
         self.damping = (settings.damping / problem.unit).unsqueeze(-1).to(problem.start.dtype)
         self.first_norm = problem.norm(problem.first_gradient)
+        self.small = settings.cg_steps is None and isinstance(problem, Problem) and _are_few(problem)
 
     def direction(
         self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The truncated Newton direction and the first trial 1."""
+        """The Newton direction, exact or truncated, and the first trial 1."""
+        if not self.small:
+            return self._truncated(lanes, x, gradient, norm)
+        matrix = materialise(FlatOperator(partial(self._product, x), prepare=lambda: None), x)
+        damped = matrix + self.damping.double().unsqueeze(-1) * torch.eye(x.shape[-1], device=x.device)
+        exact, definite = newton_direction(damped, gradient)
+        rest = lanes & ~definite
+        if not bool(rest.any()):
+            return exact, torch.ones_like(norm)
+        truncated, one = self._truncated(rest, x, gradient, norm)
+        return torch.where(definite.unsqueeze(-1), exact, truncated), one
+
+    def _truncated(
+        self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         eps = torch.finfo(gradient.dtype).eps
         if self.settings.cg_steps is not None:
             loose = limit = eps * norm
@@ -172,6 +202,24 @@ class _Truncated(Method):
         active = good & (rr_next.sqrt() > limit)
         p = torch.where(active.unsqueeze(-1), r + times(rr_next / rr, p), p)
         return r, d, p, rr_next, active
+
+
+def newton_direction(matrix: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """-B^-1 g [*lanes, n] of B [*lanes, n, n], and the lanes in which it is one; see NOTE [few unknowns]."""
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    scale = torch.where(diagonal > 0, diagonal, 1.0).rsqrt().unsqueeze(-1)
+    factor, info = torch.linalg.cholesky_ex(scale * ((matrix + matrix.mT) / 2) * scale.mT)
+    pivots = factor.diagonal(dim1=-2, dim2=-1)
+    noise = (matrix.shape[-1] + NOISE) * torch.finfo(gradient.dtype).eps
+    definite = (info == 0) & (pivots * pivots > noise).all(-1)
+    direction = scale * torch.cholesky_solve(-scale * gradient.double().unsqueeze(-1), factor)
+    return direction[..., 0].to(gradient.dtype), definite
+
+
+def _are_few(problem: Problem) -> bool:
+    x = problem.start
+    few = x.shape[-1] <= _SMALL and x.numel() <= _SMALL_LANES and problem.num_data <= _SMALL_DATA
+    return few and not lies_in_parts(x)
 
 
 class _TracedTruncated(_Truncated):

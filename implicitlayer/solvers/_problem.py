@@ -36,6 +36,7 @@ class Problem:
         leaves, self._spec = flatten(init)
         check_unknowns(leaves)
         self._objective, self._theta, self._curvature = objective, theta, curvature
+        self.num_data = sum(leaf.numel() for leaf in flatten(theta)[0] if isinstance(leaf, torch.Tensor))
         self._like = [leaf.detach() for leaf in leaves]
         self._composite = composite_of(objective, *_WHO) if curvature == "gauss_newton" else None
         self._pull: Callable[[Leaves], Leaves] | None = None  # the curvature's products, at the point evaluated last

@@ -15,7 +15,7 @@ from scipy import optimize
 from torch import Tensor
 
 from implicitlayer import Status
-from implicitlayer.solvers import LBFGS, NewtonCG
+from implicitlayer.solvers import LBFGS, NewtonCG, _newton_cg
 
 ATOL = 1e-7
 
@@ -107,9 +107,12 @@ def own_cost(name: str, solver: LBFGS | NewtonCG) -> tuple[Tensor, int]:
     return result.value, counted.num_gradients + counted.num_products
 
 
-SOLVERS: list[tuple[LBFGS | NewtonCG, list[str]]] = [
-    (LBFGS(max_steps=5000, atol=ATOL), ["L-BFGS-B", "BFGS"]),
-    (NewtonCG(max_steps=1000, atol=ATOL), ["Newton-CG", "trust-ncg"]),
+NEWTON = NewtonCG(max_steps=1000, atol=ATOL), ["Newton-CG", "trust-ncg"]
+# (solver, SciPy's methods, unknowns up to which a matrix is made, its products in one pass)
+SOLVERS: list[tuple[LBFGS | NewtonCG, list[str], int]] = [
+    (LBFGS(max_steps=5000, atol=ATOL), ["L-BFGS-B", "BFGS"], 0),
+    (*NEWTON, 0),
+    (*NEWTON, 32),
 ]
 # What SciPy does not bring to the tolerance: its trust region ends at the rounding errors of the values, or its steps
 # become too small to matter to it.
@@ -120,10 +123,11 @@ UNREACHED = {
 }
 
 
-@pytest.mark.parametrize(("solver", "methods"), SOLVERS, ids=["LBFGS", "NewtonCG"])
+@pytest.mark.parametrize(("solver", "methods", "few"), SOLVERS, ids=["LBFGS", "NewtonCG", "NewtonCG, matrices"])
 def test_the_minima_are_scipys_at_a_fifth_more_gradients_and_products_at_most(
-    solver: LBFGS | NewtonCG, methods: list[str]
+    solver: LBFGS | NewtonCG, methods: list[str], few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(_newton_cg, "_SMALL", few)
     own = {name: own_cost(name, solver) for name in PROBLEMS}
     for method in methods:
         ratios = {}

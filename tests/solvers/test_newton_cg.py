@@ -234,3 +234,75 @@ def test_gauss_newton_of_an_objective_that_does_not_tell_its_model_is_refused() 
 def test_bad_settings_are_refused_by_name_value_and_rule(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NewtonCG(**settings)
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_few_unknowns_take_whole_newton_steps(dtype: torch.dtype) -> None:
+    """One step is -(H + damping)^-1 g, here by a dense solve, whatever the units of the unknowns."""
+    matrix, b = spd_matrix(12, 3, seed=7).to(dtype), randn(12, seed=8).to(dtype)
+    damping = 0.3
+    expected = torch.linalg.solve(matrix.double() + damping * torch.eye(12, dtype=F64), b.double())
+    x = NewtonCG(max_steps=1, damping=damping)(quadratic, torch.zeros(12, dtype=dtype), matrix, b)
+    assert relative_error(x.double(), expected) < 1e3 * 100 * torch.finfo(dtype).eps  # condition 1e3
+    units = 10.0 ** torch.linspace(-6, 6, 12, dtype=F64)
+    y = NewtonCG(max_steps=1)(lambda y: quadratic(units * y, matrix.double(), b.double()), torch.zeros(12, dtype=F64))
+    assert relative_error(units * y, torch.linalg.solve(matrix.double(), b.double())) < 1e-10
+
+
+def test_lanes_with_negative_curvature_keep_to_conjugate_gradients() -> None:
+    """Beside a definite lane an indefinite one moves as it does when it is alone, by -g g'g / |g'Hg|."""
+    matrices = torch.stack([spd_matrix(3, 1, seed=9), torch.diag(torch.tensor([-1.0, -2.0, -3.0], dtype=F64))])
+    b = randn(2, 3, seed=10)
+    x = NewtonCG(max_steps=1)(
+        lambda x: 0.5 * torch.einsum("bi,bij,bj->b", x, matrices, x) - (b * x).sum(-1), zeros(2, 3)
+    )
+    assert relative_error(x[0], torch.linalg.solve(matrices[0], b[0])) < 1e-12
+    length = (b[1] @ b[1]) / (b[1] @ matrices[1] @ b[1]).abs()
+    assert relative_error(x[1], length * b[1]) < 1e-12
+
+
+def test_a_singular_hessian_is_not_factorised() -> None:
+    A = randn(3, 8, seed=11)  # a rank of 3 in 8 unknowns, whose products a factor could only divide by rounding
+    x = NewtonCG(rtol=1e-10)(lambda x: ((A @ x - 1) ** 2).sum(), zeros(8))
+    assert relative_error(x, torch.linalg.pinv(A) @ torch.ones(3, dtype=F64)) < 1e-8  # the shortest, from zero
+
+
+@pytest.mark.parametrize(("shape", "data"), [((33,), 1), ((103, 20), 1), ((4,), 2**20 + 1)])
+def test_many_unknowns_or_data_make_no_matrix(shape: tuple[int, ...], data: int) -> None:
+    curvature = torch.where(torch.arange(shape[-1]) % 2 == 0, 1.0, 3.0).double()
+    b = torch.arange(1.0, shape[-1] + 1, dtype=F64)
+    counted = Counted(lambda x: (0.5 * curvature * x * x - b * x).sum(-1))
+    NewtonCG(max_steps=1)(lambda x, _: counted(x), zeros(*shape), zeros(data))
+    assert counted.num_products == 2  # one by one, as many as there are curvatures
+    counted = Counted(lambda x: (0.5 * x * curvature[:4] * x - x).sum())
+    NewtonCG(max_steps=1)(counted, zeros(4))
+    assert counted.num_products == 1  # side by side
+
+
+def test_a_product_that_vmap_cannot_follow_is_made_once_for_every_column() -> None:
+    class Cube(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return x**3
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            (x,) = ctx.saved_tensors
+            return Square.apply(x) * 3 * grads[0]
+
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return torch.from_numpy(x.detach().numpy() ** 2)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            (x,) = ctx.saved_tensors
+            return torch.from_numpy(2 * x.detach().numpy() * grads[0].numpy())
+
+    t = randn(5, seed=12)
+    x = NewtonCG(rtol=1e-10)(lambda x: (Cube.apply(x + 3) + (x + 3) ** 2 - 20 * (x + 3) - t * x).sum(), zeros(5))
+    # 3 y^2 + 2 y = 20 + t, y = x + 3
+    assert relative_error(x + 3, (-1 + (1 + 3 * (20 + t)).sqrt()) / 3) < 1e-9
