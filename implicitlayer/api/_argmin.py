@@ -98,32 +98,20 @@ def argmin(
         [0.5, 0.25]
     """
     check_roles("argmin", objective, solver, "objective")
-    settings: dict[str, Any] = {
-        "kind": "argmin",
-        "solver_has_aux": solver_has_aux,
-        "objective_has_aux": objective_has_aux,
-        "on_failure": on_failure,
-        "stationarity_rtol": stationarity_rtol,
-        "polish": polish,
-        "batch_dims": batch_dims,
-        "curvature": curvature,
-        "damping": damping,
-        "negative_curvature": negative_curvature,
-        "assumptions": assumptions,
-    }
+    checks = solver_has_aux, objective_has_aux, on_failure, stationarity_rtol, polish, batch_dims
+    system = curvature, damping, negative_curvature, assumptions
     if constraint is None and regularizer is None:
         if step_size is not None:
             raise ValueError(f"step_size={step_size} needs a constraint or a regularizer: nothing else uses it.")
-        return ImplicitLayer(objective, solver, linear_solver or ConjugateGradient(), **settings)
+        return ImplicitLayer(objective, solver, linear_solver or ConjugateGradient(), "argmin", *checks, *system)
     if constraint is not None and regularizer is not None:
         raise ValueError(
             "constraint and regularizer cannot be given together: the proximal operator of a sum is not made of "
             "those of its parts. Give a pytree of both kinds for different parts of x, or il.Prox of the sum."
         )
     terms, name = (regularizer, "regularizer") if constraint is None else (constraint, "constraint")
-    return ProxLayer(
-        objective, solver, linear_solver or Gmres(), **settings, terms=terms, terms_name=name, step_size=step_size
-    )
+    by = linear_solver or Gmres()
+    return ProxLayer(objective, solver, by, "argmin", *checks, *system, terms, name, step_size)
 
 
 def root(
@@ -161,8 +149,7 @@ def root(
     """
     check_roles("root", residual, solver, "residual")
     settings = solver_has_aux, objective_has_aux, on_failure, stationarity_rtol, polish, batch_dims
-    linear = linear_solver if linear_solver is not None else Gmres()
-    return ImplicitLayer(residual, solver, linear, "root", *settings, assumptions=assumptions)
+    return ImplicitLayer(residual, solver, linear_solver or Gmres(), "root", *settings, assumptions=assumptions)
 
 
 def fixed_point(
@@ -205,5 +192,4 @@ def fixed_point(
     """
     check_roles("fixed_point", map, solver, "map")
     settings = solver_has_aux, objective_has_aux, on_failure, stationarity_rtol, polish, batch_dims
-    linear = linear_solver if linear_solver is not None else Gmres()
-    return ImplicitLayer(map, solver, linear, "fixed_point", *settings, assumptions=assumptions)
+    return ImplicitLayer(map, solver, linear_solver or Gmres(), "fixed_point", *settings, assumptions=assumptions)

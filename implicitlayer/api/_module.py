@@ -163,11 +163,7 @@ class FixedPointLayer(ArgminLayer):
         ...         self.linear = torch.nn.Linear(2, 2)
         ...     def forward(self, z, u):
         ...         return 0.1 * torch.tanh(self.linear(z)) + u
-        >>> def iterate(map, z, u):
-        ...     for _ in range(30):
-        ...         z = map(z, u)
-        ...     return z
-        >>> model = il.FixedPointLayer(Cell(), iterate, init=torch.zeros_like)
+        >>> model = il.FixedPointLayer(Cell(), il.solvers.AndersonAcceleration(rtol=1e-6), init=torch.zeros_like)
         >>> model(torch.ones(2)).sum().backward()
         >>> model.objective.linear.weight.grad is not None
         True

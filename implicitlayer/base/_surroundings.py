@@ -59,6 +59,11 @@ _LIMITS = (
         "Differentiate in reverse mode (jacrev, .backward()), or make it dense: .to_dense().",
     ),
     (
+        "value out of a tracing tensor",
+        "values while torch traces it (torch.func.linearize, make_fx)",
+        "A solver decides by values and cannot be traced: torch.func.jvp or vjp take the place of linearize.",
+    ),
+    (
         "must override the setup_context",
         "an autograd.Function without setup_context (or a full backward hook)",
         _UNDER_TRANSFORMS,

@@ -185,7 +185,7 @@ class CompiledLayer:
         if program is None:
             return self.layer(init, *theta)
         call = Call(self.layer, program, spec, slots, len(leaves))
-        return unflatten(_Compiled.apply(call, *leaves, *tensors), spec)
+        return unflatten(_Compiled.apply(call, *map(torch.Tensor.detach, leaves), *tensors), spec)
 
     def prepared(
         self, init: Any, theta: tuple[Any, ...], needed: list[bool], make: bool

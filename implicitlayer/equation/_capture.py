@@ -43,16 +43,12 @@ from implicitlayer.equation._state import (
     edges_into,
     mark_kept,
     refuse_kept,
+    refuse_unfollowed,
 )
 
 
-def needs_derivative(tensor: torch.Tensor) -> bool:
-    """Whether a derivative with respect to ``tensor`` may be asked for, or a transform has wrapped it."""
-    return needing((tensor,))[0]
-
-
 def needing(tensors: Iterable[torch.Tensor]) -> list[bool]:
-    """The same of each of ``tensors``."""
+    """Of each tensor, whether a derivative with respect to it may be asked for, or a transform has wrapped it."""
     forward = _torch.forward_level() >= 0
     with _torch.without_modes():  # the tensors themselves, not what an enclosing layer has swapped in for them
         return [_torch.is_wrapped(t) or t.requires_grad or (forward and _torch.has_tangent(t)) for t in tensors]
@@ -182,6 +178,8 @@ def find_closed_over(
         again = {id(tensor) for tensor in search.run()[0].outside}
         found[:] = [tensor for tensor in found if id(tensor) in again]
     if check is not None:
+        if search.plain and not found.needs_derivative:
+            refuse_unfollowed(value, first.known, lambda: search.run()[1])
         reads = search.reads(first, value, found)
         del value  # and with it the graph: of what the run has made, the function's own is what lives on
         found.first = _left(search, first, reads, list(found), draws)
@@ -385,14 +383,14 @@ class _Finder(ReadingMode):
             if tensor.grad_fn is not None or hasattr(tensor, "run_of_layer"):
                 self.attached[id(tensor)] = tensor
             self.outside.append(tensor)
-            if not self.plain and needs_derivative(tensor):  # what is made of it here has no graph that leads to it
+            if not self.plain and any(needing((tensor,))):  # what is made of it here has no graph that leads to it
                 self.bits[id(tensor)] = CLOSED_OVER
             self.versions.append(-1 if tensor.is_inference() else tensor._version)
             return
         inside = tensor
         while _torch.level_of(tensor) > self.level:
             tensor = _torch.unwrapped(tensor)
-        if id(tensor) not in self.known and needs_derivative(tensor):
+        if id(tensor) not in self.known and any(needing((tensor,))):
             raise ClosureError(
                 f"the objective hands a closed-over tensor of shape {tuple(tensor.shape)} that requires a gradient to "
                 f"a transform of its own (where it arrives with shape {tuple(inside.shape)}). Pass it to the layer as "

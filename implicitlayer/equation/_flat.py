@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from operator import is_
@@ -32,7 +32,14 @@ class Signature:
     @classmethod
     def of(cls, args: tuple[Any, ...]) -> Signature:
         leaves, spec = flatten(args)
-        return cls(spec, tuple(leaves), tuple(places_of_data(leaves)))
+        places = places_of_data(leaves)
+        for leaf in leaves if len(places) < len(leaves) else ():
+            if isinstance(leaf, Iterator):
+                raise TypeError(
+                    f"theta holds a {type(leaf).__name__}, which can be read only once, and a layer evaluates its "
+                    "function many times. Pass list(...) of it: list(module.parameters())."
+                )
+        return cls(spec, tuple(leaves), tuple(places))
 
     @cached_property
     def tensors(self) -> Leaves:
@@ -51,13 +58,6 @@ class Signature:
         """``Signature.of(args).tensors``; a solver asks at every evaluation."""
         leaves, _ = flatten(args)
         return [leaves[i] for i in places_of_data(leaves)]
-
-    @property
-    def num_in_first(self) -> int:
-        """How many of the tensors are in the first argument."""
-        args: tuple[Any, ...] = unflatten(self.leaves, self.spec)
-        end = len(flatten(args[0])[0])
-        return sum(place < end for place in self.places)
 
     @cached_property
     def slots(self) -> Signature:
@@ -181,7 +181,8 @@ def flat_parts(
     num_coupled = 0
     if hasattr(function, "coupling"):
         coupling_of = function.coupling(lane_dims)
-        num_coupled = slots.num_in_first
+        end = len(flatten(unflatten(slots.leaves, slots.spec)[0])[0])  # of the first argument
+        num_coupled = sum(place < end for place in slots.places)
 
         def flat_coupling(x: Leaves, theta: Leaves) -> torch.Tensor:
             first = slots.rebuild(theta)[0]
@@ -220,8 +221,9 @@ class Reading:
             raise ClosureError(
                 f"the objective no longer reads a closed-over tensor of shape {next(iter(self.unmet.values()))} that "
                 "it read when the layer was called: module weights that were swapped for the call only (as "
-                "torch.func.functional_call does), a cache, or a branch. Pass the tensor to the layer as one more "
-                "theta, or use il.ArgminLayer, which keeps the weights of the call."
+                "torch.func.functional_call does), a cache, a branch, or a run that cannot be followed (torch.compile, "
+                "another thread). Pass the tensor to the layer as one more theta, or use il.ArgminLayer, which keeps "
+                "the weights of the call."
             )
 
 

@@ -18,7 +18,7 @@ from implicitlayer.base._tree import ravel, unravel
 from implicitlayer.base._types import FlatFunction, Leaves
 from implicitlayer.equation._capture import plainly_impossible
 from implicitlayer.equation._flat import NO_PARTS, Parts
-from implicitlayer.equation._state import edges_into, ends_of, leaves_of, other_leaves, refuse_hidden_tensors
+from implicitlayer.equation._state import edges_into, ends_of, leaves_of, other_leaves, refuse_hidden_tensors, unseen
 
 Randomness = str
 # torch annotates its results as two or three values
@@ -194,19 +194,23 @@ class Residual:
         """What ``function`` returns, with a plain graph to what it reads."""
         return self.outputs(points, theta)
 
-    def refuse_hidden(self, x: Leaves, theta: Leaves, at: Attached) -> bool:
+    def refuse_hidden(self, x: Leaves, theta: Leaves, at: Attached, closed: Leaves) -> bool:
         """Raise ClosureError where the function reads a tensor that requires a gradient and is no argument.
 
         ``at``: its run at x. Returns whether a plain graph holds every derivative: it does not where a custom Function
-        reads a tensor that is swapped, which only torch.func sees.
+        reads one of ``closed``, which is swapped, where only torch.func sees it.
         """
 
         def again() -> Leaves:
             with torch.enable_grad():
                 return self.plain_outputs(at.points, theta)
 
-        if not plainly_impossible() and not other_leaves(at.ends[0], [*at.points, *theta], again):
-            return True
+        if not plainly_impossible():
+            others = other_leaves(at.ends[0], [*at.points, *theta], again)
+            if not others:
+                return True
+            for leaf in other_leaves(others, leaves_of(closed), again):
+                raise unseen(leaf)
         self.refuse_unseen(x, theta)
         return False
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -27,7 +27,7 @@ import torch
 from implicitlayer import _torch
 from implicitlayer._errors import ClosureError, ImplicitLayerWarning, ObjectiveError
 from implicitlayer.base._surroundings import PLAINLY
-from implicitlayer.base._tree import flatten_with_names, is_data
+from implicitlayer.base._tree import flatten_with_names, is_data, tensors_in
 from implicitlayer.base._warn import warn
 from implicitlayer.equation._normalisation import NORMALISATIONS, wrong_third_derivative
 
@@ -211,7 +211,7 @@ class FirstRun:
                 f"the objective read {self.sources.name(missing)} when it was first run, and does not any longer, or "
                 "not everywhere: it has kept something that it made of it (a cache), and the gradient would miss that "
                 "without a word. Compute it anew in every run, or compute it before the layer and pass it as one more "
-                "theta."
+                "theta. (Or a script or another thread reads it, which cannot be followed: compute in Python, in one.)"
             )
 
     def tell_nothing_read(self) -> None:
@@ -251,7 +251,15 @@ def refuse_hidden_tensors(
         values, _ = vjp(lambda x_: function(x_, theta), x)
     for value in values:
         if value.requires_grad:
-            raise _not_followed(next(iter(leaves_of([value])), None))
+            raise unseen(next(iter(leaves_of([value])), None))
+
+
+def refuse_unfollowed(value: Any, known: Collection[int], again: Callable[[], Any]) -> None:
+    """Raise if the graph of ``value``, where nothing is known to need a derivative, leads to what needs one."""
+    ends = lambda value: set(edges_into(tensors_in((value,), [])))  # noqa: E731
+    unknown = ends(value).difference(known)
+    if unknown and unknown & ends(again()):  # a leaf that the function makes is another one in every run
+        raise unseen(None)
 
 
 def other_leaves(
@@ -269,12 +277,13 @@ def other_leaves(
     return [leaf for leaf in others if id(leaf) in same]
 
 
-def _not_followed(leaf: torch.Tensor | None) -> ClosureError:
+def unseen(leaf: torch.Tensor | None) -> ClosureError:
+    """The error for a leaf that the finder has not seen."""
     shape = "" if leaf is None else f" of shape {tuple(leaf.shape)}"
     return ClosureError(
         f"the objective reads a closed-over tensor{shape} that requires a gradient, in a way that could not be "
-        "followed (a branch not taken at init, a scripted or traced module, an extension). Pass it to the layer as one "
-        "more theta."
+        "followed (a branch not taken at init, a scripted or traced function, an extension, another thread). Pass it "
+        "to the layer as one more theta."
     )
 
 

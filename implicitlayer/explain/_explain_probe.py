@@ -238,7 +238,7 @@ def layer_failures(problem: Problem) -> list[Exception | None]:
 
     def checks() -> None:
         point = [t.detach() for t in tensors]
-        residual.refuse_hidden(x, point, residual.run(x, point))
+        residual.refuse_hidden(x, point, residual.run(x, point), hidden)
         residual.kept_graph_gradient([t.clone().requires_grad_() for t in x], point)
 
     with plain_surroundings(problem.x):

@@ -158,7 +158,7 @@ def _checked(
     at = residual.attached(x, reaching) if measures or keeps else None  # one run for all
     if spec.closed is not None:
         run = at if at is not None else residual.run(x, reaching)
-        keeps = residual.refuse_hidden(x, reaching, run) and keeps and not spec.closed.borrows
+        keeps = residual.refuse_hidden(x, reaching, run, spec.closed) and keeps and not spec.closed.borrows
         flaw = run.ends[1]
         spec.closed.confirm(reaching, run.edges)
         del run

@@ -38,6 +38,7 @@ from implicitlayer.layer._roles import check_linear_solver, tell_arguments
 
 _POLICIES = ("raise", "warn", "ignore", "mask")
 Kind = Literal["argmin", "root", "fixed_point"]
+_without_graph = torch.Tensor.detach  # of init, which may be an earlier answer: backward would enter its graph
 
 
 @dataclass(eq=False)
@@ -157,7 +158,7 @@ class ImplicitLayer(CopiesFunctions):
             stationarity_rtol=self.stationarity_rtol if needs else None,
             polish=self.polish,
         )
-        given = [*x, *tensors, *map(announce, hidden)]  # what is hidden may be swapped by a layer around this one
+        given = [*map(_without_graph, x), *tensors, *map(announce, hidden)]  # what is hidden a layer around may swap
         try:
             *leaves, found = ImplicitArgmin.apply(spec, *out_of_inference(given))
         except RuntimeError as error:
@@ -257,6 +258,8 @@ def check_init(leaves: Sequence[Any], names: Sequence[str], batch_dims: int) -> 
         if not isinstance(leaf, torch.Tensor):
             what = type(leaf).__name__ if leaf is not None else "None"
             remedy = "Use torch.as_tensor." if leaf is not None else "Leave it out, or close over it."
+            if not (leaf is None or isinstance(leaf, int | float) or hasattr(leaf, "__array__")):
+                remedy = "Pass a dict, list, tuple or namedtuple of tensors: other classes are not looked into."
             raise TypeError(f"init leaf {name} is {what}; the unknowns must be tensors. {remedy}")
         if leaf.is_complex():
             raise TypeError(

@@ -106,7 +106,7 @@ class ImplicitSearchCV(MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]
         self.estimator, self.params, self.per_feature = estimator, params, per_feature
         self.cv, self.max_steps, self.tol = cv, max_steps, tol
 
-    def fit(self, X: Any, y: Any, **groups: Any) -> ImplicitSearchCV:
+    def fit(self, X: Any, y: Any, groups: Any = None) -> ImplicitSearchCV:
         """Search, then fit to all data; ``groups=`` goes to the splitter."""
         X, y = validate_data(self, X, y, dtype=np.float64, ensure_min_samples=2)
         classifier, target = is_classifier(self.estimator), y
@@ -119,7 +119,7 @@ class ImplicitSearchCV(MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]
         else:
             target = column_or_1d(y, warn=True).astype(np.float64)
         model = self._model(len(self.classes_) if classifier else 0)
-        splits = list(check_cv(self.cv, target, classifier=classifier).split(X, target, **groups))
+        splits = list(check_cv(self.cv, target, classifier=classifier).split(X, target, groups))
         for k, (train, _) in enumerate(splits):
             if classifier and len(np.unique(target[train])) < len(self.classes_):
                 raise ValueError(f"the training rows of split {k} lack a class. Give fewer splits, or a stratified cv.")

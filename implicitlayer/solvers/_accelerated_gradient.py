@@ -138,10 +138,8 @@ class AcceleratedGradient(RecordingSolver):
                 if tolerance is None:
                     tolerance = torch.clamp(self.rtol * norm, min=self.atol)
                     watch = StallWatch.unset(norm, x[0].dtype)
-                    running, stalled = (
-                        torch.ones_like(norm, dtype=torch.bool),
-                        torch.zeros_like(norm, dtype=torch.bool),
-                    )
+                    running = torch.ones_like(norm, dtype=torch.bool)
+                    stalled = ~running
                 assert running is not None
                 doubt = partial(contradiction, y, gradient, before, curvature, lane_dims)
                 move = partial(relative_move, y, before and minus(y, before[0]), lane_dims)

@@ -44,8 +44,8 @@ class ProximalGradient(RecordingSolver):
     """FISTA with restarts and backtracking: minimises ``objective(x) + r(x)``, or objective over a set.
 
     Stops a lane when ``L ||z - x_new||_2 <= max(atol, rtol * scale)`` (that is the norm of the gradient where r is
-    zero), with ``scale`` the larger of this number and the gradient's norm at the start. Without a tolerance it makes
-    exactly ``max_steps`` steps; with one, a lane that only rounding errors move any more stops, status
+    zero), with ``scale`` the larger of this number and the gradient's norm at the start. Without a tolerance it goes on
+    until ``max_steps``, or a step of zero; with one, a lane that only rounding errors move any more stops, status
     ``STAGNATED``. In a layer with ``constraint=`` or ``regularizer=`` it takes that of the layer, and all lanes of a
     batch step together; with a term of its own, any other layer calls it lane by lane.
 
@@ -146,11 +146,10 @@ class ProximalGradient(RecordingSolver):
                 uphill = _dot(minus(z, new), change, lane_dims) > 0
                 ahead = momentum.next(lambda: uphill, curvature) if self.accelerated else 0.0  # noqa: B023
                 x, z = choose(running, new, x), choose(running, add(new, change, ahead), z)
-                if has_tolerance:
-                    reached = reached | (running & (norm <= tolerance))
-                    running = running & ~reached & ~stalled
-                    if not bool(running.any()):
-                        break
+                reached = reached | (running & (norm <= tolerance))
+                running = running & ~reached & ~stalled
+                if not bool(running.any()):
+                    break
         finite = finite_leaves(x, lane_dims) & (norm.isfinite() | (step == 0))
         return outcome(unflatten(x, spec), step, codes_of(has_tolerance, reached, finite, stalled & ~reached))
 

@@ -9,7 +9,7 @@ import torch
 
 from implicitlayer.base._solution import RecordingSolver, SolverResult
 from implicitlayer.base._tree import flatten, leaves_norm, unflatten
-from implicitlayer.solvers._leaves import check_attached, check_num_steps, check_unknowns
+from implicitlayer.solvers._leaves import check_attached, check_limits, check_num_steps, check_unknowns
 from implicitlayer.solvers._outcome import codes_of, finite_leaves, outcome
 from implicitlayer.solvers._progress import Iteration, Report, reporting
 
@@ -64,13 +64,11 @@ class TorchOptimizer(RecordingSolver):
     ) -> None:
         if not callable(optimizer):
             raise TypeError(f"optimizer must be a class or function, got {type(optimizer).__name__}. Pass it uncalled.")
-        for name, value in (("max_steps", max_steps), ("rtol", rtol), ("atol", atol)):
-            if not value >= 0:
-                raise ValueError(f"{name}={value} must be non-negative.")
-        check_num_steps(max_steps)
         self.optimizer, self.settings = optimizer, settings
         self.callback, self.progress = callback, progress
         self.max_steps, self.rtol, self.atol = max_steps, rtol, atol
+        check_limits(self)
+        check_num_steps(max_steps)
 
     @property
     def batched(self) -> bool:

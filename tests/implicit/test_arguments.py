@@ -1,8 +1,13 @@
 """Misuse of the layer is an error with the argument, its value, the rule and the remedy; and the layer's records."""
 
+import gc
 import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from references import F64, randn
@@ -140,3 +145,81 @@ def test_records_of_a_batch_have_lanes() -> None:
     assert forward.stationarity_norm is not None and forward.stationarity_norm.shape == (3,)
     assert backward.solution.codes.shape == backward.solution.steps.shape == (3,) and backward.solution.value is None
     assert "over (3,) lanes" in str(backward)
+
+
+class Block(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(0.5, dtype=F64))
+
+    def forward(self, z: Tensor, u: Tensor) -> Tensor:
+        return torch.cos(self.scale * z) + u
+
+
+def near(x: Tensor, t: Tensor) -> Tensor:
+    return ((x - t) ** 2).sum()
+
+
+TIGHT = il.solvers.LBFGS(rtol=1e-12)
+WARM: dict[str, Callable[[], Callable[..., Any]]] = {
+    "argmin": lambda: il.argmin(objective, TIGHT),
+    "mask": lambda: il.argmin(objective, TIGHT, on_failure="mask"),
+    "compiled": lambda: il.compile(il.argmin(objective, TIGHT), backend="eager"),
+    "root": lambda: il.root(lambda x, t: x**3 + x - t, il.solvers.Newton()),
+    "fixed_point": lambda: il.fixed_point(lambda x, t: torch.cos(x) + t, il.solvers.AndersonAcceleration(rtol=1e-12)),
+    "a set": lambda: il.argmin(near, il.solvers.ProjectedGradient(rtol=1e-12), constraint=il.sets.Box(0.0, 5.0)),
+    "constraints": lambda: il.constrained_argmin(near, il.solvers.SQP(), equality=lambda x, t: x[:1] - t[1:]),
+    "value": lambda: il.value(il.argmin(objective, TIGHT)),
+    "DeepEquilibrium": lambda: lambda z, t: il.DeepEquilibrium(Block())(t[None], init=z.reshape(1, 2))[0],
+}
+
+
+@pytest.mark.parametrize("name", WARM)
+def test_an_answer_may_be_the_next_init_and_no_backward_enters_its_graph(name: str) -> None:
+    """A warm start over an outer loop: init gets no gradient, so a graph that is used up does not matter, nor lives."""
+    layer, x, gradients = WARM[name](), torch.ones(2, dtype=F64), []
+    for _ in range(4):
+        t = torch.tensor([2.0, 3.0], dtype=F64, requires_grad=True)
+        answer = layer(x, t)
+        gradients.append(torch.autograd.grad(answer.square().sum(), t)[0])  # frees the graph of this answer
+        x = answer if name != "value" else x * answer / answer
+    for gradient in gradients[1:]:
+        assert torch.allclose(gradient, gradients[0], rtol=1e-3 if name == "DeepEquilibrium" else 1e-8)  # its rtol
+    last = weakref.ref(t)
+    del t, answer
+    x = layer(x, torch.tensor([2.0, 3.0], dtype=F64, requires_grad=True))
+    gc.collect()
+    assert last() is None
+
+
+@pytest.mark.parametrize("make", [il.argmin, il.root, il.fixed_point])
+def test_a_class_of_ones_own_inside_init_is_told_what_may_hold_unknowns(make: Any) -> None:
+    @dataclass
+    class Pair:
+        a: Tensor
+        b: Tensor
+
+    with pytest.raises(TypeError, match=r"init leaf x is Pair; .* Pass a dict, list, tuple or namedtuple of tensors"):
+        make(lambda x, t: x.a - t, lambda f, x, t: x)(
+            Pair(torch.zeros(3, dtype=F64), torch.zeros(3, dtype=F64)), torch.ones(3, dtype=F64, requires_grad=True)
+        )
+    for number in (1.0, np.zeros(3)):
+        with pytest.raises(TypeError, match=r"init leaf x is \w+; the unknowns must be tensors. Use torch.as_tensor."):
+            make(lambda x, t: x - t, lambda f, x, t: x)(number, torch.ones(3, dtype=F64, requires_grad=True))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("make", [iter, lambda weights: (w for w in weights), lambda weights: map(abs, weights)])
+@pytest.mark.parametrize("within", [lambda weights: weights, lambda weights: {"weights": weights}])
+def test_what_can_be_read_only_once_is_refused_as_a_theta(make: Any, within: Any, frozen: bool) -> None:
+    """The first evaluation would use it up, and the solution be that of a sum over nothing, without a word."""
+    weights = [torch.ones(3, dtype=F64, requires_grad=not frozen) for _ in range(2)]
+
+    def total(x: Tensor, t: Any) -> Tensor:
+        given = t["weights"] if isinstance(t, dict) else t
+        return ((x - sum(2 * w for w in given)) ** 2).sum()
+
+    layer = il.argmin(total, TIGHT)
+    with pytest.raises(TypeError, match=r"theta holds a \w+, which can be read only once, .* Pass list\(\.\.\.\)"):
+        layer(torch.zeros(3, dtype=F64), within(make(weights)))
+    assert torch.allclose(layer(torch.zeros(3, dtype=F64), within(list(make(weights)))), 4 * weights[0])

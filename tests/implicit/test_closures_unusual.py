@@ -1,6 +1,7 @@
 """Objectives that read tensors in unusual ways: on another branch, in C++, under transforms of their own."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -120,3 +121,63 @@ def test_functional_gradients_inside_the_objective_are_fine() -> None:
 
     leaves = [s.clone().requires_grad_() for s in (a, t)]
     compare(torch.autograd.grad(run(*leaves).sum(), leaves), jacrev(lambda a, t: direct(a, t).sum(), (0, 1))(a, t))
+
+
+def scripted() -> Callable[..., Tensor]:
+    """(x - w^2)^2, whose weights a script reads: no torch function is handed them."""
+
+    def distance(x: Tensor, w: Tensor) -> Tensor:
+        return ((x - w**2) ** 2).sum()
+
+    function: Callable[..., Tensor] = torch.jit.script(distance)
+    x = torch.zeros(3, dtype=F64, requires_grad=True)
+    for _ in range(3):  # the first runs of a script are recorded and not yet optimised
+        torch.autograd.grad(function(x, x.detach()), x, create_graph=True)
+    return function
+
+
+def in_another_thread(x: Tensor, w: Tensor) -> Tensor:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: ((x - w**2) ** 2).sum()).result()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")
+@pytest.mark.parametrize("beside", ["nothing", "a term of theta", "a term that is not differentiated"])
+@pytest.mark.parametrize("how", ["scripted", "in another thread"])
+def test_weights_that_only_a_script_or_another_thread_reads_are_refused_and_never_missed(how: str, beside: str) -> None:
+    distance = scripted() if how == "scripted" else in_another_thread
+    w, t = positive(3, seed=1).requires_grad_(), torch.ones(3, dtype=F64, requires_grad=True)
+    objectives = {
+        "nothing": lambda x: distance(x, w),
+        "a term of theta": lambda x, t: distance(x, w) + ((x - t) ** 2).sum(),
+        "a term that is not differentiated": lambda x, t: distance(x, w) + 0 * t.detach().sum(),
+    }
+    layer = il.argmin(objectives[beside], il.solvers.LBFGS(rtol=1e-12))
+    theta = () if beside == "nothing" else (t,)
+    with pytest.raises(il.ClosureError, match=r"not be followed .*another thread.* as one more theta"):
+        layer(torch.zeros(3, dtype=F64), *theta)
+    if how == "in another thread" and beside != "nothing":
+        return  # what comes out of another thread is not followed at all
+    w.requires_grad_(False)  # a constant may be read in any way
+    share = 0.5 if beside == "a term of theta" else 1.0
+    x = layer(torch.zeros(3, dtype=F64), *(t.detach() for t in theta))
+    assert torch.allclose(x, share * w**2 + (1 - share), rtol=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script")
+@pytest.mark.parametrize("how", ["scripted", "in another thread"])
+def test_weights_that_a_script_or_another_thread_reads_as_a_theta_are_differentiated(how: str) -> None:
+    distance = scripted() if how == "scripted" else in_another_thread
+    w = positive(3, seed=1).requires_grad_()
+    x = il.argmin(distance, il.solvers.LBFGS(rtol=1e-12))(torch.zeros(3, dtype=F64), w)
+    compare(torch.autograd.grad(x.sum(), w)[0], 2 * w.detach())
+
+
+def test_a_leaf_that_the_objective_makes_for_a_derivative_of_its_own_is_no_weight() -> None:
+    def objective(x: Tensor) -> Tensor:
+        points = torch.linspace(0, 1, 3, dtype=F64).requires_grad_()
+        (slope,) = torch.autograd.grad((torch.sin(points) * x).sum(), points, create_graph=True)
+        return ((slope - 1) ** 2).sum()  # x cos(points) = 1
+
+    x = il.argmin(objective, il.solvers.LBFGS(rtol=1e-12))(torch.zeros(3, dtype=F64))
+    assert torch.allclose(x, 1 / torch.cos(torch.linspace(0, 1, 3, dtype=F64)), rtol=1e-9)

@@ -12,6 +12,7 @@ import torch
 from references import F64, newton, randn, relative_error
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import implicitlayer as il
@@ -205,3 +206,14 @@ def test_weights_that_the_objective_closes_over_keep_their_gradients(around: str
 def test_compiled_functions_that_call_a_layer_are_equal(layer: str) -> None:
     compiled = torch.compile(lambda t: LAYERS[layer](t * 1) * 1, backend="eager")
     check(first_and_second(compiled))
+
+
+@pytest.mark.parametrize("trace", [torch.func.linearize, lambda f, t: make_fx(f)(t)])
+def test_tracing_a_layer_is_refused_with_what_takes_its_place(trace: Callable[..., Any]) -> None:
+    """A trace would hold one solve's numbers; a solver that looks at none of them gets no further than the checks."""
+    layer = il.argmin(lambda x, t: (torch.exp(x) - t * x).sum(), il.solvers.LBFGS(rtol=1e-10))
+    t = torch.tensor([2.0, 3.0], dtype=F64)
+    with pytest.raises(il.ObjectiveError, match=r"uses values while torch traces it .* torch.func.jvp or vjp take"):
+        trace(lambda t: layer(torch.zeros_like(t), t), t)
+    _, tangent = torch.func.jvp(lambda t: layer(torch.zeros_like(t), t), (t,), (torch.ones_like(t),))
+    assert torch.allclose(tangent, 1 / t, rtol=1e-8)

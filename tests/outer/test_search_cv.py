@@ -11,7 +11,7 @@ pytest.importorskip("sklearn")
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_iris
 from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, Ridge, SGDClassifier
-from sklearn.model_selection import KFold, cross_val_score
+from sklearn.model_selection import GroupKFold, KFold, cross_val_score
 from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
@@ -118,6 +118,17 @@ def test_what_is_not_differentiated_is_named(settings: dict[str, Any], error: ty
     X, y = data(load_breast_cancer, 60)
     with pytest.raises(error, match=message):
         il.ImplicitSearchCV(**settings).fit(X, y)
+
+
+def test_groups_go_to_the_splitter_and_other_data_of_fit_are_refused_by_name() -> None:
+    X, y = data(load_diabetes, 60)
+    groups = np.arange(60) % 3
+    search = il.ImplicitSearchCV(Ridge(), cv=GroupKFold(3)).fit(X, y, groups=groups)
+    folds = [(np.flatnonzero(groups != k), np.flatnonzero(groups == k)) for k in range(3)]
+    given = il.ImplicitSearchCV(Ridge(), cv=folds).fit(X, y)  # the mean over folds has no order
+    assert search.n_splits_ == 3 and np.isclose(search.best_score_, given.best_score_, rtol=1e-6)
+    with pytest.raises(TypeError, match="sample_weight"):
+        il.ImplicitSearchCV(Ridge()).fit(X, y, sample_weight=np.ones(60))  # type: ignore[call-arg]
 
 
 def test_a_split_that_lacks_a_class_is_named() -> None:

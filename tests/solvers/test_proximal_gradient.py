@@ -92,6 +92,25 @@ def test_without_a_tolerance_it_makes_exactly_the_steps_that_were_asked_for() ->
     assert (result.status, result.num_steps, result.value.item()) == (Status.STEP_LIMIT, 3, 3.5)
 
 
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_without_a_tolerance_it_ends_where_a_step_moves_nothing(accelerated: bool) -> None:
+    """Later steps would all be zero: a projection onto a box is found by the first, and lanes that go on still do."""
+    y = torch.tensor([4.0, -4.0, 0.5], dtype=F64)
+    solver = ProximalGradient(Box(-1.0, 1.0), accelerated=accelerated)
+    result = solver.run(lambda x: 0.5 * ((x - y) ** 2).sum(), torch.zeros(3, dtype=F64))
+    assert result.value.tolist() == [1.0, -1.0, 0.5]
+    assert (result.status, result.num_steps) == (Status.STEP_LIMIT, 2)
+
+    scales = torch.tensor([[1.0, 1.0], [1.0, 30.0]], dtype=F64)  # the second lane is not done in two steps
+    layer = il.argmin(
+        lambda x, t: 0.5 * (scales * (x - t) ** 2).sum(-1),
+        ProximalGradient(accelerated=accelerated),
+        constraint=Box(-1.0, 1.0),
+        batch_dims=1,
+    )
+    assert torch.allclose(layer(torch.zeros(2, 2, dtype=F64), y[1:].expand(2, 2)), y[1:].clamp(-1, 1), rtol=1e-12)
+
+
 def test_statuses_of_too_few_steps_and_of_nan() -> None:
     matrix, b = spd_matrix(5, 2, seed=7), randn(5, seed=8)
     solver = ProximalGradient(NonNegative(), rtol=1e-12, max_steps=2)
