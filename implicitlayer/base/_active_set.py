@@ -34,12 +34,13 @@ class ActiveSet:
     relative_violation: torch.Tensor
 
     def __str__(self) -> str:
-        kinks = _count(self.num_kinks) if self.kinks_known else "unknown"
-        return f"active {_count(self.num_active)}, kinks {kinks}"
+        kinks = span(self.num_kinks, "d") if self.kinks_known else "unknown"
+        return f"active {span(self.num_active, 'd')}, kinks {kinks}"
 
 
-def _count(values: torch.Tensor) -> str:
+def span(values: torch.Tensor, form: str = ".2e") -> str:
+    """One number, or the range over the lanes."""
     if values.numel() == 0:
         return "-"
-    low, high = int(values.min()), int(values.max())
-    return f"{high}" if values.ndim == 0 else f"{low} to {high} over {tuple(values.shape)} lanes"
+    low, high = (format(value.item(), form) for value in values.aminmax())
+    return high if values.ndim == 0 else f"{low} to {high} over {tuple(values.shape)} lanes"

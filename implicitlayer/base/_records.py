@@ -12,7 +12,7 @@ from functools import cached_property
 import torch
 
 from implicitlayer._errors import NotRecordedError, StationarityError, StationarityWarning
-from implicitlayer.base._active_set import ActiveSet
+from implicitlayer.base._active_set import ActiveSet, span
 from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._status import Status
 from implicitlayer.base._tree import name_lanes
@@ -74,8 +74,8 @@ class ForwardRecord:
         if self.stationarity_norm is None or self.relative_distance is None:
             return f"forward: stationarity not checked{solver}"
         return (
-            f"forward: gradient norm {_span(self.stationarity_norm)}, estimated relative distance to the solution "
-            f"{_span(self.relative_distance)}{solver}"
+            f"forward: gradient norm {span(self.stationarity_norm)}, estimated relative distance to the solution "
+            f"{span(self.relative_distance)}{solver}"
         )
 
     def explain(self) -> str:
@@ -88,11 +88,11 @@ class ForwardRecord:
             )
         if self.stationary is None or self.rtol is None:
             return (
-                f"The solver's answer is at an estimated relative distance of {_span(self.relative_distance)} from the "
+                f"The solver's answer is at an estimated relative distance of {span(self.relative_distance)} from the "
                 f"solution, at least{self._solver_said}. The layer does not judge that (stationarity_rtol=None): the "
                 "gradient carries an error of that order at least."
             )
-        distance = f"estimated relative distance to the solution {_span(self.relative_distance)}"
+        distance = f"estimated relative distance to the solution {span(self.relative_distance)}"
         numbers = f"{distance}, allowed {self.rtol:g}{self._solver_said}"
         if self.solver_status is Status.MAX_STEPS_REACHED and self.stationary and not self.num_polish_steps:
             return (
@@ -143,8 +143,8 @@ class GradientError:
     def __str__(self) -> str:
         kind, sign = ("bound", "<=") if self.rigorous else ("estimate", "about")
         return (
-            f"gradient error {sign} {_span(self.total)}, relative {_span(self.relative)} ({kind}; inner solve "
-            f"{_span(self.inner)}, linear solve {_span(self.linear)})"
+            f"gradient error {sign} {span(self.total)}, relative {span(self.relative)} ({kind}; inner solve "
+            f"{span(self.inner)}, linear solve {span(self.linear)})"
             + (f"; of all lanes together {sign} {float(self):.2e}" if self.total.ndim else "")
         )
 
@@ -242,10 +242,10 @@ class BackwardRecord:
         s = self.solution
         remedy = f", {s.remedy}" if s.remedy else ""
         known = not bool(s.condition_estimate.isnan().all())
-        condition = f", condition about {_span(s.condition_estimate)}" if known else ""
+        condition = f", condition about {span(s.condition_estimate)}" if known else ""
         return (
             f"{self.kind}: {s.method} {s.status.name.lower()}, {_steps(s.num_steps)}, relative residual "
-            f"{_span(s.relative_residual)}, smallest curvature {_span(s.smallest_curvature)}{condition}{remedy}"
+            f"{span(s.relative_residual)}, smallest curvature {span(s.smallest_curvature)}{condition}{remedy}"
         )
 
     def explain(self) -> str:
@@ -264,11 +264,11 @@ class BackwardRecord:
         if s.status is Status.STEP_LIMIT:
             return (
                 f"The {self.kind} solve made the {_steps(s.num_steps)} that were asked for; its relative residual is "
-                f"{_span(s.relative_residual)}. Give a tolerance in place of max_steps alone for a converged solve."
+                f"{span(s.relative_residual)}. Give a tolerance in place of max_steps alone for a converged solve."
             )
         return (
             f"The {self.kind} solve converged in {_steps(s.num_steps)} to a relative residual of "
-            f"{_span(s.relative_residual)}. There is nothing to do."
+            f"{span(s.relative_residual)}. There is nothing to do."
         )
 
 
@@ -295,14 +295,6 @@ class CallRecords(list[Record]):
 
 def _steps(count: int, kind: str = "") -> str:
     return f"{count} {kind}step{'' if count == 1 else 's'}"
-
-
-def _span(values: torch.Tensor) -> str:
-    """One number, or the range over the lanes."""
-    if values.numel() == 0:
-        return "-"
-    low, high = float(values.min()), float(values.max())
-    return f"{high:.2e}" if values.ndim == 0 else f"{low:.2e} to {high:.2e} over {tuple(values.shape)} lanes"
 
 
 @contextmanager
