@@ -157,19 +157,13 @@ class FixedPointLayer(ArgminLayer):
 
     Example:
         >>> import torch, implicitlayer as il
-        >>> class Cell(torch.nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.linear = torch.nn.Linear(2, 2)
-        ...     def forward(self, z, u):
-        ...         return 0.1 * torch.tanh(self.linear(z)) + u
         >>> def iterate(map, z, u):
         ...     for _ in range(30):
         ...         z = map(z, u)
         ...     return z
-        >>> model = il.FixedPointLayer(Cell(), iterate, init=torch.zeros_like)
-        >>> model(torch.ones(2)).sum().backward()
-        >>> model.objective.linear.weight.grad is not None
+        >>> model = il.FixedPointLayer(torch.nn.Bilinear(2, 2, 2), iterate, init=torch.zeros_like)
+        >>> model(0.1 * torch.ones(2)).sum().backward()
+        >>> model.objective.weight.grad is not None
         True
     """
 
