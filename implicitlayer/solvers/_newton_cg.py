@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -83,6 +83,8 @@ class NewtonCG(Limited):
     damping: float = 0.0
     line_search: Literal["armijo", "wolfe"] = "armijo"
 
+    in_parts: ClassVar[Any] = property(lambda self: self.curvature == "hessian")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cg_steps is not None and not self.cg_steps >= 1:
@@ -93,11 +95,6 @@ class NewtonCG(Limited):
             raise ValueError(f'curvature={self.curvature!r} must be "hessian" or "gauss_newton".')
         if self.line_search not in _CURVATURES:
             raise ValueError(f'line_search={self.line_search!r} must be "armijo" or "wolfe".')
-
-    @property
-    def in_parts(self) -> bool:  # type: ignore[override]
-        """Whether unknowns of which every process holds a part will do: nobody else gets to see them."""
-        return self.curvature == "hessian" and self.callback is None
 
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         """The same, with status and step count."""
