@@ -105,7 +105,7 @@ class Divided(Sharding):
 
     def inside(self, tree: Any) -> torch.Tensor:
         """One vector [*lanes, n] of a tree like ``init``; leaves that are not placed as its are put together before."""
-        pairs = self._pairs(like_x(tree, self.like, self.spec))
+        pairs = self._pairs(like_x(tree, self.like, self.spec, "there must be one number for every unknown"))
         vector: torch.Tensor = _Flat.apply(self, *(t if layout_of(t) == how else recut(t, how) for t, how in pairs))
         return vector
 

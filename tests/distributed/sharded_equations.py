@@ -68,6 +68,47 @@ def equations(cases: Cases) -> None:
     cases.refused("root, too few equations", lambda: il.root(lambda x, t: x["w1"] - t["w1"], NEWTON)(init, theta))
 
 
+def more_equations(cases: Cases) -> None:
+    """Plain leaves beside DTensors, second derivatives, a problem without a number, a maximum: as on one process."""
+    t, s = cases.theta["w1"], cases.data[0][0]
+
+    def both(name: str, function: Callable[..., list[torch.Tensor]], values: torch.Tensor = t) -> None:
+        alone, cut = values.clone().requires_grad_(), cases.put(values, Shard(1)).requires_grad_()
+        cases.found[name] = difference(function(cut), function(alone))
+
+    def whole(value: torch.Tensor) -> torch.Tensor:
+        return value.full_tensor() if isinstance(value, DTensor) else value
+
+    def mixed(t: torch.Tensor) -> list[torch.Tensor]:
+        def coupled(x: Tree, t: torch.Tensor) -> Tree:
+            b = x["b"] + 0.01 * x["b"].sum() ** 2 + 0.01 * whole((x["a"] ** 2).sum()) - s
+            return {"b": b, "a": x["a"] + 0.3 * torch.tanh(x["a"]) - t}
+
+        x = il.root(coupled, NEWTON)({"a": t.detach() * 0, "b": s * 0}, t)
+        return [x["a"], *torch.autograd.grad(whole((x["a"] ** 2).sum()) + (x["b"] ** 3).sum(), t)]
+
+    def second(t: torch.Tensor) -> list[torch.Tensor]:
+        turned = il.root(lambda x, t: x + torch.tanh(x) * (1 + 0.1 * (x * t).sum()) - t, NEWTON, linear_solver=SHORT)
+        x = turned(t.detach() * 0, t)
+        (first,) = torch.autograd.grad((x**2).sum(), t, create_graph=True)
+        return [x, first, *torch.autograd.grad((first**2).sum(), t)]
+
+    def masked(t: torch.Tensor) -> list[torch.Tensor]:
+        layer = il.fixed_point(lambda x, t: torch.cos(x) / 2 + t, ANDERSON, batch_dims=1, on_failure="mask")
+        x = layer(torch.zeros_like(t.detach()), t)
+        assert whole(x).isnan().all(1).tolist() == [False, True, False]
+        return [x.nan_to_num(), *torch.autograd.grad(x.nan_to_num().sum(), t)]
+
+    broken = t.clone()
+    broken[1, 2] = torch.nan
+    both("root, a plain leaf", mixed)
+    both("root, second order", second)
+    both("fixed_point, mask", masked, broken)
+    unmoved = il.argmin(lambda x, t: -(x**2).sum() + (x * t).sum(), il.solvers.GradientDescent(0.1, max_steps=0))
+    cut = cases.put(t, Shard(1)).requires_grad_()
+    cases.refused("a maximum", lambda: unmoved(cut.detach() / 2, cut).sum().backward())
+
+
 def callback(cases: Cases) -> None:
     """What listens to a solver sees whole plain tensors, the same everywhere."""
     seen: list[Any] = []

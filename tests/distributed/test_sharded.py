@@ -59,13 +59,9 @@ WORKS = [
     *("linear_solve", "linear_solve of a function", "hvp", "explain_gradient"),
     *("hessian_operator 0", "hessian_operator whole", "hessian_operator Dense"),
     *("an outer LBFGS", "batch_dims, mask", "iMAML LBFGS Gmres"),
-    *(
-        "root Newton Gmres",
-        "root, Partial",
-        "a callback",
-        "DeepEquilibrium",
-        "2 x 2 fixed_point AndersonAcceleration Bicgstab",
-    ),
+    *("root Newton Gmres", "root, Partial", "a callback", "DeepEquilibrium"),
+    *("root, a plain leaf", "root, second order", "fixed_point, mask"),
+    "2 x 2 fixed_point AndersonAcceleration Bicgstab",
     *(f"fixed_point AndersonAcceleration {linear}" for linear in ("Bicgstab", "Neumann", "NormalEquations")),
 ]
 
@@ -103,6 +99,7 @@ REFUSED = {
     ),
     "unannounced rows": ("ObjectiveError", "has another value on every process", "distribute_tensor(data, mesh"),
     "root, unannounced rows": ("ObjectiveError", "has another value in leaf 0 of x", "distribute_tensor(data, mesh"),
+    "a maximum": ("IndefiniteError", "at a maximum of the objective"),
     "root, too few equations": ("ObjectiveError", "expected shapes [(3, 4), (4, 2)], got [(3, 4)]"),
     "summed by hand": ("ObjectiveError", "has another gradient in leaf", ".to_local()"),
     **dict.fromkeys(MAPPED, ("UnsupportedTransformError", "vmap over a layer that is given DTensors", "batch_dims=")),
