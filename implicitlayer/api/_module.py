@@ -157,15 +157,10 @@ class FixedPointLayer(ArgminLayer):
 
     Example:
         >>> import torch, implicitlayer as il
-        >>> class Cell(torch.nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.linear = torch.nn.Linear(2, 2)
-        ...     def forward(self, z, u):
-        ...         return 0.1 * torch.tanh(self.linear(z)) + u
-        >>> model = il.FixedPointLayer(Cell(), il.solvers.AndersonAcceleration(rtol=1e-6), init=torch.zeros_like)
-        >>> model(torch.ones(2)).sum().backward()
-        >>> model.objective.linear.weight.grad is not None
+        >>> solver = il.solvers.AndersonAcceleration(rtol=1e-6)
+        >>> model = il.FixedPointLayer(torch.nn.Bilinear(2, 2, 2), solver, init=torch.zeros_like)
+        >>> model(0.1 * torch.ones(2)).sum().backward()
+        >>> model.objective.weight.grad is not None
         True
     """
 

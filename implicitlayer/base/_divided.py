@@ -8,14 +8,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from implicitlayer import _torch
 from implicitlayer.base._parts import Cut, Parts
-from implicitlayer.base._sharding import Sharding, _no_summands, gathered
-from implicitlayer.base._tree import flatten, unflatten
+from implicitlayer.base._sharding import Sharding, _no_summands, everywhere, gathered, layout_of, recut
+from implicitlayer.base._tree import flatten, like_x, unflatten
 
 
 class _Leaves(torch.autograd.Function):
@@ -36,10 +37,9 @@ class _Leaves(torch.autograd.Function):
         if any(cotangent is None for cotangent in cotangents):
             zeros = _Leaves.apply(torch.zeros_like(*ctx.saved_tensors), ctx.of, False)
             cotangents = tuple([z if c is None else c for c, z in zip(cotangents, zeros, strict=True)])
-        gradient = _Flat.apply(ctx.of, *cotangents)
         if ctx.checks:
-            ctx.of.compare_gradient(gradient)
-        return gradient, None, None
+            ctx.of.compare_copies("gradient", cotangents)
+        return _Flat.apply(ctx.of, *cotangents), None, None
 
 
 class _Flat(torch.autograd.Function):
@@ -56,7 +56,7 @@ class _Flat(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: torch.Tensor | None) -> tuple[Any, ...]:
-        leaves = (None,) * len(ctx.of.shapes) if cotangent is None else _Leaves.apply(cotangent, ctx.of, False)
+        leaves = (None,) * len(ctx.of.like) if cotangent is None else _Leaves.apply(cotangent, ctx.of, False)
         return None, *leaves
 
 
@@ -66,23 +66,35 @@ class Divided(Sharding):
     Args:
         init: pytree of tensors, at least one of them a DTensor.
         lane_dims: number of leading dimensions that count problems: these are not cut.
+        gives_value: whether the function of the layer has a value, and is no residual or map, which is like ``init``.
     """
 
-    def __init__(self, init: Any, lane_dims: int = 0) -> None:
+    def __init__(self, init: Any, lane_dims: int = 0, gives_value: bool = True) -> None:
+        import torch.distributed as dist
+
         super().__init__(init)
         leaves, self.spec = flatten(init)
-        self.shapes = [leaf.shape for leaf in leaves]
-        self.lanes = self.shapes[0][:lane_dims]
+        self.gives_value = gives_value
+        strides = [torch.empty(leaf.shape, device="meta").stride() for leaf in leaves]
+        # no tensors: the objective would be seen to read them
+        self.like: Any = [
+            SimpleNamespace(shape=t.shape, stride=stride) for t, stride in zip(leaves, strides, strict=True)
+        ]
+        self.lanes = self.like[0].shape[:lane_dims]
         self.here = [leaf.shape if how is None else leaf.to_local().shape for leaf, how in self._pairs(leaves)]
-        self.strides = [torch.empty(shape, device="meta").stride() for shape in self.shapes]
         self.sizes = [shape[lane_dims:].numel() for shape in self.here]
-        self.cut = Cut(sum(shape[lane_dims:].numel() for shape in self.shapes), self._counted(), self._groups())
+        size = sum(leaf.shape[lane_dims:].numel() for leaf in leaves)
+        at_once = self.mesh.ndim > 1 and self.mesh.size() == dist.get_world_size()  # all processes, in one group
+        groups = (None,) if at_once else tuple([self.mesh.get_group(dim) for dim in range(self.mesh.ndim)])
+        self.cut = Cut(size, self._counted(), groups, tuple(self.sizes))
 
     @classmethod
     def possible(cls, init: Any, lane_dims: int = 0) -> bool:
-        """Whether some leaf is cut, no lane is, and the flat vector of all has one dtype and one mesh."""
+        """Whether some leaf is cut, no lane is, the vector has one dtype and one mesh, and no transform is at work."""
         from torch.distributed.tensor import Replicate, Shard
 
+        if _torch.transforms_active():
+            return False
         leaves = flatten(init)[0]
         layouts = [how for how in Sharding(init).layouts if how is not None]
         placed = [placement for _, placements in layouts for placement in placements]
@@ -91,9 +103,10 @@ class Divided(Sharding):
         cut = Shard in kinds and kinds <= {Shard, Replicate} and within
         return one and cut and sum(leaf.shape[lane_dims:].numel() for leaf in leaves) > 1
 
-    def inside(self, init: Any) -> torch.Tensor:
-        """The leaves of ``init`` as one vector [*lanes, n]."""
-        vector: torch.Tensor = _Flat.apply(self, *flatten(init)[0])
+    def inside(self, tree: Any) -> torch.Tensor:
+        """One vector [*lanes, n] of a tree like ``init``; leaves that are not placed as its are put together before."""
+        pairs = self._pairs(like_x(tree, self.like, self.spec, "there must be one number for every unknown"))
+        vector: torch.Tensor = _Flat.apply(self, *(t if layout_of(t) == how else recut(t, how) for t, how in pairs))
         return vector
 
     def outside(self, x: torch.Tensor) -> Any:
@@ -101,7 +114,7 @@ class Divided(Sharding):
         return unflatten(_Leaves.apply(x, self, False), self.spec)
 
     def seen(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` of a tree as one of its vector, with a whole value."""
+        """``function`` of a tree as one of its vector; see :meth:`put_together`."""
 
         def of_vector(x: torch.Tensor, *theta: Any) -> Any:
             return self.put_together(function(unflatten(_Leaves.apply(x, self, True), self.spec), *theta))
@@ -109,16 +122,25 @@ class Divided(Sharding):
         of_vector.unknowns = self.outside  # type: ignore[attr-defined]  # how its user calls them, for messages
         return of_vector
 
+    def put_together(self, result: Any) -> Any:
+        """The whole of a value; of a residual or map the vector in parts."""
+        if self.gives_value:
+            return super().put_together(result)
+        leaves = like_x(result, self.like, self.spec)
+        self.compare_copies("value", leaves)
+        pairs = self._pairs(leaves)
+        return _Flat.apply(self, *(gathered(t) if how is None else everywhere(t, self.mesh) for t, how in pairs))
+
     def leaves(self, flat: Any) -> tuple[torch.Tensor, ...]:
         """DTensors, or plain tensors where ``init`` had some, that are views of a vector."""
         from torch.distributed.tensor import DTensor
 
         found = []
-        columns = flat.local.split(self.sizes, -1), self.here, self.shapes, self.strides, self.layouts
-        for part, here, shape, stride, how in zip(*columns, strict=True):
+        columns = flat.local.split(self.sizes, -1), self.here, self.like, self.layouts
+        for part, here, like, how in zip(*columns, strict=True):
             local = part.reshape(here).contiguous()  # of one problem it is a view
             if how is not None:
-                local = DTensor.from_local(local, *how, run_check=False, shape=shape, stride=stride)
+                local = DTensor.from_local(local, *how, run_check=False, shape=like.shape, stride=like.stride)
             found.append(local)
         return tuple(found)
 
@@ -130,12 +152,13 @@ class Divided(Sharding):
             parts.append(part.reshape(*self.lanes, size))
         return Parts(torch.cat(parts, -1), self.cut)
 
-    def compare_gradient(self, gradient: Any) -> None:
-        """Raise unless processes that hold the same entries have found the same gradient of them."""
-        for index, (part, how) in enumerate(self._pairs(_torch.innermost(gradient).local.split(self.sizes, -1))):
-            dims = [i for i in range(self.mesh.ndim) if how is None or not how[1][i].is_shard()]
+    def compare_copies(self, what: str, leaves: Sequence[Any]) -> None:
+        """Raise unless processes that say that they hold the same entries of ``leaves`` have found the same of them."""
+        for index, leaf in enumerate(leaves):
+            how = layout_of(leaf)
+            dims = [i for i in range(self.mesh.ndim) if how is None or how[1][i].is_replicate()]
             if dims:
-                self.compare(f"gradient in leaf {index} of x", [part], dims)
+                self.compare(f"{what} in leaf {index} of x", [leaf], dims)
 
     def _pairs(self, leaves: Sequence[Any]) -> list[tuple[Any, Any]]:
         return list(zip(leaves, self.layouts, strict=True))
@@ -151,10 +174,3 @@ class Divided(Sharding):
                 found.append((first, start + size))
             start += size
         return tuple(found)
-
-    def _groups(self) -> tuple[Any, ...]:
-        import torch.distributed as dist
-
-        if self.mesh.ndim > 1 and self.mesh.size() == dist.get_world_size():
-            return (None,)  # all processes, in one
-        return tuple([self.mesh.get_group(dim) for dim in range(self.mesh.ndim)])

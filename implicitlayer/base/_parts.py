@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from implicitlayer import _torch
+from implicitlayer.base._sharding import of_all
 
 _aten: Any = torch.ops.aten
 _NOTHING = ((0, 0),)
@@ -29,23 +30,26 @@ class Cut:
         size: n, entries on all processes.
         counted: ranges of the entries here that sums count here: what several processes hold, one of them counts.
         groups: the process groups over which numbers are collected, one after the other.
+        leaves: entries here of every leaf of the unknowns.
     """
 
     size: int
     counted: tuple[tuple[int, int], ...]
     groups: tuple[Any, ...]
+    leaves: tuple[int, ...] = ()
 
     def collected(self, mine: torch.Tensor, operation: Callable[..., torch.Tensor]) -> torch.Tensor:
         """A reduction of the numbers of all processes, in one order: the same bits everywhere."""
-        import torch.distributed as dist
-
         dtype = mine.dtype
         mine = mine.to(torch.uint8) if dtype is torch.bool else mine.contiguous()
         for group in self.groups:
-            everybody = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(everybody, mine, group=group)
-            mine = operation(torch.stack(everybody), [0], False).to(mine.dtype)
+            mine = operation(of_all(mine, group), [0], False).to(mine.dtype)
         return mine.to(dtype)
+
+    def summed(self, of_range: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
+        """The sum of numbers of ranges of entries here, over all entries that count on all processes."""
+        pieces = [of_range(*ends) for ends in self.counted or _NOTHING]
+        return self.collected(pieces[0] if len(pieces) == 1 else torch.stack(pieces).sum(0), torch.sum)
 
 
 class Parts(torch.Tensor):
@@ -84,9 +88,15 @@ def _impossible(what: str) -> NotImplementedError:
     )
 
 
-def lies_in_parts(vector: torch.Tensor) -> bool:
-    """Whether other processes hold the rest of ``vector``."""
-    return isinstance(vector, Parts)
+def numbers(vector: torch.Tensor) -> torch.Tensor:
+    """0, 1, 2, ... along the last dimension, a vector [n] like one of ``vector``; in parts of every leaf anew.
+
+    So processes that hold the same entries, all of them a part of one leaf, give them the same numbers.
+    """
+    if not isinstance(vector, Parts):
+        return torch.arange(vector.shape[-1], device=vector.device)
+    here = [torch.arange(size, device=vector.device) for size in vector.cut.leaves]
+    return Parts(torch.cat(here), vector.cut)
 
 
 def _cut_of(tree: Any) -> Cut:
@@ -146,8 +156,19 @@ def _reduction(operation: Callable[..., torch.Tensor], neutral: float | None = N
 
 
 def _dot(a: Parts, b: Parts) -> torch.Tensor:
-    pieces = [torch.dot(a.local[i:j], b.local[i:j]) for i, j in a.cut.counted or _NOTHING]
-    return a.cut.collected(pieces[0] if len(pieces) == 1 else torch.stack(pieces).sum(0), torch.sum)
+    return a.cut.summed(lambda i, j: torch.dot(a.local[i:j], b.local[i:j]))
+
+
+def products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The inner products of all rows of ``a`` [lanes, k, n] and of ``b`` [lanes, m, n]: [lanes, k, m]."""
+    if not (isinstance(a, Parts) and isinstance(b, Parts)):
+        return torch.bmm(a, b.mT)
+    x, y = a.local, b.local
+    return a.cut.summed(lambda i, j: torch.bmm(x[..., i:j], y[..., i:j].mT))
+
+
+def _combined(start: Parts, weights: torch.Tensor, rows: Parts, **factors: Any) -> Parts:
+    return Parts(torch.baddbmm(start.local, weights, rows.local, **factors), start.cut)
 
 
 def _norm(vector: Parts, order: Any = 2, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
@@ -214,6 +235,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _aten.all: _reduction(torch.all, 1.0),
     _aten.dot: _dot,
     _aten.vdot: _dot,
+    _aten.baddbmm: _combined,
     _aten.linalg_vector_norm: _norm,
     _aten.view: _viewed,
     _aten.expand: _viewed,

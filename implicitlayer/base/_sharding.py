@@ -32,7 +32,7 @@ def is_sharded(value: Any) -> bool:
     return hasattr(inside, "device_mesh") and hasattr(inside, "full_tensor")
 
 
-def _layout(value: Any) -> tuple[Any, tuple[Any, ...]] | None:
+def layout_of(value: Any) -> tuple[Any, tuple[Any, ...]] | None:
     """Mesh and placements of a DTensor; None for anything else."""
     if not is_sharded(value):
         return None
@@ -42,7 +42,7 @@ def _layout(value: Any) -> tuple[Any, tuple[Any, ...]] | None:
 
 def placed_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
     """A constant that is the same on every process, cut as ``like`` is; itself for a plain one."""
-    layout = _layout(like)
+    layout = layout_of(like)
     return tensor if layout is None else _cut(tensor, *layout)
 
 
@@ -152,6 +152,15 @@ class _Gather(torch.autograd.Function):
     vmap = staticmethod(_refuse_transform)
 
 
+def of_all(mine: torch.Tensor, group: Any) -> torch.Tensor:
+    """A tensor [processes, ...] of what all processes of a group have, in the same order everywhere."""
+    import torch.distributed as dist
+
+    everybody = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everybody, mine, group=group)
+    return torch.stack(everybody)
+
+
 class Sharding:
     """How the unknowns of a layer lie on processes: NOTE [sharded objectives].
 
@@ -160,7 +169,7 @@ class Sharding:
     """
 
     def __init__(self, init: Any) -> None:
-        self.layouts = [_layout(t) for t in flatten(init)[0]]
+        self.layouts = [layout_of(t) for t in flatten(init)[0]]
         self.mesh = next(layout[0] for layout in self.layouts if layout is not None)
         self._compared: set[str] = set()
 
@@ -171,8 +180,7 @@ class Sharding:
     def outside(self, tree: Any) -> Any:
         """A tree like ``init`` cut as ``init`` was."""
         leaves, spec = flatten(tree)
-        pairs = zip(leaves, self.layouts, strict=True)
-        return unflatten([t if how is None else _Distribute.apply(t, *how) for t, how in pairs], spec)
+        return unflatten([recut(*pair) for pair in zip(leaves, self.layouts, strict=True)], spec)
 
     def seen(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function`` of sharded unknowns as one of the layer's unknowns, with a whole result."""
@@ -207,21 +215,17 @@ class Sharding:
         """
         if what in self._compared or not tensors:
             return
-        import torch.distributed as dist
-
         self._compared.add(what)
-        plain = [_torch.innermost(t).detach().double() for t in tensors]
+        here = [_torch.innermost(t).detach() for t in tensors]
+        plain = [(t.to_local() if is_sharded(t) else t).double() for t in here]
         # sums agree to their rounding, far below the root of eps times the sum of magnitudes; NaN is for others to tell
         mine = torch.stack([part for t in plain for part in (t.sum(), t.abs().sum())]).nan_to_num()
         rtol = max(torch.finfo(t.dtype).eps for t in tensors) ** 0.5
         for dim in dims:
-            group = self.mesh.get_group(dim)
-            everybody = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-            dist.all_gather(everybody, mine, group=group)
-            all_sums = torch.stack(everybody)  # [processes, 2 tensors]
+            all_sums = of_all(mine, self.mesh.get_group(dim))  # [processes, 2 tensors]
             spread = all_sums.amax(0) - all_sums.amin(0)
             if bool((spread[::2] > rtol * all_sums.amax(0)[1::2]).any()):
-                values = ", ".join(f"{theirs[0].item():.6g}" for theirs in everybody)
+                values = ", ".join(f"{theirs[0].item():.6g}" for theirs in all_sums)
                 raise ObjectiveError(
                     f"the objective has another {what} on every process (sums of entries: {values}), but its unknowns "
                     "are DTensors, which are one problem: a sum over data that are spread over the processes was not "
@@ -238,8 +242,14 @@ def whole(tree: Any) -> Any:
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a DTensor, with its graph; any other tensor itself."""
-    layout = _layout(tensor)
+    layout = layout_of(tensor)
     return tensor if layout is None else _Gather.apply(tensor, layout[0], _no_summands(layout[1]))
+
+
+def recut(tensor: torch.Tensor, how: tuple[Any, ...] | None) -> torch.Tensor:
+    """The whole of ``tensor``, and that in parts where a layout says how, with its graph."""
+    all_of_it = gathered(tensor)
+    return all_of_it if how is None else _Distribute.apply(all_of_it, *how)
 
 
 def gathered_where_plain(

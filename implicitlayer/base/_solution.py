@@ -183,7 +183,8 @@ class RecordingSolver(Extension):
             a root is called with ``x - map(x)`` by a layer of a fixed point.
         batched: if it is there and true, the solver takes many problems at once: an objective that returns [*lanes].
         in_parts: whether it may be given one vector [*lanes, n] of which every process holds a part only, where
-            unknowns are DTensors: it uses it entry by entry and in sums (products, norms, ``amax``) only.
+            unknowns are DTensors: it uses it entry by entry and in sums (products, norms, ``amax``) only. One with an
+            attribute ``callback`` that is not None gets whole ones all the same.
 
     Example:
         >>> import torch, implicitlayer as il

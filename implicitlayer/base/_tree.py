@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
+from implicitlayer._errors import ObjectiveError
 from implicitlayer._torch import pytree
+from implicitlayer.base._types import Leaves
 
 TreeSpec = pytree.TreeSpec
 _LEAF: TreeSpec = pytree.tree_flatten(0)[1]
@@ -89,6 +91,21 @@ def leaves_in_order(tree: Any, like: Any) -> list[Any] | None:
         return None
     by_name = dict(zip(names, leaves, strict=True))
     return [by_name[key] for key in wanted]
+
+
+def like_x(
+    value: Any, x: Sequence[Any], x_spec: TreeSpec, what: str = "the residual must return one equation per unknown"
+) -> Leaves:
+    """Leaves of a residual, checked to be one equation per unknown; of something else that an error calls ``what``."""
+    leaves = leaves_in_order(value, unflatten(x, x_spec))
+    fits = [isinstance(a, torch.Tensor) and a.shape == b.shape for a, b in zip(leaves or (), x, strict=False)]
+    if leaves is None or not all(fits):
+        found = flatten(value)[0] if leaves is None else leaves
+        shapes = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf).__name__ for leaf in found]
+        raise ObjectiveError(
+            f"{what}, in the structure of x: expected shapes {[tuple(t.shape) for t in x]}, got {shapes}."
+        )
+    return list(leaves)
 
 
 def lane_reduce(values: torch.Tensor, lane_dims: int) -> torch.Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar
 
@@ -286,7 +287,9 @@ def _of_whole_data(terms: Any) -> Any:
 
     def of(term: Any) -> Any:
         own = fields(term) if is_dataclass(term) and not isinstance(term, type) else ()
-        return replace(term, **{field.name: whole(getattr(term, field.name)) for field in own}) if own else term
+        made = copy(term)
+        made.__dict__.update({field.name: whole(getattr(term, field.name)) for field in own})  # not all have arguments
+        return made
 
     return tree_map(of, terms)
 

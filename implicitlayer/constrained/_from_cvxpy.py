@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from implicitlayer import _torch
+from implicitlayer.base._optional import extra
 from implicitlayer.base._sharding import on_whole_tensors
 from implicitlayer.constrained._conic import Cones, cone_program
 from implicitlayer.constrained._qp import qp
@@ -229,13 +230,10 @@ def _attributes(leaf: Any) -> list[str]:
 
 
 def _cvxpy() -> Any:
-    try:
-        cp = import_module("cvxpy")
-    except ImportError as error:
-        raise ImportError("il.from_cvxpy needs cvxpy: pip install 'implicitlayer[solvers]'.") from error
-    if "OSQP" not in cp.installed_solvers():
-        raise ImportError("il.from_cvxpy needs osqp: pip install 'implicitlayer[solvers]'.")
-    return cp
+    for package in ("osqp", "cvxpy"):
+        with extra("solvers", f"il.from_cvxpy needs {package}"):
+            found = import_module(package)
+    return found
 
 
 def _check(problem: Any, parameters: Sequence[Any], variables: Sequence[Any]) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from implicitlayer._errors import ClosureError, ObjectiveError
+from implicitlayer._errors import ClosureError
 from implicitlayer.base._surroundings import ReadingMode
-from implicitlayer.base._tree import TreeSpec, flatten, leaves_in_order, places_of_data, unflatten
+from implicitlayer.base._tree import TreeSpec, flatten, like_x, places_of_data, unflatten
 from implicitlayer.base._types import FlatFunction, Leaves
 from implicitlayer.equation._capture import ClosedOver
 from implicitlayer.equation._normalisation import PLAIN
@@ -109,20 +109,6 @@ def flat_function(
     return flat
 
 
-def like_x(value: Any, x: Sequence[torch.Tensor], x_spec: TreeSpec) -> Leaves:
-    """Leaves of a residual, checked to be one equation per unknown."""
-    leaves = leaves_in_order(value, unflatten(x, x_spec))
-    fits = [isinstance(a, torch.Tensor) and a.shape == b.shape for a, b in zip(leaves or (), x, strict=False)]
-    if leaves is None or not all(fits):
-        found = flatten(value)[0] if leaves is None else leaves
-        shapes = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf).__name__ for leaf in found]
-        raise ObjectiveError(
-            "the residual must return one equation per unknown, in the structure of x: expected shapes "
-            f"{[tuple(t.shape) for t in x]}, got {shapes}."
-        )
-    return list(leaves)
-
-
 def flat_parts(
     function: Callable[..., Any], x_spec: TreeSpec, signature: Signature, hidden: Leaves, lane_dims: int = 0
 ) -> Parts:
@@ -140,10 +126,7 @@ def flat_parts(
     def call(method: Callable[..., Any], first: Any, theta: Leaves) -> Any:
         return call_with(method, hidden, theta[len(theta) - len(hidden) :], (first, *slots.rebuild(theta)))
 
-    metric: FlatFunction | None = None
-    metric_matrix: FlatFunction | None = None
-    model: FlatFunction | None = None
-    loss: FlatFunction | None = None
+    told: dict[str, Any] = {}
     if hasattr(function, "curvature_metric"):
         metric_of = function.curvature_metric
 
@@ -154,7 +137,7 @@ def flat_parts(
             leaves = [] if diagonal is None else flatten(diagonal)[0]
             return [detached.setdefault(id(leaf), leaf.detach()) for leaf in leaves]
 
-        metric = flat_metric
+        told["metric"] = flat_metric
     if hasattr(function, "curvature_matrix"):
         matrix_of = function.curvature_matrix
 
@@ -162,7 +145,7 @@ def flat_parts(
             matrix = call(matrix_of, unflatten(x, x_spec), theta)
             return [] if matrix is None else [matrix.detach()]
 
-        metric_matrix = flat_matrix
+        told["metric_matrix"] = flat_matrix
     composite = function.as_composite() if hasattr(function, "as_composite") else None
     if composite is not None:
         outputs_spec: list[TreeSpec] = []  # known once the model has run, which it does before the loss
@@ -176,9 +159,7 @@ def flat_parts(
             value: torch.Tensor = call(composite.loss, unflatten(outputs, outputs_spec[0]), theta)
             return value
 
-        model, loss = flat_model, flat_loss
-    coupling: FlatFunction | None = None
-    num_coupled = 0
+        told |= {"model": flat_model, "loss": flat_loss}
     if hasattr(function, "coupling"):
         coupling_of = function.coupling(lane_dims)
         end = len(flatten(unflatten(slots.leaves, slots.spec)[0])[0])  # of the first argument
@@ -190,8 +171,8 @@ def flat_parts(
             value: torch.Tensor = call_with(coupling_of, hidden, values, (unflatten(x, x_spec), first))
             return value
 
-        coupling = flat_coupling
-    return Parts(metric, metric_matrix, model, loss, coupling, num_coupled)
+        told |= {"coupling": flat_coupling, "num_coupled": num_coupled}
+    return Parts(**told)
 
 
 class Reading:

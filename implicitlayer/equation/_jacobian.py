@@ -108,18 +108,16 @@ class Jacobian:
             if not kept:
                 kept.append(self._products(list(x), list(theta)))
 
-        def pull(vector: torch.Tensor) -> torch.Tensor:
-            if not kept:
-                prepare()
-            flat = kept[0][0](vector)
-            return flat + damping * vector if damping else flat
+        def times(transposed: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+            def product(vector: torch.Tensor) -> torch.Tensor:
+                if not kept:
+                    prepare()
+                flat = kept[0][not transposed](vector)
+                return flat + damping * vector if damping else flat
 
-        def push(vector: torch.Tensor) -> torch.Tensor:
-            if not kept:
-                prepare()
-            flat = kept[0][1](vector)
-            return flat + damping * vector if damping else flat
+            return product
 
+        pull, push = times(True), times(False)
         if self.residual.is_gradient:
             operator = FlatOperator(pull, pull, symmetric=True, prepare=prepare)
             return operator if self.residual.parts is NO_PARTS else self._with_metric(operator, x, theta)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
+from implicitlayer.base._divided import Divided
 from implicitlayer.base._sharding import Sharding, mesh_of, whole
 from implicitlayer.base._surroundings import out_of_inference, outside_compiled_code, plain_surroundings
-from implicitlayer.base._tree import TreeSpec, flatten, leaves_in_order, ravel, unflatten, unravel
+from implicitlayer.base._tree import TreeSpec, flatten, leaves_in_order, like_x, ravel, unflatten, unravel
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.equation._capture import find_closed_over
-from implicitlayer.equation._flat import Signature, flat_function, flat_parts, like_x
+from implicitlayer.equation._flat import Signature, flat_function, flat_parts
 from implicitlayer.equation._jacobian import Curvature, Jacobian, OperatorFamily
 from implicitlayer.equation._repair import POLICIES, NegativeCurvature
 from implicitlayer.equation._residual import Residual, check_value, pullback
@@ -52,7 +54,8 @@ class HessianOperator:
     family: OperatorFamily
     tensors: Leaves
     structure: TreeSpec
-    sharding: Sharding | None = None  # of x, where that holds DTensors: all else is of whole tensors
+    sharding: Sharding | None = None  # of x, where that holds DTensors: all else is of what is inside
+    whole: Callable[[], HessianOperator] | None = None  # the same of whole tensors, where all else is of parts
 
     def check(self, vector: Any, name: str) -> Leaves:
         """The leaves of ``vector``, or an error if it has not the structure and shapes of x."""
@@ -68,7 +71,7 @@ class HessianOperator:
     @outside_compiled_code
     def __call__(self, vector: Any) -> Any:
         if self.sharding is not None:
-            return self.sharding.outside(replace(self, sharding=None)(whole(vector)))
+            return self.sharding.outside(replace(self, sharding=None)(self.sharding.inside(vector)))
         leaves = self.check(vector, "the vector")
         with plain_surroundings(leaves):
             return unflatten(self.family.product(leaves, self.tensors), self.structure)
@@ -94,9 +97,14 @@ def hessian_operator(
     """
     leaves, x_spec = flatten(x)
     if mesh_of(leaves) is not None:
-        sharding = Sharding(x)
-        inner = hessian_operator(sharding.seen(objective), whole(x), *theta, curvature=curvature, damping=damping)
-        return replace(inner, sharding=sharding)
+
+        def of(sharding: Sharding) -> HessianOperator:
+            how: dict[str, Any] = {"curvature": curvature, "damping": damping}
+            inner = hessian_operator(sharding.seen(objective), sharding.inside(x), *theta, **how)
+            return replace(inner, sharding=sharding)
+
+        made = partial(of, Sharding(x))
+        return replace(of(Divided(x)), whole=made) if Divided.possible(x) else made()
     hidden = find_closed_over(objective, (x, *theta), lambda value: check_value(value, torch.Size(), False))
     hidden.first = None  # there is no solution, whose run would be compared
     signature = Signature.of(theta)
@@ -116,9 +124,6 @@ class _Form:
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
-
-    def zeros(self) -> torch.Tensor:
-        return torch.zeros(self.shape, dtype=self.dtype, device=self.device)
 
     def with_lanes(self, lanes: torch.Size) -> torch.Tensor:
         return torch.empty((), dtype=self.dtype, device=self.device).expand((*lanes, *self.shape))
@@ -151,7 +156,7 @@ class _LinearFunction:
         return list(self._over_lanes(self._pull if self.transposed else self.function)(list(u), list(tensors)))
 
     def _pull(self, u: Leaves, tensors: Leaves) -> Leaves:
-        zeros = [form.zeros() for form in self.like]
+        zeros = [torch.zeros_like(v) for v in u]
         return pullback(lambda u_: list(self.function(u_, tensors)), zeros, u)
 
     def _over_lanes(self, function: FlatFunction) -> FlatFunction:
@@ -248,17 +253,24 @@ def linear_solve(
     return unflatten(solve(solved, leaves, parameters), spec)
 
 
-def _solved_sharded(operator: Any, rhs: Any, *given: Any, **settings: Any) -> Any:
-    """The same of whole tensors, NOTE [sharded objectives]; the solution lies as ``rhs`` does."""
+def _solved_sharded(operator: Any, rhs: Any, solver: Any, *tensors: Any, **settings: Any) -> Any:
+    """The same of what the solver can work with, NOTE [sharded objectives].
+
+    The solution lies as ``rhs`` does, that of a system with the Hessian as its unknowns do.
+    """
     sharding = Sharding(rhs) if mesh_of(flatten(rhs)[0]) is not None else None
+    stays = getattr(solver, "in_parts", False)
     if isinstance(operator, HessianOperator):
-        operator = replace(operator, sharding=None)
+        operator = operator if stays or operator.whole is None else operator.whole()
+        inside, operator = operator.sharding or sharding, replace(operator, sharding=None)
     elif isinstance(operator, torch.Tensor):
-        operator = whole(operator)
-    elif sharding is not None:
-        operator = sharding.seen(operator)
-    solution = linear_solve(operator, whole(rhs), *given, **settings)
-    return solution if sharding is None else sharding.outside(solution)
+        inside, operator = sharding, whole(operator)
+    else:
+        inside = Divided(rhs, gives_value=False) if sharding and stays and Divided.possible(rhs) else sharding
+        operator = operator if inside is None else inside.seen(operator)
+    if inside is None:
+        return linear_solve(operator, rhs, solver, *tensors, **settings)
+    return inside.outside(linear_solve(operator, inside.inside(rhs), solver, *tensors, **settings))
 
 
 def _matrix_product(u: Leaves, tensors: Leaves) -> Leaves:

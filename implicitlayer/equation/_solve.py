@@ -20,7 +20,7 @@ import torch
 from implicitlayer import _torch
 from implicitlayer._errors import NonFiniteError, NotRecordedError, UnsupportedTransformError
 from implicitlayer.base._failures import replaced
-from implicitlayer.base._parts import lies_in_parts
+from implicitlayer.base._parts import numbers
 from implicitlayer.base._records import AnswerDistance, BackwardRecord, GradientError, Record, emit, listening_in_depth
 from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._status import Status
@@ -237,15 +237,10 @@ def _at_maximum(spec: SolveSpec, operator: FlatOperator, rhs: torch.Tensor, solu
     """
     solver = getattr(spec.settings.solver, "solver", spec.settings.solver)  # inside a warm start
     gradient = isinstance(spec.operator, Jacobian) and spec.operator.residual.is_gradient
-    if (
-        lies_in_parts(rhs)
-        or not gradient
-        or spec.settings.on_failure not in ("warn", "raise")
-        or not isinstance(solver, ConjugateGradient)
-    ):
+    if not gradient or spec.settings.on_failure not in ("warn", "raise") or not isinstance(solver, ConjugateGradient):
         return ""
     failed = solution.codes == int(Status.INDEFINITE)
-    turn = torch.arange(rhs.shape[-1], device=rhs.device, dtype=torch.float64) * 2.399963  # the golden angle: no period
+    turn = numbers(rhs).double() * 2.399963  # the golden angle: no period
     negated = FlatOperator(lambda vector: -operator(vector))
     found = ConjugateGradient()(negated, select(failed, (2.0 + torch.cos(turn)).to(rhs.dtype).expand_as(rhs)))
     maximum = failed & (found.codes == int(Status.CONVERGED))

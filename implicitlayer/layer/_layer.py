@@ -16,7 +16,7 @@ from implicitlayer.base._divided import Divided
 from implicitlayer.base._records import CallRecords, Record
 from implicitlayer.base._sharding import WHOLE, Sharding, mesh_of
 from implicitlayer.base._surroundings import announce, name_limit, out_of_inference, outside_compiled_code
-from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, tree_map, unflatten
+from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, like_x, tree_map, unflatten
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.equation._capture import (
     ClosedOver,
@@ -27,7 +27,7 @@ from implicitlayer.equation._capture import (
     run_undifferentiated,
 )
 from implicitlayer.equation._certificate import Assumptions
-from implicitlayer.equation._flat import Signature, flat_function, flat_parts, like_x
+from implicitlayer.equation._flat import Signature, flat_function, flat_parts
 from implicitlayer.equation._jacobian import Curvature
 from implicitlayer.equation._repair import POLICIES, NegativeCurvature
 from implicitlayer.equation._residual import Residual, check_value
@@ -201,12 +201,14 @@ class ImplicitLayer(CopiesFunctions):
 
     def _call_sharded(self, init: Any, theta: tuple[Any, ...]) -> Any:
         """The same layer of unknowns that solvers can work with; see NOTE [sharded objectives]."""
-        stays = self.kind == "argmin" and type(self)._equation is ImplicitLayer._equation
-        stays = stays and not (self.solver_has_aux or _torch.transforms_active())
+        stays = type(self)._equation is ImplicitLayer._equation
+        stays = stays and not (self.solver_has_aux or getattr(self.solver, "callback", None))  # it sees whole tensors
         stays = stays and all(getattr(by, "in_parts", False) for by in (self.solver, self.linear_solver))
         given = init, self.batch_dims
-        sharding = Divided(*given) if stays and Divided.possible(*given) else Sharding(init)
-        inner, theta = self.of_whole_tensors(sharding, theta)
+        stays = stays and Divided.possible(*given)
+        sharding = Divided(*given, self.kind == "argmin") if stays else Sharding(init)
+        value_of = without_aux(self.function) if self.objective_has_aux else self.function  # nobody reads aux
+        inner, theta = replace(self, function=value_of, objective_has_aux=False).of_whole_tensors(sharding, theta)
         result = inner(sharding.inside(init), *theta)
         self.records = inner.records
         return (sharding.outside(result[0]), result[1]) if self.solver_has_aux else sharding.outside(result)

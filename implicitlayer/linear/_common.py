@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -345,6 +345,7 @@ class KrylovSolver(LinearSolver):
     preconditioner: Precondition | Preconditioner | None = None
 
     method: ClassVar[str] = ""
+    in_parts: ClassVar[Any] = property(lambda self: self.preconditioner is None)  # which may look at entries
 
     def __post_init__(self) -> None:
         self.limits  # noqa: B018  checks the arguments
@@ -353,11 +354,6 @@ class KrylovSolver(LinearSolver):
     def limits(self) -> Limits:
         """The three arguments that say when to stop."""
         return Limits(self.rtol, self.atol, self.max_steps)
-
-    @property
-    def in_parts(self) -> bool:  # type: ignore[override]
-        """Whether vectors of which every process holds a part will do: a preconditioner may want whole ones."""
-        return self.preconditioner is None
 
     def correct(self, operator: FlatOperator, precondition: Precondition, start: Round) -> Correction:
         """The recurrence, run from zero on the right-hand side ``start.residual``."""

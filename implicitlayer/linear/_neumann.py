@@ -51,7 +51,7 @@ class Neumann(LinearSolver):
     num_terms: int
     step_size: float = 1.0
 
-    systems = "contraction"
+    systems, in_parts = "contraction", True
 
     @classmethod
     def examples(cls, *given: Any) -> list[Neumann]:

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -40,6 +40,8 @@ class NormalEquations(LinearSolver):
     """
 
     solver: LinearSolver = field(default_factory=ConjugateGradient)
+
+    in_parts: ClassVar[Any] = property(lambda self: self.solver.in_parts)
 
     def __post_init__(self) -> None:
         if not isinstance(self.solver, LinearSolver):

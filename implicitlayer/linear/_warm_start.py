@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field, is_dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -45,6 +45,12 @@ class WarmStart(LinearSolver):
     solver: Any
     _kept: dict[Hashable, torch.Tensor] = field(default_factory=dict, init=False, repr=False)
 
+    # those of the solver
+    systems: ClassVar[Any] = property(lambda self: getattr(self.solver, "systems", "general"))
+    rtol: ClassVar[Any] = property(lambda self: self.solver.rtol)
+    atol: ClassVar[Any] = property(lambda self: float(self.solver.atol))
+    max_steps: ClassVar[Any] = property(lambda self: self.solver.max_steps)
+
     def __post_init__(self) -> None:
         needed = ("rtol", "atol", "max_steps")
         if not is_dataclass(self.solver) or not all(hasattr(self.solver, name) for name in needed):
@@ -53,30 +59,10 @@ class WarmStart(LinearSolver):
                 f"{type(self.solver).__name__}. For normal equations: il.NormalEquations(il.WarmStart(...))."
             )
 
-    @property
-    def systems(self) -> Any:  # type: ignore[override]
-        """Those of the solver."""
-        return getattr(self.solver, "systems", "general")
-
     @classmethod
     def examples(cls, *given: Any) -> list[WarmStart]:
         """None: its rounding depends on the solve before, so that repeats are no more than close."""
         return []
-
-    @property
-    def rtol(self) -> float | None:
-        """That of the solver."""
-        return self.solver.rtol  # type: ignore[no-any-return]
-
-    @property
-    def atol(self) -> float:
-        """That of the solver."""
-        return float(self.solver.atol)
-
-    @property
-    def max_steps(self) -> int | None:
-        """That of the solver."""
-        return self.solver.max_steps  # type: ignore[no-any-return]
 
     def reset(self) -> None:
         """Forget all answers: the next solve of any shape starts at zero."""

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from implicitlayer.base._optional import extra
 from implicitlayer.outer._search_models import (
     ElasticNetModel,
     Fold,
@@ -17,7 +18,7 @@ from implicitlayer.outer._search_models import (
     Tensors,
 )
 
-try:
+with extra("sklearn", "il.ImplicitSearchCV needs scikit-learn"):
     import scipy.optimize
     from sklearn.base import BaseEstimator, MetaEstimatorMixin, clone, is_classifier
     from sklearn.linear_model import ElasticNet, Lasso, LogisticRegression, Ridge
@@ -27,8 +28,6 @@ try:
     from sklearn.utils.metaestimators import available_if
     from sklearn.utils.multiclass import check_classification_targets
     from sklearn.utils.validation import check_is_fitted, column_or_1d, validate_data
-except ImportError as error:
-    raise ImportError('il.ImplicitSearchCV needs scikit-learn: pip install "implicitlayer[sklearn]".') from error
 
 _MODELS: dict[type, Any] = {
     Ridge: RidgeModel,

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from implicitlayer.base._optional import extra
 from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolution
 from implicitlayer.programs._interior_point_step import flat_lanes
 from implicitlayer.programs._qp_cold import cold_lanes
@@ -48,12 +49,8 @@ class Search:
 
     def module(self) -> Any:
         """The package, or an error that names the extra."""
-        try:
+        with extra(self.extra, f"il.solvers.{type(self).__name__} needs {self.package}"):
             return import_module(self.package)
-        except ImportError as error:
-            raise ImportError(
-                f"il.solvers.{type(self).__name__} needs {self.package}: pip install 'implicitlayer[{self.extra}]'."
-            ) from error
 
     def one(self, Q: Vector, p: Vector, A: Vector, b: Vector, G: Vector, h: Vector) -> Answer:
         """The answer of one program, with y of either sign and z >= 0."""

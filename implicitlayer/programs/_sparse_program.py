@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from implicitlayer.base._optional import extra
 from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolution, code_of
 from implicitlayer.programs._interior_point_single import Array, Maps, Until, iterate
 from implicitlayer.programs._interior_point_step import SHIFT
@@ -40,13 +41,8 @@ Triplets = tuple[Array, Any, Any, tuple[int, int]]  # values, rows, columns, sha
 
 
 def _scipy() -> tuple[Any, Any]:
-    try:
+    with extra("solvers", "il.qp needs SciPy for sparse matrices (not for .to_dense() of them)"):
         return import_module("scipy.sparse"), import_module("scipy.sparse.linalg")
-    except ImportError as error:
-        raise ImportError(
-            "il.qp solves programs with sparse matrices by SciPy: pip install 'implicitlayer[solvers]', or pass "
-            ".to_dense() of them."
-        ) from error
 
 
 class SparseProgram(SingleProgram):

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from implicitlayer.base._solution import RecordingSolver, SolverResult
-from implicitlayer.base._tree import flatten, lane_reduce, leaves_norm, unflatten
+from implicitlayer.base._tree import flatten, leaves_norm, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.solvers._descent import rounds_between_syncs
 from implicitlayer.solvers._leaves import (
@@ -22,7 +22,7 @@ from implicitlayer.solvers._leaves import (
     add,
     check_limits,
     choose,
-    lanes_as,
+    cosine,
     leads_uphill,
     minus,
     value_and_gradient,
@@ -205,9 +205,7 @@ class _Problem:
                 return self.value(point).double() <= value.double() - decrease + slack
             reached, slope = self.value_and_gradient(point)
             unit = torch.where(active, norm, 1.0)
-            turned = torch.zeros_like(norm)
-            for new, old in zip(slope, gradient, strict=True):
-                turned = turned + lane_reduce((new / lanes_as(unit, new)) * (old / lanes_as(unit, old)), value.ndim)
+            turned = cosine(slope, gradient, (unit, unit), value.ndim)
             return torch.where(drowned, turned >= -_TURNED, reached.double() <= value.double() - decrease + slack)
 
         def grow(estimate: torch.Tensor, factor: float) -> torch.Tensor:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from implicitlayer.base._parts import numbers, products
 from implicitlayer.base._solution import SolverResult
 from implicitlayer.linear._common import Keep
 from implicitlayer.solvers._outcome import PATIENCE
@@ -62,6 +63,7 @@ class AndersonAcceleration(RootSolver):
     max_steps: int = 500
 
     finds: ClassVar[Literal["fixed point"]] = "fixed point"
+    in_parts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,9 +122,8 @@ def _rounding(problem: RootProblem, x: torch.Tensor, f: torch.Tensor) -> torch.T
 
     Where the residual is no larger than that, no step can be expected to make it smaller.
     """
-    ulp = torch.finfo(x.dtype).eps * torch.maximum(x.abs(), x.abs().mean(-1, keepdim=True))
-    signs = 1 - 2 * (torch.arange(x.shape[-1], device=x.device) % 2)
-    beside = x + signs * ulp
+    ulp = torch.finfo(x.dtype).eps * torch.maximum(x.abs(), x.abs().sum(-1, keepdim=True) / x.shape[-1])
+    beside = x + (1 - 2 * (numbers(x) % 2)) * ulp
     return problem.norm(problem(beside) - beside - f)
 
 
@@ -160,6 +161,6 @@ class _History:
         if not m:
             return plain
         u, w, ridge = self._u[:, :m], self._w[:, :m], self._ridge[:m, :m]
-        right = torch.bmm(u, f.reshape(len(u), f.shape[-1], 1))
-        gamma = torch.linalg.solve_ex(torch.baddbmm(ridge, u, u.mT), right)[0]
+        right = products(u, f.reshape(len(u), 1, f.shape[-1]))
+        gamma = torch.linalg.solve_ex(ridge + products(u, u), right)[0]
         return torch.baddbmm(plain.view(len(u), 1, x.shape[-1]), gamma.mT, w, alpha=-1).view(x.shape)

@@ -83,6 +83,7 @@ class GradientDescent(RecordingSolver):
 
     finds: ClassVar[Literal["minimum"]] = "minimum"
     batched: ClassVar[bool] = True
+    in_parts: ClassVar[Any] = property(lambda self: isinstance(self.step_size, int | float))
 
     def __post_init__(self) -> None:
         check_step_size(self.step_size)
@@ -98,11 +99,6 @@ class GradientDescent(RecordingSolver):
     def has_tolerance(self) -> bool:
         """Whether there is a test besides the number of steps."""
         return self.rtol > 0 or self.atol > 0
-
-    @property
-    def in_parts(self) -> bool:  # type: ignore[override]
-        """Whether unknowns of which every process holds a part will do: nobody else gets to see them."""
-        return isinstance(self.step_size, int | float) and self.callback is None
 
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         """The same, with status and step count."""

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from implicitlayer.base._parts import lies_in_parts
+from implicitlayer.base._parts import Parts
 from implicitlayer.base._solution import SolverResult
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._traced import TracedProblem
@@ -78,21 +78,15 @@ class LBFGS(Limited):
     memory: int | None = None
     bounds: Any = None
 
+    # bounds of its own are not those of the layer, which knows its lanes, and how its unknowns lie on processes
+    batched: ClassVar[Any] = property(lambda self: self.bounds is None)
+    in_parts: ClassVar[Any] = property(lambda self: self.bounds is None)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_bounds(self.bounds)
         if self.memory is not None and not self.memory >= 1:
             raise ValueError(f"memory={self.memory} must be at least 1. For none use GradientDescent.")
-
-    @property
-    def batched(self) -> bool:  # type: ignore[override]
-        """Whether all lanes are solved at once: where the bounds are the layer's, which knows its lanes."""
-        return self.bounds is None
-
-    @property
-    def in_parts(self) -> bool:  # type: ignore[override]
-        """Whether unknowns of which every process holds a part will do: nobody else gets to see them."""
-        return self.bounds is None and self.callback is None
 
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         """The same, with status and step count."""
@@ -101,7 +95,7 @@ class LBFGS(Limited):
             return found
         problem = Problem(objective, init, theta)
         n = problem.start.shape[-1]
-        if self.memory is None and n <= _FEW and not lies_in_parts(problem.start):
+        if self.memory is None and n <= _FEW and not isinstance(problem.start, Parts):
             return descend(self, problem, _Matrices(problem.start), _CURVATURE)
         return descend(self, problem, self._two_loop(problem.start), _CURVATURE)
 

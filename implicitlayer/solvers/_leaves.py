@@ -10,9 +10,25 @@ import torch
 from implicitlayer import _torch
 from implicitlayer._errors import ObjectiveError
 from implicitlayer.base._failures import over_lanes
-from implicitlayer.base._tree import flatten, lane_reduce, leaves_norm, unflatten
+from implicitlayer.base._tree import flatten, lane_reduce, leaves_norm, unflatten, unravel
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._residual import no_graph, not_floating
+
+
+class Vectors:
+    """Points as vectors [*lanes, n] that stand for trees; a subclass says of what structure, and like which leaves."""
+
+    lane_dims: int
+    _like: Leaves
+    _spec: Any
+
+    def norm(self, x: torch.Tensor) -> torch.Tensor:
+        """Euclidean norm per lane, float64; infinite where there is a NaN."""
+        return leaves_norm([x], self.lane_dims)
+
+    def tree(self, x: torch.Tensor) -> Any:
+        """x in the structure of ``init``."""
+        return unflatten(unravel(x, self._like, self.lane_dims), self._spec)
 
 
 def check_unknowns(leaves: Sequence[Any]) -> None:
@@ -112,10 +128,15 @@ class Momentum:
         return torch.where(back, 0.0, (t - 1) / t_next)
 
 
+def cosine(a: Leaves, b: Leaves, sizes: tuple[torch.Tensor, torch.Tensor], lane_dims: int) -> torch.Tensor:
+    """Inner product, float64 [*lanes], of leaves over their sizes [*lanes]: it neither overflows nor underflows."""
+    found = torch.zeros_like(sizes[0])
+    for x, y in zip(a, b, strict=True):
+        found = found + lane_reduce(((x / lanes_as(sizes[0], x)) * (y / lanes_as(sizes[1], y))).double(), lane_dims)
+    return found
+
+
 def leads_uphill(gradient: Leaves, change: Leaves, lane_dims: int) -> torch.Tensor:
-    """Lanes, bool [*lanes], where the inner product is positive; of cosines, which neither overflow nor underflow."""
+    """Lanes, bool [*lanes], where the inner product is positive."""
     sizes = leaves_norm(gradient, lane_dims), leaves_norm(change, lane_dims)
-    cosine = torch.zeros_like(sizes[0])
-    for g, d in zip(gradient, change, strict=True):
-        cosine = cosine + lane_reduce((g / lanes_as(sizes[0], g)) * (d / lanes_as(sizes[1], d)), lane_dims)
-    return cosine > 0
+    return cosine(gradient, change, sizes, lane_dims) > 0

@@ -31,7 +31,7 @@ from implicitlayer.base._types import Leaves
 from implicitlayer.equation._residual import pull_back, pushed
 from implicitlayer.linear._common import NOISE as NOISE_OF_RANK
 from implicitlayer.solvers._descent import Limited
-from implicitlayer.solvers._leaves import check_attached, check_unknowns
+from implicitlayer.solvers._leaves import Vectors, check_attached, check_unknowns
 from implicitlayer.solvers._outcome import NOISE, codes_of, outcome
 from implicitlayer.solvers._problem import composite_of
 from implicitlayer.solvers._progress import Iteration, Report, reporting
@@ -275,7 +275,7 @@ class _Model:
 _WHO = "il.solvers.LevenbergMarquardt", "il.solvers.LBFGS() or, under a constraint, il.solvers.ProjectedGradient()"
 
 
-class Residuals:
+class Residuals(Vectors):
     """Residuals f, float64 [*lanes, k], in units of their size at init: squares neither overflow nor vanish.
 
     Args:
@@ -322,10 +322,6 @@ class Residuals:
             columns = torch.nn.functional.pad(columns, (0, n + 1 - k))
         whole: torch.Tensor = torch.linalg.qr(columns.mT, mode="r").R
         return whole
-
-    def tree(self, x: torch.Tensor) -> Any:
-        """x in the structure of ``init``."""
-        return unflatten(unravel(x, self._like, self.lane_dims), self._spec)
 
     def _evaluate(self, leaves: Leaves) -> tuple[torch.Tensor, torch.Tensor]:
         """The objective's value [*lanes] and the residuals."""

@@ -15,12 +15,12 @@ import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from implicitlayer import _torch
-from implicitlayer.base._parts import lies_in_parts
+from implicitlayer.base._parts import Parts
 from implicitlayer.base._solution import SolverResult
 from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._common import NOISE, times
@@ -98,6 +98,8 @@ class NewtonCG(Limited):
     damping: float = 0.0
     line_search: Literal["armijo", "wolfe"] = "armijo"
 
+    in_parts: ClassVar[Any] = property(lambda self: self.curvature == "hessian")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.cg_steps is not None and not self.cg_steps >= 1:
@@ -108,11 +110,6 @@ class NewtonCG(Limited):
             raise ValueError(f'curvature={self.curvature!r} must be "hessian" or "gauss_newton".')
         if self.line_search not in _CURVATURES:
             raise ValueError(f'line_search={self.line_search!r} must be "armijo" or "wolfe".')
-
-    @property
-    def in_parts(self) -> bool:  # type: ignore[override]
-        """Whether unknowns of which every process holds a part will do: nobody else gets to see them."""
-        return self.curvature == "hessian" and self.callback is None
 
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         """The same, with status and step count."""
@@ -219,7 +216,7 @@ def newton_direction(matrix: torch.Tensor, gradient: torch.Tensor) -> tuple[torc
 def _are_few(problem: Problem) -> bool:
     x = problem.start
     few = x.shape[-1] <= _SMALL and x.numel() <= _SMALL_LANES and problem.num_data <= _SMALL_DATA
-    return few and not lies_in_parts(x)
+    return few and not isinstance(x, Parts)
 
 
 class _TracedTruncated(_Truncated):

@@ -9,9 +9,9 @@ import torch
 
 from implicitlayer.base._solution import SolverResult
 from implicitlayer.base._status import Status
-from implicitlayer.base._tree import finite_lanes, lane_reduce, leaves_norm, name_lanes
+from implicitlayer.base._tree import finite_lanes, leaves_norm, name_lanes
 from implicitlayer.base._types import Leaves
-from implicitlayer.solvers._leaves import lanes_as, minus
+from implicitlayer.solvers._leaves import cosine, minus
 
 # NOTE [rounding]: where rounding is all that is left (a start at the solution of the problem before, with a tolerance
 # relative to a gradient that is all rounding), steps go on for ever. A lane whose value has not fallen by more than its
@@ -109,11 +109,7 @@ def contradiction(
         return torch.ones_like(leaves_norm(gradient, lane_dims))
     s, d = minus(point, before[0]), minus(gradient, before[1])
     way, change = leaves_norm(s, lane_dims), leaves_norm(d, lane_dims)
-    cosine = torch.zeros_like(way)  # neither overflows nor underflows
-    for a, b in zip(s, d, strict=True):
-        units = [t / lanes_as(size, t) for t, size in ((a, way), (b, change))]
-        cosine = cosine + lane_reduce((units[0] * units[1]).double(), lane_dims)
-    return torch.where(cosine * way * curvature > _SURE * change, _LITTLE, 1.0).double()
+    return torch.where(cosine(s, d, (way, change), lane_dims) * way * curvature > _SURE * change, _LITTLE, 1.0).double()
 
 
 def relative_move(point: Leaves, move: Leaves | None, lane_dims: int) -> torch.Tensor:

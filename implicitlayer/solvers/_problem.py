@@ -9,17 +9,17 @@ from typing import Any, Literal
 import torch
 
 from implicitlayer._errors import ObjectiveError
-from implicitlayer.base._tree import flatten, leaves_norm, ravel, unflatten, unravel
+from implicitlayer.base._tree import flatten, ravel, unflatten, unravel
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._residual import pull_back, pushed
 from implicitlayer.linear._operator import lane_scale
-from implicitlayer.solvers._leaves import check_unknowns, value_and_gradient
+from implicitlayer.solvers._leaves import Vectors, check_unknowns, value_and_gradient
 
 Curvature = Literal["hessian", "gauss_newton"]
 _WHO = 'curvature="gauss_newton"', 'curvature="hessian"'
 
 
-class Problem:
+class Problem(Vectors):
     """Values and gradients per lane, in units in which the largest entry of the first gradient is about 1.
 
     Squares of gradients near 1e-25 vanish in float32 and those near 1e200 overflow in float64, hence the units: a power
@@ -69,14 +69,6 @@ class Problem:
         assert self._pull is not None
         with torch.enable_grad():
             return ravel(self._pull(unravel(vector, self._like, self.lane_dims)), self.lane_dims) / self.scale
-
-    def norm(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Euclidean norm per lane, float64; infinite where there is a NaN."""
-        return leaves_norm([gradient], self.lane_dims)
-
-    def tree(self, x: torch.Tensor) -> Any:
-        """x in the structure of ``init``."""
-        return unflatten(unravel(x, self._like, self.lane_dims), self._spec)
 
     def _evaluate(self, leaves: Leaves) -> tuple[torch.Tensor, Leaves]:
         keep = self._curvature is not None

@@ -87,6 +87,7 @@ class ProximalGradient(RecordingSolver):
     progress: bool = False
 
     finds: ClassVar[Literal["minimum"]] = "minimum"
+    batched: ClassVar[Any] = property(lambda self: self.regularizer is None)  # a term of the layer, which knows lanes
 
     def __post_init__(self) -> None:
         if self.step_size is not None and not 0 < self.step_size < math.inf:
@@ -95,11 +96,6 @@ class ProximalGradient(RecordingSolver):
         check_num_steps(self.max_steps)
         if self.regularizer is not None and not callable(self.regularizer):
             resolve(self.regularizer, (), "regularizer")
-
-    @property
-    def batched(self) -> bool:
-        """Whether all lanes are solved at once: where the term is the layer's, which knows its lanes."""
-        return self.regularizer is None
 
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         """The same, with status and step count."""

@@ -11,15 +11,14 @@ import torch
 from implicitlayer._errors import ObjectiveError
 from implicitlayer.base._solution import LinearSolution, RecordingSolver, SolverResult
 from implicitlayer.base._status import Status
-from implicitlayer.base._tree import flatten, leaves_norm, ravel, unflatten, unravel
+from implicitlayer.base._tree import flatten, like_x, ravel, unflatten, unravel
 from implicitlayer.base._types import Leaves
-from implicitlayer.equation._flat import like_x
 from implicitlayer.equation._jacobian import Jacobian
 from implicitlayer.equation._residual import Residual
 from implicitlayer.linear._dense import Dense, materialise
 from implicitlayer.linear._operator import FlatOperator, lane_dot
 from implicitlayer.programs._interior_point_step import times
-from implicitlayer.solvers._leaves import check_limits
+from implicitlayer.solvers._leaves import Vectors, check_limits
 from implicitlayer.solvers._outcome import codes_of, outcome
 from implicitlayer.solvers._progress import Iteration, Report, reporting
 
@@ -30,14 +29,14 @@ _WORDS = {
 }
 
 
-class RootProblem:
+class RootProblem(Vectors):
     """``function(x, *theta)`` on vectors; lanes as the layer says, or ``batch_dims`` where no layer is involved."""
 
     def __init__(self, function: Callable[..., Any], init: Any, theta: tuple[Any, ...], batch_dims: int) -> None:
         leaves, self._spec = flatten(init)
         self._like = [leaf.detach() for leaf in leaves]
         self._function, self._theta = function, theta
-        self.lane_dims: int = getattr(function, "lane_dims", batch_dims)
+        self.lane_dims = getattr(function, "lane_dims", batch_dims)
         lanes = self._like[0].shape[: self.lane_dims]
         if any(leaf.shape[: self.lane_dims] != lanes or leaf.ndim < self.lane_dims for leaf in self._like):
             raise ObjectiveError(
@@ -65,19 +64,11 @@ class RootProblem:
     def _leaves(self, x: Leaves, _: Leaves) -> Leaves:
         return like_x(self._function(unflatten(x, self._spec), *self._theta), x, self._spec)
 
-    def norm(self, x: torch.Tensor) -> torch.Tensor:
-        """Euclidean norm per lane, float64; infinite where there is a NaN."""
-        return leaves_norm([x], self.lane_dims)
-
     def jacobian(self, x: torch.Tensor) -> FlatOperator:
         """The derivative at x as an operator on [*lanes, n]."""
         residual = Residual(self._leaves, is_gradient=False, lane_dims_of_function=self.lane_dims)
         at = unravel(x, self._like, self.lane_dims)
         return Jacobian(residual, len(at), transposed=False).linearize(at)
-
-    def tree(self, x: torch.Tensor) -> Any:
-        """x in the structure of ``init``."""
-        return unflatten(unravel(x, self._like, self.lane_dims), self._spec)
 
     def tell(self, report: Report | None, step: int, norm: torch.Tensor, x: torch.Tensor) -> None:
         """One call of the callback."""
@@ -206,6 +197,8 @@ class Newton(RootSolver):
     _: KW_ONLY
     linear_solver: Callable[[FlatOperator, torch.Tensor], LinearSolution] = field(default_factory=Dense)
     max_steps: int = 50
+
+    in_parts: ClassVar[Any] = property(lambda self: getattr(self.linear_solver, "in_parts", False))
 
     def __post_init__(self) -> None:
         super().__post_init__()

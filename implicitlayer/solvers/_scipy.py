@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from implicitlayer._errors import StationarityError
+from implicitlayer.base._optional import extra
 from implicitlayer.base._solution import RecordingSolver, SolverResult
 from implicitlayer.base._status import Status
 from implicitlayer.base._tree import TreeSpec, flatten, leaves_norm, ravel, unflatten, unravel
@@ -90,10 +91,8 @@ class SciPyMinimize(RecordingSolver):
         return self._minimize(objective, init, *theta).value
 
     def _minimize(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
-        try:
+        with extra("scipy", "il.solvers.SciPyMinimize needs SciPy"):
             from scipy import optimize
-        except ImportError as error:
-            raise ImportError('SciPyMinimize needs SciPy: pip install "implicitlayer[scipy]".') from error
         leaves, spec = flatten(init)
         check_unknowns(leaves)
         function = _FlatObjective(objective, FlatPoints(leaves, spec), theta, self.method.lower())

@@ -3,10 +3,10 @@
 Needs the extra: ``pip install "implicitlayer[testing]"``.
 """
 
-try:
+from implicitlayer.base._optional import extra as _extra
+
+with _extra("testing", "il.testing needs Hypothesis"):
     import hypothesis as _hypothesis  # noqa: F401
-except ImportError as error:
-    raise ImportError('il.testing needs Hypothesis: pip install "implicitlayer[testing]".') from error
 
 from implicitlayer.testing._arrays import (
     general_matrix,

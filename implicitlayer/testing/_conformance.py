@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
+from implicitlayer.base._optional import extra
 from implicitlayer.base._solution import RecordingSolver
 from implicitlayer.base._types import Extension
 from implicitlayer.linear._operator import LinearSolver
@@ -68,12 +69,8 @@ def parametrize_with_solver_checks(solvers: Sequence[Any]) -> Callable[[Callable
         ... def test_my_solvers(solver, check):
         ...     check(solver)
     """
-    try:
+    with extra("testing", "parametrize_with_solver_checks needs pytest"):
         import pytest
-    except ImportError as error:
-        raise ImportError(
-            'parametrize_with_solver_checks needs pytest: pip install "implicitlayer[testing]".'
-        ) from error
     claims = [claim_of(solver) for solver in solvers]
     if not claims:
         raise ValueError("solvers must hold one solver at least: a test without a case is never run.")

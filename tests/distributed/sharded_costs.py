@@ -11,6 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import implicitlayer as il
 from implicitlayer.base._parts import Parts
 
+SHORT = il.Gmres(rtol=1e-12, restart=15)  # its small matrices have fewer entries than a part of the unknowns
+
 
 class Watching(TorchDispatchMode):
     """Sees the operations on what lies on this process, inside of DTensors and vectors in parts too."""
@@ -41,17 +43,28 @@ class Traffic(Watching):
 
 
 class Largest(Watching):
-    """The most entries of a tensor that was made: of all its dimensions, and of the last one."""
+    """The most entries of a tensor that was made.
 
-    def __init__(self) -> None:
+    ``vector``: a last dimension of that length is one vector of several, as those of GMRES are, which count one by one.
+    """
+
+    def __init__(self, vector: int = 0) -> None:
         super().__init__()
-        self.entries = self.length = 0
+        self.vector, self.entries = vector, 0
 
     def see(self, op: Any, args: Any, result: Any) -> None:
-        for made in torch.utils._pytree.tree_leaves(result):
-            if isinstance(made, torch.Tensor) and made.untyped_storage().device.type != "meta":
-                self.entries = max(self.entries, made.untyped_storage().nbytes() // made.element_size())
-                self.length = max(self.length, made.shape[-1] if made.ndim else 1)
+        given, found = (
+            {
+                t.untyped_storage()._cdata: t
+                for t in torch.utils._pytree.tree_leaves(tree)
+                if isinstance(t, torch.Tensor)
+            }
+            for tree in (args, result)
+        )
+        for memory_of, made in found.items():
+            if memory_of not in given and made.untyped_storage().device.type != "meta":  # a view was counted before
+                entries = made.untyped_storage().nbytes() // made.element_size()
+                self.entries = max(self.entries, self.vector if made.shape[-1:] == (self.vector,) else entries)
 
 
 def memory(cases: Cases) -> None:
@@ -69,13 +82,12 @@ def memory(cases: Cases) -> None:
         theta = {name: leaf.requires_grad_() for name, leaf in theta.items()}
         given = [cases.put(t, Replicate()) for t in data]
         solver = descent if inner == "GradientDescent" else SOLVERS[inner]
-        layer = il.argmin(objective, solver, linear_solver=LINEAR[linear])
-        with Largest() as seen:
+        linear_solver = SHORT if linear == "Gmres" else LINEAR[linear]
+        layer = il.argmin(objective, solver, linear_solver=linear_solver)
+        with Largest(size // 4 if linear == "Gmres" else 0) as seen:
             x = layer({name: leaf.detach() for name, leaf in theta.items()}, theta, *given)
             torch.autograd.grad(sum((leaf**2).sum() for leaf in x.values()), list(theta.values()))
-        # all basis vectors of GMRES are one tensor
-        found = seen.length if linear == "Gmres" else seen.entries
-        cases.found[f"memory {inner} {linear}"] = f"1 / {size / found:g} of the unknowns"
+        cases.found[f"memory {inner} {linear}"] = f"1 / {size / seen.entries:g} of the unknowns"
     tasks = [cases.put(t.expand(3, *t.shape), Replicate()) for t in data]
 
     def task_loss(p: dict[str, torch.Tensor], batch: list[torch.Tensor]) -> torch.Tensor:

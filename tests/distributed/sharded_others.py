@@ -36,6 +36,9 @@ def other_problems(cases: Cases) -> None:
     def box(t: torch.Tensor, upper: torch.Tensor) -> Any:
         return il.argmin(halves, projected, constraint=lambda t, upper: il.sets.Box(0, upper))(t.detach() * 0, t, upper)
 
+    def positive(t: torch.Tensor) -> Any:
+        return il.argmin(halves, projected, constraint=il.sets.NonNegative())(t.detach() * 0, t)
+
     def lasso(t: torch.Tensor, s: torch.Tensor) -> Any:
         return il.argmin(halves, proximal, regularizer=lambda t, s: il.L1(s))(t.detach() * 0, t, s)
 
@@ -52,6 +55,7 @@ def other_problems(cases: Cases) -> None:
         return il.qp(Q, p, A, p[:2], ub=p.abs() + 0.1, return_multipliers=True)
 
     same("a set", box, (t, "1"), (two, "whole"))
+    same("NonNegative", positive, (t, "1"))
     same("a regulariser", lasso, (t, "0"), (two, "whole"))
     same("constrained_argmin", lambda t: constrained(t)(t.detach() * 0, t), (p, "0"))
     same("qp", program, (matrix, "0"), (p, "0"), (rows, "1"))
@@ -60,7 +64,11 @@ def other_problems(cases: Cases) -> None:
     solve = il.linear_solve
     same("linear_solve of a function", lambda Q, p: solve(lambda u, Q: Q @ u, p, CG, Q), (matrix, "0"), (p, "0"))
     same("hvp", lambda x, v: il.hvp(lambda x: (x**4).sum(), x, v), (p, "0"), (rows[0], "whole"))
-    same("hessian_operator", lambda x, v: solve(il.hessian_operator(network_of_one, x), v), (p, "0"), (rows[0], "0"))
+    for how in ("0", "whole"):  # the right-hand side placed as x is, and otherwise
+        hessian = lambda x, v: solve(il.hessian_operator(network_of_one, x), v)  # noqa: E731
+        same(f"hessian_operator {how}", hessian, (p, "0"), (rows[0], how))
+    dense = lambda x, v: solve(il.hessian_operator(network_of_one, x), v, il.Dense())  # noqa: E731
+    same("hessian_operator Dense", dense, (p, "0"), (rows[0], "0"))
 
     def explained(*theta: torch.Tensor) -> str:
         halved = il.argmin(lambda x, t, s: halves(x, t).sum() + s, il.solvers.NewtonCG())

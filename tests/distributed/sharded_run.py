@@ -21,6 +21,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.distributed.nn
 from sharded_costs import memory, traffic
+from sharded_equations import callback, equations, equations_of_four, equilibrium, more_equations
 from sharded_others import other_problems
 from sharded_problem import CG, GD, LINEAR, NEWTON, PLACED, SOLVERS, Cases, Tree, difference, gradient, objective, query
 from torch.distributed.fsdp import fully_shard
@@ -325,6 +326,10 @@ PARTS = {
         rows,
         unannounced,
         other_layers,
+        equations,
+        callback,
+        more_equations,
+        equilibrium,
         other_problems,
         meta_learners,
         learners,
@@ -333,7 +338,7 @@ PARTS = {
         loaded,
         example,
     ),
-    4: (saved, four, memory, layer_decay),
+    4: (saved, four, memory, equations_of_four, layer_decay),
 }
 
 

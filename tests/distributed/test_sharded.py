@@ -55,9 +55,14 @@ WORKS = [
     *("root", "fixed_point", "batch_dims", "closed over", "tied", "second order", "own solver", "plain value"),
     *("plain theta", "iMAML", "DDP", "tensor parallel", "FSDP2 around", "checkpoint", "example"),
     *("MAML", "TruncatedMAML", "FirstOrderMAML", "Reptile", "ANIL", "ProtoNet", "layer decay"),
-    *("a set", "a regulariser", "constrained_argmin", "qp", "value"),
-    *("linear_solve", "linear_solve of a function", "hvp", "hessian_operator", "explain_gradient"),
+    *("a set", "NonNegative", "a regulariser", "constrained_argmin", "qp", "value"),
+    *("linear_solve", "linear_solve of a function", "hvp", "explain_gradient"),
+    *("hessian_operator 0", "hessian_operator whole", "hessian_operator Dense"),
     *("an outer LBFGS", "batch_dims, mask", "iMAML LBFGS Gmres"),
+    *("root Newton Gmres", "root, Partial", "a callback", "DeepEquilibrium"),
+    *("root, a plain leaf", "root, second order", "fixed_point, mask"),
+    "2 x 2 fixed_point AndersonAcceleration Bicgstab",
+    *(f"fixed_point AndersonAcceleration {linear}" for linear in ("Bicgstab", "Neumann", "NormalEquations")),
 ]
 
 
@@ -72,7 +77,14 @@ def test_four_processes_give_the_gradient_of_one(found: dict[str, Any], solvers:
     assert found[placed.format(solvers)] < TOLERANCE
 
 
-@pytest.mark.parametrize("solvers", ["GradientDescent ConjugateGradient", "NewtonCG Minres", "LBFGS Gmres", "iMAML"])
+IN_PARTS = [
+    *("GradientDescent ConjugateGradient", "NewtonCG Minres", "LBFGS Gmres", "iMAML"),
+    *("root Newton Gmres", "fixed_point AndersonAcceleration Bicgstab"),
+    *("linear_solve of a function", "hvp", "hessian_operator"),
+]
+
+
+@pytest.mark.parametrize("solvers", IN_PARTS)
 def test_no_process_makes_a_vector_of_all_unknowns(found: dict[str, Any], solvers: str) -> None:
     assert found[f"memory {solvers}"] == "1 / 4 of the unknowns"
 
@@ -86,6 +98,9 @@ REFUSED = {
         "a module under fully_shard (FSDP2)",
     ),
     "unannounced rows": ("ObjectiveError", "has another value on every process", "distribute_tensor(data, mesh"),
+    "root, unannounced rows": ("ObjectiveError", "has another value in leaf 0 of x", "distribute_tensor(data, mesh"),
+    "a maximum": ("IndefiniteError", "at a maximum of the objective"),
+    "root, too few equations": ("ObjectiveError", "expected shapes [(3, 4), (4, 2)], got [(3, 4)]"),
     "summed by hand": ("ObjectiveError", "has another gradient in leaf", ".to_local()"),
     **dict.fromkeys(MAPPED, ("UnsupportedTransformError", "vmap over a layer that is given DTensors", "batch_dims=")),
 }
