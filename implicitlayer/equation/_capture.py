@@ -46,13 +46,8 @@ from implicitlayer.equation._state import (
 )
 
 
-def needs_derivative(tensor: torch.Tensor) -> bool:
-    """Whether a derivative with respect to ``tensor`` may be asked for, or a transform has wrapped it."""
-    return needing((tensor,))[0]
-
-
 def needing(tensors: Iterable[torch.Tensor]) -> list[bool]:
-    """The same of each of ``tensors``."""
+    """Of each tensor, whether a derivative with respect to it may be asked for, or a transform has wrapped it."""
     forward = _torch.forward_level() >= 0
     with _torch.without_modes():  # the tensors themselves, not what an enclosing layer has swapped in for them
         return [_torch.is_wrapped(t) or t.requires_grad or (forward and _torch.has_tangent(t)) for t in tensors]
@@ -385,14 +380,14 @@ class _Finder(ReadingMode):
             if tensor.grad_fn is not None or hasattr(tensor, "run_of_layer"):
                 self.attached[id(tensor)] = tensor
             self.outside.append(tensor)
-            if not self.plain and needs_derivative(tensor):  # what is made of it here has no graph that leads to it
+            if not self.plain and needing((tensor,))[0]:  # what is made of it here has no graph to it
                 self.bits[id(tensor)] = CLOSED_OVER
             self.versions.append(-1 if tensor.is_inference() else tensor._version)
             return
         inside = tensor
         while _torch.level_of(tensor) > self.level:
             tensor = _torch.unwrapped(tensor)
-        if id(tensor) not in self.known and needs_derivative(tensor):
+        if id(tensor) not in self.known and needing((tensor,))[0]:
             raise ClosureError(
                 f"the objective hands a closed-over tensor of shape {tuple(tensor.shape)} that requires a gradient to "
                 f"a transform of its own (where it arrives with shape {tuple(inside.shape)}). Pass it to the layer as "
