@@ -112,6 +112,7 @@ class NewtonCG(Limited):
         return traced_descent(self, problem, method, _CURVATURES[self.line_search])
 
 
+_Pair = tuple[torch.Tensor, torch.Tensor]
 # r, d, p [*lanes, n], ||r||^2 and the lanes that go on [*lanes]
 _State = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -125,9 +126,7 @@ class _Truncated(Method):
         self.damping = (settings.damping / problem.unit).unsqueeze(-1).to(problem.start.dtype)
         self.first_norm = problem.norm(problem.first_gradient)
 
-    def direction(
-        self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def direction(self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor) -> _Pair:
         """The truncated Newton direction and the first trial 1."""
         eps = torch.finfo(gradient.dtype).eps
         if self.settings.cg_steps is not None:
@@ -138,17 +137,36 @@ class _Truncated(Method):
             loose, limit = asked.clamp(max=0.5) * norm, _TIGHT * asked.clamp(max=1.0) * norm
         r = torch.where(lanes.unsqueeze(-1), -gradient, torch.zeros_like(gradient))
         rr = lane_dot(r, r)
-        return self._solve(x, (r, torch.zeros_like(r), r, rr, lanes & (rr > 0)), norm, (limit, loose), most)
+        state = r, torch.zeros_like(r), r, rr, lanes & (rr > 0)
+        return self._solve(x, state, norm, (limit, loose), most), torch.ones_like(norm)
 
-    def _solve(
-        self, x: torch.Tensor, state: _State, norm: torch.Tensor, limits: tuple[torch.Tensor, torch.Tensor], most: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _solve(self, x: torch.Tensor, state: _State, norm: torch.Tensor, limits: _Pair, most: int) -> torch.Tensor:
+        if norm.ndim == 0 and x.device.type == "cpu":
+            return self._alone(x, state, norm, limits, most)
         every = rounds_between_syncs(x)
         for k in range(most):
             if (k % every == 0 and (k > 0 or every == 1)) and not bool(state[-1].any()):
                 break
             state = self._step(x, state, limits[k + 1 >= _FEW], norm if k == 0 else None)
-        return state[1], torch.ones_like(norm)
+        return state[1]
+
+    def _alone(self, x: torch.Tensor, state: _State, norm: torch.Tensor, limits: _Pair, most: int) -> torch.Tensor:
+        """The same for one problem on the CPU: Python numbers cost a fraction of 0-d tensors."""
+        r, d, p, damping, bounds = *state[:3], self.damping.item(), [limit.item() for limit in limits]
+        rr = lane_dot(r, r).item()
+        for k in range(most if rr > 0 else 0):
+            product = self._product(x, p)
+            product = product.add(p, alpha=damping) if damping else product
+            curvature = lane_dot(p, product).item()
+            if not 0 < curvature < math.inf:
+                known = k == 0 and math.isfinite(curvature) and curvature != 0
+                return p * (rr / abs(curvature) if known else 1 / norm.item()) if k == 0 else d
+            d, r = d.add(p, alpha=rr / curvature), r.sub(product, alpha=rr / curvature)
+            before, rr = rr, lane_dot(r, r).item()
+            if not math.sqrt(rr) > bounds[k + 1 >= _FEW]:
+                break
+            p = r.add(p, alpha=rr / before)
+        return d
 
     def _product(self, x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
         assert isinstance(self.problem, Problem)
@@ -181,9 +199,7 @@ class _TracedTruncated(_Truncated):
         assert isinstance(self.problem, TracedProblem)
         return self.problem.curvature(x, p) / self.problem.scale
 
-    def _solve(
-        self, x: torch.Tensor, state: _State, norm: torch.Tensor, limits: tuple[torch.Tensor, torch.Tensor], most: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _solve(self, x: torch.Tensor, state: _State, norm: torch.Tensor, limits: _Pair, most: int) -> torch.Tensor:
         def going(k: torch.Tensor, *state: torch.Tensor) -> torch.Tensor:
             return (k < most) & state[-1].any()
 
@@ -193,4 +209,5 @@ class _TracedTruncated(_Truncated):
         state = self._step(x, state, limits[_FEW <= 1], norm)
         one = torch.ones((), dtype=torch.int64, device=x.device)
         found = _torch.while_loop(going, body, (one, *(part.clone() for part in state)))
-        return found[2], torch.ones_like(norm)
+        direction: torch.Tensor = found[2]
+        return direction

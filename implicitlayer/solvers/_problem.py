@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 
 from implicitlayer._errors import ObjectiveError
-from implicitlayer.base._tree import flatten, leaves_norm, ravel, unflatten, unravel
+from implicitlayer.base._tree import flatten, ravel, unflatten, unravel
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._residual import pull_back, pushed
+from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._operator import lane_scale
 from implicitlayer.solvers._leaves import check_unknowns, value_and_gradient
 
@@ -19,7 +20,7 @@ Curvature = Literal["hessian", "gauss_newton"]
 _WHO = 'curvature="gauss_newton"', 'curvature="hessian"'
 
 
-class Problem:
+class Problem(TracedProblem):
     """Values and gradients per lane, in units in which the largest entry of the first gradient is about 1.
 
     Squares of gradients near 1e-25 vanish in float32 and those near 1e200 overflow in float64, hence the units: a power
@@ -53,25 +54,16 @@ class Problem:
         self.scale = lane_scale(flat).log2().floor().exp2()  # [*lanes, 1]
         self.first_gradient = flat / self.scale
 
-    @property
-    def unit(self) -> torch.Tensor:
-        """[*lanes]: what values and gradients were divided by."""
-        return self.scale.squeeze(-1).double()
-
-    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Value, float64 [*lanes], and gradient [*lanes, n], both in units of :attr:`unit`."""
+    def value_and_gradient(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradient [*lanes, n] and value [*lanes], without a unit."""
         value, gradient = self._evaluate(unravel(x, self._like, self.lane_dims))
-        return value.double() / self.unit, ravel(gradient, self.lane_dims) / self.scale
+        return ravel(gradient, self.lane_dims), value
 
     def product(self, vector: torch.Tensor) -> torch.Tensor:
         """The curvature at the point evaluated last, times a vector [*lanes, n], in units of :attr:`unit`."""
         assert self._pull is not None
         with torch.enable_grad():
             return ravel(self._pull(unravel(vector, self._like, self.lane_dims)), self.lane_dims) / self.scale
-
-    def norm(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Euclidean norm per lane, float64; infinite where there is a NaN."""
-        return leaves_norm([gradient], self.lane_dims)
 
     def tree(self, x: torch.Tensor) -> Any:
         """x in the structure of ``init``."""
@@ -83,9 +75,7 @@ class Problem:
         value, gradient = value_and_gradient(self._objective, points, self._spec, self._theta, create_graph=keep)
         if keep:
             with torch.enable_grad():
-                self._pull = (
-                    partial(pull_back, gradient, points) if self._composite is None else self._gauss_newton(points)
-                )
+                self._pull = self._gauss_newton(points) if self._composite else partial(pull_back, gradient, points)
         return value, [g.detach() for g in gradient]
 
     def _gauss_newton(self, points: Leaves) -> Callable[[Leaves], Leaves]:
