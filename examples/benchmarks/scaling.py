@@ -1,14 +1,14 @@
 """How does the time of a layer grow, forward and gradient, with everything that there may be many of?
 
-    python examples/benchmarks/scaling.py [--smoke] [--seed 0] [--output FILE.json]
+    python examples/benchmarks/scaling.py [--smoke] [--axes "leaves,theta"] [--seed 0] [--output FILE.json]
 
-One axis at a time, float64: unknowns, lanes of ten unknowns (batch_dims and vmap), tensors in theta, leaves of x,
-tensors that the objective closes over, steps of conjugate gradients, rows of a quadratic program. The solver knows the
-answer, so what is measured is the layer; the objective has a diagonal Hessian, and ten steps of conjugate gradients
-solve the backward system unless their number is the axis. Of each axis: the time, its slope in a log-log fit over the
-larger half (1 is linear), and the time of one more. Times are the least of three rounds, on one core. Of the largest
-number of unknowns also the memory, as copies of x: the peak of live tensor storage made by a call, beside that of the
-same computation written by hand.
+One axis at a time, float64: unknowns, lanes of ten unknowns (batch_dims and vmap), tensors in theta, leaves of x (and
+the same evaluations written by hand, with torch alone), tensors that the objective closes over, steps of conjugate
+gradients, rows of a quadratic program. The solver knows the answer, so what is measured is the layer; the objective has
+a diagonal Hessian, and ten steps of conjugate gradients solve the backward system unless their number is the axis. Of
+each axis: the time, its slope in a log-log fit over the larger half (1 is linear), and the time of one more. Times are
+the least of three rounds, of the processor: other programs may run. Of the largest number of unknowns also the memory,
+as copies of x: the peak of live tensor storage made by a call, beside that of the same computation written by hand.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ SIZES = {
     "lanes, vmap": [1, 10, 100, 1_000, 10_000, 100_000],
     "theta tensors": [1, 10, 100, 1_000, 4_000],
     "leaves of x": [1, 10, 100, 1_000],
+    "leaves of x, by hand": [1, 10, 100, 1_000],
     "closed-over tensors": [1, 10, 100, 1_000],
     "CG steps": [5, 50, 500, 2_000],
     "rows of a program": [10, 30, 100, 300],
@@ -134,6 +135,30 @@ def of_tensors(where: str, count: int) -> Callable[[], None]:
     return lambda: torch.autograd.grad(torch.stack(layer(init, t)).sum(), t)[0].sum()
 
 
+def leaves_by_hand(count: int) -> Callable[[], torch.Tensor]:
+    """What the layer of ``of_tensors("x", count)`` evaluates, without it: autograd's own time for each leaf."""
+    leaf = torch.ones(3, dtype=F64, requires_grad=True)
+
+    def objective(x: list[torch.Tensor], t: torch.Tensor) -> torch.Tensor:
+        return 0.5 * ((torch.stack(x) - t) ** 2).sum()
+
+    def call() -> torch.Tensor:
+        t = leaf.detach().requires_grad_()
+        x = [leaf.detach().clone().requires_grad_() for _ in range(count)]
+        objective(x, t)  # a first run, which shows what is read
+        gradient = torch.autograd.grad(objective(x, t), x, create_graph=True)
+
+        def product(vector: torch.Tensor) -> torch.Tensor:
+            return torch.cat(torch.autograd.grad(gradient, x, vector.split(3), retain_graph=True))
+
+        product(torch.cat(gradient).detach())  # how far the answer is
+        r = torch.ones(3 * count, dtype=F64)
+        u = r * (r @ r) / (r @ product(r))  # the Hessian is the identity: one step ends at the solution
+        return -torch.autograd.grad(gradient, t, u.split(3))[0].sum()
+
+    return call
+
+
 def cg_steps(steps: int) -> Callable[[], None]:
     n = 4_000
     d = torch.logspace(0, 6, n, dtype=F64)  # so ill-conditioned that every step is made
@@ -161,6 +186,7 @@ MAKERS: dict[str, Callable[[int], Callable[[], Any]]] = {
     "lanes, vmap": vmapped,
     "theta tensors": lambda count: of_tensors("theta", count),
     "leaves of x": lambda count: of_tensors("x", count),
+    "leaves of x, by hand": leaves_by_hand,
     "closed-over tensors": lambda count: of_tensors("closed", count),
     "CG steps": cg_steps,
     "rows of a program": program,
@@ -171,11 +197,11 @@ def seconds_of(call: Callable[[], Any]) -> float:
     call()
     best = math.inf
     for _ in range(3):
-        count, begin = 0, time.perf_counter()
-        while count < 20 and (not count or time.perf_counter() - begin < 0.1):
+        count, begin = 0, time.process_time()
+        while count < 20 and (not count or time.process_time() - begin < 0.1):
             call()
             count += 1
-        best = min(best, (time.perf_counter() - begin) / count)
+        best = min(best, (time.process_time() - begin) / count)
     return best
 
 
@@ -190,6 +216,9 @@ def slope(sizes: list[int], seconds: list[float]) -> float:
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--smoke", action="store_true", help="the three smallest sizes; the slopes mean nothing")
+    parser.add_argument(
+        "--axes", default="", help="only those whose name holds one of these words, with commas between"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="where to write the numbers as JSON")
     options = parser.parse_args(argv)
@@ -200,6 +229,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("error", il.ImplicitLayerWarning)
         for name, sizes in SIZES.items():
+            if not any(word in name for word in options.axes.split(",")):
+                continue
             sizes = sizes[:3] if options.smoke else sizes
             seconds = [seconds_of(MAKERS[name](size)) for size in sizes]
             more = (seconds[-1] - seconds[-2]) / (sizes[-1] - sizes[-2])
@@ -207,10 +238,12 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             ends = f"{1e3 * seconds[0]:.2f} ms, {1e3 * seconds[-1]:.0f} ms"
             growth = f"{axes[name]['slope']:.2f}"
             print(f"| {name} | {sizes[0]:,} to {sizes[-1]:,} | {ends} | {growth} | {1e6 * more:.2f} µs |", flush=True)
-    most = axes["unknowns"]["sizes"][-1]
-    makers = {"layer": diagonal, "by hand": by_hand}
-    copies = {name: copies_of_x(make(most), most) for name, make in makers.items()}
-    print(f"\nmemory of {most:,} unknowns: " + ", ".join(f"{k} {v:.1f} copies of x" for k, v in copies.items()))
+    copies: dict[str, float] = {}
+    if "unknowns" in axes:
+        most = axes["unknowns"]["sizes"][-1]
+        makers = {"layer": diagonal, "by hand": by_hand}
+        copies = {"unknowns": most, **{name: copies_of_x(make(most), most) for name, make in makers.items()}}
+        print("\ncopies of x held at a time: " + ", ".join(f"{name} {value:,.1f}" for name, value in copies.items()))
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     result = {
@@ -221,7 +254,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         ),
         "seed": options.seed,
         "axes": axes,
-        "copies_of_x": {"unknowns": most, **copies},
+        "copies_of_x": copies,
     }
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -3,7 +3,7 @@
 # The layer sees one flat vector `Parts`, made of the parts of all leaves, one behind the other, and the objective sees
 # DTensors that are views of it. With x the vector and D x its DTensors, f(D x) has the gradient D'f'(D x): every
 # cotangent is brought into the placements of its leaf (a sum over processes is scattered, not gathered), and its part
-# is taken. D has the inverse D', so each Function below is the backward of the other one, to any order.
+# is taken. D and D' are a pair as in NOTE [one vector].
 
 from __future__ import annotations
 
@@ -16,48 +16,7 @@ import torch
 from implicitlayer import _torch
 from implicitlayer.base._parts import Cut, Parts
 from implicitlayer.base._sharding import Sharding, _no_summands, everywhere, gathered, layout_of, recut
-from implicitlayer.base._tree import flatten, like_x, unflatten
-
-
-class _Leaves(torch.autograd.Function):
-    """The leaves of a flat vector, as the user's function sees them."""
-
-    @staticmethod
-    def forward(flat: torch.Tensor, of: Divided, checks: bool) -> tuple[torch.Tensor, ...]:
-        return of.leaves(flat.detach())
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-        flat, ctx.of, ctx.checks = inputs
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(flat)
-
-    @staticmethod
-    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
-        if any(cotangent is None for cotangent in cotangents):
-            zeros = _Leaves.apply(torch.zeros_like(*ctx.saved_tensors), ctx.of, False)
-            cotangents = tuple([z if c is None else c for c, z in zip(cotangents, zeros, strict=True)])
-        if ctx.checks:
-            ctx.of.compare_copies("gradient", cotangents)
-        return _Flat.apply(ctx.of, *cotangents), None, None
-
-
-class _Flat(torch.autograd.Function):
-    """A flat vector of leaves, in parts or summands."""
-
-    @staticmethod
-    def forward(of: Divided, *leaves: torch.Tensor) -> torch.Tensor:
-        return of.flat([leaf.detach() for leaf in leaves])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.of = inputs[0]
-        ctx.set_materialize_grads(False)  # torch's zeros would be no Parts
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: torch.Tensor | None) -> tuple[Any, ...]:
-        leaves = (None,) * len(ctx.of.like) if cotangent is None else _Leaves.apply(cotangent, ctx.of, False)
-        return None, *leaves
+from implicitlayer.base._tree import FlatOf, LeavesOf, flatten, like_x, unflatten
 
 
 class Divided(Sharding):
@@ -106,18 +65,18 @@ class Divided(Sharding):
     def inside(self, tree: Any) -> torch.Tensor:
         """One vector [*lanes, n] of a tree like ``init``; leaves that are not placed as its are put together before."""
         pairs = self._pairs(like_x(tree, self.like, self.spec, "there must be one number for every unknown"))
-        vector: torch.Tensor = _Flat.apply(self, *(t if layout_of(t) == how else recut(t, how) for t, how in pairs))
+        vector: torch.Tensor = FlatOf.apply(self, *(t if layout_of(t) == how else recut(t, how) for t, how in pairs))
         return vector
 
     def outside(self, x: torch.Tensor) -> Any:
         """The tree of a vector."""
-        return unflatten(_Leaves.apply(x, self, False), self.spec)
+        return unflatten(LeavesOf.apply(x, self, False), self.spec)
 
     def seen(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """``function`` of a tree as one of its vector; see :meth:`put_together`."""
 
         def of_vector(x: torch.Tensor, *theta: Any) -> Any:
-            return self.put_together(function(unflatten(_Leaves.apply(x, self, True), self.spec), *theta))
+            return self.put_together(function(unflatten(LeavesOf.apply(x, self, True), self.spec), *theta))
 
         of_vector.unknowns = self.outside  # type: ignore[attr-defined]  # how its user calls them, for messages
         return of_vector
@@ -129,7 +88,7 @@ class Divided(Sharding):
         leaves = like_x(result, self.like, self.spec)
         self.compare_copies("value", leaves)
         pairs = self._pairs(leaves)
-        return _Flat.apply(self, *(gathered(t) if how is None else everywhere(t, self.mesh) for t, how in pairs))
+        return FlatOf.apply(self, *(gathered(t) if how is None else everywhere(t, self.mesh) for t, how in pairs))
 
     def leaves(self, flat: Any) -> tuple[torch.Tensor, ...]:
         """DTensors, or plain tensors where ``init`` had some, that are views of a vector."""

@@ -51,11 +51,6 @@ def refuse(lanes: torch.Tensor, error: Exception) -> None:
     failed |= lanes
 
 
-def masking() -> bool:
-    """Whether failures mark their lanes, and are no errors."""
-    return marks.failed is not None
-
-
 def standing(lanes: torch.Tensor) -> torch.Tensor:
     """Those of ``lanes`` that have not failed: of a failed one no warning is due."""
     failed = marks.failed

@@ -189,11 +189,9 @@ def saves_by_hooks() -> bool:
 
 def out_of_inference(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Copies that autograd can record of tensors made in inference mode; the others as they are."""
-    found = list(tensors)
-    for i, tensor in enumerate(tensors):
-        if tensor.is_inference():
-            found[i] = tensor.clone()
-    return found
+    if not any(map(torch.Tensor.is_inference, tensors)):
+        return list(tensors)
+    return [tensor.clone() if tensor.is_inference() else tensor for tensor in tensors]
 
 
 def outside_compiled_code(function: Callable[P, R]) -> Callable[P, R]:

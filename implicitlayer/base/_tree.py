@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
 
+from implicitlayer import _torch
 from implicitlayer._errors import ObjectiveError
 from implicitlayer._torch import pytree
 from implicitlayer.base._types import Leaves
 
 TreeSpec = pytree.TreeSpec
 _LEAF: TreeSpec = pytree.tree_flatten(0)[1]
+_KIND = attrgetter("__class__", "dtype", "device")
 
 
 def flatten(tree: Any) -> tuple[list[Any], TreeSpec]:
@@ -39,11 +43,6 @@ def _walk(tree: Any, leaves: list[Any]) -> TreeSpec:
         else:
             specs.append(_walk(child, leaves))
     return TreeSpec(kind, context, specs)
-
-
-def tree_leaves(tree: Any) -> list[Any]:
-    """Leaves of ``tree``."""
-    return flatten(tree)[0]
 
 
 def unflatten(leaves: Sequence[Any], spec: TreeSpec) -> Any:
@@ -118,22 +117,113 @@ def lane_reduce(values: torch.Tensor, lane_dims: int) -> torch.Tensor:
 
 def ravel(leaves: Sequence[torch.Tensor], lane_dims: int) -> torch.Tensor:
     """Leaves of shape [*lanes, ...] as one tensor [*lanes, n]; n counts elements. No leaves give n = 0."""
-    lanes = leaves[0].shape[:lane_dims]
+    first, lanes = leaves[0], leaves[0].shape[:lane_dims]
     if len(leaves) == 1:
-        return leaves[0].reshape(*lanes, leaves[0].shape[lane_dims:].numel())
-    return torch.cat([leaf.reshape(*lanes, leaf.shape[lane_dims:].numel()) for leaf in leaves], -1)
+        return first if first.ndim == lane_dims + 1 else first.reshape(*lanes, first.shape[lane_dims:].numel())
+    flat = [t if t.ndim == lane_dims + 1 else t.reshape(*lanes, t.shape[lane_dims:].numel()) for t in leaves]
+    return torch.cat(flat, -1)
 
 
 def unravel(flat: torch.Tensor, like: Sequence[torch.Tensor], lane_dims: int) -> list[torch.Tensor]:
     """Inverse of :func:`ravel`, cast back to each leaf's dtype."""
-    lanes = flat.shape[:-1]
-    if len(like) == 1:
-        return [flat.reshape((*lanes, *like[0].shape[lane_dims:])).to(like[0].dtype)]
-    sizes = [leaf.shape[lane_dims:].numel() for leaf in like]
-    parts = torch.split(flat, sizes, -1)
-    return [
-        part.reshape((*lanes, *leaf.shape[lane_dims:])).to(leaf.dtype) for part, leaf in zip(parts, like, strict=True)
-    ]
+    parts: Sequence[torch.Tensor] = [flat]
+    if len(like) > 1:
+        parts = torch.split(flat, [leaf.shape[lane_dims:].numel() for leaf in like], -1)
+    lanes, found = flat.shape[:-1], []
+    for part, leaf in zip(parts, like, strict=True):
+        if leaf.ndim != lane_dims + 1:
+            part = part.reshape((*lanes, *leaf.shape[lane_dims:]))
+        found.append(part if part.dtype is leaf.dtype else part.to(leaf.dtype))
+    return found
+
+
+# NOTE [one vector]: torch.autograd.grad looks at every input, output and cotangent by itself, which for a thousand
+# leaves costs more than the derivative. Where all are pieces of one vector, cut by one node, there is one of each. With
+# v the vector and P v its pieces, f(P v) has the gradient P' f'(P v), and P' puts pieces together: P and P' are each
+# other's transposes, so each Function below is the backward of the other one, to any order. They are those of any
+# object with the methods ``leaves(vector)`` and ``flat(leaves)``, as :class:`Pieces`.
+
+
+class LeavesOf(torch.autograd.Function):
+    """``apply(vector, of, checks) -> leaves``; ``checks``: whether ``of`` is to compare the gradient."""
+
+    @staticmethod
+    def forward(flat: torch.Tensor, of: Any, checks: bool) -> tuple[torch.Tensor, ...]:
+        return tuple(of.leaves(flat.detach()))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        flat, ctx.of, ctx.checks = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(flat)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
+        if any(cotangent is None for cotangent in cotangents):
+            zeros = LeavesOf.apply(torch.zeros_like(*ctx.saved_tensors), ctx.of, False)
+            cotangents = tuple([z if c is None else c for c, z in zip(cotangents, zeros, strict=True)])
+        if ctx.checks:
+            ctx.of.compare_copies("gradient", cotangents)
+        recorded = torch.is_grad_enabled()
+        return FlatOf.apply(ctx.of, *cotangents) if recorded else ctx.of.flat(cotangents), None, None
+
+
+class FlatOf(torch.autograd.Function):
+    """``apply(of, *leaves) -> vector``."""
+
+    @staticmethod
+    def forward(of: Any, *leaves: torch.Tensor) -> torch.Tensor:
+        flat: torch.Tensor = of.flat([leaf.detach() for leaf in leaves])
+        return flat
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+        ctx.of, ctx.count = inputs[0], len(inputs) - 1
+        ctx.set_materialize_grads(False)  # torch's zeros would not be cut as DTensors are
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: torch.Tensor | None) -> tuple[Any, ...]:
+        if cotangent is None:
+            return None, *[None] * ctx.count
+        recorded = torch.is_grad_enabled()
+        return None, *(LeavesOf.apply(cotangent, ctx.of, False) if recorded else ctx.of.leaves(cotangent))
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """How a vector is cut into leaves of these shapes."""
+
+    shapes: Sequence[torch.Size]
+
+    def leaves(self, flat: torch.Tensor) -> Leaves:
+        parts = flat.split_with_sizes([shape.numel() for shape in self.shapes])
+        return [p if len(shape) == 1 else p.view(shape) for p, shape in zip(parts, self.shapes, strict=True)]
+
+    def flat(self, leaves: Sequence[torch.Tensor]) -> torch.Tensor:
+        return ravel(leaves, 0)
+
+
+def points_of(x: Leaves, lane_dims: int) -> tuple[Leaves, Leaves]:
+    """Detached tensors with the entries of x that require a gradient, and the leaves of x made of them.
+
+    One vector where several plain leaves are of one kind, else the leaves themselves. So it is with lanes: there a
+    piece of a vector would not be contiguous, as the leaf is.
+    """
+    several = len(x) > 1 and not lane_dims and not _torch.transforms_active()
+    if (
+        not several
+        or set(map(_KIND, x)) != {(torch.Tensor, *_KIND(x[0])[1:])}
+        or not all(map(torch.Tensor.is_contiguous, x))
+    ):
+        points = [leaf.detach().requires_grad_() for leaf in x]
+        return points, points
+    vector = ravel(x, 0).detach().requires_grad_()
+    return [vector], list(LeavesOf.apply(vector, Pieces([leaf.shape for leaf in x]), False))
+
+
+def as_points(value: Sequence[torch.Tensor], points: Leaves) -> Leaves:
+    """Leaves like those of x, as one vector where the ``points`` of x are one."""
+    return list(value) if len(points) == len(value) else [FlatOf.apply(Pieces([leaf.shape for leaf in value]), *value)]
 
 
 def name_lanes(bad: torch.Tensor) -> str:

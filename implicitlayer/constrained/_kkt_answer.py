@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from implicitlayer._errors import NonFiniteError, SolverOutputError
-from implicitlayer.base._failures import FailedResult, masking, refuse, replaced
+from implicitlayer.base._failures import FailedResult, marks, refuse, replaced
 from implicitlayer.base._solution import SolverResult
 from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, name_lanes
 from implicitlayer.base._types import Leaves
@@ -81,7 +81,7 @@ class Caller:
     def _call(
         self, problem: ConstrainedProblem, init: Leaves, spec: TreeSpec, theta: tuple[Any, ...], lanes: torch.Size
     ) -> Answer:
-        answer = called(self.solver, problem, init, spec, theta, masks=not lanes and masking())
+        answer = called(self.solver, problem, init, spec, theta, masks=not lanes and marks.failed is not None)
         if isinstance(answer, FailedResult):
             none = [self._vectors(None, form, lanes, init[0].device)[0] for form in self.forms]
             return Answer(flatten(answer.value)[0], [(none[0], none[1])], [answer])

@@ -253,17 +253,9 @@ class ProxResidual(Residual):
         changed = [a != b for a, b in zip(here.report[: len(x)], there.report[: len(x)], strict=True)]
         return ravel(changed, self.lane_dims).any(-1)
 
-    def plain_outputs(self, points: Leaves, theta: Leaves) -> Leaves:
-        """Objective and prox."""
-        return self._at(points, theta, points).outputs
-
     def kept_graph_gradient(self, x: Leaves, theta: Leaves) -> Leaves:
         """F by plain autograd from points that require a gradient."""
         return self._at(x, theta, x).value
-
-    def with_graph(self, points: Leaves, theta: Leaves) -> At:
-        """As for every residual, with its pieces."""
-        return self._at(points, theta, points)
 
     def _at(self, points: Leaves, theta: Leaves, x: Leaves) -> At:
         reading = Reading(self.closed)

@@ -383,14 +383,14 @@ class _Finder(ReadingMode):
             if tensor.grad_fn is not None or hasattr(tensor, "run_of_layer"):
                 self.attached[id(tensor)] = tensor
             self.outside.append(tensor)
-            if not self.plain and any(needing((tensor,))):  # what is made of it here has no graph that leads to it
+            if not self.plain and needing((tensor,))[0]:  # what is made of it here has no graph to it
                 self.bits[id(tensor)] = CLOSED_OVER
             self.versions.append(-1 if tensor.is_inference() else tensor._version)
             return
         inside = tensor
         while _torch.level_of(tensor) > self.level:
             tensor = _torch.unwrapped(tensor)
-        if id(tensor) not in self.known and any(needing((tensor,))):
+        if id(tensor) not in self.known and needing((tensor,))[0]:
             raise ClosureError(
                 f"the objective hands a closed-over tensor of shape {tuple(tensor.shape)} that requires a gradient to "
                 f"a transform of its own (where it arrives with shape {tuple(inside.shape)}). Pass it to the layer as "

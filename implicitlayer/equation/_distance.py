@@ -133,16 +133,17 @@ def stationarity(
             gradient = torch.where(finite[..., None], gradient, 0.0)
         scale = lane_scale(gradient)
         unit = gradient / scale
-        product = ravel(found.pull(unravel(unit, x, lane_dims)), lane_dims)
+        product = found.flat_pull(lane_dims)(unit)
     squared = lane_dot(unit, unit)
-    distance = torch.where(squared > 0, squared / lane_norm(product) * scale[..., 0], 0.0)
+    none = torch.zeros_like(squared)  # a Python number costs torch.where a copy
+    distance = torch.where(squared > 0, squared / lane_norm(product) * scale[..., 0], none)
     here, start = ravel(x, lane_dims), ravel(init, lane_dims)
     size = torch.maximum(lane_norm(here), lane_norm(here - start))
     least = found.least_size()
     if least is None:
         least = torch.full_like(size, NOISE * torch.finfo(here.dtype).eps * max(here.shape[-1], 1) ** 0.5)
     size = torch.maximum(size, least.to(size.dtype))
-    relative = torch.where(distance == 0, 0.0, distance / size)
+    relative = torch.where(distance == 0, none, distance / size)
     return Stationarity(gradient, product * scale, squared.sqrt() * scale[..., 0], distance, relative, size)
 
 
@@ -163,10 +164,8 @@ def has_random_curvature(residual: Residual, x: Leaves, theta: Leaves, rtol: flo
     """
     products = []
     for _ in range(_DRAWS):
-        at = residual.attached(x, theta)
-        with torch.enable_grad():
-            pulled = at.pull([torch.ones_like(leaf) for leaf in at.value])
-        products.append(ravel([leaf.detach() for leaf in pulled], residual.lane_dims))
+        pull = residual.attached(x, theta).flat_pull(residual.lane_dims)
+        products.append(pull(torch.ones_like(ravel(x, residual.lane_dims))))
     spread = torch.stack([lane_norm(product - products[0]) for product in products[1:]]).amax(0)
     random: torch.Tensor = spread > rtol * torch.stack([lane_norm(product) for product in products]).amax(0)
     return random

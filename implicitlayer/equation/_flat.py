@@ -12,7 +12,7 @@ import torch
 
 from implicitlayer._errors import ClosureError
 from implicitlayer.base._surroundings import ReadingMode
-from implicitlayer.base._tree import TreeSpec, flatten, like_x, places_of_data, unflatten
+from implicitlayer.base._tree import TreeSpec, flatten, is_data, like_x, places_of_data, unflatten
 from implicitlayer.base._types import FlatFunction, Leaves
 from implicitlayer.equation._capture import ClosedOver
 from implicitlayer.equation._normalisation import PLAIN
@@ -56,8 +56,7 @@ class Signature:
     @staticmethod
     def tensors_of(args: tuple[Any, ...]) -> Leaves:
         """``Signature.of(args).tensors``; a solver asks at every evaluation."""
-        leaves, _ = flatten(args)
-        return [leaves[i] for i in places_of_data(leaves)]
+        return list(filter(is_data, flatten(args)[0]))
 
     @cached_property
     def slots(self) -> Signature:
@@ -122,57 +121,47 @@ def flat_parts(
     if not any(map(partial(hasattr, function), _PARTS)):
         return NO_PARTS
     slots = signature.slots
+    metric_of: Any = getattr(function, "curvature_metric", None)
+    matrix_of: Any = getattr(function, "curvature_matrix", None)
+    composite: Any = function.as_composite() if hasattr(function, "as_composite") else None
+    coupling_of: Any = function.coupling(lane_dims) if hasattr(function, "coupling") else None
+    outputs_spec: list[TreeSpec] = []  # known once the model has run, which it does before the loss
 
-    def call(method: Callable[..., Any], first: Any, theta: Leaves) -> Any:
-        return call_with(method, hidden, theta[len(theta) - len(hidden) :], (first, *slots.rebuild(theta)))
+    def call(method: Callable[..., Any], theta: Leaves, *args: Any) -> Any:
+        return call_with(method, hidden, theta[len(theta) - len(hidden) :], args)
 
-    told: dict[str, Any] = {}
-    if hasattr(function, "curvature_metric"):
-        metric_of = function.curvature_metric
+    def metric(x: Leaves, theta: Leaves) -> Leaves:
+        # one number for all leaves stays one tensor
+        detached: dict[int, torch.Tensor] = {}
+        diagonal = call(metric_of, theta, unflatten(x, x_spec), *slots.rebuild(theta))
+        leaves = [] if diagonal is None else flatten(diagonal)[0]
+        return [detached.setdefault(id(leaf), leaf.detach()) for leaf in leaves]
 
-        def flat_metric(x: Leaves, theta: Leaves) -> Leaves:
-            # one number for all leaves stays one tensor
-            detached: dict[int, torch.Tensor] = {}
-            diagonal = call(metric_of, unflatten(x, x_spec), theta)
-            leaves = [] if diagonal is None else flatten(diagonal)[0]
-            return [detached.setdefault(id(leaf), leaf.detach()) for leaf in leaves]
+    def metric_matrix(x: Leaves, theta: Leaves) -> Leaves:
+        matrix = call(matrix_of, theta, unflatten(x, x_spec), *slots.rebuild(theta))
+        return [] if matrix is None else [matrix.detach()]
 
-        told["metric"] = flat_metric
-    if hasattr(function, "curvature_matrix"):
-        matrix_of = function.curvature_matrix
+    def model(x: Leaves, theta: Leaves) -> Leaves:
+        leaves, spec = flatten(call(composite.model, theta, unflatten(x, x_spec), *slots.rebuild(theta)))
+        outputs_spec[:] = [spec]
+        return leaves
 
-        def flat_matrix(x: Leaves, theta: Leaves) -> Leaves:
-            matrix = call(matrix_of, unflatten(x, x_spec), theta)
-            return [] if matrix is None else [matrix.detach()]
+    def loss(outputs: Leaves, theta: Leaves) -> torch.Tensor:
+        tree = unflatten(outputs, outputs_spec[0])
+        value: torch.Tensor = call(composite.loss, theta, tree, *slots.rebuild(theta))
+        return value
 
-        told["metric_matrix"] = flat_matrix
-    composite = function.as_composite() if hasattr(function, "as_composite") else None
-    if composite is not None:
-        outputs_spec: list[TreeSpec] = []  # known once the model has run, which it does before the loss
+    def coupling(x: Leaves, theta: Leaves) -> torch.Tensor:
+        value: torch.Tensor = call(coupling_of, theta, unflatten(x, x_spec), slots.rebuild(theta)[0])
+        return value
 
-        def flat_model(x: Leaves, theta: Leaves) -> Leaves:
-            leaves, spec = flatten(call(composite.model, unflatten(x, x_spec), theta))
-            outputs_spec[:] = [spec]
-            return leaves
-
-        def flat_loss(outputs: Leaves, theta: Leaves) -> torch.Tensor:
-            value: torch.Tensor = call(composite.loss, unflatten(outputs, outputs_spec[0]), theta)
-            return value
-
-        told |= {"model": flat_model, "loss": flat_loss}
-    if hasattr(function, "coupling"):
-        coupling_of = function.coupling(lane_dims)
-        end = len(flatten(unflatten(slots.leaves, slots.spec)[0])[0])  # of the first argument
-        num_coupled = sum(place < end for place in slots.places)
-
-        def flat_coupling(x: Leaves, theta: Leaves) -> torch.Tensor:
-            first = slots.rebuild(theta)[0]
-            values = theta[len(theta) - len(hidden) :]
-            value: torch.Tensor = call_with(coupling_of, hidden, values, (unflatten(x, x_spec), first))
-            return value
-
-        told |= {"coupling": flat_coupling, "num_coupled": num_coupled}
-    return Parts(**told)
+    end = 0 if coupling_of is None else len(flatten(unflatten(slots.leaves, slots.spec)[0])[0])  # of the first argument
+    return Parts(
+        metric if metric_of is not None else None,
+        metric_matrix if matrix_of is not None else None,
+        *((model, loss) if composite is not None else (None, None)),
+        *((coupling, sum(place < end for place in slots.places)) if coupling_of is not None else (None, 0)),
+    )
 
 
 class Reading:

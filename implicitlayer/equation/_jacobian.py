@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 import torch
 
-from implicitlayer.base._tree import ravel
+from implicitlayer.base._tree import ravel, unravel
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._capture import plainly_impossible
 from implicitlayer.equation._flat import NO_PARTS
@@ -134,7 +134,7 @@ class Jacobian:
         at = self._attached(x, theta)
         if at is not None:
             self._show(at.value, x, theta)
-            return at.flat_pull(lane_dims), flat_product(at.push, x, lane_dims)
+            return at.flat_pull(lane_dims), flat_product(lambda u: at.push(u), at.points, lane_dims)
         value, pull_all = vjp(lambda x_: self.residual.kept_graph_gradient(x_, theta), x)
         self._show(value, x, theta)
         push = partial(pushforward, lambda x_: self.residual(x_, theta), x, like=x)
@@ -205,8 +205,9 @@ class OneGraph(Jacobian):
         return self.graph.get()
 
     def pull_theta(self, needed: tuple[bool, ...], u: Leaves) -> list[torch.Tensor | None]:
-        """(dF/dtheta)' u for the needed theta leaves, None for the others."""
-        pulled = self.graph.get().pull_theta(u, needed)
+        """(dF/dtheta)' u for the needed theta leaves, None for the others; u is one vector."""
+        at = self.graph.get()
+        pulled = at.pull_theta(unravel(u[0], at.points, self.lane_dims), needed)
         self.graph.held = None  # a record may hold this object; the graph has served
         return pulled
 

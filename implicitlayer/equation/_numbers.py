@@ -14,7 +14,7 @@ import torch
 
 from implicitlayer import _torch
 from implicitlayer._errors import ClosureError
-from implicitlayer.base._tree import tree_leaves
+from implicitlayer.base._tree import flatten
 from implicitlayer.equation._state import Sources
 
 _SHIFT = 2.0**-7
@@ -102,7 +102,7 @@ def refuse_numpy(tensor: torch.Tensor) -> ClosureError:
 
 
 def _differ(value: Any, other: Any) -> bool:
-    for a, b in zip(tree_leaves(value), tree_leaves(other), strict=True):
+    for a, b in zip(flatten(value)[0], flatten(other)[0], strict=True):
         if isinstance(a, torch.Tensor) and a.is_floating_point():
             a, b = _torch.innermost(a).detach(), _torch.innermost(b).detach()
             if bool(((a - b).abs() > _ROUNDINGS * torch.finfo(a.dtype).eps * a.abs()).any()):

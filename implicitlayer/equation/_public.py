@@ -238,7 +238,7 @@ def linear_solve(
                 f"a matrix [n, n] needs a right-hand side [n], got {tuple(operator.shape)} and "
                 f"{tuple(leaves[0].shape)}. Map over batches with torch.func.vmap."
             )
-        family, parameters = _LinearFunction(_matrix_product, like, symmetric=symmetric), [operator]
+        family, parameters = _LinearFunction(lambda u, t: [t[0] @ u[0]], like, symmetric=symmetric), [operator]
     else:
         hidden = find_closed_over(operator, (rhs, *tensors), lambda value: like_x(value, leaves, spec))
         hidden.first = None  # as above
@@ -271,7 +271,3 @@ def _solved_sharded(operator: Any, rhs: Any, solver: Any, *tensors: Any, **setti
     if inside is None:
         return linear_solve(operator, rhs, solver, *tensors, **settings)
     return inside.outside(linear_solve(operator, inside.inside(rhs), solver, *tensors, **settings))
-
-
-def _matrix_product(u: Leaves, tensors: Leaves) -> Leaves:
-    return [tensors[0] @ u[0]]

@@ -7,14 +7,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
 
 from implicitlayer._errors import ObjectiveError
-from implicitlayer.base._tree import ravel, unravel
+from implicitlayer.base._tree import as_points, points_of, ravel, unravel
 from implicitlayer.base._types import FlatFunction, Leaves
 from implicitlayer.equation._capture import plainly_impossible
 from implicitlayer.equation._flat import NO_PARTS, Parts
@@ -30,9 +30,9 @@ class Attached:
     """F at detached points, with a graph that reaches the points, and what requires a gradient of theta.
 
     Attributes:
-        points: the leaves of x, detached, which require a gradient.
+        points: the leaves of x, detached, which require a gradient; of many leaves NOTE [one vector].
         theta: the leaves that the function was given.
-        value: the leaves of F.
+        value: F, in the form of the points.
         outputs: what the function itself returned.
     """
 
@@ -40,7 +40,6 @@ class Attached:
     theta: Leaves
     value: Leaves
     outputs: Leaves
-    _pushed: list[Callable[[Leaves], Leaves]] = field(default_factory=list, kw_only=True)
 
     @cached_property
     def ends(self) -> tuple[list[torch.Tensor], str]:
@@ -60,21 +59,21 @@ class Attached:
         """:meth:`pull` of flat vectors [*lanes, n]."""
         if type(self) is Attached and len(self.value) == 1 and self.value[0].requires_grad:
             value, points = self.value[0], self.points
+            same = value.ndim == lane_dims + 1 and value.dtype is points[0].dtype
 
             def pull(vector: torch.Tensor) -> torch.Tensor:
-                u = vector.reshape(value.shape).to(value.dtype)
+                u = vector if same else vector.reshape(value.shape).to(value.dtype)
                 (found,) = torch.autograd.grad(value, points, u, retain_graph=True, materialize_grads=True)
-                return found.reshape(vector.shape)
+                return found if same else found.reshape(vector.shape)
 
             return pull
         return flat_product(self.pull, self.points, lane_dims)
 
-    def push(self, u: Leaves) -> Leaves:
-        """(dF/dx) u."""
-        if not self._pushed:
-            with torch.enable_grad():
-                self._pushed.append(pushed(self.value, self.points))
-        return self._pushed[0](u)
+    @cached_property
+    def push(self) -> Callable[[Leaves], Leaves]:
+        """u -> (dF/dx) u; made when it is first asked for."""
+        with torch.enable_grad():
+            return pushed(self.value, self.points)
 
     def pull_theta(self, u: Leaves, needed: Sequence[bool]) -> list[torch.Tensor | None]:
         """(dF/dtheta)' u for the needed leaves, None for the others; the graph is kept."""
@@ -162,9 +161,12 @@ class Residual:
         return list(self.over_lanes(self.function)(list(x), theta))
 
     def attached(self, x: Leaves, theta: Leaves) -> Attached:
-        """F at plain tensors x, with a graph that reaches x alone."""
+        """F at plain tensors x, with a graph that reaches x, and what requires a gradient of theta."""
         with torch.enable_grad():
-            return self.with_graph([leaf.detach().requires_grad_() for leaf in x], theta)
+            points, leaves = points_of(x, self.lane_dims)
+            outputs = self.outputs(leaves, theta)
+            value = gradient_of(outputs[0], points) if self.is_gradient else as_points(outputs, points)
+            return Attached(points, theta, value, outputs)
 
     def for_derivatives(self, x: Leaves, theta: Leaves) -> Attached:
         """F at plain tensors for products and derivatives; no more of its value than these need."""
@@ -172,27 +174,17 @@ class Residual:
             return self.attached(x, theta)
         return self.written_out(x, theta)
 
-    def with_graph(self, points: Leaves, theta: Leaves) -> Attached:
-        """F with a graph that reaches ``points``, and those of theta, that require a gradient."""
-        outputs = self.outputs(points, theta)
-        value = gradient_of(outputs[0], points) if self.is_gradient else outputs
-        return Attached(points, theta, value, outputs)
-
     def run(self, x: Leaves, theta: Leaves) -> Attached:
         """One run of the function with a graph, and nothing made of it."""
         if not self.is_gradient:
             return self.attached(x, theta)
         points = [leaf.detach().requires_grad_() for leaf in x]
         with torch.enable_grad():
-            return Attached(points, theta, [], self.plain_outputs(points, theta))
+            return Attached(points, theta, [], self.outputs(points, theta))
 
     def leaves_piece(self, x: Leaves, theta: Leaves, step: Leaves) -> torch.Tensor:
         """Lanes, bool [*lanes], where x - step is on another piece of F than x; of a smooth F nowhere."""
         return torch.zeros(x[0].shape[: self.lane_dims], dtype=torch.bool, device=x[0].device)
-
-    def plain_outputs(self, points: Leaves, theta: Leaves) -> Leaves:
-        """What ``function`` returns, with a plain graph to what it reads."""
-        return self.outputs(points, theta)
 
     def refuse_hidden(self, x: Leaves, theta: Leaves, at: Attached, closed: Leaves) -> bool:
         """Raise ClosureError where the function reads a tensor that requires a gradient and is no argument.
@@ -200,12 +192,8 @@ class Residual:
         ``at``: its run at x. Returns whether a plain graph holds every derivative: it does not where a custom Function
         reads one of ``closed``, which is swapped, where only torch.func sees it.
         """
-
-        def again() -> Leaves:
-            with torch.enable_grad():
-                return self.plain_outputs(at.points, theta)
-
         if not plainly_impossible():
+            again = lambda: self.run(x, theta).outputs  # noqa: E731
             others = other_leaves(at.ends[0], [*at.points, *theta], again)
             if not others:
                 return True
@@ -337,13 +325,10 @@ def pushed(value: Leaves, inputs: Leaves) -> Callable[[Leaves], Leaves]:
 
 def pull_back(value: Leaves, inputs: Leaves, u: Leaves) -> Leaves:
     """(d value / d inputs)' u by a graph that is kept; zero where nothing depends on an input."""
-    outputs, cotangents = [], []
-    for leaf, cotangent in zip(value, u, strict=True):
-        if leaf.requires_grad:
-            outputs.append(leaf)
-            cotangents.append(cotangent)
-    if not outputs:
+    live = [pair for pair in zip(value, u, strict=True) if pair[0].requires_grad]
+    if not live:
         return [torch.zeros_like(leaf) for leaf in inputs]
+    outputs, cotangents = zip(*live, strict=True)
     return list(torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, materialize_grads=True))
 
 

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from implicitlayer.base._surroundings import plain_surroundings
+from implicitlayer.base._tree import ravel
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._capture import derivatives_possible
 from implicitlayer.equation._certificate import gradient_error
@@ -44,10 +45,11 @@ def implicit_vjp(
     mixed: OneGraph | Callable[[Leaves], Leaves]
     if graph is not None and not derivatives_possible():
         mixed = jacobian = OneGraph(**vars(jacobian), graph=graph)
+        cotangent = [ravel(cotangent, residual.lane_dims)]
     else:
         source = residual.restricted_to(needed)
         mixed = lambda t: source(x, t)  # noqa: E731
-    spec = SolveSpec(jacobian, len(x), settings, "backward", certify, judge, found.flaw)
+    spec = SolveSpec(jacobian, len(cotangent), settings, "backward", certify, judge, found.flaw)
     with plain_surroundings(x, derivatives=True):
         u = solve(spec, cotangent, [*x, *theta])
         pulled = pull_tensors(mixed, theta, needed, u)

@@ -274,11 +274,7 @@ def alive(tensors: Sequence[Any]) -> tuple[Any, ...]:
     A graph that is kept beyond the torch.func level that built it (a layer inside the objective of a layer) hands its
     saved tensors back in such wrappers, which torch does not accept in a new level.
     """
-    found = list(tensors)
-    for i, tensor in enumerate(tensors):
-        if isinstance(tensor, torch.Tensor):
-            found[i] = _torch.unwrapped_if_over(tensor)
-    return tuple(found)
+    return tuple([_torch.unwrapped_if_over(t) if isinstance(t, torch.Tensor) else t for t in tensors])
 
 
 def fill(leaves: Sequence[torch.Tensor | None], like: Leaves) -> Leaves:

@@ -12,7 +12,7 @@ import itertools
 import linecache
 import sys
 import types
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -102,8 +102,8 @@ class Tracer(TorchFunctionMode):
     def __torch_function__(self, func: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         entering = _tensors((args, kwargs))
-        live = _union(self._live(t) for t in entering)
-        touched = _union(self.touched.get(id(t), NOTHING) for t in entering) | live
+        live = NOTHING.union(*map(self._live, entering))
+        touched = NOTHING.union(*[self.touched.get(id(t), NOTHING) for t in entering]) | live
         name = getattr(func, "__name__", str(func))
         if not touched:
             result = func(*args, **kwargs)
@@ -191,10 +191,6 @@ def _written(func: Any, name: str) -> str:
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
-
-
-def _union(parts: Iterable[Sources]) -> Sources:
-    return frozenset().union(*parts)
 
 
 def _user_line() -> tuple[SourceLine | None, str, bool]:

@@ -20,7 +20,7 @@ from implicitlayer.base._sharding import WHOLE, gathered
 from implicitlayer.base._solution import RecordingSolver, SolverResult
 from implicitlayer.base._status import Status
 from implicitlayer.base._surroundings import out_of_inference, plain_surroundings, saves_by_hooks, unread
-from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, name_lanes, unflatten
+from implicitlayer.base._tree import flatten, flatten_with_names, leaves_in_order, name_lanes, ravel, unflatten
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.equation._capture import plainly_impossible
 from implicitlayer.equation._distance import AnswerCheck, Found, Stationarity, stationarity
@@ -32,6 +32,7 @@ from implicitlayer.layer._seen import SeenFunction, summed
 from implicitlayer.layer._verdict import judge_answer
 
 if TYPE_CHECKING:
+    from implicitlayer.base._tree import TreeSpec
     from implicitlayer.layer._function import LayerSpec
 
 _REQUIRES_GRAD = attrgetter("requires_grad")
@@ -285,19 +286,19 @@ _RESULT_OBJECT = " It has an attribute x: if that is the solution (as in SciPy's
 
 def _check_answer(answer: Any, calling: Calling, like: Leaves) -> Leaves:
     """The solver's answer as new tensors like ``like``, or an error that names the leaf and both shapes."""
-    leaves, spec = flatten(answer)
-    names = calling.x_names if spec == calling.x_spec else flatten_with_names(answer, "x")[1]
-    by_name = dict(zip(names, leaves, strict=True))
-    if sorted(names) != sorted(calling.x_names):
+    found, spec = flatten(answer)
+    leaves = found if spec == calling.x_spec else leaves_in_order(answer, unflatten(like, calling.x_spec))
+    if leaves is None:
         hint = ""
         if isinstance(answer, tuple) and len(answer) == 2 and not calling.solver_has_aux:
             hint = " If the solver returns (x, aux), pass solver_has_aux=True."
         elif hasattr(answer, "x"):
             hint = _RESULT_OBJECT
         raise SolverOutputError(
-            f"the solver must return the structure of init: expected leaves {calling.x_names}, got {names}.{hint}"
+            f"the solver must return the structure of init: expected leaves {calling.x_names}, got "
+            f"{flatten_with_names(answer, 'x')[1]}.{hint}"
         )
-    return [_check_leaf(by_name[name], name, leaf) for name, leaf in zip(calling.x_names, like, strict=True)]
+    return list(map(_check_leaf, leaves, calling.x_names, like))
 
 
 def _check_leaf(value: Any, name: str, like: torch.Tensor) -> torch.Tensor:
@@ -320,12 +321,16 @@ def _check_leaf(value: Any, name: str, like: torch.Tensor) -> torch.Tensor:
         )
     if value.is_complex():
         raise SolverOutputError(f"the solver returned complex {name}; the unknowns are real ({like.dtype}).")
-    copied: torch.Tensor = value.detach().to(like.dtype, copy=True)
+    same = value.dtype is like.dtype
+    copied: torch.Tensor = value.detach().clone() if same else value.detach().to(like.dtype)
     return copied
 
 
 def _check_finite(answers: list[Leaves], spec: LayerSpec, init: Leaves) -> None:
     """Row "solver returns NaN or Inf": name the leaf and the lane."""
+    lane_dims = spec.residual.lane_dims - (init[0].ndim - answers[0][0].ndim)  # less what was solved lane by lane
+    if bool(ravel([*itertools.chain(*answers)], lane_dims).isfinite().all()):
+        return
     for i, name in enumerate(spec.calling.x_names):
         leaf = torch.stack([answer[i] for answer in answers]) if len(answers) > 1 else answers[0][i]
         lanes, size = init[i].shape[: spec.residual.lane_dims], init[i].shape[spec.residual.lane_dims :].numel()

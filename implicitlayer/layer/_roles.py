@@ -12,7 +12,7 @@ import torch
 
 from implicitlayer._errors import ImplicitLayerError
 from implicitlayer.base._solution import RecordingSolver
-from implicitlayer.base._tree import flatten_with_names, is_data, tree_leaves
+from implicitlayer.base._tree import flatten, flatten_with_names, is_data
 
 _WANTED = {"argmin": "minimum", "root": "root", "fixed_point": "fixed point"}
 _FINDERS = {
@@ -60,7 +60,7 @@ def tell_arguments(error: Exception, function: Callable[..., Any], init: Any, th
         f"The layer called its function as f({', '.join(names)}): {shown}. The unknowns come first, in the structure "
         "of init, then what the layer is called with after init: layer(init, *theta) runs f(x, *theta)."
     )
-    dtypes = {leaf.dtype for leaf in tree_leaves((init, *theta)) if is_data(leaf) and leaf.is_floating_point()}
+    dtypes = {leaf.dtype for leaf in flatten((init, *theta))[0] if is_data(leaf) and leaf.is_floating_point()}
     if len(dtypes) > 1:
         note += (
             f" Their dtypes differ ({', '.join(sorted(map(str, dtypes)))}), which most products of torch refuse: the "

@@ -108,12 +108,12 @@ class ConjugateGradient(KrylovSolver):
             run.aim = _AIM * math.sqrt(rtol) * unit * torch.ones_like(norm)
             run.floor = torch.maximum(_FURTHER * tolerance, 4 * torch.finfo(b.dtype).eps * norm)
         previous = norm * math.inf
-        running = norm > stop
-        run.codes = torch.where(running, run.codes, int(Status.CONVERGED))
-        run.codes = torch.where(norm.isfinite(), run.codes, int(Status.NONFINITE))
-        running = running & norm.isfinite()
-        touched = bool(running.any())
-        while touched and bool(running.any()):
+        running = (norm > stop) & norm.isfinite()
+        going = touched = bool(running.any())
+        if not touched or not (alone or bool(running.all())):
+            ended = torch.where(norm.isfinite(), int(Status.CONVERGED), int(Status.NONFINITE))
+            run.codes = torch.where(running, run.codes, ended)
+        while going:
             iterate(operator, precondition, run, running)
             if not asked:
                 break
@@ -122,9 +122,11 @@ class ConjugateGradient(KrylovSolver):
             run.residual_norm = torch.where(running, true_norm, run.residual_norm)
             # NOTE [refinement]: the recursion drifts from the true residual by about eps * cond. Restarting from the
             # true one recovers the digits, as long as each round at least halves it.
-            claims = (run.codes == int(Status.CONVERGED)) & (run.residual_norm > 2 * tolerance)
-            running = running & claims & (run.residual_norm < 0.5 * previous) & (run.steps < run.max_steps)
-            previous = run.residual_norm
+            running = running & (run.codes == int(Status.CONVERGED)) & (run.residual_norm > 2 * tolerance)
+            if not bool(running.any()):
+                break
+            running = running & (run.residual_norm < 0.5 * previous) & (run.steps < run.max_steps)
+            previous, going = run.residual_norm, bool(running.any())
         if touched and asked:
             run.codes = self._ill_conditioned(run, unit, norm)
         start = lambda: b if precondition is None else precondition(b)  # noqa: E731
@@ -166,11 +168,10 @@ class ConjugateGradient(KrylovSolver):
     ) -> LinearSolution:
         residual, codes = run.residual_norm, run.codes
         relative = torch.where(norm > 0, residual / norm, torch.zeros_like(norm))
-        asked = self.limits.has_tolerance
+        asked, reached = self.limits.has_tolerance, residual <= SLACK * tolerance
         if not asked:
             codes = torch.where((codes == int(Status.STEP_LIMIT)) & (relative > BLOWN_UP), int(Status.DIVERGED), codes)
-        else:
-            reached = residual <= SLACK * tolerance
+        elif not bool((reached & (codes == int(Status.CONVERGED))).all()):
             stuck = (codes == int(Status.CONVERGED)) & ~reached
             codes = torch.where(stuck, int(Status.STAGNATED), codes)
             # A flat direction that was met after the residual had fallen is where rounding takes over; met before

@@ -76,10 +76,6 @@ class LineSearch:
         """No step of the searches that go on is longer."""
         self.longest, self.step = longest, torch.minimum(self.step, longest)
 
-    def noise(self, value: torch.Tensor) -> torch.Tensor:
-        """What rounding may do to a value of this size."""
-        return NOISE * self.eps * value.abs()
-
     def advance(self, value: torch.Tensor, slope: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Value and slope at the trial ``step``; returns the lanes that accept it and those that give up, [*lanes].
 
@@ -89,7 +85,7 @@ class LineSearch:
         low, high = self.low, self.high
         self.trials = self.trials + 1
         finite = value.isfinite() & slope.isfinite()
-        noise = self.noise(self.value)
+        noise = NOISE * self.eps * self.value.abs()  # what rounding may do to a value of this size
         by_value = (value < self.value) & (value <= self.value + DECREASE * self.step * self.slope)
         by_slope = ((value - self.value).abs() <= noise) & (slope <= (2 * DECREASE - 1) * self.slope)
         # a step cut back until nothing changes proves nothing: its slope must have moved, too

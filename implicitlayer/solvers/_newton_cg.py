@@ -124,6 +124,7 @@ class NewtonCG(Limited):
         return traced_descent(self, problem, method, _CURVATURES[self.line_search])
 
 
+_Pair = tuple[torch.Tensor, torch.Tensor]
 # r, d, p [*lanes, n], ||r||^2 and the lanes that go on [*lanes]
 _State = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -138,9 +139,7 @@ class _Truncated(Method):
         self.first_norm = problem.norm(problem.first_gradient)
         self.small = settings.cg_steps is None and isinstance(problem, Problem) and _are_few(problem)
 
-    def direction(
-        self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def direction(self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor) -> _Pair:
         """The Newton direction, exact or truncated, and the first trial 1."""
         if not self.small:
             return self._truncated(lanes, x, gradient, norm)
@@ -153,9 +152,7 @@ class _Truncated(Method):
         truncated, one = self._truncated(rest, x, gradient, norm)
         return torch.where(definite.unsqueeze(-1), exact, truncated), one
 
-    def _truncated(
-        self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _truncated(self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor) -> _Pair:
         eps = torch.finfo(gradient.dtype).eps
         if self.settings.cg_steps is not None:
             loose = limit = eps * norm
@@ -165,17 +162,16 @@ class _Truncated(Method):
             loose, limit = asked.clamp(max=0.5) * norm, _TIGHT * asked.clamp(max=1.0) * norm
         r = torch.where(lanes.unsqueeze(-1), -gradient, torch.zeros_like(gradient))
         rr = lane_dot(r, r)
-        return self._solve(x, (r, torch.zeros_like(r), r, rr, lanes & (rr > 0)), norm, (limit, loose), most)
+        state = r, torch.zeros_like(r), r, rr, lanes & (rr > 0)
+        return self._solve(x, state, norm, (limit, loose), most), torch.ones_like(norm)
 
-    def _solve(
-        self, x: torch.Tensor, state: _State, norm: torch.Tensor, limits: tuple[torch.Tensor, torch.Tensor], most: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _solve(self, x: torch.Tensor, state: _State, norm: torch.Tensor, limits: _Pair, most: int) -> torch.Tensor:
         every = rounds_between_syncs(x)
         for k in range(most):
             if (k % every == 0 and (k > 0 or every == 1)) and not bool(state[-1].any()):
                 break
             state = self._step(x, state, limits[k + 1 >= _FEW], norm if k == 0 else None)
-        return state[1], torch.ones_like(norm)
+        return state[1]
 
     def _product(self, x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
         assert isinstance(self.problem, Problem)
@@ -226,9 +222,7 @@ class _TracedTruncated(_Truncated):
         assert isinstance(self.problem, TracedProblem)
         return self.problem.curvature(x, p) / self.problem.scale
 
-    def _solve(
-        self, x: torch.Tensor, state: _State, norm: torch.Tensor, limits: tuple[torch.Tensor, torch.Tensor], most: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _solve(self, x: torch.Tensor, state: _State, norm: torch.Tensor, limits: _Pair, most: int) -> torch.Tensor:
         def going(k: torch.Tensor, *state: torch.Tensor) -> torch.Tensor:
             return (k < most) & state[-1].any()
 
@@ -238,4 +232,5 @@ class _TracedTruncated(_Truncated):
         state = self._step(x, state, limits[_FEW <= 1], norm)
         one = torch.ones((), dtype=torch.int64, device=x.device)
         found = _torch.while_loop(going, body, (one, *(part.clone() for part in state)))
-        return found[2], torch.ones_like(norm)
+        direction: torch.Tensor = found[2]
+        return direction

@@ -12,14 +12,15 @@ from implicitlayer._errors import ObjectiveError
 from implicitlayer.base._tree import flatten, ravel, unflatten, unravel
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._residual import pull_back, pushed
+from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._operator import lane_scale
-from implicitlayer.solvers._leaves import Vectors, check_unknowns, value_and_gradient
+from implicitlayer.solvers._leaves import check_unknowns, value_and_gradient
 
 Curvature = Literal["hessian", "gauss_newton"]
 _WHO = 'curvature="gauss_newton"', 'curvature="hessian"'
 
 
-class Problem(Vectors):
+class Problem(TracedProblem):
     """Values and gradients per lane, in units in which the largest entry of the first gradient is about 1.
 
     Squares of gradients near 1e-25 vanish in float32 and those near 1e200 overflow in float64, hence the units: a power
@@ -54,15 +55,10 @@ class Problem(Vectors):
         self.scale = lane_scale(flat).log2().floor().exp2()  # [*lanes, 1]
         self.first_gradient = flat / self.scale
 
-    @property
-    def unit(self) -> torch.Tensor:
-        """[*lanes]: what values and gradients were divided by."""
-        return self.scale.squeeze(-1).double()
-
-    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Value, float64 [*lanes], and gradient [*lanes, n], both in units of :attr:`unit`."""
+    def value_and_gradient(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradient [*lanes, n] and value [*lanes], without a unit."""
         value, gradient = self._evaluate(unravel(x, self._like, self.lane_dims))
-        return value.double() / self.unit, ravel(gradient, self.lane_dims) / self.scale
+        return ravel(gradient, self.lane_dims), value
 
     def product(self, vector: torch.Tensor) -> torch.Tensor:
         """The curvature at the point evaluated last, times a vector [*lanes, n], in units of :attr:`unit`."""
@@ -70,15 +66,17 @@ class Problem(Vectors):
         with torch.enable_grad():
             return ravel(self._pull(unravel(vector, self._like, self.lane_dims)), self.lane_dims) / self.scale
 
+    def tree(self, x: torch.Tensor) -> Any:
+        """x in the structure of ``init``."""
+        return unflatten(unravel(x, self._like, self.lane_dims), self._spec)
+
     def _evaluate(self, leaves: Leaves) -> tuple[torch.Tensor, Leaves]:
         keep = self._curvature is not None
         points = [leaf.detach().requires_grad_(keep) for leaf in leaves]
         value, gradient = value_and_gradient(self._objective, points, self._spec, self._theta, create_graph=keep)
         if keep:
             with torch.enable_grad():
-                self._pull = (
-                    partial(pull_back, gradient, points) if self._composite is None else self._gauss_newton(points)
-                )
+                self._pull = self._gauss_newton(points) if self._composite else partial(pull_back, gradient, points)
         return value, [g.detach() for g in gradient]
 
     def _gauss_newton(self, points: Leaves) -> Callable[[Leaves], Leaves]:

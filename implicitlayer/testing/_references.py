@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from implicitlayer.base._solution import SolverResult
-from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, tree_map, unflatten
+from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, tree_map, unflatten, unravel
 
 Leaves = list[torch.Tensor]
 F64 = torch.float64
@@ -96,8 +96,7 @@ class Equation:
 
     def split(self, flat: torch.Tensor) -> Leaves:
         """A float64 vector [n] as leaves like x."""
-        parts = torch.split(flat, [t.numel() for t in self.init])
-        return [p.reshape(t.shape).to(t) for p, t in zip(parts, self.init, strict=True)]
+        return unravel(flat, self.init, 0)
 
     def entry(self, i: int) -> str:
         """The name of entry i of x."""

@@ -24,8 +24,8 @@ FAULT = Mutant(
     "NaN in the answer becomes zero",
     "layer/_forward.py",
     "_check_leaf",
-    "value.detach().to(like.dtype, copy=True)",
-    "value.detach().to(like.dtype, copy=True).nan_to_num()",
+    "value.detach().clone()",
+    "value.detach().clone().nan_to_num()",
     "a solver that failed passes for one that stopped at zero",
 )
 
