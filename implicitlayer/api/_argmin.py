@@ -180,11 +180,8 @@ def fixed_point(
 
     Example:
         >>> import torch, implicitlayer as il
-        >>> def iterate(map, x, a):
-        ...     for _ in range(60):
-        ...         x = map(x, a)
-        ...     return x
-        >>> layer = il.fixed_point(lambda x, a: 0.5 * (x + a / x), iterate)  # Heron: the square root of a
+        >>> solver = il.solvers.AndersonAcceleration(rtol=1e-12)
+        >>> layer = il.fixed_point(lambda x, a: 0.5 * (x + a / x), solver)  # Heron: the square root of a
         >>> a = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
         >>> layer(torch.ones((), dtype=torch.float64), a).backward()
         >>> round(a.grad.item(), 12)

@@ -194,18 +194,12 @@ class DeepEquilibrium(FixedPointLayer):
 
     Example:
         >>> import torch, implicitlayer as il
-        >>> class Cell(torch.nn.Module):
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         self.linear = torch.nn.Linear(2, 2)
-        ...     def forward(self, z, u):
-        ...         return torch.tanh(0.1 * self.linear(z) + u)
-        >>> model = il.DeepEquilibrium(Cell())
-        >>> u = torch.ones(5, 2)
+        >>> model = il.DeepEquilibrium(torch.nn.Bilinear(2, 2, 2))
+        >>> u = 0.1 * torch.ones(5, 2)
         >>> z = model(u)
         >>> loss = (z**2).sum() + 0.1 * model.jacobian_norm(z, u)
         >>> loss.backward()
-        >>> model.objective.linear.weight.grad is not None
+        >>> model.objective.weight.grad is not None
         True
         >>> _ = model(1.01 * u, init=z)  # a warm start
     """

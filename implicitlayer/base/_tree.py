@@ -210,11 +210,8 @@ def points_of(x: Leaves, lane_dims: int) -> tuple[Leaves, Leaves]:
     piece of a vector would not be contiguous, as the leaf is.
     """
     several = len(x) > 1 and not lane_dims and not _torch.transforms_active()
-    if (
-        not several
-        or set(map(_KIND, x)) != {(torch.Tensor, *_KIND(x[0])[1:])}
-        or not all(map(torch.Tensor.is_contiguous, x))
-    ):
+    alike = several and type(x[0]) is torch.Tensor and len(set(map(_KIND, x))) == 1
+    if not (alike and all(map(torch.Tensor.is_contiguous, x))):
         points = [leaf.detach().requires_grad_() for leaf in x]
         return points, points
     vector = ravel(x, 0).detach().requires_grad_()

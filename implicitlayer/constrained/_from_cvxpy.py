@@ -59,7 +59,9 @@ def from_cvxpy(problem: Any, parameters: Sequence[Any], variables: Sequence[Any]
     unknown = sorted(set(settings) - _SETTINGS)
     if unknown:
         raise TypeError(f"settings {unknown} must be among {sorted(_SETTINGS)}, which are passed on to il.qp.")
-    cp = _cvxpy()
+    for package in ("osqp", "cvxpy"):
+        with extra("solvers", f"il.from_cvxpy needs {package}"):
+            cp: Any = import_module(package)
     _check(problem, parameters, variables)
     # a variable with an attribute is replaced by others; a plain copy is not
     copies = [v if not _attributes(v) else cp.Variable(v.shape) for v in variables]
@@ -227,13 +229,6 @@ def _batch(value: Any, parameter: Any) -> torch.Size:
 def _attributes(leaf: Any) -> list[str]:
     """The attributes that a variable or parameter has."""
     return [name for name, value in leaf.attributes.items() if value is not None and value is not False]
-
-
-def _cvxpy() -> Any:
-    for package in ("osqp", "cvxpy"):
-        with extra("solvers", f"il.from_cvxpy needs {package}"):
-            found = import_module(package)
-    return found
 
 
 def _check(problem: Any, parameters: Sequence[Any], variables: Sequence[Any]) -> None:

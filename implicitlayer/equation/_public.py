@@ -153,18 +153,15 @@ class _LinearFunction:
         return False
 
     def product(self, u: Leaves, tensors: Leaves) -> Leaves:
-        return list(self._over_lanes(self._pull if self.transposed else self.function)(list(u), list(tensors)))
+        function = self._pull if self.transposed else self.function
+        for has_lanes, randomness in reversed(self.levels):
+            dims = 0, [0 if has else None for has in has_lanes]
+            function = torch.vmap(function, in_dims=dims, randomness=randomness)
+        return list(function(list(u), list(tensors)))
 
     def _pull(self, u: Leaves, tensors: Leaves) -> Leaves:
         zeros = [torch.zeros_like(v) for v in u]
         return pullback(lambda u_: list(self.function(u_, tensors)), zeros, u)
-
-    def _over_lanes(self, function: FlatFunction) -> FlatFunction:
-        for has_lanes, randomness in reversed(self.levels):
-            function = torch.vmap(
-                function, in_dims=(0, [0 if has else None for has in has_lanes]), randomness=randomness
-            )
-        return function
 
     def gauss_newton(self, tensors: Leaves) -> FlatOperator:
         raise ValueError(

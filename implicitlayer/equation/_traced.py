@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from implicitlayer.base._tree import leaves_norm, ravel, unravel
+from implicitlayer.base._tree import TreeSpec, leaves_norm, ravel, unflatten, unravel
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._residual import vjp
 from implicitlayer.linear._operator import lane_scale
 
 
-class TracedProblem:
+class Vectors:
+    """Points as vectors [*lanes, n] that stand for trees; a subclass says of what structure, and like which leaves."""
+
+    lane_dims: int
+    _like: Leaves
+    _spec: TreeSpec
+
+    def norm(self, x: torch.Tensor) -> torch.Tensor:
+        """Euclidean norm per lane, float64; infinite where there is a NaN."""
+        return leaves_norm([x], self.lane_dims)
+
+    def tree(self, x: torch.Tensor) -> Any:
+        """x in the structure of ``init``."""
+        return unflatten(unravel(x, self._like, self.lane_dims), self._spec)
+
+
+class TracedProblem(Vectors):
     """Values, gradients and products per lane, in the units of :class:`solvers._problem.Problem`.
 
     Args:
@@ -58,7 +75,3 @@ class TracedProblem:
         """Value, float64 [*lanes], and gradient [*lanes, n], both in units of :attr:`unit`."""
         gradient, value = self.value_and_gradient(x)
         return value.double() / self.unit, gradient / self.scale
-
-    def norm(self, gradient: torch.Tensor) -> torch.Tensor:
-        """Euclidean norm per lane of a gradient in units, float64; infinite where there is a NaN."""
-        return leaves_norm([gradient], self.lane_dims)

@@ -132,7 +132,7 @@ def lane_norm(vector: torch.Tensor, other: torch.Tensor | None = None) -> torch.
         fine = seen and norm.min().item() > _SMALL and norm.max().item() < 1 / _SMALL
         if vector.dtype is not torch.float64 or fine:  # the squares of shorter floats fit into float64
             return norm
-        scale = lane_scale(vector)
+        scale = lane_scale(vector).log2().floor().exp2()  # a power of 2 rounds nothing
         careful = torch.linalg.vector_norm(vector / scale, dim=-1) * scale[..., 0]
         return torch.where((norm > _SMALL) & (norm < 1 / _SMALL), norm, careful)  # no lane's depends on the others
     scale, scale_other = lane_scale(vector), lane_scale(other)

@@ -17,11 +17,10 @@ class Callback:
 
     Example:
         >>> import implicitlayer as il
+        >>> losses = []
         >>> class Losses(il.meta.Callback):
-        ...     def __init__(self):
-        ...         self.losses = []
         ...     def on_step(self, trainer, record):
-        ...         self.losses.append(record["loss"])
+        ...         losses.append(record["loss"])
     """
 
     def on_start(self, trainer: Any) -> None:

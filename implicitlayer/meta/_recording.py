@@ -222,7 +222,9 @@ class Recordings:
             return self.kept[key]
         self.kept[key] = None
         obstacle = _obstacle(objective, own, data)
-        solver = inner_solver if _has_fixed_steps(inner_solver) else None
+        by = inner_solver if isinstance(inner_solver, GradientDescent) else None
+        fixed = by is not None and not (by.has_tolerance or by.line_search or by.callback or by.progress)
+        solver = by if fixed else None
         if obstacle is None:
             try:
                 self.kept[key] = Recording(objective, data, recorder(leaves[0].device), solver, with_products)
@@ -270,13 +272,3 @@ def _obstacle(
             "reading it after it was replaced. Pass it in the batch"
         )
     return None
-
-
-def _has_fixed_steps(solver: Any) -> bool:
-    return (
-        isinstance(solver, GradientDescent)
-        and not solver.has_tolerance
-        and solver.line_search is None
-        and solver.callback is None
-        and not solver.progress
-    )

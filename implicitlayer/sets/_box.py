@@ -41,7 +41,9 @@ class Box(ConvexSet):
 
     def __post_init__(self) -> None:
         for name in ("lower", "upper"):
-            check_entries(getattr(self, name), name, "a number. Use infinity where there is no bound", _is_number)
+            check_entries(
+                getattr(self, name), name, "a number. Use infinity where there is no bound", lambda t: ~t.isnan()
+            )
         below, above = flatten(self.lower)[0], flatten(self.upper)[0]
         if len(below) == len(above):
             for a, b in zip(below, above, strict=True):
@@ -102,10 +104,6 @@ class NonNegative(Box):
     def examples(cls, *given: Any) -> list[Box]:
         """The only one."""
         return [cls()]
-
-
-def _is_number(tensor: torch.Tensor) -> torch.Tensor:
-    return ~tensor.isnan()
 
 
 def is_box(term: ProximalTerm | None) -> bool:

@@ -83,6 +83,7 @@ class GradientDescent(RecordingSolver):
 
     finds: ClassVar[Literal["minimum"]] = "minimum"
     batched: ClassVar[bool] = True
+    has_tolerance: ClassVar[Any] = property(lambda self: self.rtol > 0 or self.atol > 0)
     in_parts: ClassVar[Any] = property(lambda self: isinstance(self.step_size, int | float))
 
     def __post_init__(self) -> None:
@@ -94,11 +95,6 @@ class GradientDescent(RecordingSolver):
             raise ValueError(
                 f"step_size={self.step_size} must be a number with a line search: it finds one length per problem."
             )
-
-    @property
-    def has_tolerance(self) -> bool:
-        """Whether there is a test besides the number of steps."""
-        return self.rtol > 0 or self.atol > 0
 
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         """The same, with status and step count."""

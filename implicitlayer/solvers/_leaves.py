@@ -10,25 +10,9 @@ import torch
 from implicitlayer import _torch
 from implicitlayer._errors import ObjectiveError
 from implicitlayer.base._failures import over_lanes
-from implicitlayer.base._tree import flatten, lane_reduce, leaves_norm, unflatten, unravel
+from implicitlayer.base._tree import flatten, lane_reduce, leaves_norm, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._residual import no_graph, not_floating
-
-
-class Vectors:
-    """Points as vectors [*lanes, n] that stand for trees; a subclass says of what structure, and like which leaves."""
-
-    lane_dims: int
-    _like: Leaves
-    _spec: Any
-
-    def norm(self, x: torch.Tensor) -> torch.Tensor:
-        """Euclidean norm per lane, float64; infinite where there is a NaN."""
-        return leaves_norm([x], self.lane_dims)
-
-    def tree(self, x: torch.Tensor) -> Any:
-        """x in the structure of ``init``."""
-        return unflatten(unravel(x, self._like, self.lane_dims), self._spec)
 
 
 def check_unknowns(leaves: Sequence[Any]) -> None:

@@ -29,9 +29,10 @@ from implicitlayer.base._status import Status
 from implicitlayer.base._tree import flatten, name_lanes, ravel, unflatten, unravel
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._residual import pull_back, pushed
+from implicitlayer.equation._traced import Vectors
 from implicitlayer.linear._common import NOISE as NOISE_OF_RANK
 from implicitlayer.solvers._descent import Limited
-from implicitlayer.solvers._leaves import Vectors, check_attached, check_unknowns
+from implicitlayer.solvers._leaves import check_attached, check_unknowns
 from implicitlayer.solvers._outcome import NOISE, codes_of, outcome
 from implicitlayer.solvers._problem import composite_of
 from implicitlayer.solvers._progress import Iteration, Report, reporting

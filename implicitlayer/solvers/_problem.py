@@ -66,10 +66,6 @@ class Problem(TracedProblem):
         with torch.enable_grad():
             return ravel(self._pull(unravel(vector, self._like, self.lane_dims)), self.lane_dims) / self.scale
 
-    def tree(self, x: torch.Tensor) -> Any:
-        """x in the structure of ``init``."""
-        return unflatten(unravel(x, self._like, self.lane_dims), self._spec)
-
     def _evaluate(self, leaves: Leaves) -> tuple[torch.Tensor, Leaves]:
         keep = self._curvature is not None
         points = [leaf.detach().requires_grad_(keep) for leaf in leaves]

@@ -15,10 +15,11 @@ from implicitlayer.base._tree import flatten, like_x, ravel, unflatten, unravel
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._jacobian import Jacobian
 from implicitlayer.equation._residual import Residual
+from implicitlayer.equation._traced import Vectors
 from implicitlayer.linear._dense import Dense, materialise
 from implicitlayer.linear._operator import FlatOperator, lane_dot
 from implicitlayer.programs._interior_point_step import times
-from implicitlayer.solvers._leaves import Vectors, check_limits
+from implicitlayer.solvers._leaves import check_limits
 from implicitlayer.solvers._outcome import codes_of, outcome
 from implicitlayer.solvers._progress import Iteration, Report, reporting
 

@@ -219,7 +219,8 @@ def test_a_float32_answer_that_is_right_to_rounding_is_not_called_far() -> None:
     matrix = BASIS @ (values[:, None] * BASIS.T)
     exact = (BASIS @ ((BASIS.T @ PULL) / values)).float()
     single = lambda x, s: 0.5 * x @ matrix.float() @ x + 0.5 * s * x @ x - PULL.float() @ x  # noqa: E731
-    layer = il.argmin(single, lambda f, x, s: exact.clone(), on_failure="raise", linear_solver=il.Dense())
+    # the residual of a solve with that condition is eps ||A|| ||u|| = 1e-3 of the right-hand side at most
+    layer = il.argmin(single, lambda f, x, s: exact.clone(), on_failure="raise", linear_solver=il.Dense(rtol=1e-3))
     s = leaf(dtype=torch.float32)
     torch.autograd.grad(layer(ZERO.float(), s).sum(), s)
 
