@@ -101,6 +101,16 @@ def test_a_function_is_mapped_over_vectors_as_by_vmap_and_the_level_ends_with_an
     assert _torch.current_level() is None
 
 
+def test_operations_without_a_rule_of_vmap_are_mapped_without_a_warning() -> None:
+    """Breaks: NewtonCG and il.Dense() for an objective with such an operation."""
+    x = torch.tensor([3.0, 1.0, 2.0], requires_grad=True)
+    y = x.cummax(0)[0]
+    rows = _torch.mapped_over(lambda v: torch.autograd.grad(y, x, v, retain_graph=True)[0], torch.eye(3))
+    assert rows.tolist() == [[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]]
+    with pytest.warns(UserWarning, match="performance drop"):  # of the user's own vmap torch still says it
+        torch.vmap(lambda v: torch.autograd.grad(y, x, v, retain_graph=True)[0])(torch.eye(3))
+
+
 def test_batches_of_cotangents_are_unwrapped_and_wrapped_again() -> None:
     """Breaks: ``torch.autograd.grad(is_grads_batched=True)`` through a layer."""
     seen: list[Any] = []
