@@ -94,7 +94,7 @@ LINEAR_MUTANTS = [
     Mutant(
         "damping leaks into the default",
         JACOBIAN,
-        "Jacobian.linearize.pull",
+        "Jacobian.linearize.times.product",
         "flat + damping * vector if damping else flat",
         "flat + (damping or 0.0001) * vector",
         "every gradient is biased towards zero by about 1e-4",
