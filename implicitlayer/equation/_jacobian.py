@@ -117,10 +117,11 @@ class Jacobian:
 
             return product
 
-        pull, push = times(True), times(False)
+        pull = times(True)
         if self.residual.is_gradient:
             operator = FlatOperator(pull, pull, symmetric=True, prepare=prepare)
             return operator if self.residual.parts is NO_PARTS else self._with_metric(operator, x, theta)
+        push = times(False)
         if self.transposed:
             return FlatOperator(pull, push, symmetric=False, prepare=prepare)
         return FlatOperator(push, pull, symmetric=False)
