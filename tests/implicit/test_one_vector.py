@@ -145,9 +145,9 @@ def num_calls(function: Callable[[], object]) -> int:
     return counts["call"] + counts["c_call"]
 
 
-@pytest.mark.parametrize(("where", "most"), [("x", 125), ("theta", 90), ("closed over", 75)])
+@pytest.mark.parametrize(("where", "most"), [("x", 150), ("theta", 110), ("closed over", 90)])
 def test_one_leaf_more_costs_few_calls(where: str, most: int) -> None:
-    # 113, 72 and 57 on Python 3.11; with each leaf of x by itself in autograd 204
+    # 113, 72 and 57 on Python 3.11, 131, 99 and less than 75 on 3.10; with each leaf of x by itself in autograd 204
     def call(count: int) -> Callable[[], object]:
         many = [torch.ones(3, dtype=F64, requires_grad=where != "x") for _ in range(count)]
         if where == "x":
