@@ -192,8 +192,11 @@ class Residual:
         ``at``: its run at x. Returns whether a plain graph holds every derivative: it does not where a custom Function
         reads one of ``closed``, which is swapped, where only torch.func sees it.
         """
+
+        def again() -> Leaves:
+            return self.run(x, theta).outputs
+
         if not plainly_impossible():
-            again = lambda: self.run(x, theta).outputs  # noqa: E731
             others = other_leaves(at.ends[0], [*at.points, *theta], again)
             if not others:
                 return True

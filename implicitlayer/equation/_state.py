@@ -256,9 +256,9 @@ def refuse_hidden_tensors(
 
 def refuse_unfollowed(value: Any, known: Collection[int], again: Callable[[], Any]) -> None:
     """Raise if the graph of ``value``, where nothing is known to need a derivative, leads to what needs one."""
-    ends = lambda value: set(edges_into(tensors_in((value,), [])))  # noqa: E731
-    unknown = ends(value).difference(known)
-    if unknown and unknown & ends(again()):  # a leaf that the function makes is another one in every run
+    unknown = set(edges_into(tensors_in((value,), []))).difference(known)
+    # a leaf that the function makes is another one in every run
+    if unknown and not unknown.isdisjoint(edges_into(tensors_in((again(),), []))):
         raise unseen(None)
 
 

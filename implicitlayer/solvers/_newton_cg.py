@@ -22,6 +22,7 @@ import torch
 from implicitlayer import _torch
 from implicitlayer.base._parts import Parts
 from implicitlayer.base._solution import SolverResult
+from implicitlayer.equation._flat import Signature
 from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._common import NOISE, times
 from implicitlayer.linear._dense import materialise
@@ -144,8 +145,8 @@ class _Truncated(Method):
         if not self.small:
             return self._truncated(lanes, x, gradient, norm)
         matrix = materialise(FlatOperator(partial(self._product, x), prepare=lambda: None), x)
-        damped = matrix + self.damping.double().unsqueeze(-1) * torch.eye(x.shape[-1], device=x.device)
-        exact, definite = newton_direction(damped, gradient)
+        matrix.diagonal(dim1=-2, dim2=-1).add_(self.damping)
+        exact, definite = newton_direction(matrix, gradient)
         rest = lanes & ~definite
         if not bool(rest.any()):
             return exact, torch.ones_like(norm)
@@ -211,8 +212,8 @@ def newton_direction(matrix: torch.Tensor, gradient: torch.Tensor) -> tuple[torc
 
 def _are_few(problem: Problem) -> bool:
     x = problem.start
-    few = x.shape[-1] <= _SMALL and x.numel() <= _SMALL_LANES and problem.num_data <= _SMALL_DATA
-    return few and not isinstance(x, Parts)
+    few = x.shape[-1] <= _SMALL and x.numel() <= _SMALL_LANES and not isinstance(x, Parts)
+    return few and sum(t.numel() for t in Signature.tensors_of(problem.theta)) <= _SMALL_DATA
 
 
 class _TracedTruncated(_Truncated):

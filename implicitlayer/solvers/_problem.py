@@ -36,8 +36,7 @@ class Problem(TracedProblem):
     ) -> None:
         leaves, self._spec = flatten(init)
         check_unknowns(leaves)
-        self._objective, self._theta, self._curvature = objective, theta, curvature
-        self.num_data = sum(leaf.numel() for leaf in flatten(theta)[0] if isinstance(leaf, torch.Tensor))
+        self._objective, self.theta, self._curvature = objective, theta, curvature
         self._like = [leaf.detach() for leaf in leaves]
         self._composite = composite_of(objective, *_WHO) if curvature == "gauss_newton" else None
         self._pull: Callable[[Leaves], Leaves] | None = None  # the curvature's products, at the point evaluated last
@@ -69,7 +68,7 @@ class Problem(TracedProblem):
     def _evaluate(self, leaves: Leaves) -> tuple[torch.Tensor, Leaves]:
         keep = self._curvature is not None
         points = [leaf.detach().requires_grad_(keep) for leaf in leaves]
-        value, gradient = value_and_gradient(self._objective, points, self._spec, self._theta, create_graph=keep)
+        value, gradient = value_and_gradient(self._objective, points, self._spec, self.theta, create_graph=keep)
         if keep:
             with torch.enable_grad():
                 self._pull = self._gauss_newton(points) if self._composite else partial(pull_back, gradient, points)
@@ -78,10 +77,10 @@ class Problem(TracedProblem):
     def _gauss_newton(self, points: Leaves) -> Callable[[Leaves], Leaves]:
         """u -> J' (d^2 loss / d outputs^2) J u, J = d model / dx, from graphs that are built once."""
         assert self._composite is not None
-        tree, spec = flatten(self._composite.model(unflatten(points, self._spec), *self._theta))
+        tree, spec = flatten(self._composite.model(unflatten(points, self._spec), *self.theta))
         outputs = list(tree)
         cut = [leaf.detach().requires_grad_() for leaf in outputs]
-        value = self._composite.loss(unflatten(cut, spec), *self._theta)
+        value = self._composite.loss(unflatten(cut, spec), *self.theta)
         slopes = torch.autograd.grad(value.sum(), cut, create_graph=True, materialize_grads=True)
         push = pushed(outputs, points)
         return lambda u: pull_back(outputs, points, pull_back(list(slopes), cut, push(u)))

@@ -64,11 +64,13 @@ def other_problems(cases: Cases) -> None:
     solve = il.linear_solve
     same("linear_solve of a function", lambda Q, p: solve(lambda u, Q: Q @ u, p, CG, Q), (matrix, "0"), (p, "0"))
     same("hvp", lambda x, v: il.hvp(lambda x: (x**4).sum(), x, v), (p, "0"), (rows[0], "whole"))
+
+    def by_hessian(x: torch.Tensor, v: torch.Tensor, *solver: il.Dense) -> torch.Tensor:
+        return solve(il.hessian_operator(network_of_one, x), v, *solver)
+
     for how in ("0", "whole"):  # the right-hand side placed as x is, and otherwise
-        hessian = lambda x, v: solve(il.hessian_operator(network_of_one, x), v)  # noqa: E731
-        same(f"hessian_operator {how}", hessian, (p, "0"), (rows[0], how))
-    dense = lambda x, v: solve(il.hessian_operator(network_of_one, x), v, il.Dense())  # noqa: E731
-    same("hessian_operator Dense", dense, (p, "0"), (rows[0], "0"))
+        same(f"hessian_operator {how}", by_hessian, (p, "0"), (rows[0], how))
+    same("hessian_operator Dense", lambda x, v: by_hessian(x, v, il.Dense()), (p, "0"), (rows[0], "0"))
 
     def explained(*theta: torch.Tensor) -> str:
         halved = il.argmin(lambda x, t, s: halves(x, t).sum() + s, il.solvers.NewtonCG())

@@ -127,8 +127,9 @@ def test_groups_go_to_the_splitter_and_other_data_of_fit_are_refused_by_name() -
     folds = [(np.flatnonzero(groups != k), np.flatnonzero(groups == k)) for k in range(3)]
     given = il.ImplicitSearchCV(Ridge(), cv=folds).fit(X, y)  # the mean over folds has no order
     assert search.n_splits_ == 3 and np.isclose(search.best_score_, given.best_score_, rtol=1e-6)
+    other_data: dict[str, Any] = {"sample_weight": np.ones(60)}
     with pytest.raises(TypeError, match="sample_weight"):
-        il.ImplicitSearchCV(Ridge()).fit(X, y, sample_weight=np.ones(60))  # type: ignore[call-arg]
+        il.ImplicitSearchCV(Ridge()).fit(X, y, **other_data)
 
 
 def test_a_split_that_lacks_a_class_is_named() -> None:
