@@ -87,8 +87,13 @@ READS: dict[str, Callable[[Any], Any]] = {
     "reshape": lambda x: x.reshape(6),
     "behind the last": lambda x: x.unsqueeze(-1),
     "another whole tensor": lambda x: x + X,
-    "cut otherwise": lambda x: x + parts(X),
+    "cut otherwise": lambda x: x + parts(X, ((0, 1),)),
 }
+
+
+def test_vectors_that_are_cut_alike_go_together() -> None:
+    # what a linear solver keeps from one call of a layer to the next
+    assert torch.equal((parts(X) + parts(2 * X)).local, 3 * X)
 
 
 @pytest.mark.parametrize("name", READS)

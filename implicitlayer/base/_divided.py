@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -68,18 +68,23 @@ class Divided(Sharding):
         vector: torch.Tensor = FlatOf.apply(self, *(t if layout_of(t) == how else recut(t, how) for t, how in pairs))
         return vector
 
+    def vector_of(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The vector of tensors that broadcast to the leaves, each in parts or the same on every process."""
+        grown = []
+        for value, like, how in zip(values, self.like, self.layouts, strict=True):
+            # what is as large as its leaf stays in parts; the gradient of what is smaller is a sum over processes
+            own = value if value.shape == like.shape and how is not None else gathered(value)
+            grown.append((own if how is None else everywhere(own, self.mesh)).expand(like.shape))
+        vector: torch.Tensor = FlatOf.apply(self, *grown)
+        return vector
+
     def outside(self, x: torch.Tensor) -> Any:
         """The tree of a vector."""
         return unflatten(LeavesOf.apply(x, self, False), self.spec)
 
-    def seen(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` of a tree as one of its vector; see :meth:`put_together`."""
-
-        def of_vector(x: torch.Tensor, *theta: Any) -> Any:
-            return self.put_together(function(unflatten(LeavesOf.apply(x, self, True), self.spec), *theta))
-
-        of_vector.unknowns = self.outside  # type: ignore[attr-defined]  # how its user calls them, for messages
-        return of_vector
+    def given(self, x: torch.Tensor) -> Any:
+        """The same; processes with copies of an entry compare what they say of it."""
+        return unflatten(LeavesOf.apply(x, self, True), self.spec)
 
     def put_together(self, result: Any) -> Any:
         """The whole of a value; of a residual or map the vector in parts."""

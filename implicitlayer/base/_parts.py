@@ -22,7 +22,7 @@ _aten: Any = torch.ops.aten
 _NOTHING = ((0, 0),)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Cut:
     """How the entries of a vector lie on processes.
 
@@ -109,7 +109,7 @@ def _by_entry(func: Any, args: Any, kwargs: Any) -> Any:
 
     def here(value: Any) -> Any:
         if isinstance(value, Parts):
-            if value.cut is not cut:
+            if value.cut is not cut and value.cut != cut:
                 raise _impossible(f"{func} of unknowns that are cut in two different ways")
             return value.local
         if isinstance(value, torch.Tensor) and value.ndim and value.shape[-1] != 1:
@@ -177,12 +177,16 @@ def _norm(vector: Parts, order: Any = 2, dims: Any = None, keepdim: bool = False
     )
 
 
-def _viewed(vector: Parts, size: Sequence[int], **_: Any) -> Parts:
-    """A view of the same last dimension."""
-    local = vector.local
-    if size and (size[-1] == vector.cut.size or (size[-1] == -1 and vector.ndim == 1 == len(size))):
-        return Parts(local.view(*size[:-1], local.shape[-1]), vector.cut)
-    raise _impossible(f"a view {tuple(size)} of {tuple(vector.shape)}")
+def _shaped(how: str) -> Callable[..., Parts]:
+    """``view`` and ``expand``, of the same last dimension."""
+
+    def shaped(vector: Parts, size: Sequence[int], **_: Any) -> Parts:
+        local = vector.local
+        if size and (size[-1] == vector.cut.size or (size[-1] == -1 and vector.ndim == 1 == len(size))):
+            return Parts(getattr(local, how)(*size[:-1], local.shape[-1]), vector.cut)
+        raise _impossible(f"a view {tuple(size)} of {tuple(vector.shape)}")
+
+    return shaped
 
 
 def _selected(vector: Parts, dim: int, index: int) -> Parts:
@@ -237,8 +241,8 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _aten.vdot: _dot,
     _aten.baddbmm: _combined,
     _aten.linalg_vector_norm: _norm,
-    _aten.view: _viewed,
-    _aten.expand: _viewed,
+    _aten.view: _shaped("view"),
+    _aten.expand: _shaped("expand"),
     _aten.select: _selected,
     _aten.slice: _sliced,
     _aten.unsqueeze: _unsqueezed,

@@ -183,14 +183,18 @@ class Sharding:
         return unflatten([recut(*pair) for pair in zip(leaves, self.layouts, strict=True)], spec)
 
     def seen(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` of sharded unknowns as one of the layer's unknowns, with a whole result."""
+        """``function`` of sharded unknowns as one of the layer's unknowns; see :meth:`put_together`."""
 
-        def on_whole(x: Any, *theta: Any) -> Any:
-            leaves, spec = flatten(x)
-            cut = [self._seen(i, leaf) for i, leaf in enumerate(leaves)]
-            return self.put_together(function(unflatten(cut, spec), *theta))
+        def of_inside(x: Any, *theta: Any) -> Any:
+            return self.put_together(function(self.given(x), *theta))
 
-        return on_whole
+        of_inside.unknowns = self.outside  # type: ignore[attr-defined]  # how its user calls them
+        return of_inside
+
+    def given(self, x: Any) -> Any:
+        """The unknowns of the layer as the user's function gets them."""
+        leaves, spec = flatten(x)
+        return unflatten([self._given(i, leaf) for i, leaf in enumerate(leaves)], spec)
 
     def put_together(self, result: Any) -> Any:
         """The whole of what the user's function returns, which must be the same on every process."""
@@ -198,7 +202,7 @@ class Sharding:
         self.compare("value", [leaf for leaf in flatten(result)[0] if is_data(leaf)], range(self.mesh.ndim))
         return result
 
-    def _seen(self, index: int, leaf: torch.Tensor) -> torch.Tensor:
+    def _given(self, index: int, leaf: torch.Tensor) -> torch.Tensor:
         layout = self.layouts[index]
         if layout is None:
             return leaf

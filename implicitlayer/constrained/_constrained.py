@@ -12,12 +12,14 @@ import math
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
 from implicitlayer._errors import IndefiniteError, InfeasibleError, StationarityWarning
 from implicitlayer.base._active_set import ActiveSet
+from implicitlayer.base._divided import Divided
 from implicitlayer.base._failures import refuse, standing
 from implicitlayer.base._sharding import Sharding, mesh_of, whole
 from implicitlayer.base._surroundings import out_of_inference, outside_compiled_code, plain_surroundings
@@ -31,7 +33,7 @@ from implicitlayer.equation._residual import Attached, Residual
 from implicitlayer.layer._forward import Constraints
 from implicitlayer.layer._layer import ImplicitLayer, without_aux
 from implicitlayer.linear._operator import is_for_symmetric
-from implicitlayer.sets._term import expand_like, largest_of, resolve
+from implicitlayer.sets._term import expand_like, largest_of, resolve, spread
 
 _NEAR = 1e-3  # ||F|| over the size of x and eta grad f, above which an answer is no solution
 _ROUNDINGS = 4  # of x - eta grad f (the data, a product, a sum), in units of eps of its largest entry
@@ -112,17 +114,21 @@ class ProxLayer(ImplicitLayer):
             value_of = without_aux(self.function) if self.objective_has_aux else self.function
             spec, signature = flatten(x)[1], Signature.of(theta)
             _, residual, _ = self._equation(value_of, spec, signature, ClosedOver())
-            found = _examined(residual.attached(leaves, signature.tensors), spec)
+            found = _examined(residual.attached(leaves, signature.tensors), spec, lambda x: x)
         self._refuse_outside(found)
 
-    def of_whole_tensors(self, sharding: Sharding, theta: tuple[Any, ...]) -> tuple[ImplicitLayer, tuple[Any, ...]]:
-        """As for every layer; the objective sees thetas as they are, the term whole ones, which are gathered once."""
-        layer = replace(self, terms=_of_whole_data(self.terms))
-        if mesh_of(flatten(theta)[0]) is not None:
-            given = Sharding(theta)
-            layer.function = lambda x, *whole_theta: self.function(x, *given.outside(whole_theta))
-            theta = given.inside(theta)
-        return replace(layer, function=sharding.seen(layer.function)), theta
+    def works_in_parts(self, init: Any, theta: tuple[Any, ...]) -> bool:
+        """Whether the term looks at no single entries of the unknowns."""
+        term = resolve(self.terms, theta, self.terms_name)
+        term.refuse_ambiguous(init, self.batch_dims)
+        return term.in_parts
+
+    def inside(
+        self, sharding: Sharding, init: Any, theta: tuple[Any, ...]
+    ) -> tuple[ImplicitLayer, Any, tuple[Any, ...]]:
+        """As for every layer; the term gets data that fit the unknowns, of thetas as they are."""
+        layer = replace(self, terms=_with_data(self.terms, partial(_entries, sharding, init)))
+        return ImplicitLayer.inside(layer, sharding, init, theta)
 
     def as_root(self, function: Callable[..., Any]) -> ImplicitLayer:
         """The layer of the equation that is differentiated, for the objective ``function`` as the user wrote it."""
@@ -179,7 +185,7 @@ class ProxLayer(ImplicitLayer):
             assert isinstance(lifted, ProxResidual) and isinstance(at, At)
             refuse_detached(at)
             lifted.of_call.step = at.step
-            return _examined(at, x_spec)
+            return _examined(at, x_spec, getattr(self.function, "unknowns", lambda x: x))
 
         return objective, residual, Constraints(self.terms, prox, examine, self._judge)
 
@@ -241,8 +247,8 @@ class ProxLayer(ImplicitLayer):
             tell_kink(message, "kink", on_failure)
 
 
-def _examined(at: At, x_spec: TreeSpec) -> _Found:
-    """What is known of the answer from its report."""
+def _examined(at: At, x_spec: TreeSpec, shown: Callable[[Any], Any]) -> _Found:
+    """What is known of the answer from its report; ``shown``: of the unknowns, as the user has them."""
     x, lane_dims, k = at.x, at.lane_dims, len(at.x)
     held, margins, violation = at.report[:k], at.report[k : 2 * k], at.report[-1]
     with torch.no_grad():
@@ -262,8 +268,8 @@ def _examined(at: At, x_spec: TreeSpec) -> _Found:
 
     scale = positive(torch.maximum(largest_of(ravel(x, lane_dims)), at.least_size()))
     return _Found(
-        active=unflatten(held, x_spec),
-        kinks=unflatten(kinks, x_spec),
+        active=shown(unflatten(held, x_spec)),
+        kinks=shown(unflatten(kinks, x_spec)),
         num_active=count(held),
         num_kinks=count(kinks),
         kinks_known=not any(bool(m.isnan().any()) for m in margins),
@@ -280,18 +286,27 @@ def _least(leaves: Leaves, lane_dims: int) -> torch.Tensor:
     return flat.amin(-1) if flat.shape[-1] else flat.new_full(flat.shape[:-1], torch.inf)
 
 
-def _of_whole_data(terms: Any) -> Any:
-    """The same terms with whole tensors in place of the DTensors that they hold."""
+def _with_data(terms: Any, seen: Callable[[Any, str | None], Any]) -> Any:
+    """The same terms with other data: ``seen(value, name)`` of what they hold, named where it broadcasts to x."""
     if callable(terms) and not isinstance(terms, type):
-        return lambda *theta: _of_whole_data(terms(*theta))
+        return lambda *theta: _with_data(terms(*theta), seen)
 
     def of(term: Any) -> Any:
-        own = fields(term) if is_dataclass(term) and not isinstance(term, type) else ()
+        own = [field.name for field in fields(term)] if is_dataclass(term) and not isinstance(term, type) else ()
         made = copy(term)
-        made.__dict__.update({field.name: whole(getattr(term, field.name)) for field in own})  # not all have arguments
+        changed = {name: seen(getattr(term, name), name if name in term.per_entry else None) for name in own}
+        made.__dict__.update(changed)  # not all have arguments
         return made
 
     return tree_map(of, terms)
+
+
+def _entries(sharding: Sharding, init: Any, value: Any, name: str | None) -> Any:
+    """What a term holds, whole; for unknowns in parts a vector like them of several numbers that broadcast to them."""
+    several = isinstance(value, dict | list | tuple) or (isinstance(value, torch.Tensor) and value.ndim)
+    if isinstance(sharding, Divided) and several and name:
+        return sharding.vector_of(spread(value, init, name))
+    return whole(value)
 
 
 def _plain(leaf: Any) -> Any:

@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 
 from implicitlayer import _torch
+from implicitlayer.base._parts import Parts, numbers
 from implicitlayer.base._tree import TreeSpec, flatten, ravel, unflatten, unravel
 from implicitlayer.base._types import FlatFunction, Leaves
 from implicitlayer.equation._capture import ClosedOver
@@ -107,8 +108,10 @@ def signs(like: Leaves, num_levels: int = 0) -> Leaves:
     """
     directions = []
     for v in like:
-        shape = v.shape[num_levels:]
-        angles = torch.cos(2.399963 * torch.arange(shape.numel(), device=v.device, dtype=v.dtype) ** 2)
+        in_parts = isinstance(v, Parts)
+        shape = v.shape[-1:] if in_parts else v.shape[num_levels:]
+        count = numbers(v) if in_parts else torch.arange(shape.numel(), device=v.device)
+        angles = torch.cos(2.399963 * count.to(v.dtype) ** 2)
         directions.append(torch.where(angles >= 0, 1.0, -1.0).to(v.dtype).reshape(shape).expand(v.shape))
     return directions
 

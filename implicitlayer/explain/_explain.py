@@ -72,12 +72,11 @@ def explain_gradient(layer: ImplicitLayer | ArgminLayer, /, *args: Any) -> Gradi
     if mesh_of(x) is not None:
         sharding = Sharding(init)
         given, spec = flatten(theta)
-        settings, theta = replace(settings, function=function).of_whole_tensors(sharding, theta)
+        settings, init, theta = replace(settings, function=function).inside(sharding, init, theta)
         pairs = zip(given, flatten(theta)[0], strict=True)
         like = [t.detach().requires_grad_(a.requires_grad) if t is not a and a.is_leaf else t for a, t in pairs]
         theta = unflatten(like, spec)
-        function, init = settings.function, sharding.inside(init)
-        x = flatten(init)[0]
+        function, x = settings.function, flatten(init)[0]
     if isinstance(settings, ProxLayer):
         settings = settings.as_root(function)
         function = settings.function

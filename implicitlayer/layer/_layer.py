@@ -201,21 +201,27 @@ class ImplicitLayer(CopiesFunctions):
 
     def _call_sharded(self, init: Any, theta: tuple[Any, ...]) -> Any:
         """The same layer of unknowns that solvers can work with; see NOTE [sharded objectives]."""
-        stays = type(self)._equation is ImplicitLayer._equation
+        stays = self.works_in_parts(init, theta)
         stays = stays and not (self.solver_has_aux or getattr(self.solver, "callback", None))  # it sees whole tensors
         stays = stays and all(getattr(by, "in_parts", False) for by in (self.solver, self.linear_solver))
         given = init, self.batch_dims
         stays = stays and Divided.possible(*given)
         sharding = Divided(*given, self.kind == "argmin") if stays else Sharding(init)
         value_of = without_aux(self.function) if self.objective_has_aux else self.function  # nobody reads aux
-        inner, theta = replace(self, function=value_of, objective_has_aux=False).of_whole_tensors(sharding, theta)
-        result = inner(sharding.inside(init), *theta)
+        inner, x, theta = replace(self, function=value_of, objective_has_aux=False).inside(sharding, init, theta)
+        result = inner(x, *theta)
         self.records = inner.records
         return (sharding.outside(result[0]), result[1]) if self.solver_has_aux else sharding.outside(result)
 
-    def of_whole_tensors(self, sharding: Sharding, theta: tuple[Any, ...]) -> tuple[ImplicitLayer, tuple[Any, ...]]:
-        """The same layer of unknowns as they are inside ``sharding``, and the thetas that it takes."""
-        return replace(self, function=sharding.seen(self.function)), theta
+    def works_in_parts(self, init: Any, theta: tuple[Any, ...]) -> bool:
+        """Whether the layer itself, beside its solvers, looks at no single entries of its unknowns."""
+        return type(self)._equation is ImplicitLayer._equation
+
+    def inside(
+        self, sharding: Sharding, init: Any, theta: tuple[Any, ...]
+    ) -> tuple[ImplicitLayer, Any, tuple[Any, ...]]:
+        """The same layer of unknowns as they are inside ``sharding``, and what it takes: these, and its thetas."""
+        return replace(self, function=sharding.seen(self.function)), sharding.inside(init), theta
 
     def _read(self, function: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
         """What is run to find closed-over tensors, and what shows its numbers; see :func:`find_closed_over`."""

@@ -47,6 +47,7 @@ class WarmStart(LinearSolver):
 
     # those of the solver
     systems: ClassVar[Any] = property(lambda self: getattr(self.solver, "systems", "general"))
+    in_parts: ClassVar[Any] = property(lambda self: getattr(self.solver, "in_parts", False))
     rtol: ClassVar[Any] = property(lambda self: self.solver.rtol)
     atol: ClassVar[Any] = property(lambda self: float(self.solver.atol))
     max_steps: ClassVar[Any] = property(lambda self: self.solver.max_steps)
@@ -72,7 +73,7 @@ class WarmStart(LinearSolver):
         """Solve for a flat right-hand side [*lanes, n]."""
         if _torch.is_wrapped(rhs):
             return self.solver(operator, rhs)  # type: ignore[no-any-return]
-        key = (tuple(rhs.shape), rhs.dtype, rhs.device)
+        key = (tuple(rhs.shape), rhs.dtype, rhs.device, getattr(rhs, "cut", None))  # how it lies on processes
         start = self._kept.get(key)
         solution: LinearSolution = (
             self.solver(operator, rhs) if start is None else self._corrected(operator, rhs, start)

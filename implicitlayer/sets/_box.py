@@ -35,6 +35,7 @@ class Box(ConvexSet):
     """
 
     per_entry: ClassVar[tuple[str, ...]] = ("lower", "upper")
+    in_parts: ClassVar[bool] = True
 
     lower: Any = -math.inf
     upper: Any = math.inf

@@ -58,6 +58,7 @@ class L1(Regularizer):
     """
 
     per_entry: ClassVar[tuple[str, ...]] = ("strength",)
+    in_parts: ClassVar[bool] = True
 
     strength: Any
 
@@ -117,6 +118,7 @@ class ElasticNet(Regularizer):
     """
 
     per_entry: ClassVar[tuple[str, ...]] = ("l1", "l2")
+    in_parts: ClassVar[bool] = True
 
     l1: Any
     l2: Any

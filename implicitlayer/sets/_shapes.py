@@ -112,6 +112,7 @@ class Ball(ConvexSet):
     """
 
     per_entry: ClassVar[tuple[str, ...]] = ("center",)
+    in_parts: ClassVar[bool] = True
 
     radius: Any = 1.0
     center: Any = 0.0
@@ -146,9 +147,9 @@ class Ball(ConvexSet):
         _, offset, norm, radius = self._offset(y, lane_dims)
         margin = torch.where(radius > 0, (norm - radius).abs(), torch.inf)
         spec = flatten(y)[1]
-        held = parted((norm >= radius).to(offset.dtype).expand(offset.shape), y, lane_dims)
+        held = parted((norm >= radius).to(offset.dtype) * torch.ones_like(offset), y, lane_dims)
         held = unflatten([leaf > 0 for leaf in flatten(held)[0]], spec)
-        return held, parted(margin.expand(offset.shape), y, lane_dims)
+        return held, parted(margin * torch.ones_like(offset), y, lane_dims)
 
     def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
         """Distance from the ball, [*lanes]."""

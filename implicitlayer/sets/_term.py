@@ -32,6 +32,8 @@ class ProximalTerm(CopiesFunctions, Extension):
     """
 
     per_entry: ClassVar[tuple[str, ...]] = ()  # attributes that broadcast to x
+    # whether x may be one vector [*lanes, n] of which every process holds a part: used by entries and in sums only
+    in_parts: ClassVar[bool] = False
 
     def bind(self, theta: tuple[Any, ...]) -> ProximalTerm:
         """The term at these thetas; itself, unless it is a function of them."""

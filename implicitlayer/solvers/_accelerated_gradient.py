@@ -91,6 +91,7 @@ class AcceleratedGradient(RecordingSolver):
     progress: bool = False
 
     finds: ClassVar[Literal["minimum"]] = "minimum"
+    in_parts: ClassVar[bool] = True
     batched: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

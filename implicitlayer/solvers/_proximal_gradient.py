@@ -88,6 +88,7 @@ class ProximalGradient(RecordingSolver):
 
     finds: ClassVar[Literal["minimum"]] = "minimum"
     batched: ClassVar[Any] = property(lambda self: self.regularizer is None)  # a term of the layer, which knows lanes
+    in_parts: ClassVar[Any] = batched
 
     def __post_init__(self) -> None:
         if self.step_size is not None and not 0 < self.step_size < math.inf:

@@ -11,36 +11,13 @@ import implicitlayer as il
 
 
 def other_problems(cases: Cases) -> None:
-    """Sets, regularisers, constraints, programs, values, linear systems, other meta-learners: those of one process."""
+    """Constraints, programs, values, linear systems, other meta-learners: those of one process."""
     t, matrix = cases.theta["w1"], cases.data[0].mT @ cases.data[0] + torch.eye(3)
     p, two, rows = cases.data[0][0], torch.tensor(0.3, dtype=torch.float64), cases.data[0][1:3]
-    ways = {"0": Shard(0), "1": Shard(1), "whole": Replicate()}
-
-    def same(name: str, function: Callable[..., Any], *data: tuple[torch.Tensor, str]) -> None:
-        """What a function of DTensors returns, and its gradient in each of them, which is placed as it is."""
-        alone = [tensor.clone().requires_grad_() for tensor, _ in data]
-        parts = [cases.put(tensor, ways[how]).requires_grad_() for tensor, how in data]
-        found = []
-        for given in (parts, alone):
-            values = [value for value in torch.utils._pytree.tree_leaves(function(*given)) if value.numel()]
-            slopes = torch.autograd.grad(sum((value**2).sum() for value in values), given, materialize_grads=True)
-            found.append([*values, *slopes])
-        assert [g.placements for g in found[0][-len(data) :]] == [part.placements for part in parts]
-        cases.found[name] = difference(found[0], found[1])
+    same = cases.same
 
     def halves(x: torch.Tensor, t: torch.Tensor, *_: Any) -> torch.Tensor:
         return ((x - t) ** 2 + x**2).sum()
-
-    projected, proximal = il.solvers.ProjectedGradient(rtol=1e-12), il.solvers.ProximalGradient(rtol=1e-12)
-
-    def box(t: torch.Tensor, upper: torch.Tensor) -> Any:
-        return il.argmin(halves, projected, constraint=lambda t, upper: il.sets.Box(0, upper))(t.detach() * 0, t, upper)
-
-    def positive(t: torch.Tensor) -> Any:
-        return il.argmin(halves, projected, constraint=il.sets.NonNegative())(t.detach() * 0, t)
-
-    def lasso(t: torch.Tensor, s: torch.Tensor) -> Any:
-        return il.argmin(halves, proximal, regularizer=lambda t, s: il.L1(s))(t.detach() * 0, t, s)
 
     def constrained(t: torch.Tensor) -> il.ConstrainedLayer:
         return il.constrained_argmin(
@@ -54,9 +31,6 @@ def other_problems(cases: Cases) -> None:
     def program(Q: torch.Tensor, p: torch.Tensor, A: torch.Tensor) -> Any:
         return il.qp(Q, p, A, p[:2], ub=p.abs() + 0.1, return_multipliers=True)
 
-    same("a set", box, (t, "1"), (two, "whole"))
-    same("NonNegative", positive, (t, "1"))
-    same("a regulariser", lasso, (t, "0"), (two, "whole"))
     same("constrained_argmin", lambda t: constrained(t)(t.detach() * 0, t), (p, "0"))
     same("qp", program, (matrix, "0"), (p, "0"), (rows, "1"))
     same("value", lambda Q, p: il.value(il.qp)(Q, p, ub=p.detach() * 0), (matrix, "0"), (p, "whole"))
@@ -74,7 +48,7 @@ def other_problems(cases: Cases) -> None:
 
     def explained(*theta: torch.Tensor) -> str:
         halved = il.argmin(lambda x, t, s: halves(x, t).sum() + s, il.solvers.NewtonCG())
-        boxed = il.argmin(halves, projected, constraint=lambda t, s: il.sets.Box(-s, s))
+        boxed = il.argmin(halves, il.solvers.ProjectedGradient(rtol=1e-12), constraint=lambda t, s: il.sets.Box(-s, s))
         return "\n".join(str(il.explain_gradient(layer, theta[0].detach() * 0, *theta)) for layer in (halved, boxed))
 
     alone, parts = (t.clone().requires_grad_(), two), (cases.put(t, Shard(1)).requires_grad_(), two)

@@ -84,6 +84,19 @@ class Cases:
         assert all(type(g) is DTensor for g in found)
         self.found[name] = difference(found, wanted)
 
+    def same(self, name: str, function: Callable[..., Any], *data: tuple[torch.Tensor, str]) -> None:
+        """What a function of DTensors returns, and its gradient in each of them, which is placed as it is."""
+        ways = {"0": Shard(0), "1": Shard(1), "whole": Replicate()}
+        alone = [tensor.clone().requires_grad_() for tensor, _ in data]
+        parts = [self.put(tensor, ways[how]).requires_grad_() for tensor, how in data]
+        found = []
+        for given in (parts, alone):
+            values = [value for value in torch.utils._pytree.tree_leaves(function(*given)) if value.numel()]
+            size = sum((value**2).sum() for value in values if value.requires_grad)
+            found.append([*values, *torch.autograd.grad(size, given, materialize_grads=True)])
+        assert [g.placements for g in found[0][-len(data) :]] == [part.placements for part in parts]
+        self.found[name] = difference(found[0], found[1])
+
     def refused(self, name: str, run: Callable[[], object]) -> None:
         try:
             run()

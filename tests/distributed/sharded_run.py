@@ -24,6 +24,7 @@ from sharded_costs import memory, traffic
 from sharded_equations import callback, equations, equations_of_four, equilibrium, more_equations
 from sharded_others import other_problems
 from sharded_problem import CG, GD, LINEAR, NEWTON, PLACED, SOLVERS, Cases, Tree, difference, gradient, objective, query
+from sharded_sets import accelerated, sets, sets_of_four
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -331,6 +332,8 @@ PARTS = {
         more_equations,
         equilibrium,
         other_problems,
+        sets,
+        accelerated,
         meta_learners,
         learners,
         models,
@@ -338,7 +341,7 @@ PARTS = {
         loaded,
         example,
     ),
-    4: (saved, four, memory, equations_of_four, layer_decay),
+    4: (saved, four, memory, equations_of_four, sets_of_four, layer_decay),
 }
 
 

@@ -55,7 +55,11 @@ WORKS = [
     *("root", "fixed_point", "batch_dims", "closed over", "tied", "second order", "own solver", "plain value"),
     *("plain theta", "iMAML", "DDP", "tensor parallel", "FSDP2 around", "checkpoint", "example"),
     *("MAML", "TruncatedMAML", "FirstOrderMAML", "Reptile", "ANIL", "ProtoNet", "layer decay"),
-    *("a set", "NonNegative", "a regulariser", "constrained_argmin", "qp", "value"),
+    *("constrained_argmin", "qp", "value"),
+    *("Box 0", "Box 1", "Box, a bound for each entry", "Box, a tree of bounds", "NonNegative", "Ball", "Simplex"),
+    *("L1", "L1, a strength for each column", "ElasticNet", "GroupL1", "Prox"),
+    *("a set for each leaf", "batch_dims, a set", "AcceleratedGradient", "GradientDescent, searched steps"),
+    *(f"WarmStart {linear}, {call} call" for linear in ("ConjugateGradient", "Gmres") for call in ("first", "second")),
     *("linear_solve", "linear_solve of a function", "hvp", "explain_gradient"),
     *("hessian_operator 0", "hessian_operator whole", "hessian_operator Dense"),
     *("an outer LBFGS", "batch_dims, mask", "iMAML LBFGS Gmres"),
@@ -80,7 +84,7 @@ def test_four_processes_give_the_gradient_of_one(found: dict[str, Any], solvers:
 IN_PARTS = [
     *("GradientDescent ConjugateGradient", "NewtonCG Minres", "LBFGS Gmres", "iMAML"),
     *("root Newton Gmres", "fixed_point AndersonAcceleration Bicgstab"),
-    *("linear_solve of a function", "hvp", "hessian_operator"),
+    *("linear_solve of a function", "hvp", "hessian_operator", "Box", "L1", "Ball"),
 ]
 
 
@@ -100,6 +104,10 @@ REFUSED = {
     "unannounced rows": ("ObjectiveError", "has another value on every process", "distribute_tensor(data, mesh"),
     "root, unannounced rows": ("ObjectiveError", "has another value in leaf 0 of x", "distribute_tensor(data, mesh"),
     "a maximum": ("IndefiniteError", "at a maximum of the objective"),
+    "a maximum within a set": ("IndefiniteError", "bends down along a direction that the constraint leaves free"),
+    "outside of a set": ("InfeasibleError", "does not satisfy the constraint: its distance is 1.5"),
+    "outside of a set, in parts": ("InfeasibleError", "does not satisfy the constraint: its distance is 1.5"),
+    "a kink": ("KinkError", "1 of its entries are at a border of the regularizer"),
     "root, too few equations": ("ObjectiveError", "expected shapes [(3, 4), (4, 2)], got [(3, 4)]"),
     "summed by hand": ("ObjectiveError", "has another gradient in leaf", ".to_local()"),
     **dict.fromkeys(MAPPED, ("UnsupportedTransformError", "vmap over a layer that is given DTensors", "batch_dims=")),

@@ -1,0 +1,121 @@
+"""Cases of sharded_run with sets and regularisers, whose unknowns stay in parts where the term allows that."""
+
+from typing import Any
+
+import torch
+from sharded_costs import SHORT, Largest
+from sharded_problem import CG, Cases
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+import implicitlayer as il
+
+PROXIMAL = il.solvers.ProximalGradient(rtol=1e-13)
+
+
+def halves(x: Any, theta: Any, *_: Any) -> torch.Tensor:
+    """Least at theta / 2."""
+    x, theta = (tree.values() if isinstance(tree, dict) else [tree] for tree in (x, theta))
+    return sum((((a - b) ** 2 + a**2).sum() for a, b in zip(x, theta, strict=True)), start=torch.zeros(()).double())
+
+
+def solution(layer: Any, *theta: Any) -> list[Any]:
+    """The answer and the entries that the term holds, which lie on processes as the unknowns do."""
+    x = layer(torch.utils._pytree.tree_map(lambda leaf: leaf.detach() * 0, theta[0]), *theta)
+    held = torch.utils._pytree.tree_leaves(layer.records[0].active_set.active)
+    leaves = torch.utils._pytree.tree_leaves(x)
+    assert all(
+        getattr(a, "placements", None) == getattr(b, "placements", None) for a, b in zip(held, leaves, strict=True)
+    )
+    return [*leaves, *(mask.double() for mask in held)]
+
+
+def sets(cases: Cases) -> None:
+    """Every set and regulariser, with data of one number, of the last dimension, and of every entry."""
+    t, w2 = cases.theta["w1"], cases.theta["w2"]
+    one, row = torch.tensor(0.3, dtype=torch.float64), cases.data[2][:2].flatten()[:4].abs()
+
+    def same(name: str, kind: str, term: Any, *data: tuple[torch.Tensor, str], **how: Any) -> None:
+        cases.same(name, lambda *theta: solution(il.argmin(halves, PROXIMAL, **{kind: term}, **how), *theta), *data)
+
+    for how in "01":
+        same(f"Box {how}", "constraint", lambda t, u, p: il.sets.Box(-p, u), (t, how), (one, "whole"), (row, "0"))
+    same("Box, a bound for each entry", "constraint", lambda t: il.sets.Box(-t.abs() / 4, 1), (t, "1"))
+    same("NonNegative", "constraint", il.sets.NonNegative(), (t, "1"))
+    same("L1", "regularizer", lambda t, s: il.L1(s), (t, "0"), (one, "whole"))
+    same("L1, a strength for each column", "regularizer", lambda t, s: il.L1(s), (t, "1"), (row, "whole"))
+    same("ElasticNet", "regularizer", lambda t, s, p: il.ElasticNet(s, p), (t, "0"), (one, "whole"), (row, "0"))
+    same("Ball", "constraint", lambda t, r, c: il.sets.Ball(r, c), (t, "1"), (one, "whole"), (row, "whole"))
+    same("Simplex", "constraint", lambda t, r: il.sets.Simplex(r), (t, "1"), (one, "whole"))
+    same("GroupL1", "regularizer", lambda t, r: il.GroupL1(r), (t, "1"), (one, "whole"))
+    same("Prox", "regularizer", il.Prox(lambda y, s, _: y / (1 + s)), (t, "0"))
+
+    def two_leaves(term: Any) -> Any:
+        def found(a: torch.Tensor, b: torch.Tensor, s: torch.Tensor) -> list[Any]:
+            layer = il.argmin(lambda x, tree, s: halves(x, tree), PROXIMAL, constraint=lambda tree, s: term(tree, s))
+            return solution(layer, {"a": a, "b": b}, s)
+
+        return found
+
+    given = (t, "1"), (w2, "0"), (one, "whole")
+    cases.same(
+        "Box, a tree of bounds", two_leaves(lambda tree, s: il.sets.Box({"a": -s, "b": -tree["b"].abs()}, s)), *given
+    )
+    cases.same("a set for each leaf", two_leaves(lambda _, s: {"a": il.sets.Box(-s, s), "b": il.sets.Ball(s)}), *given)
+
+    layer = il.argmin(
+        lambda x, t, u: ((x - t) ** 2 + x**2).sum(-1),
+        PROXIMAL,
+        constraint=lambda t, u: il.sets.Box(-u, u),
+        batch_dims=1,
+    )
+    each = torch.tensor([[0.1], [0.2], [0.3]], dtype=torch.float64)
+    cases.same("batch_dims, a set", lambda *theta: solution(layer, *theta), (t, "1"), (each, "whole"))
+
+    cut = cases.put(t, Shard(1)).requires_grad_()
+    unaware = il.argmin(halves, lambda f, x, t: t / 2, constraint=il.sets.NonNegative())
+    cases.refused("outside of a set", lambda: unaware(cut.detach(), cut))
+    x = il.argmin(halves, il.solvers.GradientDescent(0.2, rtol=1e-13), constraint=il.sets.NonNegative())
+    cases.refused("outside of a set, in parts", lambda: x(cut.detach(), cut))
+    # the threshold of the lasso is where the gradient of one entry is: x = (t - s / 2)+ / 2
+    kinked = il.argmin(halves, PROXIMAL, regularizer=il.L1(2 * t[0, 1].abs().item()), on_failure="raise")
+    cases.refused("a kink", lambda: kinked(cut.detach() * 0, cut))
+    down = il.argmin(
+        lambda x, t: -halves(x, t), lambda f, x, t: t / 2, constraint=il.sets.Ball(50.0), on_failure="raise"
+    )
+    cases.refused("a maximum within a set", lambda: down(cut.detach(), cut).sum().backward())
+
+
+def accelerated(cases: Cases) -> None:
+    """Nesterov's method, and linear solves that begin at the answers of the last ones."""
+    from sharded_problem import objective
+
+    for name, solver in {
+        "AcceleratedGradient": il.solvers.AcceleratedGradient(rtol=1e-13),
+        "GradientDescent, searched steps": il.solvers.GradientDescent(0.4, rtol=1e-13, line_search="armijo"),
+    }.items():
+        layer = il.argmin(objective, solver, linear_solver=CG)
+        cases.agree(name, layer, "Shard(1)", Shard(0), cases.alone(layer))
+    for inner in (CG, il.Gmres(rtol=1e-13)):
+        layer = il.argmin(objective, il.solvers.NewtonCG(rtol=1e-13), linear_solver=il.WarmStart(inner))
+        wanted = cases.alone(il.argmin(objective, il.solvers.NewtonCG(rtol=1e-13), linear_solver=inner))
+        for call in ("first", "second"):
+            cases.agree(f"WarmStart {type(inner).__name__}, {call} call", layer, "Shard(1)", Shard(0), wanted)
+
+
+def sets_of_four(cases: Cases) -> None:
+    """The largest vector that one of four processes makes."""
+    draw = torch.Generator().manual_seed(1)
+    t, row = torch.randn(64, 16, generator=draw, dtype=torch.float64), torch.rand(16, generator=draw).double()
+    terms: dict[str, dict[str, Any]] = {
+        "Box": {"constraint": lambda t, u: il.sets.Box(-t.abs() / 4, u)},
+        "L1": {"regularizer": lambda t, u: il.L1(u)},
+        "Ball": {"constraint": lambda t, u: il.sets.Ball(1.0, u)},
+    }
+    for name, term in terms.items():
+        theta = cases.put(t, Shard(0)).requires_grad_(), cases.put(row, Replicate()).requires_grad_()
+        layer = il.argmin(halves, PROXIMAL, linear_solver=SHORT, **term)
+        with Largest(t.numel() // 4) as seen:
+            x = layer(theta[0].detach() * 0, *theta)
+            torch.autograd.grad((x**2).sum(), theta)
+        assert isinstance(x, DTensor)
+        cases.found[f"memory {name}"] = f"1 / {t.numel() / seen.entries:g} of the unknowns"
