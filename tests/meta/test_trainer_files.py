@@ -38,7 +38,7 @@ def test_all_global_generators_are_resumed(tmp_path: Path) -> None:
         trainer = make_trainer(tmp_path / str(stop_at), max_steps=6)
         noisy_sampler(trainer)
         torch.manual_seed(1), random.seed(2), np.random.seed(3)  # noqa: NPY002
-        random.gauss(), np.random.randn()  # noqa: NPY002 - each keeps half of a pair of normal numbers
+        random.gauss(0.0, 1.0), np.random.randn()  # noqa: NPY002 - each keeps half of a pair of normal numbers
         if stop_at is not None:
             trainer.fit(until=stop_at)
             trainer = make_trainer(tmp_path / str(stop_at), max_steps=6)
@@ -46,7 +46,7 @@ def test_all_global_generators_are_resumed(tmp_path: Path) -> None:
             torch.rand(1), random.random(), np.random.rand()  # noqa: NPY002
             assert trainer.resume()
         trainer.fit()
-        runs.append((comparable(trainer.history), tensors(trainer).tolist(), random.gauss(), np.random.randn()))  # noqa: NPY002
+        runs.append((comparable(trainer.history), tensors(trainer).tolist(), random.gauss(0.0, 1.0), np.random.randn()))  # noqa: NPY002
     assert runs[0] == runs[1]
 
 
