@@ -10,6 +10,9 @@
 # NOTE [envelope]: x* and w* pass through a Function that is the identity. Its backward gives nothing where only the
 # gradient is asked for; from the first backward on that makes a graph it hands everything through, so that all further
 # derivatives are total ones.
+#
+# With a set that moves, or rows that are moved until they hold together, L has no multipliers here: x* keeps its
+# derivative, and L_x dx* counts from the first derivative on.
 
 from __future__ import annotations
 
@@ -20,8 +23,10 @@ from typing import Any
 import torch
 
 from implicitlayer.api._module import ArgminLayer
+from implicitlayer.base._failures import failed_lanes, finite_data, replaced
 from implicitlayer.base._sharding import on_whole_tensors
-from implicitlayer.base._tree import flatten, unflatten
+from implicitlayer.base._tree import flatten, tree_map, unflatten
+from implicitlayer.base._types import Leaves
 from implicitlayer.constrained._constrained import ProxLayer
 from implicitlayer.constrained._kkt import ConstrainedLayer
 from implicitlayer.constrained._qp import qp
@@ -29,6 +34,8 @@ from implicitlayer.constrained._qp_sparse import Entries, is_sparse
 from implicitlayer.equation._capture import plainly_impossible
 from implicitlayer.layer._layer import ImplicitLayer, without_aux
 from implicitlayer.programs._interior_point_step import times
+from implicitlayer.sets._set import Projection
+from implicitlayer.sets._term import ProximalTerm
 
 _ARGUMENTS = inspect.signature(qp)
 
@@ -41,8 +48,9 @@ def value(layer: Callable[..., Any]) -> Callable[..., torch.Tensor]:
     kink, of which the layer tells, the gradient is right and second derivatives are those of one side.
 
     Args:
-        layer: of :func:`argmin` (with a set that does not depend on theta, or none), :class:`ArgminLayer`,
-            :func:`constrained_argmin`, or :func:`qp` itself.
+        layer: of :func:`argmin`, :class:`ArgminLayer`, :func:`constrained_argmin`, or :func:`qp` itself. Without a
+            linear solve if there is no set, or one of ``il.sets`` whose numbers need no gradient; a set that depends on
+            theta costs the solve of the layer, and so does ``infeasible="closest"``.
 
     Returns:
         A function with the arguments of the layer; one value per program or lane, [*lanes].
@@ -70,10 +78,10 @@ def value(layer: Callable[..., Any]) -> Callable[..., torch.Tensor]:
     if not isinstance(inner, ImplicitLayer) or inner.kind != "argmin":
         what = inner.kind if isinstance(inner, ImplicitLayer) else type(layer).__name__
         raise ValueError(f"il.value needs a layer that minimises, or il.qp; got {what}. An equation has no value.")
-    if isinstance(inner, ProxLayer) and (inner.terms_name == "regularizer" or callable(inner.terms)):
+    if isinstance(inner, ProxLayer) and inner.terms_name == "regularizer":
         raise ValueError(
-            f"il.value cannot tell how the {inner.terms_name} of this layer changes the value. Write it as constraints "
-            "of il.constrained_argmin or il.qp, whose multipliers do, or compute the value of the layer's x."
+            "il.value cannot tell whether the regularizer of this layer belongs to the value. Compute the objective, "
+            "or the sum, at the layer's x."
         )
     return _of_argmin(layer, inner)
 
@@ -82,10 +90,15 @@ def _of_argmin(layer: Callable[..., Any], inner: ImplicitLayer) -> Callable[...,
     def smallest(*arguments: Any) -> torch.Tensor:
         solution = layer(*arguments)
         x = solution[0] if inner.solver_has_aux else solution
-        stored = isinstance(layer, ArgminLayer) and layer.init is not None
+        if not isinstance(inner, ProxLayer) or _stays(inner.terms):
+            x = _fixed(x)
+        stored = layer.init if isinstance(layer, ArgminLayer) else None
+        init, *theta = arguments if stored is None else (stored, *arguments)
         objective = layer.objective if isinstance(layer, ArgminLayer) else inner.function
         objective = without_aux(objective) if inner.objective_has_aux else objective
-        found: torch.Tensor = objective(_fixed(x), *arguments[0 if stored else 1 :])
+        if inner.on_failure == "mask":
+            return _masked(objective, inner.batch_dims, (x, init), tuple(theta))
+        found: torch.Tensor = objective(x, *theta)
         return found
 
     return smallest
@@ -94,14 +107,23 @@ def _of_argmin(layer: Callable[..., Any], inner: ImplicitLayer) -> Callable[...,
 def _of_constrained(layer: ConstrainedLayer) -> Callable[..., torch.Tensor]:
     def smallest(init: Any, *theta: Any) -> torch.Tensor:
         x, multipliers = layer.solved(init, theta)
-        x, (equality, inequality) = _fixed((x, tuple(multipliers)))
-        found: torch.Tensor = layer.objective(x, *theta)
-        for function, weights in ((layer.equality, equality), (layer.inequality, inequality)):
-            if function is not None:
-                values, weights = flatten(function(x, *theta))[0], flatten(weights)[0]
-                for value, weight in zip(values, weights, strict=True):
-                    found = found + (weight * value).reshape(*found.shape, -1).sum(-1)
-        return found
+        unknowns = _fixed((x, tuple(multipliers)))
+
+        def lagrangian(unknowns: Any, *theta: Any) -> torch.Tensor:
+            x, (equality, inequality) = unknowns
+            found: torch.Tensor = layer.objective(x, *theta)
+            held = torch.zeros_like(found)
+            for function, weights in ((layer.equality, equality), (layer.inequality, inequality)):
+                if function is not None:
+                    values, weights = flatten(function(x, *theta))[0], flatten(weights)[0]
+                    for value, weight in zip(values, weights, strict=True):
+                        held = held + (weight * value).reshape(*found.shape, -1).sum(-1)
+            return _with_derivative(found, held)
+
+        if layer.on_failure == "mask":
+            stand_in = init, tree_map(lambda t: t if t is None else torch.zeros_like(t), unknowns[1])
+            return _masked(lagrangian, layer.batch_dims, (unknowns, stand_in), theta)
+        return lagrangian(unknowns, *theta)
 
     return smallest
 
@@ -113,14 +135,50 @@ def _value_of_qp(*args: Any, **settings: Any) -> torch.Tensor:
     x, multipliers = qp(**given, return_multipliers=True)
     Q, p = given["Q"], given["p"]
     A, b, G, h, lower, lb, ub = (given.get(name) for name in ("A", "b", "G", "h", "lower", "lb", "ub"))
-    x, y, z = _fixed((x, *multipliers))
-    rows, bounds = z if isinstance(z, tuple) else (z, None)
+    moves = given.get("infeasible") == "closest"
+    if not moves:
+        x, *multipliers = _fixed((x, *multipliers))
+    failed = x.isnan().any(-1) if given.get("on_failure") == "mask" else None
+    if failed is not None:
+        x, *multipliers = tree_map(lambda t: replaced(failed, [t], 0.0)[0], (x, *multipliers))
     found: torch.Tensor = (x * (0.5 * _times(Q, x) + p)).sum(-1)
-    if A is not None and b is not None:
-        found = found + (y * (_times(A, x) - b)).sum(-1)
-    if G is not None:
-        found = found + _held(rows, _times(G, x), lower, h)
-    return found if bounds is None else found + _held(bounds, x, lb, ub)
+    if not moves:
+        y, z = multipliers
+        rows, bounds = z if isinstance(z, tuple) else (z, None)
+        held = torch.zeros_like(found)
+        if A is not None and b is not None:
+            held = held + (y * (_times(A, x) - b)).sum(-1)
+        if G is not None:
+            held = held + _held(rows, _times(G, x), lower, h)
+        found = _with_derivative(found, held if bounds is None else held + _held(bounds, x, lb, ub))
+    return found if failed is None else torch.where(failed, torch.nan, found)
+
+
+def _with_derivative(value: torch.Tensor, term: torch.Tensor) -> torch.Tensor:
+    """``value`` with the derivatives of ``value + term``: the term is zero but for the rounding of x."""
+    return value + (term - term.detach())
+
+
+def _masked(
+    function: Callable[..., torch.Tensor], lane_dims: int, found: tuple[Any, Any], theta: tuple[Any, ...]
+) -> torch.Tensor:
+    """``function(x, *theta)`` of ``found = (x, what stands for it)``; NaN, without a derivative, in masked lanes."""
+    failed = failed_lanes([t for t in flatten(found[0])[0] if t is not None], lane_dims)
+    x = tree_map(lambda t, by: t if t is None else replaced(failed, [t], [by])[0], *found)
+    theta = tree_map(lambda t: finite_data([t], failed)[0] if isinstance(t, torch.Tensor) else t, theta)
+    return torch.where(failed, torch.nan, function(x, *theta))
+
+
+def _stays(terms: Any) -> bool:
+    """Whether a set, or a pytree of sets, is known not to depend on anything that needs a gradient."""
+    known = all(term is None or _is_constant(term) for term in flatten(terms)[0])
+    return known and not callable(terms)
+
+
+def _is_constant(term: ProximalTerm) -> bool:
+    ours = type(term).__module__.startswith("implicitlayer.sets") and not isinstance(term, Projection)
+    data: Leaves = [t for t in flatten(list(vars(term).values()))[0] if isinstance(t, torch.Tensor)]
+    return ours and not any(t.requires_grad for t in data)
 
 
 def _held(

@@ -73,9 +73,14 @@ def failed_lanes(x: Leaves, lane_dims: int) -> torch.Tensor:
     return ravel(x, lane_dims).isnan().any(-1)
 
 
-def finite_data(theta: Leaves) -> Leaves:
-    """theta with ones in place of NaN and Inf, which only masked lanes read."""
-    return [torch.where(t.isfinite(), t, 1.0) if t.is_floating_point() else t for t in theta]
+def finite_data(theta: Sequence[torch.Tensor], failed: torch.Tensor) -> Leaves:
+    """theta with ones in place of NaN and Inf that masked lanes read; of data without lanes, where some lane failed."""
+
+    def finite(t: torch.Tensor) -> torch.Tensor:
+        reads = over_lanes(failed, t) if t.shape[: failed.ndim] == failed.shape else failed.any()
+        return torch.where(t.isfinite() | ~reads, t, 1.0)
+
+    return [finite(t) if t.is_floating_point() else t for t in theta]
 
 
 class FailedResult(SolverResult):

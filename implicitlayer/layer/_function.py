@@ -48,7 +48,7 @@ class LayerSpec:
         if not self.masks:
             return x, rest, None
         failed = failed_lanes(x, self.residual.lane_dims)
-        return replaced(failed, x, rest[:k]), finite_data(rest[k:]), failed
+        return replaced(failed, x, rest[:k]), finite_data(rest[k:], failed), failed
 
     def seen(self, theta: Leaves) -> Leaves:
         """Detached theta for solver and checks, with the closed-over leaves that a checkpoint will read again."""

@@ -232,10 +232,11 @@ class GroupL1(Regularizer):
 def _soft(y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """The soft threshold; entries with t = 0 pass as they are.
 
-    What is taken off is y clamped to [-t, t]. The clamp's derivative in y is 1 on the border: zero would be that of an
-    entry at zero that has no penalty.
+    What is taken off is y clamped to [-t, t], with a derivative in y of 1 on the border: zero would be that of an entry
+    at zero that has no penalty. torch's clamp gives the lower bound no derivative where the two are equal.
     """
-    return y - torch.where((y == 0) & (t == 0), 0 * t, y.clamp(-t, t))
+    inside = torch.where((y == 0) & (t == 0) | t.isnan(), 0 * t, y)
+    return y - torch.where(y > t, t, torch.where(y < -t, -t, inside))
 
 
 def _total(parts: Leaves) -> torch.Tensor:

@@ -35,9 +35,9 @@ class SciPyMinimize(RecordingSolver):
 
     In a layer with ``constraint=il.sets.Box(lower, upper)`` (or ``NonNegative``, or one per part of x) the bounds come
     from there; in one of ``il.constrained_argmin``, the equations and inequalities (SLSQP, trust-constr, COBYQA, and
-    COBYLA, which takes equations from SciPy 1.16 on), unless ``constraints`` are given here. In an unconstrained layer, bounds and constraints that are given
-    here are SciPy's alone: the layer would take an answer that rests on them for a bad solution, so that is an error.
-    Where none of them holds the answer, they are harmless.
+    COBYLA, which takes equations from SciPy 1.16 on), unless ``constraints`` are given here. In an unconstrained layer,
+    bounds and constraints that are given here are SciPy's alone: the layer would take an answer that rests on them for
+    a bad solution, so that is an error. Where none of them holds the answer, they are harmless.
 
     Args:
         method: as in SciPy.

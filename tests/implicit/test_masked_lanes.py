@@ -288,3 +288,17 @@ def test_nan_in_the_theta_of_a_lane_with_constraints_masks_it_though_the_solver_
     assert x[0].tolist() == [1.0, 0.5] and x[1].isnan().all()
     (gradient,) = torch.autograd.grad(x.nansum(), t)
     assert gradient.tolist() == [[0.0, 1.0], [0.0, 0.0]]
+
+
+def test_infinite_data_that_a_good_lane_reads_stay_as_they_are() -> None:
+    def capped(x: Tensor, t: Tensor, upper: Tensor) -> Tensor:
+        return ((x - t) ** 2 + torch.relu(x - upper) ** 2).sum(-1)
+
+    t = torch.tensor([[3.0, 1.0], [2.0, 3.0]], dtype=F64, requires_grad=True)
+    for upper in (torch.tensor([math.inf, 0.5]), torch.tensor([[math.inf, 0.5], [1.0, math.inf]])):
+        found = []
+        for how in ("raise", "mask"):
+            layer = il.argmin(capped, il.solvers.NewtonCG(), batch_dims=1, on_failure=how)  # type: ignore[arg-type]
+            x = layer(torch.zeros(2, 2, dtype=F64), t, upper.double())
+            found.append((x.detach(), *torch.autograd.grad(x.sum(), t)))
+        assert all(map(torch.equal, *found))

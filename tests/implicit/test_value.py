@@ -206,9 +206,96 @@ def test_what_has_no_value_is_refused_with_what_does() -> None:
         il.value(il.root(lambda x, t: x - t, lambda f, x, t: t))
     with pytest.raises(ValueError, match="got function"):
         il.value(lambda x: x)
-    for how in ({"regularizer": il.L1(0.1)}, {"constraint": lambda t: il.sets.Box(-t, t)}):
-        with pytest.raises(ValueError, match=f"how the {next(iter(how))} of this layer"):
-            il.value(il.argmin(lambda x, t: ((x - t) ** 2).sum(), lambda f, x, t: t, **how))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="whether the regularizer of this layer belongs to the value"):
+        il.value(il.argmin(lambda x, t: ((x - t) ** 2).sum(), lambda f, x, t: t, regularizer=il.L1(0.1)))
+
+
+def distance(x: Any, t: Tensor) -> Tensor:
+    return ((torch.cat([*x.values()]) - t) ** 2).sum() if isinstance(x, dict) else ((x - t) ** 2).sum()
+
+
+MOVING = {
+    "Box": lambda t, ub: il.sets.Box(-1.0, ub),
+    "Ball": lambda t, ub: il.sets.Ball(ub.sum()),
+    "Simplex": lambda t, ub: il.sets.Simplex(ub.sum()),
+    "Projection": lambda t, ub: il.sets.Projection(lambda y, *_: torch.minimum(y, ub)),
+    "pytree": lambda t, ub: {"a": il.sets.Box(-1.0, ub[:2]), "b": None},
+}
+
+
+@pytest.mark.parametrize("closed_over", [True, False])
+@pytest.mark.parametrize("kind", MOVING)
+def test_a_set_that_moves_with_its_data_has_its_part_of_the_derivative(kind: str, closed_over: bool) -> None:
+    solver = il.solvers.ProjectedGradient(rtol=1e-14)
+    init: Any = torch.zeros(3, dtype=F64)
+    init = {"a": init[:2], "b": init[2:]} if kind == "pytree" else init
+
+    def found(t: Tensor, ub: Tensor) -> Tensor:
+        if closed_over:
+            return il.value(il.argmin(distance, solver, constraint=MOVING[kind](t, ub)))(init, t)
+        layer = il.argmin(lambda x, t, _: distance(x, t), solver, constraint=MOVING[kind])
+        return il.value(layer)(init, t, ub)
+
+    leaves = [torch.tensor([2.0, 0.1, -3.0], dtype=F64), torch.tensor([0.4, 0.7, 0.9], dtype=F64)]
+    leaves = [t.requires_grad_() for t in leaves]
+    for graph in (False, True):  # the first derivative does not depend on whether it makes one
+        got = torch.autograd.grad(found(*leaves), leaves, create_graph=graph)
+        for slope, want in zip(got, differences_of(found, leaves), strict=True):
+            assert relative_error(slope.detach(), want) < 1e-8
+
+
+def test_the_value_of_a_closest_program_is_that_of_its_solution() -> None:
+    def found(lb: Tensor, ub: Tensor) -> Tensor:
+        return il.value(il.qp)(EYE[:2, :2], torch.zeros(2, dtype=F64), lb=lb, ub=ub, infeasible="closest")
+
+    sides = torch.tensor([1.0, 1.0], dtype=F64), torch.tensor([0.0, 5.0], dtype=F64)
+    sides = sides[0].requires_grad_(), sides[1].requires_grad_()
+    value = found(*sides)  # 1/2 |x|^2 at x = ((1 + 0) / 2, 1)
+    assert float(value.detach()) == pytest.approx(0.625, abs=1e-12)
+    by_lb, by_ub = torch.autograd.grad(value, sides)
+    assert by_lb.tolist() == pytest.approx([0.25, 1.0]) and by_ub.tolist() == pytest.approx([0.25, 0.0])
+
+
+def test_the_value_where_a_violation_is_to_be_ignored_is_that_of_the_objective() -> None:
+    layer = il.constrained_argmin(
+        lambda x, t: ((x - t) ** 2).sum(),
+        lambda f, x, t: (x, (torch.ones(1, dtype=F64), None)),
+        equality=lambda x, t: x.sum()[None] - 0.5,
+        on_failure="ignore",
+        solver_returns_multipliers=True,
+    )
+    t = torch.tensor([1.0, 2.0], dtype=F64)
+    assert float(il.value(layer)(torch.ones(2, dtype=F64), t)) == 1.0
+
+
+def test_a_masked_lane_has_no_value_and_costs_no_other_lane_its_derivative() -> None:
+    shared = torch.tensor(1.5, dtype=F64, requires_grad=True)
+    t = torch.tensor([[1.0, 2.0], [torch.nan, 3.0], [3.0, 1.0]], dtype=F64, requires_grad=True)
+    init = torch.ones(3, 2, dtype=F64)
+    layer = il.argmin(
+        lambda x, t, s: (s * x**2 - t * x.log()).sum(-1), il.solvers.NewtonCG(), batch_dims=1, on_failure="mask"
+    )
+    constrained = il.constrained_argmin(
+        lambda x, t, s: (s * (x - t) ** 2).sum(-1),
+        il.solvers.SQP(),
+        equality=lambda x, t, s: x.sum(-1, keepdim=True) - 1,
+        batch_dims=1,
+        on_failure="mask",
+    )
+    for some in (layer, constrained):
+        value = il.value(some)(init, t, shared)
+        assert value.isnan().tolist() == [False, True, False]
+        by_t, by_shared = torch.autograd.grad(value[~value.isnan()].sum(), (t, shared))
+        alone = il.value(some)(init[::2], t.detach()[::2].requires_grad_(), shared)
+        (want,) = torch.autograd.grad(alone.sum(), shared)
+        assert torch.equal(by_t[1], torch.zeros(2, dtype=F64)) and float(by_shared) == pytest.approx(float(want))
+    Q = torch.eye(2, dtype=F64, requires_grad=True)
+    lb = torch.tensor([[0.5, 0.0], [2.0, 0.0]], dtype=F64)
+    ones = torch.ones(2, dtype=F64)
+    value = il.value(il.qp)(Q, ones, lb=lb, ub=ones, on_failure="mask")  # 2 <= x <= 1 in the second lane
+    assert value.isnan().tolist() == [False, True]
+    (by_Q,) = torch.autograd.grad(value[~value.isnan()].sum(), Q)
+    assert by_Q.flatten().tolist() == pytest.approx([0.125, 0.0, 0.0, 0.0], abs=1e-12)  # x x' / 2 at (0.5, 0)
 
 
 def test_a_set_that_does_not_depend_on_theta_is_no_matter() -> None:

@@ -121,3 +121,23 @@ def test_a_prox_of_the_user_sees_step_and_theta() -> None:
 def test_wrong_arguments_are_named(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("make", [il.L1, lambda s: il.ElasticNet(s, 0.5)], ids=["L1", "ElasticNet"])
+def test_the_derivative_in_a_strength_of_zero_is_the_one_from_above_on_both_sides_of_zero(make: Any) -> None:
+    # x = sign(y) (|y| - step s) / (1 + step l2): the limit of strengths that fall to zero
+    y, strength = torch.tensor([2.0, 0.5, -3.0], dtype=F64), torch.zeros(3, dtype=F64, requires_grad=True)
+    (at_zero,) = torch.autograd.grad(make(strength).prox(y, 2.0).sum(), strength)
+    small = torch.full((3,), 1e-3, dtype=F64, requires_grad=True)
+    (near,) = torch.autograd.grad(make(small).prox(y, 2.0).sum(), small)
+    assert torch.equal(at_zero, near) and at_zero.sign().tolist() == [-1.0, -1.0, 1.0]
+
+
+def test_a_layer_learns_a_strength_that_begins_at_zero() -> None:
+    y = torch.tensor([2.0, 0.5, -3.0], dtype=F64)
+    strength = torch.zeros((), dtype=F64, requires_grad=True)
+    layer = il.argmin(
+        lambda x, s: 0.5 * ((x - y) ** 2).sum(), il.solvers.ProximalGradient(rtol=1e-13), regularizer=lambda s: il.L1(s)
+    )
+    jacobian = torch.func.jacrev(lambda s: layer(torch.zeros(3, dtype=F64), s))(strength)
+    assert jacobian.tolist() == [-1.0, -1.0, 1.0]
