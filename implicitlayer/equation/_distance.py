@@ -143,7 +143,8 @@ def stationarity(
     if least is None:
         least = torch.full_like(size, NOISE * torch.finfo(here.dtype).eps * max(here.shape[-1], 1) ** 0.5)
     size = torch.maximum(size, least.to(size.dtype))
-    relative = torch.where(distance == 0, none, distance / size)
+    # an answer that has run away so far that its size is no number is no solution
+    relative = torch.where(distance == 0, none, (distance / size).nan_to_num(torch.inf, torch.inf))
     return Stationarity(gradient, product * scale, squared.sqrt() * scale[..., 0], distance, relative, size)
 
 
@@ -175,23 +176,36 @@ def has_random_curvature(residual: Residual, x: Leaves, theta: Leaves, rtol: flo
 # the size of x: near the border of a log barrier H changes over a tiny part of x. With a step d along F,
 #     F(x - d) = F - H d + 1/2 (H' d) d + ...,   so that   2 ||F(x - d) - F + H d|| / ||H d||
 # is the relative change of H along d. d has the length of the lower bound of the distance; H d comes with it.
+# Of a J that is not symmetric J'F comes with it: with d = s J'F, s = ||F||^2 / ||J'F||^2, of that same length,
+#     <F, J d> = ||F||^2,   so that   2 |<F, F(x - d)>| / ||F||^2   is the change of J along d, as F sees it.
 TIGHT = 0.5  # this power of eps, over the size of x, is near enough: nothing is looked at
 CLEAR = 100.0  # F must be this much above its rounding, of which the change is made otherwise
 
 
 def hessian_change(residual: Residual, x: Leaves, theta: Leaves, at: Stationarity) -> torch.Tensor:
-    """Relative change [*lanes] of the Hessian from x to the solution, as far as a step along F tells; one gradient.
+    """Relative change [*lanes] of dF/dx from x to the solution, as far as one step tells; one evaluation of F.
 
     Zero where the answer is near enough that it cannot matter, or where F is not clear of its rounding.
     """
     none = torch.zeros_like(at.norm)
     eps = torch.finfo(at.gradient.dtype).eps
-    if not residual.is_gradient or not bool((at.distance > eps**TIGHT * at.size).any()):
+    if not bool((at.distance > eps**TIGHT * at.size).any()):
         return none
     lane_dims = residual.lane_dims
-    change = change_along(
-        at, ravel(x, lane_dims), lambda there: _value_at(residual, unravel(there, x, lane_dims), theta)
-    )
+    here = ravel(x, lane_dims)
+
+    def value_at(there: torch.Tensor) -> torch.Tensor:
+        return _value_at(residual, unravel(there, x, lane_dims), theta)
+
+    if residual.is_gradient:
+        change = change_along(at, here, value_at)
+    else:
+        step = (
+            at.product * torch.where(at.norm > 0, at.distance / lane_norm(at.product), none).to(here.dtype)[..., None]
+        )
+        unit = at.gradient / lane_scale(at.gradient)
+        turned = lane_dot(unit, value_at(here - step) / lane_scale(at.gradient))
+        change = (2 * turned.abs() / lane_dot(unit, unit)).nan_to_num(torch.inf)
     return torch.where(at.distance > eps**TIGHT * at.size, change, none)
 
 

@@ -56,3 +56,49 @@ def test_a_pseudo_huber_loss_has_its_gradient_in_any_unit(unit: float, width: fl
     curvature = (1 + ((x - t).detach() / (width * unit)) ** 2) ** -1.5  # of the loss; dx / dt = curvature / (both)
     expected = curvature / (curvature + ridge)
     assert torch.allclose(torch.autograd.grad(x.sum(), t)[0], expected, rtol=1e-6, atol=0.0)
+
+
+def of_cube(kind: str, off: float, **settings: Any) -> Any:
+    """x = t^(1/3), in equations that a rotation mixes, found with this relative error; dx / dt = 1 / (3 x^2)."""
+    turn = torch.tensor([[0.6, 0.8], [-0.8, 0.6]], dtype=F64)
+
+    def residual(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return turn @ (x**3 - t)
+
+    def solver(f: Any, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return t ** (1 / 3) * (1 + off)
+
+    if kind == "root":
+        return il.root(residual, solver, linear_solver=il.Dense(), **settings)
+    return il.fixed_point(lambda x, t: x - residual(x, t), solver, linear_solver=il.Dense(), **settings)
+
+
+@pytest.mark.parametrize("kind", ["root", "fixed_point"])
+def test_a_jacobian_that_changes_over_the_distance_of_the_answer_is_told(kind: str) -> None:
+    t = torch.tensor([1e-12, 2e-12], dtype=F64, requires_grad=True)
+    init = torch.ones(2, dtype=F64)  # the answer is within 1e-3 of the way from here, and off by a tenth of itself
+    with pytest.warns(il.StationarityWarning, match=r"the Jacobian changes by \d\.\de-01 of itself over that distance"):
+        x = of_cube(kind, 0.1)(init, t)
+    (slope,) = torch.autograd.grad(x.sum(), t)
+    assert slope.tolist() == pytest.approx((1 / (3 * 1.1**2 * t.detach() ** (2 / 3))).tolist()), "else it tests nothing"
+    with pytest.raises(il.StationarityError, match="the Jacobian changes by"):
+        of_cube(kind, 0.1, on_failure="raise")(init, t)
+    exact = of_cube(kind, 0.1, on_failure="raise", polish=8)(init, t)
+    (slope,) = torch.autograd.grad(exact.sum(), t)
+    # a map near the identity rounds x - map(x) by eps |x|, which J = 3 x^2 = 3e-8 takes for 7e-9 of |x|
+    assert slope.tolist() == pytest.approx((1 / (3 * t.detach() ** (2 / 3))).tolist(), rel=1e-7)
+    of_cube(kind, 1e-4, on_failure="raise")(init, t)
+
+
+@pytest.mark.parametrize("solver", [il.solvers.Newton(), il.solvers.Broyden()], ids=["Newton", "Broyden"])
+def test_a_root_that_the_librarys_own_solver_leaves_early_is_told(solver: Any) -> None:
+    t = torch.tensor([1e-12], dtype=F64, requires_grad=True)
+    with pytest.warns(il.StationarityWarning, match="the Jacobian changes"):
+        il.root(lambda x, t: x**3 - t, solver)(torch.ones(1, dtype=F64), t)
+
+
+def test_an_answer_that_has_run_away_to_where_numbers_end_is_told() -> None:
+    t = torch.tensor([-1.0], dtype=F64, requires_grad=True)  # exp(x) + x has no minimum
+    layer = il.argmin(lambda x, t: (x.exp() - t * x).sum(), lambda f, x, t: torch.full_like(x, -1.79e308))
+    with pytest.warns(il.StationarityWarning, match=r"at least about inf away \(inf of its size"):
+        il.value(layer)(torch.zeros(1, dtype=F64), t)
