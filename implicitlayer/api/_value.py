@@ -77,7 +77,10 @@ def value(layer: Callable[..., Any]) -> Callable[..., torch.Tensor]:
     inner = layer._layer if isinstance(layer, ArgminLayer) else layer
     if not isinstance(inner, ImplicitLayer) or inner.kind != "argmin":
         what = inner.kind if isinstance(inner, ImplicitLayer) else type(layer).__name__
-        raise ValueError(f"il.value needs a layer that minimises, or il.qp; got {what}. An equation has no value.")
+        raise ValueError(
+            f"il.value needs a layer that minimises (of il.argmin or il.constrained_argmin), or il.qp; got {what}. An "
+            "equation has no value; where there is an objective, compute it at the layer's answer."
+        )
     if isinstance(inner, ProxLayer) and inner.terms_name == "regularizer":
         raise ValueError(
             "il.value cannot tell whether the regularizer of this layer belongs to the value. Compute the objective, "

@@ -143,6 +143,11 @@ def _check(layer: Any, max_steps: int, rtol: float, atol: float) -> None:
             "linear solver are run at changing tolerances. Around anything else write the loop by hand: "
             "outer(layer(init, theta), theta).backward(); optimizer.step()."
         )
+    if layer.on_failure == "mask":
+        raise ValueError(
+            'il.bilevel has no use for a layer with on_failure="mask": it begins every solve at the last answer, and a '
+            'lane without a solution would go on running. Leave it out, or pass "raise" to hear of it at once.'
+        )
     for name, value in (("max_steps", max_steps), ("rtol", rtol), ("atol", atol)):
         if not 0 <= value < math.inf:
             raise ValueError(f"{name}={value} must be non-negative and finite.")

@@ -223,3 +223,9 @@ def test_a_wrong_use_is_named_with_the_remedy(change: dict[str, Any], error: typ
     keywords = {name: given.pop(name) for name in ("max_steps", "rtol", "optimizer") if name in given}
     with pytest.raises(error, match=message):
         il.bilevel(given["outer"], given["layer"], given["theta"], init=ZEROS, **keywords)
+
+
+def test_a_layer_that_masks_lanes_is_refused() -> None:
+    layer = il.argmin(lambda x, t: ((x - t) ** 2).sum(-1), il.solvers.NewtonCG(), batch_dims=1, on_failure="mask")
+    with pytest.raises(ValueError, match='no use for a layer with on_failure="mask"'):
+        il.bilevel(lambda x, t: x.sum(), layer, torch.zeros(2, 1, dtype=F64), init=torch.zeros(2, 1, dtype=F64))
