@@ -22,7 +22,6 @@ MIN_FACE_SIMILARITY = 0.5  # a face whose picture of a letter differs more than 
 
 
 def codepoint_of(name: str) -> int:
-    """The code point in a class name."""
     return int(name.rpartition("U+")[2], 16)
 
 

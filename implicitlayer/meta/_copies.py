@@ -71,7 +71,6 @@ class Copies:
 
     @property
     def count(self) -> int:
-        """C."""
         return int(self.mesh.size(0))
 
     @property

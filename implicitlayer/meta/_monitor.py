@@ -101,7 +101,6 @@ class Progress:
             print(f"{self._name} {done:4.0%} {words}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the last state on the screen."""
         if self._bar is not None:
             self._bar.refresh()
             self._bar.close()
@@ -129,15 +128,12 @@ class EventLog:
         self._writer = SummaryWriter(str(run_dir), purge_step=first_step)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write the numbers of one record at its step."""
         for name, value in record.items():
             if name != "step":
                 self._writer.add_scalar(name, value, record["step"])
 
     def flush(self) -> None:
-        """Put all that was written on the disk."""
         self._writer.flush()
 
     def close(self) -> None:
-        """Flush and end the file."""
         self._writer.close()

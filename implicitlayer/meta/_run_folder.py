@@ -62,13 +62,11 @@ class RunFolder:
         probe.unlink()
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write the last state and its history."""
         self._save(self.last, state)
         if self._group.is_first:
             save_json_lines(self.folder / "metrics.jsonl", state["history"])
 
     def save_best(self, state: dict[str, Any]) -> None:
-        """Write the best state."""
         self._save(self.best, state)
 
     def with_parts(self, state: dict[str, Any], likes: dict[str, Any]) -> dict[str, Any]:

@@ -241,7 +241,6 @@ class _Search:
         return float(mean.detach()) / unit, gradient.numpy() * _DECADE / unit
 
     def results(self) -> dict[str, Any]:
-        """What was tried, as scikit-learn has it."""
         scores = -np.array([losses for _, losses, _ in self.tried])
         params = [
             {n: v.exp().numpy() for n, v in theta.items()} if self.per_feature else self.model.parameters(theta)

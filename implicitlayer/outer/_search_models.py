@@ -68,12 +68,10 @@ class Squares(Model):
     """Ridge, Lasso, ElasticNet: the intercept is eliminated by centred columns."""
 
     def prepare(self, X: torch.Tensor, y: torch.Tensor, train: np.ndarray, test: np.ndarray) -> Fold:
-        """The rows of one split."""
         centre, mean = (X[train].mean(0), y[train].mean()) if self.intercept else (torch.zeros(()), torch.zeros(()))
         return Fold(X[train] - centre, y[train] - mean, X[test] - centre, y[test] - mean)
 
     def init(self, fold: Fold) -> Any:
-        """Where the first solve begins."""
         return fold.X.new_zeros(fold.X.shape[1])
 
     def read(self, fitted: Any, scale: torch.Tensor | None) -> Any:
@@ -152,17 +150,14 @@ class LogisticModel(Model):
     tight: ClassVar[dict[str, Any]] = {"tol": 1e-8, "max_iter": 10_000}
 
     def prepare(self, X: torch.Tensor, y: torch.Tensor, train: np.ndarray, test: np.ndarray) -> Fold:
-        """The rows of one split."""
         return Fold(X[train], y[train], X[test], y[test])
 
     def init(self, fold: Fold) -> Any:
-        """Where the first solve begins."""
         rows = 1 if self.num_classes == 2 else self.num_classes
         weights = {"coef": fold.X.new_zeros(rows, fold.X.shape[1])}
         return weights | ({"intercept": fold.X.new_zeros(rows)} if self.intercept else {})
 
     def read(self, fitted: Any, scale: torch.Tensor | None) -> Any:
-        """The unknowns from a fitted estimator."""
         w = torch.as_tensor(np.array(fitted.coef_, dtype=np.float64))
         weights = {"coef": w if scale is None else w * scale}
         if self.intercept:

@@ -258,7 +258,6 @@ def _notes(check: Check, stationary: bool, settings: dict[str, Any], another: tu
 
 
 def _warned(caught: list[warnings.WarningMessage]) -> list[str]:
-    """What was warned, warnings of the package first."""
     messages = dict.fromkeys(
         f"{w.category.__name__}: {w.message}" for w in caught if not issubclass(w.category, DeprecationWarning)
     )

@@ -189,8 +189,6 @@ def _at_step(sample: Sample, h: float, eps: float) -> Difference | None:
 
 @dataclass(eq=False)
 class SolverDifferences:
-    """Central differences of the solver along directions in theta."""
-
     equation: Equation
     answer: Callable[[Leaves], Leaves]
     accuracy: Accuracy

@@ -79,11 +79,9 @@ class Check(SolverDifferences):
 
     @cached_property
     def quotients(self) -> list[list[Difference | None]]:
-        """Differences of the solver along all ``directions``."""
         return [[self.along({j: d}) for _, d in chosen] for j, chosen in enumerate(self.directions)]
 
     def call(self, theta: Leaves, init: Leaves | None = None) -> Leaves:
-        """The layer, leaves to leaves."""
         start = [t.clone() for t in self.equation.init] if init is None else init
         x = self.layer(self.equation.tree(start), *self.equation.arguments(theta))
         if self.layer.solver_has_aux:
@@ -128,12 +126,10 @@ def filled(gradients: list[torch.Tensor | None], like: Leaves) -> list[torch.Ten
 
 
 def prefixed(label: str, entry: Callable[[int], str]) -> Callable[[int], str]:
-    """Names entries with a label in front."""
     return lambda i: (label + entry(i)).strip()
 
 
 def total(terms: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Sum of 0-d float64 tensors; 0 for none."""
     return sum(terms, torch.zeros((), dtype=torch.float64))
 
 

@@ -309,7 +309,6 @@ def _solve(
     theta: Any,
     settings: dict[str, Any],
 ) -> Any:
-    """The layer's answer, detached."""
     with torch.no_grad():
         found = _LAYERS[kind](objective, solver, **settings)(init, *theta)
     return found[0] if settings.get("solver_has_aux") else found

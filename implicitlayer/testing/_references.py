@@ -99,7 +99,6 @@ class Equation:
         return unravel(flat, self.init, 0)
 
     def entry(self, i: int) -> str:
-        """The name of entry i of x."""
         for name, leaf in zip(self.x_names, self.init, strict=True):
             if i < leaf.numel():
                 index = [int(k) for k in torch.unravel_index(torch.tensor(i), leaf.shape)] if leaf.ndim else []
@@ -128,7 +127,6 @@ class Equation:
 
 
 def flat(leaves: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Leaves as one float64 vector."""
     return torch.cat([plain(t).reshape(-1) for t in leaves])
 
 
