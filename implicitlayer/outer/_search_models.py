@@ -35,7 +35,7 @@ class Model:
     searched: tuple[str, ...] = ("alpha",)
     fixed: ClassVar[Settings]
     power = 0.5  # of the penalty in the scale of a column
-    tight: ClassVar[dict[str, Any]]  # what the fits of a search need to be differentiated
+    tight: ClassVar[dict[str, Any]] = {}  # what the fits of a search need to be differentiated
 
     def __init__(self, estimator: Any, num_classes: int) -> None:
         self.estimator, self.num_classes = estimator, num_classes
@@ -67,6 +67,8 @@ class Model:
 class Squares(Model):
     """Ridge, Lasso, ElasticNet: the intercept is eliminated by centred columns."""
 
+    fixed: ClassVar[Settings] = {"positive": (False,)}
+
     def prepare(self, X: torch.Tensor, y: torch.Tensor, train: np.ndarray, test: np.ndarray) -> Fold:
         centre, mean = (X[train].mean(0), y[train].mean()) if self.intercept else (torch.zeros(()), torch.zeros(()))
         return Fold(X[train] - centre, y[train] - mean, X[test] - centre, y[test] - mean)
@@ -88,9 +90,6 @@ class Squares(Model):
 class RidgeModel(Squares):
     """``||y - Xw||^2 + alpha ||w||^2``."""
 
-    fixed: ClassVar[Settings] = {"positive": (False,)}
-    tight: ClassVar[dict[str, Any]] = {}
-
     def layer(self, solver: Any) -> ImplicitLayer:
         """(init, theta, fold) -> w."""
         return argmin(lambda w, t, fold: ((fold.X @ w - fold.y) ** 2).sum() + (t["alpha"].exp() * w**2).sum(), solver)
@@ -103,7 +102,6 @@ class RidgeModel(Squares):
 class LassoModel(Squares):
     """``||y - Xw||^2 / (2 n) + alpha (l1_ratio ||w||_1 + (1 - l1_ratio) / 2 ||w||^2)``."""
 
-    fixed: ClassVar[Settings] = {"positive": (False,)}
     power = 1.0
     tight: ClassVar[dict[str, Any]] = {"tol": 1e-9, "max_iter": 100_000, "selection": "cyclic"}
 

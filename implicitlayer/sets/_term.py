@@ -113,12 +113,9 @@ class PerPart(ProximalTerm):
         return self._join([p if t is None else t.prox(p, step, lane_dims) for t, p in parts], y)
 
     def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
-        held, margins = [], []
-        for term, part in zip(self.terms, self._parts(y), strict=True):
-            both = free(part) if term is None else term.activity(part, step, lane_dims)
-            held.append(both[0])
-            margins.append(both[1])
-        return self._join(held, y), self._join(margins, y)
+        pairs = zip(self.terms, self._parts(y), strict=True)
+        found = [free(part) if term is None else term.activity(part, step, lane_dims) for term, part in pairs]
+        return self._join([held for held, _ in found], y), self._join([margins for _, margins in found], y)
 
     def diagonal(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
         """Each part by its own term; None unless all are known."""
