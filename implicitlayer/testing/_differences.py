@@ -89,7 +89,7 @@ class Accuracy:
         if self.system is None:
             return torch.zeros(())
         if self.corrected is None:
-            return torch.zeros(self.system.shapes[j].numel(), dtype=torch.float64)
+            return cotangent.new_zeros(self.system.mixed[j].shape[1])
         return (self.system.vjp(j, cotangent) - self.corrected.vjp(j, cotangent)).abs()
 
     def coarse_jvp(self, j: int, tangent: torch.Tensor) -> torch.Tensor:
