@@ -121,7 +121,6 @@ def _resolve(layer: Any, args: tuple[Any, ...]) -> tuple[ImplicitLayer, Any, Any
 
 
 def _module_arguments(layer: ArgminLayer, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    """init and theta of a module's forward."""
     if layer.init is None:
         if not args:
             raise TypeError("explain_gradient(module, init, *theta) needs init: none was stored in the module.")

@@ -214,7 +214,6 @@ def _walk(value: Any, name: str, where: str, found: Named, seen: set[int], depth
 
 
 def _children(value: Any, name: str, where: str) -> Iterator[tuple[Any, str, str]]:
-    """What ``value`` holds, with its names."""
     if isinstance(value, dict):
         yield from ((v, f"{name}[{k!r}]", where) for k, v in list(value.items())[:_MAX_ITEMS])
     elif isinstance(value, (list, tuple)):

@@ -128,7 +128,7 @@ class Tracer(TorchFunctionMode):
         if name == "__setitem__" or name == "copy_":
             leaving.append(args[0])
         self._pass_on(leaving, live, touched, call)
-        kind = self._cut(func, name, result, leaving) if live else None
+        kind = self._cut(func, name, leaving) if live else None
         if kind is not None:
             self.cuts.append(Call(call.name, call.where, live, kind))
         return result
@@ -154,7 +154,7 @@ class Tracer(TorchFunctionMode):
                 if len(self.outputs) < _MAX_OUTPUTS and not _torch.is_wrapped(tensor):
                     self.outputs.append((tensor, call))
 
-    def _cut(self, func: Any, name: str, result: Any, leaving: list[torch.Tensor]) -> CutKind | None:
+    def _cut(self, func: Any, name: str, leaving: list[torch.Tensor]) -> CutKind | None:
         if name in _NUMPY:
             return "numpy"
         if name in _TRUTH:
@@ -171,9 +171,8 @@ class Tracer(TorchFunctionMode):
             return "branch"
         if not any(t.is_floating_point() or t.is_complex() for t in leaving):
             return "integers"
-        if func == torch.Tensor.data.__get__:  # type: ignore[attr-defined]
-            return "exit"
-        return "exit" if torch.is_grad_enabled() else "no_grad"
+        by_data = func == torch.Tensor.data.__get__  # type: ignore[attr-defined]
+        return "exit" if by_data or torch.is_grad_enabled() else "no_grad"
 
 
 def _written(func: Any, name: str) -> str:

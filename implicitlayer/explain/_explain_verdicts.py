@@ -61,8 +61,11 @@ def verdict_of(tensor: torch.Tensor, fact: Facts, words: Words) -> Verdict:
         )
     if fact.failure is not None:
         call = fact.numpy or next(iter(fact.cuts), None)
-        where = None if call is None else call.where
-        return Verdict("error", _failure(fact), where)
+        message = str(fact.failure).strip().split("\n")[0]
+        if fact.numpy is not None:
+            message = f"NumPy reads it at {fact.numpy}, which a backward cannot follow. {_REMEDIES['numpy']}"
+        sentence = f"the layer raises {type(fact.failure).__name__}: {message}"
+        return Verdict("error", sentence, None if call is None else call.where)
     reason, culprit = _why_not(fact, words) if tensor.numel() else ("", None)
     where = culprit.where if culprit is not None else None
     if not wanted:
@@ -163,10 +166,3 @@ def _why_not(fact: Facts, words: Words) -> tuple[str, Call | None]:
 def _exits(fact: Facts) -> list[Call]:
     """Cuts where a value leaves, one for each line."""
     return list({str(cut): cut for cut in fact.cuts if cut.kind != "branch"}.values())
-
-
-def _failure(fact: Facts) -> str:
-    message = str(fact.failure).strip().split("\n")[0]
-    if fact.numpy is not None:
-        message = f"NumPy reads it at {fact.numpy}, which a backward cannot follow. {_REMEDIES['numpy']}"
-    return f"the layer raises {type(fact.failure).__name__}: {message}"

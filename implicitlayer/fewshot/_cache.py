@@ -7,7 +7,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +19,8 @@ from implicitlayer._errors import ImplicitLayerWarning
 from implicitlayer.base._optional import extra
 
 FORMAT = 1  # raise it when the meaning of a cached block changes, so that old files are left alone
+
+Files = Mapping[str, Sequence[Path]]  # of each class
 
 
 def cache_folder() -> Path:
@@ -35,6 +37,16 @@ def places_of(root: str | os.PathLike[str] | None, subfolder: str = "") -> tuple
     data = os.environ.get("IMPLICITLAYER_DATA")
     places = [*([Path(data).expanduser()] if data else []), cache_folder() / subfolder]
     return places, " Or say where it is with root= or the variable IMPLICITLAYER_DATA."
+
+
+def fingerprint(files: Files) -> str:
+    """Changes when a file's name, size or time does."""
+    digest = hashlib.sha256()
+    for name, paths in files.items():
+        for path in paths:
+            status = path.stat()
+            digest.update(f"{name}/{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
 
 
 def cached_images(
@@ -61,21 +73,19 @@ def cached_images(
     digest = hashlib.sha256(json.dumps([FORMAT, *key]).encode()).hexdigest()[:16]
     path = folder / f"{name}-{digest}.npy"
     found = _load(path, shape)
+    if found is None:
+        try:
+            _save(path, shape, build)
+            found = _load(path, shape)
+        except _CannotWrite as error:
+            warnings.warn(
+                f"Decoded pictures could not be kept in {folder} ({error}); they will be made again next time. "
+                "Give a folder that can be written with cache_dir= or the variable XDG_CACHE_HOME.",
+                ImplicitLayerWarning,
+                stacklevel=3,
+            )
     if found is not None:
         return found
-    try:
-        _save(path, shape, build)
-    except _CannotWrite as error:
-        warnings.warn(
-            f"Decoded pictures could not be kept in {folder} ({error}); they will be made again next time. "
-            "Give a folder that can be written with cache_dir= or the variable XDG_CACHE_HOME.",
-            ImplicitLayerWarning,
-            stacklevel=3,
-        )
-    else:
-        found = _load(path, shape)
-        if found is not None:
-            return found
     images = np.empty(shape, dtype=np.uint8)
     for index, part in enumerate(build()):
         images[index] = part

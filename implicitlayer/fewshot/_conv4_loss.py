@@ -275,7 +275,6 @@ class Evaluation:
         return _Losses.apply(self, *(params[name] for name in self.names))  # type: ignore[no-any-return]
 
     def named(self, tensors: Sequence[Tensor]) -> Params:
-        """The tensors by name."""
         return dict(zip(self.names, tensors, strict=True))
 
 

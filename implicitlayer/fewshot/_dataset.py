@@ -137,7 +137,6 @@ class ImageClasses:
 
 
 def check_image_size(image_size: int) -> None:
-    """Refuse what is no picture size."""
     if isinstance(image_size, bool) or not isinstance(image_size, int) or image_size < 8:
         raise ValueError(
             f"image_size={image_size!r} must be an integer of at least 8 pixels. Omniglot papers use 28, "

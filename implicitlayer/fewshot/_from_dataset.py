@@ -107,7 +107,8 @@ def _as_bytes(picture: Any, index: int) -> NDArray[np.uint8]:
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if (array.ndim != 2 and (array.ndim != 3 or array.shape[2] != NUM_COLOURS)) or 0 in array.shape:
-        raise ValueError(f"dataset[{index}] has a picture of shape {_shape(picture)} and must have {layout}.")
+        shape = tuple(picture.shape) if isinstance(picture, Tensor) else np.asarray(picture).shape
+        raise ValueError(f"dataset[{index}] has a picture of shape {shape} and must have {layout}.")
     if array.dtype == np.uint8:
         return np.asarray(array, dtype=np.uint8)
     least, most = float(array.min()), float(array.max())
@@ -134,10 +135,6 @@ def _on_white(picture: Any, index: int) -> Any:
             "Put it on dark paper in the dataset."
         )
     return seen
-
-
-def _shape(picture: Any) -> tuple[int, ...]:
-    return tuple(picture.shape) if isinstance(picture, Tensor) else np.asarray(picture).shape
 
 
 def _resized(picture: NDArray[np.uint8], image_size: int) -> NDArray[np.uint8]:

@@ -1,20 +1,11 @@
-"""Which characters are classes of :class:`Glyphs`: letters of many scripts, with everything that looks alike merged.
+"""How the classes of :class:`Glyphs` are drawn: faces of the fonts that matplotlib ships, and a letter's ink in them.
 
-``write_splits()`` writes ``splits/glyphs.json`` anew; the stored file is what users get.
-
-NOTE [look-alikes]: Latin A, Greek Alpha and Cyrillic A are three code points and one picture. Were they in different
-splits, a "new" class would be an old one. So characters are compared as pictures before anything is split: ink cropped
-and scaled to one size (o is O), slightly blurred (a pixel's shift does not count), in each regular face that has both,
-and in all four quarter turns (turned classes are used in training). In the order of their code points, a character is
-kept only if its cosine similarity to every one kept so far stays below MAX_SIMILARITY.
+Which letters are classes, and in which split each is, is stored in ``splits/glyphs.json``.
 """
 
 from __future__ import annotations
 
 import functools
-import json
-import unicodedata
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,26 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from implicitlayer.base._optional import extra
-from implicitlayer.fewshot._splits import SEED, hash_split
 
 # Regular and bold of each family. Italics are left out: their cursive forms (Cyrillic te as m) are other characters'.
 REGULAR_FACES = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral")
 FACES = (*REGULAR_FACES, "DejaVuSans-Bold", "DejaVuSerif-Bold", "DejaVuSansMono-Bold", "STIXGeneralBol")
 FONT_SIZE = 96  # pixels to the em
-MAX_SIMILARITY = 0.88  # chosen by eye on pairs of pictures: above it mostly one letter in two scripts, below it two
 MIN_FACE_SIMILARITY = 0.5  # a face whose picture of a letter differs more than this from DejaVu Sans' draws another one
-NUM_VAL, NUM_TEST = 80, 150
-SCRIPTS = {"CANADIAN": "CanadianSyllabics", "OLD": "OldItalic", "TURNED": "Latin", "ROMAN": "Latin"}
-
-
-def class_name(codepoint: int) -> str:
-    """``"<Script>/U+XXXX"``, as in ``"Greek/U+03B1"``."""
-    first = unicodedata.name(chr(codepoint)).split()[0]
-    return f"{SCRIPTS.get(first, first.title())}/U+{codepoint:04X}"
 
 
 def codepoint_of(name: str) -> int:
-    """The code point in a class name."""
     return int(name.rpartition("U+")[2], 16)
 
 
@@ -104,22 +84,6 @@ def descriptor(codepoint: int, face: str, side: int = 24) -> NDArray[np.float32]
     return unit
 
 
-def similarity(codepoints: Sequence[int]) -> NDArray[np.float32]:
-    """``[n, n]``: largest cosine over regular faces and quarter turns (NOTE [look-alikes]); 0 on the diagonal."""
-    result = np.zeros((len(codepoints),) * 2, dtype=np.float32)
-    for face in REGULAR_FACES:
-        drawn = [(i, descriptor(c, face)) for i, c in enumerate(codepoints) if face in faces_of(c)]
-        rows = np.array([i for i, d in drawn if d is not None])
-        units = np.stack([d for _, d in drawn if d is not None])
-        flat = units.reshape(len(units), -1)
-        for quarter in range(4):
-            turned = np.rot90(units, quarter, (1, 2)).reshape(len(units), -1)
-            cosine = flat @ turned.T
-            result[np.ix_(rows, rows)] = np.maximum(result[np.ix_(rows, rows)], np.maximum(cosine, cosine.T))
-    np.fill_diagonal(result, 0)
-    return result
-
-
 @functools.cache
 def faces_of(codepoint: int) -> tuple[str, ...]:
     """The faces that draw this character, and draw it as DejaVu Sans does."""
@@ -130,46 +94,3 @@ def faces_of(codepoint: int) -> tuple[str, ...]:
         if drawn is not None and reference is not None and float((drawn * reference).sum()) >= MIN_FACE_SIMILARITY:
             found.append(face)
     return tuple(found)
-
-
-def candidates() -> list[int]:
-    """Letters in the regular and bold sans faces, without composed ones (é is e and an accent) and formula letters."""
-    found = []
-    for codepoint in sorted(coverage("DejaVuSans") & coverage("DejaVuSans-Bold")):
-        character = chr(codepoint)
-        if (
-            unicodedata.category(character) in ("Lu", "Ll", "Lo")
-            and unicodedata.normalize("NFKD", character) == character
-            and not unicodedata.name(character, "MATHEMATICAL").startswith("MATHEMATICAL")
-            and len(faces_of(codepoint)) >= 2
-        ):
-            found.append(codepoint)
-    return found
-
-
-def select_classes() -> list[int]:
-    """The code points kept when look-alikes are merged."""
-    codepoints = candidates()
-    close = similarity(codepoints) >= MAX_SIMILARITY
-    kept: list[int] = []
-    for index in range(len(codepoints)):
-        if not close[index, kept].any():
-            kept.append(index)
-    return [codepoints[index] for index in kept]
-
-
-def make_splits() -> dict[str, Any]:
-    """The content of ``splits/glyphs.json``."""
-    names = [class_name(codepoint) for codepoint in select_classes()]
-    sizes = {"train": len(names) - NUM_VAL - NUM_TEST, "val": NUM_VAL, "test": NUM_TEST}
-    rule = (
-        f"look-alikes merged at a similarity of {MAX_SIMILARITY}; then names sorted by SHA-256 of '<seed>/<name>': the "
-        f"first {sizes['train']} train, the next {NUM_VAL} val, the last {NUM_TEST} test (_glyph_classes.py)"
-    )
-    return {"dataset": "glyphs", "seed": SEED, "rule": rule, **hash_split(names, sizes)}
-
-
-def write_splits() -> None:
-    """Write ``splits/glyphs.json``; a change of it changes the dataset and is an entry in the changelog."""
-    target = Path(__file__).parent / "splits" / "glyphs.json"
-    target.write_text(json.dumps(make_splits(), indent=1) + "\n", encoding="utf-8")

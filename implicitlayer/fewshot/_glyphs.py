@@ -86,7 +86,8 @@ def _versions() -> list[str]:
 @torch.no_grad()
 def render(codepoints: Sequence[int], image_size: int, num_examples: int, seed: int) -> NDArray[np.uint8]:
     """Pictures ``[len(codepoints), num_examples, image_size, image_size]``: each character in every drawer's hand."""
-    hands = np.stack([_hand(seed, drawer) for drawer in range(num_examples)])
+    # a drawer's slant (shear), log of width over height, and stroke weight, each in [-1, 1]
+    hands = np.stack([np.random.default_rng((seed, 0, drawer)).uniform(-1, 1, 3) for drawer in range(num_examples)])
     images = np.empty((len(codepoints), num_examples, image_size, image_size), dtype=np.uint8)
     for row, codepoint in enumerate(codepoints):
         faces = faces_of(codepoint)
@@ -98,11 +99,6 @@ def render(codepoints: Sequence[int], image_size: int, num_examples: int, seed: 
         draws = np.stack([stream.uniform(-1, 1, 38) for stream in streams])
         images[row] = _draw(drawn_from, hands, draws, image_size).numpy()
     return images
-
-
-def _hand(seed: int, drawer: int) -> NDArray[np.float64]:
-    """One drawer's slant (shear), log of width over height, and stroke weight, each in [-1, 1]."""
-    return np.random.default_rng((seed, 0, drawer)).uniform(-1, 1, 3)
 
 
 def _canvas(codepoint: int, face: str) -> Tensor:

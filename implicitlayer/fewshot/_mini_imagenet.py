@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from implicitlayer.fewshot._cache import cached_images
+from implicitlayer.fewshot._cache import cached_images, fingerprint
 from implicitlayer.fewshot._dataset import ImageClasses, check_image_size
-from implicitlayer.fewshot._mini_imagenet_files import NUM_PICTURES, decode, fingerprint, locate
+from implicitlayer.fewshot._mini_imagenet_files import NUM_PICTURES, decode, locate
 from implicitlayer.fewshot._splits import load_splits, names_of
 
 

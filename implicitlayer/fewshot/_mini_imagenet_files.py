@@ -5,9 +5,8 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from implicitlayer.base._optional import extra
-from implicitlayer.fewshot._cache import places_of
+from implicitlayer.fewshot._cache import Files, places_of
 from implicitlayer.fewshot._dataset import DatasetError
 
 NUM_PICTURES = 600
@@ -33,9 +32,6 @@ SOURCE = (
     "https://github.com/twitter-research/meta-learning-lstm, and put them there as <wnid>/*.jpg, images/*.jpg with "
     "train.csv, val.csv and test.csv, or sheets/<split>/<wnid>.jpg."
 )
-
-Files = Mapping[str, Sequence[Path]]
-
 
 # A layout has `files(names)`, the files of each class that is there, in the order of its pictures, and
 # `pictures(files)`, the pictures of one class with the files they are from.
@@ -137,16 +133,6 @@ def locate(root: str | os.PathLike[str] | None, names: Sequence[str]) -> tuple[L
                     return layout, _checked(layout, files, names)
     listed = " or ".join(str(place) for place in places)
     raise FileNotFoundError(f"None of the {len(names)} classes of mini-ImageNet is in {listed}. {SOURCE}{hint}")
-
-
-def fingerprint(files: Files) -> str:
-    """Changes when a file's name, size or time does."""
-    digest = hashlib.sha256()
-    for name, paths in files.items():
-        for path in paths:
-            status = path.stat()
-            digest.update(f"{name}/{path.name} {status.st_size} {status.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
 
 
 def decode(layout: Layout, files: Files, image_size: int) -> Iterator[NDArray[np.uint8]]:

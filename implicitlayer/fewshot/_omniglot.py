@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from implicitlayer.base._optional import extra
-from implicitlayer.fewshot._cache import cached_images, places_of
+from implicitlayer.fewshot._cache import cached_images, fingerprint, places_of
 from implicitlayer.fewshot._dataset import DatasetError, ImageClasses, check_image_size
 from implicitlayer.fewshot._splits import load_splits, names_of
 
@@ -127,12 +127,7 @@ class _Tree:
         self.path = path
 
     def fingerprint(self, names: Sequence[str]) -> str:
-        digest = hashlib.sha256()
-        for name in names:
-            if (self.path / name).is_dir():
-                for file in sorted(os.scandir(self.path / name), key=lambda file: file.name):
-                    digest.update(f"{name}/{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}\n".encode())
-        return digest.hexdigest()
+        return fingerprint({name: sorted((self.path / name).glob("*")) for name in names})
 
     def drawings(self) -> dict[str, list[str]]:
         found = {}

@@ -40,7 +40,6 @@ class Callback:
 
 
 def check_callbacks(callbacks: Sequence[Any]) -> None:
-    """Refuse what would never be called."""
     for callback in callbacks:
         heard = [name for name in dir(callback) if name.startswith("on_")]
         wrong = sorted(set(heard) - set(EVENTS))

@@ -42,7 +42,6 @@ class PerTask:
         return check_one_per_task("task_loss", self.task_loss(params, *batch), flatten(params)[0][0].shape[0])
 
     def as_composite(self) -> Any:
-        """The parts of a composite loss, None for another."""
         return self.task_loss.as_composite() if hasattr(self.task_loss, "as_composite") else None
 
 

@@ -21,13 +21,8 @@ def in_chunks(episode: Episode, tasks_per_chunk: int | None) -> Iterator[Episode
     """``episode`` in parts of ``tasks_per_chunk`` tasks, the last one may be smaller; None leaves it whole."""
     size = num_tasks(episode)
     step = size if tasks_per_chunk is None else tasks_per_chunk
-    if size <= step:  # also an empty batch, which is one empty part: none at all
-        if size:
-            yield episode
-        return
-    for start in range(0, size, step):
-        part = slice(start, start + step)
-        yield take_tasks(episode[0], part), take_tasks(episode[1], part)
+    for start in range(0, size, max(step, 1)):  # an empty batch has no parts
+        yield episode if size <= step else take_tasks(episode, slice(start, start + step))
 
 
 def largest_chunk(peak_of: Callable[[int], int], memory_budget: int, most: int) -> int:

@@ -82,7 +82,6 @@ def _of_inner_problem(history: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def advice(found: str, step: int) -> str:
-    """The message of a collapse."""
     return (
         f"training collapses at meta-step {step}: {found}. A fixed inner step diverges once meta-training has "
         "sharpened the support loss: search it (GradientDescent(..., line_search='armijo')), or lower it, or raise the "

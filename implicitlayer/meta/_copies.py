@@ -71,23 +71,12 @@ class Copies:
 
     @property
     def count(self) -> int:
-        """C."""
         return int(self.mesh.size(0))
 
     @property
     def is_first(self) -> bool:
         """Whether this is the first of the processes that hold its copy."""
         return not any(self.mesh.get_coordinate()[1:])
-
-    @property
-    def others(self) -> Any:
-        """The process group of those that hold the same part of other copies."""
-        return self.mesh.get_group("copies")
-
-    @property
-    def groups(self) -> list[Any]:
-        """The process groups of those that hold one copy, for each dimension."""
-        return [self.mesh.get_group(d) for d in range(1, self.mesh.ndim)]
 
     def alike(self) -> list[int]:
         """For each process the first one that holds the same part."""
@@ -97,11 +86,12 @@ class Copies:
 
     def seen(self, leaf: Any) -> Any:
         """One copy of a leaf; the gradient is a summand of that of all copies."""
-        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor import DTensor, Partial
 
         if not is_sharded(leaf):
             return leaf
-        part = leaf.to_local(grad_placements=self._summands(leaf))
+        summands = tuple(how if d in self.dims else Partial() for d, how in enumerate(leaf.placements))
+        part = leaf.to_local(grad_placements=summands)
         if not self.dims:
             return part
         placements = [leaf.placements[d] for d in self.dims]
@@ -125,12 +115,6 @@ class Copies:
             return part
         layout = leaf.device_mesh, leaf.placements
         return DTensor.from_local(part, *layout, run_check=False, shape=leaf.shape, stride=leaf.stride())
-
-    def _summands(self, leaf: Any) -> tuple[Any, ...]:
-        """The placements of a gradient of one copy's tasks."""
-        from torch.distributed.tensor import Partial
-
-        return tuple(how if d in self.dims else Partial() for d, how in enumerate(leaf.placements))
 
     def _mesh_of_copy(self) -> Any:
         if len(self.dims) == self.of_theta.ndim:

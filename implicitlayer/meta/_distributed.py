@@ -109,8 +109,9 @@ class WorkerGroup:
         if self.copies is None:
             return number
         largest = torch.tensor(number, dtype=torch.float64, device=self._control())
-        for group in self.copies.groups:
-            self._collective(partial(dist.all_reduce, largest, dist.ReduceOp.MAX, group))
+        mesh = self.copies.mesh
+        for dim in range(1, mesh.ndim):
+            self._collective(partial(dist.all_reduce, largest, dist.ReduceOp.MAX, mesh.get_group(dim)))
         return largest.item()
 
     def sum_gradients(self, leaves: Sequence[torch.Tensor], present: Sequence[bool]) -> None:
@@ -126,25 +127,20 @@ class WorkerGroup:
                 leaf.grad = torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
                 buckets.setdefault((leaf.dtype, leaf.device), []).append(leaf)
         for bucket in buckets.values():
-            gradients = [self._gradient_here(leaf) for leaf in bucket]
-            total = self._sum_of_copies(torch.cat([gradient.reshape(-1) for gradient in gradients]))
+            gradients: list[Any] = [leaf.grad for leaf in bucket]
+            if self.copies is not None:
+                gradients = [self.copies.part_of_gradient(leaf) for leaf in bucket]
+            total = torch.cat([gradient.reshape(-1) for gradient in gradients])
+            if self.copies is None:
+                total = self.sum(total)
+            elif self.copies.count > 1:
+                self._collective(partial(dist.all_reduce, total, group=self.copies.mesh.get_group("copies")))
             parts = total.split([gradient.numel() for gradient in gradients])
             for leaf, gradient, part in zip(bucket, gradients, parts, strict=True):
                 if self.copies is None:
                     gradient.copy_(part.view_as(gradient))
                 else:
                     leaf.grad = self.copies.whole_gradient(leaf, part.view_as(gradient))
-
-    def _gradient_here(self, leaf: torch.Tensor) -> torch.Tensor:
-        assert leaf.grad is not None
-        return leaf.grad if self.copies is None else self.copies.part_of_gradient(leaf)
-
-    def _sum_of_copies(self, values: torch.Tensor) -> torch.Tensor:
-        if self.copies is None:
-            return self.sum(values)
-        if self.copies.count > 1:
-            self._collective(partial(dist.all_reduce, values, group=self.copies.others))
-        return values
 
     def from_first(self, make: Callable[[], Mapping[str, Any] | None]) -> dict[str, Any] | None:
         """What ``make()`` gives on the first process, on every process: a dict of tensors and plain data, or None."""

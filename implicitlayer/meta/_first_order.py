@@ -68,7 +68,6 @@ class LastStep(RecordingSolver):
         self._moved: PyTree = None
 
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
-        """The result of the solver."""
         with torch.no_grad():
             result = replace(self._solver, max_steps=self._solver.max_steps - 1).run(objective, init, *theta)
         leaves, spec = flatten(result.value)

@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import signal
 import threading
-from types import FrameType, TracebackType
-from typing import Any
+from contextlib import ExitStack
+from types import FrameType
 
 
-class StopRequest:
+class StopRequest(ExitStack):
     """Inside the block the first Ctrl-C or SIGTERM sets ``asked``; a second one raises ``KeyboardInterrupt`` at once.
 
     Outside the main thread, where Python delivers no signals, it does nothing.
     """
 
-    def __init__(self) -> None:
-        self.asked = False
-        self._previous: dict[int, Any] = {}
+    asked = False
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._previous = {
-                number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)
-            }
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.callback(signal.signal, number, signal.signal(number, self._request))
         return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self.asked:

@@ -30,7 +30,6 @@ class ChunkMetric:
     from_loss: bool = False
 
     def of(self, phi: PyTree, query: PyTree, support: PyTree) -> torch.Tensor:
-        """The metric [B], measured."""
         with torch.no_grad():
             return check_one_per_task("metric", self.function(phi, query, support), num_tasks(support))
 
@@ -47,7 +46,6 @@ class Totals:
         self._sums: dict[str, torch.Tensor] = {}
 
     def add(self, name: str, values: torch.Tensor) -> None:
-        """Add the sum of ``values``, one per task."""
         total = gathered(values.detach()).double().sum()
         self._sums[name] = self._sums[name] + total if name in self._sums else total
 

@@ -101,7 +101,6 @@ class Progress:
             print(f"{self._name} {done:4.0%} {words}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the last state on the screen."""
         if self._bar is not None:
             self._bar.refresh()
             self._bar.close()
@@ -116,28 +115,19 @@ def require_tensorboard() -> None:
         )
 
 
-class EventLog:
-    """Event files in ``run_dir``, one value for every number of a training record.
+def event_writer(run_dir: Path, first_step: int) -> Any:
+    """TensorBoard's writer of event files in ``run_dir``.
 
     What earlier files of the folder hold from ``first_step`` on is of steps that a killed process did not save: it is
     marked as void, and TensorBoard shows each step once.
     """
+    from torch.utils.tensorboard import SummaryWriter
 
-    def __init__(self, run_dir: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(str(run_dir), purge_step=first_step)
 
-        self._writer = SummaryWriter(str(run_dir), purge_step=first_step)
 
-    def write(self, record: dict[str, Any]) -> None:
-        """Write the numbers of one record at its step."""
-        for name, value in record.items():
-            if name != "step":
-                self._writer.add_scalar(name, value, record["step"])
-
-    def flush(self) -> None:
-        """Put all that was written on the disk."""
-        self._writer.flush()
-
-    def close(self) -> None:
-        """Flush and end the file."""
-        self._writer.close()
+def write_event(writer: Any, record: dict[str, Any]) -> None:
+    """One value at the step of the record for every number of it."""
+    for name, value in record.items():
+        if name != "step":
+            writer.add_scalar(name, value, record["step"])

@@ -48,7 +48,6 @@ class OuterStep:
 
     @property
     def follows_validation(self) -> bool:
-        """Whether the scheduler is stepped with the validation metric."""
         return isinstance(self.scheduler, ReduceLROnPlateau)
 
     def check_direction(self, better: Better) -> None:
@@ -62,7 +61,6 @@ class OuterStep:
 
     @property
     def leaves(self) -> list[torch.Tensor]:
-        """All tensors that are stepped."""
         return [leaf for group in self.optimizer.param_groups for leaf in group["params"]]
 
     def set_rates(self, done: float) -> None:
@@ -79,7 +77,6 @@ class OuterStep:
         return torch.nn.utils.get_total_norm(gradients)
 
     def clip(self, norm: torch.Tensor) -> None:
-        """Shorten the gradient, whose norm is ``norm``, to ``max_gradient_norm``."""
         if self.max_gradient_norm is not None:
             leaves = [leaf for leaf in self.leaves if leaf.grad is not None]
             torch.nn.utils.clip_grads_with_norm_(leaves, self.max_gradient_norm, norm)
@@ -95,17 +92,14 @@ class OuterStep:
             self.scheduler.step()
 
     def after_validation(self, value: float) -> None:
-        """Tell a scheduler that follows the validation metric."""
         if isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """States of the optimizer and the scheduler."""
         scheduler = None if self.scheduler is None else self.scheduler.state_dict()
         return {"optimizer": self.optimizer.state_dict(), "scheduler": scheduler}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state."""
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None and state["scheduler"] is not None:
             self.scheduler.load_state_dict(state["scheduler"])

@@ -36,7 +36,6 @@ _WARM_UP = 3  # runs before recording: cuDNN chooses its algorithms and librarie
 
 
 def recorder(device: torch.device) -> Record:
-    """What records on ``device``."""
     if device.type != "cuda":
         raise RuntimeError(f"tensors on {device} cannot be recorded, only those on a CUDA device")
     return partial(_cuda_graphs, device)
@@ -90,7 +89,6 @@ class Recording:
 
     @property
     def has_steps(self) -> bool:
-        """Whether the steps of a solver were recorded."""
         return self._descend is not None
 
     def descend(self, init: PyTree, theta: PyTree, support: PyTree) -> torch.Tensor:
@@ -164,11 +162,9 @@ class RecordedCall(RecordingSolver):
 
     @property
     def batched(self) -> bool:
-        """Whether the solver takes one value per task."""
         return bool(getattr(self.inner_solver, "batched", False))
 
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
-        """The result of the solver."""
         if self.recording.has_steps:
             self.phi = self.recording.descend(init, self.theta, self.support)
             return SolverResult(self.recording.unravel(self.phi), Status.STEP_LIMIT, self.inner_solver.max_steps)
@@ -189,7 +185,6 @@ class ReplayedProducts(LinearSolver):
         return getattr(self.call.linear_solver, name)
 
     def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution:
-        """Solve for [B, n]."""
         call = self.call
         assert call.phi is not None
         data = [leaf.detach() for leaf in flatten((call.theta, call.support))[0]]
@@ -240,7 +235,6 @@ class Recordings:
         return self.kept[key]
 
     def tell(self, message: str) -> None:
-        """Warn once that something is not recorded."""
         if message not in self.told:
             self.told.add(message)
             warn(f"capture=True: {message}.", ImplicitLayerWarning, message)

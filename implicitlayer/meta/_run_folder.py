@@ -62,14 +62,9 @@ class RunFolder:
         probe.unlink()
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write the last state and its history."""
-        self._save(self.last, state)
+        self.write(self.last, state)
         if self._group.is_first:
             save_json_lines(self.folder / "metrics.jsonl", state["history"])
-
-    def save_best(self, state: dict[str, Any]) -> None:
-        """Write the best state."""
-        self._save(self.best, state)
 
     def with_parts(self, state: dict[str, Any], likes: dict[str, Any]) -> dict[str, Any]:
         """The state of a file with all of its tensors.
@@ -105,7 +100,8 @@ class RunFolder:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it says what is meant: one process
             load(rooms, checkpoint_id=path, no_dist=not dist.is_initialized())
 
-    def _save(self, path: Path, state: dict[str, Any]) -> None:
+    def write(self, path: Path, state: dict[str, Any]) -> None:
+        """Write a state to ``last`` or ``best``."""
         if self._group.copies is not None:
             state = self._with_parts_saved(path, state)
         if self._group.is_first:

@@ -111,12 +111,11 @@ def evaluate(
         theta = group.seen(theta)
         for support, query in map(as_support_query, episodes):
             mine = group.share(num_tasks(support))
-            part = (take_tasks(support, mine), take_tasks(query, mine))
             # the tasks of the other processes are zeros here, so that the sum over processes puts all in order
             all_tasks = torch.zeros(num_tasks(support))
             measured = [
                 gathered(check_one_per_task("metric", values, num_tasks(some))).float().cpu()
-                for chunk in in_chunks(part, tasks_per_chunk)
+                for chunk in in_chunks(take_tasks((support, query), mine), tasks_per_chunk)
                 for some, other in [beside(chunk, theta)]
                 for values in [metric(method.adapt(theta, some), other, *([some] if transductive is False else []))]
             ]

@@ -21,7 +21,7 @@ from implicitlayer.meta._distributed import WorkerLostError, launch_command
 from implicitlayer.meta._interrupt import StopRequest
 from implicitlayer.meta._meta_gradient import ChunkMetric, Totals, accumulate, means
 from implicitlayer.meta._method import num_tasks
-from implicitlayer.meta._monitor import EventLog, Progress
+from implicitlayer.meta._monitor import Progress, event_writer, write_event
 from implicitlayer.meta._peak_memory import peak_memory
 from implicitlayer.meta._random_state import random_state, set_random_state
 from implicitlayer.meta._statistics import Evaluation, evaluate
@@ -93,7 +93,7 @@ class Trainer(TrainerState):
         ImportError: ``tensorboard=True`` without TensorBoard.
     """
 
-    _events: EventLog | None = None
+    _events: Any = None  # a SummaryWriter of TensorBoard
     _stop: StopRequest | None = None
     _first_of_fit = False
     _saved_at = math.inf  # by the clock of time.perf_counter
@@ -165,32 +165,30 @@ class Trainer(TrainerState):
 
     def _tell(self, event: str, *about: Any) -> None:
         for callback in self.callbacks if self._group.is_first else ():
-            getattr(callback, event, _unheard)(self, *about)
+            if hasattr(callback, event):
+                getattr(callback, event)(self, *about)
 
     def _begin(self) -> None:
         """Refuse to start where the result would not be this run's."""
         if self._at_best:
             raise RuntimeError("theta is that of the best validation (load_best). Call resume() before fit().")
-        writes = self._group.is_first and self._folder is not None
-        path = self.checkpoint_path
-        fresh = self.step == 0 and not self._owns_folder
-        occupied = fresh and writes and path is not None and path.exists()
+        folder = self._folder if self._group.is_first else None  # which this process writes
+        occupied = folder is not None and self.step == 0 and not self._owns_folder and folder.last.exists()
         if any(self._group.sum_numbers([occupied])):
             raise FileExistsError(
-                f"{path} holds a run already. Call resume() before fit() to go on with it, or give another run_dir."
+                f"{self.checkpoint_path} holds a run already. Call resume() before fit() to go on with it, or give "
+                "another run_dir."
             )
-        if writes:
-            assert self._folder is not None
-            self._folder.check(self.state_dict())
+        if folder is not None:
+            folder.check(self.state_dict())
         self._owns_folder = True
         state = self.state_dict() if self._group.size > 1 else {}
         self._group.require_same({name: state[name] for name in ("theta", "method", "optimizer", "sampler") if state})
         self._first_of_fit = True
-        if self.tensorboard and writes:
-            assert self._folder is not None
-            self._events = EventLog(self._folder.folder, self.step)
+        if self.tensorboard and folder is not None:
+            self._events = event_writer(folder.folder, self.step)
             if self.history:
-                self._events.write(self.history[-1])
+                write_event(self._events, self.history[-1])
 
     def _loop(self, until: float) -> None:
         assert self._stop is not None
@@ -207,7 +205,7 @@ class Trainer(TrainerState):
                     self._validate()
                 self._watch_for_collapse()
                 if self._events is not None:
-                    self._events.write(self.history[-1])
+                    write_event(self._events, self.history[-1])
                 progress.update(self.done, self.history[-1])
                 if late or stopped or (self.checkpoint_steps and self.step - saved_step >= self.checkpoint_steps):
                     self.save()
@@ -293,8 +291,8 @@ class Trainer(TrainerState):
     ) -> Totals:
         self.optimizer.zero_grad(set_to_none=True)
         metric = None if self.metric is None else ChunkMetric(self._measure, self._scored_by_loss)
-        mine = take_tasks(episode[0], tasks), take_tasks(episode[1], tasks)
-        return accumulate(self.method, self._group.seen(self.theta), mine, total, tasks_per_chunk, metric, look)
+        mine, theta = take_tasks(episode, tasks), self._group.seen(self.theta)
+        return accumulate(self.method, theta, mine, total, tasks_per_chunk, metric, look)
 
     @property
     def _scored_by_loss(self) -> bool:
@@ -362,7 +360,7 @@ class Trainer(TrainerState):
         if sign * result.mean > best:  # never true of NaN
             self.best = {"step": self.step, "validation": result.mean, "interval": result.interval}
             if self._folder is not None:
-                self._folder.save_best(self.state_dict())
+                self._folder.write(self._folder.best, self.state_dict())
                 self.save()
 
     def _worker_lost(self, error: WorkerLostError) -> WorkerLostError:
@@ -385,7 +383,3 @@ class Trainer(TrainerState):
             f"{error} The last finished step is {self.step}. {kept}. Any number of processes can go on from there, in "
             f"a program that calls resume():\n    {how}"
         )
-
-
-def _unheard(*_: Any) -> None:
-    """An event that a callback does not define."""

@@ -264,7 +264,6 @@ class _Gradients:
         self.looked_at, self.since = (math.inf if error > _ETA * norm else norm), 0
 
     def _tuned(self) -> ImplicitLayer:
-        """The layer at the tolerance of now."""
         solver, linear = self.layer.solver, self.linear
         if _has_tolerance(solver):
             solver = _with(solver, rtol=0.0 if self.scale else self.tau, atol=self.tau * self.scale)
@@ -326,7 +325,6 @@ class _Gradients:
 
 
 def _told(layer: ImplicitLayer) -> _Point:
-    """What the records of the latest call say."""
     forward = layer.records[0]
     assert isinstance(forward, ForwardRecord)
     solves = [r for r in layer.records if isinstance(r, BackwardRecord) and r.kind == "backward"]

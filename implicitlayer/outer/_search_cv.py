@@ -164,11 +164,7 @@ class ImplicitSearchCV(MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]
         check_is_fitted(self, "best_estimator_")
         return validate_data(self, X, dtype=np.float64, reset=False) * self.scale_
 
-    def predict(self, X: Any) -> Any:
-        """By the best estimator."""
-        X = self._asked(X)
-        return self.best_estimator_.predict(X)
-
+    predict = _by_the_best("predict")
     predict_proba = _by_the_best("predict_proba")
     predict_log_proba = _by_the_best("predict_log_proba")
     decision_function = _by_the_best("decision_function")
@@ -241,7 +237,6 @@ class _Search:
         return float(mean.detach()) / unit, gradient.numpy() * _DECADE / unit
 
     def results(self) -> dict[str, Any]:
-        """What was tried, as scikit-learn has it."""
         scores = -np.array([losses for _, losses, _ in self.tried])
         params = [
             {n: v.exp().numpy() for n, v in theta.items()} if self.per_feature else self.model.parameters(theta)

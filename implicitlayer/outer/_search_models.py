@@ -35,7 +35,7 @@ class Model:
     searched: tuple[str, ...] = ("alpha",)
     fixed: ClassVar[Settings]
     power = 0.5  # of the penalty in the scale of a column
-    tight: ClassVar[dict[str, Any]]  # what the fits of a search need to be differentiated
+    tight: ClassVar[dict[str, Any]] = {}  # what the fits of a search need to be differentiated
 
     def __init__(self, estimator: Any, num_classes: int) -> None:
         self.estimator, self.num_classes = estimator, num_classes
@@ -67,13 +67,13 @@ class Model:
 class Squares(Model):
     """Ridge, Lasso, ElasticNet: the intercept is eliminated by centred columns."""
 
+    fixed: ClassVar[Settings] = {"positive": (False,)}
+
     def prepare(self, X: torch.Tensor, y: torch.Tensor, train: np.ndarray, test: np.ndarray) -> Fold:
-        """The rows of one split."""
         centre, mean = (X[train].mean(0), y[train].mean()) if self.intercept else (torch.zeros(()), torch.zeros(()))
         return Fold(X[train] - centre, y[train] - mean, X[test] - centre, y[test] - mean)
 
     def init(self, fold: Fold) -> Any:
-        """Where the first solve begins."""
         return fold.X.new_zeros(fold.X.shape[1])
 
     def read(self, fitted: Any, scale: torch.Tensor | None) -> Any:
@@ -90,9 +90,6 @@ class Squares(Model):
 class RidgeModel(Squares):
     """``||y - Xw||^2 + alpha ||w||^2``."""
 
-    fixed: ClassVar[Settings] = {"positive": (False,)}
-    tight: ClassVar[dict[str, Any]] = {}
-
     def layer(self, solver: Any) -> ImplicitLayer:
         """(init, theta, fold) -> w."""
         return argmin(lambda w, t, fold: ((fold.X @ w - fold.y) ** 2).sum() + (t["alpha"].exp() * w**2).sum(), solver)
@@ -105,7 +102,6 @@ class RidgeModel(Squares):
 class LassoModel(Squares):
     """``||y - Xw||^2 / (2 n) + alpha (l1_ratio ||w||_1 + (1 - l1_ratio) / 2 ||w||^2)``."""
 
-    fixed: ClassVar[Settings] = {"positive": (False,)}
     power = 1.0
     tight: ClassVar[dict[str, Any]] = {"tol": 1e-9, "max_iter": 100_000, "selection": "cyclic"}
 
@@ -152,17 +148,14 @@ class LogisticModel(Model):
     tight: ClassVar[dict[str, Any]] = {"tol": 1e-8, "max_iter": 10_000}
 
     def prepare(self, X: torch.Tensor, y: torch.Tensor, train: np.ndarray, test: np.ndarray) -> Fold:
-        """The rows of one split."""
         return Fold(X[train], y[train], X[test], y[test])
 
     def init(self, fold: Fold) -> Any:
-        """Where the first solve begins."""
         rows = 1 if self.num_classes == 2 else self.num_classes
         weights = {"coef": fold.X.new_zeros(rows, fold.X.shape[1])}
         return weights | ({"intercept": fold.X.new_zeros(rows)} if self.intercept else {})
 
     def read(self, fitted: Any, scale: torch.Tensor | None) -> Any:
-        """The unknowns from a fitted estimator."""
         w = torch.as_tensor(np.array(fitted.coef_, dtype=np.float64))
         weights = {"coef": w if scale is None else w * scale}
         if self.intercept:

@@ -108,7 +108,6 @@ class NonNegative(Box):
 
 
 def is_box(term: ProximalTerm | None) -> bool:
-    """Whether a term consists of bounds."""
     if isinstance(term, PerPart):
         return all(map(is_box, term.terms))
     return term is None or isinstance(term, Box)

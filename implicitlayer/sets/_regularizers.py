@@ -16,7 +16,11 @@ from implicitlayer.sets._term import ProximalTerm, check_entries, expand_like, n
 
 
 class Regularizer(ProximalTerm):
-    """A :class:`ProximalTerm` whose value is finite everywhere."""
+    """A :class:`ProximalTerm` whose value is finite everywhere, with strengths that must not be negative."""
+
+    def __post_init__(self) -> None:
+        for name in self.per_entry:
+            check_entries(getattr(self, name), name, "non-negative", _non_negative)
 
     def value(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
         """r(x), tensor [*lanes]."""
@@ -24,7 +28,7 @@ class Regularizer(ProximalTerm):
 
     def strengths(self, x: Any, lane_dims: int) -> list[Leaves]:
         """All numbers that must not be negative, as tensors that broadcast to each leaf of x."""
-        raise NotImplementedError
+        return [spread(getattr(self, name), x, name) for name in self.per_entry]
 
     def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
         """Infinite in lanes with a negative strength, which cannot be seen before where a transform hides it."""
@@ -62,9 +66,6 @@ class L1(Regularizer):
 
     strength: Any
 
-    def __post_init__(self) -> None:
-        check_entries(self.strength, "strength", "non-negative", _non_negative)
-
     def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
         """The soft threshold, in the structure of y."""
         leaves, spec = flatten(y)
@@ -88,10 +89,6 @@ class L1(Regularizer):
         """``sum strength |x|``, [*lanes]."""
         pairs = zip(spread(self.strength, x, "strength"), flatten(x)[0], strict=True)
         return _total([lane_reduce(s * v.abs(), lane_dims) for s, v in pairs])
-
-    def strengths(self, x: Any, lane_dims: int) -> list[Leaves]:
-        """One per leaf."""
-        return [spread(self.strength, x, "strength")]
 
     def _thresholds(self, y: Any, step: Any) -> Leaves:
         strengths = spread(self.strength, y, "strength")
@@ -123,10 +120,6 @@ class ElasticNet(Regularizer):
     l1: Any
     l2: Any
 
-    def __post_init__(self) -> None:
-        for name in ("l1", "l2"):
-            check_entries(getattr(self, name), name, "non-negative", _non_negative)
-
     def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
         """The soft threshold, shrunk by ``1 + step * l2``."""
         return self._shrunk(L1(self.l1).prox(y, step, lane_dims), y, step)
@@ -149,10 +142,6 @@ class ElasticNet(Regularizer):
         pairs = zip(spread(self.l2, x, "l2"), flatten(x)[0], strict=True)
         squares = _total([lane_reduce(0.5 * s * v * v, lane_dims) for s, v in pairs])
         return L1(self.l1).value(x, lane_dims) + squares
-
-    def strengths(self, x: Any, lane_dims: int) -> list[Leaves]:
-        """Two per leaf."""
-        return [spread(self.l1, x, "l1"), spread(self.l2, x, "l2")]
 
 
 @dataclass(frozen=True, eq=False)

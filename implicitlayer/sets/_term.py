@@ -95,7 +95,6 @@ class PerPart(ProximalTerm):
     spec: TreeSpec
 
     def bind(self, theta: tuple[Any, ...]) -> ProximalTerm:
-        """Every part at these thetas."""
         return PerPart(tuple(None if t is None else t.bind(theta) for t in self.terms), self.spec)
 
     def _parts(self, x: Any) -> list[Any]:
@@ -112,18 +111,13 @@ class PerPart(ProximalTerm):
         return unflatten(leaves_like(pytree.tree_unflatten(parts, self.spec), x, "the parts"), flatten(x)[1])
 
     def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
-        """Each part by its own term."""
         parts = zip(self.terms, self._parts(y), strict=True)
         return self._join([p if t is None else t.prox(p, step, lane_dims) for t, p in parts], y)
 
     def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
-        """Each part by its own term."""
-        held, margins = [], []
-        for term, part in zip(self.terms, self._parts(y), strict=True):
-            both = free(part) if term is None else term.activity(part, step, lane_dims)
-            held.append(both[0])
-            margins.append(both[1])
-        return self._join(held, y), self._join(margins, y)
+        pairs = zip(self.terms, self._parts(y), strict=True)
+        found = [free(part) if term is None else term.activity(part, step, lane_dims) for term, part in pairs]
+        return self._join([held for held, _ in found], y), self._join([margins for _, margins in found], y)
 
     def diagonal(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
         """Each part by its own term; None unless all are known."""
@@ -135,7 +129,6 @@ class PerPart(ProximalTerm):
         return self._join(found, y)
 
     def refuse_ambiguous(self, x: Any, lane_dims: int) -> None:
-        """Each part by its own term."""
         for term, part in zip(self.terms, self._parts(x), strict=True):
             if term is not None:
                 term.refuse_ambiguous(part, lane_dims)
@@ -146,7 +139,6 @@ class PerPart(ProximalTerm):
         return torch.stack([(t or ProximalTerm()).magnitude(p, lane_dims) for t, p in parts]).amax(0)
 
     def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
-        """The parts together."""
         total = ProximalTerm.violation(self, x, lane_dims)
         for term, part in zip(self.terms, self._parts(x), strict=True):
             total = total if term is None else torch.hypot(total, term.violation(part, lane_dims))

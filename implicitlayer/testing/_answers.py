@@ -21,7 +21,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 
@@ -40,24 +39,6 @@ _MAX_ENTRIES = 32
 _MAX_ROWS = 4
 
 
-@dataclass(frozen=True)
-class _Finding:
-    """The entry of x that should move most along one direction of theta."""
-
-    label: str
-    status: Status
-    entry: int
-    expected: float
-    got: float
-    tolerance: float
-
-    def row(self, check: Check, name: str) -> GradientRow:
-        why = f"the solver does not follow {name}" if self.status == "failed" else "the solver follows another problem"
-        numbers = (self.expected, self.got, abs(self.got - self.expected), self.tolerance)
-        entry = entry_along(check, self.label)(self.entry)
-        return GradientRow(name, entry, "solver", "dense", *numbers, self.status, why)
-
-
 def check_followed(check: Check) -> list[str]:
     """Rows of mode "solver" for leaves that the solver does not follow, and notes that name them. See NOTE [follows].
 
@@ -73,14 +54,14 @@ def check_followed(check: Check) -> list[str]:
             continue
         error = _error_at_theta(check, system) if error is None else error
         whole = _follow(check, system, j, error, *check.directions[j][0])
-        found = [whole]
+        rows, labels = [] if whole is None else [whole], []
         if whole is None or whole.status == "inconclusive":
-            single = [_follow(check, system, j, error, label, d) for label, d in _entries(check, j)]
-            found = [one for one in single if one is not None and one.status == "failed"] or [whole]
-        kept = [one for one in found if one is not None][:_MAX_ROWS]
-        check.rows += [one.row(check, name) for one in kept]
-        if any(one.status == "failed" for one in kept):
-            where = "" if kept[0] is whole else f" in {', '.join(one.label for one in kept)}"
+            single = [(label, _follow(check, system, j, error, label, d)) for label, d in _entries(check, j)]
+            failed = [(label, row) for label, row in single if row is not None and row.status == "failed"][:_MAX_ROWS]
+            labels, rows = [label for label, _ in failed], [row for _, row in failed] or rows
+        check.rows += rows
+        if any(row.status == "failed" for row in rows):
+            where = f" in {', '.join(labels)}" if labels else ""
             notes.append(
                 f"The solver does not follow {name}{where}: its answer is exact at theta, and stays the same where "
                 "theta moves and it is a solution no more. The solver ignores that argument, closes over a value of "
@@ -121,8 +102,11 @@ def _error_at_theta(check: Check, system: DenseSystem) -> float:
     return math.inf
 
 
-def _follow(check: Check, system: DenseSystem, j: int, known: float, label: str, d: torch.Tensor) -> _Finding | None:
-    """What is wrong along d, given the error at theta; None where nothing is, or where nothing can be said."""
+def _follow(check: Check, system: DenseSystem, j: int, known: float, label: str, d: torch.Tensor) -> GradientRow | None:
+    """What is wrong along d, of the entry of x that should move most, given the error at theta.
+
+    None where nothing is wrong, or where nothing can be said.
+    """
     accuracy, velocity = check.accuracy, system.jacobian(j) @ d
     speed = float(velocity.norm())
     unit = 1 / max(speed / accuracy.size, 1.0)  # x moves by a tenth of its size at most, see NOTE [step]
@@ -144,8 +128,11 @@ def _follow(check: Check, system: DenseSystem, j: int, known: float, label: str,
         if h == _STEPS[0]:
             moved = float(change[entry]) / (h * unit)
     tolerance = SAFE_NOISE * known / (_STEPS[0] * unit)
+    name, expected = check.equation.names[j], float(velocity[entry])
     status: Status = "failed" if still else "inconclusive"
-    return _Finding(label, status, entry, float(velocity[entry]), moved, tolerance)
+    why = f"the solver does not follow {name}" if still else "the solver follows another problem"
+    place = (name, entry_along(check, label)(entry), "solver", "dense")
+    return GradientRow(*place, expected, moved, abs(moved - expected), tolerance, status, why)
 
 
 ANOTHER = "another problem"
@@ -214,12 +201,10 @@ def _form(check: Check, system: DenseSystem) -> str | None:
     if float(torch.cat([residual[:largest], residual[largest + 1 :]]).norm()) <= allowed:
         return f"its gradient there is zero but for the entry of {equation.entry(largest)}"
     for j, (name, mixed) in enumerate(zip(equation.names, system.mixed, strict=True)):
-        if mixed is None or _FEW * mixed.shape[1] > len(residual):
+        if _FEW * mixed.shape[1] > len(residual):
             continue
         delta = torch.linalg.lstsq(mixed, -residual[:, None], driver="gelsd").solution[:, 0]
-        moved: Leaves = list(equation.theta)
-        like = moved[j]
-        moved[j] = (plain(like) + delta.reshape(like.shape)).to(like)
+        moved = check.moved({j: delta}, 1.0)
         if float(equation.residual_at(check.accuracy.leaves, moved).norm()) <= allowed:
             numbers = ", ".join(f"{number:.4g}" for number in plain(moved[j]).reshape(-1)[:4].tolist())
             return f"the answer is stationary with {name} = {numbers}{', ...' if len(delta) > 4 else ''} instead"

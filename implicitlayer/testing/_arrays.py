@@ -143,25 +143,21 @@ def _from_singular_values(values: torch.Tensor, log10_scale: float, seed: int, d
 
 
 def ten_to(exponent: float) -> float:
-    """A power of ten."""
     return float(10.0**exponent)
 
 
 def check_integer(name: str, value: Any, least: int, remedy: str) -> None:
-    """Refuse what is not an int of at least ``least``."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}={value!r} must be an int of at least {least}. {remedy}")
 
 
 def check_number(name: str, value: Any, low: float, high: float, remedy: str) -> None:
-    """Refuse what is not a number in an interval."""
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not low <= value <= high:
         raise ValueError(f"{name}={value!r} must be a number from {low} to {high}. {remedy}")
 
 
 def check_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    """Refuse what is not in a list."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r} must be one of {allowed}.")
 
@@ -181,7 +177,6 @@ def check_rank(rank: Any, n: int | None = None) -> None:
 
 
 def check_dtype(dtype: Any) -> None:
-    """Refuse other dtypes than float32 and float64."""
     if dtype not in MAX_LOG10_SCALE:
         raise ValueError(
             f"dtype={dtype!r} must be torch.float32 or torch.float64. Cast what was drawn if you need more."
@@ -196,7 +191,6 @@ def check_log10_scale(log10_scale: Any, dtype: torch.dtype | None = None) -> Non
 
 
 def check_matrix(n: Any, log10_cond: Any, log10_scale: Any, seed: Any, dtype: Any) -> None:
-    """The arguments that all matrices share."""
     check_size(n)
     check_dtype(dtype)
     check_log10_cond(log10_cond)

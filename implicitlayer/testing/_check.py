@@ -10,18 +10,16 @@ from typing import Any
 import torch
 
 from implicitlayer._errors import ImplicitLayerWarning, LinearSolveError, StationarityError, StationarityWarning
-from implicitlayer.api._argmin import argmin, fixed_point, root
 from implicitlayer.base._solution import SolverResult
 from implicitlayer.layer._layer import ImplicitLayer
 from implicitlayer.testing._answers import another_problem, check_followed
 from implicitlayer.testing._arrays import check_one_of
 from implicitlayer.testing._differences import DENSE_LIMIT, Accuracy
 from implicitlayer.testing._lanes import check_double, check_vmap
-from implicitlayer.testing._modes import SAFE_RTOL, Check, check_jvp, check_objective, check_vjp
+from implicitlayer.testing._modes import LAYERS, SAFE_RTOL, Check, check_jvp, check_objective, check_vjp
 from implicitlayer.testing._references import Equation, Leaves, Wall
 from implicitlayer.testing._report import COARSE, GradientCheckError, GradientReport, GradientRow, worst_first
 
-_LAYERS: dict[str, Callable[..., ImplicitLayer]] = {"argmin": argmin, "root": root, "fixed_point": fixed_point}
 _MODES = {"vjp": check_vjp, "jvp": check_jvp, "double": check_double, "vmap": check_vmap}
 _DIFFERENCES = {"vjp", "jvp", "double"}  # the modes that need differences of the solver
 _MAX_NOTES = 8
@@ -93,7 +91,7 @@ def check_argmin_gradients(
     if not equation.num_unknowns:
         raise ValueError("init has no entries: there is nothing to solve for.")
     wall = Wall(solver)
-    layer = _LAYERS[kind](objective, wall, **settings)
+    layer = LAYERS[kind](objective, wall, **settings)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         check = _prepared(equation, layer, wall, rtol, seed)
@@ -101,7 +99,8 @@ def check_argmin_gradients(
         for mode in (mode for mode in _MODES if mode in modes):
             cause = _run(check, mode) or cause
         followed = check_followed(check) if set(modes) & _DIFFERENCES else []
-        stationary = _is_stationary(check.accuracy, layer.stationarity_rtol, cause, [w.category for w in caught])
+        said = isinstance(cause, StationarityError) or any(issubclass(w.category, StationarityWarning) for w in caught)
+        stationary = not said and check.accuracy.relative <= max(layer.stationarity_rtol or 0.0, 1e-3)
         coarse = any(row.status == "inconclusive" and row.dominating == COARSE for row in check.rows)
         another = another_problem(check, stationary) if coarse or not stationary else None
     notes = [*followed, *_notes(check, stationary, settings, another), *check.notes, *_warned(caught)]
@@ -128,8 +127,9 @@ def _prepared(equation: Equation, layer: ImplicitLayer, wall: Wall, rtol: float 
     with torch.no_grad():
         layer(equation.tree(equation.init), *equation.arguments(equation.theta))
     accuracy = Accuracy.measure(equation, restarted, lambda start: solved(wall.solve, start, equation.theta))
-    answer, allowed = lambda at: solved(wall, equation.init, at), _allowed(rtol, layer.linear_solver, equation.eps)
-    generator = torch.Generator().manual_seed(seed)
+    rtol = getattr(layer.linear_solver, "rtol", None) if rtol is None else rtol
+    allowed = SAFE_RTOL * float((1e-10 if equation.eps < 1e-12 else 1e-5) if rtol is None else rtol)
+    answer, generator = lambda at: solved(wall, equation.init, at), torch.Generator().manual_seed(seed)
     check = Check(equation, answer, accuracy, layer, restarted, allowed, generator)
     check_objective(check)
     return check
@@ -138,7 +138,7 @@ def _prepared(equation: Equation, layer: ImplicitLayer, wall: Wall, rtol: float 
 def _check_arguments(modes: Sequence[str], kind: str, rtol: float | None, settings: dict[str, Any]) -> None:
     if isinstance(modes, str) or not modes or not set(modes) <= set(_MODES):
         raise ValueError(f"modes={modes!r} must be a non-empty tuple out of {tuple(_MODES)}.")
-    check_one_of("kind", kind, tuple(_LAYERS))
+    check_one_of("kind", kind, tuple(LAYERS))
     if rtol is not None and not rtol > 0:
         raise ValueError(f"rtol={rtol} must be positive. For the tolerance of the linear solver leave it out.")
     for name in ("constraint", "regularizer"):
@@ -149,13 +149,6 @@ def _check_arguments(modes: Sequence[str], kind: str, rtol: float | None, settin
                 "il.testing.check_linear_in_cotangent and il.testing.check_batch_equals_loop; without the "
                 f"{name} this function checks the smooth objective."
             )
-
-
-def _allowed(rtol: float | None, linear_solver: Any, eps: float) -> float:
-    if rtol is None:
-        rtol = getattr(linear_solver, "rtol", None)
-    default = 1e-10 if eps < 1e-12 else 1e-5
-    return SAFE_RTOL * (default if rtol is None else float(rtol))
 
 
 def _run(check: Check, mode: str) -> Exception | None:
@@ -169,14 +162,6 @@ def _run(check: Check, mode: str) -> Exception | None:
         check.notes.append(f"{mode}: {kind}: {error}")
         return error
     return None
-
-
-def _is_stationary(
-    accuracy: Accuracy, rtol: float | None, cause: Exception | None, categories: list[type[Warning]]
-) -> bool:
-    if isinstance(cause, StationarityError) or any(issubclass(c, StationarityWarning) for c in categories):
-        return False
-    return accuracy.relative <= (1e-3 if rtol is None else max(rtol, 1e-3))
 
 
 def _judge(check: Check, stationary: bool, notes: list[str], cause: Exception | None, coarse: str) -> GradientReport:
@@ -243,8 +228,8 @@ def _notes(check: Check, stationary: bool, settings: dict[str, Any], another: tu
         )
     else:
         offenders = {row.leaf for row in check.rows if row.status == "failed"}
-        for j, (name, mixed) in enumerate(zip(equation.names, check.system.mixed, strict=True)):
-            if mixed is None and name not in offenders:
+        for j, (name, read) in enumerate(zip(equation.names, check.system.read, strict=True)):
+            if not read and name not in offenders:
                 none = "None, read as " if j in check.none else ""
                 notes.append(f"{name} is not used by the objective: its gradient is {none}zero.")
     if any(row.status == "failed" and row.mode == "objective" for row in check.rows):
@@ -258,7 +243,6 @@ def _notes(check: Check, stationary: bool, settings: dict[str, Any], another: tu
 
 
 def _warned(caught: list[warnings.WarningMessage]) -> list[str]:
-    """What was warned, warnings of the package first."""
     messages = dict.fromkeys(
         f"{w.category.__name__}: {w.message}" for w in caught if not issubclass(w.category, DeprecationWarning)
     )

@@ -223,7 +223,6 @@ def _weights(vector: torch.Tensor) -> torch.Tensor:
 
 
 def _settings(solver: Any) -> set[str]:
-    """The fields of a dataclass that its ``__init__`` takes."""
     known = is_dataclass(solver) and not isinstance(solver, type)
     return {f.name for f in fields(solver) if f.init} if known else set()
 

@@ -89,7 +89,7 @@ class Accuracy:
         if self.system is None:
             return torch.zeros(())
         if self.corrected is None:
-            return torch.zeros(self.system.shapes[j].numel(), dtype=torch.float64)
+            return cotangent.new_zeros(self.system.mixed[j].shape[1])
         return (self.system.vjp(j, cotangent) - self.corrected.vjp(j, cotangent)).abs()
 
     def coarse_jvp(self, j: int, tangent: torch.Tensor) -> torch.Tensor:
@@ -189,8 +189,6 @@ def _at_step(sample: Sample, h: float, eps: float) -> Difference | None:
 
 @dataclass(eq=False)
 class SolverDifferences:
-    """Central differences of the solver along directions in theta."""
-
     equation: Equation
     answer: Callable[[Leaves], Leaves]
     accuracy: Accuracy

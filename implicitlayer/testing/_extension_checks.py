@@ -26,7 +26,6 @@ Check = Callable[[Any], None]
 
 
 def points() -> list[torch.Tensor]:
-    """Points near zero and far out."""
     return [size * arrays.normal_tensor((SIZE,), seed=70 + i) for i, size in enumerate((0.3, 1.0, 3.0, 10.0) * 3)]
 
 
@@ -148,7 +147,6 @@ def check_a_layer_has_its_derivative(term: ProximalTerm) -> None:
 
 
 def term_checks(term: ProximalTerm) -> Iterator[Check]:
-    """The checks of a term, simplest first."""
     yield check_shape_and_dtype
     if isinstance(term, ConvexSet):
         yield from (check_the_projection_is_the_nearest_point, check_violation_is_zero_in_the_set_alone)
@@ -185,7 +183,6 @@ class TaskLossOfChecks:
 
 
 def start() -> dict[str, torch.Tensor]:
-    """Theta."""
     shapes: dict[str, tuple[int, ...]] = {"scale": (3,), "head.weight": (2, 3), "head.bias": (2,)}
     theta = {name: 0.3 * arrays.normal_tensor(shape, seed=i) for i, (name, shape) in enumerate(shapes.items())}
     theta["scale"] = 1 + theta["scale"]

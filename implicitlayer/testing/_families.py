@@ -1,9 +1,8 @@
 """Problems with known answers: families made from a size, exponents and a seed, and the implicit gradient of each."""
 
-# n: unknowns. Answers are computed in float64 from the very entries that the problem holds, also
-# for float32 problems. Nothing here calls the derivative code of the package: a reference shares no code with its test.
-#
-# n: unknowns, m: rows of a weight. Every `solution` works in float64 on plain formulas, without derivative rules.
+# n: unknowns, m: rows of a weight. Answers are computed in float64 from the very entries that the problem holds, also
+# for float32 problems, by plain formulas without derivative rules. Nothing here calls the derivative code of the
+# package: a reference shares no code with its test.
 
 from __future__ import annotations
 

@@ -163,7 +163,6 @@ def check_a_finished_lane_is_frozen(claim: InnerClaim) -> None:
 
 
 def inner_checks(claim: InnerClaim) -> Iterator[Check]:
-    """The checks that the claim calls for, simplest first."""
     yield from (check_minimises_quadratics, check_minimises_smooth_convex_functions)
     if F32 in claim.dtypes:
         yield check_minimises_in_float32
@@ -183,7 +182,6 @@ def _problem(claim: InnerClaim, family: Family, n: int, seed: int) -> ArgminProb
 
 
 def _stacked(problems: Sequence[ArgminProblem]) -> list[torch.Tensor]:
-    """Theta of problems side by side."""
     return [torch.stack([t.detach() for t in leaves]) for leaves in zip(*(p.theta for p in problems), strict=True)]
 
 

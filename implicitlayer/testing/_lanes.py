@@ -12,8 +12,8 @@ import torch
 
 from implicitlayer.testing import _differences as differences
 from implicitlayer.testing._differences import Difference
-from implicitlayer.testing._modes import RANDOM, SAFE_RTOL, Check, add_quotient, filled, prefixed, push, total
-from implicitlayer.testing._references import ROUNDINGS, DenseSystem, Leaves, flat, plain, scales
+from implicitlayer.testing._modes import RANDOM, SAFE_RTOL, Check, add_quotient, prefixed, push, total
+from implicitlayer.testing._references import ROUNDINGS, DenseSystem, Leaves, filled, flat, plain, pull, scales
 from implicitlayer.testing._report import COARSE, LINEAR, ROUNDING, Place, compare, entry_of
 
 _NUM_LANES = 3
@@ -70,7 +70,7 @@ def check_vmap(check: Check) -> None:
     expected = [_pulled(check, lane.system, lane.theta, lane.v) for lane in lanes]
     points = [t.detach() for t in stacked]
     for how, gradients in (
-        ("", lambda: check.pull(list(x), stacked, cotangents)),
+        ("", lambda: pull(list(x), stacked, cotangents)),
         ("vmap(grad) ", lambda: torch.func.vmap(torch.func.grad(check.product))(points, cotangents)),
     ):
         found = gradients()
@@ -121,8 +121,8 @@ def _check_shared(check: Check, cotangents: Leaves, vectors: list[torch.Tensor])
     expected = [_pulled(check, check.system, equation.theta, v) for v in vectors]
     starts = [t.expand(len(vectors), *t.shape).clone() for t in equation.init]
     x = torch.func.vmap(lambda *leaves: tuple(check.call(points, list(leaves))))(*starts)
-    pulled = filled(check.pull(list(x), points, cotangents), points)
-    together = check.pull(alone, points, cotangents, is_grads_batched=True)
+    pulled = filled(pull(list(x), points, cotangents), points)
+    together = pull(alone, points, cotangents, is_grads_batched=True)
     for j, gradient in enumerate(together):
         value, linear = (torch.stack([one[j][part] for one in expected]).sum(0) for part in (0, 1))
         natural = check.natural(j, torch.stack(vectors).norm(dim=0))
@@ -255,7 +255,7 @@ def _reverse_over_reverse(
 ) -> tuple[list[torch.Tensor], float, float]:
     """The gradient of s per leaf, and the size of the terms of s, added and in the 2-norm."""
     points = [t.clone().requires_grad_() for t in check.equation.theta]
-    first = check.pull(check.call(points), points, check.equation.split(v), create_graph=True)
+    first = pull(check.call(points), points, check.equation.split(v), create_graph=True)
     terms = [
         (g.cpu().double().reshape(-1) * w).sum()
         for g, w in zip(first, weights, strict=True)

@@ -247,7 +247,6 @@ def check_a_step_limit_is_no_success(claim: LinearClaim) -> None:
 
 
 def linear_checks(claim: LinearClaim) -> Iterator[Check]:
-    """The checks that the claim calls for, simplest first."""
     yield from (check_shape_and_dtype, check_solves_random_systems)
     if F32 in claim.dtypes:
         yield check_solves_in_float32

@@ -30,12 +30,10 @@ def system(claim: LinearClaim, n: int, log10_cond: float, seed: int, dtype: torc
 
 
 def inverse_norm(claim: LinearClaim, log10_cond: float) -> float:
-    """Norm of the inverse of :func:`system`."""
     return 2.0 if claim.systems == "contraction" else float(10**log10_cond)
 
 
 def operator_of(claim: LinearClaim, matrix: torch.Tensor) -> FlatOperator:
-    """The operator as a layer would hand it to the solver."""
     return FlatOperator(
         lambda v: torch.linalg.vecdot(matrix, v.unsqueeze(-2)),
         lambda v: torch.linalg.vecdot(matrix.mT, v.unsqueeze(-2)),
@@ -90,14 +88,12 @@ def power_of_two(tensor: torch.Tensor) -> float:
 
 
 def require_solved(claim: LinearClaim, n: int, log10_cond: float, dtype: torch.dtype) -> None:
-    """Random and hard right-hand sides of one system are solved."""
     matrix = system(claim, n, log10_cond, n, dtype)
     for name, b in right_hand_sides(matrix, n + 1):
         require_residual(claim, matrix, b, f"n={n}, condition 1e{log10_cond:g}, {name} b, {dtype}")
 
 
 def require_residual(claim: LinearClaim, matrix: torch.Tensor, rhs: torch.Tensor, system: str) -> None:
-    """One system is solved to the promised residual."""
     residual, rounding = true_residual(matrix, value_of(claim, matrix, rhs), rhs)
     allowed = claim.allowed(matrix.dtype)
     text = f"left a relative residual of {residual:.2e}, {allowed:.1e} is promised ({system})"
@@ -124,7 +120,6 @@ def require_true_claim(
 
 
 def powers_of_ten(claim: LinearClaim, dtype: torch.dtype) -> list[int]:
-    """The exponents of the scales to try."""
     most = min(claim.log10_scale, arrays.MAX_LOG10_SCALE[dtype])
     return sorted({sign * power for power in (min(12, most), most) for sign in (-1, 1)})
 

@@ -6,17 +6,18 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 
+from implicitlayer.api._argmin import argmin, fixed_point, root
 from implicitlayer.base._records import BackwardRecord
 from implicitlayer.layer._layer import ImplicitLayer
 from implicitlayer.testing import _differences as differences
 from implicitlayer.testing._differences import Difference, SolverDifferences, difference_errors
-from implicitlayer.testing._references import ROUNDINGS, DenseSystem, Leaves, flat, plain, scales
+from implicitlayer.testing._references import ROUNDINGS, DenseSystem, Leaves, filled, flat, plain, pull, scales
 from implicitlayer.testing._report import COARSE, LINEAR, ROUNDING, GradientRow, Place, compare, entry_of
 
+LAYERS: dict[str, Callable[..., ImplicitLayer]] = {"argmin": argmin, "root": root, "fixed_point": fixed_point}
 RANDOM = "a random direction"
 _TINY = 1e-15
 # Room for what a solver reports as rtol: its own residual may be preconditioned or carried along.
@@ -79,29 +80,19 @@ class Check(SolverDifferences):
 
     @cached_property
     def quotients(self) -> list[list[Difference | None]]:
-        """Differences of the solver along all ``directions``."""
         return [[self.along({j: d}) for _, d in chosen] for j, chosen in enumerate(self.directions)]
 
     def call(self, theta: Leaves, init: Leaves | None = None) -> Leaves:
-        """The layer, leaves to leaves."""
         start = [t.clone() for t in self.equation.init] if init is None else init
         x = self.layer(self.equation.tree(start), *self.equation.arguments(theta))
         if self.layer.solver_has_aux:
             x = x[0]
         return self.equation.ordered(x)
 
-    def pull(self, x: Leaves, points: Leaves, cotangents: Leaves, **how: Any) -> list[torch.Tensor | None]:
-        """Gradients of the points; None where the layer has none."""
-        attached = [(leaf, c) for leaf, c in zip(x, cotangents, strict=True) if leaf.requires_grad]
-        if not attached:
-            return [None] * len(points)
-        outputs, vectors = zip(*attached, strict=True)
-        return list(torch.autograd.grad(outputs, points, vectors, allow_unused=True, **how))
-
     def gradients(self, theta: Leaves, v: torch.Tensor) -> list[torch.Tensor]:
         """The layer's J'v at theta, by leaf, flat."""
         points = [t.clone().requires_grad_() for t in theta]
-        return filled(self.pull(self.call(points), points, self.equation.split(v)), points)
+        return filled(pull(self.call(points), points, self.equation.split(v)), points)
 
     def product(self, theta: Leaves, v: Leaves) -> torch.Tensor:
         """<v, x> with the layer's answer at theta, with its graph."""
@@ -122,18 +113,11 @@ class Check(SolverDifferences):
         return torch.tensor(value * (self.rtol + self.equation.eps) ** 0.5, dtype=torch.float64)
 
 
-def filled(gradients: list[torch.Tensor | None], like: Leaves) -> list[torch.Tensor]:
-    """Flat float64 gradients; None counts as zero."""
-    return [plain(torch.zeros_like(t) if g is None else g).reshape(-1) for g, t in zip(gradients, like, strict=True)]
-
-
 def prefixed(label: str, entry: Callable[[int], str]) -> Callable[[int], str]:
-    """Names entries with a label in front."""
     return lambda i: (label + entry(i)).strip()
 
 
 def total(terms: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Sum of 0-d float64 tensors; 0 for none."""
     return sum(terms, torch.zeros((), dtype=torch.float64))
 
 
@@ -148,7 +132,7 @@ def check_vjp(check: Check) -> None:
             compare(Place("x", equation.entry, "value", "solver"), accuracy.x, flat(x), parts, accuracy.size)
         )
     for number, (kind, v) in enumerate(check.cotangents):
-        gradients = check.pull(x, points, equation.split(v), retain_graph=True)
+        gradients = pull(x, points, equation.split(v), retain_graph=True)
         pulled = filled(gradients, points)
         if number == 0:
             check.pulled = pulled
@@ -288,9 +272,7 @@ def check_objective(check: Check) -> None:
     step = equation.eps ** (1 / 3)
     direction = check.random(equation.num_unknowns) * accuracy.size / equation.num_unknowns**0.5
     small = ROUNDINGS * equation.eps
-    theta_terms = [
-        m.abs() @ plain(t).reshape(-1).abs() for m, t in zip(system.mixed, equation.theta, strict=True) if m is not None
-    ]
+    theta_terms = [m.abs() @ plain(t).reshape(-1).abs() for m, t in zip(system.mixed, equation.theta, strict=True)]
     terms = torch.stack([system.matrix.abs() @ accuracy.x.abs() + system.matrix.abs() @ direction.abs(), *theta_terms])
     noise = small * terms.sum(0)
 
@@ -304,8 +286,7 @@ def check_objective(check: Check) -> None:
         def equation_along_theta(h: float, j: int = j, d: torch.Tensor = d) -> tuple[torch.Tensor, torch.Tensor]:
             return equation.residual_at(accuracy.leaves, check.moved({j: d}, h)), noise
 
-        mixed = system.mixed[j]
-        _add(check, name, equation_along_theta, torch.zeros_like(noise) if mixed is None else mixed @ d, step)
+        _add(check, name, equation_along_theta, system.mixed[j] @ d, step)
     if equation.kind == "argmin":
         away = accuracy.x + 0.1 * direction
         quadratic = float(away.abs() @ system.matrix.abs() @ away.abs())  # terms that may cancel in f

@@ -11,12 +11,10 @@ from typing import Any
 
 import torch
 
-from implicitlayer.api._argmin import argmin, fixed_point, root
 from implicitlayer.base._tree import tree_map
-from implicitlayer.layer._layer import ImplicitLayer
-from implicitlayer.testing._references import F64, Equation, Leaves, flat, plain
+from implicitlayer.testing._modes import LAYERS
+from implicitlayer.testing._references import F64, Equation, Leaves, filled, flat, plain, pull
 
-_LAYERS: dict[str, Callable[..., ImplicitLayer]] = {"argmin": argmin, "root": root, "fixed_point": fixed_point}
 Layer = Callable[..., Any]
 
 
@@ -51,7 +49,7 @@ class _Case:
 
     def compare(self, got: Leaves, expected: Leaves, size: float, rule: str, names: list[str] | None = None) -> None:
         for name, g, e in zip(names or self.equation.names, got, expected, strict=True):
-            difference = (plain(g) - plain(e)).abs().reshape(-1)
+            difference = (plain(g).reshape(-1) - plain(e).reshape(-1)).abs()
             if not difference.numel() or float(difference.norm()) <= self.rtol * size:
                 continue
             i = int(difference.nan_to_num(nan=torch.inf).argmax())
@@ -63,11 +61,7 @@ class _Case:
 
 
 def _pull(x: Leaves, points: Leaves, v: Leaves) -> Leaves:
-    attached = [(leaf, c) for leaf, c in zip(x, v, strict=True) if leaf.requires_grad]
-    if not attached:
-        return [torch.zeros_like(t) for t in points]
-    outputs, vectors = zip(*attached, strict=True)
-    return list(torch.autograd.grad(outputs, points, vectors, materialize_grads=True, retain_graph=True))
+    return filled(pull(x, points, v, retain_graph=True), points)
 
 
 def _dot(a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]) -> float:
@@ -309,16 +303,15 @@ def _solve(
     theta: Any,
     settings: dict[str, Any],
 ) -> Any:
-    """The layer's answer, detached."""
     with torch.no_grad():
-        found = _LAYERS[kind](objective, solver, **settings)(init, *theta)
+        found = LAYERS[kind](objective, solver, **settings)(init, *theta)
     return found[0] if settings.get("solver_has_aux") else found
 
 
 def _at(function: Callable[..., Any], found: Any, kind: str, settings: dict[str, Any]) -> Layer:
     """The layer whose solver returns ``found``."""
     kept = {name: value for name, value in settings.items() if name != "solver_has_aux"}
-    layer: Layer = _LAYERS[kind](function, lambda f, init, *theta: found, **kept)
+    layer: Layer = LAYERS[kind](function, lambda f, init, *theta: found, **kept)
     return layer
 
 

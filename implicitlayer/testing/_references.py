@@ -15,6 +15,7 @@ import torch
 
 from implicitlayer.base._solution import SolverResult
 from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, tree_map, unflatten, unravel
+from implicitlayer.testing._report import entry_of
 
 Leaves = list[torch.Tensor]
 F64 = torch.float64
@@ -99,11 +100,9 @@ class Equation:
         return unravel(flat, self.init, 0)
 
     def entry(self, i: int) -> str:
-        """The name of entry i of x."""
         for name, leaf in zip(self.x_names, self.init, strict=True):
             if i < leaf.numel():
-                index = [int(k) for k in torch.unravel_index(torch.tensor(i), leaf.shape)] if leaf.ndim else []
-                return name + (str(index) if index else "")
+                return name + entry_of(leaf.shape)(i)
             i -= leaf.numel()
         raise IndexError(i)
 
@@ -128,8 +127,21 @@ class Equation:
 
 
 def flat(leaves: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Leaves as one float64 vector."""
     return torch.cat([plain(t).reshape(-1) for t in leaves])
+
+
+def pull(x: Leaves, points: Leaves, cotangents: Leaves, **how: Any) -> list[torch.Tensor | None]:
+    """Gradients of the points; None where x has none."""
+    attached = [(leaf, c) for leaf, c in zip(x, cotangents, strict=True) if leaf.requires_grad]
+    if not attached:
+        return [None] * len(points)
+    outputs, vectors = zip(*attached, strict=True)
+    return list(torch.autograd.grad(outputs, points, vectors, allow_unused=True, **how))
+
+
+def filled(gradients: list[torch.Tensor | None], like: Leaves) -> list[torch.Tensor]:
+    """Flat float64 gradients; None counts as zero."""
+    return [plain(torch.zeros_like(t) if g is None else g).reshape(-1) for g, t in zip(gradients, like, strict=True)]
 
 
 class Wall:
@@ -184,7 +196,8 @@ class DenseSystem:
         residual: F, [n].
         matrix: H, [n, n].
         inverse: its inverse, or pseudo-inverse where it is singular to working precision.
-        mixed: B per theta leaf, [n, m]; None for a leaf that F does not read.
+        mixed: B per theta leaf, [n, m].
+        read: whether F reads that leaf; if not, its B is zero.
         condition: of H, in the 2-norm.
         terms: per theta leaf the size of the terms that B is the sum of, see NOTE [cancelled terms].
         eps: rounding of the dtype that F was computed in.
@@ -193,11 +206,11 @@ class DenseSystem:
     residual: torch.Tensor
     matrix: torch.Tensor
     inverse: torch.Tensor
-    mixed: list[torch.Tensor | None]
+    mixed: list[torch.Tensor]
+    read: list[bool]
     norm: float
     condition: float
     eps: float
-    shapes: list[torch.Size]
     terms: list[float]
 
     @classmethod
@@ -208,16 +221,16 @@ class DenseSystem:
         with torch.enable_grad():
             residual = equation.residual(x, points if mixed else theta)
         rows = []
-        used = [False] * len(points)
+        read = [False] * len(points)
         for value in residual:
             grads: Sequence[torch.Tensor | None] = [None] * (len(x) + len(points))
             if value.requires_grad:
                 grads = torch.autograd.grad(value, [*x, *points], retain_graph=True, allow_unused=True)
-            used = [u or g is not None for u, g in zip(used, grads[len(x) :], strict=True)]
+            read = [r or g is not None for r, g in zip(read, grads[len(x) :], strict=True)]
             filled = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, [*x, *points], strict=True)]
             rows.append([plain(g).reshape(-1) for g in filled])
         matrix = torch.stack([torch.cat(row[: len(x)]) for row in rows])
-        mixed_parts = [torch.stack([row[len(x) + j] for row in rows]) if used[j] else None for j in range(len(points))]
+        parts = [torch.stack([row[len(x) + j] for row in rows]) for j in range(len(points))]
         values = torch.linalg.svdvals(matrix) if bool(matrix.isfinite().all()) else matrix.new_full((1,), torch.nan)
         low, high = float(values[-1]), float(values[0])
         condition = high / low if low > 0 else torch.inf
@@ -225,9 +238,9 @@ class DenseSystem:
         inverse = torch.linalg.inv(matrix) if good else torch.linalg.pinv(matrix.nan_to_num(), rtol=1e-12)
         start, end = flat(equation.init), flat(x)
         size = max(float(end.norm()), float((end - start).norm())) or 1.0
-        terms = [high * size / float(scales(t).square().mean().sqrt()) for t in points]
-        shapes = [t.shape for t in theta]
-        return cls(plain(residual), matrix, inverse, mixed_parts, high, condition, equation.eps, shapes, terms)
+        largest = [float(scales(t).square().mean().sqrt()) for t in points]
+        terms = [high * size / at if r else 0.0 for at, r in zip(largest, read, strict=True)]
+        return cls(plain(residual), matrix, inverse, parts, read, high, condition, equation.eps, terms)
 
     @property
     def newton_step(self) -> torch.Tensor:
@@ -236,17 +249,11 @@ class DenseSystem:
 
     def jacobian(self, j: int) -> torch.Tensor:
         """J of leaf j, [n, m]."""
-        mixed = self.mixed[j]
-        if mixed is None:
-            return self.residual.new_zeros(len(self.residual), self.shapes[j].numel())
-        return -self.inverse @ mixed
+        return -self.inverse @ self.mixed[j]
 
     def vjp(self, j: int, cotangent: torch.Tensor) -> torch.Tensor:
         """J'v of leaf j, [m]."""
-        mixed = self.mixed[j]
-        if mixed is None:
-            return cotangent.new_zeros(self.shapes[j].numel())
-        return -mixed.T @ (self.inverse.T @ cotangent)
+        return -self.mixed[j].T @ (self.inverse.T @ cotangent)
 
     # A solve H'u = v of residual r gives J'v + J'r, |r| <= rtol |v|. Rounding adds eps |H| |u| to r, and eps |B| |u| to
     # the product with B', of which the largest column stands for all (a sum may cancel in a small one).
@@ -257,14 +264,11 @@ class DenseSystem:
 
     def vjp_error(self, j: int, cotangent: torch.Tensor, rtol: float, rounding: bool = True) -> torch.Tensor:
         """What the solve may do to J'v, [m]."""
-        mixed = self.mixed[j]
-        if mixed is None:
-            return cotangent.new_zeros(self.shapes[j].numel())
         u = float((self.inverse.T @ cotangent).norm())
         small = ROUNDINGS * self.eps if rounding else 0.0
         residual = rtol * float(cotangent.norm()) + small * self.norm * u
         cancelled = FEW_ROUNDINGS * self.eps * self.terms[j] if rounding else 0.0
-        product = max(small * float(mixed.norm(dim=0).max()), cancelled) * u
+        product = max(small * float(self.mixed[j].norm(dim=0).max()), cancelled) * u
         error: torch.Tensor = self.jacobian(j).norm(dim=0) * residual + product
         return error
 
@@ -272,12 +276,9 @@ class DenseSystem:
 
     def jvp_error(self, j: int, tangent: torch.Tensor, rtol: float, rounding: bool = True) -> torch.Tensor:
         """What the solve may do to J t, [n]."""
-        mixed = self.mixed[j]
-        if mixed is None:
-            return torch.zeros_like(self.residual)
-        change = mixed @ tangent
+        change = self.mixed[j] @ tangent
         small = ROUNDINGS * self.eps if rounding else 0.0
-        terms = mixed.abs() @ tangent.abs()
+        terms = self.mixed[j].abs() @ tangent.abs()
         cancelled = FEW_ROUNDINGS * self.eps * self.terms[j] * float(tangent.norm()) if rounding else 0.0
         dx = float((self.inverse @ change).norm())
         product = max(small * float(terms.norm()), cancelled)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 
 Status = Literal["ok", "inconclusive", "failed"]
@@ -191,15 +192,7 @@ def compare(
 
 def entry_of(shape: torch.Size) -> Callable[[int], str]:
     """Names entry i of a tensor: ``[1, 2]``, nothing for a 0-d one."""
-
-    def name(i: int) -> str:
-        index = []
-        for size in reversed(shape):
-            i, k = divmod(i, size)
-            index.append(k)
-        return str(index[::-1]) if index else ""
-
-    return name
+    return lambda i: str([int(k) for k in np.unravel_index(i, shape)]) if shape else ""
 
 
 def _table(rows: tuple[GradientRow, ...]) -> list[str]:

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fewshot.class_splits import MAX_SIMILARITY, SEED, class_name, hash_split, select_classes, similarity
 
 from implicitlayer.fewshot import Glyphs, _cache, _glyph_classes
-from implicitlayer.fewshot._glyph_classes import MAX_SIMILARITY, class_name, codepoint_of, select_classes, similarity
+from implicitlayer.fewshot._glyph_classes import codepoint_of
 from implicitlayer.fewshot._glyphs import render
-from implicitlayer.fewshot._splits import SEED, hash_split, load_splits
+from implicitlayer.fewshot._splits import load_splits
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,12 @@ from typing import Any
 
 import pytest
 import torch
+from fewshot.class_splits import OMNIGLOT_SIZES, SEED, hash_split
 from fewshot.omniglot_files import SPLITS, write_tree, write_zips
 
 import implicitlayer as il
 from implicitlayer.fewshot import DatasetError, Omniglot, _omniglot
-from implicitlayer.fewshot._splits import OMNIGLOT_SIZES, SEED, hash_split, load_splits
+from implicitlayer.fewshot._splits import load_splits
 
 needs_data = pytest.mark.skipif(
     not os.environ.get("IMPLICITLAYER_DATA"), reason="real Omniglot: set IMPLICITLAYER_DATA to the folder with its zips"
