@@ -125,10 +125,8 @@ class CvxpyLayer(torch.nn.Module):
         else:
             x = qp(**matrices, **vectors, **self._settings)
         # CVXPY's vectors are in column order
-        parts = [
-            x[..., start : start + size].reshape((*batch, *reversed(shape))) for start, size, shape in self._variables
-        ]
-        return tuple(_reversed(part, len(shape)) for part, (_, _, shape) in zip(parts, self._variables, strict=True))
+        parts = [(x[..., start : start + size], shape) for start, size, shape in self._variables]
+        return tuple(_reversed(part.reshape((*batch, *reversed(shape))), len(shape)) for part, shape in parts)
 
     def _vector(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
         """[*batch, number of entries and a one], in CVXPY's order."""
