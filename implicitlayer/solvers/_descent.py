@@ -39,6 +39,8 @@ _WORDS = {
     Status.NONFINITE: "The objective or its gradient is not finite at init{where}.",
 }
 
+Pair = tuple[torch.Tensor, torch.Tensor]
+
 
 class Method:
     """How to choose directions. Masks are bool [*lanes]; what is returned for the other lanes is not read."""
@@ -47,9 +49,7 @@ class Method:
     conjugate: bool = False  # with exact line searches, n steps solve a quadratic of n unknowns
     halving: bool = False  # near a minimum every step at least halves the gradient
 
-    def direction(
-        self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def direction(self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor) -> Pair:
         """At x a direction [*lanes, n] and the first trial step float64 [*lanes]."""
         raise NotImplementedError
 
@@ -92,9 +92,7 @@ def descend(
         return (loop or Descent)(settings, problem, method, curvature, report).run()
 
 
-def traced_descent(
-    settings: Any, problem: TracedProblem, method: Callable[[], Method], curvature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def traced_descent(settings: Any, problem: TracedProblem, method: Callable[[], Method], curvature: float) -> Pair:
     """The same rounds as a loop of a compiler: the point [*lanes, n] and a :class:`Status` per lane.
 
     ``method`` makes one in its first state: a loop holds tensors only, and every round begins with objects made anew.
@@ -183,7 +181,7 @@ class Descent:
             turns = self.round(turns)
         return outcome(self._tree(), self.steps, self.codes, _WORDS)
 
-    def round(self, turns: bool = True, found: tuple[torch.Tensor, torch.Tensor] | None = None) -> bool:
+    def round(self, turns: bool = True, found: Pair | None = None) -> bool:
         """One evaluation in all lanes. Returns whether some may need a direction in the next round.
 
         ``turns``: the same of this round; ``found``: what the method says, where it has been asked.
@@ -232,14 +230,11 @@ class Descent:
         move = lambda: torch.full_like(self.norm, torch.inf)  # noqa: E731  # accepted values do not grow
         stalled = self.watch.look(accepted, self.norm, self.value, weight, move, self.on_host)
         gained, (x, value, norm) = self.watch.gained, self.best
-        self.best = (
-            self._chosen(gained, self.x, x),
-            torch.where(gained, self.value, value),
-            torch.where(gained, self.norm, norm),
-        )
+        value, norm = torch.where(gained, self.value, value), torch.where(gained, self.norm, norm)
+        self.best = self._chosen(gained, self.x, x), value, norm
         return stalled
 
-    def turn(self, lanes: torch.Tensor, found: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+    def turn(self, lanes: torch.Tensor, found: Pair | None) -> None:
         """New directions and searches in these lanes: the method's, or the steepest one where that leads uphill."""
         direction, step = found or self.method.direction(lanes, self.x, self.gradient, self.norm)
         slope = lane_dot(self.gradient, direction)

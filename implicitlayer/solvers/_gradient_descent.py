@@ -17,7 +17,7 @@ from implicitlayer.base._tree import flatten, leaves_norm, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._operator import lane_dot
-from implicitlayer.solvers._descent import Method, descend, kept, restored, rounds_between_syncs, traced_descent
+from implicitlayer.solvers._descent import Method, Pair, descend, kept, restored, rounds_between_syncs, traced_descent
 from implicitlayer.solvers._leaves import check_limits, value_and_gradient
 from implicitlayer.solvers._line_search import LineSearch
 from implicitlayer.solvers._outcome import StallWatch, codes_of, finite_leaves, outcome, relative_move
@@ -222,9 +222,7 @@ class _Growing(Method):
     def __init__(self, problem: Problem | TracedProblem, step_size: float) -> None:
         self.trial = step_size * problem.unit  # gradients are measured in this unit
 
-    def direction(
-        self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def direction(self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor) -> Pair:
         """-g and the trial."""
         return -gradient, self.trial
 
