@@ -155,15 +155,9 @@ class _Affine(torch.nn.Module):
     places: torch.Tensor
     terms: torch.Tensor
 
-    def __init__(
-        self,
-        sizes: tuple[int, int, int],
-        rows: torch.Tensor,
-        columns: torch.Tensor,
-        weights: torch.Tensor,
-        of: torch.Tensor,
-    ) -> None:
+    def __init__(self, sizes: tuple[int, int, int], *given: torch.Tensor) -> None:
         super().__init__()
+        rows, columns, weights, of = given
         self._shape, self._num = torch.Size(sizes[:2]), sizes[2]
         places, terms = torch.unique(rows * sizes[1] + columns, return_inverse=True)
         tensors = {"places": places, "terms": terms, "of": of, "weights": weights}

@@ -99,7 +99,8 @@ def traced_descent(settings: Any, problem: TracedProblem, method: Callable[[], M
     """
 
     def descent(state: tuple[torch.Tensor, ...] = ()) -> Descent:
-        made = Descent(settings, problem, method(), curvature, None, on_host=False)
+        made = Descent(settings, problem, method(), curvature, None)
+        made.on_host = False
         return restored(made, list(state)) if state else made
 
     def one_more(*state: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -142,13 +143,7 @@ class Descent:
     )
 
     def __init__(
-        self,
-        settings: Any,
-        problem: Problem | TracedProblem,
-        method: Method,
-        curvature: float,
-        report: Report | None,
-        on_host: bool | None = None,
+        self, settings: Any, problem: Problem | TracedProblem, method: Method, curvature: float, report: Report | None
     ) -> None:
         self.settings, self.problem, self.method, self.report = settings, problem, method, report
         self.x, self.gradient = problem.start, problem.first_gradient
@@ -162,7 +157,7 @@ class Descent:
         self.watch = StallWatch(self.norm, self.value, eps, method.halving)
         self.search = LineSearch(self.norm, eps, curvature, exact_on_quadratics=exact)
         self.direction = torch.zeros_like(self.x)
-        self.on_host = rounds_between_syncs(self.x) == 1 if on_host is None else on_host
+        self.on_host = rounds_between_syncs(self.x) == 1
         self.best = self.x, self.value, self.norm  # at the last gain: after it came rounding errors only
         self.running = self.turning = self._unfinished()  # bool [*lanes]: not done; to get a new direction
 
