@@ -27,8 +27,8 @@ from implicitlayer.linear._common import times
 from implicitlayer.linear._operator import lane_dot
 from implicitlayer.sets._box import ends_of_box, is_box
 from implicitlayer.sets._term import ProximalTerm, resolve
-from implicitlayer.solvers._descent import Descent, Method, Pair, descend, pair_scales
-from implicitlayer.solvers._line_search import LineSearch
+from implicitlayer.solvers._descent import Descent, Method, descend, pair_scales
+from implicitlayer.solvers._line_search import LineSearch, Pair
 from implicitlayer.solvers._problem import Problem
 
 _PAIRS, _FEW = 10, 32  # kept by default; up to so many unknowns as many as these

@@ -19,7 +19,7 @@ from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._common import STEPS_BETWEEN_SYNCS
 from implicitlayer.linear._operator import lane_dot
 from implicitlayer.solvers._leaves import check_limits
-from implicitlayer.solvers._line_search import LineSearch
+from implicitlayer.solvers._line_search import LineSearch, Pair
 from implicitlayer.solvers._outcome import PATIENCE, StallWatch, codes_of, outcome
 from implicitlayer.solvers._problem import Problem
 from implicitlayer.solvers._progress import Iteration, Report, reporting
@@ -38,8 +38,6 @@ _WORDS = {
     "or is as small as their rounding errors allow.",
     Status.NONFINITE: "The objective or its gradient is not finite at init{where}.",
 }
-
-Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Method:

@@ -17,9 +17,9 @@ from implicitlayer.base._tree import flatten, leaves_norm, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._operator import lane_dot
-from implicitlayer.solvers._descent import Method, Pair, descend, kept, restored, rounds_between_syncs, traced_descent
+from implicitlayer.solvers._descent import Method, descend, kept, restored, rounds_between_syncs, traced_descent
 from implicitlayer.solvers._leaves import check_limits, value_and_gradient
-from implicitlayer.solvers._line_search import LineSearch
+from implicitlayer.solvers._line_search import LineSearch, Pair
 from implicitlayer.solvers._outcome import StallWatch, codes_of, finite_leaves, outcome, relative_move
 from implicitlayer.solvers._problem import Problem
 from implicitlayer.solvers._progress import Iteration, Report, reporting

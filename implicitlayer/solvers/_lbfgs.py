@@ -17,9 +17,9 @@ from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._common import times
 from implicitlayer.linear._operator import lane_dot
 from implicitlayer.solvers._bounded import check_bounds, in_a_box
-from implicitlayer.solvers._descent import Limited, Method, Pair, descend, pair_scales, traced_descent
+from implicitlayer.solvers._descent import Limited, Method, descend, pair_scales, rounds_between_syncs, traced_descent
 from implicitlayer.solvers._leaves import choose
-from implicitlayer.solvers._line_search import LineSearch
+from implicitlayer.solvers._line_search import LineSearch, Pair
 from implicitlayer.solvers._problem import Problem
 
 _CURVATURE = 0.9  # c2 of the Wolfe conditions, the usual choice for quasi-Newton directions
@@ -116,7 +116,7 @@ class LBFGS(Limited):
 
     def _two_loop(self, start: torch.Tensor) -> _TwoLoop:
         memory = _PAIRS if self.memory is None else self.memory
-        return _TwoLoop(start, memory, conjugate=memory >= start.shape[-1], on_host=start.device.type == "cpu")
+        return _TwoLoop(start, memory, conjugate=memory >= start.shape[-1], on_host=rounds_between_syncs(start) == 1)
 
 
 class _TwoLoop(Method):

@@ -27,7 +27,8 @@ from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._common import NOISE, times
 from implicitlayer.linear._dense import materialise
 from implicitlayer.linear._operator import FlatOperator, lane_dot
-from implicitlayer.solvers._descent import Limited, Method, Pair, descend, rounds_between_syncs, traced_descent
+from implicitlayer.solvers._descent import Limited, Method, descend, rounds_between_syncs, traced_descent
+from implicitlayer.solvers._line_search import Pair
 from implicitlayer.solvers._problem import Curvature, Problem
 
 # NOTE [forcing]: in a narrow curved valley the gradient is that of the steep walls, and a loose direction takes it down
