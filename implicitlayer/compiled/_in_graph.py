@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import itertools
 import json
-import threading
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from implicitlayer._torch import pytree
 from implicitlayer.base._tree import flatten
 from implicitlayer.base._types import Leaves
 
@@ -41,7 +42,7 @@ def call_in_graph(layer: CompiledLayer, init: Any, theta: Sequence[Any]) -> Any:
     needed = "".join(["1" if t.requires_grad and torch.is_grad_enabled() else "0" for t in tensors])
     found = torch.ops.implicitlayer.solve(x, tensors, layer.number, form, needed)
     leaves = list(found[: len(x)])
-    return _rebuilt(init, leaves)
+    return pytree.tree_map_only(torch.Tensor, lambda _: leaves.pop(0), init)
 
 
 def _described(tree: Any, tensors: Leaves) -> str:
@@ -51,31 +52,15 @@ def _described(tree: Any, tensors: Leaves) -> str:
         return '"t"'
     if isinstance(tree, dict):
         return "{" + ",".join([f'"{key}":' + _described(value, tensors) for key, value in tree.items()]) + "}"
-    if isinstance(tree, tuple):
-        return '["tuple",' + ",".join([_described(part, tensors) for part in tree]) + "]"
-    if isinstance(tree, list):
-        return '["list",' + ",".join([_described(part, tensors) for part in tree]) + "]"
-    if isinstance(tree, bool):
-        return "true" if tree else "false"
+    if isinstance(tree, tuple | list):
+        kind = '["tuple",' if isinstance(tree, tuple) else '["list",'
+        return kind + ",".join([_described(part, tensors) for part in tree]) + "]"
     if isinstance(tree, int | float):
-        return repr(tree)
+        return repr(tree).lower()  # as JSON has True and False
     raise TypeError(
         f"inside torch.compile a compiled layer takes tensors, numbers, and dicts, lists and tuples of them: got "
         f"{type(tree).__name__}."
     )
-
-
-def _rebuilt(tree: Any, leaves: Leaves) -> Any:
-    """``tree`` with its tensors replaced, in order."""
-    if isinstance(tree, torch.Tensor):
-        return leaves.pop(0)
-    if isinstance(tree, dict):
-        return {key: _rebuilt(value, leaves) for key, value in tree.items()}
-    if isinstance(tree, tuple):
-        return tuple([_rebuilt(part, leaves) for part in tree])
-    if isinstance(tree, list):
-        return [_rebuilt(part, leaves) for part in tree]
-    return tree
 
 
 def _parsed(form: Any, tensors: Leaves) -> Any:
@@ -109,20 +94,8 @@ def _prepared(
 
 def _aside(function: Callable[[], Any]) -> Any:
     """What ``function`` returns or raises, in a thread of its own."""
-    found: list[Any] = []
-
-    def work() -> None:
-        try:
-            found.extend((True, function()))
-        except BaseException as error:
-            found.extend((False, error))
-
-    thread = threading.Thread(target=work, name="implicitlayer")
-    thread.start()
-    thread.join()
-    if not found[0]:
-        raise found[1]
-    return found[1]
+    with ThreadPoolExecutor(1, "implicitlayer") as pool:
+        return pool.submit(function).result()
 
 
 @torch.library.custom_op("implicitlayer::solve", mutates_args=())

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import threading
@@ -145,10 +144,6 @@ class CompiledLayer:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledLayer:
-        memo[id(self)] = made = CompiledLayer(copy.deepcopy(self.layer, memo), self.backend, self.options)
-        return made
 
     @property
     def records(self) -> list[Record]:

@@ -27,10 +27,11 @@ from implicitlayer.base._status import Status
 from implicitlayer.base._tree import name_lanes
 from implicitlayer.base._types import OnFailure
 from implicitlayer.base._warn import tell_kink
+from implicitlayer.constrained._qp_solve import full_data
 from implicitlayer.layer._layer import ImplicitLayer
 from implicitlayer.linear._dense import Dense
 from implicitlayer.programs._backends import by_clarabel
-from implicitlayer.programs._interior_point_step import norm_of, times
+from implicitlayer.programs._interior_point_step import Data, flat_lanes, norm_of, times
 
 _ORDERS = 3  # of exact derivatives of the projection: those of a layer go as far
 
@@ -47,10 +48,11 @@ class Cones:
     orders: tuple[int, ...] = ()
     sides: tuple[int, ...] = ()
 
-    def split(self, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The parts of w [..., m], one per cone, the half lines together."""
-        parts: tuple[torch.Tensor, ...] = torch.split(w, self.sizes, -1)
-        return parts
+    def split(self, w: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
+        """The half lines of w [..., m], the parts of second-order cones, and the matrices."""
+        lines, *others = torch.split(w, self.sizes, -1)
+        k = len(self.orders)
+        return lines, others[:k], [_matrix(part, side) for part, side in zip(others[k:], self.sides, strict=True)]
 
     @property
     def sizes(self) -> list[int]:
@@ -59,23 +61,18 @@ class Cones:
 
     def project(self, w: torch.Tensor) -> torch.Tensor:
         """The nearest point, [..., m]; differentiable three times."""
-        lines, *others = self.split(w)
-        parts = [lines.clamp(min=0), *(_second_order(part) for part in others[: len(self.orders)])]
-        for part, k in zip(others[len(self.orders) :], self.sides, strict=True):
-            W = _matrix(part, k)
-            parts.append(_triangle((W + _absolute(W)) / 2))
-        return torch.cat(parts, -1)
+        lines, orders, matrices = self.split(w)
+        positive = [_triangle((W + _absolute(W)) / 2) for W in matrices]
+        return torch.cat([lines.clamp(min=0), *map(_second_order, orders), *positive], -1)
 
     def eigenvalues(self, w: torch.Tensor) -> torch.Tensor:
         """Those of NOTE [spectrum], [..., number of them]."""
-        lines, *others = self.split(w)
+        lines, orders, matrices = self.split(w)
         parts = [lines]
-        for part in others[: len(self.orders)]:
+        for part in orders:
             t, r = part[..., :1], torch.linalg.vector_norm(part[..., 1:], dim=-1, keepdim=True)
             parts += [t - r, t + r]
-        for part, k in zip(others[len(self.orders) :], self.sides, strict=True):
-            parts.append(torch.linalg.eigvalsh(_matrix(part, k)))
-        return torch.cat(parts, -1)
+        return torch.cat([*parts, *map(torch.linalg.eigvalsh, matrices)], -1)
 
     def for_clarabel(self, clarabel: Any) -> list[Any]:
         """The same in its words."""
@@ -149,8 +146,6 @@ _ERRORS: dict[str, tuple[type[Exception], str]] = {
     "DualInfeasible": (UnboundedError, "is unbounded: its objective falls without end. Bound its variables"),
 }
 
-Data = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
 
 def cone_program(
     data: Data, cones: Cones, *, derivative: bool, on_failure: OnFailure, active_rtol: float, linear_solver: Any
@@ -194,11 +189,7 @@ class _Clarabel:
 
     def __call__(self, residual: Any, init: torch.Tensor, *data: torch.Tensor) -> SolverResult:
         lanes = init.shape[:-1]
-        ends = (2, 1, 2, 1, 2, 1)  # dimensions of one program; one that all share comes without those of the lanes
-        flat = [
-            t.detach().double().expand(*lanes, *t.shape[t.ndim - k :]).reshape(lanes.numel(), *t.shape[t.ndim - k :])
-            for t, k in zip(data, ends, strict=True)
-        ]
+        flat = flat_lanes(full_data(data, lanes))
         answers = [self._one(*(t[i] for t in flat)) for i in range(lanes.numel())]
         found = [u for u, _, _ in answers]
         u = torch.stack(found) if found else init.reshape(0, init.shape[-1]).double()
@@ -225,9 +216,7 @@ class _Clarabel:
         u = torch.cat([x, z[: len(b)], (s - z)[len(b) :]])
         return u.nan_to_num(0.0, 0.0, 0.0), str(found.status), int(found.iterations)
 
-    def _polished(
-        self, u: torch.Tensor, data: list[torch.Tensor], failed: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _polished(self, u: torch.Tensor, data: Data, failed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """u after steps of Newton's method where they help, and what is left of F relative to its terms, [B]."""
         conditions = partial(_conditions, cones=self.cones)
         value = conditions(u, *data)

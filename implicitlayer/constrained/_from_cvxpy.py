@@ -125,10 +125,8 @@ class CvxpyLayer(torch.nn.Module):
         else:
             x = qp(**matrices, **vectors, **self._settings)
         # CVXPY's vectors are in column order
-        parts = [
-            x[..., start : start + size].reshape((*batch, *reversed(shape))) for start, size, shape in self._variables
-        ]
-        return tuple(_reversed(part, len(shape)) for part, (_, _, shape) in zip(parts, self._variables, strict=True))
+        parts = [(x[..., start : start + size], shape) for start, size, shape in self._variables]
+        return tuple(_reversed(part.reshape((*batch, *reversed(shape))), len(shape)) for part, shape in parts)
 
     def _vector(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
         """[*batch, number of entries and a one], in CVXPY's order."""
@@ -157,15 +155,9 @@ class _Affine(torch.nn.Module):
     places: torch.Tensor
     terms: torch.Tensor
 
-    def __init__(
-        self,
-        sizes: tuple[int, int, int],
-        rows: torch.Tensor,
-        columns: torch.Tensor,
-        weights: torch.Tensor,
-        of: torch.Tensor,
-    ) -> None:
+    def __init__(self, sizes: tuple[int, int, int], *given: torch.Tensor) -> None:
         super().__init__()
+        rows, columns, weights, of = given
         self._shape, self._num = torch.Size(sizes[:2]), sizes[2]
         places, terms = torch.unique(rows * sizes[1] + columns, return_inverse=True)
         tensors = {"places": places, "terms": terms, "of": of, "weights": weights}

@@ -17,10 +17,10 @@ from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.constrained._kkt import AtKink, KktLayer
 from implicitlayer.constrained._kkt_lagrangian import Unknowns
 from implicitlayer.constrained._qp_arguments import RANKS, Fold, arguments, on_all_levels
-from implicitlayer.constrained._qp_closest import UNSOLVED, closest
-from implicitlayer.constrained._qp_function import ProvedProgram, by_data, in_plain_surroundings
+from implicitlayer.constrained._qp_closest import UNSOLVED, Program, Solution, closest
+from implicitlayer.constrained._qp_function import ProvedProgram, Pull, by_data, in_plain_surroundings
 from implicitlayer.constrained._qp_solve import Proof, QuadraticSolver, full_data, searched
-from implicitlayer.constrained._qp_sparse import Entries, is_sparse, made_dense, pulled, sparse_proof_of
+from implicitlayer.constrained._qp_sparse import Entries, is_sparse, made_dense
 from implicitlayer.equation._capture import ClosedOver, derivatives_possible
 from implicitlayer.equation._flat import Signature
 from implicitlayer.equation._jacobian import Graph
@@ -33,6 +33,7 @@ from implicitlayer.programs._interior_point_step import times
 from implicitlayer.programs._kkt_active import Tolerances
 from implicitlayer.programs._kkt_linear import KktSolver
 from implicitlayer.programs._qp_rank import independent_equations
+from implicitlayer.programs._sparse_program import SparseProgram, sparse_proof
 
 _STATIONARITY_RTOL = 1e-6
 _SIDES, _POLICIES, _MOVES = get_args(AtKink), get_args(OnFailure), ("error", "closest")
@@ -200,9 +201,7 @@ class _Settings:
         return layer
 
 
-def _solution(
-    data: tuple[torch.Tensor, ...], batch: torch.Size, settings: _Settings
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _solution(data: Program, batch: torch.Size, settings: _Settings) -> Solution:
     """x and the multipliers; by the plain path where that leads to a proof and there is nothing to tell."""
     p, proof, search, has_searched = data[1], None, settings.search, False
     if search is not None and settings.linear_solver is None and in_plain_surroundings(data):
@@ -210,8 +209,8 @@ def _solution(
         has_searched = independent_equations(program, eps) is None
         proof = searched(program, p.dtype, search) if has_searched else None
         if proof is not None and proof.settled(eps, settings.tolerances.active_rtol, _STATIONARITY_RTOL):
-            plain: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-            plain = ProvedProgram.apply(proof, (partial(_general_gradients, settings, proof), by_data), *data)
+            rules = partial(_general_gradients, settings, proof), by_data
+            plain: Solution = ProvedProgram.apply(proof, rules, *data)
             return plain
     n, e, m = (torch.zeros(*batch, data[k].shape[-1], dtype=p.dtype, device=p.device) for k in (1, 3, 5))
     layer = settings.layer(list(data), proof, has_searched)
@@ -219,14 +218,10 @@ def _solution(
     return found.x, found.equality, found.inequality
 
 
-def _closest(
-    data: tuple[torch.Tensor, ...], batch: torch.Size, settings: _Settings
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _closest(data: Program, batch: torch.Size, settings: _Settings) -> Solution:
     """The same, of the closest feasible program where there is none."""
 
-    def one(
-        program: tuple[torch.Tensor, ...], shift: torch.Tensor | None, quietly: bool
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def one(program: Program, shift: torch.Tensor | None, quietly: bool) -> Solution:
         own = settings if settings.search is None else replace(settings, solver=None)
         how = replace(own, on_failure="ignore", solver=None) if quietly else replace(own, shift=shift)
         return _solution(program, torch.Size([]), how)
@@ -244,25 +239,22 @@ def _sparse_solution(given: dict[str, Any], settings: _Settings, init: Any) -> t
     single = all(t.ndim == RANKS[k] and t.device.type == "cpu" for k, t in given.items() if isinstance(t, torch.Tensor))
     if not (own and single and settings.linear_solver is None and in_plain_surroundings(tensors)):
         return None
-    _, (Q, p, A, b, G, h), fold = arguments(given)
+    _, data, fold = arguments(given)
+    Q, p, A, b, G, h = data
     matrices, eps = (Q, A, G), torch.finfo(p.dtype).eps
     search = settings.starting(init, fold, torch.Size([]), len(h)).search
     assert isinstance(search, ActiveSet)
-    proof = sparse_proof_of(matrices, [p, b, h], search.start)
+    arrays: list[Any] = [t.arrays() if isinstance(t, Entries) else t.detach().double().numpy() for t in data]
+    proof = sparse_proof(SparseProgram(*arrays), None if search.start is None else search.start.numpy())
     if proof is None or not proof.settled(eps, settings.tolerances.active_rtol, _STATIONARITY_RTOL):
         return None
-    rules = partial(_sparse_gradients, settings, matrices), partial(pulled, matrices)
+    rules = partial(_sparse_gradients, settings, matrices), partial(by_data, places=matrices)
     return ProvedProgram.apply(proof, rules, Q.values, p, A.values, b, G.values, h), fold
 
 
 def _sparse_gradients(
-    settings: _Settings,
-    matrices: Sequence[Entries],
-    z: Leaves,
-    data: Leaves,
-    cotangents: list[torch.Tensor | None],
-    needed: tuple[bool, ...],
-) -> list[torch.Tensor | None]:
+    settings: _Settings, matrices: Sequence[Entries], z: Leaves, data: Leaves, cotangents: Pull, needed: Sequence[bool]
+) -> Pull:
     """The gradients of a sparse program by way of the dense one: differentiable to every order."""
     given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
     with torch.enable_grad():
@@ -275,13 +267,8 @@ def _sparse_gradients(
 
 
 def _general_gradients(
-    settings: _Settings,
-    proof: Proof,
-    z: Leaves,
-    data: Leaves,
-    cotangents: list[torch.Tensor | None],
-    needed: tuple[bool, ...],
-) -> list[torch.Tensor | None]:
+    settings: _Settings, proof: Proof, z: Leaves, data: Leaves, cotangents: Pull, needed: tuple[bool, ...]
+) -> Pull:
     """The gradients of a proved program as a layer makes them: differentiable to every order, under every transform."""
     layer, spec, signature = settings.layer(data, proof, True), flatten(Unknowns(*z))[1], Signature.of(tuple(data))
     assert isinstance(layer.solver, QuadraticSolver)

@@ -128,13 +128,9 @@ class _Rows:
 
     def one_sided(self) -> tuple[Any, torch.Tensor, Any, torch.Tensor]:
         """Rows and right-hand sides of the equations, and of the inequalities."""
-
-        def pick(tensor: Any, dim: int, index: torch.Tensor) -> Any:
-            return tensor.index_select(tensor.ndim + dim, index)
-
-        A, above, below = (pick(self.matrix, -2, index) for index in (self.equal, self.above, self.below))
-        mean = (pick(self.lower, -1, self.equal) + pick(self.upper, -1, self.equal)) / 2
-        h = _joined([pick(self.upper, -1, self.above), -pick(self.lower, -1, self.below)], -1)
+        A, above, below = (self.matrix.index_select(-2, index) for index in (self.equal, self.above, self.below))
+        mean = (self.lower.index_select(-1, self.equal) + self.upper.index_select(-1, self.equal)) / 2
+        h = _joined([self.upper.index_select(-1, self.above), -self.lower.index_select(-1, self.below)], -1)
         return A, mean, _joined([above, -below], -2), h
 
     def multipliers(self, y: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
@@ -173,8 +169,7 @@ def _checked(given: dict[str, Any]) -> tuple[torch.Size, dict[str, Any]]:
             kind = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise TypeError(f"{name} must be a real floating tensor, got {kind}. Use torch.as_tensor(..., dtype=...).")
     p = given["p"]
-    sides = ("b",), ("h", "lower")
-    for matrix, vectors in zip(("A", "G"), sides, strict=True):
+    for matrix, vectors in (("A", ("b",)), ("G", ("h", "lower"))):
         if (matrix in given) != any(vector in given for vector in vectors):
             names = " or ".join(vectors)
             raise ValueError(f"{matrix} and {names} belong together: give both or neither.")
@@ -191,21 +186,18 @@ def _checked(given: dict[str, Any]) -> tuple[torch.Size, dict[str, Any]]:
             raise TypeError(f"{name} is sparse ({tensor.layout}); only Q, A and G may be. Pass {name}.to_dense().")
         if tensor.ndim < RANKS[name]:
             raise ValueError(
-                f"{name} needs {RANKS[name]} dimensions after those of the batch, got shape {_shape(tensor)}."
+                f"{name} needs {RANKS[name]} dimensions after those of the batch, got shape {tuple(tensor.shape)}."
             )
     n = p.shape[-1]
     if not n:
-        raise ValueError(f"p must have at least one entry per program, got shape {_shape(p)}.")
-    rows = {
-        matrix: next(tensors[v] for v in vectors if v in tensors) for matrix, vectors in zip("AG", sides, strict=True)
-    }
-    expected = {"Q": (n, n), "A": (rows["A"].shape[-1], n), "G": (rows["G"].shape[-1], n)}
-    expected |= dict.fromkeys(("h", "lower"), (rows["G"].shape[-1],)) | dict.fromkeys(("lb", "ub"), (n,))
+        raise ValueError(f"p must have at least one entry per program, got shape {tuple(p.shape)}.")
+    e, m = tensors["b"].shape[-1], tensors["h" if "h" in tensors else "lower"].shape[-1]
+    expected = {"Q": (n, n), "A": (e, n), "G": (m, n), "h": (m,), "lower": (m,), "lb": (n,), "ub": (n,)}
     for name, shape in expected.items():
         if name in tensors and tensors[name].shape[-len(shape) :] != shape:
             raise ValueError(
                 f"{name} must end in dimensions {shape} to fit p and its right-hand side, got shape "
-                f"{_shape(tensors[name])} with p {_shape(p)}."
+                f"{tuple(tensors[name].shape)} with p {tuple(p.shape)}."
             )
     leading = {name: tensor.shape[: tensor.ndim - RANKS[name]] for name, tensor in tensors.items()}
     if len(set(leading.values())) == 1:
@@ -219,10 +211,6 @@ def _checked(given: dict[str, Any]) -> tuple[torch.Size, dict[str, Any]]:
     return batch, {
         name: tensor.reshape(*[1] * (k - len(leading[name])), *tensor.shape) for name, tensor in tensors.items()
     }
-
-
-def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tuple(tensor.shape)
 
 
 def on_all_levels(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

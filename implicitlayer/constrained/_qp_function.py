@@ -18,6 +18,7 @@ from implicitlayer.base._records import listening
 from implicitlayer.base._surroundings import saves_by_hooks
 from implicitlayer.base._types import Leaves
 from implicitlayer.constrained._qp_solve import Proof
+from implicitlayer.constrained._qp_sparse import Entries
 from implicitlayer.equation._capture import derivatives_possible
 from implicitlayer.equation._solve import alive, over_batched_vectors
 from implicitlayer.linear._operator import default_rtol
@@ -89,17 +90,25 @@ def _adjoint(
 #     <F, u> = u_x'(Q x + p + A'y + G'z) + u_y'(A x - b) + u_z'(G x - h),   Q its symmetric part.
 
 
-def by_data(at: Sequence[torch.Tensor], u: Sequence[torch.Tensor], data: Leaves, needed: Sequence[bool]) -> Pull:
-    """The derivatives of <F, u> in the data that are needed; summed where programs share them."""
+def by_data(
+    at: Sequence[torch.Tensor],
+    u: Sequence[torch.Tensor],
+    data: Leaves,
+    needed: Sequence[bool],
+    places: Sequence[Entries] = (),
+) -> Pull:
+    """The derivatives of <F, u> in the data that are needed; summed where programs share them.
+
+    Of sparse matrices Q, A, G those in the values of the ``places`` that are stored.
+    """
     (x, y, z), (ux, uy, uz) = at, u
     found: Pull = [None] * 6
     both = torch.stack([ux, x], -2)
-    if needed[0]:
-        found[0] = torch.stack([x / 2, ux / 2], -1) @ both
-    for k, w, uw in ((2, y, uy), (4, z, uz)):
+    for k, w, uw in ((0, x, ux), (2, y, uy), (4, z, uz)):
         if needed[k]:
-            found[k] = torch.stack([w, uw], -1) @ both
-        if needed[k + 1]:
+            left = torch.stack([w, uw] if k else [w / 2, uw / 2], -1)
+            found[k] = places[k // 2].of_product(left, both) if places else left @ both
+        if k and needed[k + 1]:
             found[k + 1] = -uw
     if needed[1]:
         found[1] = ux

@@ -45,7 +45,7 @@ from implicitlayer.programs._qp_exact import (
 )
 from implicitlayer.programs._qp_rank import Equations, RankFactors, independent_equations
 from implicitlayer.programs._qp_single import SingleProof, exact_cold, exact_guess, exact_near
-from implicitlayer.programs._qp_terms import Mask, SingleProgram
+from implicitlayer.programs._qp_terms import SingleProgram
 
 Proof = SingleProof | LanesProof
 
@@ -72,19 +72,16 @@ def searched(program: Data, dtype: torch.dtype, search: Search) -> Proof | None:
     own = isinstance(search, ActiveSet) or not program[3].shape[-1] + program[5].shape[-1]
     start = search.start if isinstance(search, ActiveSet) else None
     if not _is_single(program):
-        return (
-            cold_lanes(program, dtype, start) if own else guessed_lanes(program, dtype, search(*program), search.name)
-        )
+        if not own:
+            return guessed_lanes(program, dtype, search(*program), search.name)
+        return cold_lanes(program, dtype, start)
     with np.errstate(all="ignore"):  # what overflows is not proved
         one = SingleProgram(program)
     if not one.finite:
         return None
-    return exact_cold(one, _mask(start)) if own else exact_guess(one, search(*program), search.name)
-
-
-def _mask(start: torch.Tensor | None) -> Mask | None:
-    """Of the only lane."""
-    return None if start is None else start.reshape(-1).numpy()
+    if not own:
+        return exact_guess(one, search(*program), search.name)
+    return exact_cold(one, None if start is None else start.reshape(-1).numpy())
 
 
 def _is_single(program: Data) -> bool:
@@ -160,8 +157,8 @@ class QuadraticSolver:
             if not one.finite:
                 return None
             _refuse_indefinite(program[0], eps)
-            start = _mask(self.search.start) if isinstance(self.search, ActiveSet) else None
-            proof = None if start is None else exact_near(one, start)
+            start = self.search.start if isinstance(self.search, ActiveSet) else None
+            proof = None if start is None else exact_near(one, start.reshape(-1).numpy())
             # the active set shows long before the last steps, and what is proved needs no further one
             proof = proof or exact_near(one, interior_point(program, _EARLY))
         if not isinstance(proof, SingleProof):
@@ -196,11 +193,10 @@ class QuadraticSolver:
     def _solved(self, program: Data, proof: Proof | None, eps: float) -> tuple[Exact, torch.Tensor]:
         """The solution, and the mask of inequalities that stay undecided."""
         if self.solver is not None:
-            equations = self.equations
-            if equations is None:
-                return self._exact(program, self._answer(program, self.solver))
             answer = self._answer(self.given, self.solver)  # of the equations as they were given
-            return self._exact(program, replace(answer, equality=times(equations.of_old, answer.equality)))
+            if self.equations is not None:
+                answer = replace(answer, equality=times(self.equations.of_old, answer.equality))
+            return self._exact(program, answer)
         _refuse_indefinite(program[0], eps)
         if not isinstance(proof, LanesProof):
             return self._exact(program, interior_point(program, _LATE))
@@ -229,9 +225,8 @@ class QuadraticSolver:
         programs = zip(*flat_lanes(program), strict=True)
         answers = [self._read(solver(*one), one) for one in programs]
         names = QuadraticSolution.__dataclass_fields__
-        return QuadraticSolution(*(torch.stack([getattr(a, name) for a in answers]) for name in names)).reshaped(
-            1, lanes
-        )
+        found = QuadraticSolution(*(torch.stack([getattr(a, name) for a in answers]) for name in names))
+        return found.reshaped(1, lanes)
 
     def _read(self, answer: Any, program: Data) -> QuadraticSolution:
         """What a solver returned, with multipliers fitted where it gave none."""
@@ -247,18 +242,14 @@ class QuadraticSolver:
             answer, given = answer
         x = _as_tensor(answer, p, "x")
         if given is None:
-            y, z = self._fitted(program, x)
+            at = conditions(program, x, x.dtype)
+            near, known = at.near(max(self.tolerances.active_rtol, 1e-5)), [(None, None)] * x.shape[:-1].numel()
+            y, z = multipliers_of_lanes(at.gradient, at.rows_h, at.rows_g, near, known)
         else:
             y, z = _as_tensor(given[0], b, "the multipliers of A x = b"), _as_tensor(given[1], h, "those of G x <= h")
         lanes = p.shape[:-1]
         codes = torch.full(lanes, int(ProgramStatus.SOLVED), device=p.device)
         return QuadraticSolution(x, y, z, codes, torch.zeros_like(codes), torch.zeros(lanes, dtype=p.dtype))
-
-    def _fitted(self, program: Data, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        at = conditions(program, x, x.dtype)
-        near = at.near(max(self.tolerances.active_rtol, 1e-5))
-        known = [(None, None)] * x.shape[:-1].numel()
-        return multipliers_of_lanes(at.gradient, at.rows_h, at.rows_g, near, known)
 
     def _exact(self, program: Data, answer: QuadraticSolution) -> tuple[Exact, torch.Tensor]:
         """The solution next to the answer, and the mask of inequalities that stay undecided."""
@@ -286,12 +277,10 @@ class QuadraticSolver:
         answer = interior_point(some, _TIGHTEST)
         other = exact(some, answer, torch.ones_like(answer.error, dtype=torch.bool))
         better = other.error < found.error[rough]
-        parts = {name: getattr(found.solution, name).clone() for name in ("x", "equality", "inequality")}
-        error = found.error.clone()
-        for name, part in parts.items():
-            part[rough] = torch.where(better[:, None], getattr(other.solution, name), part[rough])
-        error[rough] = torch.where(better, other.error, error[rough])
-        return replace(found, solution=replace(found.solution, **parts), error=error)
+        lanes, error = torch.zeros_like(rough).masked_scatter(rough, better), found.error.clone()
+        error[lanes] = other.error[better]
+        solution = found.solution.filled(lanes, other.solution.lanes(better))
+        return replace(found, solution=replace(solution, steps=found.solution.steps), error=error)
 
     def _refuse(self, solution: QuadraticSolution, active: ActiveConstraints) -> None:
         """A program without a solution is an error, named by its lanes."""

@@ -15,9 +15,6 @@ from typing import Any
 import torch
 
 from implicitlayer._errors import NotConvergedError
-from implicitlayer.base._types import Leaves
-from implicitlayer.programs._qp_single import SingleProof
-from implicitlayer.programs._sparse_program import SparseProgram, sparse_proof
 
 _LAYOUTS = (torch.sparse_coo, torch.sparse_csr)
 _MOST = 50_000_000  # entries of the matrices of a program that is made dense: 400 MB
@@ -96,6 +93,10 @@ class Entries:
         product = self.values * vector.index_select(-1, self.columns)
         return product.new_zeros(*vector.shape[:-1], self.shape[0]).index_add(-1, self.rows, product)
 
+    def of_product(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """The entries of ``left @ right`` that are stored here, [k]; left [rows, r], right [r, columns]."""
+        return (left[self.rows] * right.mT[self.columns]).sum(-1)
+
     def dense(self) -> torch.Tensor:
         """As a dense tensor, differentiable."""
         return self.values.new_zeros(self.shape).index_put((self.rows, self.columns), self.values, accumulate=True)
@@ -103,39 +104,6 @@ class Entries:
     def arrays(self) -> tuple[Any, ...]:
         """Values in float64, rows, columns, and shape, for SciPy."""
         return self.values.detach().double().numpy(), self.rows.numpy(), self.columns.numpy(), tuple(self.shape)
-
-
-def sparse_proof_of(matrices: Sequence[Entries], vectors: Leaves, start: torch.Tensor | None) -> SingleProof | None:
-    """The proof of the program with matrices Q, A, G and vectors p, b, h, from this active set; None without one."""
-    (Q, A, G), (p, b, h) = (t.arrays() for t in matrices), (t.detach().double().numpy() for t in vectors)
-    return sparse_proof(SparseProgram(Q, p, A, b, G, h), None if start is None else start.numpy())
-
-
-# With u as in ``by_data`` the derivative in the entry (i, j) of Q is (u_i x_j + x_i u_j) / 2, and that in the entry
-# (r, j) of a matrix of rows with multipliers w is w_r ux_j + uw_r x_j.
-
-
-def pulled(
-    matrices: Sequence[Entries],
-    at: Sequence[torch.Tensor],
-    u: Sequence[torch.Tensor],
-    data: Leaves,
-    needed: Sequence[bool],
-) -> list[torch.Tensor | None]:
-    """The derivatives in the values of Q, p, those of A, b, those of G, h."""
-    (x, y, z), (ux, uy, uz), (Q, A, G) = at, u, matrices
-    found: list[torch.Tensor | None] = [None] * 6
-    if needed[0]:
-        i, j = Q.rows, Q.columns
-        found[0] = (ux[i] * x[j] + x[i] * ux[j]) / 2
-    for k, matrix, w, uw in ((2, A, y, uy), (4, G, z, uz)):
-        if needed[k]:
-            found[k] = w[matrix.rows] * ux[matrix.columns] + uw[matrix.rows] * x[matrix.columns]
-        if needed[k + 1]:
-            found[k + 1] = -uw
-    if needed[1]:
-        found[1] = ux
-    return found
 
 
 def made_dense(given: dict[str, Any]) -> dict[str, Any]:

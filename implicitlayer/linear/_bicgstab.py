@@ -102,9 +102,8 @@ class Bicgstab(KrylovSolver):
             r = torch.addcmul(s, _column(cosine, s), unit, value=-1)
             norm = lanes.keep(lane_norm(r), norm)
             lanes.settle(norm <= start.stop, int(Status.CONVERGED))
-        return Correction(
-            x, lanes.codes, torch.where(lanes.keep.running, lanes.products, lanes.steps), norm, growth=growth
-        )
+        steps = torch.where(lanes.keep.running, lanes.products, lanes.steps)
+        return Correction(x, lanes.codes, steps, norm, growth=growth)
 
 
 class _Lanes:

@@ -120,8 +120,7 @@ class ConjugateGradient(KrylovSolver):
             run.residual = b - operator(run.value)
             true_norm = lane_dot(run.residual, run.residual).sqrt()
             run.residual_norm = torch.where(running, true_norm, run.residual_norm)
-            # NOTE [refinement]: the recursion drifts from the true residual by about eps * cond. Restarting from the
-            # true one recovers the digits, as long as each round at least halves it.
+            # as in NOTE [rounds] of ``_common``
             running = running & (run.codes == int(Status.CONVERGED)) & (run.residual_norm > 2 * tolerance)
             if not bool(running.any()):
                 break

@@ -7,7 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -294,17 +294,16 @@ def refine_direct(
 
     ``correct`` may be called again for the same round: it is to keep its factors.
     """
-    if rhs.device.type == "cpu" and rhs.shape[:-1].numel() == 1 and rhs.shape[-1]:
-        solution = _first_round(operator, rhs, limits, correct, method)
-        if solution is not None:
-            return solution
-    return refine(operator, rhs, limits, correct, method)
+    given = operator, rhs, limits, correct, method
+    return _first_round(*given) or refine(*given)
 
 
 def _first_round(
     operator: FlatOperator, rhs: torch.Tensor, limits: Limits, correct: Callable[[Round], Correction], method: str
 ) -> LinearSolution | None:
     """The first round of :func:`refine` with Python's numbers; None where it does not end there."""
+    if rhs.device.type != "cpu" or rhs.numel() == 0 or rhs.numel() > rhs.shape[-1]:
+        return None
     lanes, rtol = rhs.shape[:-1], limits.relative(rhs.dtype)
     scale = rhs.abs().max().item()
     if not 0 < scale < math.inf or rtol is None:
@@ -361,20 +360,16 @@ class KrylovSolver(LinearSolver):
 
     def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution:
         """Solve for a flat right-hand side [*lanes, n]."""
-        built: list[Precondition] = []
 
-        def precondition(vector: torch.Tensor) -> torch.Tensor:  # built at its first use: a zero rhs makes no product
-            if not built:
-                given = self.preconditioner
-                if isinstance(given, Preconditioner):
-                    given = given.build(operator, rhs)
-                built.append(given or operator.precondition)
-            return built[0](vector)
+        @cache  # made at its first use: a zero rhs makes no product
+        def built() -> Precondition:
+            given = self.preconditioner
+            return (given.build(operator, rhs) if isinstance(given, Preconditioner) else given) or operator.precondition
 
+        precondition = lambda vector: built()(vector)  # noqa: E731
         if self.max_steps == 0:
             return zero_steps(rhs, precondition, self.limits, self.method)
-        correct = lambda start: self.correct(operator, precondition, start)  # noqa: E731
-        return refine(operator, rhs, self.limits, correct, self.method)
+        return refine(operator, rhs, self.limits, partial(self.correct, operator, precondition), self.method)
 
 
 def zero_steps(rhs: torch.Tensor, precondition: Precondition, limits: Limits, method: str) -> LinearSolution:

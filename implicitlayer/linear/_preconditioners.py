@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from implicitlayer.linear._operator import FlatOperator
+from implicitlayer.linear._operator import FlatOperator, lane_scale
 
 Precondition = Callable[[torch.Tensor], torch.Tensor]
 
@@ -76,8 +76,7 @@ def operator_diagonal(operator: FlatOperator, like: torch.Tensor, num_probes: in
         probe = signs[:, k].expand(like.shape).contiguous()
         sample = (probe * operator(probe)).double()
         if k == 0:
-            unit = sample.abs().amax(-1, keepdim=True)
-            unit = torch.where((unit > 0) & unit.isfinite(), unit, 1.0)
+            unit = lane_scale(sample)
         total, square = total + sample / unit, square + (sample / unit) ** 2
     mean = total / num_probes
     error = ((square / num_probes - mean**2).clamp(min=0) / max(num_probes - 1, 1)).sqrt()

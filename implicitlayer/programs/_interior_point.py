@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from implicitlayer.programs._interior_point_single import Outcome, iterate_single
+from implicitlayer.programs._interior_point_single import Until, iterate_single
 from implicitlayer.programs._interior_point_step import (
     FARTHEST,
     PATIENCE,
@@ -130,11 +130,14 @@ def interior_point(
     flat = flat_lanes(data)
     finite = torch.stack([t.isfinite().flatten(1).all(-1) for t in flat]).all(0)
     if not bool(finite.all()):
-        flat = tuple(torch.where(_like(finite, t), t, 0.0) for t in flat)  # type: ignore[assignment]
+        flat = tuple(torch.where(finite.reshape(-1, *[1] * (t.ndim - 1)), t, 0.0) for t in flat)  # type: ignore[assignment]
     by_borders, by_objective = _sizes(flat)
     tell = None
     if report is not None:
-        tell = lambda step, x, error: report(step, x.reshape((*lanes, -1)), error.reshape(lanes))  # noqa: E731
+
+        def tell(step: int, x: torch.Tensor, error: torch.Tensor) -> None:
+            report(step, (x * by_borders[:, None]).reshape((*lanes, -1)), error.reshape(lanes))
+
     found = _solve(flat, by_borders, rtol, max_steps, tell)
     failed = (found.codes == int(ProgramStatus.UNBOUNDED)) | (
         (found.codes == int(ProgramStatus.MAX_STEPS_REACHED)) & (found.error > _NEARLY)
@@ -152,18 +155,27 @@ def interior_point(
 def _solve(
     data: Data, size: torch.Tensor, rtol: float, max_steps: int, report: Report | None = None
 ) -> QuadraticSolution:
-    """Solve lanes [B] of finite data, whose solutions are taken to be of this size."""
-    restored, program = _normalise(data, size)
-    tell = None
-    if report is not None:
-        tell = lambda step, x, error: report(step, x * size[:, None], error)  # noqa: E731
-    found = _iterate(program, rtol, max_steps, tell)
+    """Solve lanes [B] of finite data, whose solutions are taken to be of this size; x in this unit is reported.
+
+    x = size x~, rows divided by their norms, the objective by its cost: no scale of the data matters.
+    """
+    Q, p, A, b, G, h = data
+    Q = (Q + Q.mT) / 2
+    rows = [torch.linalg.vector_norm(t, dim=-1) for t in (A, G)]
+    equality, inequality = (torch.where(r > 0, r, 1.0) for r in rows)
+    A, b, G, h = A / equality[..., None], b / equality, G / inequality[..., None], h / inequality
+    Q, p = Q * (size**2)[:, None, None], p * size[:, None]
+    cost = torch.maximum(_largest(Q), _largest(p))
+    cost = torch.where(cost > 0, cost, 1.0)
+    program = Q / cost[:, None, None], p / cost[:, None], A, b / size[:, None], G, h / size[:, None]
+    found = _iterate(program, rtol, max_steps, report)
     codes = found.codes.clone()
     lost = (codes == int(ProgramStatus.MAX_STEPS_REACHED)) & (found.error > _NEARLY)
     if bool(lost.any()):
         codes[lost] = _why(tuple(t[lost] for t in program), rtol, max_steps)  # type: ignore[arg-type]
-    x, y, z = restored(found.x, found.equality, found.inequality)
-    return QuadraticSolution(x, y, z, codes, found.steps.clone(), found.error.clone())
+    unit, force = size[:, None], cost[:, None]
+    y, z = found.equality * force / (unit * equality), found.inequality * force / (unit * inequality)
+    return QuadraticSolution(found.x * unit, y, z, codes, found.steps.clone(), found.error.clone())
 
 
 def _sizes(data: Data) -> tuple[torch.Tensor, torch.Tensor]:
@@ -179,66 +191,30 @@ def _sizes(data: Data) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.where(borders > 0, borders, both), both
 
 
-def _like(mask: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    return mask.reshape(-1, *[1] * (tensor.ndim - 1))
-
-
 def _largest(tensor: torch.Tensor) -> torch.Tensor:
     """Largest magnitude per lane, [B]; zero where there are no entries."""
     flat = tensor.flatten(1)
     return flat.abs().amax(-1) if flat.shape[-1] else flat.new_zeros(flat.shape[0])
 
 
-def _normalise(data: Data, size: torch.Tensor) -> tuple[Callable[..., tuple[torch.Tensor, ...]], Data]:
-    """x = size x~, rows divided by their norms, the objective by its cost: no scale of the data matters.
-
-    What brings x, y and z back into the units of the data, and the program.
-    """
-    Q, p, A, b, G, h = data
-    Q = (Q + Q.mT) / 2
-    rows = [torch.linalg.vector_norm(t, dim=-1) for t in (A, G)]
-    equality, inequality = (torch.where(r > 0, r, 1.0) for r in rows)
-    A, b, G, h = A / equality[..., None], b / equality, G / inequality[..., None], h / inequality
-    Q, p = Q * (size**2)[:, None, None], p * size[:, None]
-    cost = torch.maximum(_largest(Q), _largest(p))
-    cost = torch.where(cost > 0, cost, 1.0)
-
-    def restored(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        unit, force = size[:, None], cost[:, None]
-        return x * unit, y * force / (unit * equality), z * force / (unit * inequality)
-
-    return restored, (Q / cost[:, None, None], p / cost[:, None], A, b / size[:, None], G, h / size[:, None])
-
-
 def _iterate(data: Data, rtol: float, max_steps: int, report: Report | None = None) -> QuadraticSolution:
-    if data[1].shape[0] == 1 and data[1].device.type == "cpu":
-        return _iterate_single(data, rtol, max_steps, report)
-    return _iterate_lanes(data, rtol, max_steps, report)
-
-
-def _iterate_single(data: Data, rtol: float, max_steps: int, report: Report | None) -> QuadraticSolution:
+    if data[1].shape[0] != 1 or data[1].device.type != "cpu":
+        return _iterate_lanes(data, rtol, max_steps, report)
     tell = None
     if report is not None:
         tell = lambda step, x, error: report(step, torch.from_numpy(x)[None], data[1].new_tensor([error]))  # noqa: E731
-    found = iterate_single(data, rtol, max_steps, lambda: bool(_definite(data[0]).all()), tell)
+    found = iterate_single(data, Until(rtol, max_steps, lambda: bool(_definite(data[0]).all()), tell))
     x, y, z = (torch.from_numpy(part)[None] for part in (found.x, found.y, found.z))
-    numbers = torch.tensor([code_of(found)]), torch.tensor([found.steps]), x.new_tensor([found.error])
-    return QuadraticSolution(x, y, z, *numbers)
+    code, steps = (torch.tensor([int(number)]) for number in (ProgramStatus[found.ended], found.steps))
+    return QuadraticSolution(x, y, z, code, steps, x.new_tensor([found.error]))
 
 
-def code_of(found: Outcome) -> int:
-    """A :class:`ProgramStatus`."""
-    code = ProgramStatus.UNBOUNDED if found.unbounded else ProgramStatus.MAX_STEPS_REACHED
-    code = ProgramStatus.INFEASIBLE if found.infeasible else code
-    return int(ProgramStatus.SOLVED if found.solved else code)
-
-
-def _iterate_lanes(data: Data, rtol: float, max_steps: int, report: Report | None) -> QuadraticSolution:
+def _iterate_lanes(data: Data, rtol: float, max_steps: int, report: Report | None = None) -> QuadraticSolution:
     Q, p, _, b, _, h = data
     lanes, m = p.shape[0], h.shape[-1]
     bounded = _definite(Q)
     ones = torch.ones_like(h)
-    start = Newton(data, ones).solve(p, -b, -h, torch.zeros_like(h), ones, ones)
+    start = Newton(data, ones).solve((p, -b, -h), torch.zeros_like(h), ones, ones)
     # The start minimises 1/2 x'Qx + p'x + 1/2 ||s||^2 under the equations; its s = -z is then moved inside.
     slack = -start.z
     point = Point(start.x, start.y, _inside(-slack), _inside(slack))
@@ -247,8 +223,8 @@ def _iterate_lanes(data: Data, rtol: float, max_steps: int, report: Report | Non
     steps, since = torch.zeros_like(codes), torch.zeros_like(codes)
     running = torch.ones_like(codes, dtype=torch.bool)
     for step in range(max_steps + 1):
-        known = _Products.of(data, point)
-        r_x, r_y, r_s, error = _residuals(data, point, known)
+        known = _products(data, point)
+        *left, error = _residuals(data, point, known)
         if report is not None:
             report(step, point.x, error)
         better = running & (error < best_error)
@@ -264,13 +240,13 @@ def _iterate_lanes(data: Data, rtol: float, max_steps: int, report: Report | Non
             break
         newton = Newton(data, point.z / point.s)
         product = point.s * point.z
-        first = newton.solve(r_x, r_y, r_s, product, point.z, point.s)
+        first = newton.solve(left, product, point.z, point.s)
         mean = product.sum(-1) / max(m, 1)
         length = _length(point, first, 1.0)
         moved = point.moved(first, length)
         sigma = ((moved.s * moved.z).sum(-1) / max(m, 1) / torch.where(mean > 0, mean, 1.0)) ** 3
         target = product + (length**2)[:, None] * first.s * first.z - (sigma.clamp(0, 1) * mean)[:, None]
-        second = newton.solve(r_x, r_y, r_s, target, point.z, point.s)
+        second = newton.solve(left, target, point.z, point.s)
         point = point.moved(second, _length(point, second, TO_BOUNDARY)).where(running, point)
         steps = torch.where(running, steps + 1, steps)
     return QuadraticSolution(best.x, best.y, best.z, codes, steps, best_error)
@@ -301,26 +277,15 @@ def _length(point: Point, step: Point, part: float) -> torch.Tensor:
     return (part * ratio.amin(-1)).clamp(max=1.0)
 
 
-@dataclass(frozen=True, eq=False)
-class _Products:
+def _products(data: Data, at: Point) -> tuple[torch.Tensor, ...]:
     """What residuals and certificates share: Q x, A'y, G'z, A x, G x."""
-
-    Qx: torch.Tensor
-    Ay: torch.Tensor
-    Gz: torch.Tensor
-    Ax: torch.Tensor
-    Gx: torch.Tensor
-
-    @classmethod
-    def of(cls, data: Data, at: Point) -> _Products:
-        Q, _, A, _, G, _ = data
-        return cls(times(Q, at.x), times(A.mT, at.y), times(G.mT, at.z), times(A, at.x), times(G, at.x))
+    Q, _, A, _, G, _ = data
+    return times(Q, at.x), times(A.mT, at.y), times(G.mT, at.z), times(A, at.x), times(G, at.x)
 
 
-def _residuals(data: Data, at: Point, known: _Products) -> tuple[torch.Tensor, ...]:
+def _residuals(data: Data, at: Point, known: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """r_x, r_y, r_s, and the largest violation relative to the size of the terms."""
-    _, p, _, b, _, h = data
-    Qx, Ay, Gz, Ax, Gx = known.Qx, known.Ay, known.Gz, known.Ax, known.Gx
+    (_, p, _, b, _, h), (Qx, Ay, Gz, Ax, Gx) = data, known
     r_x, r_y, r_s = Qx + p + Ay + Gz, Ax - b, Gx + at.s - h
     gap = (at.s * at.z).sum(-1)
     value = torch.stack([(at.x * Qx).sum(-1), (p * at.x).sum(-1), (b * at.y).sum(-1), (h * at.z).sum(-1)]).abs().amax(0)
@@ -338,17 +303,17 @@ def _residuals(data: Data, at: Point, known: _Products) -> tuple[torch.Tensor, .
 
 
 def _certificates(
-    data: Data, at: Point, known: _Products, farthest: float = FARTHEST
+    data: Data, at: Point, known: tuple[torch.Tensor, ...], farthest: float = FARTHEST
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Lanes that are infeasible, lanes that are unbounded; see NOTE [certificates]."""
-    _, p, _, b, _, h = data
+    (_, p, _, b, _, h), (Qx, Ay, Gz, Ax, Gx) = data, known
     by, hz = b * at.y, h * at.z
     t = -(by.sum(-1) + hz.sum(-1))
     sure = t > 1e-8 * (by.abs().sum(-1) + hz.abs().sum(-1))
-    v = torch.linalg.vector_norm(known.Ay + known.Gz, dim=-1)
+    v = torch.linalg.vector_norm(Ay + Gz, dim=-1)
     infeasible = (t > farthest * v) & sure
     slope = -(p * at.x).sum(-1)
-    against = torch.stack([_largest(known.Qx), _largest(known.Ax), _largest(known.Gx.clamp(min=0))])
+    against = torch.stack([_largest(Qx), _largest(Ax), _largest(Gx.clamp(min=0))])
     steep = slope > 1e-8 * (p * at.x).abs().sum(-1)
     unbounded = (slope > farthest * against.amax(0)) & steep
     return infeasible, unbounded
@@ -375,7 +340,7 @@ def _why(data: Data, rtol: float, max_steps: int) -> torch.Tensor:
     )
     z = _iterate(relaxed, rtol, max_steps).inequality
     proof = Point(zero, z[:, :e] - z[:, e : 2 * e], z[:, 2 * e : 2 * e + m], torch.zeros_like(h))
-    infeasible, _ = _certificates(data, proof, _Products.of(data, proof), _FAR)
+    infeasible, _ = _certificates(data, proof, _products(data, proof), _FAR)
     box = one.expand(lanes, n, n)
     falling: Data = (
         torch.zeros_like(Q),
@@ -387,7 +352,7 @@ def _why(data: Data, rtol: float, max_steps: int) -> torch.Tensor:
     )
     direction = _iterate(falling, rtol, max_steps).x
     ray = Point(direction, torch.zeros_like(b), torch.zeros_like(h), torch.zeros_like(h))
-    _, unbounded = _certificates(data, ray, _Products.of(data, ray), _FAR)
+    _, unbounded = _certificates(data, ray, _products(data, ray), _FAR)
     unbounded = unbounded & ~_definite(Q)
     codes = torch.where(unbounded, int(ProgramStatus.UNBOUNDED), int(ProgramStatus.MAX_STEPS_REACHED))
     return torch.where(infeasible, int(ProgramStatus.INFEASIBLE), codes)

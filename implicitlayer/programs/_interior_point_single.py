@@ -36,38 +36,30 @@ _SMALL = 64  # unknowns up to which the inverse of a factor is cheaper than call
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """The best point that was met, its distance from the conditions of optimality, and what was proved."""
+    """The best point that was met, its distance from the conditions of optimality, and a name of a ProgramStatus."""
 
     x: Array
     y: Array
     z: Array
     error: float
     steps: int
-    solved: bool
-    infeasible: bool
-    unbounded: bool
+    ended: str
 
 
-def iterate_single(
-    data: Data,
-    rtol: float,
-    max_steps: int,
-    bounded: Callable[[], bool],
-    report: Callable[[int, Array, float], None] | None = None,
-) -> Outcome:
-    """Solve the only lane of ``data`` (finite, normalised, every tensor [1, ...] in float64 on the CPU).
-
-    ``bounded`` tells whether the objective has a smallest value; it is asked only where a certificate says otherwise.
-    ``report`` is given the steps made, x and its error in every pass.
-    """
+def iterate_single(data: Data, until: Until) -> Outcome:
+    """Solve the only lane of ``data`` (finite, normalised, every tensor [1, ...] in float64 on the CPU)."""
     Q, p, A, b, G, h = arrays = tuple(np.ascontiguousarray(t.detach()[0].numpy()) for t in data)
     maps = Maps(*(product(matrix) for matrix in (Q, A, A.T, G, G.T)))
-    return iterate((p, b, h), maps, partial(_Step, data, arrays, maps), Until(rtol, max_steps, bounded, report))
+    return iterate((p, b, h), maps, partial(_Step, data, arrays, maps), until)
 
 
 @dataclass(frozen=True, eq=False)
 class Until:
-    """When to stop, and who is told; see :func:`iterate_single`."""
+    """When to stop, and who is told.
+
+    ``bounded`` tells whether the objective has a smallest value; it is asked only where a certificate says otherwise.
+    ``report`` is given the steps made, x and its error in every pass.
+    """
 
     rtol: float
     max_steps: int
@@ -107,7 +99,7 @@ def iterate(vectors: tuple[Array, Array, Array], maps: Maps, step: Callable[[Arr
                 best, best_error, since = (x, y, z), error, 0
             # NOTE [certificates], each looked at where its leading term has the sign that it needs
             if -(by + hz) > 0:
-                infeasible = -(by + hz) > FARTHEST * _norm(of_x[1] + of_x[2]) and -(by + hz) > 1e-8 * (
+                infeasible = -(by + hz) > FARTHEST * norm(of_x[1] + of_x[2]) and -(by + hz) > 1e-8 * (
                     float(np.abs(b * y).sum()) + float(np.abs(h * z).sum())
                 )
             if -px > 0:
@@ -118,7 +110,8 @@ def iterate(vectors: tuple[Array, Array, Array], maps: Maps, step: Callable[[Arr
                 break
             x, y, z, s = _moved(step(z / s), maps, (x, y, z, s), (r_x, r_y, r_s))
             steps += 1
-    return Outcome(*best, best_error, steps, solved, infeasible and not solved, unbounded and not solved)
+    proved = "INFEASIBLE" if infeasible else "UNBOUNDED" if unbounded else "MAX_STEPS_REACHED"
+    return Outcome(*best, best_error, steps, "SOLVED" if solved else proved)
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,12 +130,7 @@ def product(matrix: Array) -> Product:
     if matrix.size <= _FEW:
         return matrix.dot
     tensor = torch.from_numpy(matrix)
-
-    def times(vector: Array) -> Array:
-        result: Array = tensor.mv(torch.from_numpy(vector)).numpy()
-        return result
-
-    return times
+    return lambda vector: tensor.mv(torch.from_numpy(vector)).numpy()
 
 
 class Step(Protocol):
@@ -227,15 +215,11 @@ def triangular_solves(factor: torch.Tensor) -> tuple[Product, Product]:
         inverse = torch.linalg.solve_triangular(factor, torch.eye(n, dtype=factor.dtype), upper=False).numpy()
         return inverse.dot, inverse.T.dot
 
-    def solve(matrix: torch.Tensor, upper: bool) -> Product:
-        def of(rhs: Array) -> Array:
-            solved = torch.linalg.solve_triangular(matrix, torch.from_numpy(rhs)[:, None], upper=upper)
-            column: Array = solved.numpy()[:, 0]
-            return column
+    def solve(matrix: torch.Tensor, upper: bool, rhs: Array) -> Array:
+        solved: Array = torch.linalg.solve_triangular(matrix, torch.from_numpy(rhs)[:, None], upper=upper).numpy()
+        return solved[:, 0]
 
-        return of
-
-    return solve(factor, False), solve(factor.mT, True)
+    return partial(solve, factor, False), partial(solve, factor.mT, True)
 
 
 def _inside(values: Array) -> Array:
@@ -248,5 +232,5 @@ def _largest(values: Array) -> float:
     return float(np.maximum.reduce(np.abs(values), axis=None)) if values.size else 0.0
 
 
-def _norm(values: Array) -> float:
+def norm(values: Array) -> float:
     return math.sqrt(float(values.dot(values)))

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,15 +95,8 @@ class Newton:
         dx = torch.linalg.solve_triangular(self.factor.mT, u - self.half @ dy, upper=True)
         return dx[..., 0], dy[..., 0]
 
-    def solve(
-        self,
-        r_x: torch.Tensor,
-        r_y: torch.Tensor,
-        r_s: torch.Tensor,
-        r_c: torch.Tensor,
-        z: torch.Tensor,
-        s: torch.Tensor,
-    ) -> Point:
+    def solve(self, left: Sequence[torch.Tensor], r_c: torch.Tensor, z: torch.Tensor, s: torch.Tensor) -> Point:
+        r_x, r_y, r_s = left
         shifted = (z * r_s - r_c) / s
         dx, dy = self.solve_reduced(-r_x - times(self.G.mT, shifted), r_y)
         Gdx = times(self.G, dx)

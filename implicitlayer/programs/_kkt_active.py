@@ -13,8 +13,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 
@@ -301,17 +302,10 @@ def length_of_step(slope: torch.Tensor, product: torch.Tensor) -> torch.Tensor:
 
 def stacked(found: list[ActiveConstraints], lanes: torch.Size) -> ActiveConstraints:
     """The active sets of single problems, in the order of their lanes, as one."""
-
-    def stack(name: str) -> torch.Tensor | None:
-        if getattr(found[0], name) is None:
-            return None
-        parts = torch.stack([getattr(one, name) for one in found])
-        return parts.reshape((*lanes, *parts.shape[1:]))
-
-    names = [
-        name for name in ActiveConstraints.__dataclass_fields__ if name not in ("kinks_known", "found_by", "shift")
-    ]
-    return ActiveConstraints(kinks_known=True, **{name: stack(name) for name in names})  # type: ignore[arg-type]
+    parts: dict[str, Any] = {name: part for name, part in vars(found[0]).items() if isinstance(part, torch.Tensor)}
+    for name, part in parts.items():
+        parts[name] = torch.stack([getattr(one, name) for one in found]).reshape((*lanes, *part.shape))
+    return replace(found[0], **parts)
 
 
 def _over(values: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:

@@ -257,11 +257,8 @@ class KktSolver(LinearSolver):
     def written_down(self, operator: FlatOperator, like: torch.Tensor) -> KktMatrices:
         """H, J and the mask, by products with the unit vectors of x and one with the ones of the inequalities."""
         n, e, m = self.num_unknowns, self.num_equalities, self.num_inequalities
-        columns = []
-        for i in range(n):
-            unit = torch.zeros_like(like)
-            unit[..., i] = 1
-            columns.append(operator(unit).double())
+        units = torch.eye(n, like.shape[-1], dtype=like.dtype, device=like.device)
+        columns = [operator(unit.expand(like.shape).contiguous()).double() for unit in units]
         matrix = torch.stack(columns, -1) if columns else like.double().new_zeros(*like.shape, 0)
         ones = torch.zeros_like(like)
         ones[..., n + e : n + e + m] = 1

@@ -19,28 +19,18 @@ def multipliers_of_lanes(
     """
     lanes = itertools.product(*(range(size) for size in near.shape[:-1]))
     y, z = torch.zeros_like(rows_h[..., 0]), torch.zeros_like(rows_g[..., 0])
-    for lane, pair in zip(lanes, known, strict=True):
-        y[lane], z[lane] = _completed(gradient[lane], rows_h[lane], rows_g[lane], near[lane], *pair)
+    for lane, (known_y, known_z) in zip(lanes, known, strict=True):
+        slope, equations, border = gradient[lane], rows_h[lane], near[lane]
+        if known_y is not None:
+            slope, equations, y[lane] = slope + equations.mT @ known_y, equations[:0], known_y
+        if known_z is not None:
+            slope, border, z[lane] = slope + rows_g[lane].mT @ known_z, torch.zeros_like(border), known_z
+        fit_y, fit_z = multipliers(slope, equations, rows_g[lane], border)
+        if known_y is None:
+            y[lane] = fit_y
+        if known_z is None:
+            z[lane] = fit_z
     return y, z
-
-
-def _completed(
-    gradient: torch.Tensor,
-    rows_h: torch.Tensor,
-    rows_g: torch.Tensor,
-    near: torch.Tensor,
-    y: torch.Tensor | None,
-    z: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Multipliers of one problem: given ones, and those that fit to them."""
-    if y is not None and z is not None:
-        return y, z
-    if y is not None:
-        gradient, rows_h = gradient + rows_h.mT @ y, rows_h[:0]
-    if z is not None:
-        gradient, near = gradient + rows_g.mT @ z, torch.zeros_like(near)
-    fit_y, fit_z = multipliers(gradient, rows_h, rows_g, near)
-    return fit_y if y is None else y, fit_z if z is None else z
 
 
 def multipliers(

@@ -116,11 +116,9 @@ class LanesProof:
 
     @cached_property
     def factors(self) -> SchurFactors:
-        """What solves with the matrix."""
         return self.make()
 
     def active_set(self, active_rtol: float, hold_kinks: bool) -> tuple[ActiveConstraints, torch.Tensor]:
-        """Which inequalities are active, and what is to hold as an equation."""
         return self.where.active_set(self.at.equality, self.solution()[2], active_rtol, hold_kinks)
 
     def settled(self, eps: float, active_rtol: float, rtol: float) -> bool:
@@ -137,28 +135,21 @@ class LanesProof:
 
     def adjoint(self, v: Sequence[torch.Tensor | None], rtol: float) -> tuple[torch.Tensor, torch.Tensor] | None:
         """u_x [*lanes, n] and u_w [*lanes, c] with K u = v in every lane; see :meth:`SingleProof.adjoint`."""
-        n, rows = self.at.x.shape[-1], self._rows
+        n, rows = self.at.x.shape[-1], torch.cat([self.data[2], self.data[4]], -2)
+        mask = torch.cat([torch.ones_like(self.data[3]), self.held.double()], -1)
         parts = self.at.x, self.at.equality, self.at.inequality
         filled = [torch.zeros_like(like) if part is None else part for part, like in zip(v, parts, strict=True)]
-        b = torch.cat([filled[0], self._mask * torch.cat(filled[1:], -1)], -1)
+        b = torch.cat([filled[0], mask * torch.cat(filled[1:], -1)], -1)
         largest = b.abs().amax(-1, keepdim=True)
         b = b / torch.where(largest > 0, largest, 1.0)
         u = self.factors.solve(b[..., None])[..., 0]
-        x, w = u[..., :n], self._mask * u[..., n:]
-        product = torch.cat([times(self.data[0], x) + times(rows.mT, w), self._mask * times(rows, x)], -1)
+        x, w = u[..., :n], mask * u[..., n:]
+        product = torch.cat([times(self.data[0], x) + times(rows.mT, w), mask * times(rows, x)], -1)
         D = self.factors.units
         residual, size = (torch.linalg.vector_norm(D * part, dim=-1) for part in (b - product, b))
         if not bool((residual <= 2 * rtol * size).all()):
             return None
         return x * largest, w * largest
-
-    @cached_property
-    def _rows(self) -> torch.Tensor:
-        return torch.cat([self.data[2], self.data[4]], -2)
-
-    @cached_property
-    def _mask(self) -> torch.Tensor:
-        return torch.cat([torch.ones_like(self.data[3]), self.held.double()], -1)
 
     def exact(self) -> Exact:
         """As the long way puts it; factors where all lanes are proved."""

@@ -76,13 +76,13 @@ def exact(program: Data, answer: QuadraticSolution, near: torch.Tensor) -> Exact
     program, held = flat_lanes(program), first.reshape(shape.numel(), first.shape[-1])[lanes]
     error, near_by = error.flatten(), answer.reshaped(len(shape), (shape.numel(),))
     best = near_by.lanes(torch.ones_like(error, dtype=torch.bool))
-    inverse: Factors | None = factors
+    known: Factors | None = factors if len(lanes) == len(error) else None
     for attempt in range(_BOLD + _CAREFUL):
         if not len(lanes):
             break
         here: Data = tuple(t[lanes] for t in program)  # type: ignore[assignment]
-        moved, wrong = _solve(here, near_by.lanes(lanes), held, inverse, lanes, shape)
-        inverse = None
+        moved, wrong = _solve(here, near_by.lanes(lanes), held, known, shape)
+        known = None
         new = violation(here, moved)
         better = new <= error[lanes]
         error[lanes[better]] = new[better]
@@ -96,23 +96,20 @@ def exact(program: Data, answer: QuadraticSolution, near: torch.Tensor) -> Exact
 
 
 def _solve(
-    program: Data,
-    start: QuadraticSolution,
-    held: torch.Tensor,
-    inverse: Factors | None,
-    lanes: torch.Tensor,
-    shape: torch.Size,
+    program: Data, start: QuadraticSolution, held: torch.Tensor, known: Factors | None, shape: torch.Size
 ) -> tuple[QuadraticSolution, torch.Tensor]:
-    """The stationary point with the held inequalities as equations, and the mask of those that contradict it."""
+    """The stationary point with the held inequalities as equations, and the mask of those that contradict it.
+
+    ``known``: the factors for these, in lanes of this shape.
+    """
     Q, p, A, b, G, h = program
     force = held.to(p.dtype)
-    all_lanes = inverse is not None and len(lanes) == shape.numel()
-    factors: Factors = inverse if inverse is not None and all_lanes else factorised(program, held)
+    factors: Factors = factorised(program, held) if known is None else known
     x, y, z = start.x, start.equality, start.inequality * force
     for _ in range(CORRECTIONS):
         slope = times(Q, x) + p + times(A.mT, y) + times(G.mT, z)
         off = torch.cat([slope, times(A, x) - b, force * (times(G, x) - h)], -1)
-        rhs = off.reshape(*shape, -1, 1) if all_lanes else off[..., None]
+        rhs = off[..., None] if known is None else off.reshape(*shape, -1, 1)
         step = factors.solve(rhs).reshape(off.shape)
         dx, dy, dz = step.split([p.shape[-1], b.shape[-1], h.shape[-1]], -1)
         x, y, z = x - dx, y - dy, z - dz

@@ -237,7 +237,6 @@ def exact_near(
             held = start.force / start.scale > start.away[e:] / -start.length
         else:
             x, w, held = np.zeros(program.n), np.zeros(len(program.sides)), answer
-            start = Terms(program, x, w)
         for _ in range(_ROUNDS):
             system = (system_of or _KktSet)(program, held)
             terms = Terms(program, x, np.concatenate([w[:e], w[e:] * held]))

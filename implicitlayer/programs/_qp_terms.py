@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from implicitlayer.programs._interior_point_single import Array, product
+from implicitlayer.programs._interior_point_single import Array, norm, product
 from implicitlayer.programs._interior_point_step import Data
 from implicitlayer.programs._kkt_active import ABSOLUTE, DEPENDENT, NOISE, ActiveConstraints
 from implicitlayer.programs._qp_exact import ROUNDING
@@ -90,7 +90,7 @@ class Terms:
         gradient = curved + of.p
         self.left, self.off = gradient + of.Jw(w), of.Jx(x) - of.sides
         self.away, self.force = self.off / of.over, w[of.e :] * of.lengths[of.e :]
-        scale, self.size = _norm(gradient) + _norm(curved), _norm(x)
+        scale, self.size = norm(gradient) + norm(curved), norm(x)
         self.scale = scale if scale != 0 else 1.0
         self.length = max(self.size, NOISE * _EPS * of.n**0.5, of.reach(self.size))
 
@@ -106,7 +106,7 @@ class Terms:
         """
         both = np.minimum(self.force / self.scale, self.away[self.of.e :] / -self.length)
         equations = np.abs(self.away[: self.of.e]) / self.length
-        parts = _norm(self.left) / self.scale, _largest(equations), _largest(np.abs(both))
+        parts = norm(self.left) / self.scale, _largest(equations), _largest(np.abs(both))
         return max(parts) if sum(parts) < math.inf else math.inf  # NaN is not below inf
 
     def at_rest(self) -> bool:
@@ -152,7 +152,7 @@ class Terms:
             "tolerance": tolerance,
             "violation": violation,
             "relative_violation": 0.0 if violation <= zero else violation / size,
-            "stationarity": _norm(left) / self.scale,
+            "stationarity": norm(left) / self.scale,
             "independent": of.independent(held)[0],
         }
         vectors = {"active": active, "kinks": kinks, "equality": self.w[:e], "inequality": kept}
@@ -161,10 +161,6 @@ class Terms:
             dtype = torch.float64 if isinstance(value, float) else None
             tensors[name] = torch.full(of.lanes, value, dtype=dtype)
         return ActiveConstraints(kinks_known=True, **tensors), of.lane(held)  # type: ignore[arg-type]
-
-
-def _norm(vector: Array) -> float:
-    return math.sqrt(vector.dot(vector))
 
 
 def _largest(vector: Array) -> float:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from implicitlayer.base._optional import extra
-from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolution, code_of
+from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolution
 from implicitlayer.programs._interior_point_single import Array, Maps, Until, iterate
 from implicitlayer.programs._interior_point_step import SHIFT
 from implicitlayer.programs._kkt_linear import Factors
@@ -40,16 +40,12 @@ _EARLY, _LATE = 1e-5, 1e-9
 Triplets = tuple[Array, Any, Any, tuple[int, int]]  # values, rows, columns, shape
 
 
-def _scipy() -> tuple[Any, Any]:
-    with extra("solvers", "il.qp needs SciPy for sparse matrices (not for .to_dense() of them)"):
-        return import_module("scipy.sparse"), import_module("scipy.sparse.linalg")
-
-
 class SparseProgram(SingleProgram):
     """The data of one program, and what does not change with x; see :class:`SingleProgram`."""
 
     def __init__(self, Q: Triplets, p: Array, A: Triplets, b: Array, G: Triplets, h: Array) -> None:
-        sparse, self.linalg = _scipy()
+        with extra("solvers", "il.qp needs SciPy for sparse matrices (not for .to_dense() of them)"):
+            sparse, self.linalg = import_module("scipy.sparse"), import_module("scipy.sparse.linalg")
         self.sparse, self.lanes = sparse, torch.Size([])
         q, a, g = (sparse.csr_matrix((values, (i, j)), shape=shape) for values, i, j, shape in (Q, A, G))
         self.q, self.p, self.A, self.G = ((q + q.T) / 2).tocsr(), p, a, g
@@ -166,7 +162,7 @@ def _interior_point(of: SparseProgram, rtol: float) -> QuadraticSolution:
     found = iterate((of.p * (size / cost), sides[: of.e], sides[of.e :]), maps, _Newton(of, q, A, G).step, until)
     force = cost / (size * of.over)
     parts = found.x * size, found.y * force[: of.e], found.z * force[of.e :]
-    numbers = (torch.tensor(number) for number in (code_of(found), found.steps, found.error))
+    numbers = (torch.tensor(number) for number in (int(ProgramStatus[found.ended]), found.steps, found.error))
     return QuadraticSolution(*(torch.from_numpy(part) for part in parts), *numbers)
 
 

@@ -28,7 +28,7 @@ from implicitlayer.linear._operator import lane_dot
 from implicitlayer.sets._box import ends_of_box, is_box
 from implicitlayer.sets._term import ProximalTerm, resolve
 from implicitlayer.solvers._descent import Descent, Method, descend, pair_scales
-from implicitlayer.solvers._line_search import LineSearch
+from implicitlayer.solvers._line_search import LineSearch, Pair
 from implicitlayer.solvers._problem import Problem
 
 _PAIRS, _FEW = 10, 32  # kept by default; up to so many unknowns as many as these
@@ -103,11 +103,7 @@ class _BoxProblem(Problem):
         return value, gradient
 
     def _press(self, x: torch.Tensor, gradient: torch.Tensor) -> None:
-        self.below, self.above = (x <= self.lower) & (gradient > 0), (x >= self.upper) & (gradient < 0)
-
-    @property
-    def held(self) -> torch.Tensor:
-        return self.below | self.above
+        self.held = ((x <= self.lower) & (gradient > 0)) | ((x >= self.upper) & (gradient < 0))
 
     def norm(self, gradient: torch.Tensor) -> torch.Tensor:
         """Of the entries that are free to move down."""
@@ -126,7 +122,7 @@ class _BoxDescent(Descent):
         trial = torch.where((self.direction < 0) & (trial <= lower + near), lower, trial)
         return torch.where((self.direction > 0) & (trial >= upper - near), upper, trial)
 
-    def turn(self, lanes: torch.Tensor, found: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+    def turn(self, lanes: torch.Tensor, found: Pair | None) -> None:
         """As without bounds, no further than the first bound on the way."""
         super().turn(lanes, found)
         bound = torch.where(self.direction > 0, self.problem.upper, self.problem.lower)
@@ -144,9 +140,7 @@ class _BoxMethod(Method):
         self.S = self.Y = problem.start.new_zeros(*problem.start.shape[:-1], 0, problem.start.shape[-1])
         self.curvature = torch.zeros_like(problem.unit)  # y'y / s'y of the newest pair, 0 without one
 
-    def direction(
-        self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def direction(self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor) -> Pair:
         """The minimum of the model in the box, and the first trial 1; without a pair -g in a step of length 1."""
         t = torch.where(self.curvature > 0, self.curvature, norm)
         lo, hi = self.problem.lower - x, self.problem.upper - x
@@ -160,10 +154,8 @@ class _BoxMethod(Method):
             step = torch.where(held, fixed, -model.free_inverse(~held, slope))
             force = gradient + model.times(step)
             before = low, high
-            low, high = (
-                torch.where(held, low & (force > 0), step < lo),
-                torch.where(held, high & (force < 0), step > hi),
-            )
+            low = torch.where(held, low & (force > 0), step < lo)
+            high = torch.where(held, high & (force < 0), step > hi)
             if bool((((low == before[0]) & (high == before[1])).all(-1) | ~lanes).all()):
                 break
         step = step.clamp(lo, hi)
@@ -172,7 +164,6 @@ class _BoxMethod(Method):
         return step, torch.ones_like(t)
 
     def moved(self, lanes: torch.Tensor, step: torch.Tensor, change: torch.Tensor, search: LineSearch) -> None:
-        """Remember the pair of these lanes where its curvature is positive."""
         rho, gamma, good = pair_scales(lanes, step, change, search)
         if not bool(good.any()):
             return
@@ -189,7 +180,6 @@ class _BoxMethod(Method):
         self.curvature = torch.where(good, 1 / gamma, self.curvature)
 
     def forget(self, lanes: torch.Tensor) -> torch.Tensor:
-        """Drop the pairs of these lanes; those that had some may go on from the projected gradient."""
         had_some = lanes & (self.curvature > 0)
         self.curvature = torch.where(lanes, 0.0, self.curvature)
         self.S, self.Y = (torch.where(lanes[..., None, None], 0.0, rows) for rows in (self.S, self.Y))

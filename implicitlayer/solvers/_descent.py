@@ -19,7 +19,7 @@ from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._common import STEPS_BETWEEN_SYNCS
 from implicitlayer.linear._operator import lane_dot
 from implicitlayer.solvers._leaves import check_limits
-from implicitlayer.solvers._line_search import LineSearch
+from implicitlayer.solvers._line_search import LineSearch, Pair
 from implicitlayer.solvers._outcome import PATIENCE, StallWatch, codes_of, outcome
 from implicitlayer.solvers._problem import Problem
 from implicitlayer.solvers._progress import Iteration, Report, reporting
@@ -47,9 +47,7 @@ class Method:
     conjugate: bool = False  # with exact line searches, n steps solve a quadratic of n unknowns
     halving: bool = False  # near a minimum every step at least halves the gradient
 
-    def direction(
-        self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def direction(self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor) -> Pair:
         """At x a direction [*lanes, n] and the first trial step float64 [*lanes]."""
         raise NotImplementedError
 
@@ -92,16 +90,15 @@ def descend(
         return (loop or Descent)(settings, problem, method, curvature, report).run()
 
 
-def traced_descent(
-    settings: Any, problem: TracedProblem, method: Callable[[], Method], curvature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def traced_descent(settings: Any, problem: TracedProblem, method: Callable[[], Method], curvature: float) -> Pair:
     """The same rounds as a loop of a compiler: the point [*lanes, n] and a :class:`Status` per lane.
 
     ``method`` makes one in its first state: a loop holds tensors only, and every round begins with objects made anew.
     """
 
     def descent(state: tuple[torch.Tensor, ...] = ()) -> Descent:
-        made = Descent(settings, problem, method(), curvature, None, on_host=False)
+        made = Descent(settings, problem, method(), curvature, None)
+        made.on_host = False
         return restored(made, list(state)) if state else made
 
     def one_more(*state: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -144,13 +141,7 @@ class Descent:
     )
 
     def __init__(
-        self,
-        settings: Any,
-        problem: Problem | TracedProblem,
-        method: Method,
-        curvature: float,
-        report: Report | None,
-        on_host: bool | None = None,
+        self, settings: Any, problem: Problem | TracedProblem, method: Method, curvature: float, report: Report | None
     ) -> None:
         self.settings, self.problem, self.method, self.report = settings, problem, method, report
         self.x, self.gradient = problem.start, problem.first_gradient
@@ -164,7 +155,7 @@ class Descent:
         self.watch = StallWatch(self.norm, self.value, eps, method.halving)
         self.search = LineSearch(self.norm, eps, curvature, exact_on_quadratics=exact)
         self.direction = torch.zeros_like(self.x)
-        self.on_host = rounds_between_syncs(self.x) == 1 if on_host is None else on_host
+        self.on_host = rounds_between_syncs(self.x) == 1
         self.best = self.x, self.value, self.norm  # at the last gain: after it came rounding errors only
         self.running = self.turning = self._unfinished()  # bool [*lanes]: not done; to get a new direction
 
@@ -183,7 +174,7 @@ class Descent:
             turns = self.round(turns)
         return outcome(self._tree(), self.steps, self.codes, _WORDS)
 
-    def round(self, turns: bool = True, found: tuple[torch.Tensor, torch.Tensor] | None = None) -> bool:
+    def round(self, turns: bool = True, found: Pair | None = None) -> bool:
         """One evaluation in all lanes. Returns whether some may need a direction in the next round.
 
         ``turns``: the same of this round; ``found``: what the method says, where it has been asked.
@@ -232,14 +223,11 @@ class Descent:
         move = lambda: torch.full_like(self.norm, torch.inf)  # noqa: E731  # accepted values do not grow
         stalled = self.watch.look(accepted, self.norm, self.value, weight, move, self.on_host)
         gained, (x, value, norm) = self.watch.gained, self.best
-        self.best = (
-            self._chosen(gained, self.x, x),
-            torch.where(gained, self.value, value),
-            torch.where(gained, self.norm, norm),
-        )
+        value, norm = torch.where(gained, self.value, value), torch.where(gained, self.norm, norm)
+        self.best = self._chosen(gained, self.x, x), value, norm
         return stalled
 
-    def turn(self, lanes: torch.Tensor, found: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+    def turn(self, lanes: torch.Tensor, found: Pair | None) -> None:
         """New directions and searches in these lanes: the method's, or the steepest one where that leads uphill."""
         direction, step = found or self.method.direction(lanes, self.x, self.gradient, self.norm)
         slope = lane_dot(self.gradient, direction)

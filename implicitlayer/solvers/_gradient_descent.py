@@ -19,7 +19,7 @@ from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._operator import lane_dot
 from implicitlayer.solvers._descent import Method, descend, kept, restored, rounds_between_syncs, traced_descent
 from implicitlayer.solvers._leaves import check_limits, value_and_gradient
-from implicitlayer.solvers._line_search import LineSearch
+from implicitlayer.solvers._line_search import LineSearch, Pair
 from implicitlayer.solvers._outcome import StallWatch, codes_of, finite_leaves, outcome, relative_move
 from implicitlayer.solvers._problem import Problem
 from implicitlayer.solvers._progress import Iteration, Report, reporting
@@ -222,9 +222,7 @@ class _Growing(Method):
     def __init__(self, problem: Problem | TracedProblem, step_size: float) -> None:
         self.trial = step_size * problem.unit  # gradients are measured in this unit
 
-    def direction(
-        self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def direction(self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor) -> Pair:
         """-g and the trial."""
         return -gradient, self.trial
 

@@ -19,7 +19,7 @@ from implicitlayer.linear._operator import lane_dot
 from implicitlayer.solvers._bounded import check_bounds, in_a_box
 from implicitlayer.solvers._descent import Limited, Method, descend, pair_scales, rounds_between_syncs, traced_descent
 from implicitlayer.solvers._leaves import choose
-from implicitlayer.solvers._line_search import LineSearch
+from implicitlayer.solvers._line_search import LineSearch, Pair
 from implicitlayer.solvers._problem import Problem
 
 _CURVATURE = 0.9  # c2 of the Wolfe conditions, the usual choice for quasi-Newton directions
@@ -108,16 +108,15 @@ class LBFGS(Limited):
             return traced_descent(self, problem, lambda: _Matrices(problem.start), _CURVATURE)
 
         def method() -> _TwoLoop:
-            made, zero = self._two_loop(problem.start), torch.zeros_like(problem.first_value, dtype=torch.float64)
-            nothing = torch.zeros_like(problem.start)
-            made.pairs, made.gamma, made.on_host = [[nothing, nothing, zero]] * made.memory, zero, False
+            made, nothing = self._two_loop(problem.start), torch.zeros_like(problem.start)
+            made.pairs, made.on_host = [[nothing, nothing, made.gamma]] * made.memory, False
             return made
 
         return traced_descent(self, problem, method, _CURVATURE)
 
     def _two_loop(self, start: torch.Tensor) -> _TwoLoop:
         memory = _PAIRS if self.memory is None else self.memory
-        return _TwoLoop(memory, conjugate=memory >= start.shape[-1], on_host=rounds_between_syncs(start) == 1)
+        return _TwoLoop(start, memory, conjugate=memory >= start.shape[-1], on_host=rounds_between_syncs(start) == 1)
 
 
 class _TwoLoop(Method):
@@ -125,17 +124,14 @@ class _TwoLoop(Method):
 
     STATE = ("pairs", "gamma")
 
-    def __init__(self, memory: int, *, conjugate: bool = False, on_host: bool = True) -> None:
+    def __init__(self, like: torch.Tensor, memory: int, *, conjugate: bool = False, on_host: bool = True) -> None:
         self.memory, self.conjugate, self.on_host = memory, conjugate, on_host
         self.pairs: list[Leaves] = []
-        self.gamma: torch.Tensor | None = None  # float64 [*lanes]: y's / y'y of the newest pair, 0 without one
+        # y's / y'y of the newest pair, 0 without one
+        self.gamma = torch.zeros(like.shape[:-1], dtype=torch.float64, device=like.device)
 
-    def direction(
-        self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def direction(self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor) -> Pair:
         """-H g and the first trial 1; without a pair -g and a trial of length 1."""
-        if self.gamma is None:
-            return -gradient, 1 / norm
         known = self.gamma > 0
         q = gradient
         alphas = []
@@ -149,10 +145,7 @@ class _TwoLoop(Method):
         return -q, torch.where(known, 1.0, 1 / norm)
 
     def moved(self, lanes: torch.Tensor, step: torch.Tensor, change: torch.Tensor, search: LineSearch) -> None:
-        """Remember the pair of these lanes where its curvature is positive."""
         rho, gamma, good = pair_scales(lanes, step, change, search)
-        if self.gamma is None:
-            self.gamma = torch.zeros_like(gamma)
         self.gamma = torch.where(good, gamma, self.gamma)
         if self.on_host and bool(good.all()):
             self.pairs = [*self.pairs, [step, change, rho]][-self.memory :]
@@ -166,9 +159,6 @@ class _TwoLoop(Method):
         self.pairs = [choose(good, new, old) for new, old in zip(following, self.pairs, strict=True)]
 
     def forget(self, lanes: torch.Tensor) -> torch.Tensor:
-        """Drop the pairs of these lanes; those that had some may go on from the steepest descent."""
-        if self.gamma is None:
-            return torch.zeros_like(lanes)
         had_some = lanes & (self.gamma > 0)
         self.gamma = torch.where(lanes, 0.0, self.gamma)
         self.pairs = [choose(lanes, [torch.zeros_like(part) for part in pair], pair) for pair in self.pairs]
@@ -192,9 +182,7 @@ class _Matrices(Method):
         self.R = torch.zeros_like(self.P)
         self.gamma = like.new_zeros(self.lanes, dtype=torch.float64)  # y's / y'y of the newest pair, 0 without one
 
-    def direction(
-        self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def direction(self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor) -> Pair:
         """-H g and the first trial 1; without a pair -g and a trial of length 1."""
         known = self.gamma > 0
         g = self._columns(gradient)
@@ -215,7 +203,6 @@ class _Matrices(Method):
         self.R = torch.baddbmm(self.R, torch.cat([a, -factor * s], -1), torch.cat([s, Ry], -1).mT)
 
     def forget(self, lanes: torch.Tensor) -> torch.Tensor:
-        """Drop the pairs of these lanes; those that had some may go on from the steepest descent."""
         had_some = lanes & (self.gamma > 0)
         here = lanes.reshape(-1, 1, 1)
         self.P, self.R = torch.where(here, self.identity, self.P), torch.where(here, 0.0, self.R)

@@ -75,7 +75,6 @@ def lanes_as(per_lane: torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
 
 
 def minus(a: Leaves, b: Leaves) -> Leaves:
-    """a - b."""
     return list(_torch.foreach_sub(a, b))
 
 

@@ -31,6 +31,7 @@ from implicitlayer.base._types import Leaves
 from implicitlayer.equation._residual import pull_back, pushed
 from implicitlayer.equation._traced import Vectors
 from implicitlayer.linear._common import NOISE as NOISE_OF_RANK
+from implicitlayer.linear._operator import lane_scale
 from implicitlayer.solvers._descent import Limited
 from implicitlayer.solvers._leaves import check_attached, check_unknowns
 from implicitlayer.solvers._outcome import NOISE, codes_of, outcome
@@ -293,9 +294,7 @@ class Residuals(Vectors):
         check_attached(next((leaf for leaf in self._outputs if leaf.requires_grad), self._outputs[0]))
         self.lane_dims, self.dtype = value.ndim, value.dtype
         self.start = ravel(self._like, self.lane_dims).clone()
-        largest = first.abs().amax(-1) if first.shape[-1] else torch.ones_like(value.double())
-        usable = (largest > 0) & largest.isfinite()
-        self.unit = torch.where(usable, largest, 1.0).log2().floor().exp2()  # [*lanes], a power of 2: rounds nothing
+        self.unit = lane_scale(first)[..., 0].log2().floor().exp2()  # [*lanes], a power of 2: rounds nothing
         self.first = first / self.unit.unsqueeze(-1)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 from implicitlayer.solvers._outcome import NOISE
 
 Numbers = tuple[torch.Tensor, ...]
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 DECREASE = 1e-4  # c1 of the sufficient decrease: the usual choice, Nocedal & Wright, section 3.1
 MAX_TRIALS = 30  # objectives met in one search; a search that works takes one to five

@@ -28,6 +28,7 @@ from implicitlayer.linear._common import NOISE, times
 from implicitlayer.linear._dense import materialise
 from implicitlayer.linear._operator import FlatOperator, lane_dot
 from implicitlayer.solvers._descent import Limited, Method, descend, rounds_between_syncs, traced_descent
+from implicitlayer.solvers._line_search import Pair
 from implicitlayer.solvers._problem import Curvature, Problem
 
 # NOTE [forcing]: in a narrow curved valley the gradient is that of the steep walls, and a loose direction takes it down
@@ -125,7 +126,6 @@ class NewtonCG(Limited):
         return traced_descent(self, problem, method, _CURVATURES[self.line_search])
 
 
-_Pair = tuple[torch.Tensor, torch.Tensor]
 # r, d, p [*lanes, n], ||r||^2 and the lanes that go on [*lanes]
 _State = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -140,7 +140,7 @@ class _Truncated(Method):
         self.first_norm = problem.norm(problem.first_gradient)
         self.small = settings.cg_steps is None and isinstance(problem, Problem) and _are_few(problem)
 
-    def direction(self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor) -> _Pair:
+    def direction(self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor) -> Pair:
         """The Newton direction, exact or truncated, and the first trial 1."""
         if not self.small:
             return self._truncated(lanes, x, gradient, norm)
@@ -153,7 +153,7 @@ class _Truncated(Method):
         truncated, one = self._truncated(rest, x, gradient, norm)
         return torch.where(definite.unsqueeze(-1), exact, truncated), one
 
-    def _truncated(self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor) -> _Pair:
+    def _truncated(self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor) -> Pair:
         eps = torch.finfo(gradient.dtype).eps
         if self.settings.cg_steps is not None:
             loose = limit = eps * norm
@@ -166,7 +166,7 @@ class _Truncated(Method):
         state = r, torch.zeros_like(r), r, rr, lanes & (rr > 0)
         return self._solve(x, state, norm, (limit, loose), most), torch.ones_like(norm)
 
-    def _solve(self, x: torch.Tensor, state: _State, norm: torch.Tensor, limits: _Pair, most: int) -> torch.Tensor:
+    def _solve(self, x: torch.Tensor, state: _State, norm: torch.Tensor, limits: Pair, most: int) -> torch.Tensor:
         every = rounds_between_syncs(x)
         for k in range(most):
             if (k % every == 0 and (k > 0 or every == 1)) and not bool(state[-1].any()):
@@ -223,7 +223,7 @@ class _TracedTruncated(_Truncated):
         assert isinstance(self.problem, TracedProblem)
         return self.problem.curvature(x, p) / self.problem.scale
 
-    def _solve(self, x: torch.Tensor, state: _State, norm: torch.Tensor, limits: _Pair, most: int) -> torch.Tensor:
+    def _solve(self, x: torch.Tensor, state: _State, norm: torch.Tensor, limits: Pair, most: int) -> torch.Tensor:
         def going(k: torch.Tensor, *state: torch.Tensor) -> torch.Tensor:
             return (k < most) & state[-1].any()
 

@@ -30,11 +30,6 @@ NOISE = 256  # a sum over m data rounds by about sqrt(m) eps: this covers 65,000
 _ULPS = 64  # moves of x below these are rounding
 _SURE = 0.9  # of what a convex function promises: less than that is no rounding of the promise
 
-STALLED = (
-    "The gradient stopped falling{where}: it is as small as rounding errors allow, or the steps do not lead down. A "
-    "start at a solution has no smaller one to offer: give atol in place of rtol there."
-)
-
 
 class StallWatch:
     """Lanes that only move by rounding errors, by NOTE [rounding].
@@ -148,7 +143,8 @@ def codes_of(
 
 _WORDS = {
     Status.MAX_STEPS_REACHED: "The step limit came before the tolerance{where}.",
-    Status.STAGNATED: STALLED,
+    Status.STAGNATED: "The gradient stopped falling{where}: it is as small as rounding errors allow, or the steps do "
+    "not lead down. A start at a solution has no smaller one to offer: give atol in place of rtol there.",
     Status.NONFINITE: "The objective, its gradient or the point reached is not finite{where}.",
 }
 

@@ -72,7 +72,6 @@ class RootProblem(Vectors):
         return Jacobian(residual, len(at), transposed=False).linearize(at)
 
     def tell(self, report: Report | None, step: int, norm: torch.Tensor, x: torch.Tensor) -> None:
-        """One call of the callback."""
         if report is not None:
             report(Iteration(step, norm, norm, self.tree(x.clone())))
 
@@ -137,11 +136,7 @@ class RootSolver(RecordingSolver):
         rtol = max(self.rtol, 4 * torch.finfo(dtype).eps) if self.rtol > 0 else 0.0
         return torch.clamp(rtol * norm, min=self.atol)
 
-    def _solve(
-        self,
-        problem: RootProblem,
-        move: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tuple[torch.Tensor, ...]],
-    ) -> SolverResult:
+    def _solve(self, problem: RootProblem, move: Callable[..., tuple[torch.Tensor, ...]]) -> SolverResult:
         """Steps ``move(x, F(x), running)`` -> x and F(x) after it, and the lanes that give up, until all have ended."""
         x = problem.start
         value = problem(x)

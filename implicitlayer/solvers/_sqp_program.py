@@ -113,28 +113,22 @@ def step_of(
     beyond = torch.cat([c[:, :e], c[:, e:].clamp(min=0)], -1)  # violation(c) with the signs of h
     largest = B.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
     unit = (largest / (_PENALTY * torch.where(least > 0, least, 1.0))).sqrt()
-    at, held = _solved(B, p, c, J, -unit[:, None, None] * beyond[..., None], guess, e)
+    program = B, p, c, J, guess
+    at, held = _solved(program, -unit[:, None, None] * beyond[..., None], e)
     stuck = (unit * at[:, n] > _STUCK) & ((beyond != 0).sum(-1) > 1)
     at = torch.cat([at[:, :n], at[:, n + 1 :]], -1)
     if bool(stuck.any()):
         lengths = torch.linalg.vector_norm(J[stuck], dim=-1)
         columns = torch.diag_embed(-(_PENALTY**-0.5) * torch.where(lengths > 0, lengths, 1.0) * (beyond[stuck] != 0))
-        found, held[stuck] = _solved(B[stuck], p[stuck], c[stuck], J[stuck], columns, guess[stuck], e)
+        found, held[stuck] = _solved(tuple(t[stuck] for t in program), columns, e)
         at[stuck] = torch.cat([found[:, :n], found[:, n + columns.shape[-1] :]], -1)
     d, y = at[:, :n], at[:, n:]
     return Step(d, y, violation(c + times(J, d), e), held)
 
 
-def _solved(
-    B: torch.Tensor,
-    p: torch.Tensor,
-    c: torch.Tensor,
-    J: torch.Tensor,
-    columns: torch.Tensor,
-    guess: torch.Tensor,
-    e: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _solved(program: tuple[torch.Tensor, ...], columns: torch.Tensor, e: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The solution with these columns for what is left, d, these and y, [B, n + j + k]; and what holds there."""
+    B, p, c, J, guess = program
     j, largest = columns.shape[-1], B.diagonal(dim1=-2, dim2=-1).abs().amax(-1)
     Q = torch.nn.functional.pad(B, (0, j, 0, j)).clone()
     Q.diagonal(dim1=-2, dim2=-1)[:, -j:] = largest[:, None]

@@ -5,8 +5,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 
@@ -16,19 +15,8 @@ from implicitlayer.base._types import Leaves
 
 StepSize = Any
 
-
-@runtime_checkable
-class _Matrix(Protocol):
-    """``il.MatrixStrength`` as a solver sees it, which does not import the layers above it."""
-
-    def dense(self) -> torch.Tensor: ...
-
-
-@runtime_checkable
-class _Operator(Protocol):
-    """``il.OperatorStrength``, likewise."""
-
-    product: Callable[[Any], Any]
+# A solver does not import the layers above it: il.MatrixStrength is what has ``dense()``, il.OperatorStrength what has
+# ``product``.
 
 
 def present(step_size: StepSize) -> StepSize:
@@ -41,7 +29,7 @@ def check_step_size(step_size: StepSize) -> None:
 
     Zero freezes what it belongs to. A tensor that requires a gradient may have any sign: Meta-SGD learns it freely.
     """
-    if callable(step_size) or isinstance(step_size, _Matrix | _Operator):
+    if callable(step_size) or hasattr(step_size, "dense") or hasattr(step_size, "product"):
         return
     if isinstance(step_size, int | float):
         if not step_size > 0:
@@ -79,7 +67,7 @@ def moves(step_size: StepSize, gradient: Leaves, spec: TreeSpec, lane_dims: int)
         return list(_torch.foreach_mul(gradient, float(step_size)))
     if isinstance(step_size, torch.Tensor):
         return [_times(step_size, g) for g in gradient]
-    if isinstance(step_size, _Matrix):
+    if hasattr(step_size, "dense"):
         flat, matrix = ravel(gradient, lane_dims), step_size.dense()
         if matrix.shape[-1] != flat.shape[-1]:
             raise ValueError(
@@ -87,7 +75,7 @@ def moves(step_size: StepSize, gradient: Leaves, spec: TreeSpec, lane_dims: int)
                 "task)."
             )
         return unravel(flat @ matrix.mT.to(flat.dtype), gradient, lane_dims)
-    if isinstance(step_size, _Operator):
+    if hasattr(step_size, "product"):
         product = step_size.product
         for _ in range(lane_dims):
             product = torch.vmap(product)
@@ -109,12 +97,10 @@ def _times(factor: float | torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
     if not isinstance(factor, torch.Tensor):
         return leaf * factor
     try:
-        fits = torch.broadcast_shapes(factor.shape, leaf.shape) == leaf.shape
+        wide = factor.to(leaf.dtype).expand(leaf.shape)
     except RuntimeError:
-        fits = False
-    if not fits:
         raise ValueError(
             f"step_size of shape {tuple(factor.shape)} does not broadcast to unknowns of shape {tuple(leaf.shape)} "
             "(lanes included). Give a number, or a pytree with one entry per tensor."
-        )
-    return leaf * factor.to(leaf.dtype)
+        ) from None
+    return leaf * wide

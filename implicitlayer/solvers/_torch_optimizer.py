@@ -11,7 +11,7 @@ from implicitlayer.base._solution import RecordingSolver, SolverResult
 from implicitlayer.base._tree import flatten, leaves_norm, unflatten
 from implicitlayer.solvers._leaves import check_attached, check_limits, check_num_steps, check_unknowns
 from implicitlayer.solvers._outcome import codes_of, finite_leaves, outcome
-from implicitlayer.solvers._progress import Iteration, Report, reporting
+from implicitlayer.solvers._progress import Iteration, reporting
 
 # Their update of an entry reads the history of that entry alone, so lanes stay independent.
 _ENTRYWISE = ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "ASGD", "Rprop")
@@ -77,12 +77,6 @@ class TorchOptimizer(RecordingSolver):
 
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         """The same, with status and step count."""
-        with reporting(self.callback, self.progress, self.max_steps) as report:
-            return self._run(objective, init, theta, report)
-
-    def _run(
-        self, objective: Callable[..., torch.Tensor], init: Any, theta: tuple[Any, ...], report: Report | None
-    ) -> SolverResult:
         leaves, spec = flatten(init)
         check_unknowns(leaves)
         x = [leaf.detach().clone().requires_grad_() for leaf in leaves]
@@ -107,7 +101,7 @@ class TorchOptimizer(RecordingSolver):
 
         has_tolerance = self.rtol > 0 or self.atol > 0
         reached, tolerance = False, 0.0
-        with torch.enable_grad():
+        with reporting(self.callback, self.progress, self.max_steps) as report, torch.enable_grad():
             while True:
                 if has_tolerance:
                     closure()

@@ -11,7 +11,7 @@ from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolut
 
 def by_lanes(data: Program, monkeypatch: pytest.MonkeyPatch) -> QuadraticSolution:
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_iterate_single", module._iterate_lanes)
+        patch.setattr(module, "_iterate", module._iterate_lanes)
         return interior_point(data)
 
 

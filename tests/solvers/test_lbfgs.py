@@ -39,7 +39,7 @@ def pairs_of(num: int, n: int, seed: int) -> list[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("num_pairs", [1, 3, 6])
 def test_the_direction_is_that_of_the_dense_inverse(num_pairs: int) -> None:
     pairs, g = pairs_of(num_pairs, 8, seed=1), randn(8, seed=2)
-    memory = _TwoLoop(4)
+    memory = _TwoLoop(g, 4)
     for s, y in pairs:
         remember(memory, torch.tensor(True), s, y)
     direction, step = memory.direction(torch.tensor(True), g, g, g.norm())
@@ -50,8 +50,8 @@ def test_the_direction_is_that_of_the_dense_inverse(num_pairs: int) -> None:
 def test_lanes_remember_their_own_steps() -> None:
     """Lane 1 takes every other step, lane 2 none; one pair too flat to use is left out."""
     history = [pairs_of(6, 5, seed=20 * (i + 1)) for i in range(3)]
-    memory = _TwoLoop(4)
     g = randn(3, 5, seed=3)
+    memory = _TwoLoop(g, 4)
     kept: list[list[tuple[Tensor, Tensor]]] = [[], [], []]
     for k in range(6):
         lanes = torch.tensor([True, k % 2 == 0, False])
@@ -71,7 +71,7 @@ def test_lanes_remember_their_own_steps() -> None:
 
 def test_forgetting_returns_to_the_steepest_descent_in_those_lanes_only() -> None:
     pairs = pairs_of(2, 5, seed=4)
-    memory, both = _TwoLoop(4), torch.tensor([True, True])
+    memory, both = _TwoLoop(torch.zeros(2, 5), 4), torch.tensor([True, True])
     for s, y in pairs:
         remember(memory, both, s.expand(2, 5), y.expand(2, 5))
     g = randn(2, 5, seed=5)
@@ -130,7 +130,7 @@ def test_bad_settings_are_refused_by_name_value_and_rule(settings: dict[str, Any
 def test_all_pairs_multiplied_out_give_the_direction_of_the_two_loops(lanes: tuple[int, ...]) -> None:
     matrix, n = spd_matrix(7, 2, seed=11), 7
     like = torch.zeros(*lanes, n, dtype=F64)
-    loops, product = _TwoLoop(20), _Matrices(like)
+    loops, product = _TwoLoop(like, 20), _Matrices(like)
     everywhere = torch.ones(lanes, dtype=torch.bool)
     for k in range(12):  # more pairs than unknowns
         step = randn(*lanes, n, seed=20 + k)
