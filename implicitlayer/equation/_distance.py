@@ -185,28 +185,24 @@ CLEAR = 100.0  # F must be this much above its rounding, of which the change is 
 def hessian_change(residual: Residual, x: Leaves, theta: Leaves, at: Stationarity) -> torch.Tensor:
     """Relative change [*lanes] of dF/dx from x to the solution, as far as one step tells; one evaluation of F.
 
-    Zero where the answer is near enough that it cannot matter, or where F is not clear of its rounding.
+    Zero where the answer is near enough that it cannot matter.
     """
     none = torch.zeros_like(at.norm)
-    eps = torch.finfo(at.gradient.dtype).eps
-    if not bool((at.distance > eps**TIGHT * at.size).any()):
+    far = at.distance > torch.finfo(at.gradient.dtype).eps ** TIGHT * at.size
+    if not bool(far.any()):
         return none
-    lane_dims = residual.lane_dims
-    here = ravel(x, lane_dims)
+    here = ravel(x, residual.lane_dims)
 
     def value_at(there: torch.Tensor) -> torch.Tensor:
-        return _value_at(residual, unravel(there, x, lane_dims), theta)
+        return _value_at(residual, unravel(there, x, residual.lane_dims), theta)
 
     if residual.is_gradient:
-        change = change_along(at, here, value_at)
-    else:
-        step = (
-            at.product * torch.where(at.norm > 0, at.distance / lane_norm(at.product), none).to(here.dtype)[..., None]
-        )
-        unit = at.gradient / lane_scale(at.gradient)
-        turned = lane_dot(unit, value_at(here - step) / lane_scale(at.gradient))
-        change = (2 * turned.abs() / lane_dot(unit, unit)).nan_to_num(torch.inf)
-    return torch.where(at.distance > eps**TIGHT * at.size, change, none)
+        return torch.where(far, change_along(at, here, value_at), none)
+    part = torch.where(far, at.distance / lane_norm(at.product), none).to(here.dtype).unsqueeze(-1)
+    scale = lane_scale(at.gradient)
+    unit = at.gradient / scale
+    change = 2 * lane_dot(unit, value_at(here - part * at.product) / scale).abs() / lane_dot(unit, unit)
+    return torch.where(far, change.nan_to_num(torch.inf), none)
 
 
 def change_along(
