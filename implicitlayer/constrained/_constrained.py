@@ -118,10 +118,10 @@ class ProxLayer(ImplicitLayer):
         self._refuse_outside(found)
 
     def works_in_parts(self, init: Any, theta: tuple[Any, ...]) -> bool:
-        """Whether the term looks at no single entries of the unknowns."""
+        """Whether the term looks at no single entries of the unknowns, and the solver asks it for its prox alone."""
         term = resolve(self.terms, theta, self.terms_name)
         term.refuse_ambiguous(init, self.batch_dims)
-        return term.in_parts
+        return term.in_parts and getattr(self.solver, "regularizer", self.terms) is None
 
     def inside(
         self, sharding: Sharding, init: Any, theta: tuple[Any, ...]

@@ -24,7 +24,7 @@ from sharded_costs import memory, traffic
 from sharded_equations import callback, equations, equations_of_four, equilibrium, more_equations
 from sharded_others import other_problems
 from sharded_problem import CG, GD, LINEAR, NEWTON, PLACED, SOLVERS, Cases, Tree, difference, gradient, objective, query
-from sharded_sets import accelerated, sets, sets_of_four
+from sharded_sets import accelerated, sets, sets_of_four, whole
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -305,12 +305,15 @@ def four(cases: Cases) -> None:
 
 
 def example(cases: Cases) -> None:
-    """The program of docs/distributed.md, which ends in its own assertion."""
+    """The programs of docs/distributed.md, which end in assertions."""
     page = (Path(__file__).parents[2] / "docs" / "distributed.md").read_text(encoding="utf-8")
-    program = page.split("```py\n")[1].split("```")[0]
+    first, second = (block.split("```")[0] for block in page.split("## Training")[0].split("```py\n")[1:])
     names: dict[str, Any] = {}
-    exec(compile(program, "docs/distributed.md", "exec"), names)
+    exec(compile(first, "docs/distributed.md", "exec"), names)
     cases.found["example"] = abs(names["found"] - names["expected"])
+    exec(compile(second, "docs/distributed.md", "exec"), names)
+    pairs = zip(names["cut"], names["whole"], strict=True)
+    cases.found["modules"] = max(abs(float(a) - float(b)) for a, b in pairs)
 
 
 def layer_decay(cases: Cases) -> None:
@@ -334,6 +337,7 @@ PARTS = {
         other_problems,
         sets,
         accelerated,
+        whole,
         meta_learners,
         learners,
         models,

@@ -74,8 +74,8 @@ def sets(cases: Cases) -> None:
     cut = cases.put(t, Shard(1)).requires_grad_()
     unaware = il.argmin(halves, lambda f, x, t: t / 2, constraint=il.sets.NonNegative())
     cases.refused("outside of a set", lambda: unaware(cut.detach(), cut))
-    x = il.argmin(halves, il.solvers.GradientDescent(0.2, rtol=1e-13), constraint=il.sets.NonNegative())
-    cases.refused("outside of a set, in parts", lambda: x(cut.detach(), cut))
+    unmoved = il.argmin(halves, il.solvers.ProximalGradient(max_steps=0), constraint=il.sets.NonNegative())
+    cases.refused("outside of a set, in parts", lambda: unmoved(cut.detach() / 2, cut))
     # the threshold of the lasso is where the gradient of one entry is: x = (t - s / 2)+ / 2
     kinked = il.argmin(halves, PROXIMAL, regularizer=il.L1(2 * t[0, 1].abs().item()), on_failure="raise")
     cases.refused("a kink", lambda: kinked(cut.detach() * 0, cut))
@@ -100,6 +100,34 @@ def accelerated(cases: Cases) -> None:
         wanted = cases.alone(il.argmin(objective, il.solvers.NewtonCG(rtol=1e-13), linear_solver=inner))
         for call in ("first", "second"):
             cases.agree(f"WarmStart {type(inner).__name__}, {call} call", layer, "Shard(1)", Shard(0), wanted)
+
+
+def whole(cases: Cases) -> None:
+    """Solvers that see the unknowns as whole plain tensors."""
+    t = cases.data[0][0]
+
+    def fit(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return torch.stack([x[0] * torch.exp(x[1] * x[2]) - t[0], x[1] - t[1], x[2] - t[2], 0.1 * x[0]])
+
+    def smooth(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return ((x - t) ** 2).sum() + (x**4).sum()
+
+    def residual(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return x + x**3 - t
+
+    layers = {
+        "TorchOptimizer": il.argmin(
+            smooth, il.solvers.TorchOptimizer(torch.optim.LBFGS, max_steps=9, tolerance_grad=1e-14, tolerance_change=0)
+        ),
+        "SciPyMinimize": il.argmin(smooth, il.solvers.SciPyMinimize("BFGS"), polish=3),
+        "LBFGS, bounds": il.argmin(smooth, il.solvers.LBFGS(rtol=1e-14), constraint=il.sets.Box(-0.3, 0.3)),
+        "Broyden": il.root(residual, il.solvers.Broyden(rtol=1e-14)),
+    }
+    cut = cases.put(t, Shard(0))
+    by_model = il.argmin(il.least_squares(fit), il.solvers.LevenbergMarquardt())
+    cases.refused("LevenbergMarquardt", lambda: by_model(cut, cut))
+    for name, layer in layers.items():
+        cases.same(name, lambda t, layer=layer: layer(t.detach() * 0.5, t), (t, "0"))
 
 
 def sets_of_four(cases: Cases) -> None:
