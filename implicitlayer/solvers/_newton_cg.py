@@ -230,7 +230,7 @@ class _TracedTruncated(_Truncated):
         def body(k: torch.Tensor, r: Any, d: Any, p: Any, rr: Any, active: Any) -> tuple[torch.Tensor, ...]:
             return (k + 1, *self._step(x, (r, d, p, rr, active), torch.where(k + 1 < _FEW, *limits), None))
 
-        state = self._step(x, state, limits[_FEW <= 1], norm)
+        state = self._step(x, state, limits[0], norm)
         one = torch.ones((), dtype=torch.int64, device=x.device)
         found = _torch.while_loop(going, body, (one, *(part.clone() for part in state)))
         direction: torch.Tensor = found[2]
