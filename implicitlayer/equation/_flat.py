@@ -131,11 +131,11 @@ def flat_parts(
         return call_with(method, hidden, theta[len(theta) - len(hidden) :], args)
 
     def metric(x: Leaves, theta: Leaves) -> Leaves:
-        # one number for all leaves stays one tensor
-        detached: dict[int, torch.Tensor] = {}
         diagonal = call(metric_of, theta, unflatten(x, x_spec), *slots.rebuild(theta))
         leaves = [] if diagonal is None else flatten(diagonal)[0]
-        return [detached.setdefault(id(leaf), leaf.detach()) for leaf in leaves]
+        if leaves and all(leaf is leaves[0] for leaf in leaves):  # one number for all leaves stays one tensor
+            return [leaves[0].detach()] * len(leaves)
+        return [leaf.detach() for leaf in leaves]
 
     def metric_matrix(x: Leaves, theta: Leaves) -> Leaves:
         matrix = call(matrix_of, theta, unflatten(x, x_spec), *slots.rebuild(theta))
