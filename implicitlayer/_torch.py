@@ -23,6 +23,9 @@ _functorch: Any = torch._C._functorch
 _autograd: Any = torch._C._autograd
 _core: Any = torch._C
 
+# DTensor.to_local and full_tensor, and so modules under parallelize_module, have no second derivative in torch 2.11.
+SHARDS_HAVE_SECOND_DERIVATIVES = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
 # Transforms of torch.func. A tensor inside one is wrapped, once for every level that is active around it.
 transforms_active: Callable[[], bool] = _core._are_functorch_transforms_active
 is_wrapped: Callable[[torch.Tensor], bool] = _functorch.is_functorch_wrapped_tensor

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from implicitlayer._errors import SolverOutputError
+from implicitlayer.base._sharding import beside
 from implicitlayer.base._solution import SolverResult
 from implicitlayer.base._status import Status
 from implicitlayer.base._tree import ravel
@@ -78,7 +79,7 @@ def finite_data(theta: Sequence[torch.Tensor], failed: torch.Tensor) -> Leaves:
 
     def finite(t: torch.Tensor) -> torch.Tensor:
         reads = over_lanes(failed, t) if t.shape[: failed.ndim] == failed.shape else failed.any()
-        return torch.where(t.isfinite() | ~reads, t, 1.0)
+        return torch.where(t.isfinite() | ~beside(reads, t), t, 1.0)
 
     return [finite(t) if t.is_floating_point() else t for t in theta]
 

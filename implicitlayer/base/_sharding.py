@@ -17,8 +17,9 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from implicitlayer import _torch
-from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
+from implicitlayer._errors import ImplicitLayerWarning, ObjectiveError, UnsupportedTransformError
 from implicitlayer.base._tree import flatten, is_data, tree_map, unflatten
+from implicitlayer.base._warn import warn
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -172,6 +173,13 @@ class Sharding:
         self.layouts = [layout_of(t) for t in flatten(init)[0]]
         self.mesh = next(layout[0] for layout in self.layouts if layout is not None)
         self._compared: set[str] = set()
+        if not _torch.SHARDS_HAVE_SECOND_DERIVATIVES:
+            message = (
+                f"torch {torch.__version__} has no second derivatives of DTensor.to_local() and full_tensor(), which "
+                "modules under parallelize_module call too: with one of these in its function a layer has a wrong "
+                "gradient. Use torch 2.13 or later; other functions of DTensors are right."
+            )
+            warn(message, ImplicitLayerWarning, "no second derivative")
 
     def inside(self, init: Any) -> Any:
         """The unknowns of the layer: whole ones."""

@@ -9,6 +9,8 @@ import processes
 import pytest
 import torch.distributed as dist
 
+from implicitlayer import _torch
+
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available() or not hasattr(os, "fork"), reason="needs gloo and fork"
 )
@@ -73,6 +75,8 @@ WORKS = [
 
 @pytest.mark.parametrize("name", WORKS)
 def test_what_else_works_with_dtensors_has_the_answer_of_one_process(found: dict[str, Any], name: str) -> None:
+    if name in ("tensor parallel", "modules", "plain value") and not _torch.SHARDS_HAVE_SECOND_DERIVATIVES:
+        pytest.skip("torch itself has no second derivative of to_local before 2.13, and the layer says so")
     assert found[name] < TOLERANCE
 
 
@@ -109,6 +113,7 @@ REFUSED = {
     "outside of a set": ("InfeasibleError", "does not satisfy the constraint: its distance is 1.5"),
     "outside of a set, in parts": ("InfeasibleError", "does not satisfy the constraint: its distance is 1.5"),
     "LevenbergMarquardt": ("ObjectiveError", "needs an objective that says what its model is"),
+    "an old torch": ("ImplicitLayerWarning", "has no second derivatives of DTensor.to_local() and full_tensor()"),
     "a kink": ("KinkError", "1 of its entries are at a border of the regularizer"),
     "root, too few equations": ("ObjectiveError", "expected shapes [(3, 4), (4, 2)], got [(3, 4)]"),
     "summed by hand": ("ObjectiveError", "has another gradient in leaf", ".to_local()"),
