@@ -318,6 +318,10 @@ class TrainerState:
             "outer": self._outer.settings,
             "tasks_per_step": self.tasks_per_step,
             "config": plain(self.config),
+            "split": _called(self.split),
+            "validation": {"metric": _called(self.metric), "better": self.better, "transductive": self.transductive}
+            if self._validates
+            else None,
         }
 
     def _load(self, path: Path | None) -> dict[str, Any] | None:
@@ -329,10 +333,18 @@ class TrainerState:
             raise CheckpointError(
                 f"{path} was not written by this version of the trainer. Use the version that did, or another run_dir."
             )
-        differing = differences(saved, self._settings())
+        here = self._settings()
+        # not compared: what older checkpoints do not say, and the best of a run that measures nothing
+        unsaid = [name for name in ("split", "validation") if saved.get(name) is None or here[name] is None]
+        differing = differences(saved | dict.fromkeys(unsaid), here | dict.fromkeys(unsaid))
         if differing:
             raise CheckpointError(
                 f"{path} is of a run with other settings ({'; '.join(differing)}). Resume with the settings of that "
                 "run, or give another run_dir for a new one."
             )
         return state
+
+
+def _called(function: Any) -> str:
+    """The name of a function; of another callable the name of its class."""
+    return str(getattr(function, "__name__", type(function).__name__))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from meta.lines import Lines, comparable, make_trainer, tensors
+from meta.lines import Lines, comparable, make_trainer, task_loss, tensors
 
 import implicitlayer as il
 from implicitlayer.meta import _monitor
@@ -145,9 +145,20 @@ def test_a_checkpoint_of_other_settings_is_refused_by_name(tmp_path: Path) -> No
     assert "method.inner_solver.step_size: 0.1 there, 0.2 here" in refusal(step_size=0.2)
     assert "outer.optimizer: 'Adam' there, 'AdamW' here" in refusal(optimizer=torch.optim.AdamW)
     assert "outer.max_gradient_norm: None there, 1.0 here" in refusal(max_gradient_norm=1.0)
+    # the best of one metric would never be met by another; the other split makes other tasks
+    assert "validation.better: 'higher' there, 'lower' here" in refusal(better="lower")
+    assert "validation.metric: 'hit_rate' there, 'task_loss' here" in refusal(metric=task_loss)
+    assert "validation.transductive: None there, True here" in refusal(transductive=True)
+    assert "split: 'as_support_query' there, 'tuple' here" in refusal(split=tuple)
     # what may differ: budgets, reports, chunks
     resumed = make_trainer(tmp_path, **(settings | {"max_steps": 4, "tasks_per_chunk": 1, "report_steps": 3}))
     assert resumed.resume() and len(resumed.fit()) == 4
+    # and a run that measures nothing, or whose checkpoint does not say by what it did
+    assert make_trainer(tmp_path, **(settings | {"metric": None, "better": "lower"})).resume()
+    state = il.meta.load_checkpoint(tmp_path / "checkpoint.pt")
+    del state["settings"]["validation"], state["settings"]["split"]
+    il.meta.save_checkpoint(tmp_path / "checkpoint.pt", state)
+    assert make_trainer(tmp_path, **(settings | {"better": "lower"})).resume()
 
 
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD])
