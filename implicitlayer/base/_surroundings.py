@@ -25,6 +25,9 @@ R = TypeVar("R")
 
 
 _DEVICE_TYPE = attrgetter("device.type")
+NO_NUMBERS = (
+    "a tensor on the device 'meta' has a shape but no numbers, which a solve needs. Give it a device with numbers."
+)
 _FUSED = ("flash", "mem_efficient", "cudnn")
 _cuda: Any = torch.backends.cuda
 _SWITCHES = [(getattr(_cuda, f"{name}_sdp_enabled"), getattr(_cuda, f"enable_{name}_sdp")) for name in _FUSED]
@@ -122,6 +125,8 @@ def plain_surroundings(tensors: Sequence[torch.Tensor], *, derivatives: bool = F
     what torch cannot do; see NOTE [second derivatives].
     """
     for kind in set(map(_DEVICE_TYPE, tensors)):
+        if kind == "meta":
+            raise ValueError(NO_NUMBERS)
         if torch.is_autocast_enabled(kind):
             with torch.autocast(kind, enabled=False), plain_surroundings(tensors, derivatives=derivatives):
                 yield

@@ -37,7 +37,8 @@ def from_cvxpy(problem: Any, parameters: Sequence[Any], variables: Sequence[Any]
 
     Args:
         problem: a ``cvxpy.Problem`` that follows the rules of parametrised programming (``problem.is_dpp()``) and has
-            linear, second-order and semidefinite cones only: no exponentials, logarithms, powers.
+            linear, second-order and semidefinite cones only: no exponentials, logarithms, powers. It may hold complex
+            numbers and variables, but those that are wanted are real.
         parameters: its ``cvxpy.Parameter``s, all of them, in the order of the layer's arguments.
         variables: the ``cvxpy.Variable``s that are wanted.
         settings: keyword arguments of :func:`qp`, such as ``on_failure`` and ``solver``; with cones ``on_failure``,
@@ -49,8 +50,8 @@ def from_cvxpy(problem: Any, parameters: Sequence[Any], variables: Sequence[Any]
 
     Raises:
         ImportError: CVXPY, OSQP by which it knows quadratic programs, or Clarabel for cones, is missing.
-        ValueError: not DPP, other cones, integers, parameters or variables that are missing, attributes other than
-            signs; in a call a value of another shape, or against the sign of its parameter.
+        ValueError: not DPP, other cones, integers, parameters or variables that are missing, complex ones, attributes
+            other than signs; in a call a value of another shape, or against the sign of its parameter.
 
     Source: Agrawal et al., Differentiable convex optimization layers, NeurIPS 2019 (arXiv:1910.12430), and
     Differentiating through a cone program, J. Appl. Numer. Optim. 1 (2019). Difference to CVXPYlayers: quadratic
@@ -246,6 +247,12 @@ def _check(problem: Any, parameters: Sequence[Any], variables: Sequence[Any]) ->
                 f"the parameter {parameter} has attributes {sorted(others)}, of which only signs are known here. Leave "
                 "them out, and pass values that have them."
             )
+    complex_ones = [str(variable) for variable in variables if variable.is_complex()]
+    if complex_ones:
+        raise ValueError(
+            f"variables={complex_ones} are complex, and the layer returns real tensors. Ask for two real variables in "
+            "place of each, re and im, with the constraints re == cp.real(x) and im == cp.imag(x)."
+        )
     if problem.is_mixed_integer():
         raise ValueError("the problem has integer or boolean variables: its solution does not change smoothly.")
     if not problem.is_dcp():

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from implicitlayer import _torch
+from implicitlayer.base._surroundings import NO_NUMBERS
 from implicitlayer.constrained._kkt import Multipliers
 from implicitlayer.constrained._qp_sparse import Entries, is_sparse
 
@@ -182,6 +183,8 @@ def _checked(given: dict[str, Any]) -> tuple[torch.Size, dict[str, Any]]:
                 f"{name} is {tensor.dtype} on {tensor.device}, but p is {p.dtype} on {p.device}. Bring all arguments "
                 "to one dtype and device; float64 is recommended."
             )
+        if tensor.is_meta:
+            raise ValueError(NO_NUMBERS)
         if tensor.layout is not torch.strided and RANKS[name] == 1:
             raise TypeError(f"{name} is sparse ({tensor.layout}); only Q, A and G may be. Pass {name}.to_dense().")
         if tensor.ndim < RANKS[name]:

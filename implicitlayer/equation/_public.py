@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,9 +11,10 @@ from typing import Any
 import torch
 
 from implicitlayer.base._divided import Divided
+from implicitlayer.base._parts import numbers
 from implicitlayer.base._sharding import Sharding, mesh_of, whole
 from implicitlayer.base._surroundings import out_of_inference, outside_compiled_code, plain_surroundings
-from implicitlayer.base._tree import TreeSpec, flatten, leaves_in_order, like_x, ravel, unflatten, unravel
+from implicitlayer.base._tree import TreeSpec, flatten, leaves_in_order, like_x, name_lanes, ravel, unflatten, unravel
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.equation._capture import find_closed_over
 from implicitlayer.equation._flat import Signature, flat_function, flat_parts
@@ -21,7 +23,7 @@ from implicitlayer.equation._repair import POLICIES, NegativeCurvature
 from implicitlayer.equation._residual import Residual, check_value, pullback
 from implicitlayer.equation._solve import Settings, SolveSpec, solve
 from implicitlayer.linear._cg import ConjugateGradient
-from implicitlayer.linear._operator import FlatOperator, is_for_symmetric
+from implicitlayer.linear._operator import FlatOperator, Product, default_rtol, is_for_symmetric
 
 
 @outside_compiled_code
@@ -137,6 +139,8 @@ class _LinearFunction:
     like: tuple[_Form, ...]
     transposed: bool = False
     symmetric: bool = False
+    assumed: bool = False  # the solver is for symmetric systems: nobody has said of A that it is
+    adjoint: FlatFunction | None = None  # the same of A', where that is known
     levels: tuple[tuple[tuple[bool, ...], str], ...] = ()
 
     @property
@@ -144,7 +148,7 @@ class _LinearFunction:
         return len(self.levels)
 
     def transpose(self) -> _LinearFunction:
-        return self if self.symmetric else replace(self, transposed=not self.transposed)
+        return replace(self, transposed=not self.transposed)
 
     def with_level(self, has_lanes: tuple[bool, ...], randomness: str) -> _LinearFunction:
         return replace(self, levels=((has_lanes, randomness), *self.levels))
@@ -153,7 +157,7 @@ class _LinearFunction:
         return False
 
     def product(self, u: Leaves, tensors: Leaves) -> Leaves:
-        function = self._pull if self.transposed else self.function
+        function = (self.adjoint or self._pull) if self.transposed and not self.symmetric else self.function
         for has_lanes, randomness in reversed(self.levels):
             dims = 0, [0 if has else None for has in has_lanes]
             function = torch.vmap(function, in_dims=dims, randomness=randomness)
@@ -178,8 +182,42 @@ class _LinearFunction:
 
             return matvec
 
-        other = product_of(replace(self, transposed=not self.transposed))
-        return FlatOperator(product_of(self), other, symmetric=self.symmetric)
+        product = product_of(self)
+        other = product_of(replace(self, transposed=self.symmetric or not self.transposed, symmetric=False))
+        if self.transposed and self.symmetric and self.assumed:
+            product = _Tested(product, other)
+        return FlatOperator(product, other, symmetric=self.symmetric or self.assumed)
+
+
+@dataclass(eq=False)
+class _Tested:
+    """The product with A in place of that with A': the first call makes sure that they are the same.
+
+    Both are made once with a vector that has no pattern, whose part in the range of A - A' is zero by accident only.
+    They may differ by ten times the residual that a default solve leaves: so much is told of residuals, too.
+    """
+
+    product: Product
+    transposed: Product
+    done: bool = False
+
+    def __call__(self, vector: torch.Tensor) -> torch.Tensor:
+        if not self.done and vector.shape[-1]:
+            turn = numbers(vector).double() * 2.399963  # the golden angle: no period
+            probe = (2.0 + torch.cos(turn)).to(vector.dtype).expand_as(vector)
+            got, wanted = self.product(probe), self.transposed(probe)
+            eps = torch.finfo(vector.dtype).eps
+            gap = (got - wanted).abs().amax(-1) / got.abs().amax(-1)
+            bad = gap > min(10 * default_rtol(vector.dtype), math.sqrt(eps))
+            if bool(bad.any()):
+                raise ValueError(
+                    f"the operator A of il.linear_solve is not symmetric{name_lanes(bad)}: A v and A'v differ by "
+                    f"{float(gap[bad].max()):.2g} of their size. Its solver is for symmetric systems, and the gradient "
+                    "would be that of another one. Pass il.Gmres(), il.Bicgstab() or il.Dense() as the solver; where "
+                    "A - A' is rounding, symmetric=True."
+                )
+            self.done = True
+        return self.product(vector)
 
 
 @outside_compiled_code
@@ -204,8 +242,13 @@ def linear_solve(
         solver: a linear solver; default :class:`ConjugateGradient`, which needs a symmetric positive-definite system.
         tensors: pytrees that the function depends on.
         symmetric: whether A = A'. False makes reverse mode solve with the transpose, which is right for every A.
-            Default: True for a solver of symmetric systems, such as :class:`ConjugateGradient`; False for all others.
+            Default: False, but for a function with a solver of symmetric systems, such as
+            :class:`ConjugateGradient`: True, and reverse mode tests it by one product with A and one with A'. True is
+            taken at your word, and second derivatives need it also beside these values of the tensors.
         on_failure, negative_curvature: as in :func:`argmin`.
+
+    Raises:
+        ValueError: a matrix does not fit; in reverse mode, a function that the solver needs symmetric is not.
 
     Example:
         >>> import torch, implicitlayer as il
@@ -218,13 +261,12 @@ def linear_solve(
     if negative_curvature not in POLICIES:
         raise ValueError(f"negative_curvature={negative_curvature!r} must be one of {POLICIES}.")
     solver = solver if solver is not None else ConjugateGradient()
-    if symmetric is None:
-        symmetric = is_for_symmetric(solver)
     leaves, spec = flatten(rhs)
     if mesh_of((operator, *leaves)) is not None or getattr(operator, "sharding", None) is not None:
         how: dict[str, Any] = {"symmetric": symmetric, "on_failure": on_failure}
         return _solved_sharded(operator, rhs, solver, *tensors, **how, negative_curvature=negative_curvature)
     like = tuple(_Form(leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
+    assumed = symmetric is None and is_for_symmetric(solver)
     family: OperatorFamily
     if isinstance(operator, HessianOperator):
         leaves, spec = operator.check(rhs, "rhs"), operator.structure
@@ -235,13 +277,15 @@ def linear_solve(
                 f"a matrix [n, n] needs a right-hand side [n], got {tuple(operator.shape)} and "
                 f"{tuple(leaves[0].shape)}. Map over batches with torch.func.vmap."
             )
-        family, parameters = _LinearFunction(lambda u, t: [t[0] @ u[0]], like, symmetric=symmetric), [operator]
+        matrix = _LinearFunction(lambda u, t: [t[0] @ u[0]], like, symmetric=bool(symmetric), assumed=assumed)
+        family, parameters = replace(matrix, adjoint=lambda u, t: [t[0].mT @ u[0]]), [operator]
     else:
         hidden = find_closed_over(operator, (rhs, *tensors), lambda value: like_x(value, leaves, spec))
         hidden.first = None  # as above
         signature = Signature.of(tensors)
         parameters = [*signature.tensors, *hidden]
-        family = _LinearFunction(flat_function(operator, spec, signature, hidden, False), like, symmetric=symmetric)
+        flat = flat_function(operator, spec, signature, hidden, False)
+        family = _LinearFunction(flat, like, symmetric=bool(symmetric) or assumed, assumed=assumed)
     settings = Settings(solver, on_failure, negative_curvature=negative_curvature)
     solved = SolveSpec(family, len(leaves), settings, "linear")
     if torch.is_inference_mode_enabled():  # where torch 2.11 records nothing, not even inside torch.func

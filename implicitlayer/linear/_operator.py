@@ -69,8 +69,8 @@ class LinearSolver(Extension):
 
     Attributes:
         systems: which matrices it is for: ``"general"``, ``"symmetric"``, ``"positive definite"``, or
-            ``"contraction"`` (I - J with ``||J|| < 1``). One for symmetric matrices is never asked for a transposed
-            solve, and refused where a system is not symmetric.
+            ``"contraction"`` (I - J with ``||J|| < 1``). One for symmetric matrices is refused where a system
+            cannot be symmetric, and asked for a transposed solve by :func:`linear_solve` of a matrix only.
         in_parts: whether it may be given vectors of which every process holds a part only, where unknowns are DTensors:
             it uses them entry by entry and in sums over all entries (products, norms, ``amax``), and in no other way.
     """

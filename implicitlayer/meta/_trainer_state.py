@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from implicitlayer.base._numbers import check_integer
-from implicitlayer.base._tree import flatten, tree_map
+from implicitlayer.base._tree import flatten, flatten_with_names, tree_map
 from implicitlayer.base._types import PyTree
 from implicitlayer.meta._callbacks import check_callbacks
 from implicitlayer.meta._checkpoint import CheckpointError, load_checkpoint
@@ -155,6 +156,7 @@ class TrainerState:
             "settings": self._settings(),
             "theta": [leaf.detach() for leaf in flatten(self.theta)[0]],
             "method": [leaf.detach() for leaf in self.method.parameters()],
+            "names": self._names(),
             **self._outer.state_dict(),
             "sampler": self.sampler.state_dict(),
             "random": random_state(),
@@ -165,7 +167,8 @@ class TrainerState:
         return state | self._before_step
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state. Settings are not compared, as :meth:`resume` does; shapes are."""
+        """Go on from a saved state. Settings are not compared, as :meth:`resume` does; names and shapes are."""
+        state = self._in_order(state)
         self._set_leaves(state)
         self._outer.load_state_dict(state)
         self.sampler.load_state_dict(state["sampler"])
@@ -231,17 +234,21 @@ class TrainerState:
         if state is None:
             return None
         assert self._folder is not None
-        self._check_shapes(state)
+        self._check_shapes(self._in_order(state))
+        own = self._names()
+        saved = state.get("names", own)  # what the file has of every process is read in its order
+        theta = dict(zip(own["theta"], flatten(self.theta)[0], strict=True))
+        held = dict(zip(own["optimizer"], self._outer.leaves, strict=True))
         likes = {name: tree_map(lambda _: None, state[name]) for name in ("theta", "method", "optimizer")}
-        likes["theta"], likes["method"] = flatten(self.theta)[0], self.method.parameters()
+        likes["theta"], likes["method"] = [theta[name] for name in saved["theta"]], self.method.parameters()
         for index, values in likes["optimizer"]["state"].items():
-            leaf = self._outer.leaves[index]
+            leaf = held[saved["optimizer"][index]]
             # the number of steps is no tensor for each entry
             like = {
                 name: None if name == "step" else tree_map(lambda _, own=leaf: own, v) for name, v in values.items()
             }
             likes["optimizer"]["state"][index] = like
-        return self._folder.with_parts(state, likes)
+        return self._in_order(self._folder.with_parts(state, likes))
 
     @property
     def _leaves(self) -> list[torch.Tensor]:
@@ -250,6 +257,44 @@ class TrainerState:
     @property
     def _validates(self) -> bool:
         return self.metric is not None and len(self.validation) > 0
+
+    def _names(self) -> dict[str, list[str]]:
+        """Of the tensors of theta, and of those that the optimizer holds, in its order."""
+        leaves, names = flatten_with_names(self.theta, "theta")
+        of = {id(leaf): f"method.parameters()[{i}]" for i, leaf in enumerate(self.method.parameters())}
+        # of a tensor that is there twice the first by the alphabet, in whatever order they come
+        of |= {
+            id(leaf): name for name, leaf in sorted(zip(names, leaves, strict=True), key=itemgetter(0), reverse=True)
+        }
+        held = [of.get(id(leaf), f"optimizer[{i}]") for i, leaf in enumerate(self._outer.leaves)]
+        return {"theta": names, "optimizer": held}
+
+    def _in_order(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A saved state with its tensors in the order of this run, by their names.
+
+        Keys of dictionaries may come in another order there; checkpoints without names are taken to be in this one.
+        """
+        own = self._names()
+        saved = state.get("names", own)
+        if saved == own:
+            return state
+        for kind, names in own.items():
+            if sorted(names) != sorted(saved[kind]):
+                there, here = sorted(set(saved[kind]) - set(names)), sorted(set(names) - set(saved[kind]))
+                raise CheckpointError(
+                    f"the checkpoint is of a run with other tensors in {kind}: {there} only there, {here} only here. "
+                    "Name them as in that run, or give another run_dir for a new one."
+                )
+        if self._outer.needs_closure and saved["optimizer"] != own["optimizer"]:
+            raise CheckpointError(
+                f"LBFGS keeps its steps as vectors of all tensors, there in the order {saved['optimizer']}, here in "
+                f"{own['optimizer']}. Give it the tensors in the order of that run."
+            )
+        theta = dict(zip(saved["theta"], state["theta"], strict=True))
+        moved = {index: own["optimizer"].index(name) for index, name in enumerate(saved["optimizer"])}
+        kept = {moved[index]: values for index, values in state["optimizer"]["state"].items()}
+        placed = {"theta": [theta[name] for name in own["theta"]], "names": own}
+        return state | placed | {"optimizer": state["optimizer"] | {"state": kept}}
 
     def _check_shapes(self, state: dict[str, Any]) -> None:
         saved = [*state["theta"], *state["method"]]
@@ -273,6 +318,10 @@ class TrainerState:
             "outer": self._outer.settings,
             "tasks_per_step": self.tasks_per_step,
             "config": plain(self.config),
+            "split": _called(self.split),
+            "validation": {"metric": _called(self.metric), "better": self.better, "transductive": self.transductive}
+            if self._validates
+            else None,
         }
 
     def _load(self, path: Path | None) -> dict[str, Any] | None:
@@ -284,10 +333,18 @@ class TrainerState:
             raise CheckpointError(
                 f"{path} was not written by this version of the trainer. Use the version that did, or another run_dir."
             )
-        differing = differences(saved, self._settings())
+        here = self._settings()
+        # not compared: what older checkpoints do not say, and the best of a run that measures nothing
+        unsaid = [name for name in ("split", "validation") if saved.get(name) is None or here[name] is None]
+        differing = differences(saved | dict.fromkeys(unsaid), here | dict.fromkeys(unsaid))
         if differing:
             raise CheckpointError(
                 f"{path} is of a run with other settings ({'; '.join(differing)}). Resume with the settings of that "
                 "run, or give another run_dir for a new one."
             )
         return state
+
+
+def _called(function: Any) -> str:
+    """The name of a function; of another callable the name of its class."""
+    return str(getattr(function, "__name__", type(function).__name__))

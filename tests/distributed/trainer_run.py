@@ -97,8 +97,9 @@ def whole(tree: Any) -> Any:
 
 
 def state_of(trainer: il.meta.Trainer) -> list[torch.Tensor]:
-    """Theta, the learned strength and the state of the optimizer, as whole tensors."""
-    state = whole([*trainer.theta.values(), *trainer.method.parameters(), trainer.optimizer.state_dict()["state"]])
+    """Theta, the learned strength and the state of the optimizer, as whole tensors, in the order of names."""
+    leaves = [*(trainer.theta[name] for name in sorted(trainer.theta)), *trainer.method.parameters()]
+    state = whole([*leaves, [trainer.optimizer.state[leaf] for leaf in leaves]])
     return [t.detach().clone() for t in tree_leaves(state) if isinstance(t, torch.Tensor)]
 
 
@@ -174,7 +175,10 @@ CHANGED: dict[str, dict[str, Any]] = {
 def shared_run(folder: Path, stage: str, wanted: dict[str, Any]) -> dict[str, Any]:
     """The next part of the run that was begun with another number of processes."""
     kept = folder / "kept.pt"
-    trainer = make(cut(), folder / "run", method="MAML")
+    theta = cut()
+    if stage == "one":  # its keys come in another order than in the runs before and after
+        theta = {name: theta[name] for name in reversed(theta)}
+    trainer = make(theta, folder / "run", method="MAML")
     resumed = trainer.resume()
     found: dict[str, Any] = {}
     if resumed:

@@ -174,6 +174,26 @@ def test_problems_that_are_no_such_layer_are_refused_by_name(kind: str, words: s
         il.from_cvxpy(*refused(kind))
 
 
+@pytest.mark.parametrize("attribute", ["complex", "imag", "hermitian"])
+def test_complex_variables_are_refused_and_two_real_ones_in_their_place_are_right(attribute: str) -> None:
+    """The remedy of the message gives the numbers of CVXPY, by Clarabel good to 1e-8 of a strongly convex problem."""
+    z, p = cp.Variable((2, 2), **{attribute: True}), cp.Parameter(2)
+    re, im = cp.Variable((2, 2)), cp.Variable((2, 2))
+    target = np.array([[1.0, 2.0 + 1.0j], [0.5 - 1.0j, 2.0]])
+    cost = cp.sum_squares(z - target) + cp.sum_squares(cp.imag(z)[0] - p) + cp.sum_squares(cp.real(z)[1] + p)
+    with pytest.raises(
+        ValueError, match=r"variables=\['var\d+'\] are complex, .* re == cp.real\(x\) and im == cp.imag"
+    ):
+        il.from_cvxpy(cp.Problem(cp.Minimize(cost)), [p], [z])
+    problem = cp.Problem(cp.Minimize(cost), [re == cp.real(z), im == cp.imag(z)])
+    value = torch.tensor([0.3, -0.7], dtype=F64)
+    found = il.from_cvxpy(problem, [p], [re, im])(value)
+    p.value = value.numpy()
+    problem.solve(solver="CLARABEL")
+    for part, expected in zip(found, (z.value.real, z.value.imag), strict=True):
+        assert torch.allclose(part, torch.from_numpy(expected), rtol=0, atol=1e-6)
+
+
 def test_parameters_twice_integers_and_batches_that_do_not_fit_are_refused() -> None:
     x, p, q = cp.Variable(2), cp.Parameter(2), cp.Parameter(2)
     problem = cp.Problem(cp.Minimize(cp.sum_squares(x - p - q)))

@@ -3,6 +3,7 @@
 # All systems have condition below 10 (symmetric ones I + S S' / n, others 2 I + W with ||W|| = 0.9) and are solved at
 # rtol 1e-13: first derivatives agree with those of torch.linalg.solve to 1e-12, second ones to 1e-11.
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -141,6 +142,55 @@ def test_the_transpose_is_solved_for_only_where_the_operator_is_not_symmetric() 
     assert relative_error(torch.linalg.solve(matrix, v), torch.linalg.solve(matrix.T, v)) > 1e-2
 
 
+SYMMETRIC_ONLY = [CG, il.Minres(rtol=1e-13), il.WarmStart(CG)]
+
+
+@pytest.mark.parametrize("solver", SYMMETRIC_ONLY, ids=lambda solver: type(solver).__name__)
+def test_a_solver_for_symmetric_systems_has_the_gradients_of_any_matrix_that_it_solves_with(solver: Any) -> None:
+    """All entries of a symmetric matrix are free in a derivative, so that the second one sees matrices that are not."""
+    matrix, b = matrix_of(randn(N, N, seed=1), True), randn(N, seed=2)
+    cube = lambda run: lambda a, b: (run(a, b) ** 3).sum()  # noqa: E731
+    ours = cube(lambda a, b: il.linear_solve(a, b, solver))
+    dense = cube(torch.linalg.solve)
+    compare(hessian(ours, argnums=(0, 1))(matrix, b), hessian(dense, argnums=(0, 1))(matrix, b), 1e-11)
+    # so far from symmetric that A in place of A' is seen, yet these solvers end with a small residual
+    skew = matrix + 0.1 * torch.ones(N, N, dtype=F64).triu(1)
+    rough = il.ConjugateGradient(rtol=1e-5)
+    expected = grad(dense, argnums=1)(skew, b)
+    got = [
+        grad(cube(lambda a, b, s=s: il.linear_solve(a, b, rough, symmetric=s)), argnums=1)(skew, b)
+        for s in (None, True)
+    ]
+    # 3 u^2 and the solve with it: each to condition * rtol < 1e-4, the first one three times
+    assert relative_error(got[0], expected) < 5e-4 and relative_error(got[1], expected) > 1e-2
+
+
+@pytest.mark.parametrize("solver", SYMMETRIC_ONLY, ids=lambda solver: type(solver).__name__)
+@pytest.mark.parametrize("wanted", ["operator", "right-hand side", "lanes", "one entry"])
+def test_a_function_that_is_not_symmetric_is_an_error_in_reverse_mode(wanted: str, solver: Any) -> None:
+    eye, b = torch.eye(N, dtype=F64), randn(N, seed=2)
+    skew = torch.zeros(N, N, dtype=F64)
+    skew[1, 2] = 1e-6  # the third unknown's column only: a cotangent of the first does not meet it at once
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", il.ConvergenceWarning)  # of a system that they are not for
+
+        def run(a: Tensor, b: Tensor) -> Tensor:
+            solution: Tensor = il.linear_solve(lambda u: a @ u, b, solver)
+            return solution[0] if wanted == "one entry" else solution.sum()
+
+        if wanted == "lanes":
+            differentiated, matrices = vmap(grad(run), in_dims=(0, None)), torch.stack([eye, eye + skew])
+        else:
+            differentiated, matrices = grad(run, argnums=int(wanted == "right-hand side")), eye + skew
+        with pytest.raises(ValueError, match=r"not symmetric.*il.Gmres\(\), il.Bicgstab\(\) or il.Dense\(\)") as error:
+            differentiated(matrices, b)
+        assert ("in lane 1 of (2,)" in str(error.value)) == (wanted == "lanes")
+        compare(run(eye + skew, b), run(eye, b), 1e-5)  # the solution is right, and so is forward mode
+        pushed = jvp(lambda a: run(a, b), (eye + skew,), (skew,))[1]
+        compare(pushed, -(torch.linalg.solve(eye + skew, skew @ b)).sum() * (wanted != "one entry"), 1e-5)
+        assert grad(run)(eye + 1e-4 * skew, b).isfinite().all()  # 1e-10, as rounding leaves it
+
+
 def test_pytrees_in_give_pytrees_out() -> None:
     diagonal = torch.tensor([2.0, 4.0, 8.0], dtype=F64, requires_grad=True)
     rhs = {"a": torch.ones((), dtype=F64), "b": [torch.ones(2, dtype=F64)]}
@@ -175,8 +225,9 @@ def test_a_truncated_solve_has_the_derivative_of_the_system_not_of_its_steps() -
             u_k, w_k = truncated(matrix, b).value, truncated(matrix, v).value
         compare([u, b_bar, a_bar], [u_k, w_k, -torch.outer(w_k, u_k)])  # rounding only
         assert relative_error(u, torch.linalg.solve(matrix, b)) > 1e-3  # it is truncated indeed
-        # one product finds closed-over tensors; backward makes the steps again and one pull-back to a
-        assert forward <= steps + 2 and count[0] - forward <= steps + 2
+        # one product finds closed-over tensors; backward makes the steps again and one pull-back to a, and one product
+        # with A and one with A' show that it is symmetric
+        assert forward <= steps + 2 and count[0] - forward <= steps + 4
 
 
 def test_the_graph_of_a_solve_is_one_node_whatever_the_number_of_steps() -> None:

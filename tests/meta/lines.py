@@ -48,10 +48,11 @@ def make_trainer(
     step_size: float = 0.1,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam,
     scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+    names: tuple[str, ...] = ("w", "b"),
     **settings: Any,
 ) -> il.meta.Trainer:
     """A trainer of lines with a learned strength; ``settings`` are the trainer's."""
-    theta = {name: torch.zeros((), dtype=torch.float64, requires_grad=True) for name in ("w", "b")}
+    theta = {name: torch.zeros((), dtype=torch.float64, requires_grad=True) for name in names}
     # quasi-Newton steps on the few tasks of one step would make a learned strength negative, which is an error
     learned = optimizer is not torch.optim.LBFGS
     strength = torch.tensor(1.0, dtype=torch.float64, requires_grad=learned)
