@@ -185,30 +185,25 @@ class _LinearFunction:
         product = product_of(self)
         other = product_of(replace(self, transposed=self.symmetric or not self.transposed, symmetric=False))
         if self.transposed and self.symmetric and self.assumed:
-            product = _Tested(product, other)
+            product = _tested(product, other)
         return FlatOperator(product, other, symmetric=self.symmetric or self.assumed)
 
 
-@dataclass(eq=False)
-class _Tested:
+def _tested(product: Product, transposed: Product) -> Product:
     """The product with A in place of that with A': the first call makes sure that they are the same.
 
     Both are made once with a vector that has no pattern, whose part in the range of A - A' is zero by accident only.
     They may differ by ten times the residual that a default solve leaves: so much is told of residuals, too.
     """
+    probes: list[torch.Tensor] = []
 
-    product: Product
-    transposed: Product
-    done: bool = False
-
-    def __call__(self, vector: torch.Tensor) -> torch.Tensor:
-        if not self.done and vector.shape[-1]:
+    def of_both(vector: torch.Tensor) -> torch.Tensor:
+        if not probes and vector.shape[-1]:
             turn = numbers(vector).double() * 2.399963  # the golden angle: no period
-            probe = (2.0 + torch.cos(turn)).to(vector.dtype).expand_as(vector)
-            got, wanted = self.product(probe), self.transposed(probe)
-            eps = torch.finfo(vector.dtype).eps
+            probes.append((2.0 + torch.cos(turn)).to(vector.dtype).expand_as(vector))
+            got, wanted = product(probes[0]), transposed(probes[0])
             gap = (got - wanted).abs().amax(-1) / got.abs().amax(-1)
-            bad = gap > min(10 * default_rtol(vector.dtype), math.sqrt(eps))
+            bad = gap > min(10 * default_rtol(vector.dtype), math.sqrt(torch.finfo(vector.dtype).eps))
             if bool(bad.any()):
                 raise ValueError(
                     f"the operator A of il.linear_solve is not symmetric{name_lanes(bad)}: A v and A'v differ by "
@@ -216,8 +211,9 @@ class _Tested:
                     "would be that of another one. Pass il.Gmres(), il.Bicgstab() or il.Dense() as the solver; where "
                     "A - A' is rounding, symmetric=True."
                 )
-            self.done = True
-        return self.product(vector)
+        return product(vector)
+
+    return of_both
 
 
 @outside_compiled_code

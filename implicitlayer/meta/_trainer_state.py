@@ -262,10 +262,8 @@ class TrainerState:
         """Of the tensors of theta, and of those that the optimizer holds, in its order."""
         leaves, names = flatten_with_names(self.theta, "theta")
         of = {id(leaf): f"method.parameters()[{i}]" for i, leaf in enumerate(self.method.parameters())}
-        # of a tensor that is there twice the first by the alphabet, in whatever order they come
-        of |= {
-            id(leaf): name for name, leaf in sorted(zip(names, leaves, strict=True), key=itemgetter(0), reverse=True)
-        }
+        pairs = sorted(zip(names, leaves, strict=True), key=itemgetter(0), reverse=True)
+        of |= {id(leaf): name for name, leaf in pairs}  # of one that is there twice the first by the alphabet
         held = [of.get(id(leaf), f"optimizer[{i}]") for i, leaf in enumerate(self._outer.leaves)]
         return {"theta": names, "optimizer": held}
 
@@ -279,17 +277,13 @@ class TrainerState:
         if saved == own:
             return state
         for kind, names in own.items():
-            if sorted(names) != sorted(saved[kind]):
+            one_vector = kind == "optimizer" and self._outer.needs_closure  # LBFGS keeps steps of all tensors at once
+            if sorted(names) != sorted(saved[kind]) or (one_vector and names != saved[kind]):
                 there, here = sorted(set(saved[kind]) - set(names)), sorted(set(names) - set(saved[kind]))
                 raise CheckpointError(
                     f"the checkpoint is of a run with other tensors in {kind}: {there} only there, {here} only here. "
-                    "Name them as in that run, or give another run_dir for a new one."
+                    "Name them as in that run (LBFGS: in its order, too), or give another run_dir for a new one."
                 )
-        if self._outer.needs_closure and saved["optimizer"] != own["optimizer"]:
-            raise CheckpointError(
-                f"LBFGS keeps its steps as vectors of all tensors, there in the order {saved['optimizer']}, here in "
-                f"{own['optimizer']}. Give it the tensors in the order of that run."
-            )
         theta = dict(zip(saved["theta"], state["theta"], strict=True))
         moved = {index: own["optimizer"].index(name) for index, name in enumerate(saved["optimizer"])}
         kept = {moved[index]: values for index, values in state["optimizer"]["state"].items()}

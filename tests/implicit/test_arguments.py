@@ -223,3 +223,20 @@ def test_what_can_be_read_only_once_is_refused_as_a_theta(make: Any, within: Any
     with pytest.raises(TypeError, match=r"theta holds a \w+, which can be read only once, .* Pass list\(\.\.\.\)"):
         layer(torch.zeros(3, dtype=F64), within(make(weights)))
     assert torch.allclose(layer(torch.zeros(3, dtype=F64), within(list(make(weights)))), 4 * weights[0])
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda meta: il.argmin(objective, il.solvers.LBFGS())(meta, torch.ones(3, dtype=F64)),
+        lambda meta: il.argmin(objective, il.solvers.LBFGS())(torch.zeros(3, dtype=F64), meta),
+        lambda meta: il.root(lambda x, t: x - t, il.solvers.Newton())(meta, meta),
+        lambda meta: il.linear_solve(torch.diag(meta), meta),
+        lambda meta: il.hvp(lambda x: (x**2).sum(), meta, meta),
+        lambda meta: il.qp(torch.diag(meta), meta),
+    ],
+    ids=["init", "theta", "root", "linear_solve", "hvp", "qp"],
+)
+def test_tensors_without_numbers_are_told_by_their_device(call: Callable[[Tensor], Any]) -> None:
+    with pytest.raises(ValueError, match="on the device 'meta' has a shape but no numbers"):
+        call(torch.empty(3, dtype=F64, device="meta"))

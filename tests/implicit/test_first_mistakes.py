@@ -150,23 +150,6 @@ def test_a_layer_called_with_theta_first_is_told_the_order() -> None:
 
 
 @needs_notes
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda meta: il.argmin(distance, il.solvers.LBFGS())(meta, theta()),
-        lambda meta: il.argmin(distance, il.solvers.LBFGS())(ZEROS, meta),
-        lambda meta: il.root(lambda x, t: x - t, il.solvers.Newton())(meta, meta),
-        lambda meta: il.linear_solve(torch.diag(meta), meta),
-        lambda meta: il.hvp(lambda x: (x**2).sum(), meta, meta),
-        lambda meta: il.qp(torch.diag(meta), meta),
-    ],
-    ids=["init", "theta", "root", "linear_solve", "hvp", "qp"],
-)
-def test_tensors_without_numbers_are_told_by_their_device(call: Callable[[Tensor], Any]) -> None:
-    with pytest.raises(ValueError, match="on the device 'meta' has a shape but no numbers"):
-        call(torch.empty(3, dtype=F64, device="meta"))
-
-
 def test_a_dict_where_the_objective_wants_a_tensor_is_told() -> None:
     note = note_of(lambda: il.argmin(distance, SOLVER)(ZEROS, {"a": theta()}))
     assert "theta[0] a dict with ['a']" in note
