@@ -35,8 +35,9 @@ _MODELS: dict[type, Any] = {
     ElasticNet: ElasticNetModel,
     LogisticRegression: LogisticModel,
 }
-_DECADE = np.log(10.0)  # the unit of the search: the first step of L-BFGS-B has length 1
+_DECADE = np.log(10.0)  # the unit of the search
 _RANGE = 6.0  # how far from the start
+_APART = 0.75  # the penalties that are tried first
 
 
 def _by_the_best(name: str) -> Any:
@@ -56,7 +57,7 @@ class ImplicitSearchCV(MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]
     In place of a grid: every fold is fitted by the estimator itself, its derivative in the penalties comes from the
     implicit function theorem, and L-BFGS-B goes to where the mean held-out loss (squared error, or log loss) is
     smallest. The number of fits does not grow with the number of parameters, so there may be one penalty per feature.
-    The loss may have several minima; the one found is local.
+    The loss may have several minima; the one found is local, next to the best of three first values.
 
     Args:
         estimator: ``Ridge``, ``Lasso``, ``ElasticNet`` or ``LogisticRegression`` (penalty l2, any solver but
@@ -213,15 +214,29 @@ class _Search:
         start = self.model.start(self.folds)
         shape = (self.num_features,) if per_feature else ()
         first = torch.cat([start[name].expand(shape).reshape(-1) for name in self.names]).numpy() / _DECADE
-        bounds = [(value - _RANGE, value + _RANGE) for value in first]
 
-        def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        def loss_at(flat: np.ndarray) -> tuple[float, np.ndarray]:
             parts = np.split(flat * _DECADE, len(self.names))
             theta = {n: torch.tensor(p).reshape(shape) for n, p in zip(self.names, parts, strict=True)}
             return self._loss(theta)
 
+        # The loss may have several minima: the search begins at the best of three penalties. They are less than
+        # a decade apart, which from a start of Lasso's would be where w begins to be zero.
+        penalties = np.repeat([float(name != "l1_ratio") for name in self.names], len(first) // len(self.names))
+        tried = [(loss_at(first + shift * penalties), first + shift * penalties) for shift in (0.0, _APART, -_APART)]
+        begun, first = min(tried, key=lambda entry: entry[0][0])
+        # Between bounds the first step of L-BFGS-B is minus the gradient g, as short as that may be. In y = z / s it is
+        # -s g, which in z is -s^2 g: with s^2 = 1 / (2 ||g||) it is half a decade long, short of what has been tried.
+        known, slope = [begun], float(np.linalg.norm(begun[1]))
+        unit = (0.5 / slope) ** 0.5 if slope > 0 else 1.0
+
+        def loss(moved: np.ndarray) -> tuple[float, np.ndarray]:
+            value, gradient = known.pop() if known else loss_at(first + unit * moved)
+            return value, unit * gradient
+
+        bounds = [(-_RANGE / unit, _RANGE / unit)] * len(first)
         options = {"maxiter": max_steps, "ftol": tol, "gtol": 0.0}
-        scipy.optimize.minimize(loss, first, jac=True, method="L-BFGS-B", bounds=bounds, options=options)
+        scipy.optimize.minimize(loss, np.zeros_like(first), jac=True, method="L-BFGS-B", bounds=bounds, options=options)
         return min(self.tried, key=lambda entry: float(np.mean(entry[1])))[0]
 
     def _loss(self, theta: Tensors) -> tuple[float, np.ndarray]:

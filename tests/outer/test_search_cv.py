@@ -67,6 +67,20 @@ def test_it_ends_at_the_best_value_of_a_fine_grid() -> None:
     assert search.n_fits_ < 3 * 101 / 4
 
 
+@pytest.mark.parametrize("estimator", [Ridge(), Lasso(max_iter=10**5)])
+def test_it_does_not_stop_beside_its_start_where_the_loss_is_flat(estimator: Any) -> None:
+    """On the columns as they are the start lies where a decade changes the loss by 2e-4 of it, or less."""
+    X, y = load_diabetes(return_X_y=True)
+    cv, scoring = KFold(3), "neg_mean_squared_error"
+    search = il.ImplicitSearchCV(estimator, cv=cv).fit(X, y)
+    grid = np.logspace(-10, 10, 81)
+    scores = [cross_val_score(clone(estimator).set_params(alpha=a), X, y, cv=cv, scoring=scoring).mean() for a in grid]
+    assert search.best_score_ >= max(scores) * (1 + 1e-5)  # scores are negative; tol=1e-5 is the default
+    assert search.n_fits_ < 3 * len(grid) / 4
+
+
+# scikit-learn's own word where the search tries C = 10^5.7 for a feature, and the fit goes on with L-BFGS
+@pytest.mark.filterwarnings("ignore:The inner solver of NewtonCholeskySolver detected")
 @pytest.mark.parametrize("estimator", [Ridge(), Lasso(max_iter=10**5), NEWTON])
 def test_a_penalty_for_every_feature_is_at_least_as_good_as_one_for_all(estimator: Any) -> None:
     X, y = data(load_breast_cancer if isinstance(estimator, LogisticRegression) else load_diabetes)
