@@ -100,6 +100,7 @@ def _of_argmin(layer: Callable[..., Any], inner: ImplicitLayer) -> Callable[...,
         objective = layer.objective if isinstance(layer, ArgminLayer) else inner.function
         objective = without_aux(objective) if inner.objective_has_aux else objective
         if inner.on_failure == "mask":
+            init = init(*theta) if callable(init) else init
             return _masked(objective, inner.batch_dims, (x, init), tuple(theta))
         found: torch.Tensor = objective(x, *theta)
         return found

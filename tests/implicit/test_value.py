@@ -282,6 +282,8 @@ def test_a_masked_lane_has_no_value_and_costs_no_other_lane_its_derivative() -> 
         batch_dims=1,
         on_failure="mask",
     )
+    module = il.ArgminLayer(layer.function, layer.solver, batch_dims=1, on_failure="mask", init=lambda *_: init)
+    assert il.value(module)(t, shared).isnan().tolist() == [False, True, False]
     for some in (layer, constrained):
         value = il.value(some)(init, t, shared)
         assert value.isnan().tolist() == [False, True, False]
