@@ -26,7 +26,6 @@ from implicitlayer.api._module import ArgminLayer
 from implicitlayer.base._failures import failed_lanes, finite_data, replaced
 from implicitlayer.base._sharding import on_whole_tensors
 from implicitlayer.base._tree import flatten, tree_map, unflatten
-from implicitlayer.base._types import Leaves
 from implicitlayer.constrained._constrained import ProxLayer
 from implicitlayer.constrained._kkt import ConstrainedLayer
 from implicitlayer.constrained._qp import qp
@@ -175,13 +174,12 @@ def _masked(
 
 def _stays(terms: Any) -> bool:
     """Whether a set, or a pytree of sets, is known not to depend on anything that needs a gradient."""
-    known = all(term is None or _is_constant(term) for term in flatten(terms)[0])
-    return known and not callable(terms)
+    return not callable(terms) and all(term is None or _is_constant(term) for term in flatten(terms)[0])
 
 
 def _is_constant(term: ProximalTerm) -> bool:
     ours = type(term).__module__.startswith("implicitlayer.sets") and not isinstance(term, Projection)
-    data: Leaves = [t for t in flatten(list(vars(term).values()))[0] if isinstance(t, torch.Tensor)]
+    data = [t for t in flatten(list(vars(term).values()))[0] if isinstance(t, torch.Tensor)]
     return ours and not any(t.requires_grad for t in data)
 
 

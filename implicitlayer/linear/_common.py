@@ -366,7 +366,9 @@ class KrylovSolver(LinearSolver):
             given = self.preconditioner
             return (given.build(operator, rhs) if isinstance(given, Preconditioner) else given) or operator.precondition
 
-        precondition = lambda vector: built()(vector)  # noqa: E731
+        def precondition(vector: torch.Tensor) -> torch.Tensor:
+            return built()(vector)
+
         if self.max_steps == 0:
             return zero_steps(rhs, precondition, self.limits, self.method)
         return refine(operator, rhs, self.limits, partial(self.correct, operator, precondition), self.method)

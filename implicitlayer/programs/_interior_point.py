@@ -28,6 +28,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from implicitlayer.base._failures import over_lanes
 from implicitlayer.programs._interior_point_single import Until, iterate_single
 from implicitlayer.programs._interior_point_step import (
     FARTHEST,
@@ -130,7 +131,7 @@ def interior_point(
     flat = flat_lanes(data)
     finite = torch.stack([t.isfinite().flatten(1).all(-1) for t in flat]).all(0)
     if not bool(finite.all()):
-        flat = tuple(torch.where(finite.reshape(-1, *[1] * (t.ndim - 1)), t, 0.0) for t in flat)  # type: ignore[assignment]
+        flat = tuple(torch.where(over_lanes(finite, t), t, 0.0) for t in flat)  # type: ignore[assignment]
     by_borders, by_objective = _sizes(flat)
     tell = None
     if report is not None:
