@@ -135,11 +135,20 @@ foreach_mul = torch._foreach_mul
 def while_loop(
     going: Callable[..., torch.Tensor], body: Callable[..., Any], state: tuple[torch.Tensor, ...]
 ) -> tuple[torch.Tensor, ...]:
-    """``while going(*state): state = body(*state)``, which a compiler keeps as a loop; no shape changes."""
+    """``while going(*state): state = body(*state)``, which a compiler keeps as a loop; no shape changes.
+
+    The body runs at least once, so it has to leave a finished state as it is. After no round at all the compiler (2.13,
+    with its C++ wrapper) gives what came in for what comes out, and its memory to other tensors too: pytorch #146213.
+    """
     from torch._higher_order_ops.while_loop import while_loop as loop  # imports the compiler
 
-    result: tuple[torch.Tensor, ...] = loop(going, body, state)
-    return result
+    first = torch.ones((), dtype=torch.bool, device=state[0].device)
+    _, *result = loop(
+        lambda first, *state: first | going(*state),
+        lambda first, *state: (torch.zeros_like(first), *body(*state)),
+        (first, *state),
+    )
+    return tuple(result)
 
 
 def kept_loops() -> dict[str, Any]:

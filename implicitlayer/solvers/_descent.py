@@ -116,7 +116,7 @@ def traced_descent(settings: Any, problem: TracedProblem, method: Callable[[], M
 def kept(value: Any) -> tuple[torch.Tensor, ...]:
     """Copies of the tensors of what changes in a loop: the attributes that ``STATE`` names, and theirs."""
     if isinstance(value, torch.Tensor):
-        return (value.clone(),)
+        return (value.clone(memory_format=torch.contiguous_format),)
     parts = value if isinstance(value, tuple | list) else [getattr(value, name) for name in value.STATE]
     return tuple([tensor for part in parts for tensor in kept(part)])
 

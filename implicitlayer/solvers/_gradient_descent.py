@@ -186,10 +186,10 @@ def _traced_steps(
     steps = most + wanted  # the last one evaluates only
     never = torch.zeros_like(first, dtype=torch.bool)
     state = (problem.start.clone(), torch.full_like(problem.start, torch.inf), first.clone(), ~never, never)
-    counter = torch.zeros((), dtype=torch.int64, device=first.device)
-    _, x, _, norm, _, stalled, *_ = _torch.while_loop(
-        lambda step, *state: (step < steps) & state[3].any(), body, (counter, *state, *kept(fresh()))
-    )
+    state = (torch.zeros((), dtype=torch.int64, device=first.device), *state, *kept(fresh()))
+    if steps:
+        state = _torch.while_loop(lambda step, *state: (step < steps) & state[3].any(), body, state)
+    _, x, _, norm, _, stalled, *_ = state
     reached, finite = norm <= tolerance, norm.isfinite() & x.isfinite().all(-1)
     return x, codes_of(wanted, reached, finite, stalled & ~reached)
 

@@ -21,6 +21,7 @@ SOLVERS: dict[str, Any] = {
     "GradientDescent, to a tolerance": il.solvers.GradientDescent(0.05, 3000, rtol=1e-9),
     "GradientDescent, searched": il.solvers.GradientDescent(0.05, 3000, rtol=1e-9, line_search="armijo"),
     "NewtonCG": il.solvers.NewtonCG(rtol=1e-11),
+    "NewtonCG, five products": il.solvers.NewtonCG(rtol=1e-11, cg_steps=5),
     "LBFGS": il.solvers.LBFGS(rtol=1e-10),
     "LBFGS, few pairs": il.solvers.LBFGS(rtol=1e-10, memory=4),
 }
@@ -60,6 +61,23 @@ def test_the_traced_layer_is_the_layer(name: str, lanes: tuple[int, ...]) -> Non
     assert compiled.num_compilations == 2
     for value, wanted in zip(found, expected, strict=True):
         torch.testing.assert_close(value, wanted, rtol=1e-11, atol=1e-12)
+
+
+def test_where_the_hessian_is_indefinite_the_traced_steps_are_those_of_the_layer() -> None:
+    """A lane that starts between two wells, one beside them, one at its minimum, x = 1, one that is stuck: x = 0."""
+    layer = il.argmin(lambda x: ((x**2 - 1) ** 2).sum(-1), il.solvers.NewtonCG(rtol=1e-12, atol=1e-12), batch_dims=1)
+    init = torch.tensor([[0.1, -0.2], [3.0, 0.3], [1.0, 1.0], [0.0, 0.0]], dtype=F64)
+    compiled = traced(layer)
+    for _ in range(2):
+        torch.testing.assert_close(compiled(init), layer(init), rtol=1e-13, atol=0)
+    torch.testing.assert_close(compiled(init)[:3].abs(), torch.ones(3, 2, dtype=F64), rtol=1e-11, atol=0)
+
+
+def test_no_steps_are_no_steps() -> None:
+    layer = traced(il.argmin(lambda x, t: ((x - t) ** 2).sum(), il.solvers.GradientDescent(0.1, 0)))
+    init, t = torch.ones(2, dtype=F64), torch.zeros(2, dtype=F64)
+    for _ in range(2):
+        assert torch.equal(layer(init, t), init)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A layer through the whole compiler: its numbers, and what is found on disk."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,34 @@ from references import F64
 from torch._dynamo.utils import counters
 
 import implicitlayer as il
+from implicitlayer import _torch
+
+needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
 
 
-@pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
+@needs_compiler
+def test_a_loop_that_ends_before_its_first_round_keeps_what_it_was_given() -> None:
+    """torch's own loop gives its memory away there, to t, u and v below (pytorch #146213)."""
+
+    def function(a: torch.Tensor, x: torch.Tensor, rounds: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        def body(k: torch.Tensor, s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return k + 1, torch.where(k < rounds, s * 0.5, s)
+
+        _, s = _torch.while_loop(lambda k, s: k < rounds, body, (torch.zeros((), dtype=torch.int64), a @ x))
+        t = a @ (s + 1)
+        u = a @ (t * 2)
+        v = a @ (u - s.sin())
+        return t, u, v, s + v
+
+    torch.manual_seed(0)
+    a, x = torch.randn(4, 4, dtype=F64), torch.randn(4, dtype=F64)
+    backend = partial(_torch.inductor(), config_patches={"cpp_wrapper": True})
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    for rounds in map(torch.tensor, (0, 1, 3)):
+        torch.testing.assert_close(compiled(a, x, rounds), function(a, x, rounds), rtol=1e-13, atol=1e-13)
+
+
+@needs_compiler
 def test_by_the_compiler_itself_the_numbers_are_the_same_and_are_found_on_disk_when_compiled_again(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
