@@ -21,7 +21,7 @@ from implicitlayer.equation._flat import Signature, flat_function, flat_parts
 from implicitlayer.equation._jacobian import Curvature, Jacobian, OperatorFamily
 from implicitlayer.equation._repair import POLICIES, NegativeCurvature
 from implicitlayer.equation._residual import Residual, check_value, pullback
-from implicitlayer.equation._solve import Settings, SolveSpec, solve
+from implicitlayer.equation._solve import Settings, SolveSpec, refuse_forward_over_forward, solve
 from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.linear._operator import FlatOperator, Product, default_rtol, is_for_symmetric
 
@@ -228,7 +228,7 @@ def linear_solve(
 ) -> Any:
     """u with ``operator u = rhs``, differentiable in both, to every order, in reverse and forward mode.
 
-    The derivative of a solve is a solve: no step of the iteration is differentiated, and a truncated solve has the
+    Not in forward mode over forward mode, which torch answers with zeros: an error. The derivative of a solve is a solve: no step of the iteration is differentiated, and a truncated solve has the
     derivatives of the system that it truncates.
 
     Args:
@@ -256,6 +256,7 @@ def linear_solve(
     """
     if negative_curvature not in POLICIES:
         raise ValueError(f"negative_curvature={negative_curvature!r} must be one of {POLICIES}.")
+    refuse_forward_over_forward()
     solver = solver if solver is not None else ConjugateGradient()
     leaves, spec = flatten(rhs)
     if mesh_of((operator, *leaves)) is not None or getattr(operator, "sharding", None) is not None:

@@ -268,6 +268,16 @@ def _while_unchanged(tensors: Leaves, certify: Callable[[], GradientError]) -> C
     return checked
 
 
+def refuse_forward_over_forward() -> None:
+    """torch answers jvp(jvp(f)) of every custom Function with a silent zero; an error is better."""
+    if _torch.num_forward_levels() > 1:
+        raise UnsupportedTransformError(
+            "forward mode over forward mode (jvp of jvp, jacfwd of jacfwd) through an implicit layer or a linear solve "
+            "is not possible: torch returns zero for it in silence. Use torch.func.hessian (forward over reverse) or "
+            "jacfwd(jacrev)."
+        )
+
+
 def alive(tensors: Sequence[Any]) -> tuple[Any, ...]:
     """The tensors freed of wrappers whose level is over.
 

@@ -29,7 +29,7 @@ from implicitlayer.equation._state import Run
 from implicitlayer.layer._polish import Polish, polish
 from implicitlayer.layer._roles import tell_solver
 from implicitlayer.layer._seen import SeenFunction, summed
-from implicitlayer.layer._verdict import judge_answer
+from implicitlayer.layer._verdict import judge_answer, refuse_coupled
 
 if TYPE_CHECKING:
     from implicitlayer.base._tree import TreeSpec
@@ -166,13 +166,15 @@ def _checked(
 
     measured: Stationarity | None = None
     polished: Polish | None = None
+    constraints = spec.calling.constraints
+    if at is not None and residual.lane_dims_of_function and (measures or constraints is not None):
+        refuse_coupled(residual, x, at)
     if measures:
         measured = stationarity(residual, x, theta, init, at)
         if spec.polish:
             rtol = math.inf if spec.stationarity_rtol is None else spec.stationarity_rtol
             polished = polish(residual, x, theta, init, measured, spec.settings.solver, spec.polish, rtol)
             x, measured = polished.x, polished.at
-    constraints = spec.calling.constraints
     kept = 0 if polished is None else polished.kept
     if kept:
         at = residual.attached(x, reaching) if keeps or constraints is not None else None

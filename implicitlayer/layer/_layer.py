@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from implicitlayer import _torch
-from implicitlayer._errors import ObjectiveError, UnsupportedTransformError
+from implicitlayer._errors import ObjectiveError
 from implicitlayer.base._copying import CopiesFunctions
 from implicitlayer.base._divided import Divided
 from implicitlayer.base._records import CallRecords, Record
@@ -31,7 +31,7 @@ from implicitlayer.equation._flat import Signature, flat_function, flat_parts
 from implicitlayer.equation._jacobian import Curvature
 from implicitlayer.equation._repair import POLICIES, NegativeCurvature
 from implicitlayer.equation._residual import Residual, check_value
-from implicitlayer.equation._solve import Settings
+from implicitlayer.equation._solve import Settings, refuse_forward_over_forward
 from implicitlayer.layer._forward import Calling, Constraints
 from implicitlayer.layer._function import ImplicitArgmin, LayerSpec
 from implicitlayer.layer._roles import check_linear_solver, tell_arguments
@@ -110,7 +110,7 @@ class ImplicitLayer(CopiesFunctions):
                 are passed through.
         """
         if _torch.transforms_active():
-            _refuse_forward_over_forward()
+            refuse_forward_over_forward()
         x, x_names = flatten_with_names(init, "x")
         check_init(x, x_names, self.batch_dims)
         if (not set(map(type, x)) <= WHOLE or _torch.transforms_active()) and mesh_of(x) is not None:
@@ -306,12 +306,3 @@ def _refuse_not_differentiated(leaves: Sequence[Any]) -> None:
                 "differentiated. Pass torch.view_as_real of it and rebuild it inside the objective with "
                 "torch.view_as_complex."
             )
-
-
-def _refuse_forward_over_forward() -> None:
-    """torch answers jvp(jvp(f)) of every custom Function with a silent zero; an error is better."""
-    if _torch.num_forward_levels() > 1:
-        raise UnsupportedTransformError(
-            "forward mode over forward mode (jvp of jvp, jacfwd of jacfwd) through an implicit layer is not possible: "
-            "torch returns zero for it in silence. Use torch.func.hessian (forward over reverse) or jacfwd(jacrev)."
-        )

@@ -6,9 +6,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from implicitlayer._errors import ConvergenceWarning, NotConvergedError, StationarityError, StationarityWarning
+from implicitlayer._errors import (
+    ConvergenceWarning,
+    NotConvergedError,
+    ObjectiveError,
+    StationarityError,
+    StationarityWarning,
+)
 from implicitlayer.base._failures import refuse
-from implicitlayer.base._tree import name_lanes
+from implicitlayer.base._parts import numbers
+from implicitlayer.base._tree import name_lanes, ravel
 from implicitlayer.base._types import Leaves, OnFailure
 from implicitlayer.base._warn import warn
 from implicitlayer.equation._distance import (
@@ -20,7 +27,9 @@ from implicitlayer.equation._distance import (
     is_random,
     is_rounding,
 )
+from implicitlayer.equation._residual import Attached, Residual
 from implicitlayer.layer._polish import Polish
+from implicitlayer.linear._common import lane_norm, select
 
 if TYPE_CHECKING:
     from implicitlayer.layer._function import LayerSpec
@@ -67,6 +76,34 @@ def judge_answer(
         tell_step_limit(spec.settings.on_failure)
     else:
         _judge_change(spec, measured, x, theta, rtol)
+
+
+def refuse_coupled(residual: Residual, x: Leaves, at: Attached) -> None:
+    """Raise where lanes of ``batch_dims`` read one another's unknowns; ``at``: F's run at x.
+
+    Solvers and checks take dF/dx to have one block for each lane. So its transpose times a vector that is zero in some
+    lanes is zero in these. Which ones: by the parity of the ones in the binary digits of their number, no period.
+    """
+    lanes = x[0].shape[: residual.lane_dims]
+    flat = ravel(x, residual.lane_dims)
+    if lanes.numel() < 2:
+        return
+    parity = torch.arange(lanes.numel(), device=flat.device)
+    for shift in (32, 16, 8, 4, 2, 1):
+        parity = parity ^ (parity >> shift)
+    chosen = (parity % 2 == 1).reshape(lanes)
+    turn = numbers(flat).double() * 2.399963  # the golden angle: no period
+    vector = select(chosen, (2.0 + torch.cos(turn)).to(flat.dtype).expand_as(flat))
+    product = lane_norm(at.flat_pull(residual.lane_dims)(vector))
+    product = torch.where(product.isfinite(), product, 0.0)
+    coupled = ~chosen & (product > torch.finfo(flat.dtype).eps ** 0.5 * torch.where(chosen, product, 0.0).amax())
+    if bool(coupled.any()):
+        raise ObjectiveError(
+            f"with batch_dims={residual.lane_dims_of_function} every problem must be one by itself, but"
+            f"{name_lanes(coupled)} the derivative reads the unknowns of other problems (a mean over the batch, batch "
+            "statistics of BatchNorm?). Use batch_dims=0, which makes one problem of all unknowns, or write the function "
+            "so that no problem reads another."
+        )
 
 
 def _judge_change(spec: LayerSpec, measured: Stationarity, x: Leaves, theta: Leaves, rtol: float) -> None:

@@ -4,6 +4,7 @@
 # numbers are below 100, so first derivatives are good to 1e-10 and second to 1e-8, unless a comment says more.
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -151,7 +152,13 @@ def test_the_third_derivative_in_forward_over_reverse_over_reverse() -> None:
 
 def test_forward_over_forward_is_refused_and_not_zero() -> None:
     t = torch.tensor(1.7, dtype=F64)
-    for function in (jacfwd(jacfwd(log_layer)), lambda t: jvp(lambda t: jvp(log_layer, (t,), (t,))[1], (t,), (t,))[1]):
+    square = partial(il.linear_solve, lambda u, t: t**2 * u)
+    for function in (
+        jacfwd(jacfwd(log_layer)),
+        lambda t: jvp(lambda t: jvp(log_layer, (t,), (t,))[1], (t,), (t,))[1],
+        jacfwd(jacfwd(lambda t: square(t, None, t))),
+        jacfwd(jacfwd(lambda t: il.linear_solve((t**2).reshape(1, 1), t.reshape(1)))),
+    ):
         with pytest.raises(il.UnsupportedTransformError, match=r"jvp of jvp, jacfwd of jacfwd.*torch.func.hessian"):
             function(t)
 
