@@ -228,8 +228,8 @@ def linear_solve(
 ) -> Any:
     """u with ``operator u = rhs``, differentiable in both, to every order, in reverse and forward mode.
 
-    Not in forward mode over forward mode, which torch answers with zeros: an error. The derivative of a solve is a solve: no step of the iteration is differentiated, and a truncated solve has the
-    derivatives of the system that it truncates.
+    Forward mode over forward mode, which torch answers with zeros, is an error. The derivative of a solve is a solve: no
+    step of the iteration is differentiated, and a truncated solve has the derivatives of the system that it truncates.
 
     Args:
         operator: a tensor [n, n]; a :class:`HessianOperator`; or a function ``(u, *tensors) -> A(tensors) u``, linear
@@ -244,6 +244,7 @@ def linear_solve(
         on_failure, negative_curvature: as in :func:`argmin`.
 
     Raises:
+        UnsupportedTransformError: forward mode over forward mode.
         ValueError: a matrix does not fit; in reverse mode, a function that the solver needs symmetric is not.
 
     Example:

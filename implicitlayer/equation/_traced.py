@@ -40,7 +40,8 @@ class TracedProblem(Vectors):
     """
 
     def __init__(self, function: Callable[[Leaves], torch.Tensor], init: Leaves, lane_dims: int, theta: Leaves) -> None:
-        self.function, self.like, self.lane_dims, self.theta = function, init, lane_dims, theta
+        self.function, self.like, self.lane_dims = function, init, lane_dims
+        self.theta: tuple[Any, ...] = tuple(theta)
         self.start = ravel(init, lane_dims)
         self.dtype = self.start.dtype
         gradient, self.first_value = self.value_and_gradient(self.start)

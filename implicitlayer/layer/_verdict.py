@@ -101,8 +101,8 @@ def refuse_coupled(residual: Residual, x: Leaves, at: Attached) -> None:
         raise ObjectiveError(
             f"with batch_dims={residual.lane_dims_of_function} every problem must be one by itself, but"
             f"{name_lanes(coupled)} the derivative reads the unknowns of other problems (a mean over the batch, batch "
-            "statistics of BatchNorm?). Use batch_dims=0, which makes one problem of all unknowns, or write the function "
-            "so that no problem reads another."
+            "statistics of BatchNorm?). Use batch_dims=0, which makes one problem of all unknowns, or write the "
+            "function so that no problem reads another."
         )
 
 

@@ -97,9 +97,9 @@ def conjugate_gradient(system: TracedSystem, limits: Limits, aim: float, further
     rz = lane_dot(b, z)
     far = torch.full_like(norm, torch.inf)
     step = torch.zeros((), dtype=torch.int64, device=b.device)
-    state = (step, torch.zeros_like(b), b.clone(), z.clone(), rz, rz.clone(), far, torch.zeros_like(norm), norm.clone())
-    state = (*state, norm > stop, norm.isfinite())
-    found = state if most == 0 else _torch.while_loop(going, body, state)
+    begun = (step, torch.zeros_like(b), b.clone(), z.clone(), rz, rz.clone(), far, torch.zeros_like(norm), norm.clone())
+    state: tuple[torch.Tensor, ...] = (*begun, norm > stop, norm.isfinite())
+    found = _torch.while_loop(going, body, state) if most else state
     x, smallest, rnorm, sure = found[1], found[6], found[8], found[10]
     size = lane_norm(x)
     if asked:

@@ -185,8 +185,9 @@ def _traced_steps(
 
     steps = most + wanted  # the last one evaluates only
     never = torch.zeros_like(first, dtype=torch.bool)
-    state = (problem.start.clone(), torch.full_like(problem.start, torch.inf), first.clone(), ~never, never)
-    state = (torch.zeros((), dtype=torch.int64, device=first.device), *state, *kept(fresh()))
+    counter = torch.zeros((), dtype=torch.int64, device=first.device)
+    begun = (problem.start.clone(), torch.full_like(problem.start, torch.inf), first.clone(), ~never, never)
+    state: tuple[torch.Tensor, ...] = (counter, *begun, *kept(fresh()))
     if steps:
         state = _torch.while_loop(lambda step, *state: (step < steps) & state[3].any(), body, state)
     _, x, _, norm, _, stalled, *_ = state
