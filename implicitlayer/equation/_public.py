@@ -228,8 +228,8 @@ def linear_solve(
 ) -> Any:
     """u with ``operator u = rhs``, differentiable in both, to every order, in reverse and forward mode.
 
-    Forward mode over forward mode, which torch answers with zeros, is an error. The derivative of a solve is a solve: no
-    step of the iteration is differentiated, and a truncated solve has the derivatives of the system that it truncates.
+    Forward mode over forward mode, which torch answers with zeros, is an error. The derivative of a solve is a solve:
+    no step of the iteration is differentiated, and a truncated one has the derivatives of the system it truncates.
 
     Args:
         operator: a tensor [n, n]; a :class:`HessianOperator`; or a function ``(u, *tensors) -> A(tensors) u``, linear
