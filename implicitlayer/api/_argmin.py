@@ -65,7 +65,8 @@ def argmin(
             lanes of its own or be shared. A solver without ``batched = True`` sees the sum over the lanes.
         curvature: the matrix of the linear solve: ``"hessian"``, or ``"gauss_newton"`` for an objective made by
             :func:`composite` or :func:`least_squares` (see there for what that costs in exactness).
-        damping: added to the diagonal of that matrix, in units of curvature; biases the gradient towards zero.
+        damping: added to the diagonal of that matrix, in units of curvature; biases the gradient towards zero, and
+            second derivatives likewise: they are not those of the biased gradient.
         negative_curvature: what conjugate gradients do where they meet negative curvature. ``"raise"``: a failure, as
             ``on_failure`` says. ``"truncate"``: keep the iterate before it (Steihaug). ``"damp"``: solve again with
             twice the magnitude of the smallest Ritz value on the diagonal. ``"minres"``: solve again with

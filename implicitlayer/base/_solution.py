@@ -153,6 +153,7 @@ class SolverResult:
         num_steps: its steps, if it counts them.
         message: its own words.
         aux: anything the caller should get back (``solver_has_aux=True`` returns it beside the value).
+        nonfinite: the problems that met NaN or Inf, bool [*lanes], with that status; None: the solver does not say.
 
     Example:
         >>> import torch, implicitlayer as il
@@ -170,6 +171,7 @@ class SolverResult:
     num_steps: int | None = None
     message: str = ""
     aux: Any = field(default=None)
+    nonfinite: torch.Tensor | None = field(default=None, kw_only=True, repr=False)
 
 
 class RecordingSolver(Extension):

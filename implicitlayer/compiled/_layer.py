@@ -29,7 +29,7 @@ from implicitlayer.base._tree import flatten, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.base._warn import warn
 from implicitlayer.compiled._program import Problem, Program, closed_over
-from implicitlayer.equation._capture import find_closed_over, plainly_impossible
+from implicitlayer.equation._capture import ClosedOver, find_closed_over, plainly_impossible
 from implicitlayer.equation._flat import Signature, flat_function, flat_parts
 from implicitlayer.layer._layer import ImplicitLayer, without_aux
 
@@ -205,7 +205,7 @@ class CompiledLayer:
             )
         function = without_aux(self.layer.function) if self.layer.objective_has_aux else self.layer.function
         with torch.enable_grad():
-            hidden = find_closed_over(function, (init, *theta), lambda value: None)
+            hidden, again = (find_closed_over(function, (init, *theta), lambda value: None) for _ in range(2))
         if hidden:
             raise closed_over(len(hidden))
         answer = self.layer(init, *theta)
@@ -229,7 +229,9 @@ class CompiledLayer:
             needed=tuple(needed),
         )
         plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (*leaves, *tensors))
-        made = Program(problem, self.backend, self.options, self._one_at_a_time) if plain else None
+        met = {id(tensor) for tensor, _ in again.constants}
+        outside = [tensor for tensor, _ in hidden.constants if id(tensor) in met]  # else it makes it
+        made = Program(problem, self.backend, self.options, self._one_at_a_time, outside=outside) if plain else None
         self._programs.setdefault(key, made)
         return answer
 
@@ -253,17 +255,19 @@ class Call:
     slots: Signature
     num_x: int
 
-    def solve(self, init: Leaves, theta: Leaves, judge: Callable[[Leaves, Status], Leaves]) -> tuple[torch.Tensor, ...]:
-        """(*x leaves, measured); ``judge(x, status)`` gives x where the compiled checks do not pass."""
+    def solve(
+        self, init: Leaves, theta: Leaves, judge: Callable[[Leaves, torch.Tensor], Leaves]
+    ) -> tuple[torch.Tensor, ...]:
+        """(*x leaves, measured); ``judge(x, status per lane)`` gives x where the compiled checks do not pass."""
         with nullcontext() if self.program.has_solved else self.program.one_at_a_time:
-            x, fine, worst, measured = run(self.program.solve, *apart(init, theta))
+            x, fine, codes, measured = run(self.program.solve, *apart(init, theta))
         self.program.has_solved = True
-        return (*(x if fine else judge(x, Status(int(worst)))), measured)
+        return (*(x if fine else judge(x, codes)), measured)
 
-    def judged(self, init: Leaves, theta: Leaves, x: Leaves, status: Status) -> Leaves:
+    def judged(self, init: Leaves, theta: Leaves, x: Leaves, codes: torch.Tensor) -> Leaves:
         """x as the layer itself leaves it; theta with what requires a gradient."""
         with torch.enable_grad():
-            return [t.detach() for t in self.by_layer(x, init, theta, status)]
+            return [t.detach() for t in self.by_layer(x, init, theta, codes)]
 
     def pull(self, x: Leaves, theta: Leaves, v: Leaves, measured: torch.Tensor) -> Leaves | None:
         """The gradients of the needed theta leaves; None where the layer itself is to be asked."""
@@ -280,9 +284,11 @@ class Call:
             answer = self.by_layer(x, init, theta)
             return list(torch.autograd.grad(answer, wanted, v, create_graph=attached, materialize_grads=True))
 
-    def by_layer(self, x: Leaves, init: Leaves, theta: Leaves, status: Status | None = None) -> Leaves:
-        """The layer's own answer where its solver returns x and says ``status``."""
-        given = SolverResult(unflatten([t.detach() for t in x], self.spec), status)
+    def by_layer(self, x: Leaves, init: Leaves, theta: Leaves, codes: torch.Tensor | None = None) -> Leaves:
+        """The layer's own answer where its solver returns x, and says a :class:`Status` for each lane."""
+        given = SolverResult(unflatten([t.detach() for t in x], self.spec))
+        if codes is not None and codes.numel():
+            given = replace(given, status=Status(int(codes.max())), nonfinite=codes == int(Status.NONFINITE))
         layer = replace(self.layer, solver=lambda *_: given)
         answer = flatten(layer(unflatten(init, self.spec), *self.slots.rebuild(theta)))[0]
         self.layer.records = layer.records
@@ -328,6 +334,8 @@ class _Compiled(torch.autograd.Function):
         init, theta = list(tensors[:k]), list(tensors[k:])
         *x, measured = call.solve(init, theta, partial(call.judged, init, theta))
         ctx.call = call
+        ctx.outside = ClosedOver()
+        ctx.outside.constants = tuple([(t, t._version) for t in call.program.outside])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*x, *tensors, measured)
         return tuple(x)
@@ -335,6 +343,7 @@ class _Compiled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
         call: Call = ctx.call
+        ctx.outside.refuse_changed()
         k = call.num_x
         *saved, measured = ctx.saved_tensors
         x, init, theta = saved[:k], saved[k : 2 * k], saved[2 * k :]

@@ -63,8 +63,8 @@ class Problem:
 
 
 def solve(problem: Problem, init: Leaves, theta: Leaves) -> tuple[Any, ...]:
-    """x leaves, whether all is well (bool, 0-d), the worst :class:`Status` (0-d), and, [2, *lanes], the norm of the
-    gradient there and the size of x.
+    """x leaves, whether all is well (bool, 0-d), a :class:`Status` per lane, and, [2, *lanes], the norm of the gradient
+    there and the size of x.
     """
     traced = problem.at(init, theta)
     x, codes = problem.solver.traced(traced)
@@ -81,7 +81,7 @@ def solve(problem: Problem, init: Leaves, theta: Leaves) -> tuple[Any, ...]:
         at = Stationarity(gradient, product * scale, norm, distance, distance / size, size)
         steady = (distance <= eps**TIGHT * size) | (change_along(at, x, traced.gradient) <= CHANGES * problem.rtol)
         fine = fine & (at.relative <= problem.rtol) & steady
-    return unravel(x, init, problem.lane_dims), fine.all(), codes.max(), torch.stack([norm, size])
+    return unravel(x, init, problem.lane_dims), fine.all(), codes, torch.stack([norm, size])
 
 
 def pull(
@@ -131,6 +131,7 @@ class Program:
     Attributes:
         one_at_a_time: a lock for the calls that compile, so that two threads do not compile the same.
         num_compilations: how often the compiler has been asked.
+        outside: constant tensors that the objective closes over.
         has_solved, has_pulled: whether each has run, so that a next call compiles nothing.
     """
 
@@ -139,6 +140,7 @@ class Program:
     options: dict[str, Any]
     one_at_a_time: Any
     num_compilations: int = 0
+    outside: Sequence[torch.Tensor] = ()
     has_solved: bool = False
     has_pulled: bool = False
     solve: Callable[..., Any] = field(init=False)

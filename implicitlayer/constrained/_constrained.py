@@ -20,7 +20,8 @@ import torch
 from implicitlayer._errors import IndefiniteError, InfeasibleError, StationarityWarning
 from implicitlayer.base._active_set import ActiveSet
 from implicitlayer.base._divided import Divided
-from implicitlayer.base._failures import refuse, standing
+from implicitlayer.base._failures import failed_lanes, marking, refuse, replaced, standing
+from implicitlayer.base._records import ForwardRecord
 from implicitlayer.base._sharding import Sharding, mesh_of, whole
 from implicitlayer.base._surroundings import out_of_inference, outside_compiled_code, plain_surroundings
 from implicitlayer.base._tree import TreeSpec, flatten, name_lanes, ravel, tree_map, unflatten
@@ -98,24 +99,39 @@ class ProxLayer(ImplicitLayer):
             resolve(self.terms, theta, self.terms_name).refuse_ambiguous(init, self.batch_dims)
         solution = super().__call__(init, *theta)
         if getattr(self.records[0], "active_set", None) is None:
-            self._judge_distance(solution[0] if self.solver_has_aux else solution, theta)
+            x, *aux = solution if self.solver_has_aux else (solution,)
+            x = self._judge_distance(x, theta)
+            solution = (x, *aux) if self.solver_has_aux else x
         return solution
 
-    def _judge_distance(self, x: Any, theta: tuple[Any, ...]) -> None:
-        """Without a gradient nothing is differentiated for checks: one projection, and more where that looks bad."""
+    def _judge_distance(self, given: Any, theta: tuple[Any, ...]) -> Any:
+        """The answer, with NaN in lanes that are masked.
+
+        Without a gradient nothing is differentiated for checks: one projection, and more where that looks bad.
+        """
         if self.stationarity_rtol is None or self.on_failure == "ignore":
-            return
-        with torch.inference_mode(False), plain_surroundings(flatten(x)[0]), torch.no_grad():
-            x, theta = tree_map(_plain, (x, theta))
+            return given
+        with torch.inference_mode(False), plain_surroundings(flatten(given)[0]), torch.no_grad():
+            x, theta = tree_map(_plain, (given, theta))
             term, leaves = resolve(self.terms, theta, self.terms_name), flatten(x)[0]
             size = largest_of(ravel(leaves, self.batch_dims))
-            if bool((term.violation(x, self.batch_dims) <= self.stationarity_rtol * size).all()):
-                return
+            inside = term.violation(x, self.batch_dims) <= self.stationarity_rtol * size
+            if self.on_failure == "mask":
+                inside = inside | failed_lanes(leaves, self.batch_dims)  # by the solver
+            if bool(inside.all()):
+                return given
             value_of = without_aux(self.function) if self.objective_has_aux else self.function
             spec, signature = flatten(x)[1], Signature.of(theta)
             _, residual, _ = self._equation(value_of, spec, signature, ClosedOver())
             found = _examined(residual.attached(leaves, signature.tensors), spec, lambda x: x)
-        self._refuse_outside(found)
+            with marking(self.on_failure == "mask", inside.shape, inside) as failed:
+                self._refuse_outside(found)
+        if failed is None:
+            return given
+        record = self.records[0]
+        assert isinstance(record, ForwardRecord) and record.failed is not None
+        record.failed.logical_or_(failed)
+        return unflatten(replaced(failed, flatten(given)[0], math.nan), spec)
 
     def works_in_parts(self, init: Any, theta: tuple[Any, ...]) -> bool:
         """Whether the term looks at no single entries of the unknowns, and the solver asks it for its prox alone."""

@@ -12,6 +12,7 @@ import torch
 from implicitlayer._errors import NonFiniteError, SolverOutputError
 from implicitlayer.base._failures import FailedResult, marks, refuse, replaced
 from implicitlayer.base._solution import SolverResult
+from implicitlayer.base._status import Status
 from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, name_lanes
 from implicitlayer.base._types import Leaves
 from implicitlayer.constrained._kkt_lagrangian import ConstrainedProblem, Form
@@ -37,7 +38,9 @@ class Answer:
         """``value``, with the worst status and the largest number of steps of all calls."""
         worst = max(self.results, key=lambda result: int(result.status or 0), default=SolverResult(None))
         counts = [result.num_steps for result in self.results if result.num_steps is not None]
-        return SolverResult(value, worst.status, max(counts) if counts else None, worst.message)
+        lanes = torch.tensor([result.status is Status.NONFINITE for result in self.results])
+        nonfinite = lanes if len(lanes) > 1 else worst.nonfinite
+        return SolverResult(value, worst.status, max(counts) if counts else None, worst.message, nonfinite=nonfinite)
 
 
 @dataclass(frozen=True, eq=False)

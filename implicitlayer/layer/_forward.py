@@ -119,7 +119,10 @@ def _solved(spec: LayerSpec, init: Leaves, theta: Leaves, failed: torch.Tensor |
     checked = [_check_answer(result.value, spec.calling, like) for result, like in results]
     _check_finite(checked, spec, init)
     ended = results[0][0] if len(results) == 1 else _overall([result for result, _ in results])
-    if ended.status is Status.NONFINITE and failed is None:  # else the checks below find out in which lanes
+    if failed is not None:
+        batched = bool(getattr(spec.calling.solver, "batched", False))
+        _mark_nonfinite([result for result, _ in results], failed, batched)
+    elif ended.status is Status.NONFINITE:
         words = f" {ended.message}" if ended.message else ""
         raise NonFiniteError(
             "the solver met NaN or Inf and says so, although the point that it returned is finite. Check theta for "
@@ -343,6 +346,20 @@ def _check_finite(answers: list[Leaves], spec: LayerSpec, init: Leaves) -> None:
                 "size, its own messages and that init and theta are finite."
             )
             refuse(~finite, error)
+
+
+def _mark_nonfinite(results: list[SolverResult], failed: torch.Tensor, batched: bool) -> None:
+    """Mark the lanes in which a solver says that it met NaN; one that does not say where, all that it had.
+
+    Of one that knows lanes, NaN in its answer says where.
+    """
+    for result, lanes in zip(results, failed.reshape(len(results), -1), strict=True):  # a view
+        if result.status is Status.NONFINITE:
+            told = result.nonfinite
+            if told is not None and told.numel() == lanes.numel():
+                lanes |= told.reshape(-1).to(lanes.device)
+            elif not (batched and bool(lanes.any())):
+                lanes.fill_(True)
 
 
 def _record(

@@ -127,7 +127,8 @@ def outcome(
         steps = int(steps.max()) if steps.numel() else 0
     status = Status(int(codes.max())) if codes.numel() else Status.CONVERGED
     said = {**_WORDS, **(words or {})}.get(status, "")
-    return SolverResult(value, status, steps, said.format(where=name_lanes(codes == int(status))))
+    message = said.format(where=name_lanes(codes == int(status)))
+    return SolverResult(value, status, steps, message, nonfinite=codes == int(Status.NONFINITE))
 
 
 def codes_of(

@@ -210,6 +210,20 @@ def test_an_objective_that_changes_between_call_and_backward_is_no_silent_gradie
         x.sum().backward()
 
 
+def test_what_is_closed_over_must_not_change_between_call_and_backward() -> None:
+    w, t = torch.tensor([1.0, 2.0], dtype=F64), torch.tensor([0.5, -1.0], dtype=F64, requires_grad=True)
+    layer = traced(il.argmin(lambda x, t: (w * torch.cosh(x - t)).sum() + (x**2).sum(), il.solvers.LBFGS(rtol=1e-12)))
+    for _ in range(3):
+        x = layer(torch.zeros(2, dtype=F64), t)
+        w.mul_(1.0005)
+        with pytest.raises(il.ClosureError, match="was changed in place"):
+            x.sum().backward()
+    x = layer(torch.zeros(2, dtype=F64), t)
+    (found,) = torch.autograd.grad(x.sum(), t)
+    curvature = w * torch.cosh(x - t).detach()
+    torch.testing.assert_close(found, curvature / (curvature + 2))
+
+
 def test_nothing_is_compiled_anew_for_the_same_shapes(log_layers: tuple[Any, Any]) -> None:
     _, compiled = log_layers
     before = compiled.num_compilations

@@ -54,6 +54,77 @@ def layer(kind: str, off: Tensor) -> Callable[..., Tensor]:
 KINDS = ("argmin", "root", "fixed_point", "box", "module")
 
 
+D = il.solvers
+NAN_LAYERS: dict[str, Callable[..., Any]] = {  # x = t, and t < 9
+    "LBFGS": lambda **kw: il.argmin(lambda x, t: ((x - t) ** 2).sum(-1), D.LBFGS(rtol=1e-10), **kw),
+    "NewtonCG": lambda **kw: il.argmin(lambda x, t: ((x - t) ** 2).sum(-1), D.NewtonCG(rtol=1e-10), **kw),
+    "momentum": lambda **kw: il.argmin(lambda x, t: ((x - t) ** 2).sum(-1), D.AcceleratedGradient(rtol=1e-10), **kw),
+    "compiled": lambda **kw: il.compile(NAN_LAYERS["LBFGS"](**kw), backend="eager"),
+    "box": lambda **kw: il.argmin(
+        lambda x, t: ((x - t) ** 2).sum(-1), D.LBFGS(rtol=1e-10), constraint=il.sets.Box(-9.0, 9.0), **kw
+    ),
+    "Newton": lambda **kw: il.root(lambda x, t: x - t, D.Newton(), **kw),
+    "Broyden": lambda **kw: il.root(lambda x, t: x - t, D.Broyden(), **kw),
+    "Anderson": lambda **kw: il.fixed_point(lambda x, t: 0.5 * (x + t), D.AndersonAcceleration(rtol=1e-10), **kw),
+    "SciPy": lambda **kw: il.argmin(lambda x, t: ((x - t) ** 2).sum(-1), D.SciPyMinimize("BFGS"), **kw),
+    "regularised": lambda **kw: il.argmin(
+        lambda x, t: ((x - t) ** 2).sum(-1), D.ProximalGradient(il.sets.Box(-9.0, 9.0), rtol=1e-10), **kw
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAN_LAYERS)
+@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("differentiated", [True, False])
+def test_a_lane_in_which_a_solver_meets_nan_is_masked_whatever_is_checked(
+    name: str, checked: bool, differentiated: bool
+) -> None:
+    """Such a solver returns ``init`` there, a finite point. One that takes all lanes as one problem loses them all."""
+    theta, _ = spoiled("NaN in theta")
+    kept = [lane for lane in range(LANES) if lane != BAD]
+    rtol = {} if checked else {"stationarity_rtol": None}
+    layer, init = NAN_LAYERS[name](batch_dims=1, on_failure="mask", **rtol), torch.ones(LANES, N, dtype=F64)
+    for _ in range(2):
+        theta.requires_grad_(differentiated)
+        x = layer(init, theta)
+        assert bool(x[BAD].isnan().all())
+        if name in ("SciPy", "regularised"):
+            assert bool(x.isnan().all())
+        else:
+            torch.testing.assert_close(x[kept], theta[kept], rtol=1e-8, atol=0)
+            if differentiated:
+                (gradient,) = torch.autograd.grad(x.nansum(), theta)
+                expected = torch.ones_like(theta).index_fill_(0, torch.tensor(BAD), 0.0)
+                torch.testing.assert_close(gradient, expected)
+        if name != "compiled":
+            assert layer.records[0].failed.tolist() == x.isnan().all(-1).tolist()
+
+
+def test_without_a_derivative_a_lane_outside_of_the_set_is_masked() -> None:
+    """The solver stays below its bound of 1, and the set begins at 2 in one lane."""
+    lower = torch.tensor([0.0, 2.0, 0.5], dtype=F64)[:, None]
+    layer = il.argmin(
+        lambda x: (x**2).sum(-1),
+        lambda f, x: x.clamp(max=1.0),
+        constraint=lambda: il.sets.Box(lower, 9.0),
+        batch_dims=1,
+        on_failure="mask",
+    )
+    x = layer(torch.full((3, 2), 3.0, dtype=F64))
+    assert x.isnan().all(-1).tolist() == layer.records[0].failed.tolist() == [False, True, False]
+
+
+def test_imaml_leaves_out_a_task_with_nan() -> None:
+    """Three tasks (p - b)^2 with a proximal term of 1: the meta-gradient is that of the other two, 4/9 and -8/9."""
+    support = torch.tensor([[1.0, 2.0], [math.nan, 1.0], [3.0, -1.0]], dtype=F64)
+    theta = {"w": torch.zeros(2, dtype=F64, requires_grad=True)}
+    method = il.meta.iMAML(lambda p, b: ((p["w"] - b) ** 2).sum(1), D.LBFGS(rtol=1e-8), strength=1.0, on_failure="mask")
+    losses = method(theta, support, torch.ones(3, 2, dtype=F64))
+    assert losses.isnan().tolist() == [False, True, False]
+    (gradient,) = torch.autograd.grad(losses.nansum(), theta["w"])
+    torch.testing.assert_close(gradient, torch.tensor([4 / 9, -8 / 9], dtype=F64))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("how", ["NaN in theta", "NaN from the solver", "not stationary"])
 def test_a_lane_that_fails_leaves_all_others_bitwise_as_they_are(kind: str, how: str) -> None:
