@@ -99,6 +99,11 @@ def numbers(vector: torch.Tensor) -> torch.Tensor:
     return Parts(torch.cat(here), vector.cut)
 
 
+def patternless(vector: torch.Tensor) -> torch.Tensor:
+    """Entries from 1 to 3, like those of ``vector`` and in no order: the golden angle has no period."""
+    return (2.0 + torch.cos(numbers(vector).double() * 2.399963)).to(vector.dtype).expand_as(vector)
+
+
 def _cut_of(tree: Any) -> Cut:
     return next(leaf.cut for leaf in _torch.pytree.tree_leaves(tree) if isinstance(leaf, Parts))
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from implicitlayer.base._divided import Divided
-from implicitlayer.base._parts import numbers
+from implicitlayer.base._parts import patternless
 from implicitlayer.base._sharding import Sharding, mesh_of, whole
 from implicitlayer.base._surroundings import out_of_inference, outside_compiled_code, plain_surroundings
 from implicitlayer.base._tree import TreeSpec, flatten, leaves_in_order, like_x, name_lanes, ravel, unflatten, unravel
@@ -199,8 +199,7 @@ def _tested(product: Product, transposed: Product) -> Product:
 
     def of_both(vector: torch.Tensor) -> torch.Tensor:
         if not probes and vector.shape[-1]:
-            turn = numbers(vector).double() * 2.399963  # the golden angle: no period
-            probes.append((2.0 + torch.cos(turn)).to(vector.dtype).expand_as(vector))
+            probes.append(patternless(vector))
             got, wanted = product(probes[0]), transposed(probes[0])
             gap = (got - wanted).abs().amax(-1) / got.abs().amax(-1)
             bad = gap > min(10 * default_rtol(vector.dtype), math.sqrt(torch.finfo(vector.dtype).eps))

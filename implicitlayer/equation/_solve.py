@@ -20,7 +20,7 @@ import torch
 from implicitlayer import _torch
 from implicitlayer._errors import NonFiniteError, NotRecordedError, UnsupportedTransformError
 from implicitlayer.base._failures import replaced
-from implicitlayer.base._parts import numbers
+from implicitlayer.base._parts import patternless
 from implicitlayer.base._records import AnswerDistance, BackwardRecord, GradientError, Record, emit, listening_in_depth
 from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._status import Status
@@ -240,9 +240,8 @@ def _at_maximum(spec: SolveSpec, operator: FlatOperator, rhs: torch.Tensor, solu
     if not gradient or spec.settings.on_failure not in ("warn", "raise") or not isinstance(solver, ConjugateGradient):
         return ""
     failed = solution.codes == int(Status.INDEFINITE)
-    turn = numbers(rhs).double() * 2.399963  # the golden angle: no period
     negated = FlatOperator(lambda vector: -operator(vector))
-    found = ConjugateGradient()(negated, select(failed, (2.0 + torch.cos(turn)).to(rhs.dtype).expand_as(rhs)))
+    found = ConjugateGradient()(negated, select(failed, patternless(rhs)))
     maximum = failed & (found.codes == int(Status.CONVERGED))
     if not bool(maximum.any()):
         return ""

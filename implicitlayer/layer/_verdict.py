@@ -14,7 +14,7 @@ from implicitlayer._errors import (
     StationarityWarning,
 )
 from implicitlayer.base._failures import refuse
-from implicitlayer.base._parts import numbers
+from implicitlayer.base._parts import patternless
 from implicitlayer.base._tree import name_lanes, ravel
 from implicitlayer.base._types import Leaves, OnFailure
 from implicitlayer.base._warn import warn
@@ -82,19 +82,14 @@ def refuse_coupled(residual: Residual, x: Leaves, at: Attached) -> None:
     """Raise where lanes of ``batch_dims`` read one another's unknowns; ``at``: F's run at x.
 
     Solvers and checks take dF/dx to have one block for each lane. So its transpose times a vector that is zero in some
-    lanes is zero in these. Which ones: by the parity of the ones in the binary digits of their number, no period.
+    lanes is zero in these.
     """
     lanes = x[0].shape[: residual.lane_dims]
     flat = ravel(x, residual.lane_dims)
     if lanes.numel() < 2:
         return
-    parity = torch.arange(lanes.numel(), device=flat.device)
-    for shift in (32, 16, 8, 4, 2, 1):
-        parity = parity ^ (parity >> shift)
-    chosen = (parity % 2 == 1).reshape(lanes)
-    turn = numbers(flat).double() * 2.399963  # the golden angle: no period
-    vector = select(chosen, (2.0 + torch.cos(turn)).to(flat.dtype).expand_as(flat))
-    product = lane_norm(at.flat_pull(residual.lane_dims)(vector))
+    chosen = (patternless(flat.new_empty(lanes.numel())) > 2).reshape(lanes)
+    product = lane_norm(at.flat_pull(residual.lane_dims)(select(chosen, patternless(flat))))
     product = torch.where(product.isfinite(), product, 0.0)
     coupled = ~chosen & (product > torch.finfo(flat.dtype).eps ** 0.5 * torch.where(chosen, product, 0.0).amax())
     if bool(coupled.any()):
