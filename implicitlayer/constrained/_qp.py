@@ -19,7 +19,7 @@ from implicitlayer.constrained._kkt_lagrangian import Unknowns
 from implicitlayer.constrained._qp_arguments import RANKS, Fold, arguments, on_all_levels
 from implicitlayer.constrained._qp_closest import UNSOLVED, Program, Solution, closest
 from implicitlayer.constrained._qp_function import ProvedProgram, Pull, by_data, in_plain_surroundings
-from implicitlayer.constrained._qp_solve import Proof, QuadraticSolver, full_data, searched
+from implicitlayer.constrained._qp_solve import Proof, QuadraticSolver, full_data, is_single, searched
 from implicitlayer.constrained._qp_sparse import Entries, is_sparse, made_dense
 from implicitlayer.equation._capture import ClosedOver, derivatives_possible
 from implicitlayer.equation._flat import Signature
@@ -206,12 +206,15 @@ def _solution(data: Program, batch: torch.Size, settings: _Settings) -> Solution
     p, proof, search, has_searched = data[1], None, settings.search, False
     if search is not None and settings.linear_solver is None and in_plain_surroundings(data):
         program, eps = full_data(data, batch), torch.finfo(p.dtype).eps
-        has_searched = independent_equations(program, eps) is None
+        # where our own search settles one program, it has seen that its equations are independent
+        late = isinstance(search, ActiveSet) and is_single(program)
+        has_searched = late or independent_equations(program, eps) is None
         proof = searched(program, p.dtype, search) if has_searched else None
         if proof is not None and proof.settled(eps, settings.tolerances.active_rtol, _STATIONARITY_RTOL):
             rules = partial(_general_gradients, settings, proof), by_data
             plain: Solution = ProvedProgram.apply(proof, rules, *data)
             return plain
+        has_searched = has_searched and not (late and independent_equations(program, eps) is not None)
     n, e, m = (torch.zeros(*batch, data[k].shape[-1], dtype=p.dtype, device=p.device) for k in (1, 3, 5))
     layer = settings.layer(list(data), proof, has_searched)
     found = layer(Unknowns(n, e, m, torch.ones_like(m)), *on_all_levels(data))
@@ -289,7 +292,7 @@ class _QuadraticLayer(KktLayer):
         self, user_function: Callable[..., Any], x_spec: TreeSpec, signature: Signature, hidden: ClosedOver
     ) -> tuple[FlatFunction, Residual, Constraints | None]:
         function, residual, constraints = super()._equation(user_function, x_spec, signature, hidden)
-        return function, replace(residual, written_out=_written_out), constraints
+        return function, replace(residual, written_out=partial(_Products, value=[], outputs=[])), constraints
 
 
 def _scalar(
@@ -312,10 +315,6 @@ def _scalar(
 #     F_x = Q x + p + A'y + G'(a z),   F_y = A x - b,   F_z = a (G x - h) - (1 - a) z,   F_a = 0,
 # where Q stands for its symmetric part. Its matrix is symmetric, and for u = (u_x, u_y, u_z, u_a) the pull-backs
 # (dF/dtheta)'u are read off <F, u>, term by term.
-
-
-def _written_out(unknowns: Leaves, data: Leaves) -> Attached:
-    return _Products(unknowns, data, value=[], outputs=[])
 
 
 class _Products(Attached):

@@ -71,7 +71,7 @@ def searched(program: Data, dtype: torch.dtype, search: Search) -> Proof | None:
     """
     own = isinstance(search, ActiveSet) or not program[3].shape[-1] + program[5].shape[-1]
     start = search.start if isinstance(search, ActiveSet) else None
-    if not _is_single(program):
+    if not is_single(program):
         if not own:
             return guessed_lanes(program, dtype, search(*program), search.name)
         return cold_lanes(program, dtype, start)
@@ -84,7 +84,7 @@ def searched(program: Data, dtype: torch.dtype, search: Search) -> Proof | None:
     return exact_cold(one, None if start is None else start.reshape(-1).numpy())
 
 
-def _is_single(program: Data) -> bool:
+def is_single(program: Data) -> bool:
     return program[1].shape[:-1].numel() == 1 and program[1].device.type == "cpu"
 
 
@@ -149,7 +149,7 @@ class QuadraticSolver:
         self, program: Data, proof: Proof | None, eps: float
     ) -> tuple[Exact, ActiveConstraints, torch.Tensor] | None:
         """The short way, for one program on the CPU; None where it does not lead to a proof."""
-        if self.solver is not None or not _is_single(program):
+        if self.solver is not None or not is_single(program):
             return None
         if proof is None:
             with np.errstate(all="ignore"):

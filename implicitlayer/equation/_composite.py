@@ -18,6 +18,7 @@ class Composite(CopiesFunctions):
 
     loss: Callable[..., torch.Tensor]
     model: Callable[..., Any]
+    squares: bool = False  # whether the loss is half the sum of squares of the outputs, by construction
 
     def __call__(self, x: Any, *theta: Any) -> torch.Tensor:
         return self.loss(self.model(x, *theta), *theta)
@@ -64,7 +65,7 @@ def least_squares(residuals: Callable[..., Any]) -> Composite:
         >>> il.least_squares(lambda x: {"a": x, "b": 2 * x})(torch.tensor([1.0, 2.0])).item()
         12.5
     """
-    return Composite(_half_squares, residuals)
+    return Composite(_half_squares, residuals, squares=True)
 
 
 def _half_squares(outputs: Any, *theta: Any) -> torch.Tensor:

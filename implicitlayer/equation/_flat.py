@@ -73,7 +73,7 @@ class Parts:
 
     Attributes:
         metric: ``(x leaves, theta leaves) -> leaves`` broadcastable to x: a positive diagonal close to the Hessian.
-        model, loss: where the objective is ``loss(model(x, theta), theta)``.
+        model, loss, squares: where the objective is ``loss(model(x, theta), theta)``; as of :class:`Composite`.
         coupling: the terms of the objective through which the first ``num_coupled`` theta leaves act; no other term
             reads them.
     """
@@ -82,6 +82,7 @@ class Parts:
     metric_matrix: FlatFunction | None = None
     model: FlatFunction | None = None
     loss: FlatFunction | None = None
+    squares: bool = False
     coupling: FlatFunction | None = None
     num_coupled: int = 0
 
@@ -159,7 +160,7 @@ def flat_parts(
     return Parts(
         metric if metric_of is not None else None,
         metric_matrix if matrix_of is not None else None,
-        *((model, loss) if composite is not None else (None, None)),
+        *((model, loss, composite.squares) if composite is not None else (None, None, False)),
         *((coupling, sum(place < end for place in slots.places)) if coupling_of is not None else (None, 0)),
     )
 

@@ -52,7 +52,7 @@ class SeenFunction:
             leaves, _ = flatten(x)
             return model(leaves, self._calling.flatten_theta(theta, self._hidden))
 
-        return Composite(values, outputs_of)
+        return Composite(values, outputs_of, parts.squares)
 
     def prox(self, y: Any, step: torch.Tensor, *theta: Any) -> Any:
         """The proximal operator of the layer's set or regulariser, lane by lane; ``step`` is 0-d or [*lanes]."""

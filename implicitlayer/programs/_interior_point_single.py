@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +28,8 @@ from implicitlayer.programs._interior_point_step import (
 
 Array = npt.NDArray[np.float64]
 Product = Callable[[Array], Array]
+# f and r_y -> dx and dy with M dx + A'dy = f, A dx = -r_y: M is Newton's matrix for some weights z / s, factorised
+Step = Callable[[Array, Array], tuple[Array, Array]]
 
 _FEW = 4096  # entries of a matrix up to which NumPy's products are cheaper than calls of torch, and use one thread
 _SMALL = 64  # unknowns up to which the inverse of a factor is cheaper than calls of triangular solves
@@ -68,10 +69,10 @@ class Until:
 
 
 def iterate(vectors: tuple[Array, Array, Array], maps: Maps, step: Callable[[Array], Step], until: Until) -> Outcome:
-    """The same with p, b, h, products with the matrices, and ``step(weights)`` that solves with Newton's matrix."""
+    """The same with p, b, h, products with the matrices, and ``step(weights)``, which factorises Newton's matrix."""
     p, b, h = vectors
     with np.errstate(all="ignore"):
-        x, y = step(np.ones_like(h)).solve(-p + maps.Gt(h), -b)
+        x, y = step(np.ones_like(h))(-p + maps.Gt(h), -b)
         slack = h - maps.G(x)
         s, z = _inside(slack), _inside(-slack)
         best, best_error, since, steps = (x, y, z), math.inf, 0, 0
@@ -133,27 +134,16 @@ def product(matrix: Array) -> Product:
     return lambda vector: tensor.mv(torch.from_numpy(vector)).numpy()
 
 
-class Step(Protocol):
-    """Newton's matrix for some weights z / s, factorised."""
-
-    @property
-    def weights(self) -> Array:
-        """These weights."""
-
-    def solve(self, f: Array, r_y: Array) -> tuple[Array, Array]:
-        """dx and dy with M dx + A'dy = f, A dx = -r_y."""
-
-
 def _moved(
     step: Step, maps: Maps, point: tuple[Array, Array, Array, Array], left: tuple[Array, Array, Array]
 ) -> tuple[Array, Array, Array, Array]:
     """The next point: Mehrotra's two solves with the same factors."""
     (x, y, z, s), (r_x, r_y, r_s) = point, left
-    w, product, m = step.weights, s * z, len(s)
+    w, product, m = z / s, s * z, len(s)
 
     def newton(r_c: Array) -> tuple[Array, Array, Array, Array]:
         shifted = (z * r_s - r_c) / s
-        dx, dy = step.solve(-r_x - maps.Gt(shifted), r_y)
+        dx, dy = step(-r_x - maps.Gt(shifted), r_y)
         Gdx = maps.G(dx)
         return dx, dy, w * Gdx + shifted, -r_s - Gdx
 
@@ -177,7 +167,7 @@ class _Step:
 
     def __init__(self, data: Data, arrays: tuple[Array, ...], maps: Maps, weights: Array) -> None:
         Q, _, A, _, G, _ = arrays
-        self.weights, self.e = weights, len(A)
+        self.e = len(A)
         matrix = torch.mm(torch.from_numpy(G.T), torch.from_numpy(weights[:, None] * G)).numpy()
         matrix += Q
         matrix.flat[:: len(Q) + 1] += SHIFT
@@ -196,8 +186,7 @@ class _Step:
         if not good:
             self.other = Newton(data, torch.from_numpy(weights)[None])
 
-    def solve(self, f: Array, r_y: Array) -> tuple[Array, Array]:
-        """dx and dy with M dx + A'dy = f, A dx = -r_y."""
+    def __call__(self, f: Array, r_y: Array) -> tuple[Array, Array]:
         if self.other is not None:
             both = self.other.solve_reduced(torch.from_numpy(f)[None], torch.from_numpy(r_y)[None])
             return both[0][0].numpy(), both[1][0].numpy()

@@ -273,20 +273,22 @@ class Conditions:
         """Whether the gradients of what holds are independent, by the singular values of the unit rows."""
         norms = torch.cat([self.norms_h, self.norms_g], -1)
         holds = torch.cat([torch.ones_like(self.h, dtype=torch.bool), held], -1)
-        zero = (norms == 0) & holds
-        count = holds.sum(-1)
-        most = int(count.max()) if count.numel() else 0
-        if not most or not self.x.shape[-1]:
-            none: torch.Tensor = count == 0
-            return none
-        # the held rows first, as many as the lane with most of them has, and rows of zeros in the others
-        index = holds.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :most]
+        zero, index = (norms == 0) & holds, held_first(holds)
+        if not index.shape[-1] or not self.x.shape[-1]:
+            return ~holds.any(-1)
+        # rows of zeros in the lanes that hold fewer
         over = torch.where(holds & ~zero, 1 / torch.where(zero, 1.0, norms), 0.0).gather(-1, index)
         rows = torch.cat([self.rows_h, self.rows_g], -2)
         unit = rows.gather(-2, index[..., None].expand(*index.shape, rows.shape[-1])) * over[..., None]
         gram = unit @ unit.mT + torch.diag_embed((over == 0).to(rows.dtype) - DEPENDENT)
         independent: torch.Tensor = (torch.linalg.cholesky_ex(gram).info == 0) & ~zero.any(-1)
         return independent
+
+
+def held_first(held: torch.Tensor) -> torch.Tensor:
+    """The rows of a mask [*lanes, c] that are held and then others, as many as the lane with most of them has."""
+    most = int(held.sum(-1).max()) if held.numel() else 0
+    return held.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :most]
 
 
 def length_of_step(slope: torch.Tensor, product: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ import torch
 
 from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolution
 from implicitlayer.programs._interior_point_step import INDEPENDENT, Data, flat_lanes, times
-from implicitlayer.programs._kkt_active import ActiveConstraints, Conditions
+from implicitlayer.programs._kkt_active import ActiveConstraints, Conditions, held_first
 from implicitlayer.programs._qp_exact import (
     CORRECTIONS,
     EXACT,
@@ -35,6 +35,7 @@ from implicitlayer.programs._qp_exact import (
 from implicitlayer.programs._qp_schur import SchurFactors
 
 _ROUNDS = 15
+_FEW = 24  # rows up to which the matrix of all of them is factorised sooner than those held are taken out of it
 _NOISE = 1e-10  # of the largest length: a border that is crossed, or pulls, by less is not said to
 _DEFINITE = 1e-5  # smallest pivot of Q, relative to the largest, for which V'V keeps half of the digits
 
@@ -242,7 +243,7 @@ class _System:
         index, real = _compressed(held)
         if self.V is not None:
             V = self.V.gather(-1, index[:, None, :].expand(-1, self.n, -1)).mul_(real[:, None, :])
-            gram, t = _part(self.gram, index, real), self.t.gather(-1, index)
+            gram, t = _filled(_part(self.gram, index), real), self.t.gather(-1, index)
         else:
             some = self.rows.gather(1, index[:, :, None].expand(-1, -1, self.n)).mul_(real[:, :, None])
             V = torch.linalg.solve_triangular(self.L, some.mT, upper=False)
@@ -262,24 +263,29 @@ class _System:
 
 def _multipliers(gram: torch.Tensor, t: torch.Tensor, held: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """w [B, c] with the rows held, zero in the others, and the lanes in which they are independent."""
-    index, real = _compressed(held)
-    if not index.shape[-1]:
-        return torch.zeros_like(t), torch.ones(len(t), dtype=torch.bool, device=t.device)
-    factors, info = torch.linalg.cholesky_ex(_part(gram, index, real))
-    w = torch.cholesky_solve((real * t.gather(-1, index))[..., None], factors)[..., 0]
-    return torch.zeros_like(t).scatter(-1, index, w * real), info == 0
+    if t.shape[-1] <= _FEW:
+        index, real, at, part = None, held.double(), t, gram.clone()
+    else:
+        index, real = _compressed(held)
+        at, part = t.gather(-1, index), _part(gram, index)
+    factors, info = torch.linalg.cholesky_ex(_filled(part, real))
+    w = torch.cholesky_solve((real * at)[..., None], factors)[..., 0]
+    return w if index is None else torch.zeros_like(t).scatter(-1, index, w * real), info == 0
 
 
 def _compressed(held: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The held rows first, as many as the lane with most of them has, int [B, K]; and one where held, zero else."""
-    most = int(held.sum(-1).max()) if held.numel() else 0
-    index = held.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :most]
+    index = held_first(held)
     return index, held.gather(-1, index).double()
 
 
-def _part(gram: torch.Tensor, index: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-    """The rows and columns of what is held [B, K, K], and those of the identity where a lane holds fewer."""
+def _part(gram: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """The rows and columns [B, K, K] of these indices."""
     where = index[:, :, None] * gram.shape[-1] + index[:, None, :]
-    part = gram.flatten(1).gather(1, where.flatten(1)).reshape(where.shape)
+    return gram.flatten(1).gather(1, where.flatten(1)).reshape(where.shape)
+
+
+def _filled(part: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """The same matrix with rows and columns of the identity in the place of what is not held."""
     part.mul_(real[:, :, None]).mul_(real[:, None, :]).diagonal(dim1=-2, dim2=-1).add_(1 - real)
     return part

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,8 +29,6 @@ from implicitlayer.programs._kkt_linear import Factors
 from implicitlayer.programs._qp_exact import CORRECTIONS, EXACT, TIGHT, Exact, factorised
 from implicitlayer.programs._qp_schur import SchurRows, SchurSet
 from implicitlayer.programs._qp_terms import Mask, SingleProgram, Terms
-
-Same = TypeVar("Same")
 
 
 class System(Protocol):
@@ -174,7 +172,7 @@ def _next(program: SingleProgram, beyond: Array, held: Mask, wrong: Mask) -> Mas
     return stay | crossed
 
 
-def _itself(system: Same) -> Same:
+def _itself(system: Any) -> Any:
     return system
 
 

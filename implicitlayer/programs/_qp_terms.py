@@ -157,9 +157,7 @@ class Terms:
         }
         vectors = {"active": active, "kinks": kinks, "equality": self.w[:e], "inequality": kept}
         tensors = {name: of.lane(vector) for name, vector in vectors.items()}
-        for name, value in numbers.items():
-            dtype = torch.float64 if isinstance(value, float) else None
-            tensors[name] = torch.full(of.lanes, value, dtype=dtype)
+        tensors |= {name: torch.from_numpy(np.full(of.lanes, value)) for name, value in numbers.items()}
         return ActiveConstraints(kinks_known=True, **tensors), of.lane(held)  # type: ignore[arg-type]
 
 

@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -25,7 +24,7 @@ import torch
 
 from implicitlayer.base._optional import extra
 from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolution
-from implicitlayer.programs._interior_point_single import Array, Maps, Until, iterate
+from implicitlayer.programs._interior_point_single import Array, Maps, Step, Until, iterate
 from implicitlayer.programs._interior_point_step import SHIFT
 from implicitlayer.programs._kkt_linear import Factors
 from implicitlayer.programs._qp_single import SingleProof, exact_near
@@ -188,24 +187,18 @@ class _Newton:
         self.base = self.matrix.data.copy()
         self.base[self.diagonal[: of.n]] = q.diagonal() + shift.diagonal()
 
-    def step(self, weights: Array) -> _Step:
+    def step(self, weights: Array) -> Step:
         """Factorised for W = diag(weights)."""
         data = self.base.copy()
         data[self.diagonal[: self.n]] += np.bincount(self.at, weights[self.single] * self.squares, self.n)
         data[self.diagonal[self.n + self.e :]] = -1 / weights[self.long]
         self.matrix.data = data
-        return _Step(weights, self.linalg.splu(self.matrix), self.n, self.e)
+        lu, n, both = self.linalg.splu(self.matrix), self.n, self.n + self.e
 
+        def solve(f: Array, r_y: Array) -> tuple[Array, Array]:
+            rhs = np.zeros(lu.shape[0])
+            rhs[:n], rhs[n:both] = f, -r_y
+            u = lu.solve(rhs)
+            return u[:n], u[n:both]
 
-@dataclass(frozen=True, eq=False)
-class _Step:
-    weights: Array
-    lu: Any
-    n: int
-    e: int
-
-    def solve(self, f: Array, r_y: Array) -> tuple[Array, Array]:
-        rhs = np.zeros(self.lu.shape[0])
-        rhs[: self.n], rhs[self.n : self.n + self.e] = f, -r_y
-        u: Array = self.lu.solve(rhs)
-        return u[: self.n], u[self.n : self.n + self.e]
+        return solve

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.linalg import vector_norm
 
 from implicitlayer._errors import ObjectiveError
 from implicitlayer.base._solution import SolverResult
@@ -114,12 +115,12 @@ class _Search:
         self.settings, self.problem, self.report = settings, problem, report
         self.eps = torch.finfo(problem.dtype).eps
         self.x, self.both = problem.start, problem.triangle(problem.first)
-        self.gradient, lengths = _gradient(self.both), self.both[..., :-1].norm(dim=-2)
-        self.size, self.norm = problem.first.norm(dim=-1), self.gradient.norm(dim=-1)
+        self.gradient, lengths = _gradient(self.both), vector_norm(self.both[..., :-1], dim=-2)
+        self.size, self.norm = vector_norm(problem.first, dim=-1), vector_norm(self.gradient, dim=-1)
         self.finite = self.size.isfinite() & self.norm.isfinite()
         self.tolerance = torch.clamp(settings.rtol * self.norm, min=settings.atol / problem.unit / problem.unit)
         self.metric = torch.where((lengths > 0) & lengths.isfinite(), lengths, 1.0)
-        long = (self.metric * self.x).norm(dim=-1)
+        long = vector_norm(self.metric * self.x, dim=-1)
         self.radius = _FIRST_RADIUS * torch.where((long > 0) & long.isfinite(), long, 1.0)
         self.par, self.steps = torch.zeros_like(self.norm), torch.zeros_like(self.norm, dtype=torch.int64)
         self.idle, self.stalled = torch.zeros_like(self.steps), torch.zeros_like(self.finite)
@@ -136,9 +137,9 @@ class _Search:
         model: _Model | None = None
         while bool((running := self.running).any()):
             if model is None:
-                model = _Model(self.both, self.metric, self.eps)
+                model = _Model(self.both, self.metric, self.eps, running)
             s, self.par = model.step(self.radius, self.par)
-            length = s.norm(dim=-1)
+            length = vector_norm(s, dim=-1)
             self.radius = torch.where(self.steps == 0, torch.minimum(self.radius, length), self.radius)
             step = torch.where(running.unsqueeze(-1), s / self.metric, 0.0)
             trial = self.x + step.to(self.x.dtype)
@@ -154,30 +155,32 @@ class _Search:
     ) -> torch.Tensor:
         """Evaluate, move the lanes whose trial is good, and set their next radius; the lanes that moved."""
         f = self.problem(trial)
-        size, noise = f.norm(dim=-1), NOISE * self.eps
+        size, noise = vector_norm(f, dim=-1), NOISE * self.eps
         # as shares of ||f||^2: what was gained, what was promised, and the slope along the step
-        gained = torch.where(_TENTH * size < self.size, 1 - (size / self.size) ** 2, -1.0)
-        damped = self.par * (length / self.size) ** 2
-        promised, slope = fall / self.size**2 + 2 * damped, -(fall / self.size**2 + damped)
+        tame, square = _TENTH * size < self.size, self.size**2
+        gained = torch.where(tame, 1 - (size / self.size) ** 2, -1.0)
+        fall, damped = fall / square, self.par * (length / self.size) ** 2
+        promised, slope = fall + 2 * damped, -(fall + damped)
         hidden = promised <= noise
         ratio = torch.where(hidden | ~promised.isfinite(), 0.0, gained / promised)
         accepted = running & torch.where(hidden, gained >= -noise, ratio >= _LEAST)
         if bool(accepted.any()):
             both = self.problem.triangle(f)
             gradient = _gradient(both)
-            scaled, before = (gradient / self.metric).norm(dim=-1), (self.gradient / self.metric).norm(dim=-1)
-            accepted = accepted & scaled.isfinite() & (~hidden | (scaled < before))
+            scaled = vector_norm(gradient / self.metric, dim=-1)
+            lower = scaled < vector_norm(self.gradient / self.metric, dim=-1)
+            accepted = accepted & scaled.isfinite() & (~hidden | lower)
             here = accepted.unsqueeze(-1)
             self.x, self.gradient = torch.where(here, trial, self.x), torch.where(here, gradient, self.gradient)
             self.both = torch.where(here.unsqueeze(-1), both, self.both)
-            self.norm = torch.where(accepted, gradient.norm(dim=-1), self.norm)
-            lengths = both[..., :-1].norm(dim=-2)
+            self.norm = torch.where(accepted, vector_norm(gradient, dim=-1), self.norm)
+            lengths = vector_norm(both[..., :-1], dim=-2)
             self.metric = torch.where(here, torch.maximum(self.metric, lengths), self.metric)
         ratio = torch.where(hidden & accepted, 1.0, torch.where(accepted, ratio, 0.0))
         self.idle = torch.where(accepted, 0, self.idle + (running & hidden))
         self.stalled = self.stalled | (self.idle >= _IDLE)
         shorter = torch.where(gained >= 0, 0.5, 0.5 * slope / (slope + 0.5 * gained))
-        shorter = torch.where((_TENTH * size < self.size) & (shorter > _TENTH), shorter, _TENTH)
+        shorter = torch.where(tame & (shorter > _TENTH), shorter, _TENTH)
         small, large = ratio <= _POOR, (ratio >= _GOOD) | (self.par == 0)
         radius = torch.where(large, 2 * length, self.radius)
         self.radius = torch.where(small, shorter * torch.minimum(self.radius, length / _TENTH), radius)
@@ -200,13 +203,12 @@ def _gradient(both: torch.Tensor) -> torch.Tensor:
 
 
 class _Model:
-    """The linear model in scaled steps: the triangle R and q, and the step with par = 0."""
+    """The linear model in scaled steps: the triangle R and q, and the step with par = 0; for the ``running`` lanes."""
 
-    def __init__(self, both: torch.Tensor, metric: torch.Tensor, eps: float) -> None:
-        n = both.shape[-1] - 1
+    def __init__(self, both: torch.Tensor, metric: torch.Tensor, eps: float, running: torch.Tensor) -> None:
+        n, self.running = both.shape[-1] - 1, running
         self.R, self.q = both[..., :n, :n] / metric.unsqueeze(-2), both[..., :n, n]
-        self.eye = torch.eye(n, dtype=both.dtype, device=both.device)
-        self.slope = (self.R.mT @ self.q.unsqueeze(-1))[..., 0].norm(dim=-1)
+        self.slope = vector_norm((self.R.mT @ self.q.unsqueeze(-1))[..., 0], dim=-1)
         self.triangle = self.R
         self.longest = torch.linalg.solve_triangular(self.R, -self.q.unsqueeze(-1), upper=True)[..., 0]
         self._cut_rank((n + NOISE_OF_RANK) * eps)
@@ -214,64 +216,69 @@ class _Model:
     def _cut_rank(self, noise: float) -> None:
         """Singular values that are rounding become zero; see NOTE [rank]."""
         pivots = self.R.diagonal(dim1=-2, dim2=-1).abs()
-        bad = pivots.amin(-1) <= _SUSPICIOUS * noise * pivots.amax(-1)
+        bad = self.running & (pivots.amin(-1) <= _SUSPICIOUS * noise * pivots.amax(-1))
         if not bool(bad.any()):
             return
         left, values, right = torch.linalg.svd(self.R[bad])
         kept = (values > noise * values[..., :1]).unsqueeze(-1)
-        self.R, self.q = self.R.clone(), self.q.clone()
-        self.R[bad] = torch.where(kept, values.unsqueeze(-1) * right, 0.0)
-        self.q[bad] = torch.where(kept, left.mT @ self.q[bad].unsqueeze(-1), 0.0)[..., 0]
+        self.R, self.q, self.triangle = self.R.clone(), self.q.clone(), self.R.clone()
+        self.R[bad] = R = torch.where(kept, values.unsqueeze(-1) * right, 0.0)
+        self.q[bad] = q = torch.where(kept, left.mT @ self.q[bad].unsqueeze(-1), 0.0)[..., 0]
         # a par far below all singular values that are left stands for none
-        tiny = torch.finfo(self.R.dtype).eps * self.R.flatten(-2).norm(dim=-1)
-        longest, triangle = self._solved(tiny * tiny)
-        self.longest = torch.where(bad.unsqueeze(-1), longest, self.longest)
-        self.triangle = torch.where(bad[..., None, None], triangle, self.triangle)
+        tiny = torch.finfo(R.dtype).eps * vector_norm(R.flatten(-2), dim=-1)
+        self.longest[bad], self.triangle[bad] = _solved(R, q, tiny * tiny)
 
     def fall(self, s: torch.Tensor) -> torch.Tensor:
         """||R s||^2."""
-        flat = (self.R @ s.unsqueeze(-1))[..., 0]
-        return (flat * flat).sum(-1)
+        return (self.R @ s.unsqueeze(-1)).square().sum((-2, -1))
 
     def step(self, radius: torch.Tensor, par: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """s [*lanes, n] and its par, from the par of the step before."""
-        s, triangle = self.longest, self.triangle
-        length = s.norm(dim=-1)
-        todo = length > (1 + _NEAR) * radius
-        if not bool(todo.any()):
-            return s, torch.zeros_like(par)
-        lower, upper = self._newton(s, triangle, radius), self.slope / radius
+        s, found = self.longest, torch.zeros_like(par)
+        long = self.running & (vector_norm(s, dim=-1) > (1 + _NEAR) * radius)
+        if bool(long.any()):
+            s = s.clone()
+            s[long], found[long] = self._damped(long, radius[long], par[long])
+        return s, found
+
+    def _damped(self, long: torch.Tensor, radius: torch.Tensor, par: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same in the lanes [*lanes] whose step with par = 0 is too long; theirs are all numbers here, [B, ...]."""
+        R, q, s, triangle, slope = (t[long] for t in (self.R, self.q, self.longest, self.triangle, self.slope))
+        lower, upper = _newton(s, triangle, radius), slope / radius
         par = torch.minimum(torch.maximum(par, lower), upper)
-        par = torch.where(todo, torch.where(par > 0, par, self.slope / length), 0.0)
+        par = torch.where(par > 0, par, slope / vector_norm(s, dim=-1))
+        todo = torch.ones_like(par, dtype=torch.bool)
         for _ in range(_MAX_PARS):
-            other, triangle = self._solved(par)
+            other, triangle = _solved(R, q, par)
             s = torch.where(todo.unsqueeze(-1), other, s)
-            excess = s.norm(dim=-1) - radius
+            excess = vector_norm(s, dim=-1) - radius
             todo = todo & (excess.abs() > _NEAR * radius)
             if not bool(todo.any()):
                 break
             lower = torch.where(excess > 0, torch.maximum(lower, par), lower)
             upper = torch.where(excess < 0, torch.minimum(upper, par), upper)
-            better = torch.minimum(torch.maximum(lower, par + self._newton(s, triangle, radius)), upper)
+            better = torch.minimum(torch.maximum(lower, par + _newton(s, triangle, radius)), upper)
             par = torch.where(todo, better, par)
         return s, par
 
-    def _solved(self, par: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """s(par) and its triangle T."""
-        n = self.R.shape[-1]
-        below = par.sqrt()[..., None, None] * self.eye
-        right = torch.cat([-self.q, torch.zeros_like(self.q)], -1).unsqueeze(-1)
-        whole = torch.linalg.qr(torch.cat([torch.cat([self.R, below], -2), right], -1), mode="r").R
-        triangle = whole[..., :n, :n]
-        return torch.linalg.solve_triangular(triangle, whole[..., :n, n:], upper=True)[..., 0], triangle
 
-    def _newton(self, s: torch.Tensor, triangle: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
-        """Newton's correction of par."""
-        length = s.norm(dim=-1)
-        unit = (s / length.unsqueeze(-1)).unsqueeze(-1)
-        w = torch.linalg.solve_triangular(triangle.mT, unit, upper=False)[..., 0]
-        change: torch.Tensor = (length - radius) / radius / (w * w).sum(-1)
-        return change
+def _solved(R: torch.Tensor, q: torch.Tensor, par: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """s(par) and its triangle T."""
+    n = R.shape[-1]
+    below = torch.diag_embed(par.sqrt().unsqueeze(-1).expand(q.shape))
+    right = torch.cat([-q, torch.zeros_like(q)], -1).unsqueeze(-1)
+    whole = torch.linalg.qr(torch.cat([torch.cat([R, below], -2), right], -1), mode="r").R
+    triangle = whole[..., :n, :n]
+    return torch.linalg.solve_triangular(triangle, whole[..., :n, n:], upper=True)[..., 0], triangle
+
+
+def _newton(s: torch.Tensor, triangle: torch.Tensor, radius: torch.Tensor) -> torch.Tensor:
+    """Newton's correction of par."""
+    length = vector_norm(s, dim=-1)
+    unit = (s / length.unsqueeze(-1)).unsqueeze(-1)
+    w = torch.linalg.solve_triangular(triangle.mT, unit, upper=False)[..., 0]
+    change: torch.Tensor = (length - radius) / radius / (w * w).sum(-1)
+    return change
 
 
 _WHO = "il.solvers.LevenbergMarquardt", "il.solvers.LBFGS() or, under a constraint, il.solvers.ProjectedGradient()"
@@ -281,7 +288,8 @@ class Residuals(Vectors):
     """Residuals f, float64 [*lanes, k], in units of their size at init: squares neither overflow nor vanish.
 
     Args:
-        objective: a model, and a loss that is half the sum of squares of its outputs: every evaluation checks that.
+        objective: a model, and a loss that is half the sum of squares of its outputs: every evaluation checks that,
+            or only the first where ``Composite.squares`` says so.
         init, theta: as a solver gets them.
     """
 
@@ -290,16 +298,16 @@ class Residuals(Vectors):
         check_unknowns(leaves)
         self._composite, self._theta = composite_of(objective, *_WHO), theta
         self._like = [leaf.detach() for leaf in leaves]
-        value, first = self._evaluate(self._like)
+        first = self._evaluate(self._like, checked=True)
         check_attached(next((leaf for leaf in self._outputs if leaf.requires_grad), self._outputs[0]))
-        self.lane_dims, self.dtype = value.ndim, value.dtype
         self.start = ravel(self._like, self.lane_dims).clone()
         self.unit = lane_scale(first)[..., 0].log2().floor().exp2()  # [*lanes], a power of 2: rounds nothing
         self.first = first / self.unit.unsqueeze(-1)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """The residuals at x."""
-        return self._evaluate(unravel(x, self._like, self.lane_dims))[1] / self.unit.unsqueeze(-1)
+        leaves = unravel(x, self._like, self.lane_dims)
+        return self._evaluate(leaves, checked=not self._composite.squares) / self.unit.unsqueeze(-1)
 
     def triangle(self, f: torch.Tensor) -> torch.Tensor:
         """The triangle of the QR factors of [J, f], J = df / dx at the point evaluated last; [*lanes, n + 1, n + 1].
@@ -307,31 +315,33 @@ class Residuals(Vectors):
         J is made by its rows or by its columns, the fewer.
         """
         lanes, (k, n) = self.start.shape[:-1], (self.first.shape[-1], self.start.shape[-1])
+        whole = f.new_zeros(*lanes, n + 1, max(k, n + 1))  # its transpose is [J, f], above rows of zeros where k <= n
+        columns, whole[..., n, :k], unit_of_f = whole[..., :n, :k], f, self.unit.unsqueeze(-1)
         with torch.enable_grad():
             if k < n:
                 like, times = self._outputs, lambda u: pull_back(self._outputs, self._points, u)
             else:
                 like, times = self._points, pushed(self._outputs, self._points)
             units = torch.eye(min(k, n), dtype=self.start.dtype, device=self.start.device)
-            trees = [unravel(unit.expand(*lanes, -1), like, self.lane_dims) for unit in units.unbind()]
-            parts = [ravel(times(tree), self.lane_dims).double() / self.unit.unsqueeze(-1) for tree in trees]
-        if k < n:
-            parts = list(torch.stack(parts, -1).unbind(-2)) if k else [f.new_zeros(*lanes, 0)] * n
-        columns = torch.stack([*parts, f], -2)
-        if k < n + 1:
-            columns = torch.nn.functional.pad(columns, (0, n + 1 - k))
-        whole: torch.Tensor = torch.linalg.qr(columns.mT, mode="r").R
-        return whole
+            for unit, part in zip(units.unbind(), (columns.mT if k < n else columns).unbind(-2), strict=True):
+                found = times(unravel(unit.expand(*lanes, -1), like, self.lane_dims))
+                torch.div(ravel(found, self.lane_dims), unit_of_f, out=part)
+        triangle: torch.Tensor = torch.linalg.qr(whole.mT, mode="r").R
+        return triangle
 
-    def _evaluate(self, leaves: Leaves) -> tuple[torch.Tensor, torch.Tensor]:
-        """The objective's value [*lanes] and the residuals."""
+    def _evaluate(self, leaves: Leaves, *, checked: bool) -> torch.Tensor:
+        """The residuals; ``checked``: against the objective's value, which also tells the lanes."""
         with torch.enable_grad():
             self._points = [leaf.detach().requires_grad_() for leaf in leaves]
             tree, spec = flatten(self._composite.model(unflatten(self._points, self._spec), *self._theta))
             self._outputs, cut = list(tree), [leaf.detach() for leaf in tree]
-            value = self._composite.loss(unflatten(cut, spec), *self._theta).detach()
-        f = ravel(cut, value.ndim).double()
-        half = 0.5 * torch.linalg.vector_norm(f, dim=-1) ** 2
+            if checked:
+                value = self._composite.loss(unflatten(cut, spec), *self._theta).detach()
+                self.lane_dims, self.dtype = value.ndim, value.dtype
+        f = ravel(cut, self.lane_dims).double()
+        if not checked:
+            return f
+        half = 0.5 * vector_norm(f, dim=-1) ** 2
         rounding = NOISE * math.sqrt(f.shape[-1] + 1) * torch.finfo(value.dtype).eps * half
         wrong = value.isfinite() & half.isfinite() & ((value - half).abs() > rounding)
         if bool(wrong.any()):
@@ -341,4 +351,4 @@ class Residuals(Vectors):
                 "Make it by il.least_squares(residuals), with the roots of weights inside of the residuals; a proximal "
                 "term is one more of them, sqrt(strength) * (x - theta)."
             )
-        return value, f
+        return f

@@ -10,7 +10,7 @@ from solvers.test_interior_point import Program, programs
 
 import implicitlayer as il
 from implicitlayer.constrained import _qp, _qp_solve
-from implicitlayer.constrained._qp import _scalar, _written_out
+from implicitlayer.constrained._qp import _Products, _scalar
 from implicitlayer.programs._interior_point import QuadraticSolution, interior_point
 from implicitlayer.programs._qp_exact import TIGHT, conditions, exact, factorised, violation
 from implicitlayer.programs._qp_schur import SchurRows
@@ -153,7 +153,7 @@ def test_the_products_written_out_are_those_of_autograd_with_shared_data_too() -
     z = [leaf.requires_grad_() for leaf in z]
     u = [randn(*leaf.shape, seed=10 + k) for k, leaf in enumerate(z)]
     F = torch.autograd.grad(_scalar(unknowns(z), *data).sum(), z, create_graph=True)
-    at = _written_out([leaf.detach() for leaf in z], [leaf.detach() for leaf in data])
+    at = _Products([leaf.detach() for leaf in z], [leaf.detach() for leaf in data], value=[], outputs=[])
     for products, inputs in ((at.pull(u), z), (at.pull_theta(u, [True] * len(data)), data)):
         expected = torch.autograd.grad(F, inputs, u, retain_graph=True, materialize_grads=True)
         for got, want in zip(products, expected, strict=True):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import implicitlayer as il
 from implicitlayer import Status
-from implicitlayer.solvers import LevenbergMarquardt
+from implicitlayer.solvers import LevenbergMarquardt, _levenberg_marquardt
 
 Function = Callable[[Tensor], Tensor]
 
@@ -166,6 +166,26 @@ def test_the_batched_fits_equal_those_of_a_loop() -> None:
     assert relative_error(batched, loop) < 1e-9
 
 
+def test_a_lane_that_is_done_costs_no_trials_beside_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The damping is searched for where a step is too long; a lane that is done costs nothing beside another."""
+    trials: list[int] = []
+
+    def counted(R: Tensor, q: Tensor, par: Tensor) -> tuple[Tensor, Tensor]:
+        trials.append(len(par))
+        return solved(R, q, par)
+
+    solved = _levenberg_marquardt._solved
+    monkeypatch.setattr(_levenberg_marquardt, "_solved", counted)
+    targets = curves((1.1, 1.05), (-4.0, 0.1)) + 1e-3 * randn(2, 12, seed=1)  # the first needs three steps, all short
+    layer = il.argmin(il.least_squares(decay), LevenbergMarquardt(rtol=1e-6))
+    torch.func.vmap(lambda y: layer(numbers(1.0, 1.0), y))(targets)
+    batched = sum(trials)
+    trials.clear()
+    for y in targets:
+        layer(numbers(1.0, 1.0), y)
+    assert 0 < batched == sum(trials)  # not so where lanes that are done are searched for as well
+
+
 def test_a_lane_that_breaks_leaves_the_bits_of_the_others() -> None:
     objective = il.composite(
         lambda f, y: 0.5 * (f * f).sum(-1), lambda x, y: x[:, :1] * torch.exp(-x[:, 1:] * torch.arange(12.0)) - y
@@ -294,6 +314,13 @@ def test_the_callback_sees_every_step_and_the_objective() -> None:
 def test_objectives_that_are_no_sums_of_squares_are_refused(objective: Any, words: str) -> None:
     with pytest.raises(il.ObjectiveError, match=words):
         LevenbergMarquardt()(objective, numbers(1.0, 2.0))
+
+
+def test_a_loss_that_is_half_the_squares_at_init_only_is_refused_on_the_way() -> None:
+    """Huber's loss is half the squares of residuals up to 10: 4.4 at init, but 48 after the first step."""
+    huber = il.composite(lambda f: torch.nn.functional.huber_loss(f, 0 * f, reduction="sum", delta=10.0), rosenbrock)
+    with pytest.raises(il.ObjectiveError, match="half the sum of squares of what the model returns"):
+        LevenbergMarquardt()(huber, numbers(-1.2, 1.0))
 
 
 def test_a_proximal_term_is_one_more_residual() -> None:
