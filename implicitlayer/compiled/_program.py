@@ -59,7 +59,7 @@ class Problem:
         It gets views: torch's tracer (2.13) keeps what is read of a tensor from outside of a loop, such as .mT, beyond
         the level of torch.func that it belongs to.
         """
-        return TracedProblem(lambda x: self.function(x, [t.view_as(t) for t in theta]), init, self.lane_dims, theta)
+        return TracedProblem(lambda x: self.function(x, [t.view_as(t) for t in theta]), init, self.lane_dims)
 
 
 def solve(problem: Problem, init: Leaves, theta: Leaves) -> tuple[Any, ...]:

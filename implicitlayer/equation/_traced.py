@@ -36,12 +36,10 @@ class TracedProblem(Vectors):
         function: ``x leaves -> value per lane, [*lanes]``.
         init: leaves of the start, [*lanes, ...].
         lane_dims: number of dimensions of lanes.
-        theta: tensors that the function reads.
     """
 
-    def __init__(self, function: Callable[[Leaves], torch.Tensor], init: Leaves, lane_dims: int, theta: Leaves) -> None:
+    def __init__(self, function: Callable[[Leaves], torch.Tensor], init: Leaves, lane_dims: int) -> None:
         self.function, self.like, self.lane_dims = function, init, lane_dims
-        self.theta: tuple[Any, ...] = tuple(theta)
         self.start = ravel(init, lane_dims)
         self.dtype = self.start.dtype
         gradient, self.first_value = self.value_and_gradient(self.start)

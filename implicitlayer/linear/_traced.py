@@ -124,19 +124,13 @@ def _reach(system: TracedSystem, smallest: torch.Tensor, unit: torch.Tensor | No
     return torch.where(smallest.isinf(), 0.0, reach)
 
 
-def matrix_of(product: Callable[[torch.Tensor], torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-    """Matrices [*lanes, n, n] in float64 from products with all unit vectors, side by side; ``like`` [*lanes, n]."""
-    n = like.shape[-1]
-    unit = torch.eye(n, dtype=like.dtype, device=like.device).reshape(n, *[1] * (like.ndim - 1), n)
-    return torch.vmap(product)(unit.expand(n, *like.shape)).double().movedim(0, -1)
-
-
 def dense(system: TracedSystem, limits: Limits, suspicious: float) -> TracedSolution:
     """The matrix by n products side by side, a Cholesky factor, and one solve more for the true residual."""
     scale = lane_scale(system.rhs)
     b = (system.rhs / scale).double()
     n, eps = b.shape[-1], torch.finfo(system.rhs.dtype).eps
-    matrix = matrix_of(system.product, system.rhs)
+    unit = torch.eye(n, dtype=system.rhs.dtype, device=b.device).reshape(n, *[1] * (b.ndim - 1), n)
+    matrix = torch.vmap(system.product)(unit.expand(n, *b.shape)).double().movedim(0, -1)
     matrix = (matrix + matrix.mT) / 2
     factor, info = torch.linalg.cholesky_ex(matrix)
     pivots = factor.diagonal(dim1=-2, dim2=-1) ** 2

@@ -27,7 +27,6 @@ from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._common import NOISE, times
 from implicitlayer.linear._dense import materialise
 from implicitlayer.linear._operator import FlatOperator, lane_dot
-from implicitlayer.linear._traced import matrix_of
 from implicitlayer.solvers._descent import Limited, Method, descend, rounds_between_syncs, traced_descent
 from implicitlayer.solvers._line_search import Pair
 from implicitlayer.solvers._problem import Curvature, Problem
@@ -38,10 +37,8 @@ from implicitlayer.solvers._problem import Curvature, Problem
 _TIGHT = 0.1
 _FEW = 5
 
-# Unknowns of a lane, unknowns of all lanes, numbers in theta; see NOTE [few unknowns]. A compiler has little to spare
-# from one product to the next, and makes copies of the data of many lanes for those that are side by side.
+# Unknowns of a lane, unknowns of all lanes, numbers in theta; see NOTE [few unknowns].
 _SMALL, _SMALL_LANES, _SMALL_DATA = 32, 2**11, 2**20
-_SMALL_TRACED = 64  # unknowns of all lanes, for a compiler
 
 _CURVATURES = {"armijo": math.inf, "wolfe": 0.9}
 
@@ -122,7 +119,7 @@ class NewtonCG(Limited):
         return descend(self, problem, _Truncated(self, problem), _CURVATURES[self.line_search])
 
     def traced(self, problem: TracedProblem) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same for a compiler; see :func:`implicitlayer.compile`."""
+        """The same for a compiler, without whole matrices; see :func:`implicitlayer.compile`."""
         if self.curvature != "hessian":
             raise TypeError(f'curvature={self.curvature!r} is not compiled. Use curvature="hessian".')
         method = partial(_TracedTruncated, self, problem)
@@ -141,18 +138,17 @@ class _Truncated(Method):
         self.halving = settings.cg_steps is None and not settings.damping and settings.curvature == "hessian"
         self.damping = (settings.damping / problem.unit).unsqueeze(-1).to(problem.start.dtype)
         self.first_norm = problem.norm(problem.first_gradient)
-        self.small = settings.cg_steps is None and _are_few(problem)
-        self.on_host = isinstance(problem, Problem)
+        self.small = settings.cg_steps is None and isinstance(problem, Problem) and _are_few(problem)
 
     def direction(self, lanes: torch.Tensor, x: torch.Tensor, gradient: torch.Tensor, norm: torch.Tensor) -> Pair:
         """The Newton direction, exact or truncated, and the first trial 1."""
         if not self.small:
             return self._truncated(lanes, x, gradient, norm)
-        matrix = self._matrix(x)
+        matrix = materialise(FlatOperator(partial(self._product, x), prepare=lambda: None), x)
         matrix.diagonal(dim1=-2, dim2=-1).add_(self.damping)
         exact, definite = newton_direction(matrix, gradient)
         rest = lanes & ~definite
-        if self.on_host and not bool(rest.any()):
+        if not bool(rest.any()):
             return exact, torch.ones_like(norm)
         truncated, one = self._truncated(rest, x, gradient, norm)
         return torch.where(definite.unsqueeze(-1), exact, truncated), one
@@ -178,22 +174,12 @@ class _Truncated(Method):
             state = self._step(x, state, limits[k + 1 >= _FEW], norm if k == 0 else None)
         return state[1]
 
-    def _matrix(self, x: torch.Tensor) -> torch.Tensor:
-        return materialise(FlatOperator(partial(self._product, x), prepare=lambda: None), x)
-
     def _product(self, x: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
         assert isinstance(self.problem, Problem)
         return self.problem.product(p)  # of its graph at x, the point evaluated last
 
-    def _step(
-        self,
-        x: torch.Tensor,
-        state: _State,
-        limit: torch.Tensor,
-        first: torch.Tensor | None,
-        is_first: bool | torch.Tensor = True,
-    ) -> _State:
-        """One product; ``first``: the norm of the gradient, at the first one (where ``is_first``)."""
+    def _step(self, x: torch.Tensor, state: _State, limit: torch.Tensor, first: torch.Tensor | None) -> _State:
+        """One product; ``first``: the norm of the gradient, at the first one."""
         r, d, p, rr, active = state
         product = self._product(x, p) + self.damping * p
         curvature = lane_dot(p, product)
@@ -201,7 +187,7 @@ class _Truncated(Method):
         if first is not None:
             known = curvature.isfinite() & (curvature != 0)
             length = torch.where(known, rr / curvature.abs(), 1 / first)
-            d = torch.where((active & ~good & is_first).unsqueeze(-1), times(length, p), d)
+            d = torch.where((active & ~good).unsqueeze(-1), times(length, p), d)
         here = good.unsqueeze(-1)
         alpha = rr / curvature
         d = torch.where(here, d + times(alpha, p), d)
@@ -224,10 +210,9 @@ def newton_direction(matrix: torch.Tensor, gradient: torch.Tensor) -> tuple[torc
     return direction[..., 0].to(gradient.dtype), definite
 
 
-def _are_few(problem: Problem | TracedProblem) -> bool:
+def _are_few(problem: Problem) -> bool:
     x = problem.start
-    most = _SMALL_LANES if isinstance(problem, Problem) else _SMALL_TRACED
-    few = x.shape[-1] <= _SMALL and x.numel() <= most and not isinstance(x, Parts)
+    few = x.shape[-1] <= _SMALL and x.numel() <= _SMALL_LANES and not isinstance(x, Parts)
     return few and sum(t.numel() for t in Signature.tensors_of(problem.theta)) <= _SMALL_DATA
 
 
@@ -238,17 +223,15 @@ class _TracedTruncated(_Truncated):
         assert isinstance(self.problem, TracedProblem)
         return self.problem.curvature(x, p) / self.problem.scale
 
-    def _matrix(self, x: torch.Tensor) -> torch.Tensor:
-        return matrix_of(partial(self._product, x), x)
-
     def _solve(self, x: torch.Tensor, state: _State, norm: torch.Tensor, limits: Pair, most: int) -> torch.Tensor:
         def going(k: torch.Tensor, *state: torch.Tensor) -> torch.Tensor:
             return (k < most) & state[-1].any()
 
         def body(k: torch.Tensor, r: Any, d: Any, p: Any, rr: Any, active: Any) -> tuple[torch.Tensor, ...]:
-            limit = torch.where(k + 1 < _FEW, *limits)
-            return (k + 1, *self._step(x, (r, d, p, rr, active), limit, norm, k == 0))
+            return (k + 1, *self._step(x, (r, d, p, rr, active), torch.where(k + 1 < _FEW, *limits), None))
 
-        none = torch.zeros((), dtype=torch.int64, device=x.device)
-        direction: torch.Tensor = _torch.while_loop(going, body, (none, *(part.clone() for part in state)))[2]
+        state = self._step(x, state, limits[0], norm)
+        one = torch.ones((), dtype=torch.int64, device=x.device)
+        found = _torch.while_loop(going, body, (one, *(part.clone() for part in state)))
+        direction: torch.Tensor = found[2]
         return direction
