@@ -187,6 +187,23 @@ def test_solvers_that_take_parts_find_the_same_numbers(solver: Any) -> None:
     torch.testing.assert_close(found.local, wanted, rtol=0, atol=1e-9)
 
 
+def test_gauss_newton_products_of_parts_are_those_of_the_whole() -> None:
+    def residuals(x: Any, t: Any) -> Any:
+        return [x + x**3 / 9 - t, x.sum() / 9, torch.tanh(2 * x)]
+
+    def in_parts(x: Any, t: Any) -> Any:
+        return [There.apply(residual, x) if residual.ndim else residual for residual in residuals(Here.apply(x), t)]
+
+    solver = il.solvers.NewtonCG(rtol=1e-12, curvature="gauss_newton")
+    whole = il.least_squares(residuals)
+    found = solver(
+        il.composite(lambda o, t: whole.loss([Here.apply(o[0]), o[1], Here.apply(o[2])]), in_parts), parts(0 * T), T
+    )
+    assert type(found) is Parts
+    # as above
+    torch.testing.assert_close(found.local, solver(whole, 0 * T, T), rtol=0, atol=1e-9)
+
+
 def contracted(x: Any, t: Any) -> Any:
     """A contraction whose derivative is not symmetric."""
     return 0.7 * torch.tanh(torch.linspace(-1, 1, 40, dtype=torch.float64) * x + t) + (x * t).sum(-1, keepdim=True) / 99
@@ -249,7 +266,7 @@ WHOLE = [
     il.ConjugateGradient(preconditioner=lambda v: v),
     il.Gmres(preconditioner=il.Jacobi()),
     il.solvers.GradientDescent(T.abs()),
-    il.solvers.NewtonCG(curvature="gauss_newton"),
+    il.solvers.LevenbergMarquardt(),
     il.solvers.LBFGS(bounds=il.sets.Box(0, 1)),
     il.solvers.SciPyMinimize("BFGS"),
     il.solvers.Newton(),

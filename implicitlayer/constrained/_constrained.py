@@ -123,12 +123,10 @@ class ProxLayer(ImplicitLayer):
         term.refuse_ambiguous(init, self.batch_dims)
         return term.in_parts and getattr(self.solver, "regularizer", self.terms) is None
 
-    def inside(
-        self, sharding: Sharding, init: Any, theta: tuple[Any, ...]
-    ) -> tuple[ImplicitLayer, Any, tuple[Any, ...]]:
+    def inside(self, sharding: Sharding, init: Any) -> ImplicitLayer:
         """As for every layer; the term gets data that fit the unknowns, of thetas as they are."""
         layer = replace(self, terms=_with_data(self.terms, partial(_entries, sharding, init)))
-        return ImplicitLayer.inside(layer, sharding, init, theta)
+        return ImplicitLayer.inside(layer, sharding, init)
 
     def as_root(self, function: Callable[..., Any]) -> ImplicitLayer:
         """The layer of the equation that is differentiated, for the objective ``function`` as the user wrote it."""

@@ -106,9 +106,6 @@ def whole(cases: Cases) -> None:
     """Solvers that see the unknowns as whole plain tensors."""
     t = cases.data[0][0]
 
-    def fit(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return torch.stack([x[0] * torch.exp(x[1] * x[2]) - t[0], x[1] - t[1], x[2] - t[2], 0.1 * x[0]])
-
     def smooth(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return ((x - t) ** 2).sum() + (x**4).sum()
 
@@ -123,9 +120,6 @@ def whole(cases: Cases) -> None:
         "LBFGS, bounds": il.argmin(smooth, il.solvers.LBFGS(rtol=1e-14), constraint=il.sets.Box(-0.3, 0.3)),
         "Broyden": il.root(residual, il.solvers.Broyden(rtol=1e-14)),
     }
-    cut = cases.put(t, Shard(0))
-    by_model = il.argmin(il.least_squares(fit), il.solvers.LevenbergMarquardt())
-    cases.refused("LevenbergMarquardt", lambda: by_model(cut, cut))
     for name, layer in layers.items():
         cases.same(name, lambda t, layer=layer: layer(t.detach() * 0.5, t), (t, "0"))
 
