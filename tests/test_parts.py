@@ -279,6 +279,30 @@ def test_solvers_that_look_at_entries_get_whole_vectors(solver: Any) -> None:
     assert not solver.in_parts
 
 
+@pytest.mark.parametrize("y", ["normal", "geometric", "ties", "equal"])
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_the_simplex_of_parts_is_that_of_the_whole(y: str, scale: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    values = {
+        "normal": torch.randn(2, 300, dtype=torch.float64, generator=draw),
+        "geometric": -(1.7 ** torch.arange(300, dtype=torch.float64)).expand(2, 300),
+        "ties": torch.randint(0, 3, (2, 300), generator=draw).double(),
+        "equal": torch.full((2, 300), 0.1, dtype=torch.float64),
+    }[y] * scale
+    simplex = il.sets.Simplex(torch.tensor([2.5, 0.1], dtype=torch.float64))
+    assert simplex.in_parts and not il.sets.Simplex(dim=-1).in_parts
+    wanted = simplex.project(values, 1)
+    # an entry is a number of the size of the total less tau: their rounding, over sums of 300
+    torch.testing.assert_close(simplex.project(parts(values), 1).local, wanted, rtol=0, atol=1e-12)
+    held = simplex.activity(parts(values), 1.0, 1)[0].local
+    assert torch.equal(held, simplex.activity(values, 1.0, 1)[0])
+
+
+def test_a_number_that_is_none_stays_in_the_simplex_of_parts() -> None:
+    values = torch.tensor([1.0, torch.nan, 0.2], dtype=torch.float64)
+    assert bool(il.sets.Simplex().project(parts(values)).local.isnan().all())
+
+
 def test_peak_memory_counts_the_entries_that_are_here() -> None:
     x = Parts(torch.zeros(1000, dtype=torch.float64), Cut(4000, ((0, 1000),), ()))
     with il.meta.PeakMemory() as memory:

@@ -199,21 +199,17 @@ class Sharding:
     def given(self, x: Any) -> Any:
         """The unknowns of the layer as the user's function gets them."""
         leaves, spec = flatten(x)
-        pairs = zip(leaves, self.layouts, strict=True)
-        return unflatten([self._given(i, *pair) for i, pair in enumerate(pairs)], spec)
+        for i, how in enumerate(self.layouts):
+            if how is not None:
+                compares = how._replace(compare_copies=partial(self.compare_copies, first=i))
+                leaves[i] = LeavesOf.apply(leaves[i], compares, True)[0]
+        return unflatten(leaves, spec)
 
     def put_together(self, result: Any) -> Any:
         """The whole of what the user's function returns, which must be the same on every process."""
         result = whole(result)
         self.compare("value", [leaf for leaf in flatten(result)[0] if is_data(leaf)], range(self.mesh.ndim))
         return result
-
-    def _given(self, index: int, leaf: torch.Tensor, how: Layout | None) -> torch.Tensor:
-        if how is None:
-            return leaf
-        compares = how._replace(compare_copies=partial(self.compare_copies, first=index))
-        cut: torch.Tensor = LeavesOf.apply(leaf, compares, True)[0]
-        return cut
 
     def compare_copies(self, what: str, leaves: Sequence[Any], first: int = 0) -> None:
         """Raise unless processes that say that they hold the same entries of ``leaves`` have found the same of them."""

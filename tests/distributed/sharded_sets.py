@@ -46,6 +46,7 @@ def sets(cases: Cases) -> None:
     same("ElasticNet", "regularizer", lambda t, s, p: il.ElasticNet(s, p), (t, "0"), (one, "whole"), (row, "0"))
     same("Ball", "constraint", lambda t, r, c: il.sets.Ball(r, c), (t, "1"), (one, "whole"), (row, "whole"))
     same("Simplex", "constraint", lambda t, r: il.sets.Simplex(r), (t, "1"), (one, "whole"))
+    same("Simplex, of each column", "constraint", lambda t, r: il.sets.Simplex(r, dim=-2), (t, "1"), (one, "whole"))
     same("GroupL1", "regularizer", lambda t, r: il.GroupL1(r), (t, "1"), (one, "whole"))
     same("Prox", "regularizer", il.Prox(lambda y, s, _: y / (1 + s)), (t, "0"))
 
@@ -132,6 +133,7 @@ def sets_of_four(cases: Cases) -> None:
         "Box": {"constraint": lambda t, u: il.sets.Box(-t.abs() / 4, u)},
         "L1": {"regularizer": lambda t, u: il.L1(u)},
         "Ball": {"constraint": lambda t, u: il.sets.Ball(1.0, u)},
+        "Simplex": {"constraint": lambda t, u: il.sets.Simplex(u.sum())},
     }
     for name, term in terms.items():
         theta = cases.put(t, Shard(0)).requires_grad_(), cases.put(row, Replicate()).requires_grad_()

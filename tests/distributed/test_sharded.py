@@ -60,6 +60,7 @@ WORKS = [
     *("constrained_argmin", "qp", "value"),
     *("Box 0", "Box 1", "Box, a bound for each entry", "Box, a tree of bounds", "NonNegative", "Ball", "Simplex"),
     *("L1", "L1, a strength for each column", "ElasticNet", "GroupL1", "Prox"),
+    "Simplex, of each column",
     *("a set for each leaf", "batch_dims, a set", "AcceleratedGradient", "GradientDescent, searched steps"),
     *("TorchOptimizer", "SciPyMinimize", "LBFGS, bounds", "Broyden"),
     *(f"WarmStart {linear}, {call} call" for linear in ("ConjugateGradient", "Gmres") for call in ("first", "second")),
@@ -106,6 +107,7 @@ IN_PARTS = [
     *("GradientDescent ConjugateGradient", "NewtonCG Minres", "LBFGS Gmres", "iMAML"),
     *("root Newton Gmres", "fixed_point AndersonAcceleration Bicgstab"),
     *("linear_solve of a function", "hvp", "hessian_operator", "Box", "L1", "Ball", "gauss_newton"),
+    "Simplex",
 ]
 
 
