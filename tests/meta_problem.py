@@ -11,9 +11,12 @@ B, LAMBDA, N = 3, 0.7, 9
 
 
 def task_loss(params: dict[str, torch.Tensor], batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    x, y = batch  # [B, K, 2], [B, K]
-    hidden = torch.tanh(x @ params["w"].mT)
-    return ((hidden * params["u"].unsqueeze(1)).sum(-1) - y).square().mean(-1)
+    return (model(params, batch) - batch[1]).square().mean(-1)
+
+
+def model(params: dict[str, torch.Tensor], batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    hidden = torch.tanh(batch[0] @ params["w"].mT)  # of [B, K, 2], and the targets are [B, K]
+    return (hidden * params["u"].unsqueeze(1)).sum(-1)
 
 
 def problem() -> tuple[dict[str, torch.Tensor], Any, Any]:

@@ -187,6 +187,23 @@ def test_solvers_that_take_parts_find_the_same_numbers(solver: Any) -> None:
     torch.testing.assert_close(found.local, wanted, rtol=0, atol=1e-9)
 
 
+def test_gauss_newton_products_of_parts_are_those_of_the_whole() -> None:
+    def residuals(x: Any, t: Any) -> Any:
+        return [x + x**3 / 9 - t, x.sum() / 9, torch.tanh(2 * x)]
+
+    def in_parts(x: Any, t: Any) -> Any:
+        return [There.apply(residual, x) if residual.ndim else residual for residual in residuals(Here.apply(x), t)]
+
+    solver = il.solvers.NewtonCG(rtol=1e-12, curvature="gauss_newton")
+    whole = il.least_squares(residuals)
+    found = solver(
+        il.composite(lambda o, t: whole.loss([Here.apply(o[0]), o[1], Here.apply(o[2])]), in_parts), parts(0 * T), T
+    )
+    assert type(found) is Parts
+    # as above
+    torch.testing.assert_close(found.local, solver(whole, 0 * T, T), rtol=0, atol=1e-9)
+
+
 def contracted(x: Any, t: Any) -> Any:
     """A contraction whose derivative is not symmetric."""
     return 0.7 * torch.tanh(torch.linspace(-1, 1, 40, dtype=torch.float64) * x + t) + (x * t).sum(-1, keepdim=True) / 99
@@ -249,7 +266,7 @@ WHOLE = [
     il.ConjugateGradient(preconditioner=lambda v: v),
     il.Gmres(preconditioner=il.Jacobi()),
     il.solvers.GradientDescent(T.abs()),
-    il.solvers.NewtonCG(curvature="gauss_newton"),
+    il.solvers.LevenbergMarquardt(),
     il.solvers.LBFGS(bounds=il.sets.Box(0, 1)),
     il.solvers.SciPyMinimize("BFGS"),
     il.solvers.Newton(),
@@ -260,6 +277,30 @@ WHOLE = [
 @pytest.mark.parametrize("solver", WHOLE, ids=lambda solver: type(solver).__name__)
 def test_solvers_that_look_at_entries_get_whole_vectors(solver: Any) -> None:
     assert not solver.in_parts
+
+
+@pytest.mark.parametrize("y", ["normal", "geometric", "ties", "equal"])
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+def test_the_simplex_of_parts_is_that_of_the_whole(y: str, scale: float) -> None:
+    draw = torch.Generator().manual_seed(0)
+    values = {
+        "normal": torch.randn(2, 300, dtype=torch.float64, generator=draw),
+        "geometric": -(1.7 ** torch.arange(300, dtype=torch.float64)).expand(2, 300),
+        "ties": torch.randint(0, 3, (2, 300), generator=draw).double(),
+        "equal": torch.full((2, 300), 0.1, dtype=torch.float64),
+    }[y] * scale
+    simplex = il.sets.Simplex(torch.tensor([2.5, 0.1], dtype=torch.float64))
+    assert simplex.in_parts and not il.sets.Simplex(dim=-1).in_parts
+    wanted = simplex.project(values, 1)
+    # an entry is a number of the size of the total less tau: their rounding, over sums of 300
+    torch.testing.assert_close(simplex.project(parts(values), 1).local, wanted, rtol=0, atol=1e-12)
+    held = simplex.activity(parts(values), 1.0, 1)[0].local
+    assert torch.equal(held, simplex.activity(values, 1.0, 1)[0])
+
+
+def test_a_number_that_is_none_stays_in_the_simplex_of_parts() -> None:
+    values = torch.tensor([1.0, torch.nan, 0.2], dtype=torch.float64)
+    assert bool(il.sets.Simplex().project(parts(values)).local.isnan().all())
 
 
 def test_peak_memory_counts_the_entries_that_are_here() -> None:

@@ -15,7 +15,7 @@ import torch
 
 from implicitlayer import _torch
 from implicitlayer.base._parts import Cut, Parts
-from implicitlayer.base._sharding import Sharding, _no_summands, everywhere, gathered, layout_of, recut
+from implicitlayer.base._sharding import Sharding, everywhere, gathered, layout_of, recut
 from implicitlayer.base._tree import FlatOf, LeavesOf, flatten, like_x, unflatten
 
 
@@ -40,7 +40,9 @@ class Divided(Sharding):
             SimpleNamespace(shape=t.shape, stride=stride) for t, stride in zip(leaves, strides, strict=True)
         ]
         self.lanes = self.like[0].shape[:lane_dims]
-        self.here = [leaf.shape if how is None else leaf.to_local().shape for leaf, how in self._pairs(leaves)]
+        with torch.no_grad():  # within transforms there is no to_local() with a graph
+            inside = list(map(_torch.innermost, leaves))
+            self.here = [t.shape if how is None else t.to_local().shape for t, how in self._pairs(inside)]
         self.sizes = [shape[lane_dims:].numel() for shape in self.here]
         size = sum(leaf.shape[lane_dims:].numel() for leaf in leaves)
         at_once = self.mesh.ndim > 1 and self.mesh.size() == dist.get_world_size()  # all processes, in one group
@@ -49,18 +51,21 @@ class Divided(Sharding):
 
     @classmethod
     def possible(cls, init: Any, lane_dims: int = 0) -> bool:
-        """Whether some leaf is cut, no lane is, the vector has one dtype and one mesh, and no transform is at work."""
+        """Whether some leaf is cut, no lane is, and the vector has one dtype and one mesh."""
         from torch.distributed.tensor import Replicate, Shard
 
-        if _torch.transforms_active():
-            return False
         leaves = flatten(init)[0]
         layouts = [how for how in Sharding(init).layouts if how is not None]
-        placed = [placement for _, placements in layouts for placement in placements]
+        placed = [placement for how in layouts for placement in how.placements]
         kinds, within = {type(p) for p in placed}, all(getattr(p, "dim", lane_dims) >= lane_dims for p in placed)
-        one = len({leaf.dtype for leaf in leaves}) == 1 == len({mesh for mesh, _ in layouts})
+        one = len({leaf.dtype for leaf in leaves}) == 1 == len({how.mesh for how in layouts})
         cut = Shard in kinds and kinds <= {Shard, Replicate} and within
         return one and cut and sum(leaf.shape[lane_dims:].numel() for leaf in leaves) > 1
+
+    @classmethod
+    def or_whole(cls, tree: Any) -> Sharding:
+        """How the leaves of ``tree`` lie, in parts where that is possible."""
+        return cls(tree) if cls.possible(tree) else Sharding(tree)
 
     def inside(self, tree: Any) -> torch.Tensor:
         """One vector [*lanes, n] of a tree like ``init``; leaves that are not placed as its are put together before."""
@@ -78,6 +83,16 @@ class Divided(Sharding):
         vector: torch.Tensor = FlatOf.apply(self, *grown)
         return vector
 
+    def diagonal(self, tree: Any) -> Any:
+        """The same as a vector; of one number per lane, too."""
+        if tree is None:
+            return None
+        values = []
+        for value, like in zip(flatten(tree)[0], self.like, strict=True):
+            more = len(like.shape) - value.ndim if value.ndim == len(self.lanes) else 0
+            values.append(value.reshape((*value.shape, *[1] * more)))
+        return self.vector_of(values)
+
     def outside(self, x: torch.Tensor) -> Any:
         """The tree of a vector."""
         return unflatten(LeavesOf.apply(x, self, False), self.spec)
@@ -92,8 +107,7 @@ class Divided(Sharding):
             return super().put_together(result)
         leaves = like_x(result, self.like, self.spec)
         self.compare_copies("value", leaves)
-        pairs = self._pairs(leaves)
-        return FlatOf.apply(self, *(gathered(t) if how is None else everywhere(t, self.mesh) for t, how in pairs))
+        return self.vector_of(leaves)
 
     def leaves(self, flat: Any) -> tuple[torch.Tensor, ...]:
         """DTensors, or plain tensors where ``init`` had some, that are views of a vector."""
@@ -104,7 +118,7 @@ class Divided(Sharding):
         for part, here, like, how in zip(*columns, strict=True):
             local = part.reshape(here).contiguous()  # of one problem it is a view
             if how is not None:
-                local = DTensor.from_local(local, *how, run_check=False, shape=like.shape, stride=like.stride)
+                local = DTensor.from_local(local, *how[:2], run_check=False, shape=like.shape, stride=like.stride)
             found.append(local)
         return tuple(found)
 
@@ -112,17 +126,9 @@ class Divided(Sharding):
         """The vector of some leaves, in whatever placements they are."""
         parts = []
         for (leaf, how), size in zip(self._pairs(leaves), self.sizes, strict=True):
-            part = gathered(leaf) if how is None else leaf.redistribute(placements=_no_summands(how[1])).to_local()
+            part = gathered(leaf) if how is None else leaf.redistribute(placements=how[1]).to_local()
             parts.append(part.reshape(*self.lanes, size))
         return Parts(torch.cat(parts, -1), self.cut)
-
-    def compare_copies(self, what: str, leaves: Sequence[Any]) -> None:
-        """Raise unless processes that say that they hold the same entries of ``leaves`` have found the same of them."""
-        for index, leaf in enumerate(leaves):
-            how = layout_of(leaf)
-            dims = [i for i in range(self.mesh.ndim) if how is None or how[1][i].is_replicate()]
-            if dims:
-                self.compare(f"{what} in leaf {index} of x", [leaf], dims)
 
     def _pairs(self, leaves: Sequence[Any]) -> list[tuple[Any, Any]]:
         return list(zip(leaves, self.layouts, strict=True))

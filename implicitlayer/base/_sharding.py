@@ -6,24 +6,26 @@
 # door and its value is put together there. With x the whole tensor and the parts P x, f(P x) has the gradient
 # P' f'(P x), and P' is the gathering of the parts, whatever torch has left to be done: a value or gradient with the
 # placement Partial, of which every process holds a summand, is summed. The transposes of the two are each other, so
-# each Function below is the backward of the other one, to any order.
+# each Function is the backward of the other one, to any order.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ParamSpec, TypeVar
+from dataclasses import replace
+from functools import partial, wraps
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 
 from implicitlayer import _torch
 from implicitlayer._errors import ImplicitLayerWarning, ObjectiveError, UnsupportedTransformError
-from implicitlayer.base._tree import flatten, is_data, tree_map, unflatten
+from implicitlayer.base._tree import FlatOf, LeavesOf, flatten, is_data, tree_map, unflatten
 from implicitlayer.base._warn import warn
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+OfOutputs = Callable[[Any], "Sharding"]
 WHOLE = {torch.Tensor, torch.nn.Parameter, type(None)}  # classes of what is sure to lie on one process
 
 
@@ -33,18 +35,40 @@ def is_sharded(value: Any) -> bool:
     return hasattr(inside, "device_mesh") and hasattr(inside, "full_tensor")
 
 
-def layout_of(value: Any) -> tuple[Any, tuple[Any, ...]] | None:
-    """Mesh and placements of a DTensor; None for anything else."""
+class Layout(NamedTuple):
+    """How a DTensor, or the gradient of one, lies on processes; a pair as in NOTE [one vector]."""
+
+    mesh: Any
+    placements: tuple[Any, ...]
+    compare_copies: Callable[..., None] | None = None
+
+    def leaves(self, whole: torch.Tensor) -> tuple[torch.Tensor]:
+        """The parts, as one leaf, of a tensor that is the same on every process."""
+        from torch.distributed.tensor import DTensor, Replicate
+
+        cut: Any = DTensor.from_local(whole, self.mesh, [Replicate()] * self.mesh.ndim, run_check=False)
+        return (cut.redistribute(placements=self.placements),)
+
+    def flat(self, leaves: Sequence[Any]) -> torch.Tensor:
+        """The whole of one leaf, in whatever placements it is."""
+        whole: torch.Tensor = leaves[0].full_tensor()
+        return whole
+
+
+def layout_of(value: Any) -> Layout | None:
+    """Mesh and placements of the gradient of a DTensor, which is whole where it is in summands; None for others."""
     if not is_sharded(value):
         return None
+    from torch.distributed.tensor import Replicate
+
     inside = _torch.innermost(value)
-    return inside.device_mesh, inside.placements
+    return Layout(inside.device_mesh, tuple(Replicate() if p.is_partial() else p for p in inside.placements))
 
 
 def placed_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
     """A constant that is the same on every process, cut as ``like`` is; itself for a plain one."""
     layout = layout_of(like)
-    return tensor if layout is None else _cut(tensor, *layout)
+    return tensor if layout is None else layout.leaves(tensor)[0]
 
 
 def mesh_of(values: Iterable[Any]) -> Any:
@@ -68,14 +92,14 @@ def everywhere(tree: Any, mesh: Any) -> Any:
     """``tree`` with its plain tensors, the same on every process of a mesh, as DTensors that are whole on each."""
     from torch.distributed.tensor import Replicate
 
-    layout = mesh, (Replicate(),) * mesh.ndim
-    return tree_map(lambda t: _Distribute.apply(t, *layout) if is_data(t) and not is_sharded(t) else t, tree)
+    layout = Layout(mesh, (Replicate(),) * mesh.ndim)
+    return tree_map(lambda t: recut(t, layout) if is_data(t) and not is_sharded(t) else t, tree)
 
 
 def on_whole_tensors(function: Callable[P, R]) -> Callable[P, R]:
     """``function``, of data alone, for DTensors too: it is given whole tensors, and what it returns lies everywhere."""
 
-    @functools.wraps(function)
+    @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         mesh = mesh_of((*args, *kwargs.values()))
         if mesh is None:
@@ -86,71 +110,12 @@ def on_whole_tensors(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def _cut(tensor: torch.Tensor, mesh: Any, placements: Sequence[Any]) -> torch.Tensor:
-    from torch.distributed.tensor import DTensor, Replicate
-
-    cut: torch.Tensor = DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return cut.redistribute(placements=_no_summands(placements))  # type: ignore[attr-defined,no-any-return]
-
-
-def _no_summands(placements: Sequence[Any]) -> tuple[Any, ...]:
-    """The placements of a gradient: whole where the tensor itself is in summands."""
-    from torch.distributed.tensor import Replicate
-
-    return tuple(Replicate() if placement.is_partial() else placement for placement in placements)
-
-
-def _refuse_transform(*_: Any) -> Any:
+def _refuse_transform() -> None:
     raise UnsupportedTransformError(
         "vmap over a layer that is given DTensors is not possible, nor is forward mode (jvp, jacfwd, hessian): torch "
         "can neither map what lies on several processes nor give it a tangent. Use reverse mode (backward, grad, vjp), "
         "batch_dims= for many problems at once, or a loop over calls of the layer."
     )
-
-
-class _Distribute(torch.autograd.Function):
-    """A whole tensor in parts, NOTE [sharded objectives]."""
-
-    @staticmethod
-    def forward(whole: torch.Tensor, mesh: Any, placements: Any, check: Any = None) -> torch.Tensor:
-        return _cut(whole.detach(), mesh, placements)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.layout, ctx.check = inputs[1:3], inputs[3] if len(inputs) > 3 else None
-        ctx.set_materialize_grads(False)  # torch's zeros would be no DTensor
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: torch.Tensor | None) -> Any:
-        if cotangent is None:
-            return None, None, None, None
-        gradient = _Gather.apply(cotangent, *ctx.layout)
-        if ctx.check is not None:
-            ctx.check(gradient)
-        return gradient, None, None, None
-
-    vmap = staticmethod(_refuse_transform)
-
-
-class _Gather(torch.autograd.Function):
-    """The whole of a tensor in parts or summands; ``placements``: how its gradient is cut."""
-
-    @staticmethod
-    def forward(parts: torch.Tensor, mesh: Any, placements: Any) -> torch.Tensor:
-        return parts.detach().full_tensor()  # type: ignore[attr-defined,no-any-return]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        ctx.layout = inputs[1:]
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, cotangent: torch.Tensor | None) -> Any:
-        if cotangent is None:
-            return None, None, None
-        return _Distribute.apply(cotangent, *ctx.layout), None, None
-
-    vmap = staticmethod(_refuse_transform)
 
 
 def of_all(mine: torch.Tensor, group: Any) -> torch.Tensor:
@@ -171,7 +136,7 @@ class Sharding:
 
     def __init__(self, init: Any) -> None:
         self.layouts = [layout_of(t) for t in flatten(init)[0]]
-        self.mesh = next(layout[0] for layout in self.layouts if layout is not None)
+        self.mesh: Any = next((layout[0] for layout in self.layouts if layout is not None), None)
         self._compared: set[str] = set()
         if not _torch.SHARDS_HAVE_SECOND_DERIVATIVES:
             message = (
@@ -190,19 +155,55 @@ class Sharding:
         leaves, spec = flatten(tree)
         return unflatten([recut(*pair) for pair in zip(leaves, self.layouts, strict=True)], spec)
 
-    def seen(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """``function`` of sharded unknowns as one of the layer's unknowns; see :meth:`put_together`."""
+    def seen(self, function: Callable[..., Any], of_outputs: OfOutputs | None = None) -> Callable[..., Any]:
+        """``function`` of sharded unknowns as one of the layer's unknowns; see :meth:`put_together`.
+
+        ``of_outputs``: how those of its model lie for the layer, where it tells its model: whole by default.
+        """
 
         def of_inside(x: Any, *theta: Any) -> Any:
             return self.put_together(function(self.given(x), *theta))
 
-        of_inside.unknowns = self.outside  # type: ignore[attr-defined]  # how its user calls them
+        told: dict[str, Any] = {"unknowns": self.outside}  # how its user calls them
+        if hasattr(function, "curvature_metric"):  # see NOTE [objectives with parts]
+            told["curvature_metric"] = lambda x, *theta: self.diagonal(function.curvature_metric(self.given(x), *theta))
+        composite = function.as_composite() if hasattr(function, "as_composite") else None
+        if composite is not None:
+            parts = self._seen_model(composite, of_outputs or Sharding)
+            told["as_composite"] = lambda: parts
+        of_inside.__dict__.update(told)
         return of_inside
+
+    def diagonal(self, tree: Any) -> Any:
+        """A diagonal matrix for the layer's unknowns, from its entries in the structure of ``init``, or None."""
+        return whole(tree)
+
+    def _seen_model(self, composite: Any, of_outputs: OfOutputs) -> Any:
+        """The same model and loss of the layer's unknowns, and of outputs as ``of_outputs`` has them.
+
+        The outputs are brought into one form, O o, and the loss takes O^-1 of it. With J of the model and L of the loss
+        (O J)' (O^-1' L O^-1) (O J) = J' L J: the Gauss-Newton matrix of the whole data, wherever its rows lie.
+        """
+        lie: list[Sharding] = []  # known once the model has run, which it does before the loss
+
+        def model(x: Any, *theta: Any) -> Any:
+            outputs = composite.model(self.given(x), *theta)
+            lie[:] = [of_outputs(outputs)]
+            return lie[0].inside(outputs)
+
+        def loss(outputs: Any, *theta: Any) -> Any:
+            return self.put_together(composite.loss(lie[0].outside(outputs), *theta))
+
+        return replace(composite, loss=loss, model=model)
 
     def given(self, x: Any) -> Any:
         """The unknowns of the layer as the user's function gets them."""
         leaves, spec = flatten(x)
-        return unflatten([self._given(i, leaf) for i, leaf in enumerate(leaves)], spec)
+        for i, how in enumerate(self.layouts):
+            if how is not None:
+                compares = how._replace(compare_copies=partial(self.compare_copies, first=i))
+                leaves[i] = LeavesOf.apply(leaves[i], compares, True)[0]
+        return unflatten(leaves, spec)
 
     def put_together(self, result: Any) -> Any:
         """The whole of what the user's function returns, which must be the same on every process."""
@@ -210,16 +211,15 @@ class Sharding:
         self.compare("value", [leaf for leaf in flatten(result)[0] if is_data(leaf)], range(self.mesh.ndim))
         return result
 
-    def _given(self, index: int, leaf: torch.Tensor) -> torch.Tensor:
-        layout = self.layouts[index]
-        if layout is None:
-            return leaf
-        every = range(self.mesh.ndim)
-        cut: torch.Tensor = _Distribute.apply(
-            leaf, *layout, lambda gradient: self.compare(f"gradient in leaf {index} of x", [gradient], every)
-        )
-        return cut
+    def compare_copies(self, what: str, leaves: Sequence[Any], first: int = 0) -> None:
+        """Raise unless processes that say that they hold the same entries of ``leaves`` have found the same of them."""
+        for index, leaf in enumerate(leaves, first):
+            placed = getattr(_torch.innermost(leaf), "placements", None)
+            dims = [i for i in range(self.mesh.ndim) if placed is None or placed[i].is_replicate()]
+            if dims:
+                self.compare(f"{what} in leaf {index} of x", [leaf], dims)
 
+    @torch.no_grad()  # to_local() would ask for a graph, which it cannot have within transforms
     def compare(self, what: str, tensors: Sequence[torch.Tensor], dims: Sequence[int]) -> None:
         """Raise on every process unless the first ``tensors`` called ``what`` are the same on all, up to rounding.
 
@@ -228,8 +228,7 @@ class Sharding:
         if what in self._compared or not tensors:
             return
         self._compared.add(what)
-        here = [_torch.innermost(t).detach() for t in tensors]
-        plain = [(t.to_local() if is_sharded(t) else t).double() for t in here]
+        plain = [(t.to_local() if is_sharded(t) else t).double() for t in map(_torch.innermost, tensors)]
         # sums agree to their rounding, far below the root of eps times the sum of magnitudes; NaN is for others to tell
         mine = torch.stack([part for t in plain for part in (t.sum(), t.abs().sum())]).nan_to_num()
         rtol = max(torch.finfo(t.dtype).eps for t in tensors) ** 0.5
@@ -255,13 +254,13 @@ def whole(tree: Any) -> Any:
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a DTensor, with its graph; any other tensor itself."""
     layout = layout_of(tensor)
-    return tensor if layout is None else _Gather.apply(tensor, layout[0], _no_summands(layout[1]))
+    return tensor if layout is None else FlatOf.apply(layout, tensor)
 
 
-def recut(tensor: torch.Tensor, how: tuple[Any, ...] | None) -> torch.Tensor:
+def recut(tensor: torch.Tensor, how: Layout | None) -> torch.Tensor:
     """The whole of ``tensor``, and that in parts where a layout says how, with its graph."""
     all_of_it = gathered(tensor)
-    return all_of_it if how is None else _Distribute.apply(all_of_it, *how)
+    return all_of_it if how is None else LeavesOf.apply(all_of_it, how, False)[0]
 
 
 def gathered_where_plain(

@@ -159,6 +159,8 @@ class LeavesOf(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: torch.Tensor | None) -> tuple[Any, ...]:
+        if all(cotangent is None for cotangent in cotangents):
+            return None, None, None
         if any(cotangent is None for cotangent in cotangents):
             zeros = LeavesOf.apply(torch.zeros_like(*ctx.saved_tensors), ctx.of, False)
             cotangents = tuple([z if c is None else c for c, z in zip(cotangents, zeros, strict=True)])

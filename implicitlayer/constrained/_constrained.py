@@ -12,7 +12,6 @@ import math
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -139,12 +138,10 @@ class ProxLayer(ImplicitLayer):
         term.refuse_ambiguous(init, self.batch_dims)
         return term.in_parts and getattr(self.solver, "regularizer", self.terms) is None
 
-    def inside(
-        self, sharding: Sharding, init: Any, theta: tuple[Any, ...]
-    ) -> tuple[ImplicitLayer, Any, tuple[Any, ...]]:
+    def inside(self, sharding: Sharding, init: Any) -> ImplicitLayer:
         """As for every layer; the term gets data that fit the unknowns, of thetas as they are."""
-        layer = replace(self, terms=_with_data(self.terms, partial(_entries, sharding, init)))
-        return ImplicitLayer.inside(layer, sharding, init, theta)
+        layer = replace(self, terms=_with_data(self.terms, sharding, init))
+        return ImplicitLayer.inside(layer, sharding, init)
 
     def as_root(self, function: Callable[..., Any]) -> ImplicitLayer:
         """The layer of the equation that is differentiated, for the objective ``function`` as the user wrote it."""
@@ -302,27 +299,21 @@ def _least(leaves: Leaves, lane_dims: int) -> torch.Tensor:
     return flat.amin(-1) if flat.shape[-1] else flat.new_full(flat.shape[:-1], torch.inf)
 
 
-def _with_data(terms: Any, seen: Callable[[Any, str | None], Any]) -> Any:
-    """The same terms with other data: ``seen(value, name)`` of what they hold, named where it broadcasts to x."""
+def _with_data(terms: Any, sharding: Any, init: Any) -> Any:
+    """The same terms with other data: whole, or a vector like unknowns in parts of numbers that broadcast to them."""
     if callable(terms) and not isinstance(terms, type):
-        return lambda *theta: _with_data(terms(*theta), seen)
+        return lambda *theta: _with_data(terms(*theta), sharding, init)
 
     def of(term: Any) -> Any:
-        own = [field.name for field in fields(term)] if is_dataclass(term) and not isinstance(term, type) else ()
         made = copy(term)
-        changed = {name: seen(getattr(term, name), name if name in term.per_entry else None) for name in own}
-        made.__dict__.update(changed)  # not all have arguments
+        for field in fields(term) if is_dataclass(term) and not isinstance(term, type) else ():  # not all have some
+            value = getattr(term, field.name)
+            several = isinstance(value, dict | list | tuple) or (isinstance(value, torch.Tensor) and value.ndim)
+            stays = isinstance(sharding, Divided) and several and field.name in term.per_entry
+            made.__dict__[field.name] = sharding.vector_of(spread(value, init, field.name)) if stays else whole(value)
         return made
 
     return tree_map(of, terms)
-
-
-def _entries(sharding: Sharding, init: Any, value: Any, name: str | None) -> Any:
-    """What a term holds, whole; for unknowns in parts a vector like them of several numbers that broadcast to them."""
-    several = isinstance(value, dict | list | tuple) or (isinstance(value, torch.Tensor) and value.ndim)
-    if isinstance(sharding, Divided) and several and name:
-        return sharding.vector_of(spread(value, init, name))
-    return whole(value)
 
 
 def _plain(leaf: Any) -> Any:

@@ -130,8 +130,8 @@ class Jacobian:
         """u -> J'u and u -> J u of flat vectors, from a graph that is kept."""
         lane_dims = self.lane_dims
         if self.curvature == "gauss_newton":
-            product = flat_product(self.residual.gauss_newton(x, theta), x, lane_dims)
-            return product, product
+            product = self.residual.gauss_newton(x, theta, self._recordable(x, theta))
+            return (flat_product(product, x, lane_dims),) * 2
         at = self._attached(x, theta)
         if at is not None:
             self._show(at.value, x, theta)
@@ -143,9 +143,12 @@ class Jacobian:
 
     def _attached(self, x: Leaves, theta: Leaves) -> Attached | None:
         """F with a plain graph; None where only torch.func is sure to see what is swapped for one lane of a level."""
-        recordable = not (torch.is_inference_mode_enabled() or any(t.is_inference() for t in (*x, *theta)))
-        plain = recordable and not (plainly_impossible() or self.residual.levels)
-        return self.residual.attached(x, theta) if plain else None
+        return self.residual.attached(x, theta) if self._recordable(x, theta) else None
+
+    def _recordable(self, x: Leaves, theta: Leaves) -> bool:
+        """Whether plain autograd sees all that is to be seen."""
+        inference = torch.is_inference_mode_enabled() or any(t.is_inference() for t in (*x, *theta))
+        return not (inference or plainly_impossible() or self.residual.levels)
 
     def _show(self, value: Leaves, x: Leaves, theta: Leaves) -> None:
         """Let the watch see F(x, theta)."""

@@ -102,7 +102,7 @@ def hessian_operator(
 
         def of(sharding: Sharding) -> HessianOperator:
             how: dict[str, Any] = {"curvature": curvature, "damping": damping}
-            inner = hessian_operator(sharding.seen(objective), sharding.inside(x), *theta, **how)
+            inner = hessian_operator(sharding.seen(objective, Divided.or_whole), sharding.inside(x), *theta, **how)
             return replace(inner, sharding=sharding)
 
         made = partial(of, Sharding(x))

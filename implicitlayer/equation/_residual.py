@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from implicitlayer._errors import ObjectiveError
-from implicitlayer.base._tree import as_points, points_of, ravel, unravel
+from implicitlayer.base._tree import as_points, flatten, points_of, ravel, unflatten, unravel
 from implicitlayer.base._types import FlatFunction, Leaves
 from implicitlayer.equation._capture import plainly_impossible
 from implicitlayer.equation._flat import NO_PARTS, Parts
@@ -209,10 +209,10 @@ class Residual:
         """The same by torch.func, of what no mode sees."""
         refuse_hidden_tensors(self.outputs, [leaf.detach() for leaf in x], [leaf.detach() for leaf in theta])
 
-    def gauss_newton(self, x: Leaves, theta: Leaves) -> Callable[[Leaves], Leaves]:
+    def gauss_newton(self, x: Leaves, theta: Leaves, plainly: bool = False) -> Callable[[Leaves], Leaves]:
         """u -> J' (d^2 loss / d outputs^2) J u with J = d model / dx: the Hessian without the curvature of the model.
 
-        Positive semidefinite for a loss that is convex in the outputs.
+        Positive semidefinite for a loss that is convex in the outputs. ``plainly``: from graphs that are built once.
         """
         if self.parts.model is None or self.parts.loss is None:
             raise ObjectiveError(
@@ -220,6 +220,8 @@ class Residual:
                 "or il.composite(loss, model)."
             )
         model, loss = self.over_lanes(self.parts.model), self.over_lanes(self.parts.loss)
+        if plainly:
+            return gauss_newton_of(lambda x_: model(x_, theta), lambda o: loss(o, theta), x)
         outputs = list(model(list(x), theta))
         gradient = torch.func.grad(lambda o: loss(o, theta).sum())
 
@@ -333,6 +335,19 @@ def pull_back(value: Leaves, inputs: Leaves, u: Leaves) -> Leaves:
         return [torch.zeros_like(leaf) for leaf in inputs]
     outputs, cotangents = zip(*live, strict=True)
     return list(torch.autograd.grad(outputs, inputs, cotangents, retain_graph=True, materialize_grads=True))
+
+
+def gauss_newton_of(
+    model: Callable[[Leaves], Any], loss: Callable[[Any], torch.Tensor], x: Leaves
+) -> Callable[[Leaves], Leaves]:
+    """u -> J' (d^2 loss / d outputs^2) J u at x, J = d model / dx, from graphs that are built once."""
+    with torch.enable_grad():
+        points = [leaf.detach().requires_grad_() for leaf in x]
+        outputs, spec = flatten(model(points))
+        cut = [leaf.detach().requires_grad_() for leaf in outputs]
+        slopes = torch.autograd.grad(loss(unflatten(cut, spec)).sum(), cut, create_graph=True, materialize_grads=True)
+        push = pushed(outputs, points)
+    return lambda u: pull_back(outputs, points, pull_back(list(slopes), cut, push(u)))
 
 
 # NOTE [one pull-back]: <J'w, .> as the gradient of <f, w>. A pull-back from torch.func.vjp, called after its level is

@@ -13,7 +13,7 @@ from implicitlayer._errors import UnsupportedTransformError
 from implicitlayer.api._module import ArgminLayer
 from implicitlayer.base._sharding import Sharding, mesh_of
 from implicitlayer.base._surroundings import plain_surroundings
-from implicitlayer.base._tree import flatten, flatten_with_names, unflatten
+from implicitlayer.base._tree import flatten, flatten_with_names
 from implicitlayer.constrained._constrained import ProxLayer
 from implicitlayer.equation._flat import Signature
 from implicitlayer.explain._explain_leaves import (
@@ -71,11 +71,8 @@ def explain_gradient(layer: ImplicitLayer | ArgminLayer, /, *args: Any) -> Gradi
     check_init(x, x_names, settings.batch_dims)
     if mesh_of(x) is not None:
         sharding = Sharding(init)
-        given, spec = flatten(theta)
-        settings, init, theta = replace(settings, function=function).inside(sharding, init, theta)
-        pairs = zip(given, flatten(theta)[0], strict=True)
-        like = [t.detach().requires_grad_(a.requires_grad) if t is not a and a.is_leaf else t for a, t in pairs]
-        theta = unflatten(like, spec)
+        settings = replace(settings, function=function).inside(sharding, init)
+        init = sharding.inside(init)
         function, x = settings.function, flatten(init)[0]
     if isinstance(settings, ProxLayer):
         settings = settings.as_root(function)

@@ -208,8 +208,8 @@ class ImplicitLayer(CopiesFunctions):
         stays = stays and Divided.possible(*given)
         sharding = Divided(*given, self.kind == "argmin") if stays else Sharding(init)
         value_of = without_aux(self.function) if self.objective_has_aux else self.function  # nobody reads aux
-        inner, x, theta = replace(self, function=value_of, objective_has_aux=False).inside(sharding, init, theta)
-        result = inner(x, *theta)
+        inner = replace(self, function=value_of, objective_has_aux=False).inside(sharding, init)
+        result = inner(sharding.inside(init), *theta)
         self.records = inner.records
         return (sharding.outside(result[0]), result[1]) if self.solver_has_aux else sharding.outside(result)
 
@@ -217,11 +217,10 @@ class ImplicitLayer(CopiesFunctions):
         """Whether the layer itself, beside its solvers, looks at no single entries of its unknowns."""
         return type(self)._equation is ImplicitLayer._equation
 
-    def inside(
-        self, sharding: Sharding, init: Any, theta: tuple[Any, ...]
-    ) -> tuple[ImplicitLayer, Any, tuple[Any, ...]]:
-        """The same layer of unknowns as they are inside ``sharding``, and what it takes: these, and its thetas."""
-        return replace(self, function=sharding.seen(self.function)), sharding.inside(init), theta
+    def inside(self, sharding: Sharding, init: Any) -> ImplicitLayer:
+        """The same layer of unknowns as they are inside ``sharding``."""
+        of_outputs = Divided.or_whole if getattr(self.solver, "in_parts", False) else Sharding
+        return replace(self, function=sharding.seen(self.function, of_outputs))
 
     def _read(self, function: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
         """What is run to find closed-over tensors, and what shows its numbers; see :func:`find_closed_over`."""

@@ -71,12 +71,10 @@ class Box(ConvexSet):
 
     def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
         """Entries on a bound, and how far y is from changing sides; fixed entries have no kink."""
-        held: Leaves = []
-        margins: Leaves = []
-        for v, lo, hi in self._bounds(y):
-            held.append((v <= lo) | (v >= hi))
-            margins.append(torch.where(lo == hi, torch.inf, torch.minimum((v - lo).abs(), (v - hi).abs())))
-        spec = flatten(y)[1]
+        bounds, spec = self._bounds(y), flatten(y)[1]
+        held = [(v <= lo) | (v >= hi) for v, lo, hi in bounds]
+        nearest = [torch.minimum((v - lo).abs(), (v - hi).abs()) for v, lo, hi in bounds]
+        margins = [torch.where(lo == hi, torch.inf, near) for near, (_, lo, hi) in zip(nearest, bounds, strict=True)]
         return unflatten(held, spec), unflatten(margins, spec)
 
     def diagonal(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:

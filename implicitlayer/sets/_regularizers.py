@@ -68,31 +68,29 @@ class L1(Regularizer):
 
     def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
         """The soft threshold, in the structure of y."""
-        leaves, spec = flatten(y)
-        return unflatten([_soft(v, t) for v, t in zip(leaves, self._thresholds(y, step), strict=True)], spec)
+        return unflatten([_soft(v, t) for v, t in self._thresholds(y, step)], flatten(y)[1])
 
     def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
         """Entries at zero, and how far y is from the threshold."""
-        leaves, spec = flatten(y)
-        pairs = list(zip(leaves, self._thresholds(y, step), strict=True))
+        pairs, spec = self._thresholds(y, step), flatten(y)[1]
         held = [(v.abs() <= t) & (t > 0) for v, t in pairs]
         margins = [torch.where(t > 0, (v.abs() - t).abs(), torch.inf) for v, t in pairs]
         return unflatten(held, spec), unflatten(margins, spec)
 
     def diagonal(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
         """0 at and within the threshold, else 1; see NOTE [NaN stays]."""
-        leaves, spec = flatten(y)
-        pairs = zip(leaves, self._thresholds(y, step), strict=True)
-        return unflatten([(~((v.abs() <= t) & (t > 0))).to(v.dtype) for v, t in pairs], spec)
+        free = [(~((v.abs() <= t) & (t > 0))).to(v.dtype) for v, t in self._thresholds(y, step)]
+        return unflatten(free, flatten(y)[1])
 
     def value(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
         """``sum strength |x|``, [*lanes]."""
         pairs = zip(spread(self.strength, x, "strength"), flatten(x)[0], strict=True)
         return _total([lane_reduce(s * v.abs(), lane_dims) for s, v in pairs])
 
-    def _thresholds(self, y: Any, step: Any) -> Leaves:
+    def _thresholds(self, y: Any, step: Any) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Leaves with the thresholds of their entries."""
         strengths = spread(self.strength, y, "strength")
-        return [expand_like(step, v) * s for s, v in zip(strengths, flatten(y)[0], strict=True)]
+        return [(v, expand_like(step, v) * s) for s, v in zip(strengths, flatten(y)[0], strict=True)]
 
 
 @dataclass(frozen=True, eq=False)

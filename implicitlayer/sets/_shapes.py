@@ -7,7 +7,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from implicitlayer.base._tree import flatten, tree_map, unflatten
+from implicitlayer import _torch
+from implicitlayer.base._parts import Parts
+from implicitlayer.base._tree import flatten, tree_map
 from implicitlayer.sets._set import ConvexSet
 from implicitlayer.sets._term import (
     check_entries,
@@ -146,9 +148,7 @@ class Ball(ConvexSet):
         """All entries of a problem on the sphere, and the distance of y from it. A ball of radius 0 has no kink."""
         _, offset, norm, radius = self._offset(y, lane_dims)
         margin = torch.where(radius > 0, (norm - radius).abs(), torch.inf)
-        spec = flatten(y)[1]
-        held = parted((norm >= radius).to(offset.dtype) * torch.ones_like(offset), y, lane_dims)
-        held = unflatten([leaf > 0 for leaf in flatten(held)[0]], spec)
+        held = parted((norm >= radius) & torch.ones_like(offset, dtype=torch.bool), y, lane_dims)
         return held, parted(margin * torch.ones_like(offset), y, lane_dims)
 
     def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
@@ -161,6 +161,11 @@ class Ball(ConvexSet):
 # size, tau = (sum_S y - total) / k: on S, dx = dy - mean_S(dy) + dtotal / k, elsewhere dx = 0. S is found by sorting:
 # the k largest entries belong to it while y_(k) > (y_(1) + ... + y_(k) - total) / k. A number added to all entries of y
 # changes nothing, so the largest is taken off first: the sums then hold the total and not the offset.
+#
+# A vector in parts is not sorted (C. Michelot, J. Optim. Theory Appl. 50, 1986). Of a set T that holds S, tau_T is at
+# most tau, as the entries of T outside of S are: those at or below tau_T are not in S. They are left out until there
+# are none, in at most n rounds of two sums. The largest entry, 0, stays: tau_T is a mean without positive numbers, less
+# total / k.
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,6 +191,8 @@ class Simplex(ConvexSet):
     total: Any = 1.0
     dim: int | None = None
 
+    in_parts: ClassVar[Any] = property(lambda self: self.dim is None)
+
     def __post_init__(self) -> None:
         check_entries(self.total, "total", "positive and finite", lambda t: (t > 0) & t.isfinite())
         if self.dim is not None and self.dim >= 0:
@@ -197,13 +204,8 @@ class Simplex(ConvexSet):
         if y.shape[-1]:
             y = y - y.detach().amax(-1, keepdim=True)
         with torch.no_grad():
-            ordered = y.sort(-1, descending=True).values
-            count = torch.arange(1, y.shape[-1] + 1, device=y.device, dtype=y.dtype)
-            inside = ordered * count > ordered.cumsum(-1) - total
-            size = inside.sum(-1, keepdim=True).clamp_min(1)
-            support = y >= ordered.gather(-1, size - 1)
-            size = support.sum(-1, keepdim=True)
-        tau = (torch.where(support, y, 0.0).sum(-1, keepdim=True) - total) / size
+            support = _support(y, total)
+        tau = _threshold(y, support, total)
         return torch.where(support, y - tau, torch.clamp_max(y - tau, 0.0))
 
     def _along(self, y: Any, lane_dims: int, function: Any) -> Any:
@@ -218,17 +220,13 @@ class Simplex(ConvexSet):
 
     def project(self, y: Any, lane_dims: int = 0) -> Any:
         """The nearest point of the simplex, in the structure of y."""
-
-        def nearest(v: torch.Tensor) -> torch.Tensor:
-            z = self._shifted(v, lane_dims)
-            return torch.where(z <= 0, 0.0, z)
-
-        return self._along(y, lane_dims, nearest)
+        shifted = self._along(y, lane_dims, lambda v: self._shifted(v, lane_dims))
+        return tree_map(lambda z: torch.where(z <= 0, 0.0, z), shifted)
 
     def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
         """Entries at zero (the sum is always active), and how far each is from joining or leaving them."""
-        held = self._along(y, lane_dims, lambda v: self._shifted(v, lane_dims).to(v.dtype) <= 0)
-        return held, self._along(y, lane_dims, lambda v: self._shifted(v, lane_dims).abs())
+        shifted = self._along(y, lane_dims, lambda v: self._shifted(v, lane_dims))
+        return tree_map(lambda z: z <= 0, shifted), tree_map(torch.abs, shifted)
 
     def magnitude(self, y: Any, lane_dims: int = 0) -> torch.Tensor:
         """Without what is common to all entries, which has no effect."""
@@ -243,3 +241,21 @@ class Simplex(ConvexSet):
             return torch.relu(-v) + ((v.sum(-1, keepdim=True) - total) / v.shape[-1]).abs() + torch.relu(-total)
 
         return norm_of(joined(self._along(x, lane_dims, parts), lane_dims))
+
+
+def _threshold(y: torch.Tensor, support: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    return (torch.where(support, y, 0.0).sum(-1, keepdim=True) - total) / support.sum(-1, keepdim=True)
+
+
+def _support(y: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+    """Which entries of y, the largest of which is 0, stay positive along the last dimension."""
+    if isinstance(_torch.innermost(y), Parts):
+        support, kept = y.isnan(), torch.ones_like(y, dtype=torch.bool)
+        while bool((kept != support).any()):
+            support = kept
+            kept = support & (y > _threshold(y, support, total))
+        return kept
+    ordered = y.sort(-1, descending=True).values
+    count = torch.arange(1, y.shape[-1] + 1, device=y.device, dtype=y.dtype)
+    inside = ordered * count > ordered.cumsum(-1) - total
+    return y >= ordered.gather(-1, inside.sum(-1, keepdim=True).clamp_min(1) - 1)

@@ -9,18 +9,17 @@ import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
-from implicitlayer.base._solution import RecordingSolver, SolverResult
+from implicitlayer.base._solution import SolverResult
 from implicitlayer.base._tree import flatten, leaves_norm, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.solvers._descent import rounds_between_syncs
 from implicitlayer.solvers._leaves import (
     Momentum,
     add,
-    check_limits,
     choose,
     cosine,
     leads_uphill,
@@ -28,7 +27,7 @@ from implicitlayer.solvers._leaves import (
     value_and_gradient,
 )
 from implicitlayer.solvers._outcome import StallWatch, codes_of, contradiction, finite_leaves, outcome, relative_move
-from implicitlayer.solvers._progress import Iteration, Report, reporting
+from implicitlayer.solvers._progress import Iteration, Report, Settings, reporting
 
 _MAX_CHANGES = 40  # of the curvature estimate in one search: 2^40, in the first one 2^2560, beyond any number
 _NOISE = 16  # rounding errors of a sum, in units of eps: a decrease below them cannot be tested
@@ -37,7 +36,7 @@ _TURNED = 1e-3  # L may be below the curvature by this much: rounding of the gra
 
 
 @dataclass(frozen=True)
-class AcceleratedGradient(RecordingSolver):
+class AcceleratedGradient(Settings):
     """Nesterov's method for smooth convex objectives: about ``sqrt(kappa)`` steps where gradient descent makes kappa.
 
     ``x_new = y - g(y) / L``, ``y_new = x_new + m (x_new - x)``. With both constants known, kappa = beta / mu and
@@ -84,15 +83,8 @@ class AcceleratedGradient(RecordingSolver):
     smoothness: float | None = None
     _: KW_ONLY
     strong_convexity: float | None = None
-    max_steps: int = 1000
-    rtol: float = 0.0
-    atol: float = 0.0
-    callback: Callable[[Iteration], None] | None = None
-    progress: bool = False
 
-    finds: ClassVar[Literal["minimum"]] = "minimum"
     in_parts: ClassVar[bool] = True
-    batched: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         for name in ("smoothness", "strong_convexity"):
@@ -105,7 +97,7 @@ class AcceleratedGradient(RecordingSolver):
                 f"strong_convexity={mu} must be at most smoothness={beta}: they bound the smallest and the largest "
                 "eigenvalue of the same Hessian. Have they been exchanged?"
             )
-        check_limits(self)
+        super().__post_init__()
 
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         """The same, with status and step count."""
@@ -121,21 +113,20 @@ class AcceleratedGradient(RecordingSolver):
         y = [leaf.clone() for leaf in x]
         momentum = Momentum(self.strong_convexity)
         curvature: float | torch.Tensor | None = self.smoothness
-        has_tolerance = self.rtol > 0 or self.atol > 0
         tolerance: torch.Tensor | None = None
         running: torch.Tensor | None = None
         before: tuple[Leaves, Leaves] | None = None
         # finished lanes stand still, so asking rarely changes the count only; on an accelerator asking is a host sync
         every = rounds_between_syncs(x[0])
         lane_dims = 0
-        for step in range(self.max_steps + has_tolerance):
+        for step in range(self.max_steps + self.has_tolerance):
             value, gradient = problem.value_and_gradient(y)
             lane_dims = value.ndim
-            needed = has_tolerance or self.smoothness is None or report is not None
+            needed = self.has_tolerance or self.smoothness is None or report is not None
             norm = leaves_norm(gradient, lane_dims) if needed else value
             if report is not None:
                 report(Iteration(step, value, norm, unflatten([leaf.clone() for leaf in y], spec)))
-            if has_tolerance:
+            if self.has_tolerance:
                 if tolerance is None:
                     tolerance = torch.clamp(self.rtol * norm, min=self.atol)
                     watch = StallWatch.unset(norm, x[0].dtype)

@@ -7,22 +7,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from implicitlayer import _torch
-from implicitlayer.base._solution import RecordingSolver, SolverResult
+from implicitlayer.base._solution import SolverResult
 from implicitlayer.base._status import Status
 from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._common import STEPS_BETWEEN_SYNCS
 from implicitlayer.linear._operator import lane_dot
-from implicitlayer.solvers._leaves import check_limits
 from implicitlayer.solvers._line_search import LineSearch, Pair
 from implicitlayer.solvers._outcome import PATIENCE, StallWatch, codes_of, outcome
 from implicitlayer.solvers._problem import Problem
-from implicitlayer.solvers._progress import Iteration, Report, reporting
+from implicitlayer.solvers._progress import Iteration, Report, Settings, reporting
 
 _LEAST = 1e-10  # y's below this share of |s'g| is rounding: the Wolfe conditions alone give 0.1
 _LONG_SEARCH = 10  # trials of a search after which a step without gain counts for more, by NOTE [rounding]
@@ -60,26 +59,12 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Limited(RecordingSolver):
-    """Settings that the own solvers have in common; see their docstrings."""
+class Limited(Settings):
+    """The same; the limits may be given without their names."""
 
     max_steps: int = 1000
     rtol: float = 0.0
     atol: float = 0.0
-    _: KW_ONLY
-    callback: Callable[[Iteration], None] | None = None
-    progress: bool = False
-
-    finds: ClassVar[Literal["minimum"]] = "minimum"
-    batched: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_limits(self)
-
-    @property
-    def has_tolerance(self) -> bool:
-        """Whether there is a test besides the number of steps."""
-        return self.rtol > 0 or self.atol > 0
 
 
 def descend(

@@ -100,7 +100,7 @@ class NewtonCG(Limited):
     damping: float = 0.0
     line_search: Literal["armijo", "wolfe"] = "armijo"
 
-    in_parts: ClassVar[Any] = property(lambda self: self.curvature == "hessian")
+    in_parts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,7 +11,7 @@ import torch
 from implicitlayer._errors import ObjectiveError
 from implicitlayer.base._tree import flatten, ravel, unflatten, unravel
 from implicitlayer.base._types import Leaves
-from implicitlayer.equation._residual import pull_back, pushed
+from implicitlayer.equation._residual import gauss_newton_of, pull_back
 from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._operator import lane_scale
 from implicitlayer.solvers._leaves import check_unknowns, value_and_gradient
@@ -66,24 +66,16 @@ class Problem(TracedProblem):
             return ravel(self._pull(unravel(vector, self._like, self.lane_dims)), self.lane_dims) / self.scale
 
     def _evaluate(self, leaves: Leaves) -> tuple[torch.Tensor, Leaves]:
-        keep = self._curvature is not None
+        parts, theta = self._composite, self.theta
+        keep = self._curvature is not None and parts is None
         points = [leaf.detach().requires_grad_(keep) for leaf in leaves]
-        value, gradient = value_and_gradient(self._objective, points, self._spec, self.theta, create_graph=keep)
+        value, gradient = value_and_gradient(self._objective, points, self._spec, theta, create_graph=keep)
         if keep:
-            with torch.enable_grad():
-                self._pull = self._gauss_newton(points) if self._composite else partial(pull_back, gradient, points)
+            self._pull = partial(pull_back, gradient, points)
+        elif parts is not None:
+            model, loss = lambda x: parts.model(unflatten(x, self._spec), *theta), lambda o: parts.loss(o, *theta)
+            self._pull = gauss_newton_of(model, loss, points)
         return value, [g.detach() for g in gradient]
-
-    def _gauss_newton(self, points: Leaves) -> Callable[[Leaves], Leaves]:
-        """u -> J' (d^2 loss / d outputs^2) J u, J = d model / dx, from graphs that are built once."""
-        assert self._composite is not None
-        tree, spec = flatten(self._composite.model(unflatten(points, self._spec), *self.theta))
-        outputs = list(tree)
-        cut = [leaf.detach().requires_grad_() for leaf in outputs]
-        value = self._composite.loss(unflatten(cut, spec), *self.theta)
-        slopes = torch.autograd.grad(value.sum(), cut, create_graph=True, materialize_grads=True)
-        push = pushed(outputs, points)
-        return lambda u: pull_back(outputs, points, pull_back(list(slopes), cut, push(u)))
 
 
 def composite_of(objective: Callable[..., Any], who: str, other: str) -> Any:

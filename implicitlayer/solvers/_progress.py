@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from implicitlayer.base._optional import extra
+from implicitlayer.base._solution import RecordingSolver
+from implicitlayer.solvers._leaves import check_limits
 
 Report = Callable[["Iteration"], None]
 
@@ -37,6 +39,28 @@ class Iteration:
     value: torch.Tensor
     gradient_norm: torch.Tensor
     x: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(RecordingSolver):
+    """Settings that the own solvers have in common; see their docstrings."""
+
+    max_steps: int = 1000
+    rtol: float = 0.0
+    atol: float = 0.0
+    callback: Callable[[Iteration], None] | None = None
+    progress: bool = False
+
+    finds: ClassVar[Literal["minimum", "root", "fixed point"]] = "minimum"
+    batched: ClassVar[Any] = True
+
+    def __post_init__(self) -> None:
+        check_limits(self)
+
+    @property
+    def has_tolerance(self) -> bool:
+        """Whether there is a test besides the number of steps."""
+        return self.rtol > 0 or self.atol > 0
 
 
 @contextmanager

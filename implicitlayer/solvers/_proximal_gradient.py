@@ -10,11 +10,11 @@ import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
-from implicitlayer.base._solution import RecordingSolver, SolverResult
+from implicitlayer.base._solution import SolverResult
 from implicitlayer.base._tree import flatten, lane_reduce, leaves_norm, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._residual import pull_back
@@ -22,7 +22,6 @@ from implicitlayer.sets._term import expand_like, resolve
 from implicitlayer.solvers._leaves import (
     Momentum,
     add,
-    check_limits,
     check_num_steps,
     check_unknowns,
     choose,
@@ -30,7 +29,7 @@ from implicitlayer.solvers._leaves import (
     value_and_gradient,
 )
 from implicitlayer.solvers._outcome import StallWatch, codes_of, contradiction, finite_leaves, outcome, relative_move
-from implicitlayer.solvers._progress import Iteration, reporting
+from implicitlayer.solvers._progress import Iteration, Settings, reporting
 
 _MAX_DOUBLINGS = 200
 _NOISE = 16  # rounding errors of a sum, in units of eps
@@ -40,7 +39,7 @@ Prox = Callable[[Leaves, torch.Tensor], Leaves]
 
 
 @dataclass(frozen=True)
-class ProximalGradient(RecordingSolver):
+class ProximalGradient(Settings):
     """FISTA with restarts and backtracking: minimises ``objective(x) + r(x)``, or objective over a set.
 
     Stops a lane when ``L ||z - x_new||_2 <= max(atol, rtol * scale)`` (that is the norm of the gradient where r is
@@ -80,20 +79,14 @@ class ProximalGradient(RecordingSolver):
     _: KW_ONLY
     accelerated: bool = True
     step_size: float | None = None
-    max_steps: int = 1000
-    rtol: float = 0.0
-    atol: float = 0.0
-    callback: Callable[[Iteration], None] | None = None
-    progress: bool = False
 
-    finds: ClassVar[Literal["minimum"]] = "minimum"
     batched: ClassVar[Any] = property(lambda self: self.regularizer is None)  # a term of the layer, which knows lanes
     in_parts: ClassVar[Any] = batched
 
     def __post_init__(self) -> None:
         if self.step_size is not None and not 0 < self.step_size < math.inf:
             raise ValueError(f"step_size={self.step_size} must be positive and finite. Leave it out to have it found.")
-        check_limits(self)
+        super().__post_init__()
         check_num_steps(self.max_steps)
         if self.regularizer is not None and not callable(self.regularizer):
             resolve(self.regularizer, (), "regularizer")
@@ -103,7 +96,6 @@ class ProximalGradient(RecordingSolver):
         leaves, spec = flatten(init)
         check_unknowns(leaves)
         prox = self._prox(objective, spec, theta)
-        has_tolerance = self.rtol > 0 or self.atol > 0
         x = [leaf.detach().clone() for leaf in leaves]
         z = x
         value, slope = value_and_gradient(objective, z, spec, theta)
@@ -134,7 +126,7 @@ class ProximalGradient(RecordingSolver):
                 if tolerance is None:
                     scale = torch.maximum(norm, leaves_norm(slope, lane_dims))
                     tolerance = torch.clamp(self.rtol * scale, min=self.atol)
-                if has_tolerance:
+                if self.has_tolerance:
                     doubt = partial(contradiction, z, slope, before, curvature, lane_dims)
                     move = partial(relative_move, z, before and minus(z, before[0]), lane_dims)
                     stalled = stalled | watch.look(running, norm, value.double(), doubt, move, True)
@@ -148,7 +140,7 @@ class ProximalGradient(RecordingSolver):
                 if not bool(running.any()):
                     break
         finite = finite_leaves(x, lane_dims) & (norm.isfinite() | (step == 0))
-        return outcome(unflatten(x, spec), step, codes_of(has_tolerance, reached, finite, stalled & ~reached))
+        return outcome(unflatten(x, spec), step, codes_of(self.has_tolerance, reached, finite, stalled & ~reached))
 
     def _prox(self, objective: Callable[..., Any], spec: Any, theta: tuple[Any, ...]) -> Prox:
         """The layer's own operator where the term is the layer's: it knows lanes and closed-over tensors."""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from implicitlayer._errors import ObjectiveError
-from implicitlayer.base._solution import LinearSolution, RecordingSolver, SolverResult
+from implicitlayer.base._solution import LinearSolution, SolverResult
 from implicitlayer.base._status import Status
 from implicitlayer.base._tree import flatten, like_x, ravel, unflatten, unravel
 from implicitlayer.base._types import Leaves
@@ -19,9 +19,8 @@ from implicitlayer.equation._traced import Vectors
 from implicitlayer.linear._dense import Dense, materialise
 from implicitlayer.linear._operator import FlatOperator, lane_dot
 from implicitlayer.programs._interior_point_step import times
-from implicitlayer.solvers._leaves import check_limits
 from implicitlayer.solvers._outcome import codes_of, outcome
-from implicitlayer.solvers._progress import Iteration, Report, reporting
+from implicitlayer.solvers._progress import Iteration, Report, Settings, reporting
 
 _WORDS = {
     Status.STAGNATED: "No step lowers the residual further{where}: it is as small as rounding errors allow, or this is "
@@ -114,22 +113,15 @@ def line_search(
 
 
 @dataclass(frozen=True)
-class RootSolver(RecordingSolver):
+class RootSolver(Settings):
     """Settings that the solvers of roots and fixed points have in common; see their docstrings."""
 
     _: KW_ONLY
     max_steps: int = 200
     rtol: float = 1e-12
-    atol: float = 0.0
     batch_dims: int = 0
-    callback: Callable[[Iteration], None] | None = None
-    progress: bool = False
 
     finds: ClassVar[Literal["root", "fixed point"]] = "root"
-    batched: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        check_limits(self)
 
     def tolerance(self, norm: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """What the norm per lane is to fall to, from that at init; an rtol below rounding counts as four eps."""

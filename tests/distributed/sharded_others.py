@@ -37,7 +37,8 @@ def other_problems(cases: Cases) -> None:
     same("linear_solve", il.linear_solve, (matrix, "0"), (p, "0"))
     solve = il.linear_solve
     same("linear_solve of a function", lambda Q, p: solve(lambda u, Q: Q @ u, p, CG, Q), (matrix, "0"), (p, "0"))
-    same("hvp", lambda x, v: il.hvp(lambda x: (x**4).sum(), x, v), (p, "0"), (rows[0], "whole"))
+    for how in ("0", "whole"):
+        same(f"hvp {how}", lambda x, v: il.hvp(lambda x: (x**4).sum(), x, v), (p, how), (rows[0], "whole"))
 
     def by_hessian(x: torch.Tensor, v: torch.Tensor, *solver: il.Dense) -> torch.Tensor:
         return solve(il.hessian_operator(network_of_one, x), v, *solver)

@@ -23,6 +23,7 @@ import torch.distributed.checkpoint as dcp
 import torch.distributed.nn
 from sharded_costs import memory, traffic
 from sharded_equations import callback, equations, equations_of_four, equilibrium, more_equations
+from sharded_models import models, models_of_four, more_models
 from sharded_others import other_problems
 from sharded_problem import CG, GD, LINEAR, NEWTON, PLACED, SOLVERS, Cases, Tree, difference, gradient, objective, query
 from sharded_sets import accelerated, sets, sets_of_four, whole
@@ -169,6 +170,19 @@ def meta_learners(cases: Cases) -> None:
         "iMAML LBFGS Gmres": il.meta.iMAML(
             meta_problem.task_loss, il.solvers.LBFGS(), strength=0.7, linear_solver=il.Gmres(rtol=1e-12)
         ),
+        # what two steps of conjugate gradients find depends on the metric, which is these strengths
+        "iMAML, a strength for each tensor": il.meta.iMAML(
+            meta_problem.task_loss,
+            steps,
+            strength={"u": 0.5, "w": 3.0},
+            linear_solver=il.ConjugateGradient(max_steps=2),
+        ),
+        "iMAML gauss_newton": il.meta.iMAML(
+            il.composite(lambda o, batch: (o - batch[1]).square().mean(-1), meta_problem.model),
+            steps,
+            strength=0.7,
+            curvature="gauss_newton",
+        ),
     }
     for name, method in methods.items():
         losses = method(theta, *tasks)
@@ -261,7 +275,7 @@ def weights(model: torch.nn.Module, data: list[torch.Tensor]) -> list[torch.Tens
     return list(torch.autograd.grad(size, list(theta.values())))
 
 
-def models(cases: Cases) -> None:
+def modules(cases: Cases) -> None:
     """Modules cut by torch's own plans."""
     plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
     found = weights(parallelize_module(mlp(), cases.mesh, plan), cases.data)
@@ -353,12 +367,14 @@ PARTS = {
         whole,
         meta_learners,
         learners,
+        modules,
         models,
+        more_models,
         traffic,
         loaded,
         example,
     ),
-    4: (saved, four, memory, equations_of_four, sets_of_four, layer_decay),
+    4: (saved, four, memory, equations_of_four, sets_of_four, models_of_four, layer_decay),
 }
 
 

@@ -46,6 +46,7 @@ def sets(cases: Cases) -> None:
     same("ElasticNet", "regularizer", lambda t, s, p: il.ElasticNet(s, p), (t, "0"), (one, "whole"), (row, "0"))
     same("Ball", "constraint", lambda t, r, c: il.sets.Ball(r, c), (t, "1"), (one, "whole"), (row, "whole"))
     same("Simplex", "constraint", lambda t, r: il.sets.Simplex(r), (t, "1"), (one, "whole"))
+    same("Simplex, of each column", "constraint", lambda t, r: il.sets.Simplex(r, dim=-2), (t, "1"), (one, "whole"))
     same("GroupL1", "regularizer", lambda t, r: il.GroupL1(r), (t, "1"), (one, "whole"))
     same("Prox", "regularizer", il.Prox(lambda y, s, _: y / (1 + s)), (t, "0"))
 
@@ -106,9 +107,6 @@ def whole(cases: Cases) -> None:
     """Solvers that see the unknowns as whole plain tensors."""
     t = cases.data[0][0]
 
-    def fit(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        return torch.stack([x[0] * torch.exp(x[1] * x[2]) - t[0], x[1] - t[1], x[2] - t[2], 0.1 * x[0]])
-
     def smooth(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return ((x - t) ** 2).sum() + (x**4).sum()
 
@@ -123,9 +121,6 @@ def whole(cases: Cases) -> None:
         "LBFGS, bounds": il.argmin(smooth, il.solvers.LBFGS(rtol=1e-14), constraint=il.sets.Box(-0.3, 0.3)),
         "Broyden": il.root(residual, il.solvers.Broyden(rtol=1e-14)),
     }
-    cut = cases.put(t, Shard(0))
-    by_model = il.argmin(il.least_squares(fit), il.solvers.LevenbergMarquardt())
-    cases.refused("LevenbergMarquardt", lambda: by_model(cut, cut))
     for name, layer in layers.items():
         cases.same(name, lambda t, layer=layer: layer(t.detach() * 0.5, t), (t, "0"))
 
@@ -138,6 +133,7 @@ def sets_of_four(cases: Cases) -> None:
         "Box": {"constraint": lambda t, u: il.sets.Box(-t.abs() / 4, u)},
         "L1": {"regularizer": lambda t, u: il.L1(u)},
         "Ball": {"constraint": lambda t, u: il.sets.Ball(1.0, u)},
+        "Simplex": {"constraint": lambda t, u: il.sets.Simplex(u.sum())},
     }
     for name, term in terms.items():
         theta = cases.put(t, Shard(0)).requires_grad_(), cases.put(row, Replicate()).requires_grad_()

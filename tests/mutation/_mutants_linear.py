@@ -153,6 +153,15 @@ LINEAR_MUTANTS = [
         near="Gauss-Newton",
     ),
     Mutant(
+        "the same, by graphs that are kept",
+        RESIDUAL,
+        "gauss_newton_of",
+        "pull_back(list(slopes), cut, push(u))",
+        "push(u)",
+        "J'J in place of J' L'' J",
+        near="Gauss-Newton",
+    ),
+    Mutant(
         "data of a proximal loss taken for unread",
         RESIDUAL,
         "Residual.restricted_to",
