@@ -35,6 +35,12 @@ def is_sharded(value: Any) -> bool:
     return hasattr(inside, "device_mesh") and hasattr(inside, "full_tensor")
 
 
+def anywhere(mask: Any) -> bool:
+    """Whether an entry is true, on any process; ``bool`` of a DTensor looks at what lies here (torch 2.13)."""
+    count = mask.sum()
+    return bool(count.full_tensor() if is_sharded(count) else count)
+
+
 class Layout(NamedTuple):
     """How a DTensor, or the gradient of one, lies on processes; a pair as in NOTE [one vector]."""
 

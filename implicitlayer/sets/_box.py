@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from implicitlayer.base._sharding import anywhere
 from implicitlayer.base._tree import flatten, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.sets._set import ConvexSet
@@ -48,7 +49,7 @@ class Box(ConvexSet):
         below, above = flatten(self.lower)[0], flatten(self.upper)[0]
         if len(below) == len(above):
             for a, b in zip(below, above, strict=True):
-                if is_plain(a) and is_plain(b) and bool((torch.as_tensor(a) > torch.as_tensor(b)).any()):
+                if is_plain(a) and is_plain(b) and anywhere(torch.as_tensor(a) > torch.as_tensor(b)):
                     raise ValueError(f"lower={a} must not be above upper={b}: the box is empty.")
 
     @classmethod

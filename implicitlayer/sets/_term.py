@@ -21,6 +21,7 @@ import torch
 from implicitlayer import _torch
 from implicitlayer._torch import pytree
 from implicitlayer.base._copying import CopiesFunctions
+from implicitlayer.base._sharding import anywhere, whole
 from implicitlayer.base._tree import TreeSpec, flatten, leaves_in_order, ravel, tree_map, unflatten, unravel
 from implicitlayer.base._types import Extension, Leaves
 
@@ -276,7 +277,8 @@ def check_entries(value: Any, name: str, rule: str, holds: Any) -> None:
         if not is_plain(leaf):
             continue
         tensor = leaf if isinstance(leaf, torch.Tensor) else torch.as_tensor(leaf)
-        if not bool(holds(tensor).all()):
+        if anywhere(~holds(tensor)):
+            leaf, tensor = whole((leaf, tensor))
             shown = leaf if tensor.ndim == 0 else f"{tensor[~holds(tensor)][0].item()} (an entry of it)"
             shown = shown.item() if isinstance(shown, torch.Tensor) else shown
             raise ValueError(f"{name}={shown} must be {rule}.")

@@ -125,6 +125,18 @@ def whole(cases: Cases) -> None:
         cases.same(name, lambda t, layer=layer: layer(t.detach() * 0.5, t), (t, "0"))
 
 
+def refused_sets(cases: Cases) -> None:
+    """Data that are wrong in the part of the last process are refused on all."""
+    lower = torch.arange(8.0, dtype=torch.float64).reshape(4, 2)
+    lower[-1, -1] = torch.nan
+    cases.refused("a set with NaN on one process", lambda: il.sets.Box(cases.put(lower, Shard(0)), 9.0))
+    upper = torch.where(lower.isnan(), -1.0, 9.0)
+    cases.refused(
+        "an empty box on one process",
+        lambda: il.sets.Box(cases.put(lower.nan_to_num(0.5), Shard(0)), cases.put(upper, Shard(0))),
+    )
+
+
 def sets_of_four(cases: Cases) -> None:
     """The largest vector that one of four processes makes."""
     draw = torch.Generator().manual_seed(1)

@@ -130,6 +130,8 @@ REFUSED = {
     "a maximum within a set": ("IndefiniteError", "bends down along a direction that the constraint leaves free"),
     "outside of a set": ("InfeasibleError", "does not satisfy the constraint: its distance is 1.5"),
     "outside of a set, in parts": ("InfeasibleError", "does not satisfy the constraint: its distance is 1.5"),
+    "a set with NaN on one process": ("ValueError", "lower=nan (an entry of it) must be a number"),
+    "an empty box on one process": ("ValueError", "must not be above", "the box is empty"),
     "an old torch": ("ImplicitLayerWarning", "has no second derivatives of DTensor.to_local() and full_tensor()"),
     "a kink": ("KinkError", "1 of its entries are at a border of the regularizer"),
     "root, too few equations": ("ObjectiveError", "expected shapes [(3, 4), (4, 2)], got [(3, 4)]"),
