@@ -161,5 +161,7 @@ def test_the_page_lists_what_was_found(found: dict[str, Any]) -> None:
     told = {line.split("|")[1].strip(" `"): line.split("|")[3].strip() for line in rows}
     assert told.keys() == found.keys(), told.keys() ^ found.keys()
     for name, value in found.items():
+        if "collectives" in str(value) and not _torch.SHARDS_HAVE_SECOND_DERIVATIVES:
+            continue  # an older torch redistributes once more
         right = "same" if isinstance(value, float) else value if value[0].isdigit() else f"`{value.split(':')[0]}`"
         assert told[name].startswith(right), (name, value)
