@@ -92,6 +92,14 @@ def leaves_in_order(tree: Any, like: Any) -> list[Any] | None:
     return [by_name[key] for key in wanted]
 
 
+def leaves_like(tree: Any, like: Any, rule: str) -> list[Any]:
+    """The same, or an error that begins with ``rule``: what must have which structure."""
+    leaves = leaves_in_order(tree, like)
+    if leaves is None:
+        raise ValueError(f"{rule}: expected {flatten(like)[1]}, got {flatten(tree)[1]}.")
+    return leaves
+
+
 def like_x(
     value: Any, x: Sequence[Any], x_spec: TreeSpec, what: str = "the residual must return one equation per unknown"
 ) -> Leaves:

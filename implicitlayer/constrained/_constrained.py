@@ -33,7 +33,7 @@ from implicitlayer.equation._residual import Attached, Residual
 from implicitlayer.layer._forward import Constraints
 from implicitlayer.layer._layer import ImplicitLayer, without_aux
 from implicitlayer.linear._operator import is_for_symmetric
-from implicitlayer.sets._term import expand_like, largest_of, resolve, spread
+from implicitlayer.sets._term import expand_like, largest_of, resolve, signs, spread
 
 _NEAR = 1e-3  # ||F|| over the size of x and eta grad f, above which an answer is no solution
 _ROUNDINGS = 4  # of x - eta grad f (the data, a product, a sum), in units of eps of its largest entry
@@ -143,14 +143,12 @@ class ProxLayer(ImplicitLayer):
         layer = replace(self, terms=_with_data(self.terms, sharding, init))
         return ImplicitLayer.inside(layer, sharding, init)
 
-    def as_root(self, function: Callable[..., Any]) -> ImplicitLayer:
-        """The layer of the equation that is differentiated, for the objective ``function`` as the user wrote it."""
-        value_of = without_aux(function) if self.objective_has_aux else function
-        # a fixed step: nothing is detached on the way that an explanation would have to explain
-        problem = ProxProblem(value_of, self.terms, self.terms_name, self.batch_dims, self.step_size or 1.0)
-        return ImplicitLayer(
-            problem.residual, self.solver, self.linear_solver, "root", False, False, "ignore", None, 0, self.batch_dims
-        )
+    def conditions(self, x: Any, *theta: Any) -> list[Any]:
+        """Proximal points of points near and far from zero, which show the data that the term reads."""
+        term, (leaves, spec) = resolve(self.terms, theta, self.terms_name), flatten(x)
+        eps = torch.finfo(leaves[0].dtype).eps
+        points = [[scale * sign for sign in signs(leaves, self.batch_dims)] for scale in (1, -1, 1 / eps, -1 / eps)]
+        return [term.prox(unflatten(y, spec), 1.0, self.batch_dims) for y in points]
 
     def _equation(
         self, function: Callable[..., Any], x_spec: TreeSpec, signature: Signature, hidden: ClosedOver

@@ -24,7 +24,7 @@ from implicitlayer.equation._flat import Signature
 from implicitlayer.equation._residual import Attached, Residual
 from implicitlayer.layer._forward import Constraints
 from implicitlayer.layer._layer import ImplicitLayer, check_init
-from implicitlayer.layer._roles import check_linear_solver, check_roles
+from implicitlayer.layer._roles import check_roles, check_settings
 from implicitlayer.layer._verdict import tell_step_limit
 from implicitlayer.programs._kkt_active import ActiveConstraints, Tolerances, stacked
 from implicitlayer.programs._kkt_linear import KktSolver
@@ -158,20 +158,12 @@ class ConstrainedLayer(CopiesFunctions):
     def __post_init__(self) -> None:
         self.records: list[Record] = []
         self.active_set: ActiveConstraints | None = None
-        for name in ("objective", "solver"):
-            if not callable(getattr(self, name)):
-                raise TypeError(f"{name} must be callable, got {type(getattr(self, name)).__name__}.")
-        for name in ("equality", "inequality", "linear_solver"):
-            if getattr(self, name) is not None and not callable(getattr(self, name)):
-                raise TypeError(f"{name} must be callable or None, got {type(getattr(self, name)).__name__}.")
-        check_linear_solver(self.linear_solver)
+        optional = "equality", "inequality", "linear_solver"
+        check_settings(self, ("objective", "solver"), optional, ("polish", "batch_dims"))
         if self.equality is None and self.inequality is None:
             raise ValueError("constrained_argmin needs equality= or inequality=. Without constraints use il.argmin.")
         if self.at_kink not in ("inactive", "active"):
             raise ValueError(f"at_kink={self.at_kink!r} must be 'inactive' or 'active'.")
-        for name in ("polish", "batch_dims"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be non-negative.")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "records": [], "active_set": None}  # they belong to calls, not to the layer

@@ -22,14 +22,13 @@ from typing import Any, ClassVar
 import torch
 
 from implicitlayer import _torch
-from implicitlayer.base._parts import Parts, numbers
 from implicitlayer.base._tree import TreeSpec, flatten, ravel, unflatten, unravel
 from implicitlayer.base._types import FlatFunction, Leaves
 from implicitlayer.equation._capture import ClosedOver
 from implicitlayer.equation._flat import Reading
 from implicitlayer.equation._residual import Attached, Residual, check_value, no_graph, pull_back, pullback
 from implicitlayer.equation._state import edges_into
-from implicitlayer.sets._term import expand_like, largest_of, resolve
+from implicitlayer.sets._term import expand_like, largest_of, resolve, signs
 
 # A solution may be zero, and an answer near it as far from it, or outside of the set, as its solver's rounding:
 # distances are then compared with this power of eps times the size of y (6e-6 of it in float64).
@@ -99,21 +98,6 @@ class ProxProblem:
 def moved(x: Leaves, slope: Leaves, step: torch.Tensor) -> Leaves:
     """y = x - eta grad f."""
     return [v - expand_like(step, v) * g for v, g in zip(x, slope, strict=True)]
-
-
-def signs(like: Leaves, num_levels: int = 0) -> Leaves:
-    """A direction of signs; the golden angle spreads them without a period, so that it mixes all eigenvectors.
-
-    The same one in every lane of the first ``num_levels`` dimensions, as a function of one lane would have it.
-    """
-    directions = []
-    for v in like:
-        in_parts = isinstance(v, Parts)
-        shape = v.shape[-1:] if in_parts else v.shape[num_levels:]
-        count = numbers(v) if in_parts else torch.arange(shape.numel(), device=v.device)
-        angles = torch.cos(2.399963 * count.to(v.dtype) ** 2)
-        directions.append(torch.where(angles >= 0, 1.0, -1.0).to(v.dtype).reshape(shape).expand(v.shape))
-    return directions
 
 
 def step_of(x: Leaves, slope: Leaves, product: Leaves, lane_dims: int) -> torch.Tensor:
@@ -258,7 +242,9 @@ class ProxResidual(Residual):
 
     def kept_graph_gradient(self, x: Leaves, theta: Leaves) -> Leaves:
         """F by plain autograd from points that require a gradient."""
-        return self._at(x, theta, x).value
+        at = self._at(x, theta, x)
+        refuse_detached(at)
+        return at.value
 
     def _at(self, points: Leaves, theta: Leaves, x: Leaves) -> At:
         reading = Reading(self.closed)

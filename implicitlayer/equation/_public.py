@@ -14,7 +14,7 @@ from implicitlayer.base._divided import Divided
 from implicitlayer.base._parts import patternless
 from implicitlayer.base._sharding import Sharding, mesh_of, whole
 from implicitlayer.base._surroundings import out_of_inference, outside_compiled_code, plain_surroundings
-from implicitlayer.base._tree import TreeSpec, flatten, leaves_in_order, like_x, name_lanes, ravel, unflatten, unravel
+from implicitlayer.base._tree import TreeSpec, flatten, leaves_like, like_x, name_lanes, ravel, unflatten, unravel
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.equation._capture import find_closed_over
 from implicitlayer.equation._flat import Signature, flat_function, flat_parts
@@ -61,10 +61,8 @@ class HessianOperator:
 
     def check(self, vector: Any, name: str) -> Leaves:
         """The leaves of ``vector``, or an error if it has not the structure and shapes of x."""
-        leaves = leaves_in_order(vector, unflatten(self.tensors[: self.structure.num_leaves], self.structure))
-        if leaves is None:
-            got = flatten(vector)[1]
-            raise ValueError(f"{name} must have the structure of x: expected {self.structure}, got {got}.")
+        like = unflatten(self.tensors[: self.structure.num_leaves], self.structure)
+        leaves = leaves_like(vector, like, f"{name} must have the structure of x")
         shapes, expected = [tuple(v.shape) for v in leaves], [tuple(t.shape) for t in self.tensors[: len(leaves)]]
         if shapes != expected:
             raise ValueError(f"{name} must have the shapes of x: expected {expected}, got {shapes}.")

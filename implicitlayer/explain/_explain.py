@@ -23,7 +23,7 @@ from implicitlayer.explain._explain_leaves import (
     theta_leaves,
     unread_parameters,
 )
-from implicitlayer.explain._explain_probe import Problem, closed_over_tensors, layer_failures, probe, quietly
+from implicitlayer.explain._explain_probe import Problem, ask_layer, closed_over_tensors, probe, quietly
 from implicitlayer.explain._explain_verdicts import WORDS, Verdict, verdict_of, verdict_of_unknown
 from implicitlayer.layer._layer import ImplicitLayer, check_init, without_aux
 
@@ -34,7 +34,7 @@ def explain_gradient(layer: ImplicitLayer | ArgminLayer, /, *args: Any) -> Gradi
     The solver is not run. The objective (residual, map) is evaluated a few times at and near init, and its derivatives
     decide: theta gets a gradient where the gradient of the objective in x has a derivative in theta. Calls where a
     tensor leaves its graph are watched on the way, to name the line. What is flat near init may not be so at the
-    solution: pass the layer's own answer as init to ask there.
+    solution: pass the layer's own answer as init to ask there. Elsewhere any entry of x may be held by a set, or free.
 
     Args:
         layer: what :func:`argmin`, :func:`root` or :func:`fixed_point` returns, or an :class:`ArgminLayer`.
@@ -61,7 +61,7 @@ def explain_gradient(layer: ImplicitLayer | ArgminLayer, /, *args: Any) -> Gradi
         Zero is right.
         x (float32, shape (), requires_grad=False): in order.
     """
-    settings, function, init, theta = _resolve(layer, args)
+    settings, init, theta = _resolve(layer, args)
     if _torch.transforms_active():
         raise UnsupportedTransformError(
             "explain_gradient was called inside a torch.func transform, whose tensors have no requires_grad to "
@@ -71,25 +71,21 @@ def explain_gradient(layer: ImplicitLayer | ArgminLayer, /, *args: Any) -> Gradi
     check_init(x, x_names, settings.batch_dims)
     if mesh_of(x) is not None:
         sharding = Sharding(init)
-        settings = replace(settings, function=function).inside(sharding, init)
-        init = sharding.inside(init)
-        function, x = settings.function, flatten(init)[0]
-    if isinstance(settings, ProxLayer):
-        settings = settings.as_root(function)
-        function = settings.function
+        settings, init = settings.inside(sharding, init), sharding.inside(init)
+        x = flatten(init)[0]
     notes = _mode_notes()
     with torch.inference_mode(False), torch.enable_grad(), plain_surroundings(x), quietly():
-        problem = _problem(settings, function, init, theta)
+        problem = _problem(settings, init, theta)
         x_facts, facts = probe(problem)
-        for fact, failure in zip(facts, layer_failures(problem), strict=True):
-            fact.failure = failure
+        ask_layer(problem, facts)
     if not any(t.requires_grad for t in problem.tensors):
         notes.append("Nothing here requires a gradient: the layer's answer has no graph.")
-    words = WORDS[settings.kind]
+    held = isinstance(settings, ProxLayer)
+    words = WORDS["constrained" if held else settings.kind]
     verdicts = [verdict_of(t, fact, words) for t, fact in zip(problem.tensors, facts, strict=True)]
     if notes:  # no call has a graph now, so no tensor gets anything
         verdicts = [Verdict("none", v.sentence, v.where) for v in verdicts]
-    regular = settings.damping > 0 or settings.curvature != "hessian"
+    regular = held or settings.damping > 0 or settings.curvature != "hessian"
     unknowns = [
         record(name, "unknown", t, fact, verdict_of_unknown(t, fact, words, regular=regular))
         for name, t, fact in zip(x_names, x, x_facts, strict=True)
@@ -98,15 +94,14 @@ def explain_gradient(layer: ImplicitLayer | ArgminLayer, /, *args: Any) -> Gradi
     return GradientExplanation(tuple(notes), tuple(unknowns), (*leaves, *unread_parameters(problem)))
 
 
-def _resolve(layer: Any, args: tuple[Any, ...]) -> tuple[ImplicitLayer, Any, Any, tuple[Any, ...]]:
-    """The layer's settings, its function as the user wrote it, init and theta."""
+def _resolve(layer: Any, args: tuple[Any, ...]) -> tuple[ImplicitLayer, Any, tuple[Any, ...]]:
+    """The layer with its function as the user wrote it, init and theta."""
     if isinstance(layer, ArgminLayer):
-        init, theta = _module_arguments(layer, args)
-        return layer._layer, layer.objective, init, theta
+        return replace(layer._layer, function=layer.objective), *_module_arguments(layer, args)
     if isinstance(layer, ImplicitLayer):
         if not args:
             raise TypeError("explain_gradient(layer, init, *theta) needs init, as the layer does.")
-        return layer, layer.function, args[0], args[1:]
+        return layer, args[0], args[1:]
     inside = ""
     if isinstance(layer, nn.Module):
         held = [name for name, module in layer.named_modules() if isinstance(module, ArgminLayer)]
@@ -128,14 +123,17 @@ def _module_arguments(layer: ArgminLayer, args: tuple[Any, ...]) -> tuple[Any, t
     return layer.init, args
 
 
-def _problem(settings: ImplicitLayer, function: Any, init: Any, theta: tuple[Any, ...]) -> Problem:
-    user_function = without_aux(function) if settings.objective_has_aux else function
+def _problem(layer: ImplicitLayer, init: Any, theta: tuple[Any, ...]) -> Problem:
+    value_of = without_aux(layer.function) if layer.objective_has_aux else layer.function
+    function, parts = value_of, {"objective": layer.function}
+    if isinstance(layer, ProxLayer):
+        function = lambda x, *theta: [value_of(x, *theta), layer.conditions(x, *theta)]  # noqa: E731
+        parts[layer.terms_name] = layer.terms
     x, x_spec = flatten(init)
     signature = Signature.of(theta)
-    closed = closed_over_tensors(user_function, (init, *theta))
+    closed = closed_over_tensors(function, (init, *theta))
     tensors = [*signature.tensors, *closed]
-    settings_of = (settings.kind, settings.batch_dims)
-    return Problem(function, user_function, *settings_of, init, theta, x, x_spec, signature, tensors, closed)
+    return Problem(layer, parts, function, init, theta, x, x_spec, signature, tensors, closed)
 
 
 def _mode_notes() -> list[str]:

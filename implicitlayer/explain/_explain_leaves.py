@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -132,7 +132,7 @@ def _tensor_names(problem: Problem) -> list[str]:
 def closed_leaves(problem: Problem, facts: list[Facts], verdicts: list[Verdict]) -> list[GradientLeaf]:
     """Every closed-over tensor, with the name it has in the user's code."""
     tensor_names = _tensor_names(problem)
-    known = name_closed_over(problem.function, "objective", problem.theta)
+    known = name_closed_over(problem.parts, problem.theta)
     result = []
     for i in range(len(tensor_names), len(problem.tensors)):
         tensor = problem.tensors[i]
@@ -145,13 +145,12 @@ def closed_leaves(problem: Problem, facts: list[Facts], verdicts: list[Verdict])
 
 def unread_parameters(problem: Problem) -> list[GradientLeaf]:
     """Parameters of an objective that is a module, which no run of it met."""
-    if not isinstance(problem.function, nn.Module):
-        return []
     met = {id(t) for t in problem.tensors}
     verdict = Verdict("none", "the objective never reads it, so its .grad stays as it is.")
     return [
-        record(f"objective.{name}", "closed over", parameter, Facts(), verdict, "module parameter")
-        for name, parameter in problem.function.named_parameters()
+        record(f"{part_name}.{name}", "closed over", parameter, Facts(), verdict, "module parameter")
+        for part_name, part in problem.parts.items()
+        for name, parameter in (part.named_parameters() if isinstance(part, nn.Module) else ())
         if parameter.requires_grad and id(parameter) not in met
     ]
 
@@ -179,15 +178,16 @@ _MAX_OBJECTS = 20_000
 Named = dict[int, tuple[str, str]]
 
 
-def name_closed_over(function: Callable[..., Any], root: str, theta: tuple[Any, ...] = ()) -> Named:
-    """``id(tensor) -> (name, where it was found)`` of the tensors that ``function`` can reach.
+def name_closed_over(parts: dict[str, Any], theta: tuple[Any, ...]) -> Named:
+    """``id(tensor) -> (name, where it was found)`` of the tensors that ``parts`` can reach.
 
-    ``root`` is what the function itself is called in the names of its attributes; tensors inside objects of ``theta``
-    that are no pytrees are named after them.
+    Their own names begin those of their attributes; tensors inside objects of ``theta`` that are no pytrees are named
+    after them.
     """
     found: Named = {}
     seen: set[int] = set()
-    _walk(function, root, "attribute", found, seen, 0)
+    for name, part in parts.items():
+        _walk(part, name, "attribute", found, seen, 0)
     for i, argument in enumerate(theta):
         _walk(argument, f"theta[{i}]", "inside an object that is no pytree", found, seen, 0)
     return found

@@ -4,11 +4,15 @@
 # the gradient -(dF/dtheta)' u, so what counts is whether dF/dtheta is there, is zero, or is not: the gradient of
 # <F, r> in theta, with a random r, at random points near init. Every tensor is replaced by an alias that requires a
 # gradient, one for each role it plays, so the answer holds for tensors that require none, and for each role alone.
+#
+# NOTE [conditions]: which entries a set or regulariser holds is known at the solution only. Elsewhere a theta counts as
+# reaching F where it reaches the gradient of the objective, or a proximal point of some point near or far. Where init
+# is the solution, the layer's own equation has the last word.
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,18 +22,21 @@ import torch
 
 from implicitlayer._errors import ClosureError
 from implicitlayer.base._surroundings import out_of_inference, plain_surroundings
-from implicitlayer.base._tree import TreeSpec, flatten, unflatten
-from implicitlayer.base._types import FlatFunction, Leaves
+from implicitlayer.base._tree import TreeSpec, flatten, ravel, unflatten
+from implicitlayer.base._types import Leaves
+from implicitlayer.constrained._prox_equation import At
 from implicitlayer.equation._capture import ClosedOver, find_closed_over
-from implicitlayer.equation._flat import Signature, call_with, flat_function, flat_parts
+from implicitlayer.equation._flat import Signature, call_with
 from implicitlayer.equation._jacobian import pull_tensors
-from implicitlayer.equation._residual import Residual, inner, pull_back
+from implicitlayer.equation._residual import Attached, inner
 from implicitlayer.explain._explain_trace import Call, Tracer
+from implicitlayer.layer._layer import ImplicitLayer, without_aux
 
 Reach = Literal["none", "zero", "nonzero"]  # of a derivative: no graph, zero at every point tried, neither
 _ORDER: tuple[Reach, ...] = ("none", "zero", "nonzero")
 _NUM_POINTS = 2
 _STEP = 1e-2  # of the points tried from init, relative to the largest entry of x or 1
+_NEAR = 1e-3  # ||F|| over the size of x and of what a set or regulariser makes of it, below which init is a solution
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,14 +44,16 @@ class Problem:
     """A call of a layer, without its solver.
 
     Attributes:
+        layer: it, with the function as the user wrote it.
+        parts: what the user wrote, by its name in the layer's arguments.
+        function: ``(x, *theta) -> value, conditions``; see NOTE [conditions].
         tensors: theta leaves that are tensors, then the closed-over ones.
         closed: the closed-over ones, whether or not they require a gradient.
     """
 
+    layer: ImplicitLayer
+    parts: dict[str, Any]
     function: Callable[..., Any]
-    user_function: Callable[..., Any]
-    kind: str
-    batch_dims: int
     init: Any
     theta: tuple[Any, ...]
     x: Leaves
@@ -58,10 +67,7 @@ class Problem:
         args = (unflatten(x, self.x_spec), *self.signature.rebuild(tensors))
         originals = ClosedOver(self.closed)
         originals.normalises = True
-        value = call_with(self.user_function, originals, tensors[len(tensors) - len(self.closed) :], args)
-        if self.kind == "argmin":
-            return [value]
-        return flatten(value)[0]
+        return flatten(call_with(self.function, originals, tensors[len(tensors) - len(self.closed) :], args))[0]
 
 
 @dataclass(eq=False)
@@ -72,7 +78,7 @@ class Facts:
         value_path, path: its way to the value of the objective, and to F.
         first_read: the first call that reads it.
         matters: whether F changes with its value; None if not asked (there is a derivative), or not a number.
-        cuts: calls where it leaves its graph.
+        cuts: calls where it leaves its graph, and a derivative is missing as far as differences tell.
         vanishes: the call whose result no longer changes with it to first order.
         numpy: the call by which NumPy reads it.
         failure: what the layer's own backward raises for it.
@@ -119,6 +125,9 @@ def probe(problem: Problem) -> tuple[list[Facts], list[Facts]]:
             fact.matters = walks[0].changes_with(i)
             if fact.path == "zero":
                 fact.vanishes = walks[0].vanishing_call(i)
+        reached = fact.path == "nonzero" or (i < len(x_facts) and fact.value_path == "nonzero")
+        if reached and fact.cuts and walks[0].finite and walks[0].agrees_with_differences(i):
+            fact.cuts = []  # they take no derivative away: a constant, or a function with its own derivative
     return x_facts, facts
 
 
@@ -139,14 +148,15 @@ class _Walk:
 
     def _equations(self, x: Leaves) -> Leaves:
         """F, zero where autograd sees no dependence."""
-        if self.problem.kind == "root":
+        kind = self.problem.layer.kind
+        if kind == "root":
             return self.outputs
-        if self.problem.kind == "fixed_point":
+        if kind == "fixed_point":
             return [a - b for a, b in zip(x, self.outputs, strict=True)]
-        value = self.outputs[0].sum()
+        value, conditions = self.outputs[0].sum(), self.outputs[1:]
         if not value.requires_grad:
-            return [torch.zeros_like(t) for t in x]
-        return list(torch.autograd.grad(value, x, create_graph=True, materialize_grads=True))
+            return [*(torch.zeros_like(t) for t in x), *conditions]
+        return [*torch.autograd.grad(value, x, create_graph=True, materialize_grads=True), *conditions]
 
     def reach(self, values: Leaves) -> list[Reach]:
         """Of every root: its way to the outputs, or to the equations."""
@@ -173,14 +183,41 @@ class _Walk:
         """
         if not self.finite:
             return None
-        values = [root.detach() for root in self.roots]
-        values[i] = values[i] + torch.where(values[i] < 0, -1, 1) * (values[i].abs() + 1)
+        root = self.roots[i].detach()
         try:
-            other = _Walk(self.problem, values[: self.num_x], values[self.num_x :])
+            other = self._moved(i, torch.where(root < 0, -1, 1) * (root.abs() + 1))
         except Exception:  # the objective refuses the value: it reads it
             return True
         before, after = (w.outputs if i < self.num_x else w.equations for w in (self, other))
         return any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+    def _moved(self, i: int, step: torch.Tensor) -> _Walk:
+        """The same with other values of root ``i``."""
+        values = [root.detach() for root in self.roots]
+        values[i] = values[i] + step
+        return _Walk(self.problem, values[: self.num_x], values[self.num_x :])
+
+    def agrees_with_differences(self, i: int) -> bool:
+        """Whether the derivatives of F in root ``i``, for x also of the objective, are those of the values.
+
+        Of <v, r> for every tensor v on its own, by central differences over a random step of eps^(1/3): they are good
+        to eps^(2/3) of the slope where that bends as it is large, and to eps |v| by rounding.
+        """
+        root, eps = self.roots[i], torch.finfo(self.roots[i].dtype).eps
+        step = eps ** (1 / 3) * (1 + root.detach().abs()) * _randn(root, 300)
+        try:
+            ends = [self._moved(i, step), self._moved(i, -step)]
+        except Exception:  # no telling where the objective refuses a value
+            return False
+        for values in zip(*([*w.outputs[: i < self.num_x], *w.equations] for w in (self, *ends)), strict=True):
+            here, above, below = (inner([value], [_randn(value, 100)]) for value in values)
+            slope = torch.zeros_like(root)
+            if here.requires_grad:
+                (slope,) = torch.autograd.grad(here, root, retain_graph=True, materialize_grads=True)
+            change, rounding = (slope * step).sum(), 4 * eps * inner([values[0].abs()], [_randn(values[0], 100).abs()])
+            if not abs(float(change - (above - below) / 2)) <= eps**0.25 * abs(float(change)) + float(rounding):
+                return False
+        return True
 
     def vanishing_call(self, i: int) -> Call | None:
         """The first call on the way from root ``i`` to F whose result has derivative zero in it."""
@@ -196,45 +233,36 @@ class _Walk:
         return None
 
 
-def layer_failures(problem: Problem) -> list[Exception | None]:
-    """What the layer's own checks and its own backward raise at init, per tensor of ``problem.tensors``.
+def ask_layer(problem: Problem, facts: list[Facts]) -> None:
+    """What the layer's own checks, equation and backward say at init, of each of ``problem.tensors``.
 
     The checks concern all tensors; a failing backward is tried for each tensor alone to see which one it is.
 
     Raises:
         ObjectiveError: the function returns something that no layer accepts.
     """
-    args = (problem.init, *problem.theta)
-    refused = _raised(lambda: find_closed_over(problem.user_function, args, lambda value: None))
-    if isinstance(refused, ClosureError):
-        return [refused if t.requires_grad else None for t in problem.tensors]
-    hidden = find_closed_over(problem.user_function, args)
-    explicit = problem.signature.tensors
+    try:
+        hidden = find_closed_over(problem.function, (problem.init, *problem.theta), lambda value: None)
+    except ClosureError as refused:
+        return _tell(refused, problem, facts)
+    explicit, layer = problem.signature.tensors, problem.layer
     known = {id(t): i for i, t in enumerate(problem.closed, start=len(explicit))}
     places = [*range(len(explicit)), *(known[id(t)] for t in hidden)]
-    scalar = problem.kind == "argmin"
-    function: FlatFunction = flat_function(problem.user_function, problem.x_spec, problem.signature, hidden, scalar)
-    if problem.kind == "fixed_point":
-        inside = function
-        function = lambda x, t: [a - b for a, b in zip(x, inside(x, t), strict=True)]  # noqa: E731
-    parts = flat_parts(problem.function, problem.x_spec, problem.signature, hidden, problem.batch_dims)
-    residual = Residual(function, scalar, problem.batch_dims, parts=parts)
+    value_of = without_aux(layer.function) if layer.objective_has_aux else layer.function
+    residual = layer._equation(value_of, problem.x_spec, problem.signature, hidden)[1]
     x, tensors = [t.detach() for t in out_of_inference(problem.x)], out_of_inference([*explicit, *hidden])
     needed = [t.requires_grad and t.is_floating_point() for t in tensors]
-    result: list[Exception | None] = [None] * len(problem.tensors)
 
-    def backward_of(wanted: tuple[bool, ...]) -> Exception | None:
-        point = [t.detach() for t in tensors]
-        source = residual.restricted_to(wanted)
+    def attached(wanted: Sequence[bool]) -> Attached:
+        point = [t.detach().requires_grad_(need) for t, need in zip(tensors, wanted, strict=True)]
+        return residual.restricted_to(wanted).attached(x, point)
+
+    def backward_of(wanted: Sequence[bool]) -> Exception | None:
+        ones = [torch.ones_like(t) for t in x]
         if not hidden:  # the layer's backward is one of plain autograd
-            data = [t.requires_grad_() if need else t for t, need in zip(point, wanted, strict=True)]
-            return _raised(lambda: plainly(source, data))
-        return _raised(lambda: pull_tensors(lambda t: source(x, t), point, wanted, [torch.ones_like(t) for t in x]))
-
-    def plainly(source: Residual, data: Leaves) -> None:
-        with plain_surroundings(x, derivatives=True), torch.enable_grad():
-            value = source.kept_graph_gradient([t.clone().requires_grad_() for t in x], data)
-            pull_back(value, [t for t in data if t.requires_grad], [torch.ones_like(t) for t in value])
+            return _raised(lambda: attached(wanted).pull_theta(ones, wanted))
+        source, point = residual.restricted_to(wanted), [t.detach() for t in tensors]
+        return _raised(lambda: pull_tensors(lambda t: source(x, t), point, tuple(wanted), ones))
 
     def checks() -> None:
         point = [t.detach() for t in tensors]
@@ -245,12 +273,24 @@ def layer_failures(problem: Problem) -> list[Exception | None]:
         residual.outputs([t.clone() for t in x], [t.detach() for t in tensors])  # misuse is an error here as well
         failure = _raised(checks)
         if failure is not None:
-            return [failure if t.requires_grad else None for t in problem.tensors]
-        if any(needed) and backward_of(tuple(needed)) is not None:
+            return _tell(failure, problem, facts)
+        if not any(needed):
+            return
+        if backward_of(needed) is not None:
             for i, place in enumerate(places):
                 if needed[i]:
-                    result[place] = backward_of(tuple(j == i for j in range(len(tensors))))
-    return result
+                    facts[place].failure = backward_of([j == i for j in range(len(tensors))])
+        elif isinstance(at := attached(needed), At):
+            error = ravel(at.value, layer.batch_dims).norm(dim=-1)
+            if bool((error <= _NEAR * at.size).all()):
+                for place, slope in zip(places, at.pull_theta([_randn(t, 400) for t in x], needed), strict=True):
+                    if slope is not None and not bool((slope != 0).any()):
+                        facts[place].path = "zero"
+
+
+def _tell(failure: Exception, problem: Problem, facts: list[Facts]) -> None:
+    for tensor, fact in zip(problem.tensors, facts, strict=True):
+        fact.failure = failure if tensor.requires_grad else None
 
 
 def _raised(function: Callable[[], Any]) -> Exception | None:

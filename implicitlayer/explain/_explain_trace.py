@@ -105,16 +105,12 @@ class Tracer(TorchFunctionMode):
         live = NOTHING.union(*map(self._live, entering))
         touched = NOTHING.union(*[self.touched.get(id(t), NOTHING) for t in entering]) | live
         name = getattr(func, "__name__", str(func))
-        if not touched:
-            result = func(*args, **kwargs)
-            self.kept.extend(_tensors(result))
-            return result
-        where, written, in_function = _user_line()
+        where, written, in_function = _user_line() if touched else (None, "", False)
         call = Call(written or _written(func, name), where, live)
         for tensor in entering:
             for i in self.roots.get(id(tensor), NOTHING):
                 self.first_reads.setdefault(i, call)
-        if in_function:
+        if in_function or not touched:
             result = func(*args, **kwargs)
             self.kept.extend(_tensors(result))
             return result

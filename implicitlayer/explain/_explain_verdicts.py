@@ -23,7 +23,7 @@ _REMEDIES = {
 
 @dataclass(frozen=True)
 class Words:
-    """How a problem is spoken of: the function, its value, and the equation F = 0 behind the layer."""
+    """How a problem is spoken of: its function, the equation F = 0, and the matrix, "" where a set makes it another."""
 
     value: str
     equation: str
@@ -34,6 +34,7 @@ WORDS = {
     "argmin": Words("the objective", "the gradient of the objective in x", "Hessian"),
     "root": Words("the residual", "the residual", "Jacobian"),
     "fixed_point": Words("the map", "the map", "Jacobian"),
+    "constrained": Words("the problem", "the condition of optimality", ""),
 }
 
 
@@ -98,18 +99,18 @@ def verdict_of_unknown(tensor: torch.Tensor, fact: Facts, words: Words, *, regul
     elif fact.value_path == "none" and fact.path != "nonzero":
         lost = f"it is detached at {first}. {_REMEDIES[first.kind]}" if first is not None else "autograd sees no path."
         sentence = f"{words.value} does not depend on it in a way that autograd can see: {lost}{singular}"
-    elif fact.path != "nonzero":
+    elif first is not None:
+        sentence = (
+            f"it leaves its graph at {first}: if {words.value} uses that value, derivatives in x miss it and every "
+            f"gradient is wrong. {_REMEDIES[first.kind]}"
+        )
+    elif fact.path != "nonzero" and words.matrix:
         sentence = (
             f"{words.value} depends on it, but {words.equation} does not change with it near init (linear in x, or "
             f"flat).{singular} Add curvature, such as a small strength * (x**2).sum()."
         )
     else:
         sentence = "in order."
-        if first is not None:
-            sentence = (
-                f"it leaves its graph at {first}: if {words.value} uses that value, derivatives in x miss it and every "
-                f"gradient is wrong. {_REMEDIES[first.kind]}"
-            )
     if tensor.requires_grad:
         sentence += " init requires a gradient and gets none: a solution does not depend on where the search started."
     return Verdict("none", sentence, first.where if first is not None else None)
@@ -155,7 +156,8 @@ def _why_not(fact: Facts, words: Words) -> tuple[str, Call | None]:
             fact.first_read,
         )
     if fact.path == "zero":
-        return f"it reaches {equation}, but the derivative in it is zero at the points tried near init.", None
+        held = "" if words.matrix else " Entries of x that are held do not follow the objective, free ones no bound."
+        return f"it reaches {equation}, but the derivative in it is zero at the points tried near init.{held}", None
     return (
         f"{equation} changes with its value, but autograd sees no path from it (a Function without that derivative, an "
         "extension).",

@@ -34,7 +34,7 @@ from implicitlayer.equation._residual import Residual, check_value
 from implicitlayer.equation._solve import Settings, refuse_forward_over_forward
 from implicitlayer.layer._forward import Calling, Constraints
 from implicitlayer.layer._function import ImplicitArgmin, LayerSpec
-from implicitlayer.layer._roles import check_linear_solver, tell_arguments
+from implicitlayer.layer._roles import check_settings, tell_arguments
 
 _POLICIES = ("raise", "warn", "ignore", "mask")
 Kind = Literal["argmin", "root", "fixed_point"]
@@ -71,10 +71,7 @@ class ImplicitLayer(CopiesFunctions):
     def __post_init__(self) -> None:
         self.records: list[Record] = []
         self._watched = self.own_function  # whether what it keeps was looked at
-        for name in ("function", "solver", "linear_solver"):
-            if not callable(getattr(self, name)):
-                raise TypeError(f"{name} must be callable, got {type(getattr(self, name)).__name__}.")
-        check_linear_solver(self.linear_solver)
+        check_settings(self, ("function", "solver", "linear_solver"), (), ("polish", "batch_dims", "damping"))
         if self.on_failure not in _POLICIES:
             raise ValueError(f"on_failure={self.on_failure!r} must be one of {_POLICIES}.")
         if self.stationarity_rtol is not None and not self.stationarity_rtol >= 0:
@@ -87,9 +84,6 @@ class ImplicitLayer(CopiesFunctions):
             raise ValueError(f"negative_curvature={self.negative_curvature!r} must be one of {POLICIES}.")
         if not isinstance(self.assumptions, Assumptions | None):
             raise TypeError(f"assumptions must be il.Assumptions(...), got {type(self.assumptions).__name__}.")
-        for name in ("polish", "batch_dims", "damping"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be non-negative.")
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "records": []}  # records belong to calls, not to the layer

@@ -10,7 +10,7 @@ import torch
 
 from implicitlayer import _torch
 from implicitlayer.base._copying import CopiesFunctions
-from implicitlayer.base._tree import flatten, lane_reduce, leaves_in_order, unflatten
+from implicitlayer.base._tree import flatten, lane_reduce, leaves_like, unflatten
 from implicitlayer.equation._composite import Composite
 from implicitlayer.layer._strengths import MatrixStrength, OperatorStrength
 
@@ -131,7 +131,7 @@ class Proximal(CopiesFunctions):
     def _strengths(self, phi: Any) -> list[Any]:
         known = self._strength
         if isinstance(known, (dict, list, tuple)):
-            return _leaves_like(known, phi, "strength must be one number or have")
+            return leaves_like(known, phi, "strength must be one number or have the structure of phi")
         return [known] * len(flatten(phi)[0])
 
 
@@ -149,7 +149,7 @@ def _difference(phi: Any, theta: Any, lane_dims: int | None) -> Any:
     """phi - theta, in the structure of phi; theta may lack the ``lane_dims`` lanes of phi (None: already checked)."""
     leaves, spec = flatten(phi)
     difference = []
-    for p, t in zip(leaves, _leaves_like(theta, phi, "theta must have"), strict=True):
+    for p, t in zip(leaves, leaves_like(theta, phi, "theta must have the structure of phi"), strict=True):
         if lane_dims is not None and t.shape not in (p.shape, p.shape[lane_dims:]):
             raise ValueError(
                 f"theta must have the shapes of phi: a leaf of theta has shape {tuple(t.shape)}, that of phi "
@@ -157,14 +157,6 @@ def _difference(phi: Any, theta: Any, lane_dims: int | None) -> Any:
             )
         difference.append(p - t)
     return unflatten(difference, spec)
-
-
-def _leaves_like(tree: Any, like: Any, rule: str) -> list[Any]:
-    """Leaves of ``tree`` in the order of those of ``like``."""
-    leaves = leaves_in_order(tree, like)
-    if leaves is None:
-        raise ValueError(f"{rule} the structure of phi: expected {flatten(like)[1]}, got {flatten(tree)[1]}.")
-    return leaves
 
 
 def _has_entries(strength: Any) -> bool:

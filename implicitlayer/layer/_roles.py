@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -95,10 +95,18 @@ def tell_solver(error: TypeError, solver: Callable[..., Any], num_theta: int) ->
     )
 
 
-def check_linear_solver(solver: Any) -> None:
-    """Raise TypeError for a class where an instance is needed."""
+def check_settings(layer: Any, functions: Sequence[str], optional: Sequence[str], numbers: Sequence[str]) -> None:
+    """Raise for what cannot be called, for a linear solver that is a class, and for a negative number, by name."""
+    for name in (*functions, *optional):
+        value, or_none = getattr(layer, name), name in optional
+        if not (callable(value) or (or_none and value is None)):
+            raise TypeError(f"{name} must be callable{' or None' * or_none}, got {type(value).__name__}.")
+    solver = layer.linear_solver
     if inspect.isclass(solver):
         raise TypeError(f"linear_solver={solver.__name__} is a class. Pass an instance: il.{solver.__name__}(...).")
+    for name in numbers:
+        if not getattr(layer, name) >= 0:
+            raise ValueError(f"{name}={getattr(layer, name)} must be non-negative.")
 
 
 def _shown(value: Any) -> str:

@@ -112,6 +112,15 @@ def is_box(term: ProximalTerm | None) -> bool:
     return term is None or isinstance(term, Box)
 
 
+def require_box(term: ProximalTerm | None, who: str) -> None:
+    """Raise TypeError for a term that ``who`` cannot keep to."""
+    if not is_box(term):
+        raise TypeError(
+            f"{who} il.sets.Box and il.sets.NonNegative only, got {type(term).__name__}. Use "
+            "il.solvers.ProximalGradient(), or a solver of your own that knows the set."
+        )
+
+
 def ends_of_box(project: Callable[[Any, torch.Tensor], Any], like: Any) -> tuple[Leaves, Leaves]:
     """The leaves of the lower and the upper bounds of a box, from ``project(y, step)``, in the shapes of ``like``."""
     leaves, spec = flatten(like)

@@ -1,11 +1,5 @@
 """The base class of convex sets, and sets and proximal operators that users bring."""
 
-# NOTE [kinks of a black box]: with D+- = (prox(y +- h d) - prox(y)) / (+-h), a smooth prox of curvature c (over the
-# size of y) has |D+ - D-| = c h, and one whose derivative jumps between y - h d and y + h d has a difference of the
-# size of the jump for this h and for every larger one. An iteration that is good to e makes a difference of 2 e / h,
-# which falls with h. So a kink at h shows as a difference above _JUMP at h and at _FAR. d has no two entries alike and
-# none small: it crosses a kink in any position. Nothing is said where nothing shows: d may pass along an edge.
-
 from __future__ import annotations
 
 import abc
@@ -15,11 +9,8 @@ from typing import Any
 
 import torch
 
-from implicitlayer.base._tree import flatten, unflatten
-from implicitlayer.sets._term import ProximalTerm, expand_like, joined, largest_of, leaves_like, norm_of
-
-_JUMP = 0.1  # of the derivative, whose eigenvalues lie between 0 and 1
-_FAR = 1e-4  # over the size of y; the nearer step is sqrt(eps)
+from implicitlayer.base._tree import flatten, leaves_like, unflatten
+from implicitlayer.sets._term import ProximalTerm, joined, norm_of
 
 
 class ConvexSet(ProximalTerm, abc.ABC):
@@ -50,53 +41,23 @@ class ConvexSet(ProximalTerm, abc.ABC):
         """The projection, whatever the step."""
         return self.project(y, lane_dims)
 
-    def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
-        """As for every term, with distances from kinks that show: NOTE [kinks of a black box]."""
-        return super().activity(y, step, lane_dims)[0], kink_distances(
-            lambda at: self.project(at, lane_dims), y, lane_dims
-        )
-
     def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
         """``||x - project(x)||``, [*lanes]."""
         return norm_of(joined(x, lane_dims) - joined(self.project(x, lane_dims), lane_dims))
 
 
-def kink_distances(prox: Callable[[Any], Any], y: Any, lane_dims: int) -> Any:
-    """How far the nearest kink is, entry by entry: 0 within sqrt(eps) of the size of y, _FAR of it; NaN if unknown."""
-    leaves, spec = flatten(y)
-    here = flatten(prox(y))[0]
-    size = largest_of(joined(y, lane_dims))
-    size = torch.where(size > 0, size, 1.0)
+@dataclass(frozen=True, eq=False)
+class _OfFunction(ProximalTerm):
+    function: Callable[..., Any]
+    theta: tuple[Any, ...] = ()
 
-    def jumps(part: float) -> list[torch.Tensor]:
-        h = [expand_like(part * size, leaf) for leaf in leaves]
-        ahead, behind = (
-            flatten(
-                prox(unflatten([v + sign * w * _direction(v, lane_dims) for v, w in zip(leaves, h, strict=True)], spec))
-            )[0]
-            for sign in (1.0, -1.0)
-        )
-        return [((a - c) - (c - b)).abs() / w > _JUMP for a, b, c, w in zip(ahead, behind, here, h, strict=True)]
-
-    near, far = jumps(torch.finfo(leaves[0].dtype).eps ** 0.5), jumps(_FAR)
-    margins = []
-    for n, f, leaf in zip(near, far, leaves, strict=True):
-        at = torch.where(n & f, expand_like(0.0 * size, leaf), expand_like(_FAR * size, leaf))
-        margins.append(torch.where(f, at, torch.nan))
-    return unflatten(margins, spec)
-
-
-def _direction(like: torch.Tensor, lane_dims: int) -> torch.Tensor:
-    """Entries between 1.25 and 2 of both signs, without a period; the same in every lane."""
-    shape = like.shape[lane_dims:]
-    count = torch.arange(shape.numel(), device=like.device, dtype=torch.float64)
-    signs = torch.where(torch.cos(2.399963 * count**2) >= 0, 1.0, -1.0)
-    entries: torch.Tensor = (signs * (1.25 + 0.75 * ((0.618034 * count) % 1))).to(like.dtype).reshape(shape)
-    return entries
+    def bind(self, theta: tuple[Any, ...]) -> Any:
+        """The same at these thetas."""
+        return replace(self, theta=theta)
 
 
 @dataclass(frozen=True, eq=False)
-class Projection(ConvexSet):
+class Projection(_OfFunction, ConvexSet):
     """The set behind a projection of your own.
 
     Autograd's derivative of its torch code is what a layer uses: branch on values (``torch.where``), and let every
@@ -114,13 +75,6 @@ class Projection(ConvexSet):
         [2.0, 2.0]
     """
 
-    function: Callable[..., Any]
-    theta: tuple[Any, ...] = ()
-
-    def bind(self, theta: tuple[Any, ...]) -> Projection:
-        """The set at these thetas."""
-        return replace(self, theta=theta)
-
     def project(self, y: Any, lane_dims: int = 0) -> Any:
         """What the function says, checked to be like y."""
         return _checked(self.function(y, *self.theta), y, "projection")
@@ -132,7 +86,7 @@ class Projection(ConvexSet):
 
 
 @dataclass(frozen=True, eq=False)
-class Prox(ProximalTerm):
+class Prox(_OfFunction):
     """A regulariser r behind a proximal operator of your own.
 
     Args:
@@ -147,27 +101,14 @@ class Prox(ProximalTerm):
         [1.0]
     """
 
-    function: Callable[..., Any]
-    theta: tuple[Any, ...] = ()
-
-    def bind(self, theta: tuple[Any, ...]) -> Prox:
-        """The regulariser at these thetas."""
-        return replace(self, theta=theta)
-
     def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
         """What the function says, checked to be like y."""
         return _checked(self.function(y, step, *self.theta), y, "proximal operator")
 
-    def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
-        """As for every term, with distances from kinks that show: NOTE [kinks of a black box]."""
-        return super().activity(y, step, lane_dims)[0], kink_distances(
-            lambda at: self.prox(at, step, lane_dims), y, lane_dims
-        )
-
 
 def _checked(value: Any, y: Any, what: str) -> Any:
     leaves, spec = flatten(y)
-    result = leaves_like(value, y, f"what the {what} returns")
+    result = leaves_like(value, y, f"what the {what} returns must have the structure of x")
     shapes = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf).__name__ for leaf in result]
     if shapes != [tuple(leaf.shape) for leaf in leaves]:
         raise ValueError(

@@ -11,8 +11,15 @@
 #
 # Lanes: the first ``lane_dims`` dimensions of every leaf enumerate independent problems; a term acts on each alone.
 
+# NOTE [kinks of a black box]: with D+- = (prox(y +- h d) - prox(y)) / (+-h), a smooth prox of curvature c (over the
+# size of y) has |D+ - D-| = c h, and one whose derivative jumps between y - h d and y + h d has a difference of the
+# size of the jump for this h and for every larger one. An iteration that is good to e makes a difference of 2 e / h,
+# which falls with h. So a kink at h shows as a difference above _JUMP at h and at _FAR. d has no two entries alike and
+# none small: it crosses a kink in any position. Nothing is said where nothing shows: d may pass along an edge.
+
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,9 +28,13 @@ import torch
 from implicitlayer import _torch
 from implicitlayer._torch import pytree
 from implicitlayer.base._copying import CopiesFunctions
+from implicitlayer.base._parts import Parts, numbers
 from implicitlayer.base._sharding import anywhere, whole
-from implicitlayer.base._tree import TreeSpec, flatten, leaves_in_order, ravel, tree_map, unflatten, unravel
+from implicitlayer.base._tree import TreeSpec, flatten, leaves_like, ravel, tree_map, unflatten, unravel
 from implicitlayer.base._types import Extension, Leaves
+
+_JUMP = 0.1  # of the derivative, whose eigenvalues lie between 0 and 1
+_FAR = 1e-4  # over the size of y; the nearer step is sqrt(eps)
 
 
 class ProximalTerm(CopiesFunctions, Extension):
@@ -47,10 +58,11 @@ class ProximalTerm(CopiesFunctions, Extension):
     def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
         """What the term does at y = x - step * gradient: (mask of entries that it holds, distance of y from a kink).
 
-        Both in the structure of y. The distance is infinite where there is no kink, NaN where it is not known.
+        Both in the structure of y. The distance is infinite where there is no kink, NaN where it is not known; of
+        terms that do not say it, see NOTE [kinks of a black box].
         """
         held = tree_map(lambda a, b: a != b, y, self.prox(y, step, lane_dims))
-        return held, tree_map(lambda a: torch.full_like(a, torch.nan), y)
+        return held, kink_distances(lambda at: self.prox(at, step, lane_dims), y, lane_dims)
 
     def diagonal(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
         """The derivative of the prox in y where it is a diagonal matrix: its entries, constants, in the structure of y.
@@ -109,7 +121,8 @@ class PerPart(ProximalTerm):
         return parts
 
     def _join(self, parts: list[Any], x: Any) -> Any:
-        return unflatten(leaves_like(pytree.tree_unflatten(parts, self.spec), x, "the parts"), flatten(x)[1])
+        whole = leaves_like(pytree.tree_unflatten(parts, self.spec), x, "the parts must have the structure of x")
+        return unflatten(whole, flatten(x)[1])
 
     def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
         parts = zip(self.terms, self._parts(y), strict=True)
@@ -165,6 +178,50 @@ def resolve(terms: Any, theta: tuple[Any, ...], name: str = "constraint") -> Pro
     return PerPart(tuple(leaves), spec).bind(theta)
 
 
+def kink_distances(prox: Callable[[Any], Any], y: Any, lane_dims: int) -> Any:
+    """How far the nearest kink is, entry by entry: 0 within sqrt(eps) of the size of y, _FAR of it; NaN if unknown."""
+    leaves, spec = flatten(y)
+    here = flatten(prox(y))[0]
+    size = largest_of(joined(y, lane_dims))
+    size = torch.where(size > 0, size, 1.0)
+
+    def jumps(part: float) -> list[torch.Tensor]:
+        h = [expand_like(part * size, leaf) for leaf in leaves]
+        steps = [w * _direction(v, lane_dims) for v, w in zip(leaves, h, strict=True)]
+        ends = [unflatten([v + sign * s for v, s in zip(leaves, steps, strict=True)], spec) for sign in (1.0, -1.0)]
+        ahead, behind = (flatten(prox(end))[0] for end in ends)
+        return [((a - c) - (c - b)).abs() / w > _JUMP for a, b, c, w in zip(ahead, behind, here, h, strict=True)]
+
+    near, far = jumps(torch.finfo(leaves[0].dtype).eps ** 0.5), jumps(_FAR)
+    margins = []
+    for n, f, leaf in zip(near, far, leaves, strict=True):
+        at = torch.where(n & f, expand_like(0.0 * size, leaf), expand_like(_FAR * size, leaf))
+        margins.append(torch.where(f, at, torch.nan))
+    return unflatten(margins, spec)
+
+
+def _direction(like: torch.Tensor, lane_dims: int) -> torch.Tensor:
+    """Entries between 1.25 and 2 of both signs, without a period; the same in every lane."""
+    shape = like.shape[lane_dims:]
+    count = torch.arange(shape.numel(), device=like.device, dtype=torch.float64)
+    return signs([like], lane_dims)[0] * (1.25 + 0.75 * ((0.618034 * count) % 1)).to(like.dtype).reshape(shape)
+
+
+def signs(like: Leaves, num_levels: int = 0) -> Leaves:
+    """A direction of signs; the golden angle spreads them without a period, so that it mixes all eigenvectors.
+
+    The same one in every lane of the first ``num_levels`` dimensions, as a function of one lane would have it.
+    """
+    directions = []
+    for v in like:
+        in_parts = isinstance(v, Parts)
+        shape = v.shape[-1:] if in_parts else v.shape[num_levels:]
+        count = numbers(v) if in_parts else torch.arange(shape.numel(), device=v.device)
+        angles = torch.cos(2.399963 * count.to(v.dtype) ** 2)
+        directions.append(torch.where(angles >= 0, 1.0, -1.0).to(v.dtype).reshape(shape).expand(v.shape))
+    return directions
+
+
 def free(x: Any) -> tuple[Any, Any]:
     """The activity of no term at all."""
     return (
@@ -173,21 +230,12 @@ def free(x: Any) -> tuple[Any, Any]:
     )
 
 
-def leaves_like(tree: Any, like: Any, name: str) -> list[Any]:
-    """Leaves of ``tree`` in the order of those of ``like``; the order of dictionary keys does not matter."""
-    leaves = leaves_in_order(tree, like)
-    if leaves is None:
-        raise ValueError(
-            f"{name} must be one tensor or number, or have the structure of x: {flatten(like)[1]}, got "
-            f"{flatten(tree)[1]}."
-        )
-    return leaves
-
-
 def spread(value: Any, x: Any, name: str) -> Leaves:
     """One tensor per leaf of x that broadcasts to it: from one number or tensor for all, or a pytree like x."""
     leaves = flatten(x)[0]
-    values = leaves_like(value, x, name) if isinstance(value, (dict, list, tuple)) else [value] * len(leaves)
+    values = [value] * len(leaves)
+    if isinstance(value, (dict, list, tuple)):
+        values = leaves_like(value, x, f"{name} must be one tensor or number, or have the structure of x")
     result = []
     for entry, leaf in zip(values, leaves, strict=True):
         tensor = number_like(entry, leaf)

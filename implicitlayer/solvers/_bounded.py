@@ -25,8 +25,8 @@ from implicitlayer.base._tree import flatten, ravel, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.linear._common import times
 from implicitlayer.linear._operator import lane_dot
-from implicitlayer.sets._box import ends_of_box, is_box
-from implicitlayer.sets._term import ProximalTerm, resolve
+from implicitlayer.sets._box import ends_of_box, require_box
+from implicitlayer.sets._term import resolve
 from implicitlayer.solvers._descent import Descent, Method, descend, pair_scales
 from implicitlayer.solvers._line_search import LineSearch, Pair
 from implicitlayer.solvers._problem import Problem
@@ -59,15 +59,7 @@ def in_a_box(
 def check_bounds(bounds: Any) -> None:
     """Raise TypeError unless the bounds are a box, or a function that may return one."""
     if bounds is not None and not callable(bounds):
-        _check(resolve(bounds, (), "bounds"))
-
-
-def _check(term: ProximalTerm) -> None:
-    if not is_box(term):
-        raise TypeError(
-            f"LBFGS stays inside il.sets.Box and il.sets.NonNegative only, got {type(term).__name__}. Use "
-            "il.solvers.ProximalGradient(), or a solver of your own that knows the set."
-        )
+        require_box(resolve(bounds, (), "bounds"), "LBFGS stays inside")
 
 
 def _ends(own: Any, objective: Any, init: Any, theta: tuple[Any, ...]) -> tuple[Leaves, Leaves] | None:
@@ -78,7 +70,7 @@ def _ends(own: Any, objective: Any, init: Any, theta: tuple[Any, ...]) -> tuple[
     if own is not None and of_layer is not None and own is not of_layer:
         raise ValueError("bounds= of LBFGS beside constraint= of the layer: which one? Leave out bounds=.")
     term = resolve(own if own is not None else of_layer, theta, "bounds")
-    _check(term)
+    require_box(term, "LBFGS stays inside")
     return ends_of_box(term.prox if of_layer is None else lambda y, step: objective.prox(y, step, *theta), init)
 
 

@@ -16,7 +16,7 @@ from implicitlayer.base._status import Status
 from implicitlayer.base._tree import TreeSpec, flatten, leaves_norm, ravel, unflatten, unravel
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._residual import pull_back
-from implicitlayer.sets._box import ends_of_box, is_box
+from implicitlayer.sets._box import ends_of_box, require_box
 from implicitlayer.sets._term import resolve
 from implicitlayer.solvers._leaves import check_attached, check_unknowns
 from implicitlayer.solvers._progress import Iteration, reporting
@@ -241,11 +241,7 @@ def bounds_of_layer(objective: Any, method: str, init: Any, theta: tuple[Any, ..
     if terms is None:
         return None
     term = resolve(terms, theta)
-    if not is_box(term):
-        raise TypeError(
-            f"SciPyMinimize can pass on il.sets.Box and il.sets.NonNegative only, got {type(term).__name__}. Use "
-            "il.solvers.ProjectedGradient(), or a solver of your own that knows the set."
-        )
+    require_box(term, "SciPyMinimize can pass on")
     if method.lower() not in (name.lower() for name in WITH_BOUNDS):
         raise ValueError(
             f"method={method!r} of SciPy has no bounds, and the layer has a box. Use one of {WITH_BOUNDS}."

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from implicitlayer import _torch
-from implicitlayer.base._tree import TreeSpec, flatten, leaves_in_order, ravel, unflatten, unravel
+from implicitlayer.base._tree import TreeSpec, flatten, leaves_like, ravel, unflatten, unravel
 from implicitlayer.base._types import Leaves
 
 StepSize = Any
@@ -84,12 +84,7 @@ def moves(step_size: StepSize, gradient: Leaves, spec: TreeSpec, lane_dims: int)
             raise ValueError("the product of a step_size must return the structure and shapes of the unknowns.")
         return moved
     tree = unflatten(gradient, spec)
-    entries = leaves_in_order(step_size, tree)
-    if entries is None:
-        raise ValueError(
-            f"step_size must be one number or have the structure of the unknowns: expected {flatten(tree)[1]}, got "
-            f"{flatten(step_size)[1]}."
-        )
+    entries = leaves_like(step_size, tree, "step_size must be one number or have the structure of the unknowns")
     return [_times(a, g) for a, g in zip(entries, gradient, strict=True)]
 
 
