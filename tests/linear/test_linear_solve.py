@@ -312,7 +312,7 @@ def test_no_gradient_is_lost_in_a_complex_tensor() -> None:
         lambda: il.linear_solve(lambda u: c.abs() ** 2 * u, b, CG),
         lambda: il.hessian_operator(lambda x, c: (c.abs() ** 2 * x**2).sum(), b, c),
     ):
-        with pytest.raises(TypeError, match="a complex theta of shape .* requires a gradient"):
+        with pytest.raises(TypeError, match=r"a complex theta of shape .* requires a gradient"):
             call()
     right = il.linear_solve(lambda u, c: c.abs() ** 2 * u, b, CG, c.detach())  # as data it may stay complex
     torch.testing.assert_close(right, b / c.detach().abs() ** 2, rtol=1e-12, atol=0)
