@@ -112,6 +112,8 @@ def like_x(
         raise ObjectiveError(
             f"{what}, in the structure of x: expected shapes {[tuple(t.shape) for t in x]}, got {shapes}."
         )
+    if any(leaf.is_complex() for leaf in leaves):
+        raise ObjectiveError(f"{what}, which is real, got a complex one. Stack its parts with torch.view_as_real.")
     return list(leaves)
 
 

@@ -158,8 +158,8 @@ class ConstrainedLayer(CopiesFunctions):
     def __post_init__(self) -> None:
         self.records: list[Record] = []
         self.active_set: ActiveConstraints | None = None
-        optional = "equality", "inequality", "linear_solver"
-        check_settings(self, ("objective", "solver"), optional, ("polish", "batch_dims"))
+        needed, optional = ("objective", "solver"), ("equality", "inequality", "linear_solver")
+        check_settings(self, needed, optional, ("polish", "batch_dims"))
         if self.equality is None and self.inequality is None:
             raise ValueError("constrained_argmin needs equality= or inequality=. Without constraints use il.argmin.")
         if self.at_kink not in ("inactive", "active"):

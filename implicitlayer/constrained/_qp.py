@@ -137,8 +137,10 @@ def qp(
             raise ValueError(f"{name}={choice!r} must be one of {choices}.")
     moves = infeasible == "closest"
     if moves and (on_failure == "mask" or _torch.transforms_active()):
-        where = "beside on_failure='mask'" if on_failure == "mask" else "under a transform, where no value can be seen"
-        raise ValueError(f"infeasible='closest' is not {where}. Leave it out, or call il.qp on a batch of programs.")
+        why = "under a transform, where no value can be seen. Leave it out, or call il.qp on a batch of programs."
+        if on_failure == "mask":
+            why = "beside on_failure='mask', which makes NaN of what has no solution. Leave one of the two out."
+        raise ValueError(f"infeasible='closest' is not {why}")
     given = {"Q": Q, "p": p, "A": A, "b": b, "G": G, "h": h, "lower": lower, "lb": lb, "ub": ub}
     if isinstance(solver, str) and solver != "auto":
         raise ValueError(f"solver={solver!r} must be 'auto', one of il.solvers, such as DAQP(), or a function.")

@@ -67,6 +67,25 @@ class Signature:
         return Signature(self.spec, tuple(filled), self.places)
 
 
+def refuse_not_differentiated(leaves: Sequence[Any]) -> None:
+    """Raise TypeError for a tensor that requires a gradient and cannot get one."""
+    for leaf in leaves:
+        if not isinstance(leaf, torch.Tensor) or not leaf.requires_grad:
+            continue
+        if leaf.layout is not torch.strided:
+            raise TypeError(
+                f"a sparse theta of shape {tuple(leaf.shape)} ({leaf.layout}) requires a gradient; only dense tensors "
+                "are differentiated. Pass its values (a dense vector) as a theta and build the sparse tensor inside "
+                "the objective, or pass .to_dense(). Without requires_grad it may stay sparse."
+            )
+        if leaf.is_complex():
+            raise TypeError(
+                f"a complex theta of shape {tuple(leaf.shape)} requires a gradient; only real ones are "
+                "differentiated. Pass torch.view_as_real of it and rebuild it inside the objective with "
+                "torch.view_as_complex."
+            )
+
+
 @dataclass(frozen=True, eq=False)
 class Parts:
     """What an objective tells about itself besides its value; see NOTE [objectives with parts].

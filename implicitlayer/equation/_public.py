@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from implicitlayer.base._surroundings import out_of_inference, outside_compiled_
 from implicitlayer.base._tree import TreeSpec, flatten, leaves_like, like_x, name_lanes, ravel, unflatten, unravel
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.equation._capture import find_closed_over
-from implicitlayer.equation._flat import Signature, flat_function, flat_parts
+from implicitlayer.equation._flat import Signature, flat_function, flat_parts, refuse_not_differentiated
 from implicitlayer.equation._jacobian import Curvature, Jacobian, OperatorFamily
 from implicitlayer.equation._repair import POLICIES, NegativeCurvature
 from implicitlayer.equation._residual import Residual, check_value, pullback
@@ -63,6 +63,7 @@ class HessianOperator:
         """The leaves of ``vector``, or an error if it has not the structure and shapes of x."""
         like = unflatten(self.tensors[: self.structure.num_leaves], self.structure)
         leaves = leaves_like(vector, like, f"{name} must have the structure of x")
+        _refuse_not_real(name, leaves)
         shapes, expected = [tuple(v.shape) for v in leaves], [tuple(t.shape) for t in self.tensors[: len(leaves)]]
         if shapes != expected:
             raise ValueError(f"{name} must have the shapes of x: expected {expected}, got {shapes}.")
@@ -108,6 +109,7 @@ def hessian_operator(
     hidden = find_closed_over(objective, (x, *theta), lambda value: check_value(value, torch.Size(), False))
     hidden.first = None  # there is no solution, whose run would be compared
     signature = Signature.of(theta)
+    refuse_not_differentiated([*signature.leaves, *hidden])
     residual = Residual(
         flat_function(objective, x_spec, signature, hidden, True),
         is_gradient=True,
@@ -115,6 +117,15 @@ def hessian_operator(
     )
     family = Jacobian(residual, len(leaves), True, curvature, damping)
     return HessianOperator(family, [*leaves, *signature.tensors, *hidden], x_spec)
+
+
+def _refuse_not_real(name: str, leaves: Sequence[Any]) -> None:
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor) and not leaf.is_floating_point():
+            raise TypeError(
+                f"{name} has dtype {leaf.dtype}; systems are real and floating. Use .double(); of complex data stack "
+                "real and imaginary parts with torch.view_as_real, a matrix R + iS as [[R, -S], [S, R]]."
+            )
 
 
 @dataclass(frozen=True)
@@ -257,6 +268,7 @@ def linear_solve(
     refuse_forward_over_forward()
     solver = solver if solver is not None else ConjugateGradient()
     leaves, spec = flatten(rhs)
+    _refuse_not_real("a matrix or right-hand side", [operator, *leaves])
     if mesh_of((operator, *leaves)) is not None or getattr(operator, "sharding", None) is not None:
         how: dict[str, Any] = {"symmetric": symmetric, "on_failure": on_failure}
         return _solved_sharded(operator, rhs, solver, *tensors, **how, negative_curvature=negative_curvature)
@@ -279,6 +291,7 @@ def linear_solve(
         hidden.first = None  # as above
         signature = Signature.of(tensors)
         parameters = [*signature.tensors, *hidden]
+        refuse_not_differentiated([*signature.leaves, *hidden])
         flat = flat_function(operator, spec, signature, hidden, False)
         family = _LinearFunction(flat, like, symmetric=bool(symmetric) or assumed, assumed=assumed)
     settings = Settings(solver, on_failure, negative_curvature=negative_curvature)

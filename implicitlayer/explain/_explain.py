@@ -96,12 +96,16 @@ def explain_gradient(layer: ImplicitLayer | ArgminLayer, /, *args: Any) -> Gradi
 
 def _resolve(layer: Any, args: tuple[Any, ...]) -> tuple[ImplicitLayer, Any, tuple[Any, ...]]:
     """The layer with its function as the user wrote it, init and theta."""
+    stored = None
     if isinstance(layer, ArgminLayer):
-        return replace(layer._layer, function=layer.objective), *_module_arguments(layer, args)
+        stored, layer = layer.init, replace(layer._layer, function=layer.objective)
+        if callable(stored) and not isinstance(stored, torch.Tensor):
+            with torch.no_grad():
+                stored = stored(*args)
     if isinstance(layer, ImplicitLayer):
-        if not args:
-            raise TypeError("explain_gradient(layer, init, *theta) needs init, as the layer does.")
-        return layer, args[0], args[1:]
+        if stored is None and not args:
+            raise TypeError("explain_gradient(layer, init, *theta) needs init: the layer has stored none.")
+        return (layer, args[0], args[1:]) if stored is None else (layer, stored, args)
     inside = ""
     if isinstance(layer, nn.Module):
         held = [name for name, module in layer.named_modules() if isinstance(module, ArgminLayer)]
@@ -110,17 +114,6 @@ def _resolve(layer: Any, args: tuple[Any, ...]) -> tuple[ImplicitLayer, Any, tup
         f"explain_gradient got {type(layer).__name__}: it takes what il.argmin, il.root or il.fixed_point returns, or "
         f"an il.ArgminLayer. Of a wrapper, pass the layer inside it, with the arguments that the layer gets.{inside}"
     )
-
-
-def _module_arguments(layer: ArgminLayer, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    if layer.init is None:
-        if not args:
-            raise TypeError("explain_gradient(module, init, *theta) needs init: none was stored in the module.")
-        return args[0], args[1:]
-    if callable(layer.init) and not isinstance(layer.init, torch.Tensor):
-        with torch.no_grad():
-            return layer.init(*args), args
-    return layer.init, args
 
 
 def _problem(layer: ImplicitLayer, init: Any, theta: tuple[Any, ...]) -> Problem:

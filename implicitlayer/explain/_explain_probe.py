@@ -271,16 +271,13 @@ def ask_layer(problem: Problem, facts: list[Facts]) -> None:
 
     with plain_surroundings(problem.x):
         residual.outputs([t.clone() for t in x], [t.detach() for t in tensors])  # misuse is an error here as well
-        failure = _raised(checks)
-        if failure is not None:
+        if (failure := _raised(checks)) is not None:
             return _tell(failure, problem, facts)
-        if not any(needed):
-            return
-        if backward_of(needed) is not None:
+        if any(needed) and backward_of(needed) is not None:
             for i, place in enumerate(places):
                 if needed[i]:
                     facts[place].failure = backward_of([j == i for j in range(len(tensors))])
-        elif isinstance(at := attached(needed), At):
+        elif any(needed) and isinstance(at := attached(needed), At):
             error = ravel(at.value, layer.batch_dims).norm(dim=-1)
             if bool((error <= _NEAR * at.size).all()):
                 for place, slope in zip(places, at.pull_theta([_randn(t, 400) for t in x], needed), strict=True):

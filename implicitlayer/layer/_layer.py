@@ -27,7 +27,7 @@ from implicitlayer.equation._capture import (
     run_undifferentiated,
 )
 from implicitlayer.equation._certificate import Assumptions
-from implicitlayer.equation._flat import Signature, flat_function, flat_parts
+from implicitlayer.equation._flat import Signature, flat_function, flat_parts, refuse_not_differentiated
 from implicitlayer.equation._jacobian import Curvature
 from implicitlayer.equation._repair import POLICIES, NegativeCurvature
 from implicitlayer.equation._residual import Residual, check_value
@@ -190,7 +190,7 @@ class ImplicitLayer(CopiesFunctions):
             name_limit(error, transformed=plainly_impossible())
             tell_arguments(error, self.function, args[0], args[1:])
             raise
-        _refuse_not_differentiated([*signature.leaves, *hidden])
+        refuse_not_differentiated([*signature.leaves, *hidden])
         return hidden
 
     def _call_sharded(self, init: Any, theta: tuple[Any, ...]) -> Any:
@@ -279,23 +279,4 @@ def check_init(leaves: Sequence[Any], names: Sequence[str], batch_dims: int) -> 
             raise ValueError(
                 f"with batch_dims={batch_dims} every leaf of init needs the same {batch_dims} leading dimensions: "
                 f"{name} has shape {tuple(leaf.shape)}, {names[0]} {tuple(leaves[0].shape)}."
-            )
-
-
-def _refuse_not_differentiated(leaves: Sequence[Any]) -> None:
-    """Raise for a tensor that requires a gradient and cannot get one."""
-    for leaf in leaves:
-        if not isinstance(leaf, torch.Tensor) or not leaf.requires_grad:
-            continue
-        if leaf.layout is not torch.strided:
-            raise TypeError(
-                f"a sparse theta of shape {tuple(leaf.shape)} ({leaf.layout}) requires a gradient; only dense tensors "
-                "are differentiated. Pass its values (a dense vector) as a theta and build the sparse tensor inside "
-                "the objective, or pass .to_dense(). Without requires_grad it may stay sparse."
-            )
-        if leaf.is_complex():
-            raise TypeError(
-                f"a complex theta of shape {tuple(leaf.shape)} requires a gradient; only real ones are "
-                "differentiated. Pass torch.view_as_real of it and rebuild it inside the objective with "
-                "torch.view_as_complex."
             )

@@ -63,7 +63,8 @@ class MatrixStrength:
         rounding = 10 * torch.finfo(matrix.dtype).eps * max(len(matrix), 1) * size
         if not float((matrix - matrix.mT).abs().max() if size else 0.0) <= rounding:
             raise ValueError(
-                "matrix is not symmetric: (phi - theta)' A (phi - theta) sees (A + A') / 2 only. Pass that."
+                "matrix is not symmetric: (phi - theta)' A (phi - theta) sees (A + A') / 2 only. Pass that. As a step "
+                "size, which may be any matrix P, pass il.OperatorStrength(lambda g: P @ g)."
             )
         lowest = float(torch.linalg.eigvalsh(matrix.double())[0]) if size else 0.0
         if not lowest >= -rounding:

@@ -150,9 +150,8 @@ def check_scaled_objective(
     scaled_case = _Case(_at(scaled, found, kind, settings), init, theta, rtol, seed)
     v = plain_case.random(plain_case.equation.init)
     expected = plain_case.gradients(v)
-    plain_case.compare(
-        scaled_case.gradients(v), expected, float(flat(expected).norm()), f"f and {factor:g} f + {shift:g}"
-    )
+    got, size = scaled_case.gradients(v), float(flat(expected).norm())
+    plain_case.compare(got, expected, size, f"f and {factor:g} f + {shift:g}")
 
 
 def check_rotated_unknowns(

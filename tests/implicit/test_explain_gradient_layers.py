@@ -162,7 +162,9 @@ def test_what_is_no_layer_is_refused_with_what_is_accepted() -> None:
         explain_gradient(stay, START)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"explain_gradient\(layer, init, \*theta\) needs init"):
         explain_gradient(il.argmin(squares, stay))
-    with pytest.raises(TypeError, match=r"explain_gradient\(module, init, \*theta\) needs init: none was stored"):
+    with pytest.raises(
+        TypeError, match=r"explain_gradient\(layer, init, \*theta\) needs init: the layer has stored none"
+    ):
         explain_gradient(il.ArgminLayer(squares, stay))
     with pytest.raises(il.UnsupportedTransformError, match=r"inside a torch\.func transform"):
         torch.func.grad(lambda t: explain_gradient(il.argmin(squares, stay), t))(START)

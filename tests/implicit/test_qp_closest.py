@@ -182,6 +182,8 @@ def test_where_values_cannot_be_seen_it_is_refused() -> None:
     G, h, p = tensor([[1.0, 0.0], [-1.0, 0.0]]), tensor([0.0, -1.0]), tensor([[0.0, 1.0]])
     with pytest.raises(ValueError, match=r"infeasible='closest' is not under a transform"):
         torch.vmap(lambda p: il.qp(EYE, p, G=G, h=h, infeasible="closest"))(p)
+    with pytest.raises(ValueError, match=r"is not beside on_failure='mask', .* Leave one of the two out\.$"):
+        il.qp(EYE, p, G=G, h=h, infeasible="closest", on_failure="mask")  # a batch already
     with pytest.raises(ValueError, match=r"infeasible='closest' is not beside on_failure='mask'"):
         il.qp(EYE, p[0], G=G, h=h, infeasible="closest", on_failure="mask")
     with pytest.raises(ValueError, match=r"infeasible='nearest' must be one of \('error', 'closest'\)"):

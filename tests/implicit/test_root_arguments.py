@@ -73,6 +73,7 @@ WRONG = {
     "a pair": (lambda r: (r, r), r"expected shapes \[\(3,\)\], got \[\(3,\), \(3,\)\]"),
     "another structure": (lambda r: {"x": r}, "in the structure of x"),
     "a number": (lambda r: 1.0, r"got \['float'\]"),
+    "complex numbers": (lambda r: r + 1j * r, "which is real, got a complex one"),
 }
 
 

@@ -280,3 +280,39 @@ def test_failures_follow_the_policy_and_name_the_linear_solve() -> None:
     with pytest.raises(il.NonFiniteError, match="right-hand side of the linear solve"):
         il.linear_solve(hard, b * torch.nan)
     compare(il.linear_solve(saddle, b, il.Minres()), torch.tensor([1.0, -0.5], dtype=F64))
+
+
+def test_complex_and_integer_systems_are_refused_with_the_real_system_that_is_the_same() -> None:
+    R, S, b = randn(2, 2, seed=1) + 3 * torch.eye(2, dtype=F64), randn(2, 2, seed=2), randn(2, seed=3)
+    A, rhs = torch.complex(R, S), torch.complex(b, 2 * b)
+    refused = r"has dtype torch.complex128; systems are real .* a matrix R \+ iS as \[\[R, -S\], \[S, R\]\]"
+    operator = il.hessian_operator(lambda x: (x**2).sum(), b)
+    for call in (
+        lambda: il.linear_solve(A, b, GMRES),
+        lambda: il.linear_solve(A, rhs),
+        lambda: il.linear_solve(R, rhs, GMRES),
+        lambda: il.linear_solve(lambda u: A @ u, rhs, GMRES),
+        lambda: il.linear_solve(operator, rhs),
+        lambda: operator(rhs),
+        lambda: il.hvp(lambda x: (x**2).sum(), b, rhs),
+    ):
+        with pytest.raises(TypeError, match=refused):
+            call()
+    with pytest.raises(TypeError, match=r"has dtype torch.int64; systems are real and floating. Use .double\(\)"):
+        il.linear_solve(R, torch.ones(2, dtype=torch.int64))
+    whole = torch.cat([torch.cat([R, -S], 1), torch.cat([S, R], 1)])
+    u = il.linear_solve(whole, torch.cat([rhs.real, rhs.imag]), GMRES)  # the remedy
+    assert relative_error(torch.complex(u[:2], u[2:]), torch.linalg.solve(A, rhs)) < 1e-12
+
+
+def test_no_gradient_is_lost_in_a_complex_tensor() -> None:
+    c, b = torch.complex(randn(2, seed=4), randn(2, seed=5)).requires_grad_(), randn(2, seed=6)
+    for call in (
+        lambda: il.linear_solve(lambda u, c: c.abs() ** 2 * u, b, CG, c),
+        lambda: il.linear_solve(lambda u: c.abs() ** 2 * u, b, CG),
+        lambda: il.hessian_operator(lambda x, c: (c.abs() ** 2 * x**2).sum(), b, c),
+    ):
+        with pytest.raises(TypeError, match=r"a complex theta of shape .* requires a gradient"):
+            call()
+    right = il.linear_solve(lambda u, c: c.abs() ** 2 * u, b, CG, c.detach())  # as data it may stay complex
+    torch.testing.assert_close(right, b / c.detach().abs() ** 2, rtol=1e-12, atol=0)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from meta_problem import LAMBDA, B, N, assert_matches_differences, dense_parts, flat, gradient_of, problem, task_loss
+from references import randn
 
 import implicitlayer as il
 
@@ -304,6 +305,16 @@ def test_step_sizes_that_would_stay_untrained_are_refused() -> None:
 def test_the_last_step_of_a_solver_without_a_known_one_is_refused(solver: Any) -> None:
     with pytest.raises(ValueError, match="the last step must be known"):
         il.meta.iMAML(task_loss, solver, step_size_gradient="last_step")
+
+
+def test_a_step_by_a_matrix_that_is_not_symmetric_is_one_by_its_products() -> None:
+    P, theta, data = torch.tensor([[0.1, 0.4], [-0.3, 0.2]], dtype=F64), randn(2, seed=1), randn(3, 2, seed=2)
+    with pytest.raises(ValueError, match=r"As a step size, .* pass il.OperatorStrength\(lambda g: P @ g\)"):
+        il.MatrixStrength(P)
+    step = il.OperatorStrength(lambda g: P @ g)
+    method = il.meta.MAML(lambda phi, t: ((phi - t) ** 2).sum(-1), step_size=step, num_steps=1)
+    gradients = 2 * (theta - data)  # one row for each task
+    torch.testing.assert_close(method.adapt(theta, data), theta - gradients @ P.T, rtol=1e-14, atol=1e-14)
 
 
 def test_misuse_of_step_sizes_is_told_with_its_remedy() -> None:
