@@ -37,8 +37,7 @@ def is_sharded(value: Any) -> bool:
 
 def anywhere(mask: Any) -> bool:
     """Whether an entry is true, on any process; ``bool`` of a DTensor looks at what lies here (torch 2.13)."""
-    count = mask.sum()
-    return bool(count.full_tensor() if is_sharded(count) else count)
+    return bool(gathered(mask.sum()))
 
 
 class Layout(NamedTuple):

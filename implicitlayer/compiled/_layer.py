@@ -229,9 +229,9 @@ class CompiledLayer:
             needed=tuple(needed),
         )
         plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (*leaves, *tensors))
-        met = {id(tensor) for tensor, _ in again.constants}
-        outside = [tensor for tensor, _ in hidden.constants if id(tensor) in met]  # else it makes it
-        made = Program(problem, self.backend, self.options, self._one_at_a_time, outside=outside) if plain else None
+        hidden.first = None  # the layer's own call has compared
+        hidden.settle({id(tensor) for tensor, _ in again.constants})  # what it makes itself is another one each time
+        made = Program(problem, self.backend, self.options, self._one_at_a_time, hidden.constants) if plain else None
         self._programs.setdefault(key, made)
         return answer
 
@@ -335,7 +335,7 @@ class _Compiled(torch.autograd.Function):
         *x, measured = call.solve(init, theta, partial(call.judged, init, theta))
         ctx.call = call
         ctx.outside = ClosedOver()
-        ctx.outside.constants = tuple([(t, t._version) for t in call.program.outside])
+        ctx.outside.constants = tuple([(t, t._version) for t, _ in call.program.outside])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*x, *tensors, measured)
         return tuple(x)

@@ -130,8 +130,8 @@ class Program:
 
     Attributes:
         one_at_a_time: a lock for the calls that compile, so that two threads do not compile the same.
+        outside: constant tensors that the objective closes over, with their versions at the first call.
         num_compilations: how often the compiler has been asked.
-        outside: constant tensors that the objective closes over.
         has_solved, has_pulled: whether each has run, so that a next call compiles nothing.
     """
 
@@ -139,8 +139,8 @@ class Program:
     backend: str
     options: dict[str, Any]
     one_at_a_time: Any
+    outside: Sequence[tuple[torch.Tensor, int]]
     num_compilations: int = 0
-    outside: Sequence[torch.Tensor] = ()
     has_solved: bool = False
     has_pulled: bool = False
     solve: Callable[..., Any] = field(init=False)

@@ -104,10 +104,7 @@ class ProxLayer(ImplicitLayer):
         return solution
 
     def _judge_distance(self, given: Any, theta: tuple[Any, ...]) -> Any:
-        """The answer, with NaN in lanes that are masked.
-
-        Without a gradient nothing is differentiated for checks: one projection, and more where that looks bad.
-        """
+        """The answer, NaN where masked; without a gradient by one projection, and more where that looks bad."""
         if self.stationarity_rtol is None or self.on_failure == "ignore":
             return given
         with torch.inference_mode(False), plain_surroundings(flatten(given)[0]), torch.no_grad():
@@ -143,12 +140,12 @@ class ProxLayer(ImplicitLayer):
         layer = replace(self, terms=_with_data(self.terms, sharding, init))
         return ImplicitLayer.inside(layer, sharding, init)
 
-    def conditions(self, x: Any, *theta: Any) -> list[Any]:
-        """Proximal points of points near and far from zero, which show the data that the term reads."""
+    def with_conditions(self, value_of: Callable[..., Any], x: Any, *theta: Any) -> list[Any]:
+        """The value, and proximal points of points near and far from zero, which show the data that the term reads."""
         term, (leaves, spec) = resolve(self.terms, theta, self.terms_name), flatten(x)
         eps = torch.finfo(leaves[0].dtype).eps
         points = [[scale * sign for sign in signs(leaves, self.batch_dims)] for scale in (1, -1, 1 / eps, -1 / eps)]
-        return [term.prox(unflatten(y, spec), 1.0, self.batch_dims) for y in points]
+        return [value_of(x, *theta), *(term.prox(unflatten(y, spec), 1.0, self.batch_dims) for y in points)]
 
     def _equation(
         self, function: Callable[..., Any], x_spec: TreeSpec, signature: Signature, hidden: ClosedOver

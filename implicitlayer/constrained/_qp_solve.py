@@ -26,7 +26,7 @@ from implicitlayer.base._types import OnFailure
 from implicitlayer.constrained._kkt_lagrangian import Unknowns
 from implicitlayer.programs._backends import ActiveSet, Search
 from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolution, interior_point
-from implicitlayer.programs._interior_point_step import Data, flat_lanes, times
+from implicitlayer.programs._interior_point_step import Data, flat_lanes, of_each, times
 from implicitlayer.programs._kkt_active import ActiveConstraints, Tolerances
 from implicitlayer.programs._kkt_linear import Factors, KktFactors, KktMatrices, PartedFactors
 from implicitlayer.programs._kkt_multipliers import multipliers_of_lanes
@@ -205,7 +205,7 @@ class QuadraticSolver:
     def _with_proved(self, program: Data, proof: LanesProof) -> tuple[Exact, torch.Tensor]:
         """Those of the lanes that are proved, and of the others as if they were alone."""
         rest, found = ~proof.proved, proof.exact()
-        some: Data = tuple(t[rest] for t in program)  # type: ignore[assignment]
+        some = of_each(lambda t: t[rest], program)
         answer = found.solution.lanes(rest)
         far = ~(answer.error <= ENOUGH)
         if bool(far.any()):
@@ -273,7 +273,7 @@ class QuadraticSolver:
 
     def _again(self, program: Data, found: Exact, rough: torch.Tensor) -> Exact:
         """Lanes whose active set was not found, from a point that is as near to the solution as rounding allows."""
-        some: Data = tuple(t[rough] for t in program)  # type: ignore[assignment]
+        some = of_each(lambda t: t[rough], program)
         answer = interior_point(some, _TIGHTEST)
         other = exact(some, answer, torch.ones_like(answer.error, dtype=torch.bool))
         better = other.error < found.error[rough]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -120,7 +121,7 @@ def _problem(layer: ImplicitLayer, init: Any, theta: tuple[Any, ...]) -> Problem
     value_of = without_aux(layer.function) if layer.objective_has_aux else layer.function
     function, parts = value_of, {"objective": layer.function}
     if isinstance(layer, ProxLayer):
-        function = lambda x, *theta: [value_of(x, *theta), layer.conditions(x, *theta)]  # noqa: E731
+        function = partial(layer.with_conditions, value_of)
         parts[layer.terms_name] = layer.terms
     x, x_spec = flatten(init)
     signature = Signature.of(theta)

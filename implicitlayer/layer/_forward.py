@@ -120,8 +120,7 @@ def _solved(spec: LayerSpec, init: Leaves, theta: Leaves, failed: torch.Tensor |
     _check_finite(checked, spec, init)
     ended = results[0][0] if len(results) == 1 else _overall([result for result, _ in results])
     if failed is not None:
-        batched = bool(getattr(spec.calling.solver, "batched", False))
-        _mark_nonfinite([result for result, _ in results], failed, batched)
+        _mark_nonfinite([result for result, _ in results], failed, bool(getattr(spec.calling.solver, "batched", False)))
     elif ended.status is Status.NONFINITE:
         words = f" {ended.message}" if ended.message else ""
         raise NonFiniteError(
@@ -349,10 +348,7 @@ def _check_finite(answers: list[Leaves], spec: LayerSpec, init: Leaves) -> None:
 
 
 def _mark_nonfinite(results: list[SolverResult], failed: torch.Tensor, batched: bool) -> None:
-    """Mark the lanes in which a solver says that it met NaN; one that does not say where, all that it had.
-
-    Of one that knows lanes, NaN in its answer says where.
-    """
+    """Mark the lanes in which a solver says that it met NaN: those it names, those of NaN in its answer, or all."""
     for result, lanes in zip(results, failed.reshape(len(results), -1), strict=True):  # a view
         if result.status is Status.NONFINITE:
             told = result.nonfinite

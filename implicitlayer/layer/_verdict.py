@@ -85,12 +85,11 @@ def refuse_coupled(residual: Residual, x: Leaves, at: Attached) -> None:
     lanes is zero in these.
     """
     lanes = x[0].shape[: residual.lane_dims]
-    flat = ravel(x, residual.lane_dims)
     if lanes.numel() < 2:
         return
+    flat = ravel(x, residual.lane_dims)
     chosen = (patternless(flat.new_empty(lanes.numel())) > 2).reshape(lanes)
-    product = lane_norm(at.flat_pull(residual.lane_dims)(select(chosen, patternless(flat))))
-    product = torch.where(product.isfinite(), product, 0.0)
+    product = lane_norm(at.flat_pull(residual.lane_dims)(select(chosen, patternless(flat)))).nan_to_num(0.0, 0.0)
     coupled = ~chosen & (product > torch.finfo(flat.dtype).eps ** 0.5 * torch.where(chosen, product, 0.0).amax())
     if bool(coupled.any()):
         raise ObjectiveError(

@@ -38,6 +38,7 @@ from implicitlayer.programs._interior_point_step import (
     Newton,
     Point,
     flat_lanes,
+    of_each,
     times,
 )
 
@@ -131,7 +132,7 @@ def interior_point(
     flat = flat_lanes(data)
     finite = torch.stack([t.isfinite().flatten(1).all(-1) for t in flat]).all(0)
     if not bool(finite.all()):
-        flat = tuple(torch.where(over_lanes(finite, t), t, 0.0) for t in flat)  # type: ignore[assignment]
+        flat = of_each(lambda t: torch.where(over_lanes(finite, t), t, 0.0), flat)
     by_borders, by_objective = _sizes(flat)
     tell = None
     if report is not None:

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,10 +37,16 @@ class Point:
         return Point(*(torch.where(mask[:, None], a, b) for a, b in pairs))
 
 
+def of_each(function: Callable[[torch.Tensor], torch.Tensor], data: Data) -> Data:
+    """The data with ``function`` of each part."""
+    Q, p, A, b, G, h = map(function, data)
+    return Q, p, A, b, G, h
+
+
 def flat_lanes(data: Data) -> Data:
     """The programs in a row, every tensor [B, ...]."""
     lanes = data[1].shape[:-1]
-    return tuple(t.reshape(lanes.numel(), *t.shape[len(lanes) :]) for t in data)  # type: ignore[return-value]
+    return of_each(lambda t: t.reshape(lanes.numel(), *t.shape[len(lanes) :]), data)
 
 
 def times(matrix: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:

@@ -22,11 +22,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from operator import itemgetter
 
 import torch
 
 from implicitlayer.programs._interior_point import QuadraticSolution
-from implicitlayer.programs._interior_point_step import Data, flat_lanes, times
+from implicitlayer.programs._interior_point_step import Data, flat_lanes, of_each, times
 from implicitlayer.programs._kkt_active import NOISE, Conditions, length_of_step
 from implicitlayer.programs._kkt_linear import Factors, KktFactors, KktMatrices
 
@@ -80,7 +81,7 @@ def exact(program: Data, answer: QuadraticSolution, near: torch.Tensor) -> Exact
     for attempt in range(_BOLD + _CAREFUL):
         if not len(lanes):
             break
-        here: Data = tuple(t[lanes] for t in program)  # type: ignore[assignment]
+        here = of_each(itemgetter(lanes), program)
         moved, wrong = _solve(here, near_by.lanes(lanes), held, known, shape)
         known = None
         new = violation(here, moved)
@@ -147,7 +148,7 @@ def at_rest(program: Data, found: Exact, farthest: float) -> Exact:
             rough = rough & t.isfinite().flatten(rough.ndim).all(-1)
     if not bool(rough.any()):
         return found
-    some: Data = tuple(t[rough] for t in program)  # type: ignore[assignment]
+    some = of_each(itemgetter(rough), program)
     Q, p, A, b, G, h = some
     x = x[rough]
     values, vectors = torch.linalg.eigh(Q)

@@ -121,8 +121,8 @@ class PerPart(ProximalTerm):
         return parts
 
     def _join(self, parts: list[Any], x: Any) -> Any:
-        whole = leaves_like(pytree.tree_unflatten(parts, self.spec), x, "the parts must have the structure of x")
-        return unflatten(whole, flatten(x)[1])
+        leaves = leaves_like(pytree.tree_unflatten(parts, self.spec), x, "the parts must have the structure of x")
+        return unflatten(leaves, flatten(x)[1])
 
     def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
         parts = zip(self.terms, self._parts(y), strict=True)

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 
 from implicitlayer.programs._interior_point import interior_point
-from implicitlayer.programs._interior_point_step import Data, times
+from implicitlayer.programs._interior_point_step import Data, of_each, times
 from implicitlayer.programs._qp_cold import cold_lanes
 from implicitlayer.programs._qp_exact import exact
 
@@ -138,7 +138,7 @@ def _solved(program: tuple[torch.Tensor, ...], columns: torch.Tensor, e: int) ->
     at = interior_point(data, _RTOL) if proof is None else proof.at
     rest = torch.ones_like(at.error, dtype=torch.bool) if proof is None else ~proof.proved
     if bool(rest.any()):
-        some: Data = tuple(t[rest] for t in data)  # type: ignore[assignment]
+        some = of_each(lambda t: t[rest], data)
         near = at.lanes(rest) if proof is None else interior_point(some, _RTOL)
         at = at.filled(rest, exact(some, near, torch.ones_like(near.error, dtype=torch.bool)).solution)
     held = torch.cat([torch.ones_like(guess[:, :e]), at.inequality > 0], -1)

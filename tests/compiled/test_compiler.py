@@ -1,6 +1,5 @@
 """A layer through the whole compiler: its numbers, and what is found on disk."""
 
-import shutil
 from functools import partial
 from pathlib import Path
 
@@ -11,8 +10,9 @@ from torch._dynamo.utils import counters
 
 import implicitlayer as il
 from implicitlayer import _torch
+from implicitlayer.compiled._layer import cpp_compiler
 
-needs_compiler = pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++"))), reason="no C++ compiler")
+needs_compiler = pytest.mark.skipif(cpp_compiler() is None, reason="no C++ compiler")
 
 
 @needs_compiler

@@ -53,7 +53,9 @@ def linear_over_the_simplex() -> Case:
 
 
 def pytree_with_a_set_for_each_leaf() -> Case:
-    sets = lambda t, u: {"a": il.sets.Box(-u, u), "b": il.sets.Ball(u)}  # noqa: E731
+    def sets(t: Tensor, u: Tensor) -> dict[str, Any]:
+        return {"a": il.sets.Box(-u, u), "b": il.sets.Ball(u)}
+
     layer = il.argmin(lambda x, t, u: near(x["a"], t) + near(x["b"], t), PG, constraint=sets)
     return layer, {"a": ZERO, "b": ZERO}, (data(), scalar(1.0))
 
@@ -135,9 +137,8 @@ CASES: dict[str, Callable[[], Case]] = {
 def answer(case: Case, theta: tuple[Any, ...]) -> Tensor:
     layer, init, _ = case
     x = layer(*theta) if init is None else layer(init, *theta)
-    return sum(
-        (leaf * torch.arange(1.0, 1 + leaf.numel(), dtype=F64).reshape(leaf.shape)).sum() for leaf in flatten(x)[0]
-    )  # type: ignore[return-value]
+    leaves = [leaf.reshape(-1) for leaf in flatten(x)[0]]
+    return torch.stack([leaf @ torch.arange(1.0, 1 + leaf.numel(), dtype=F64) for leaf in leaves]).sum()
 
 
 def slopes(case: Case) -> list[Tensor]:
