@@ -29,6 +29,7 @@ from implicitlayer.programs._interior_point_step import norm_of, times
 
 NOISE = 1e3  # below this many eps of everything a distance is rounding
 DEPENDENT = 1e-8  # smallest eigenvalue of the products of unit rows that are independent
+FEW = 24  # rows up to which the matrix of all of them is factorised sooner than those that count are taken out of it
 ABSOLUTE = 1e-12  # below this part of the reach a distance is zero, or 16 eps of it where that is more
 
 
@@ -147,7 +148,8 @@ class Conditions:
     ``x``, ``away`` (x - init), ``gradient`` and ``curved`` (H x) are [*lanes, n], ``h`` [*lanes, e], ``rows_h``
     [*lanes, e, n], ``g`` [*lanes, m], ``rows_g`` [*lanes, m, n]. ``pull`` [*lanes] is the distance that the gradient
     would move x without constraints, zero where nobody knows. ``at_rest`` [*lanes] is the size that terms of the
-    gradient can have there, where it is nothing but rounding, which tells no size; else zero.
+    gradient can have there, where it is nothing but rounding, which tells no size; else zero. ``sides`` are those of
+    rows that are linear, ``rows_h x - h`` and ``rows_g x - g``, where they are known.
     """
 
     x: torch.Tensor
@@ -161,6 +163,7 @@ class Conditions:
     eps: float
     pull: torch.Tensor
     at_rest: torch.Tensor | float = 0.0
+    sides: tuple[torch.Tensor, torch.Tensor] | None = None
 
     @cached_property
     def norms_h(self) -> torch.Tensor:
@@ -186,8 +189,8 @@ class Conditions:
     @cached_property
     def reach(self) -> torch.Tensor:
         """A length of the data, [*lanes]: NOTE [scales]."""
-        parts = ((self.h, self.rows_h, self.norms_h), (self.g, self.rows_g, self.norms_g))
-        offsets = torch.cat([_over(times(rows, self.x) - values, norms).abs() for values, rows, norms in parts], -1)
+        sides = self.sides or (times(self.rows_h, self.x) - self.h, times(self.rows_g, self.x) - self.g)
+        offsets = torch.cat([_over(sides[0], self.norms_h), _over(sides[1], self.norms_g)], -1).abs()
         # a border through the origin, to rounding, tells no length
         offsets = torch.where(offsets.isfinite() & (offsets > 1e-10 * norm_of(self.x)[..., None]), offsets, 0.0)
         farthest = offsets.amax(-1) if offsets.shape[-1] else torch.zeros_like(self.pull)
@@ -269,17 +272,28 @@ class Conditions:
         )
         return found, held
 
+    def settled(self, held: torch.Tensor, inequality: torch.Tensor, active_rtol: float, rtol: float) -> torch.Tensor:
+        """Lanes in which ``held`` is all there is to say: no kink, independent rows, x inside to ``rtol``."""
+        near = self.near(active_rtol)
+        forced = inequality * self.norms_g > active_rtol * self.scale[..., None]
+        outside = (_over(self.h, self.norms_h).abs(), -self.border_distance)
+        inside = torch.cat(outside, -1) <= torch.maximum(self._zero(), rtol * self.size)[..., None]
+        same = (near == held) & (forced | ~held)
+        return same.all(-1) & inside.all(-1) & self._independent(held)
+
     def _independent(self, held: torch.Tensor) -> torch.Tensor:
         """Whether the gradients of what holds are independent, by the singular values of the unit rows."""
-        norms = torch.cat([self.norms_h, self.norms_g], -1)
+        norms, rows = torch.cat([self.norms_h, self.norms_g], -1), torch.cat([self.rows_h, self.rows_g], -2)
         holds = torch.cat([torch.ones_like(self.h, dtype=torch.bool), held], -1)
-        zero, index = (norms == 0) & holds, held_first(holds)
-        if not index.shape[-1] or not self.x.shape[-1]:
+        zero = (norms == 0) & holds
+        over = torch.where(holds & ~zero, 1 / norms, 0.0)  # of rows that do not count, zeros
+        if over.shape[-1] > FEW:
+            index = held_first(holds)
+            over = over.gather(-1, index)
+            rows = rows.gather(-2, index[..., None].expand(*index.shape, rows.shape[-1]))
+        if not over.shape[-1] or not self.x.shape[-1]:
             return ~holds.any(-1)
-        # rows of zeros in the lanes that hold fewer
-        over = torch.where(holds & ~zero, 1 / torch.where(zero, 1.0, norms), 0.0).gather(-1, index)
-        rows = torch.cat([self.rows_h, self.rows_g], -2)
-        unit = rows.gather(-2, index[..., None].expand(*index.shape, rows.shape[-1])) * over[..., None]
+        unit = torch.where(over[..., None] > 0, rows * over[..., None], 0.0)
         gram = unit @ unit.mT + torch.diag_embed((over == 0).to(rows.dtype) - DEPENDENT)
         independent: torch.Tensor = (torch.linalg.cholesky_ex(gram).info == 0) & ~zero.any(-1)
         return independent
@@ -312,5 +326,4 @@ def stacked(found: list[ActiveConstraints], lanes: torch.Size) -> ActiveConstrai
 
 def _over(values: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     """values / norms; without a gradient the border is infinitely far, or here if the value is zero."""
-    infinite = torch.where(values == 0, 0.0, values.sign() * math.inf)
-    return torch.where(norms > 0, values / torch.where(norms > 0, norms, 1.0), infinite)
+    return torch.where(values == 0, 0.0, values / norms)

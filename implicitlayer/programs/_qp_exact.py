@@ -64,7 +64,8 @@ def conditions(program: Data, x: torch.Tensor, dtype: torch.dtype) -> Conditions
     largest_q, largest_p = Q.abs().flatten(-2).amax(-1), p.abs().amax(-1)
     pull = torch.where(largest_q > 0, largest_p / torch.where(largest_q > 0, largest_q, 1.0), 0.0)
     pull = torch.where(pull.isfinite(), pull, 0.0)
-    return Conditions(x, x, Qx + p, Qx, times(A, x) - b, A, times(G, x) - h, G, torch.finfo(dtype).eps, pull)
+    eps = torch.finfo(dtype).eps
+    return Conditions(x, x, Qx + p, Qx, times(A, x) - b, A, times(G, x) - h, G, eps, pull, sides=(b, h))
 
 
 def exact(program: Data, answer: QuadraticSolution, near: torch.Tensor) -> Exact:

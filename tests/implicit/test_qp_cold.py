@@ -34,6 +34,18 @@ def test_what_the_search_proves_are_solutions(n: int, e: int, m: int) -> None:
         assert relative_error(getattr(found.at, name)[proved], getattr(exactly, name)[proved]) < ROUNDING
 
 
+@pytest.mark.parametrize(("n", "e", "m"), [(5, 0, 12), (10, 1, 10), (12, 3, 20)])
+def test_a_first_guess_of_few_rows_saves_rounds_and_changes_no_answer(n: int, e: int, m: int) -> None:
+    data = programs(60, n, e, m, seed=n)
+    found, plain = cold(data), cold_lanes(data, F64, torch.zeros(60, m, dtype=torch.bool))
+    assert plain is not None
+    assert int(found.proved.sum()) >= int(plain.proved.sum())
+    assert int(found.at.steps.sum()) < 0.8 * int(plain.at.steps.sum())
+    both = found.proved & plain.proved
+    assert int(both.sum()) > 50 and relative_error(found.at.x[both], plain.at.x[both]) < ROUNDING
+    assert torch.equal(found.held[both], plain.held[both])
+
+
 def test_the_factors_are_those_of_the_whole_matrix_in_every_lane() -> None:
     n, e, m = 10, 2, 12
     data = tuple(t.reshape(4, 5, *t.shape[1:]) for t in programs(20, n, e, m, seed=4))
