@@ -19,6 +19,7 @@ import torch
 from implicitlayer._torch import pytree
 from implicitlayer.base._tree import flatten
 from implicitlayer.base._types import Leaves
+from implicitlayer.equation._capture import changed_since
 
 if TYPE_CHECKING:
     from implicitlayer.compiled._layer import Call, CompiledLayer
@@ -105,23 +106,24 @@ def _solve(
     x, tensors = list(init), list(theta)
     call, marked = _prepared(number, form, needed, x, tensors, False)
 
-    def first() -> tuple[torch.Tensor, ...]:
+    def first() -> tuple[Call, tuple[torch.Tensor, ...]]:
         made, given = _prepared(number, form, needed, x, tensors, True)
         assert made is not None
-        return made.solve(x, tensors, partial(made.judged, x, given))
+        return made, made.solve(x, tensors, partial(made.judged, x, given))
 
     if call is None or not call.program.has_solved:
-        found = _aside(first)
+        call, found = _aside(first)
     else:
         judged = partial(call.judged, x, marked)
         found = call.solve(x, tensors, lambda at, status: _aside(partial(judged, at, status)))
-    return [t.clone() for t in found]
+    return [*(t.clone() for t in found), torch.tensor(call.program.num_changes())]
 
 
 @_solve.register_fake
 def _(init: Any, theta: Any, number: int, form: str, needed: str) -> list[torch.Tensor]:
     lanes = init[0].shape[: _LAYERS[number].layer.batch_dims]
-    return [*(torch.empty_like(t) for t in init), init[0].new_empty((2, *lanes), dtype=torch.float64)]
+    measured = init[0].new_empty((2, *lanes), dtype=torch.float64)
+    return [*(torch.empty_like(t) for t in init), measured, torch.empty((), dtype=torch.int64)]
 
 
 @torch.library.custom_op("implicitlayer::pull", mutates_args=())
@@ -131,6 +133,7 @@ def _pull(
     theta: Sequence[torch.Tensor],
     cotangent: Sequence[torch.Tensor],
     measured: torch.Tensor,
+    changes: torch.Tensor,
     number: int,
     form: str,
     needed: str,
@@ -138,6 +141,8 @@ def _pull(
     given = list(x), list(theta), list(cotangent), measured
     call, marked = _prepared(number, form, needed, list(init), list(theta), False)
     assert call is not None  # it has solved
+    if call.program.num_changes() != int(changes):
+        raise changed_since("a tensor that the objective closes over was changed in place")
     found = call.pull(*given) if call.program.has_pulled else _aside(lambda: call.pull(*given))
     if found is None:
         found = _aside(lambda: call.pull_by_layer(list(x), list(init), marked, list(cotangent), False))
@@ -145,7 +150,9 @@ def _pull(
 
 
 @_pull.register_fake
-def _(x: Any, init: Any, theta: Any, cotangent: Any, measured: Any, number: int, form: str, needed: str) -> Any:
+def _(
+    x: Any, init: Any, theta: Any, cotangent: Any, measured: Any, changes: Any, number: int, form: str, needed: str
+) -> Any:
     return [torch.empty_like(t) for t, need in zip(theta, needed, strict=True) if need == "1"]
 
 
@@ -158,9 +165,9 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _backward(ctx: Any, grads: Any) -> tuple[Any, ...]:
     k, m = ctx.num_x, ctx.num_theta
     saved = list(ctx.saved_tensors)
-    init, theta, x, measured = saved[:k], saved[k : k + m], saved[k + m : 2 * k + m], saved[-1]
+    init, theta, x = saved[:k], saved[k : k + m], saved[k + m : 2 * k + m]
     v = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads[:k], x, strict=True)]
-    found = iter(torch.ops.implicitlayer.pull(x, init, theta, v, measured, ctx.number, ctx.form, ctx.needed))
+    found = iter(torch.ops.implicitlayer.pull(x, init, theta, v, *saved[-2:], ctx.number, ctx.form, ctx.needed))
     return [None] * k, [next(found) if need == "1" else None for need in ctx.needed], None, None, None
 
 

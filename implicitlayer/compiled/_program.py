@@ -150,6 +150,10 @@ class Program:
         self.solve = self._compiled(lambda init, theta: solve(self.problem, init, theta))
         self.pull = self._compiled(lambda *args: pull(self.problem, *args))
 
+    def num_changes(self) -> int:
+        """How often the constant tensors that the objective closes over have been changed in place."""
+        return sum(tensor._version for tensor, _ in self.outside)
+
     def _compiled(self, function: Any) -> Callable[..., Any]:
         # the compiler keeps its results by code objects, and few for each: every program has its own
         own = types.FunctionType(function.__code__.replace(), globals(), None, None, function.__closure__)

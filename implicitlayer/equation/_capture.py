@@ -129,13 +129,16 @@ class ClosedOver(list[torch.Tensor]):
         for tensor, version in self.constants:
             changed = tensor._version != version
             if changed or (met is not None and id(tensor) not in met):
-                raise ClosureError(
-                    f"since the layer was called, a tensor of shape {tuple(tensor.shape)} that the objective closes "
-                    "over "
-                    + ("was changed in place" if changed else "was replaced by another one, or is read no longer")
-                    + ": the gradient would be that of another problem. Pass it to the layer as one more theta (a "
-                    "closure in a loop reads the data of the last round by the time of backward)."
-                )
+                what = "was changed in place" if changed else "was replaced by another one, or is read no longer"
+                raise changed_since(f"a tensor of shape {tuple(tensor.shape)} that the objective closes over {what}")
+
+
+def changed_since(what: str) -> ClosureError:
+    """The error of an objective that is another one in backward than it was when the layer was called."""
+    return ClosureError(
+        f"since the layer was called, {what}: the gradient would be that of another problem. Pass it to the layer as "
+        "one more theta (a closure in a loop reads the data of the last round by the time of backward)."
+    )
 
 
 def find_closed_over(

@@ -29,9 +29,11 @@ def test_weights_that_appear_later_are_named_too() -> None:
         compiled(torch.zeros(2, dtype=F64), t)
 
 
-def test_what_is_closed_over_must_not_change_between_call_and_backward() -> None:
+@pytest.mark.parametrize("inside", [False, True])
+def test_what_is_closed_over_must_not_change_between_call_and_backward(inside: bool) -> None:
     w, t = torch.tensor([1.0, 2.0], dtype=F64), torch.tensor([0.5, -1.0], dtype=F64, requires_grad=True)
     layer = traced(il.argmin(lambda x, t: (w * torch.cosh(x - t)).sum() + (x**2).sum(), il.solvers.LBFGS(rtol=1e-12)))
+    layer = torch.compile(layer, backend="aot_eager", fullgraph=True) if inside else layer
     for _ in range(3):
         x = layer(torch.zeros(2, dtype=F64), t)
         w.mul_(1.0005)
