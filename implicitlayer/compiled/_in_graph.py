@@ -19,7 +19,7 @@ import torch
 from implicitlayer._torch import pytree
 from implicitlayer.base._tree import flatten
 from implicitlayer.base._types import Leaves
-from implicitlayer.equation._capture import changed_since
+from implicitlayer.equation._state import changed_since
 
 if TYPE_CHECKING:
     from implicitlayer.compiled._layer import Call, CompiledLayer
@@ -132,16 +132,15 @@ def _pull(
     init: Sequence[torch.Tensor],
     theta: Sequence[torch.Tensor],
     cotangent: Sequence[torch.Tensor],
-    measured: torch.Tensor,
-    changes: torch.Tensor,
+    measured: Sequence[torch.Tensor],
     number: int,
     form: str,
     needed: str,
 ) -> list[torch.Tensor]:
-    given = list(x), list(theta), list(cotangent), measured
+    given = list(x), list(theta), list(cotangent), measured[0]
     call, marked = _prepared(number, form, needed, list(init), list(theta), False)
     assert call is not None  # it has solved
-    if call.program.num_changes() != int(changes):
+    if call.program.num_changes() != int(measured[1]):
         raise changed_since("a tensor that the objective closes over was changed in place")
     found = call.pull(*given) if call.program.has_pulled else _aside(lambda: call.pull(*given))
     if found is None:
@@ -150,9 +149,7 @@ def _pull(
 
 
 @_pull.register_fake
-def _(
-    x: Any, init: Any, theta: Any, cotangent: Any, measured: Any, changes: Any, number: int, form: str, needed: str
-) -> Any:
+def _(x: Any, init: Any, theta: Any, cotangent: Any, measured: Any, number: int, form: str, needed: str) -> Any:
     return [torch.empty_like(t) for t, need in zip(theta, needed, strict=True) if need == "1"]
 
 
@@ -167,7 +164,7 @@ def _backward(ctx: Any, grads: Any) -> tuple[Any, ...]:
     saved = list(ctx.saved_tensors)
     init, theta, x = saved[:k], saved[k : k + m], saved[k + m : 2 * k + m]
     v = [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads[:k], x, strict=True)]
-    found = iter(torch.ops.implicitlayer.pull(x, init, theta, v, *saved[-2:], ctx.number, ctx.form, ctx.needed))
+    found = iter(torch.ops.implicitlayer.pull(x, init, theta, v, saved[-2:], ctx.number, ctx.form, ctx.needed))
     return [None] * k, [next(found) if need == "1" else None for need in ctx.needed], None, None, None
 
 

@@ -40,6 +40,7 @@ from implicitlayer.equation._state import (
     Reads,
     Run,
     Sources,
+    changed_since,
     edges_into,
     mark_kept,
     refuse_kept,
@@ -131,14 +132,6 @@ class ClosedOver(list[torch.Tensor]):
             if changed or (met is not None and id(tensor) not in met):
                 what = "was changed in place" if changed else "was replaced by another one, or is read no longer"
                 raise changed_since(f"a tensor of shape {tuple(tensor.shape)} that the objective closes over {what}")
-
-
-def changed_since(what: str) -> ClosureError:
-    """The error of an objective that is another one in backward than it was when the layer was called."""
-    return ClosureError(
-        f"since the layer was called, {what}: the gradient would be that of another problem. Pass it to the layer as "
-        "one more theta (a closure in a loop reads the data of the last round by the time of backward)."
-    )
 
 
 def find_closed_over(

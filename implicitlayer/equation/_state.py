@@ -355,3 +355,11 @@ def ends_of(values: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], str]:
         elif kind.__name__.rstrip("0123456789") in NORMALISATIONS:
             flaw = flaw or wrong_third_derivative(node)
     return leaves, flaw
+
+
+def changed_since(what: str) -> ClosureError:
+    """The error of an objective that is another one in backward than it was when the layer was called."""
+    return ClosureError(
+        f"since the layer was called, {what}: the gradient would be that of another problem. Pass it to the layer as "
+        "one more theta (a closure in a loop reads the data of the last round by the time of backward)."
+    )
