@@ -13,7 +13,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +25,7 @@ from implicitlayer.programs._interior_point_single import Array, product, triang
 from implicitlayer.programs._interior_point_step import INDEPENDENT
 from implicitlayer.programs._qp_terms import Mask, SingleProgram
 
-_FEW = 32  # rows held up to which NumPy's solve is cheaper than calls of torch, and uses one thread
+_FEW = 32  # rows held up to which NumPy's inverse is cheaper than calls of torch, and uses one thread
 _DEFINITE = 1e-7  # smallest pivot of L relative to the largest: the condition of Q is then above 1e14
 
 
@@ -75,16 +76,15 @@ class SchurFactors:
 
 
 class Guess(NamedTuple):
-    """A minimum with the rows ``keep`` [K] held: their w [K], L'x [n], and J x - g of all rows [c], in scaled units.
+    """A minimum with some rows held: their w [K], L'x [n], and J x - g of all rows [c], in scaled units.
 
-    ``system`` is what solves with these rows, where that was made on the way.
+    ``system`` is what solves with these rows.
     """
 
-    keep: npt.NDArray[np.int64]
+    system: SchurSet
     w: Array
     half: Array
     beyond: Array
-    system: SchurSet | None
 
 
 class SchurRows:
@@ -116,68 +116,86 @@ class SchurRows:
         array: Array = solved.numpy()
         return array
 
-    def kept(self, held: Mask) -> npt.NDArray[np.int64] | None:
-        """The equations and the inequalities ``held`` [m]; None where these are more than there are unknowns."""
-        keep = np.concatenate([self.equations, self.of.e + held.nonzero()[0]])
-        return keep if len(keep) <= self.of.n else None
-
     def guess(self, held: Mask) -> Guess | None:
         """The minimum with what is held."""
-        keep = self.kept(held)
-        if keep is None or self.V is None:
+        system = None if self.V is None else self._of(held)
+        if system is None:
             return None
-        V, t, system = self.V[keep], self.t[keep], None
-        if len(keep) <= _FEW:
-            try:
-                w = np.linalg.solve(V @ V.T, t)
-            except np.linalg.LinAlgError:
-                return None
-        else:
-            system = self.hold(held)
-            if system is None:
-                return None
-            w = system.weights(t)
-        half = self.f - product(V.T)(w)
-        return Guess(keep, w, half, self.times(half) - self.sides, system)
+        w = system.weights(self.t[system.keep])
+        half = self.f - system.back(w)
+        return Guess(system, w, half, self.times(half) - self.sides)
 
     def point(self, guess: Guess) -> tuple[Array, Array]:
         """x [n] and the multipliers of all rows [c], in the units of the program."""
         w = np.zeros(len(self.over))
-        w[guess.keep] = guess.w * self.of.curved / self.over[guess.keep]
+        keep = guess.system.keep
+        w[keep] = guess.w * self.of.curved / self.over[keep]
         return self.up(guess.half), w
 
     def hold(self, held: Mask) -> SchurSet | None:
         """What solves with these rows; None where they are not independent."""
-        keep = self.kept(held)
-        if keep is None:
+        system = self._of(held)
+        return system if system is not None and system.independent() else None
+
+    def _of(self, held: Mask) -> SchurSet | None:
+        """The same, None where they are more than there are unknowns or S has no inverse."""
+        keep = np.concatenate([self.equations, self.of.e + held.nonzero()[0]])
+        if len(keep) > self.of.n:
             return None
-        some = self._solved(self.of.rows[keep] / self.over[keep, None]) if self.V is None else self.V[keep]
-        V = torch.from_numpy(some)
-        schur, info = torch.linalg.cholesky_ex(torch.mm(V, V.mT))
-        pivots = schur.numpy().diagonal()
-        if len(keep) and (info.item() or not pivots.min() > INDEPENDENT * pivots.max()):
+        V = self._solved(self.of.rows[keep] / self.over[keep, None]) if self.V is None else self.V[keep]
+        try:
+            return SchurSet(self, keep, V)
+        except np.linalg.LinAlgError:
             return None
-        return SchurSet(self, keep, V, schur)
 
 
 class SchurSet:
-    """The factor of S for the rows ``keep`` [K] of one program."""
+    """Solves with S = V V' for the rows ``keep`` [K] of one program, and so with the whole matrix.
 
-    def __init__(self, of: SchurRows, keep: npt.NDArray[np.int64], V: torch.Tensor, schur: torch.Tensor) -> None:
-        self.of, self.keep, self.V, self.schur = of, keep, V, schur
-        self.back = product(V.numpy().T)
+    Raises:
+        LinAlgError: S has no inverse.
+    """
+
+    # The inverse of a small S costs less than two triangular solves, and one over its diagonal are the squared
+    # distances of the columns of V' from the span of the others: the smallest pivots there are in any order.
+
+    def __init__(self, of: SchurRows, keep: npt.NDArray[np.int64], V: Array) -> None:
+        self.of, self.keep, self.V, self.back = of, keep, V, product(V.T)
+        self.inverse: Array | None = None
+        if len(keep) <= _FEW:
+            self.S = V.dot(V.T)
+            self.inverse = np.linalg.inv(self.S)
+        elif self.schur[1].item():
+            raise np.linalg.LinAlgError
+
+    def independent(self) -> bool:
+        """Whether the rows are far from being dependent."""
+        if self.inverse is None:
+            pivots = self.schur[0].numpy().diagonal()
+            return bool(pivots.min() > INDEPENDENT * pivots.max())
+        farthest, nearest = self.S.diagonal(), self.inverse.diagonal()
+        return not len(self.keep) or bool(0 < nearest.max() * farthest.max() < INDEPENDENT**-2)
+
+    @cached_property
+    def schur(self) -> Any:
+        """The Cholesky factor of S, and whether there is none."""
+        V = torch.from_numpy(self.V)
+        return torch.linalg.cholesky_ex(torch.mm(V, V.mT))
 
     def weights(self, t: Array) -> Array:
         """S^-1 t."""
-        half = torch.linalg.solve_triangular(self.schur, torch.from_numpy(t)[:, None], upper=False)
-        solved: Array = torch.linalg.solve_triangular(self.schur.mT, half, upper=True).numpy()[:, 0]
+        if self.inverse is not None:
+            found: Array = self.inverse.dot(t)
+            return found
+        half = torch.linalg.solve_triangular(self.schur[0], torch.from_numpy(t)[:, None], upper=False)
+        solved: Array = torch.linalg.solve_triangular(self.schur[0].mT, half, upper=True).numpy()[:, 0]
         return solved
 
     def solve(self, f: Array, g: Array) -> tuple[Array, Array]:
         """u_x [n] and u_w [c] with Q u_x + J'u_w = f, J u_x = g for the held rows of g [c], and u_w zero elsewhere."""
         over, size = self.of.over[self.keep], self.of.of.curved
         f = self.of.down(f / size)
-        w = self.weights(self.V.numpy() @ f - g[self.keep] / over)
+        w = self.weights(self.V.dot(f) - g[self.keep] / over)
         all_w = np.zeros_like(g)
         all_w[self.keep] = w * size / over
         return self.of.up(f - self.back(w)), all_w
@@ -186,7 +204,7 @@ class SchurSet:
         """For solves with all of K; ``lanes`` is a shape with one lane."""
         held = torch.zeros(1, len(self.of.over), dtype=torch.bool)
         held[:, self.keep] = True
-        size = torch.full((1,), self.of.of.curved, dtype=self.V.dtype)
+        size = torch.full((1,), self.of.of.curved, dtype=torch.float64)
         lengths, index = (torch.from_numpy(array)[None] for array in (self.of.over, self.keep))
-        V = self.V.mT[None]
-        return SchurFactors(lanes, size, lengths, self.of.factor[None], V, self.schur[None], index, held)
+        V, schur = torch.from_numpy(self.V).mT[None], self.schur[0][None]
+        return SchurFactors(lanes, size, lengths, self.of.factor[None], V, schur, index, held)

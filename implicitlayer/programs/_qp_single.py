@@ -83,7 +83,8 @@ class SingleProof:
         """u_x [*lanes, n] and u_w [*lanes, c] with K u = v; None where that does not hold to ``rtol``.
 
         Rows that are not held count as zero. The residual is that of D K D, in which no unit of the data matters: D is
-        the inverse root of the size of Q in x, and its inverse over the length of a row in the multipliers.
+        the inverse root of the size of Q in x, and its inverse over the length of a row in the multipliers. What is
+        left of rows that are held is an error of x that no curvature limits: a second solve takes it away.
         """
         if self.system is None:
             return None
@@ -95,10 +96,18 @@ class SingleProof:
         if not largest < math.inf:
             return None
         f, g, size = f / (largest or 1.0), g / (largest or 1.0), of.curved or 1.0
-        x, w = self.system.solve(f, g)
-        left, unit = f - of.Qx(x) - of.Jw(w), math.sqrt(size) / of.over[keep]
-        off, b = unit * (g - of.Jx(x))[keep], unit * g[keep]
-        if not left.dot(left) / size + off.dot(off) <= (2 * rtol) ** 2 * (f.dot(f) / size + b.dot(b)):
+        unit = math.sqrt(size) / of.over[keep]
+        b = unit * g[keep]
+        x, w, total = *self.system.solve(f, g), f.dot(f) / size + b.dot(b)
+        for last in (False, True):
+            left, off = f - of.Qx(x) - of.Jw(w), g - of.Jx(x)
+            a = unit * off[keep]
+            error = left.dot(left) / size + a.dot(a)
+            if last or error <= EXACT**2 * total:
+                break
+            dx, dw = self.system.solve(left, off)
+            x, w = x + dx, w + dw
+        if not error <= (2 * rtol) ** 2 * total:
             return None
         return of.lane(x * largest), of.lane(w * largest)
 
@@ -133,7 +142,7 @@ def exact_cold(program: SingleProgram, start: Mask | None = None) -> SingleProof
             wrong = beyond > noise
             wrong[held] = guess.w[program.e :] < -noise
             if not wrong.any():
-                make = partial(rows.hold, held) if guess.system is None else partial(_itself, guess.system)
+                make = partial(_itself, guess.system)
                 terms, error = _made_exact(Terms(program, *rows.point(guess)), make)
                 wrong, beyond = terms.wrong(held), terms.away[program.e :]
                 if not wrong.any():

@@ -56,18 +56,21 @@ class SingleProgram:
 
     def independent(self, held: Mask) -> tuple[bool, bool]:
         """Whether the rows of what holds are independent, and whether its equations are far from being dependent."""
-        lengths = np.concatenate([self.lengths[: self.e], self.lengths[self.e :][held]])
-        if not len(lengths):
+        keep = np.concatenate([np.arange(self.e), self.e + held.nonzero()[0]])
+        if not len(keep):
             return True, True
+        lengths = self.lengths[keep]
         if not lengths.all():
             return False, bool(lengths[: self.e].all())
-        rows = torch.from_numpy(np.concatenate([self.rows[: self.e], self.rows[self.e :][held]]) / lengths[:, None])
-        gram = torch.mm(rows, rows.mT)
-        gram.diagonal().sub_(DEPENDENT)
-        factor, info = torch.linalg.cholesky_ex(gram)
-        # the first e pivots are those of the equations alone
-        apart = self.e < 2 or bool((factor.diagonal().numpy()[: self.e] ** 2 > NEARLY).all())
-        return not info.item(), apart
+        rows = self.rows[keep] / lengths[:, None]
+        gram = rows.dot(rows.T)
+        gram.flat[:: len(keep) + 1] -= DEPENDENT
+        try:
+            # the first e pivots are those of the equations alone
+            pivots = np.linalg.cholesky(gram).diagonal()[: self.e] ** 2
+        except np.linalg.LinAlgError:
+            return False, False
+        return True, self.e < 2 or bool((pivots > NEARLY).all())
 
     def lane(self, vector: npt.NDArray[Any]) -> torch.Tensor:
         """As a tensor [*lanes, length]."""
