@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,7 +26,7 @@ from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolut
 from implicitlayer.programs._interior_point_single import Array
 from implicitlayer.programs._kkt_linear import Factors
 from implicitlayer.programs._qp_exact import CORRECTIONS, EXACT, TIGHT, Exact, factorised
-from implicitlayer.programs._qp_schur import SchurRows, SchurSet
+from implicitlayer.programs._qp_schur import SchurRows
 from implicitlayer.programs._qp_terms import Mask, SingleProgram, Terms
 
 
@@ -54,20 +53,16 @@ class SingleProof:
 
     Attributes:
         terms: at the solution. error: its violation. steps: rounds of the search.
-        make: makes ``system``. found_by: the search.
+        system: what solves with the matrix; None where it has no factors that can be relied on.
+        found_by: the search.
     """
 
     terms: Terms
     held: Mask
     error: float
     steps: int
-    make: Callable[[], System | None]
+    system: System | None
     found_by: str
-
-    @cached_property
-    def system(self) -> System | None:
-        """What solves with the matrix; None where it has no factors that can be relied on."""
-        return self.make()
 
     def settled(self, eps: float, active_rtol: float, rtol: float) -> bool:
         """Whether the active set is all there is to say; see :meth:`Terms.settled`."""
@@ -142,25 +137,20 @@ def exact_cold(program: SingleProgram, start: Mask | None = None) -> SingleProof
             wrong = beyond > noise
             wrong[held] = guess.w[program.e :] < -noise
             if not wrong.any():
-                make = partial(_itself, guess.system)
-                terms, error = _made_exact(Terms(program, *rows.point(guess)), make)
+                terms, error = _made_exact(Terms(program, *rows.point(guess)), guess.system)
                 wrong, beyond = terms.wrong(held), terms.away[program.e :]
                 if not wrong.any():
-                    proof = SingleProof(terms, held, error, len(seen), make, "active set")
+                    proof = SingleProof(terms, held, error, len(seen), guess.system, "active set")
                     return proof if error <= TIGHT else None
             held = _next(program, beyond, held, wrong)
     return None
 
 
-def _made_exact(best: Terms, make: Callable[[], SchurSet | None]) -> tuple[Terms, float]:
-    """The point and its violation, after solves for what is left, each of which repairs the rounding of the last.
-
-    ``make`` makes what solves with the active set of the point.
-    """
+def _made_exact(best: Terms, system: System) -> tuple[Terms, float]:
+    """The point and its violation, after solves for what is left, each of which repairs the rounding of the last."""
     error = best.violation()
-    system = None if error <= EXACT else make()
     for _ in range(CORRECTIONS):
-        if error <= EXACT or system is None:
+        if error <= EXACT:
             break
         dx, dw = system.solve(-best.left, -best.off)
         terms = Terms(best.of, best.x + dx, best.w + dw)
@@ -181,10 +171,6 @@ def _next(program: SingleProgram, beyond: Array, held: Mask, wrong: Mask) -> Mas
     return stay | crossed
 
 
-def _itself(system: Any) -> Any:
-    return system
-
-
 def exact_guess(program: SingleProgram, answer: QuadraticSolution, found_by: str) -> SingleProof | None:
     """The proved solution of a strictly convex program, at the answer or with its active set."""
     if not 0 < program.curved < math.inf:
@@ -197,18 +183,14 @@ def exact_guess(program: SingleProgram, answer: QuadraticSolution, found_by: str
             return None
         held = start.force / start.scale > start.away[e:] / -start.length
         terms = Terms(program, x, np.concatenate([w[:e], np.where(held, w[e:], 0.0)]))
-        make: Callable[[], SchurSet | None] = partial(rows.hold, held)
-        error = terms.violation()
+        system, error = rows.hold(held), terms.violation()
         if not error <= EXACT:
-            system = rows.hold(held)
             if system is None:
                 return None
-            at = Terms(program, *system.solve(-program.p, program.sides))
-            make = partial(_itself, system)
-            terms, error = _made_exact(at, make)
+            terms, error = _made_exact(Terms(program, *system.solve(-program.p, program.sides)), system)
         if terms.wrong(held).any() or not error <= TIGHT:
             return None
-    return SingleProof(terms, held, error, 1, make, found_by)
+    return SingleProof(terms, held, error, 1, system, found_by)
 
 
 class _KktSet:
@@ -253,7 +235,7 @@ def exact_near(
             wrong = terms.wrong(held)
             if not wrong.any():
                 error, by = terms.violation(), "interior point" if steps else "active set"
-                proof = SingleProof(terms, held, error, steps, partial(_itself, system), by)
+                proof = SingleProof(terms, held, error, steps, system, by)
                 return proof if error <= TIGHT and not terms.at_rest() else None
             held = held ^ wrong
     return None
