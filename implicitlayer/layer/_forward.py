@@ -169,7 +169,7 @@ def _checked(
     measured: Stationarity | None = None
     polished: Polish | None = None
     constraints = spec.calling.constraints
-    if at is not None and residual.lane_dims_of_function and (measures or constraints is not None):
+    if at is not None and residual.lane_dims_of_function and (measures or constraints or spec.looks_at_lanes):
         refuse_coupled(residual, x, at)
     if measures:
         measured = stationarity(residual, x, theta, init, at)

@@ -35,6 +35,7 @@ class LayerSpec:
     needs_derivative: bool = True  # whether something that was given needs a derivative
     stationarity_rtol: float | None = 1e-3
     polish: int = 0
+    looks_at_lanes: bool = False  # whether lanes that read one another are looked for though nobody judges the answer
 
     @cached_property
     def masks(self) -> bool:

@@ -71,6 +71,7 @@ class ImplicitLayer(CopiesFunctions):
     def __post_init__(self) -> None:
         self.records: list[Record] = []
         self._watched = self.own_function  # whether what it keeps was looked at
+        self.knows_lanes = False  # whether lanes that read one another were looked for
         check_settings(self, ("function", "solver", "linear_solver"), (), ("polish", "batch_dims", "damping"))
         if self.on_failure not in _POLICIES:
             raise ValueError(f"on_failure={self.on_failure!r} must be one of {_POLICIES}.")
@@ -112,12 +113,10 @@ class ImplicitLayer(CopiesFunctions):
         x_spec = flatten(init)[1]
         theta = tree_map(announce, theta) if _torch.num_modes() else theta
         signature = Signature.of(theta)
-        tensors = signature.tensors
         user_function = without_aux(self.function) if self.objective_has_aux else self.function
-        differentiable = derivatives_possible()
-        watched = differentiable and not self.own_function
+        watched = (differentiable := derivatives_possible()) and not self.own_function
         hidden = (self._closed_over if watched else self._watch)(user_function, x, x_spec, signature, (init, *theta))
-        needs = hidden.needs_derivative if watched else differentiable and any(needing(tensors))
+        needs = hidden.needs_derivative if watched else differentiable and any(needing(signature.tensors))
         function, residual, constraints = self._equation(user_function, x_spec, signature, hidden)
         of_root = self.kind == "fixed_point" and getattr(self.solver, "finds", None) == "root"
         calling = Calling(
@@ -127,7 +126,7 @@ class ImplicitLayer(CopiesFunctions):
             x_names=x_names,
             rebuild_theta=signature.rebuild,
             flatten_theta=lambda args, extra: [*Signature.tensors_of(args), *extra],
-            num_theta=len(tensors),
+            num_theta=len(signature.tensors),
             flat_function=_minus_identity(function) if of_root else function,
             user_function=None if hidden or constraints is not None or of_root else user_function,
             gives_value=self.kind == "argmin",
@@ -151,13 +150,15 @@ class ImplicitLayer(CopiesFunctions):
             needs_derivative=needs,
             stationarity_rtol=self.stationarity_rtol if needs else None,
             polish=self.polish,
+            looks_at_lanes=not self.knows_lanes,
         )
-        given = [*map(_without_graph, x), *tensors, *map(announce, hidden)]  # what is hidden a layer around may swap
+        given = [*map(_without_graph, x), *signature.tensors, *map(announce, hidden)]  # a layer around may swap them
         try:
             *leaves, found = ImplicitArgmin.apply(spec, *out_of_inference(given))
         except RuntimeError as error:
             name_limit(error)
             raise
+        self.knows_lanes = self.knows_lanes or (needs and x[0].shape[: self.batch_dims].numel() > 1)
         if hidden.first is not None:
             hidden.confirm_under_transform()
         solution, aux = unflatten(leaves, x_spec), found.aux
@@ -203,8 +204,9 @@ class ImplicitLayer(CopiesFunctions):
         sharding = Divided(*given, self.kind == "argmin") if stays else Sharding(init)
         value_of = without_aux(self.function) if self.objective_has_aux else self.function  # nobody reads aux
         inner = replace(self, function=value_of, objective_has_aux=False).inside(sharding, init)
+        inner.knows_lanes = self.knows_lanes
         result = inner(sharding.inside(init), *theta)
-        self.records = inner.records
+        self.records, self.knows_lanes = inner.records, inner.knows_lanes
         return (sharding.outside(result[0]), result[1]) if self.solver_has_aux else sharding.outside(result)
 
     def works_in_parts(self, init: Any, theta: tuple[Any, ...]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from implicitlayer._errors import (
     StationarityWarning,
 )
 from implicitlayer.base._failures import refuse
-from implicitlayer.base._parts import patternless
+from implicitlayer.base._parts import Parts, patternless
 from implicitlayer.base._tree import name_lanes, ravel
 from implicitlayer.base._types import Leaves, OnFailure
 from implicitlayer.base._warn import warn
@@ -78,17 +79,25 @@ def judge_answer(
         _judge_change(spec, measured, x, theta, rtol)
 
 
-def refuse_coupled(residual: Residual, x: Leaves, at: Attached) -> None:
-    """Raise where lanes of ``batch_dims`` read one another's unknowns; ``at``: F's run at x.
+# NOTE [coupled lanes]: solvers and checks take dF/dx to have one block for each lane. So its transpose times a vector
+# that is zero in some lanes is zero in these. Which lanes are chosen changes from call to call, as a bit of their
+# number says: any two lanes differ in one of these, so every pair is told apart in some of a few calls. Multiples of
+# the golden ratio have no period in common with the calls of a layer.
+_CALLS = itertools.count()
+_GOLDEN = 0.6180339887
 
-    Solvers and checks take dF/dx to have one block for each lane. So its transpose times a vector that is zero in some
-    lanes is zero in these.
-    """
+
+def refuse_coupled(residual: Residual, x: Leaves, at: Attached) -> None:
+    """Raise where lanes of ``batch_dims`` read one another's unknowns; ``at``: F's run at x."""
     lanes = x[0].shape[: residual.lane_dims]
-    if lanes.numel() < 2:
+    count = lanes.numel()
+    if count < 2:
         return
     flat = ravel(x, residual.lane_dims)
-    chosen = (patternless(flat.new_empty(lanes.numel())) > 2).reshape(lanes)
+    turn = 0.0 if type(flat) is Parts else next(_CALLS) * _GOLDEN % 1.0  # all processes are to do the same
+    bits = (count - 1).bit_length()
+    bit, side = divmod(int(turn * 2 * bits), 2)
+    chosen = ((torch.arange(count, device=flat.device) >> bit) % 2 == side).reshape(lanes)
     product = lane_norm(at.flat_pull(residual.lane_dims)(select(chosen, patternless(flat)))).nan_to_num(0.0, 0.0)
     coupled = ~chosen & (product > torch.finfo(flat.dtype).eps ** 0.5 * torch.where(chosen, product, 0.0).amax())
     if bool(coupled.any()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -29,6 +30,8 @@ from implicitlayer.meta._method import (
 from implicitlayer.meta._recording import RecordedCall, ReplayedProducts, recordings_of
 from implicitlayer.meta._settings import EXECUTION
 from implicitlayer.solvers._gradient_descent import GradientDescent
+
+_KNOWN: WeakSet[MetaMethod] = WeakSet()  # methods whose tasks were looked at: whether one reads another
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +132,10 @@ class iMAML(MetaMethod):
         how: dict[str, Any] = {name: getattr(self, name) for name in names}
         how["linear_solver"] = self.linear_solver if recorded is None else ReplayedProducts(recorded)
         layer = argmin(regularised(self.task_loss, self.strength), recorded or solver, batch_dims=1, **how)
+        layer.knows_lanes = self in _KNOWN
         phi = layer(init, theta, support)
+        if layer.knows_lanes:
+            _KNOWN.add(self)
         return phi if last_step is None else last_step.attach(phi)
 
     def parameters(self) -> list[torch.Tensor]:

@@ -109,3 +109,36 @@ def test_two_lanes_that_read_the_next_one_and_pairs_of_lanes() -> None:
 
     with pytest.raises(il.ObjectiveError, match=r"with batch_dims=2 .*in lane \("):
         il.argmin(next_one, il.solvers.NewtonCG(rtol=1e-11), batch_dims=2)(torch.zeros_like(t), t)
+
+
+def some_calls(layer: Any, *args: Any) -> None:
+    for _ in range(16):
+        layer(*args)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("count", "reads", "read"), [(2, 0, 1), (3, 0, 2), (4, 2, 3), (8, 5, 0), (8, 0, 5), (9, 8, 7)])
+def test_two_lanes_of_which_one_reads_the_other_are_found_in_some_of_a_few_calls(
+    count: int, reads: int, read: int
+) -> None:
+    link = torch.zeros(count, count, dtype=F64)
+    link[reads, read] = 0.4
+    layer = il.fixed_point(
+        lambda x, t: torch.tanh(0.5 * x + link @ x + t), il.solvers.AndersonAcceleration(rtol=1e-12), batch_dims=1
+    )
+    t = randn(count, 2, seed=1).requires_grad_()
+    with pytest.raises(il.ObjectiveError, match="other problems"):
+        some_calls(layer, torch.zeros(count, 2, dtype=F64), t)
+
+
+def test_tasks_that_share_statistics_are_found_where_no_answer_is_judged() -> None:
+    """iMAML's default: the tasks are looked at in a method's first call."""
+
+    def loss(params: dict[str, Tensor], data: Tensor) -> Tensor:
+        hidden = torch.tanh(data * params["w"][:, None])
+        return ((hidden - hidden.mean((0, 1))) ** 2).mean((1, 2)) + (params["w"] ** 2).sum(1)
+
+    method = il.meta.iMAML(loss, il.solvers.GradientDescent(0.1, max_steps=5), strength=2.0)
+    theta = {"w": torch.ones(3, dtype=F64, requires_grad=True)}
+    with pytest.raises(il.ObjectiveError, match="other problems"):
+        method(theta, randn(4, 5, 3, seed=0), randn(4, 5, 3, seed=1))
