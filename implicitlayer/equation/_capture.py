@@ -168,11 +168,19 @@ def find_closed_over(
     if check is not None and found.needs_derivative and constants:
         first.refuse_changing({id(tensor) for tensor, _ in constants})
     found.constants = tuple(constants)
-    if found and any(_torch.is_wrapped(t) or search.sources.made_since(t) for t in found):
-        # A vmap inside the function hands its results out unseen. They are new tensors in a second run, while those
-        # from outside are the same (the first run's are alive, so no id is used twice).
-        again = {id(tensor) for tensor in search.run()[0].outside}
+    if first.handed or (found and any(_torch.is_wrapped(t) or search.sources.made_since(t) for t in found)):
+        # A transform inside the function hands its results out unseen, or to another one. They are new tensors in a
+        # second run, while those from outside are the same (the first run's are alive, so no id is used twice).
+        second = search.run()[0]
+        again = {id(tensor) for tensor in (*second.outside, *(tensor for tensor, _ in second.handed))}
         found[:] = [tensor for tensor in found if id(tensor) in again]
+        for tensor, shape in first.handed:
+            if id(tensor) in again:
+                raise ClosureError(
+                    f"the objective hands a closed-over tensor of shape {tuple(tensor.shape)} that requires a gradient "
+                    f"to a transform of its own (where it arrives with shape {shape}). Pass it to the layer as one "
+                    "more theta."
+                )
     if check is not None:
         if search.plain and not found.needs_derivative:
             refuse_unfollowed(value, first.known, lambda: search.run()[1])
@@ -292,6 +300,7 @@ class _Finder(ReadingMode):
         self.read = 0
         self.numbers = 0
         self.shift = shift
+        self.handed: list[tuple[torch.Tensor, tuple[int, ...]]] = []  # to a transform inside, and the shape in there
         self.outside: list[torch.Tensor] = []
         self.versions: list[int] = []  # of these, when they were met
         self.level = _torch.current_level() or 0
@@ -387,8 +396,5 @@ class _Finder(ReadingMode):
         while _torch.level_of(tensor) > self.level:
             tensor = _torch.unwrapped(tensor)
         if id(tensor) not in self.known and needing((tensor,))[0]:
-            raise ClosureError(
-                f"the objective hands a closed-over tensor of shape {tuple(tensor.shape)} that requires a gradient to "
-                f"a transform of its own (where it arrives with shape {tuple(inside.shape)}). Pass it to the layer as "
-                "one more theta."
-            )
+            self.known[id(tensor)] = tensor
+            self.handed.append((tensor, tuple(inside.shape)))

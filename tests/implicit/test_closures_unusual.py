@@ -181,3 +181,53 @@ def test_a_leaf_that_the_objective_makes_for_a_derivative_of_its_own_is_no_weigh
 
     x = il.argmin(objective, il.solvers.LBFGS(rtol=1e-12))(torch.zeros(3, dtype=F64))
     assert torch.allclose(x, 1 / torch.cos(torch.linspace(0, 1, 3, dtype=F64)), rtol=1e-9)
+
+
+def energy(x: Tensor, t: Tensor, w: Tensor) -> Tensor:
+    return (torch.cosh(x - t) + 0.5 * w * x**2).sum()
+
+
+NESTED: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "grad of grad": lambda x, t, w: grad(lambda y: grad(lambda z: energy(z, t, w))(y).sum())(x).sum(),
+    "of its argument alone": lambda x, t, w: grad(lambda y: grad(lambda z: (z**4).sum())(y).sum())(x).sum(),
+    "hessian": lambda x, t, w: torch.logdet(hessian(lambda y: energy(y, t, w))(x)),
+    "jacrev of jacrev": lambda x, t, w: jacrev(jacrev(lambda y: energy(y, t, w)))(x).diagonal().sum(),
+    "mapped": lambda x, t, w: vmap(lambda s: grad(grad(lambda r: (torch.sin(r * x) * t).sum()))(s))(t).sum(),
+    "in theta": lambda x, t, w: (grad(lambda s: grad(lambda r: energy(x, r, w))(s).sum())(t) ** 2).sum(),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_derivatives_of_derivatives_that_an_objective_takes_itself(name: str) -> None:
+    """Its transforms hand what they have made to one another; nothing of that is closed over."""
+    w, t = positive(3, seed=5).requires_grad_(), randn(3, seed=6).requires_grad_()
+
+    def objective(x: Tensor, t: Tensor) -> Tensor:
+        return energy(x, t, w) + 0.02 * NESTED[name](x, t, w)
+
+    layer = il.argmin(objective, il.solvers.LBFGS(rtol=1e-12, max_steps=500), linear_solver=TIGHT)
+    x = layer(torch.zeros(3, dtype=F64), t)
+    slope, at = (
+        grad(lambda x, t, v: energy(x, t, v) + 0.02 * NESTED[name](x, t, v)),
+        (x.detach(), t.detach(), w.detach()),
+    )
+    matrix, by_t, by_w = (jacrev(slope, argnums=i)(*at) for i in range(3))
+    compare(
+        torch.autograd.grad(x.sum(), (t, w)),
+        [-torch.linalg.solve(matrix.mT, torch.ones(3, dtype=F64)) @ b for b in (by_t, by_w)],
+    )
+    compare(jacrev(lambda t: layer(torch.zeros(3, dtype=F64), t))(t.detach()), -torch.linalg.solve(matrix, by_t))
+    mapped = vmap(jacrev(lambda t: layer(torch.zeros(3, dtype=F64), t)))(t.detach().expand(2, 3))
+    compare(mapped[1], -torch.linalg.solve(matrix, by_t))
+
+
+@pytest.mark.parametrize("is_leaf", [True, False])
+def test_what_is_closed_over_and_handed_to_a_derivative_is_refused(is_leaf: bool) -> None:
+    w = positive(3, seed=7).requires_grad_()
+    handed = w if is_leaf else w.exp()
+
+    def objective(x: Tensor, t: Tensor) -> Tensor:
+        return ((x - t) ** 2).sum() + x.sum() * grad(lambda y: grad(lambda z: (z**3).sum())(y).sum())(handed).sum()
+
+    with pytest.raises(il.ClosureError, match="to a transform of its own"):
+        il.argmin(objective, il.solvers.LBFGS())(torch.zeros(3, dtype=F64), randn(3, seed=8).requires_grad_())
