@@ -19,6 +19,8 @@
 # <= ||Qd|| ||x|| + ||y|| ||Ad|| + ||z||_1 max(Gd)+: a solution would have to be as large as the ratio of the two sides.
 # How large a solution can be is a guess from the data, though. So a lane whose Q is positive definite is never called
 # unbounded, and a lane that is not solved is tried again with the other guess: |b| and |h| first, then |p| / |Q| too.
+# A border that is meant as none (1e10) is no guess: the near ones are, first, and the far ones are moved in for it. If
+# x then comes near them, or there is no solution, the program is solved as it was given.
 
 from __future__ import annotations
 
@@ -43,6 +45,8 @@ from implicitlayer.programs._interior_point_step import (
 )
 
 _FAR = 1e4  # FARTHEST for a lane that has found no solution either
+_FAR_AWAY = 1e6  # a border that is this many times as far as the nearest one tells nothing of the size of x
+_MOVED = 1e3  # where such a border is put, in units of the others; x has to stay well inside
 _NEARLY = 1e-6  # a lane that ends below this error has a solution: rounding stopped it, or the step limit
 
 
@@ -133,21 +137,24 @@ def interior_point(
     finite = torch.stack([t.isfinite().flatten(1).all(-1) for t in flat]).all(0)
     if not bool(finite.all()):
         flat = of_each(lambda t: torch.where(over_lanes(finite, t), t, 0.0), flat)
-    by_borders, by_objective = _sizes(flat)
+    by_borders, by_objective, near = _sizes(flat)
+    far = by_borders > _FAR_AWAY * near
+    first, second = torch.where(far, near, by_borders), torch.where(far, by_borders, by_objective)
     tell = None
     if report is not None:
 
         def tell(step: int, x: torch.Tensor, error: torch.Tensor) -> None:
-            report(step, (x * by_borders[:, None]).reshape((*lanes, -1)), error.reshape(lanes))
+            report(step, (x * first[:, None]).reshape((*lanes, -1)), error.reshape(lanes))
 
-    found = _solve(flat, by_borders, rtol, max_steps, tell)
+    found = _solve(flat, first, rtol, max_steps, tell)
     failed = (found.codes == int(ProgramStatus.UNBOUNDED)) | (
         (found.codes == int(ProgramStatus.MAX_STEPS_REACHED)) & (found.error > _NEARLY)
     )
-    again = (failed & (by_objective > by_borders)).nonzero()[:, 0]
+    moved = far & ((found.codes != int(ProgramStatus.SOLVED)) | (_largest(found.x) > 0.1 * _MOVED * first))
+    again = (moved | (failed & (second > first))).nonzero()[:, 0]
     if len(again):
-        other = _solve(tuple(t[again] for t in flat), by_objective[again], rtol, max_steps)  # type: ignore[arg-type]
-        solved = (other.codes == int(ProgramStatus.SOLVED)) | (other.error <= _NEARLY)
+        other = _solve(tuple(t[again] for t in flat), second[again], rtol, max_steps)  # type: ignore[arg-type]
+        solved = moved[again] | (other.codes == int(ProgramStatus.SOLVED)) | (other.error <= _NEARLY)
         for name in QuadraticSolution.__dataclass_fields__:
             getattr(found, name)[again[solved]] = getattr(other, name)[solved]
     codes = torch.where(finite, found.codes, int(ProgramStatus.NONFINITE))
@@ -159,7 +166,8 @@ def _solve(
 ) -> QuadraticSolution:
     """Solve lanes [B] of finite data, whose solutions are taken to be of this size; x in this unit is reported.
 
-    x = size x~, rows divided by their norms, the objective by its cost: no scale of the data matters.
+    x = size x~, rows divided by their norms, the objective by its cost: no scale of the data matters. Borders that are
+    farther away than _MOVED such units are moved there.
     """
     Q, p, A, b, G, h = data
     Q = (Q + Q.mT) / 2
@@ -169,7 +177,7 @@ def _solve(
     Q, p = Q * (size**2)[:, None, None], p * size[:, None]
     cost = torch.maximum(_largest(Q), _largest(p))
     cost = torch.where(cost > 0, cost, 1.0)
-    program = Q / cost[:, None, None], p / cost[:, None], A, b / size[:, None], G, h / size[:, None]
+    program = Q / cost[:, None, None], p / cost[:, None], A, b / size[:, None], G, (h / size[:, None]).clamp(max=_MOVED)
     found = _iterate(program, rtol, max_steps, report)
     codes = found.codes.clone()
     lost = (codes == int(ProgramStatus.MAX_STEPS_REACHED)) & (found.error > _NEARLY)
@@ -180,17 +188,25 @@ def _solve(
     return QuadraticSolution(found.x * unit, y, z, codes, found.steps.clone(), found.error.clone())
 
 
-def _sizes(data: Data) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two guesses of the size of x, [B]: from the distances of the borders alone, and from the objective too."""
+def _sizes(data: Data) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Guesses of the size of x, [B]: from the distances of the borders, from the objective too, of near borders alone.
+
+    A side that is to mean none, such as 1e10, tells nothing of x.
+    """
     Q, p, A, b, G, h = data
     norms = [torch.linalg.vector_norm(t, dim=-1) for t in (A, G)]
-    right = torch.cat([t / torch.where(r > 0, r, 1.0) for t, r in zip((b, h), norms, strict=True)], -1)
+    right = torch.cat([t.abs() / torch.where(r > 0, r, 1.0) for t, r in zip((b, h), norms, strict=True)], -1)
     borders, largest_q, largest_p = _largest(right), _largest(Q), _largest(p)
     objective = torch.where((largest_q > 0) & (largest_p > 0), largest_p / largest_q, 0.0)
     objective = torch.where(objective.isfinite(), objective, 0.0)
     both = torch.maximum(borders, objective)
     both = torch.where(both > 0, both, 1.0)
-    return torch.where(borders > 0, borders, both), both
+    borders = torch.where(borders > 0, borders, both)
+    if not right.shape[-1]:
+        return borders, both, both
+    nearest = torch.where(right > 0, right, torch.inf).amin(-1, keepdim=True)
+    near = torch.maximum(torch.where(right <= _FAR_AWAY * nearest, right, 0.0).amax(-1), objective)
+    return borders, both, torch.where(near > 0, near, both)
 
 
 def _largest(tensor: torch.Tensor) -> torch.Tensor:

@@ -200,9 +200,7 @@ class _System:
         t, gram, lanes = self.t, self.gram, self.solvable.nonzero()[:, 0]
         none = self.with_equations(torch.zeros_like(self.data[5], dtype=torch.bool))
         held = self._first_guess(none) if start is None else self.with_equations(start)
-        largest = torch.maximum(self.at_minimum.abs(), self.g.abs())
-        noise = _NOISE * largest.amax(-1, keepdim=True) if t.shape[-1] else t
-        noise = torch.where(none, math.inf, noise)  # an equation is never on the wrong side
+        noise = torch.where(none, math.inf, self._noise(none))  # an equation is never on the wrong side
         kept, all_solved = torch.zeros_like(held), torch.zeros_like(self.solvable)
         rounds = torch.zeros(len(t), dtype=torch.int64, device=t.device)
         if len(lanes) < len(t):
@@ -229,6 +227,14 @@ class _System:
                 lanes, t, gram, noise, held = lanes[going], t[going], gram[going], noise[going], held[going]
                 solved, steps, going = solved[going], steps[going], going[going]
         return kept, all_solved, rounds
+
+    def _noise(self, equations: torch.Tensor) -> torch.Tensor:
+        """What is rounding of J x - g, [B, c]: of its own side, or of the lengths that x has; far borders are none."""
+        if not equations.shape[-1]:
+            return self.t
+        lengths = torch.maximum(self.at_minimum.abs(), torch.where(equations, self.g.abs(), self.t))
+        noise: torch.Tensor = _NOISE * torch.maximum(self.g.abs(), lengths.amax(-1, keepdim=True))
+        return noise
 
     def _first_guess(self, held: torch.Tensor) -> torch.Tensor:
         """The mask [B, c] that a search begins with, given that of the equations; see NOTE [first guess]."""

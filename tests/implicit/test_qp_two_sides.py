@@ -120,6 +120,30 @@ def test_a_side_that_is_none_is_left_out_lane_by_lane_with_zero_gradient_and_mul
             assert torch.allclose(part[lane], other, atol=1e-9)
 
 
+@pytest.mark.parametrize("lanes", [(1,), (6,)])
+@pytest.mark.parametrize("rank", [2, N])
+@pytest.mark.parametrize("far", [1e7, 1e9, 1e12, 1e16])
+def test_a_side_that_is_far_away_is_none(far: float, rank: int, lanes: tuple[int, ...]) -> None:
+    """Strictly convex, and with a flat Q that needs the interior point."""
+    for seed in range(5):
+        data = program(10 * seed, lanes)
+        root = randn(*lanes, N, rank, seed=seed)
+        data |= {"Q": root @ root.mT + (rank == N) * 0.1 * torch.eye(N, dtype=F64)}
+        data |= {"p": (data["Q"] @ data["p"][..., None])[..., 0] + 0.3 * randn(*lanes, N, seed=seed).abs()}
+        with_far, without = ({**data, "ub": data["ub"].clone()} for _ in range(2))
+        with_far["ub"][..., ::2], without["ub"][..., ::2] = far, math.inf
+        found, expected = (il.qp(**d) for d in (with_far, without))
+        assert relative_error(found, expected) < 1e-8  # of the flat Q's conditions, to 1e-11 of their terms
+
+
+@pytest.mark.parametrize(("curvature", "pull", "expected"), [(1.0, 1e9, 1e8), (0.0, 1.0, 1e8), (1e-9, 1.0, 1e8)])
+def test_far_sides_are_reached_where_the_solution_is_far(curvature: float, pull: float, expected: float) -> None:
+    Q = curvature * torch.eye(2, dtype=F64).expand(2, 2, 2)
+    p = torch.tensor([[-pull, -pull], [-pull, pull]], dtype=F64)
+    x = il.qp(Q, p, lb=torch.zeros(2, dtype=F64), ub=torch.tensor([1e8, 0.5], dtype=F64))
+    assert relative_error(x, torch.tensor([[expected, 0.5], [expected, 0.0]], dtype=F64)) < 1e-12
+
+
 def test_a_row_whose_sides_are_equal_is_an_equation_that_moves_with_both() -> None:
     data = program(40)
     G, b = data["G"], data["G"][:1] @ torch.ones(N, dtype=F64)
