@@ -14,7 +14,7 @@ from implicitlayer.base._sharding import anywhere, is_sharded, largest, summed_u
 from implicitlayer.base._tree import flatten, tree_map, unflatten
 from implicitlayer.sets._set import ConvexSet
 from implicitlayer.sets._term import (
-    FREE,
+    Free,
     check_entries,
     expand_like,
     joined,
@@ -87,7 +87,7 @@ class Affine(ConvexSet):
 
     def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
         """No entry is held alone (the equations always are), and there is no kink."""
-        return FREE.activity(y)
+        return Free().activity(y)
 
     def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
         """``||A x - b|| / ||A||_F``, below the distance from the solutions, [*lanes]; not zero where there are none."""

@@ -113,10 +113,10 @@ class ProximalTerm(CopiesFunctions, Extension):
     def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
         """How far x is from the set, tensor [*lanes]; zero for a term without constraints."""
         first = flatten(x)[0][0]
-        return torch.zeros(first.shape[:lane_dims], dtype=first.dtype, device=first.device)  # in no parts
+        return torch.zeros(first.shape[:lane_dims], dtype=first.dtype, device=first.device)  # plain, of DTensors too
 
 
-class _Free(ProximalTerm):
+class Free(ProximalTerm):
     """No term at all."""
 
     in_parts: ClassVar[bool] = True
@@ -130,9 +130,6 @@ class _Free(ProximalTerm):
 
     def diagonal(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
         return tree_map(torch.ones_like, y)
-
-
-FREE = _Free()
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,7 +241,7 @@ def resolve(terms: Any, theta: tuple[Any, ...], name: str = "constraint") -> Pro
             f"function of theta that returns one; got {shown}. Wrap a projection of your own in il.sets.Projection, a "
             "proximal operator in il.Prox."
         )
-    return PerPart(tuple(FREE if leaf is None else leaf for leaf in leaves), spec).bind(theta)
+    return PerPart(tuple(Free() if leaf is None else leaf for leaf in leaves), spec).bind(theta)
 
 
 def kink_distances(prox: Callable[[Any], Any], y: Any, lane_dims: int) -> Any:
