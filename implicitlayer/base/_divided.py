@@ -63,9 +63,9 @@ class Divided(Sharding):
         return one and cut and sum(leaf.shape[lane_dims:].numel() for leaf in leaves) > 1
 
     @classmethod
-    def or_whole(cls, tree: Any) -> Sharding:
+    def or_whole(cls, tree: Any, lane_dims: int = 0, gives_value: bool = True) -> Sharding:
         """How the leaves of ``tree`` lie, in parts where that is possible."""
-        return cls(tree) if cls.possible(tree) else Sharding(tree)
+        return cls(tree, lane_dims, gives_value) if cls.possible(tree, lane_dims) else Sharding(tree)
 
     def inside(self, tree: Any) -> torch.Tensor:
         """One vector [*lanes, n] of a tree like ``init``; leaves that are not placed as its are put together before."""

@@ -9,15 +9,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 
-from implicitlayer._errors import SolverOutputError
 from implicitlayer.base._sharding import beside
 from implicitlayer.base._solution import SolverResult
-from implicitlayer.base._status import Status
 from implicitlayer.base._tree import ravel
 from implicitlayer.base._types import Leaves
 
@@ -86,17 +83,3 @@ def finite_data(theta: Sequence[torch.Tensor], failed: torch.Tensor) -> Leaves:
 
 class FailedResult(SolverResult):
     """What stands for the answer of a solver that raised, in a lane that is masked."""
-
-
-def failed_result(value: Any, error: Exception) -> FailedResult:
-    """The same, with ``value`` for the unknowns."""
-    return FailedResult(value, Status.NONFINITE, message=f"the solver raised {type(error).__name__}: {error}")
-
-
-def no_lane_named(error: Exception, lanes: torch.Size) -> SolverOutputError:
-    """The error for a solver of several lanes that raised."""
-    return SolverOutputError(
-        f'the solver of {lanes.numel()} lanes raised {type(error).__name__}: {error}. on_failure="mask" masks lanes, '
-        "and an exception does not say which of them it was about. Return NaN in the lanes that fail, or map over the "
-        "lanes with torch.vmap in place of batch_dims: a solver that raises is then called for one lane at a time."
-    )

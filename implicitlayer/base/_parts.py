@@ -46,10 +46,12 @@ class Cut:
             mine = operation(of_all(mine, group), [0], False).to(mine.dtype)
         return mine.to(dtype)
 
-    def summed(self, of_range: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
+    def summed(
+        self, of_range: Callable[[int, int], torch.Tensor], operation: Callable[..., torch.Tensor] = torch.sum
+    ) -> torch.Tensor:
         """The sum of numbers of ranges of entries here, over all entries that count on all processes."""
         pieces = [of_range(*ends) for ends in self.counted or _NOTHING]
-        return self.collected(pieces[0] if len(pieces) == 1 else torch.stack(pieces).sum(0), torch.sum)
+        return self.collected(pieces[0] if len(pieces) == 1 else operation(torch.stack(pieces), [0], False), operation)
 
 
 class Parts(torch.Tensor):
@@ -93,10 +95,11 @@ def numbers(vector: torch.Tensor) -> torch.Tensor:
 
     So processes that hold the same entries, all of them a part of one leaf, give them the same numbers.
     """
-    if not isinstance(vector, Parts):
+    inside = _torch.innermost(vector)  # transforms hide it, and wrap what is made
+    if not isinstance(inside, Parts):
         return torch.arange(vector.shape[-1], device=vector.device)
-    here = [torch.arange(size, device=vector.device) for size in vector.cut.leaves]
-    return Parts(torch.cat(here), vector.cut)
+    here = [torch.arange(size, device=vector.device) for size in inside.cut.leaves]
+    return Parts(_torch.innermost(torch.cat(here)), inside.cut)
 
 
 def patternless(vector: torch.Tensor) -> torch.Tensor:
@@ -148,9 +151,8 @@ def _reduction(operation: Callable[..., torch.Tensor], neutral: float | None = N
         if not over_parts:
             return Parts(operation(local, found, keepdim), vector.cut)
         if neutral is None:
-            pieces = [operation(local[..., a:b], found, keepdim) for a, b in vector.cut.counted or _NOTHING]
-            mine = operation(torch.stack(pieces), [0], False) if len(pieces) != 1 else pieces[0]
-        elif local.shape[-1]:
+            return vector.cut.summed(lambda a, b: operation(local[..., a:b], found, keepdim), operation)
+        if local.shape[-1]:
             mine = operation(local, found, keepdim)
         else:
             value = neutral if local.is_floating_point() else bool(neutral)
@@ -170,10 +172,6 @@ def products(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return torch.bmm(a, b.mT)
     x, y = a.local, b.local
     return a.cut.summed(lambda i, j: torch.bmm(x[..., i:j], y[..., i:j].mT))
-
-
-def _combined(start: Parts, weights: torch.Tensor, rows: Parts, **factors: Any) -> Parts:
-    return Parts(torch.baddbmm(start.local, weights, rows.local, **factors), start.cut)
 
 
 def _norm(vector: Parts, order: Any = 2, dims: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Any:
@@ -244,7 +242,7 @@ _RULES: dict[Any, Callable[..., Any]] = {
     _aten.all: _reduction(torch.all, 1.0),
     _aten.dot: _dot,
     _aten.vdot: _dot,
-    _aten.baddbmm: _combined,
+    _aten.baddbmm: lambda start, by, rows, **how: Parts(torch.baddbmm(start.local, by, rows.local, **how), start.cut),
     _aten.linalg_vector_norm: _norm,
     _aten.view: _shaped("view"),
     _aten.expand: _shaped("expand"),

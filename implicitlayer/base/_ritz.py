@@ -48,17 +48,10 @@ class RitzValues:
         self._rounds.append(lists)
         return lists
 
-    @property
-    def _by_lanes(self) -> bool:
-        """Whether the coefficients are tensors."""
-        for pivots, _ in self._rounds:
-            if pivots:
-                return isinstance(pivots[0], torch.Tensor)
-        return False
-
     def any_below(self, shift: torch.Tensor) -> torch.Tensor:
         """Lanes, bool [*lanes], with a Ritz value below ``shift`` [*lanes]: one sweep, far cheaper than the values."""
-        if shift.numel() == 1 and not self._by_lanes:
+        by_lanes = any(isinstance(pivots[0], torch.Tensor) for pivots, _ in self._rounds if pivots)
+        if shift.numel() == 1 and not by_lanes:
             value, negative = float(shift), False
             for pivots, betas in self._rounds:
                 negative = negative or _below(pivots, betas, value)

@@ -60,6 +60,34 @@ class Layout(NamedTuple):
         return whole
 
 
+class Largest(NamedTuple):
+    """The largest entries along a dimension (kept), as the leaf of a DTensor in NOTE [one vector]: constants."""
+
+    dim: int
+
+    def leaves(self, vector: Any) -> tuple[torch.Tensor]:
+        """Torch's own is an error on a process that holds nothing, while the others wait, and may lose NaN."""
+        from torch.distributed.tensor import DTensor, Replicate
+
+        found, placed = self.of(vector.to_local()), list(vector.placements)
+        for i, placement in enumerate(vector.placements):
+            if placement.is_shard(self.dim % vector.ndim):
+                found, placed[i] = of_all(found, vector.device_mesh.get_group(i)).amax(0), Replicate()
+        like = torch.empty(vector.shape, device="meta").sum(self.dim, True)
+        how: Any = {"run_check": False, "shape": like.shape, "stride": like.stride()}
+        return (DTensor.from_local(found, vector.device_mesh, placed, **how),)
+
+    def of(self, vector: torch.Tensor) -> torch.Tensor:
+        """Those of a tensor on one process; -inf of nothing."""
+        return vector.amax(self.dim, True) if vector.shape[self.dim] else vector.sum(self.dim, True) - torch.inf
+
+
+def largest(vector: torch.Tensor, dim: int) -> torch.Tensor:
+    """The largest entry along ``dim`` (kept), a constant; -inf of nothing."""
+    vector, of = vector.detach(), Largest(dim)
+    return LeavesOf.apply(vector, of, False)[0] if is_sharded(vector) else of.of(vector)
+
+
 def layout_of(value: Any) -> Layout | None:
     """Mesh and placements of the gradient of a DTensor, which is whole where it is in summands; None for others."""
     if not is_sharded(value):
@@ -70,19 +98,17 @@ def layout_of(value: Any) -> Layout | None:
     return Layout(inside.device_mesh, tuple(Replicate() if p.is_partial() else p for p in inside.placements))
 
 
-def placed_like(tensor: torch.Tensor, like: Any) -> torch.Tensor:
-    """A constant that is the same on every process, cut as ``like`` is; itself for a plain one."""
-    layout = layout_of(like)
-    return tensor if layout is None else layout.leaves(tensor)[0]
-
-
 def mesh_of(values: Iterable[Any]) -> Any:
     """The mesh of the first DTensor among ``values``, which is an error inside vmap and forward mode; None without."""
     hidden = _torch.transforms_active()
     for value in values:
         if (hidden or value.__class__ not in WHOLE) and is_sharded(value):
             if _torch.forward_mode_active() or _torch.num_map_levels():
-                _refuse_transform()
+                raise UnsupportedTransformError(
+                    "vmap over a layer that is given DTensors is not possible, nor is forward mode (jvp, jacfwd, "
+                    "hessian): torch can neither map what lies on several processes nor give it a tangent. Use reverse "
+                    "mode (backward, grad, vjp), batch_dims= for many problems at once, or a loop over calls."
+                )
             return _torch.innermost(value).device_mesh
     return None
 
@@ -113,14 +139,6 @@ def on_whole_tensors(function: Callable[P, R]) -> Callable[P, R]:
         return found
 
     return call
-
-
-def _refuse_transform() -> None:
-    raise UnsupportedTransformError(
-        "vmap over a layer that is given DTensors is not possible, nor is forward mode (jvp, jacfwd, hessian): torch "
-        "can neither map what lies on several processes nor give it a tangent. Use reverse mode (backward, grad, vjp), "
-        "batch_dims= for many problems at once, or a loop over calls of the layer."
-    )
 
 
 def of_all(mine: torch.Tensor, group: Any) -> torch.Tensor:
@@ -252,8 +270,13 @@ class Sharding:
 
 def whole(tree: Any) -> Any:
     """``tree`` with every DTensor put together; its gradient is cut as it was."""
-    leaves, spec = flatten(tree)
-    return unflatten([gathered(leaf) if is_data(leaf) else leaf for leaf in leaves], spec)
+    return tree_map(lambda leaf: gathered(leaf) if is_data(leaf) else leaf, tree)
+
+
+def summed_up(tensor: torch.Tensor) -> torch.Tensor:
+    """A DTensor without summands: torch carries them on into every use, and those of its gradient into what it was."""
+    how = layout_of(tensor)
+    return tensor if how is None or how.placements == _torch.innermost(tensor).placements else recut(tensor, how)
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
@@ -266,11 +289,3 @@ def recut(tensor: torch.Tensor, how: Layout | None) -> torch.Tensor:
     """The whole of ``tensor``, and that in parts where a layout says how, with its graph."""
     all_of_it = gathered(tensor)
     return all_of_it if how is None else LeavesOf.apply(all_of_it, how, False)[0]
-
-
-def gathered_where_plain(
-    gradients: Sequence[torch.Tensor | None], tensors: Sequence[torch.Tensor]
-) -> list[torch.Tensor | None]:
-    """The gradients of plain tensors put together: torch gives parts or summands where DTensors were met on the way."""
-    pairs = zip(gradients, tensors, strict=True)
-    return [g if g is None or is_sharded(t) else gathered(g) for g, t in pairs]

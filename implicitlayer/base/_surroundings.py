@@ -221,12 +221,6 @@ def random_states(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return states
 
 
-def drawn_since(states: list[torch.Tensor], tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether these generators have been drawn from since they had these states."""
-    with _torch.without_modes():  # no business of an enclosing finder's
-        return not all(map(torch.equal, states, random_states(tensors)))
-
-
 def name_limit(error: Exception, *, transformed: bool = False) -> None:
     """Raise an ObjectiveError from ``error`` if it is one of torch's that says what torch cannot do.
 

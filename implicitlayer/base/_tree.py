@@ -244,11 +244,6 @@ def name_lanes(bad: torch.Tensor) -> str:
     return f" in lane {shown}{', ...' if len(lanes) > 8 else ''} of {tuple(bad.shape)}"
 
 
-def finite_lanes(flat: torch.Tensor) -> torch.Tensor:
-    """Which lanes of [*lanes, n] hold finite numbers only."""
-    return flat.isfinite().all(-1)
-
-
 def leaves_norm(leaves: Sequence[torch.Tensor], lane_dims: int) -> torch.Tensor:
     """Euclidean norm over all leaves per lane, in float64, safe from overflow and underflow
     of squares; infinite where a leaf holds NaN.
@@ -279,14 +274,3 @@ def tensors_in(values: Iterable[Any], found: list[torch.Tensor]) -> list[torch.T
         elif isinstance(value, dict):
             tensors_in(value.values(), found)
     return found
-
-
-def tensors_entering(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> list[torch.Tensor]:
-    """The tensors among the arguments of an operation; most are given one by one."""
-    found: list[torch.Tensor] = []
-    for value in args:
-        if isinstance(value, torch.Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple, dict)):
-            tensors_in((value,), found)
-    return tensors_in(kwargs.values(), found) if kwargs else found

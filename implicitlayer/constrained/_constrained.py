@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from copy import copy
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 
 from implicitlayer._errors import IndefiniteError, InfeasibleError, StationarityWarning
 from implicitlayer.base._active_set import ActiveSet
-from implicitlayer.base._divided import Divided
 from implicitlayer.base._failures import failed_lanes, marking, refuse, replaced, standing
 from implicitlayer.base._records import ForwardRecord
-from implicitlayer.base._sharding import Sharding, mesh_of, whole
+from implicitlayer.base._sharding import Sharding, mesh_of
 from implicitlayer.base._surroundings import out_of_inference, outside_compiled_code, plain_surroundings
 from implicitlayer.base._tree import TreeSpec, flatten, name_lanes, ravel, tree_map, unflatten
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
@@ -33,7 +31,7 @@ from implicitlayer.equation._residual import Attached, Residual
 from implicitlayer.layer._forward import Constraints
 from implicitlayer.layer._layer import ImplicitLayer, without_aux
 from implicitlayer.linear._operator import is_for_symmetric
-from implicitlayer.sets._term import expand_like, largest_of, resolve, signs, spread
+from implicitlayer.sets._term import expand_like, largest_of, resolve, seen_by, signs
 
 _NEAR = 1e-3  # ||F|| over the size of x and eta grad f, above which an answer is no solution
 _ROUNDINGS = 4  # of x - eta grad f (the data, a product, a sum), in units of eps of its largest entry
@@ -136,8 +134,8 @@ class ProxLayer(ImplicitLayer):
         return term.in_parts and getattr(self.solver, "regularizer", self.terms) is None
 
     def inside(self, sharding: Sharding, init: Any) -> ImplicitLayer:
-        """As for every layer; the term gets data that fit the unknowns, of thetas as they are."""
-        layer = replace(self, terms=_with_data(self.terms, sharding, init))
+        """As for every layer; the term sees thetas as they are."""
+        layer = replace(self, terms=seen_by(self.terms, sharding, init, self.batch_dims))
         return ImplicitLayer.inside(layer, sharding, init)
 
     def with_conditions(self, value_of: Callable[..., Any], x: Any, *theta: Any) -> list[Any]:
@@ -292,23 +290,6 @@ def _examined(at: At, x_spec: TreeSpec, shown: Callable[[Any], Any]) -> _Found:
 def _least(leaves: Leaves, lane_dims: int) -> torch.Tensor:
     flat = ravel(leaves, lane_dims)
     return flat.amin(-1) if flat.shape[-1] else flat.new_full(flat.shape[:-1], torch.inf)
-
-
-def _with_data(terms: Any, sharding: Any, init: Any) -> Any:
-    """The same terms with other data: whole, or a vector like unknowns in parts of numbers that broadcast to them."""
-    if callable(terms) and not isinstance(terms, type):
-        return lambda *theta: _with_data(terms(*theta), sharding, init)
-
-    def of(term: Any) -> Any:
-        made = copy(term)
-        for field in fields(term) if is_dataclass(term) and not isinstance(term, type) else ():  # not all have some
-            value = getattr(term, field.name)
-            several = isinstance(value, dict | list | tuple) or (isinstance(value, torch.Tensor) and value.ndim)
-            stays = isinstance(sharding, Divided) and several and field.name in term.per_entry
-            made.__dict__[field.name] = sharding.vector_of(spread(value, init, field.name)) if stays else whole(value)
-        return made
-
-    return tree_map(of, terms)
 
 
 def _plain(leaf: Any) -> Any:

@@ -18,18 +18,10 @@ import torch
 
 from implicitlayer import _torch
 from implicitlayer._errors import ClosureError
-from implicitlayer.base._surroundings import ReadingMode, drawn_since, plain_surroundings, random_states
-from implicitlayer.base._tree import flatten, places_of_data, tensors_entering, tensors_in, unflatten
+from implicitlayer.base._surroundings import ReadingMode, plain_surroundings, random_states
+from implicitlayer.base._tree import flatten, places_of_data, tensors_in, unflatten
 from implicitlayer.equation._normalisation import PLAIN
-from implicitlayer.equation._numbers import (
-    NUMBERS,
-    NUMPY,
-    inside_a_function,
-    is_constant,
-    moved,
-    refuse_numbers,
-    refuse_numpy,
-)
+from implicitlayer.equation._numbers import NUMBERS, NUMPY, inside_a_function, moved, refuse_numbers, refuse_numpy
 from implicitlayer.equation._state import (
     BORROWING,
     CLOSED_OVER,
@@ -150,10 +142,13 @@ def find_closed_over(
     search = _Search(function, args, check is not None)
     states = random_states(search.leaves)
     first, value = search.run()
-    draws = drawn_since(states, search.leaves)
+    with _torch.without_modes():  # no business of an enclosing finder's
+        draws = not all(map(torch.equal, states, random_states(search.leaves)))
     if check is not None:
         check(value)
-        if first.numbers and not (search.plain and is_constant(value)):
+        # an objective's without any graph has an error of its own
+        constant = search.plain and isinstance(value, torch.Tensor) and not (value.ndim or value.requires_grad)
+        if first.numbers and not constant:
             of = search if shown is None else _Search(shown, args, True)
             refuse_numbers(of.sources, first.numbers, of.run)
     found, constants = ClosedOver(), []
@@ -311,7 +306,7 @@ class _Finder(ReadingMode):
             return func(*args)
         if _torch.saving_hooks(True) is not None:
             self.checkpoints = True
-        entering = tensors_entering(args, kwargs)
+        entering = tensors_in((*args, *kwargs.values()) if kwargs else args, [])
         if func in BORROWING and not isinstance(args[0] if args else None, float | int | torch.Tensor):
             self.borrows = True
         if func in PLAIN:

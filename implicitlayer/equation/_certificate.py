@@ -139,12 +139,6 @@ class _Point:
         self.identities = [(t.data_ptr() or id(t), t.shape, t.stride()) for t in self.theta]
 
     @property
-    def multiplicity(self) -> int:
-        """How often the same tensor stands among the thetas that are needed, at most."""
-        counted = Counter(key for key, needed in zip(self.identities, self.needed, strict=True) if needed)
-        return max(counted.values(), default=1)
-
-    @property
     def stationarity(self) -> torch.Tensor:
         """F(x), flat [*lanes, n]."""
         return ravel([leaf.detach() for leaf in self.residual(self.x, self.theta)], self.lane_dims)
@@ -244,7 +238,8 @@ def _bound(given: Assumptions, point: _Point, r: torch.Tensor) -> GradientError:
     # an exact inner solve has no inner part, whatever the constants
     inner = torch.where(distance > 0, slope * distance, 0.0)
     # the constants are for the stacked gradients; where one tensor stands in k places, its gradient is their sum
-    repeated = point.multiplicity**0.5
+    counted = Counter(key for key, needed in zip(point.identities, point.needed, strict=True) if needed)
+    repeated = max(counted.values(), default=1) ** 0.5
     inner, linear = repeated * inner, repeated * linear
     return GradientError(
         total=inner + linear,

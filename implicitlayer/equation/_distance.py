@@ -39,9 +39,9 @@ import torch
 from implicitlayer._errors import ClosureError, NonFiniteError
 from implicitlayer.base._failures import refuse
 from implicitlayer.base._records import AnswerDistance
-from implicitlayer.base._sharding import placed_like
+from implicitlayer.base._sharding import layout_of, recut
 from implicitlayer.base._solution import LinearSolution
-from implicitlayer.base._tree import finite_lanes, name_lanes, ravel, unravel
+from implicitlayer.base._tree import name_lanes, ravel, unravel
 from implicitlayer.base._types import Leaves, OnFailure
 from implicitlayer.equation._jacobian import Jacobian, OperatorFamily
 from implicitlayer.equation._residual import Attached, Residual
@@ -84,7 +84,7 @@ def is_rounding(value: torch.Tensor, norm: torch.Tensor, residual: Residual, x: 
         # the golden angle gives signs without a period, and leaves the random state alone
         phase = torch.arange(leaf.numel(), device=leaf.device, dtype=torch.float64) * 2.399963
         signs = torch.where(torch.cos((1 + draw) * phase + draw) >= 0, 1.0, -1.0).reshape(leaf.shape)
-        turned: torch.Tensor = leaf.detach() * placed_like(1 + h * signs.to(leaf.dtype), leaf)
+        turned: torch.Tensor = leaf.detach() * recut(1 + h * signs.to(leaf.dtype), layout_of(leaf))
         return turned
 
     size, free = torch.zeros_like(norm), len(theta) - residual.num_fixed
@@ -122,7 +122,7 @@ def stationarity(
     with torch.enable_grad():
         found = residual.attached(x, theta) if at is None else at
         gradient = ravel([leaf.detach() for leaf in found.value], lane_dims)
-        finite = finite_lanes(gradient)
+        finite = gradient.isfinite().all(-1)
         if not bool(finite.all()):
             what = "gradient of the objective" if residual.is_gradient else "residual"
             error = NonFiniteError(

@@ -38,11 +38,6 @@ NUMBERS: dict[Any, Callable[[torch.Tensor, float], Any]] = {
 NUMPY: set[Any] = {torch.Tensor.numpy, torch.Tensor.__array__}
 
 
-def is_constant(value: Any) -> bool:
-    """Whether ``value`` is an objective's without any graph, which has an error of its own."""
-    return isinstance(value, torch.Tensor) and not (value.ndim or value.requires_grad)
-
-
 def moved(x: torch.Tensor, far: float) -> torch.Tensor:
     """x + far (1 + |x|), by another factor between 3/4 and 5/4 in every entry."""
     factors = 1 + 0.25 * torch.arange(x.numel(), dtype=x.dtype, device=x.device).cos().reshape(x.shape)

@@ -315,7 +315,7 @@ def _solved_sharded(operator: Any, rhs: Any, solver: Any, *tensors: Any, **setti
     elif isinstance(operator, torch.Tensor):
         inside, operator = sharding, whole(operator)
     else:
-        inside = Divided(rhs, gives_value=False) if sharding and stays and Divided.possible(rhs) else sharding
+        inside = Divided.or_whole(rhs, gives_value=False) if sharding and stays else sharding
         operator = operator if inside is None else inside.seen(operator)
     if inside is None:
         return linear_solve(operator, rhs, solver, *tensors, **settings)

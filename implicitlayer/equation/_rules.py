@@ -62,7 +62,8 @@ def _checks(found: Found, settings: Settings) -> tuple[Watch | None, Judge | Non
     if answer is None:
         return None, None
     seen: Seen = []
-    return partial(answer.see, seen), partial(answer.judge, seen) if settings.true_matrix else None
+    is_dfdx = settings.curvature == "hessian" and settings.damping == 0
+    return partial(answer.see, seen), partial(answer.judge, seen) if is_dfdx else None
 
 
 def implicit_jvp(

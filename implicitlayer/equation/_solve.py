@@ -25,7 +25,7 @@ from implicitlayer.base._records import AnswerDistance, BackwardRecord, Gradient
 from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._status import Status
 from implicitlayer.base._surroundings import plain_surroundings
-from implicitlayer.base._tree import finite_lanes, name_lanes, ravel, unravel
+from implicitlayer.base._tree import name_lanes, ravel, unravel
 from implicitlayer.base._types import Leaves, OnFailure
 from implicitlayer.equation._certificate import Assumptions
 from implicitlayer.equation._jacobian import Curvature, Jacobian, OneGraph, OperatorFamily, pull_tensors, push_tensors
@@ -68,11 +68,6 @@ class Settings:
     negative_curvature: NegativeCurvature = "raise"
     assumptions: Assumptions | None = None
     listener: Callable[[Record], None] | None = None
-
-    @property
-    def true_matrix(self) -> bool:
-        """Whether the matrix is dF/dx itself."""
-        return self.curvature == "hessian" and self.damping == 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +127,7 @@ class LinearSolve(torch.autograd.Function):
         rhs, parameters = tensors[: spec.num_rhs], list(tensors[spec.num_rhs :])
         lane_dims = spec.operator.lane_dims
         flat = ravel(rhs, lane_dims)
-        finite = finite_lanes(flat)
+        finite = flat.isfinite().all(-1)
         if not bool(finite.all()):
             raise NonFiniteError(
                 f"the right-hand side of the {spec.kind} solve (the cotangent or tangent that reached the layer) "

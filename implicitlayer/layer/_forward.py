@@ -14,7 +14,7 @@ import torch
 
 from implicitlayer._errors import ImplicitLayerError, NonFiniteError, ObjectiveError, SolverOutputError
 from implicitlayer.base._active_set import ActiveSet
-from implicitlayer.base._failures import FAILURES, failed_result, marking, marks, no_lane_named, refuse, replaced
+from implicitlayer.base._failures import FAILURES, FailedResult, marking, marks, refuse, replaced
 from implicitlayer.base._records import ForwardRecord, emit, listening_in_depth
 from implicitlayer.base._sharding import WHOLE, gathered
 from implicitlayer.base._solution import RecordingSolver, SolverResult
@@ -106,7 +106,11 @@ def _solved(spec: LayerSpec, init: Leaves, theta: Leaves, failed: torch.Tensor |
     except FAILURES as error:
         if failed is None or not failed.ndim or isinstance(error, ImplicitLayerError):
             raise
-        raise no_lane_named(error, failed.shape) from error
+        raise SolverOutputError(
+            f'the solver of {failed.numel()} lanes raised {type(error).__name__}: {error}. on_failure="mask" masks '
+            "lanes, and an exception does not say which of them it was about. Return NaN in the lanes that fail, or "
+            "map over the lanes with torch.vmap in place of batch_dims: then it is called for one lane at a time."
+        ) from error
     if spec.closed and spec.accumulated != accumulated:
         raise SolverOutputError(
             "the solver has added to .grad of a tensor that the objective closes over (by .backward()): its gradient "
@@ -269,7 +273,7 @@ def _run(calling: Calling, objective: Callable[..., Any], init: Leaves, theta: L
 def called(
     solver: Callable[..., Any], problem: Any, init: Leaves, x_spec: TreeSpec, theta: tuple[Any, ...], masks: bool
 ) -> Any:
-    """What a solver of the user's returns; where it raises and ``masks``, a :func:`failed_result`.
+    """What a solver of the user's returns; where it raises and ``masks``, a :class:`FailedResult`.
 
     Copies of ``init`` protect the caller's tensors from solvers that work in place.
     """
@@ -282,7 +286,8 @@ def called(
     except FAILURES as error:
         if not masks:
             raise
-        return failed_result(unflatten([torch.full_like(t, math.nan) for t in init], x_spec), error)
+        nothing = unflatten([torch.full_like(t, math.nan) for t in init], x_spec)
+        return FailedResult(nothing, Status.NONFINITE, message=f"the solver raised {type(error).__name__}: {error}")
 
 
 _RESULT_OBJECT = " It has an attribute x: if that is the solution (as in SciPy's OptimizeResult), return .x of it."

@@ -11,7 +11,7 @@ import torch
 
 from implicitlayer import _torch
 from implicitlayer.base._failures import failed_lanes, finite_data, replaced
-from implicitlayer.base._sharding import WHOLE, gathered_where_plain
+from implicitlayer.base._sharding import WHOLE, gathered, is_sharded
 from implicitlayer.base._surroundings import plain_surroundings
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._capture import ClosedOver, derivatives_possible
@@ -149,7 +149,9 @@ class ImplicitArgmin(torch.autograd.Function):
 
         theta_bar = over_batched_vectors(rule, alive(cotangents))
         if not set(map(type, theta_bar)) <= WHOLE:
-            theta_bar = gathered_where_plain(theta_bar, theta)
+            # those of plain tensors: torch gives parts or summands where DTensors were met on the way
+            pairs = zip(theta_bar, theta, strict=True)
+            theta_bar = [g if g is None or is_sharded(t) else gathered(g) for g, t in pairs]
         return (None, *(None,) * k, *theta_bar)
 
     @staticmethod

@@ -199,9 +199,7 @@ class ImplicitLayer(CopiesFunctions):
         stays = self.works_in_parts(init, theta)
         stays = stays and not (self.solver_has_aux or getattr(self.solver, "callback", None))  # it sees whole tensors
         stays = stays and all(getattr(by, "in_parts", False) for by in (self.solver, self.linear_solver))
-        given = init, self.batch_dims
-        stays = stays and Divided.possible(*given)
-        sharding = Divided(*given, self.kind == "argmin") if stays else Sharding(init)
+        sharding = Divided.or_whole(init, self.batch_dims, self.kind == "argmin") if stays else Sharding(init)
         value_of = without_aux(self.function) if self.objective_has_aux else self.function  # nobody reads aux
         inner = replace(self, function=value_of, objective_has_aux=False).inside(sharding, init)
         inner.knows_lanes = self.knows_lanes

@@ -71,7 +71,8 @@ def tell_arguments(error: Exception, function: Callable[..., Any], init: Any, th
             f" It does not take {1 + len(theta)} arguments. Is it the solver, f(objective, init, *theta)? That is the "
             "second argument of a layer."
         )
-    if _from_numpy(error):
+    frames = traceback.walk_tb(error.__traceback__)
+    if any(str(frame.f_globals.get("__name__", "")).startswith("numpy") for frame, _ in frames):
         note += (
             " The error comes from NumPy, which has no derivatives: write the function in torch operations (torch has "
             "most of NumPy's). Only the solver may use NumPy."
@@ -128,11 +129,6 @@ def _takes(function: Callable[..., Any], count: int) -> bool:
     except TypeError:
         return False
     return True
-
-
-def _from_numpy(error: Exception) -> bool:
-    frames = traceback.walk_tb(error.__traceback__)
-    return any(str(frame.f_globals.get("__name__", "")).startswith("numpy") for frame, _ in frames)
 
 
 def _from_fsdp(error: Exception) -> bool:

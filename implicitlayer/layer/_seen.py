@@ -49,8 +49,7 @@ class SeenFunction:
             return value.sum() if not self._batched and value.ndim else value
 
         def outputs_of(x: Any, *theta: Any) -> Any:
-            leaves, _ = flatten(x)
-            return model(leaves, self._calling.flatten_theta(theta, self._hidden))
+            return model(flatten(x)[0], self._calling.flatten_theta(theta, self._hidden))
 
         return Composite(values, outputs_of, parts.squares)
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from implicitlayer import _torch
+from implicitlayer.base._sharding import is_sharded
 from implicitlayer.base._tree import flatten, ravel, unflatten
 
 
@@ -49,6 +50,7 @@ class MatrixStrength:
         given = [t for t in (self.matrix, self.factor) if t is not None]
         if len(given) != 1 or not isinstance(given[0], torch.Tensor) or given[0].ndim != 2:
             raise ValueError("give one tensor: a matrix [n, n], or factor= [n, k] for the matrix L L'.")
+        _refuse_dtensors(given)
         if not given[0].is_floating_point():
             raise ValueError(f"a strength must be floating, got {given[0].dtype}. Use .double().")
         matrix = self.matrix
@@ -179,8 +181,18 @@ class LearnedStrength(nn.Module):
         return unflatten([nn.functional.softplus(raw) for raw in self.raw], self._spec)
 
 
+def _refuse_dtensors(tensors: list[torch.Tensor]) -> None:
+    if any(map(is_sharded, tensors)):
+        raise ValueError(
+            "il.MatrixStrength weighs all entries of phi together, which is not possible where they or the matrix are "
+            "DTensors, on several processes. Give a number, a strength for each tensor or one for each entry of phi."
+        )
+
+
 def _entries(difference: Any, lane_dims: int, n: int) -> torch.Tensor:
-    d = ravel(flatten(difference)[0], lane_dims)
+    leaves = flatten(difference)[0]
+    _refuse_dtensors(leaves)
+    d = ravel(leaves, lane_dims)
     if d.shape[-1] != n:
         raise ValueError(f"the strength is a matrix for {n} entries, but phi has {d.shape[-1]} (per task).")
     return d

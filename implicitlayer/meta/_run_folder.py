@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from implicitlayer.base._sharding import beside, is_sharded, placed_like
+from implicitlayer.base._sharding import beside, is_sharded, layout_of, recut
 from implicitlayer.base._tree import flatten, flatten_with_names, unflatten
 from implicitlayer.meta._checkpoint import (
     CheckpointError,
@@ -81,7 +81,7 @@ class RunFolder:
             if isinstance(leaf, torch.Tensor) and leaf.is_meta:
                 rooms[name] = leaves[i] = _room(leaf, like)
             elif isinstance(leaf, torch.Tensor) and like is not None and leaf.shape == like.shape:
-                leaves[i] = placed_like(leaf, like)
+                leaves[i] = recut(leaf, layout_of(like))
         if "parts" in state:
             self._fill(rooms, **state["parts"])
         whole: dict[str, Any] = unflatten(leaves, flatten(some)[1])

@@ -13,7 +13,7 @@ from implicitlayer.base._sharding import anywhere
 from implicitlayer.base._tree import flatten, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.sets._set import ConvexSet
-from implicitlayer.sets._term import PerPart, ProximalTerm, check_entries, is_plain, joined, norm_of, spread
+from implicitlayer.sets._term import Free, PerPart, ProximalTerm, check_entries, is_plain, joined, norm_of, spread
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,15 +106,10 @@ class NonNegative(Box):
         return [cls()]
 
 
-def is_box(term: ProximalTerm | None) -> bool:
-    if isinstance(term, PerPart):
-        return all(map(is_box, term.terms))
-    return term is None or isinstance(term, Box)
-
-
 def require_box(term: ProximalTerm | None, who: str) -> None:
     """Raise TypeError for a term that ``who`` cannot keep to."""
-    if not is_box(term):
+    terms = term.terms if isinstance(term, PerPart) else (term,)
+    if not all(t is None or isinstance(t, Box | Free) for t in terms):
         raise TypeError(
             f"{who} il.sets.Box and il.sets.NonNegative only, got {type(term).__name__}. Use "
             "il.solvers.ProximalGradient(), or a solver of your own that knows the set."

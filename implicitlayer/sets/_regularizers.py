@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 
+from implicitlayer.base._numbers import check_dim
+from implicitlayer.base._sharding import gathered
 from implicitlayer.base._tree import flatten, lane_reduce, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.sets._term import ProximalTerm, check_entries, expand_like, norm_of, spread
@@ -20,7 +22,7 @@ class Regularizer(ProximalTerm):
 
     def __post_init__(self) -> None:
         for name in self.per_entry:
-            check_entries(getattr(self, name), name, "non-negative", _non_negative)
+            check_entries(getattr(self, name), name, "non-negative", lambda t: t >= 0)
 
     def value(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
         """r(x), tensor [*lanes]."""
@@ -32,13 +34,13 @@ class Regularizer(ProximalTerm):
 
     def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
         """Infinite in lanes with a negative strength, which cannot be seen before where a transform hides it."""
-        leaves = flatten(x)[0]
         bad = [
-            lane_reduce((s < 0).to(v.dtype).expand(v.shape), lane_dims)
+            lane_reduce(torch.where(s < 0, 1.0, torch.zeros_like(v)), lane_dims)
             for group in self.strengths(x, lane_dims)
-            for s, v in zip(group, leaves, strict=True)
+            for s, v in zip(group, flatten(x)[0], strict=True)
         ]
-        return torch.where(_total(bad) > 0, torch.inf, torch.zeros_like(bad[0]))
+        found = _total(bad)
+        return torch.where(found > 0, torch.inf, torch.zeros_like(found))
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,29 +165,25 @@ class GroupL1(Regularizer):
         [[1.5, 2.0], [0.0, 0.0]]
     """
 
+    in_parts: ClassVar[bool] = True
+
     strength: Any
     dim: int | None = None
 
     def __post_init__(self) -> None:
-        check_entries(self.strength, "strength", "non-negative", _non_negative)
-        if self.dim is not None and self.dim >= 0:
-            raise ValueError(f"dim={self.dim} must be negative (counted from the last dimension), or None for leaves.")
+        check_entries(self.strength, "strength", "non-negative", lambda t: t >= 0)
+        check_dim(self.dim)
 
     def _norms(self, y: Any, lane_dims: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Leaf, norms of its groups with kept dimensions, and their strengths."""
+        check_dim(self.dim, y, lane_dims)
         norms = []
         for leaf in flatten(y)[0]:
-            dims = self._dims(leaf, lane_dims)  # torch would sum over everything for ()
+            # torch would sum over everything for ()
+            dims = tuple(range(lane_dims, leaf.ndim)) if self.dim is None else (self.dim,)
             norms.append(norm_of(leaf, dims, keepdim=True) if dims else norm_of(leaf.unsqueeze(-1)))
         strengths = spread(self.strength, unflatten(norms, flatten(y)[1]), "strength")
         return list(zip(flatten(y)[0], norms, strengths, strict=True))
-
-    def _dims(self, leaf: torch.Tensor, lane_dims: int) -> tuple[int, ...]:
-        if self.dim is None:
-            return tuple(range(lane_dims, leaf.ndim))
-        if leaf.ndim - lane_dims < -self.dim:
-            raise ValueError(f"dim={self.dim} is out of range for a leaf of shape {tuple(leaf.shape[lane_dims:])}.")
-        return (self.dim,)
 
     def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
         """Each group shortened by ``step * strength``, in the structure of y."""
@@ -202,8 +200,8 @@ class GroupL1(Regularizer):
         held, margins = [], []
         for v, norm, s in self._norms(y, lane_dims):
             t = expand_like(step, v) * s
-            held.append(((norm <= t) & (t > 0)).expand(v.shape))
-            margins.append(torch.where(t > 0, (norm - t).abs(), torch.inf).expand(v.shape))
+            held.append((norm <= t) & (t > 0) & torch.ones_like(v, dtype=torch.bool))
+            margins.append(torch.where(t > 0, (norm - t).abs(), torch.inf) * torch.ones_like(v))
         spec = flatten(y)[1]
         return unflatten(held, spec), unflatten(margins, spec)
 
@@ -227,8 +225,4 @@ def _soft(y: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
 
 
 def _total(parts: Leaves) -> torch.Tensor:
-    return torch.stack(parts).sum(0)
-
-
-def _non_negative(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor >= 0
+    return torch.stack(list(map(gathered, parts))).sum(0)

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from implicitlayer.base._tree import flatten, leaves_like, unflatten
+from implicitlayer.base._sharding import whole
+from implicitlayer.base._tree import flatten, like_x, unflatten
 from implicitlayer.sets._term import ProximalTerm, joined, norm_of
 
 
@@ -43,7 +44,7 @@ class ConvexSet(ProximalTerm, abc.ABC):
 
     def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
         """``||x - project(x)||``, [*lanes]."""
-        return norm_of(joined(x, lane_dims) - joined(self.project(x, lane_dims), lane_dims))
+        return norm_of(joined(x, lane_dims) - joined(self.project(x, lane_dims), lane_dims, x))
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,7 @@ class _OfFunction(ProximalTerm):
 
     def bind(self, theta: tuple[Any, ...]) -> Any:
         """The same at these thetas."""
-        return replace(self, theta=theta)
+        return replace(self, theta=whole(theta))
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,11 +109,4 @@ class Prox(_OfFunction):
 
 def _checked(value: Any, y: Any, what: str) -> Any:
     leaves, spec = flatten(y)
-    result = leaves_like(value, y, f"what the {what} returns must have the structure of x")
-    shapes = [tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf).__name__ for leaf in result]
-    if shapes != [tuple(leaf.shape) for leaf in leaves]:
-        raise ValueError(
-            f"the {what} must return the shapes it was given: expected {[tuple(leaf.shape) for leaf in leaves]}, got "
-            f"{shapes}."
-        )
-    return unflatten(result, spec)
+    return unflatten(like_x(value, leaves, spec, f"the {what} must return the shapes it was given"), spec)

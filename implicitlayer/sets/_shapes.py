@@ -8,13 +8,15 @@ from typing import Any, ClassVar
 import torch
 
 from implicitlayer import _torch
+from implicitlayer.base._numbers import check_dim
 from implicitlayer.base._parts import Parts
-from implicitlayer.base._tree import flatten, tree_map
+from implicitlayer.base._sharding import anywhere, is_sharded, largest, summed_up
+from implicitlayer.base._tree import flatten, tree_map, unflatten
 from implicitlayer.sets._set import ConvexSet
 from implicitlayer.sets._term import (
+    Free,
     check_entries,
     expand_like,
-    free,
     joined,
     norm_in_units,
     norm_of,
@@ -85,7 +87,7 @@ class Affine(ConvexSet):
 
     def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
         """No entry is held alone (the equations always are), and there is no kink."""
-        return free(y)
+        return Free().activity(y)
 
     def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
         """``||A x - b|| / ||A||_F``, below the distance from the solutions, [*lanes]; not zero where there are none."""
@@ -123,37 +125,36 @@ class Ball(ConvexSet):
         check_entries(self.radius, "radius", "non-negative", lambda t: t >= 0)
         check_entries(self.center, "center", "finite", torch.isfinite)
 
-    def _offset(self, x: Any, lane_dims: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Center and x - center [*lanes, n], the norm of the latter and the radius [*lanes, 1]."""
+    def _offset(self, x: Any, lane_dims: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x - center [*lanes, n], the norm of it and the radius [*lanes, 1]."""
         leaves = flatten(x)[0]
-        center = joined(
-            [c.expand(v.shape) for c, v in zip(spread(self.center, x, "center"), leaves, strict=True)], lane_dims
-        )
-        offset = joined(x, lane_dims) - center
+        moved = [v - c for c, v in zip(spread(self.center, x, "center"), leaves, strict=True)]
+        offset = joined(moved, lane_dims, x)
         radius = per_lane(self.radius, offset, lane_dims, "radius")
-        return center, offset, norm_of(offset, keepdim=True), radius.unsqueeze(-1)
+        return offset, norm_of(offset, keepdim=True), radius.unsqueeze(-1)
 
     def project(self, y: Any, lane_dims: int = 0) -> Any:
         """The nearest point of the ball, in the structure of y."""
-        center, offset, norm, radius = self._offset(y, lane_dims)
+        offset, norm, radius = self._offset(y, lane_dims)
         inside = norm < radius
         # The direction is made of numbers near 1: the norm itself may overflow. The untaken branch must not divide by
         # zero: its NaN would reach the gradient through torch.where.
         unit = unit_of(offset)
         length = norm_in_units(offset / unit)
         direction = offset / unit / torch.where(inside | (length == 0), 1.0, length)
-        return parted(torch.where(inside, offset + center, center + radius * direction), y, lane_dims)
+        near, spec = flatten(parted(torch.where(inside, offset, radius * direction), y, lane_dims))
+        return unflatten([c + v for c, v in zip(spread(self.center, y, "center"), near, strict=True)], spec)
 
     def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
         """All entries of a problem on the sphere, and the distance of y from it. A ball of radius 0 has no kink."""
-        _, offset, norm, radius = self._offset(y, lane_dims)
+        offset, norm, radius = self._offset(y, lane_dims)
         margin = torch.where(radius > 0, (norm - radius).abs(), torch.inf)
         held = parted((norm >= radius) & torch.ones_like(offset, dtype=torch.bool), y, lane_dims)
         return held, parted(margin * torch.ones_like(offset), y, lane_dims)
 
     def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
         """Distance from the ball, [*lanes]."""
-        _, _, norm, radius = self._offset(x, lane_dims)
+        _, norm, radius = self._offset(x, lane_dims)
         return torch.relu(norm - radius)[..., 0]
 
 
@@ -188,21 +189,19 @@ class Simplex(ConvexSet):
         [0.75, 0.25, 0.0]
     """
 
+    in_parts: ClassVar[bool] = True
+
     total: Any = 1.0
     dim: int | None = None
 
-    in_parts: ClassVar[Any] = property(lambda self: self.dim is None)
-
     def __post_init__(self) -> None:
         check_entries(self.total, "total", "positive and finite", lambda t: (t > 0) & t.isfinite())
-        if self.dim is not None and self.dim >= 0:
-            raise ValueError(f"dim={self.dim} must be negative (counted from the last dimension), or None for all.")
+        check_dim(self.dim)
 
     def _shifted(self, y: torch.Tensor, lane_dims: int) -> torch.Tensor:
         """y - tau along the last dimension."""
         total = expand_like(per_lane(self.total, y, lane_dims, "total"), y)
-        if y.shape[-1]:
-            y = y - y.detach().amax(-1, keepdim=True)
+        y = y - largest(y.detach(), -1)
         with torch.no_grad():
             support = _support(y, total)
         tau = _threshold(y, support, total)
@@ -212,10 +211,7 @@ class Simplex(ConvexSet):
         """``function`` of vectors along the last dimension, in the structure of y."""
         if self.dim is None:
             return parted(function(joined(y, lane_dims)), y, lane_dims)
-        dim = self.dim
-        for leaf in flatten(y)[0]:
-            if leaf.ndim - lane_dims < -dim:
-                raise ValueError(f"dim={dim} is out of range for a leaf of shape {tuple(leaf.shape[lane_dims:])}.")
+        dim = check_dim(self.dim, y, lane_dims)
         return tree_map(lambda leaf: function(leaf.movedim(dim, -1)).movedim(-1, dim), y)
 
     def project(self, y: Any, lane_dims: int = 0) -> Any:
@@ -244,14 +240,14 @@ class Simplex(ConvexSet):
 
 
 def _threshold(y: torch.Tensor, support: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    return (torch.where(support, y, 0.0).sum(-1, keepdim=True) - total) / support.sum(-1, keepdim=True)
+    return (summed_up(torch.where(support, y, 0.0).sum(-1, keepdim=True)) - total) / support.sum(-1, keepdim=True)
 
 
 def _support(y: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
     """Which entries of y, the largest of which is 0, stay positive along the last dimension."""
-    if isinstance(_torch.innermost(y), Parts):
+    if isinstance(_torch.innermost(y), Parts) or is_sharded(y):
         support, kept = y.isnan(), torch.ones_like(y, dtype=torch.bool)
-        while bool((kept != support).any()):
+        while anywhere(kept != support):
             support = kept
             kept = support & (y > _threshold(y, support, total))
         return kept

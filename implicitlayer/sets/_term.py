@@ -20,7 +20,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import reduce
 from typing import Any, ClassVar
 
 import torch
@@ -28,8 +30,9 @@ import torch
 from implicitlayer import _torch
 from implicitlayer._torch import pytree
 from implicitlayer.base._copying import CopiesFunctions
+from implicitlayer.base._divided import Divided
 from implicitlayer.base._parts import Parts, numbers
-from implicitlayer.base._sharding import anywhere, whole
+from implicitlayer.base._sharding import Sharding, anywhere, beside, largest, layout_of, mesh_of, summed_up, whole
 from implicitlayer.base._tree import TreeSpec, flatten, leaves_like, ravel, tree_map, unflatten, unravel
 from implicitlayer.base._types import Extension, Leaves
 
@@ -44,12 +47,26 @@ class ProximalTerm(CopiesFunctions, Extension):
     """
 
     per_entry: ClassVar[tuple[str, ...]] = ()  # attributes that broadcast to x
-    # whether x may be one vector [*lanes, n] of which every process holds a part: used by entries and in sums only
-    in_parts: ClassVar[bool] = False
+    in_parts: ClassVar[bool] = False  # whether the leaves of x, and data, may be DTensors; else they are whole tensors
 
     def bind(self, theta: tuple[Any, ...]) -> ProximalTerm:
         """The term at these thetas; itself, unless it is a function of them."""
         return self
+
+    def whole(self) -> ProximalTerm:
+        """The term with its data put together."""
+        made = copy(self)
+        own: Any = fields(self) if is_dataclass(self) else ()  # not all have some
+        held = {field.name: getattr(self, field.name) for field in own}
+        made.__dict__.update(tree_map(lambda t: t.whole() if isinstance(t, ProximalTerm) else whole(t), held))
+        return made
+
+    def among(self, x: Any, lane_dims: int) -> ProximalTerm:
+        """The term for x whose leaves may be DTensors; one that is not made for them sees whole tensors."""
+        if self.in_parts and Divided.possible(x, lane_dims):
+            return self
+        lies = Sharding(x)
+        return _Through(self.whole(), lies.inside, lies.outside)
 
     def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
         """``argmin_x step * r(x) + 1/2 ||x - y||^2``, in the structure of y."""
@@ -95,22 +112,43 @@ class ProximalTerm(CopiesFunctions, Extension):
 
     def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
         """How far x is from the set, tensor [*lanes]; zero for a term without constraints."""
-        lanes = flatten(x)[0][0]
-        zeros: torch.Tensor = lanes.new_zeros(lanes.shape[:lane_dims])
-        return zeros
+        first = flatten(x)[0][0]
+        return torch.zeros(first.shape[:lane_dims], dtype=first.dtype, device=first.device)  # plain, of DTensors too
+
+
+class Free(ProximalTerm):
+    """No term at all."""
+
+    in_parts: ClassVar[bool] = True
+
+    def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
+        return y
+
+    def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
+        held = tree_map(lambda a: torch.zeros_like(a, dtype=torch.bool), y)
+        return held, tree_map(lambda a: torch.full_like(a, torch.inf), y)
+
+    def diagonal(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
+        return tree_map(torch.ones_like, y)
 
 
 @dataclass(frozen=True, eq=False)
 class PerPart(ProximalTerm):
     """One term for each part of the unknowns: a pytree of terms whose leaves stand for subtrees of x."""
 
-    terms: tuple[ProximalTerm | None, ...]
+    terms: tuple[ProximalTerm, ...]
     spec: TreeSpec
 
-    def bind(self, theta: tuple[Any, ...]) -> ProximalTerm:
-        return PerPart(tuple(None if t is None else t.bind(theta) for t in self.terms), self.spec)
+    in_parts: ClassVar[bool] = True
 
-    def _parts(self, x: Any) -> list[Any]:
+    def bind(self, theta: tuple[Any, ...]) -> ProximalTerm:
+        return replace(self, terms=tuple(term.bind(theta) for term in self.terms))
+
+    def among(self, x: Any, lane_dims: int) -> ProximalTerm:
+        """Each part by its own term."""
+        return replace(self, terms=tuple(term.among(part, lane_dims) for term, part in self._pairs(x)))
+
+    def _pairs(self, x: Any) -> list[tuple[ProximalTerm, Any]]:
         try:
             parts: list[Any] = self.spec.flatten_up_to(x)
         except ValueError as error:
@@ -118,45 +156,73 @@ class PerPart(ProximalTerm):
                 f"a pytree of constraints must have the structure of x from the top down, got {self.spec} for x of "
                 f"structure {flatten(x)[1]}. Give every part of x an entry, None where it is free."
             ) from error
-        return parts
+        return list(zip(self.terms, parts, strict=True))
 
     def _join(self, parts: list[Any], x: Any) -> Any:
         leaves = leaves_like(pytree.tree_unflatten(parts, self.spec), x, "the parts must have the structure of x")
         return unflatten(leaves, flatten(x)[1])
 
     def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
-        parts = zip(self.terms, self._parts(y), strict=True)
-        return self._join([p if t is None else t.prox(p, step, lane_dims) for t, p in parts], y)
+        return self._join([term.prox(part, step, lane_dims) for term, part in self._pairs(y)], y)
 
     def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
-        pairs = zip(self.terms, self._parts(y), strict=True)
-        found = [free(part) if term is None else term.activity(part, step, lane_dims) for term, part in pairs]
+        found = [term.activity(part, step, lane_dims) for term, part in self._pairs(y)]
         return self._join([held for held, _ in found], y), self._join([margins for _, margins in found], y)
 
     def diagonal(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
         """Each part by its own term; None unless all are known."""
-        found = []
-        for term, part in zip(self.terms, self._parts(y), strict=True):
-            found.append(tree_map(torch.ones_like, part) if term is None else term.diagonal(part, step, lane_dims))
-            if found[-1] is None:
-                return None
-        return self._join(found, y)
+        found = [term.diagonal(part, step, lane_dims) for term, part in self._pairs(y)]
+        return None if any(part is None for part in found) else self._join(found, y)
 
     def refuse_ambiguous(self, x: Any, lane_dims: int) -> None:
-        for term, part in zip(self.terms, self._parts(x), strict=True):
-            if term is not None:
-                term.refuse_ambiguous(part, lane_dims)
+        for term, part in self._pairs(x):
+            term.refuse_ambiguous(part, lane_dims)
 
     def magnitude(self, y: Any, lane_dims: int = 0) -> torch.Tensor:
         """That of the largest part."""
-        parts = zip(self.terms, self._parts(y), strict=True)
-        return torch.stack([(t or ProximalTerm()).magnitude(p, lane_dims) for t, p in parts]).amax(0)
+        return torch.stack([term.magnitude(part, lane_dims) for term, part in self._pairs(y)]).amax(0)
 
     def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
-        total = ProximalTerm.violation(self, x, lane_dims)
-        for term, part in zip(self.terms, self._parts(x), strict=True):
-            total = total if term is None else torch.hypot(total, term.violation(part, lane_dims))
-        return total
+        return reduce(torch.hypot, [term.violation(part, lane_dims) for term, part in self._pairs(x)])
+
+
+@dataclass(frozen=True, eq=False)
+class _Through(ProximalTerm):
+    """A term of other unknowns, which ``there`` makes of those of the layer; ``back`` is its inverse."""
+
+    term: ProximalTerm
+    there: Callable[[Any], Any]
+    back: Callable[[Any], Any]
+
+    def bind(self, theta: tuple[Any, ...]) -> ProximalTerm:
+        return replace(self, term=self.term.bind(theta))
+
+    def prox(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
+        return self.back(self.term.prox(self.there(y), step, lane_dims))
+
+    def activity(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> tuple[Any, Any]:
+        held, margins = self.term.activity(self.there(y), step, lane_dims)
+        return self.back(held), self.back(margins)
+
+    def diagonal(self, y: Any, step: Any = 1.0, lane_dims: int = 0) -> Any:
+        known = self.term.diagonal(self.there(y), step, lane_dims)
+        return None if known is None else self.back(known)
+
+    def magnitude(self, y: Any, lane_dims: int = 0) -> torch.Tensor:
+        return self.term.magnitude(self.there(y), lane_dims)
+
+    def violation(self, x: Any, lane_dims: int = 0) -> torch.Tensor:
+        return self.term.violation(self.there(x), lane_dims)
+
+
+def seen_by(terms: Any, sharding: Sharding, init: Any, lane_dims: int) -> Any:
+    """The same terms, of unknowns like ``init`` as they are inside of ``sharding``."""
+    if callable(terms) and not isinstance(terms, type):
+        return lambda *theta: seen_by(terms(*theta), sharding, init, lane_dims)
+    term = resolve(terms, ())
+    if not isinstance(sharding, Divided):
+        return term.whole()
+    return _Through(term.among(init, lane_dims), sharding.outside, sharding.inside)
 
 
 def resolve(terms: Any, theta: tuple[Any, ...], name: str = "constraint") -> ProximalTerm:
@@ -175,7 +241,7 @@ def resolve(terms: Any, theta: tuple[Any, ...], name: str = "constraint") -> Pro
             f"function of theta that returns one; got {shown}. Wrap a projection of your own in il.sets.Projection, a "
             "proximal operator in il.Prox."
         )
-    return PerPart(tuple(leaves), spec).bind(theta)
+    return PerPart(tuple(Free() if leaf is None else leaf for leaf in leaves), spec).bind(theta)
 
 
 def kink_distances(prox: Callable[[Any], Any], y: Any, lane_dims: int) -> Any:
@@ -184,10 +250,15 @@ def kink_distances(prox: Callable[[Any], Any], y: Any, lane_dims: int) -> Any:
     here = flatten(prox(y))[0]
     size = largest_of(joined(y, lane_dims))
     size = torch.where(size > 0, size, 1.0)
+    directions = signs(leaves, lane_dims)  # with entries between 1.25 and 2: without a period, the same in every lane
+    for i, leaf in enumerate(leaves):
+        shape = leaf.shape[lane_dims:]
+        count = torch.arange(shape.numel(), device=leaf.device, dtype=torch.float64)
+        directions[i] = directions[i] * (1.25 + 0.75 * ((0.618034 * count) % 1)).to(leaf.dtype).reshape(shape)
 
     def jumps(part: float) -> list[torch.Tensor]:
         h = [expand_like(part * size, leaf) for leaf in leaves]
-        steps = [w * _direction(v, lane_dims) for v, w in zip(leaves, h, strict=True)]
+        steps = [w * beside(direction, v) for v, w, direction in zip(leaves, h, directions, strict=True)]
         ends = [unflatten([v + sign * s for v, s in zip(leaves, steps, strict=True)], spec) for sign in (1.0, -1.0)]
         ahead, behind = (flatten(prox(end))[0] for end in ends)
         return [((a - c) - (c - b)).abs() / w > _JUMP for a, b, c, w in zip(ahead, behind, here, h, strict=True)]
@@ -200,13 +271,6 @@ def kink_distances(prox: Callable[[Any], Any], y: Any, lane_dims: int) -> Any:
     return unflatten(margins, spec)
 
 
-def _direction(like: torch.Tensor, lane_dims: int) -> torch.Tensor:
-    """Entries between 1.25 and 2 of both signs, without a period; the same in every lane."""
-    shape = like.shape[lane_dims:]
-    count = torch.arange(shape.numel(), device=like.device, dtype=torch.float64)
-    return signs([like], lane_dims)[0] * (1.25 + 0.75 * ((0.618034 * count) % 1)).to(like.dtype).reshape(shape)
-
-
 def signs(like: Leaves, num_levels: int = 0) -> Leaves:
     """A direction of signs; the golden angle spreads them without a period, so that it mixes all eigenvectors.
 
@@ -214,20 +278,12 @@ def signs(like: Leaves, num_levels: int = 0) -> Leaves:
     """
     directions = []
     for v in like:
-        in_parts = isinstance(v, Parts)
+        in_parts = isinstance(_torch.innermost(v), Parts)
         shape = v.shape[-1:] if in_parts else v.shape[num_levels:]
         count = numbers(v) if in_parts else torch.arange(shape.numel(), device=v.device)
         angles = torch.cos(2.399963 * count.to(v.dtype) ** 2)
         directions.append(torch.where(angles >= 0, 1.0, -1.0).to(v.dtype).reshape(shape).expand(v.shape))
     return directions
-
-
-def free(x: Any) -> tuple[Any, Any]:
-    """The activity of no term at all."""
-    return (
-        tree_map(lambda a: torch.zeros_like(a, dtype=torch.bool), x),
-        tree_map(lambda a: torch.full_like(a, torch.inf), x),
-    )
 
 
 def spread(value: Any, x: Any, name: str) -> Leaves:
@@ -263,10 +319,13 @@ def per_lane(value: Any, like: torch.Tensor, lane_dims: int, name: str) -> torch
 
 
 def number_like(value: Any, like: torch.Tensor) -> torch.Tensor:
-    """``value`` as a tensor with dtype and device of ``like``; a tensor keeps its graph."""
-    if isinstance(value, torch.Tensor):
-        return value.to(like.device, like.dtype)  # as_tensor would hide it from the finder of closed-over tensors
-    return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    """``value`` as a tensor to combine with ``like``, of its dtype and device, a DTensor or none; with its graph."""
+    if not isinstance(value, torch.Tensor):
+        return torch.as_tensor(value, dtype=like.dtype, device=like.device)
+    tensor: torch.Tensor = value.to(like.device, like.dtype)  # as_tensor would hide it from the finder of closed-over
+    if tensor.shape != like.shape or layout_of(tensor) != layout_of(like):
+        tensor = beside(whole(tensor), like)  # which is where its gradient, a sum over processes, is put together
+    return tensor
 
 
 def expand_like(value: Any, leaf: torch.Tensor) -> torch.Tensor:
@@ -275,14 +334,20 @@ def expand_like(value: Any, leaf: torch.Tensor) -> torch.Tensor:
     return tensor.reshape((*tensor.shape, *[1] * (leaf.ndim - tensor.ndim))) if tensor.ndim else tensor
 
 
-def joined(x: Any, lane_dims: int) -> torch.Tensor:
-    """All entries of one problem as a vector: [*lanes, n]."""
-    return ravel(flatten(x)[0], lane_dims)
+def joined(x: Any, lane_dims: int, like: Any = None) -> torch.Tensor:
+    """All entries of one problem as a vector: [*lanes, n], of DTensors in parts as those of ``like`` (else of x)."""
+    leaves = flatten(x)[0]
+    if mesh_of(leaves) is None:
+        return ravel(leaves, lane_dims)
+    vector: torch.Tensor = Divided(leaves if like is None else flatten(like)[0], lane_dims).inside(leaves)
+    return vector
 
 
 def parted(flat: torch.Tensor, x: Any, lane_dims: int) -> Any:
     """Inverse of :func:`joined`; the dtype of ``flat`` is kept."""
     leaves, spec = flatten(x)
+    if mesh_of(leaves) is not None:
+        return unflatten(Divided(leaves, lane_dims).outside(flat), spec)
     return unflatten([part.to(flat.dtype) for part in unravel(flat, leaves, lane_dims)], spec)
 
 
@@ -300,16 +365,16 @@ def largest_of(flat: torch.Tensor) -> torch.Tensor:
 
 def unit_of(vector: torch.Tensor, dim: Any = -1) -> torch.Tensor:
     """A power of two, which rounds nothing, near the largest magnitude along ``dim`` (kept): a constant."""
-    if vector.numel() == 0:
-        return torch.ones_like(vector.detach().sum(dim, keepdim=True))
-    largest = vector.detach().abs().amax(dim, keepdim=True)
-    known = (largest > 0) & largest.isfinite()
-    return torch.where(known, torch.where(known, largest, 1.0).log2().floor().exp2(), 1.0)
+    size = vector.detach().abs()
+    for one in dim if isinstance(dim, tuple) else (dim,):
+        size = largest(size, one)
+    known = (size > 0) & size.isfinite()
+    return torch.where(known, torch.where(known, size, 1.0).log2().floor().exp2(), 1.0)
 
 
 def norm_in_units(vector: torch.Tensor, dim: Any = -1) -> torch.Tensor:
     """The norm along ``dim`` (kept) of a vector whose largest entry is about 1."""
-    squared = (vector * vector).sum(dim, keepdim=True)
+    squared = summed_up((vector * vector).sum(dim, keepdim=True))
     zero = squared == 0
     return torch.where(zero, 0.0, torch.where(zero, 1.0, squared).sqrt())
 

@@ -9,7 +9,7 @@ import torch
 
 from implicitlayer.base._solution import SolverResult
 from implicitlayer.base._status import Status
-from implicitlayer.base._tree import finite_lanes, leaves_norm, name_lanes
+from implicitlayer.base._tree import leaves_norm, name_lanes
 from implicitlayer.base._types import Leaves
 from implicitlayer.solvers._leaves import cosine, minus
 
@@ -153,4 +153,4 @@ _WORDS = {
 def finite_leaves(leaves: Leaves, lane_dims: int) -> torch.Tensor:
     """Lanes whose leaves hold finite numbers only, bool [*lanes]."""
     flat = [leaf.reshape(*leaf.shape[:lane_dims], leaf.shape[lane_dims:].numel()) for leaf in leaves]
-    return torch.stack([finite_lanes(part) for part in flat]).all(0)
+    return torch.stack([part.isfinite().all(-1) for part in flat]).all(0)

@@ -85,6 +85,16 @@ def other_problems(cases: Cases) -> None:
     same("ANIL", anil, (t, "1"), (head[0], "1"), (head[1], "whole"))
     same("ProtoNet", few_shot(il.meta.ProtoNet), (t, "1"), (head[0], "1"), (head[1], "whole"))
 
+    weights = cases.put(p, Shard(0)).requires_grad_()
+    losses, strength, tasks = (
+        lambda x, b: ((x - b) ** 2).sum(-1),
+        il.MatrixStrength(matrix),
+        cases.put(rows, Replicate()),
+    )
+    weighed = il.meta.iMAML(losses, il.solvers.GradientDescent(0.2), strength=strength)
+    cases.refused("iMAML, a matrix as its strength", lambda: weighed(weights, tasks, tasks))
+    cases.refused("MatrixStrength of a DTensor", lambda: il.MatrixStrength(cases.put(matrix, Shard(0))))
+
 
 def network_of_one(x: torch.Tensor) -> torch.Tensor:
     return (x**4).sum() + (x**2).sum()

@@ -26,7 +26,7 @@ from sharded_equations import callback, equations, equations_of_four, equilibriu
 from sharded_models import models, models_of_four, more_models
 from sharded_others import other_problems
 from sharded_problem import CG, GD, LINEAR, NEWTON, PLACED, SOLVERS, Cases, Tree, difference, gradient, objective, query
-from sharded_sets import accelerated, refused_sets, sets, sets_of_four, whole
+from sharded_sets import accelerated, not_a_number, refused_sets, sets, sets_of_four, whole
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -364,6 +364,7 @@ PARTS = {
         other_problems,
         sets,
         refused_sets,
+        not_a_number,
         accelerated,
         whole,
         meta_learners,
