@@ -231,7 +231,7 @@ class _System:
     def _noise(self, equations: torch.Tensor) -> torch.Tensor:
         """What is rounding of J x - g, [B, c]: of its own side, or of the lengths that x has; far borders are none."""
         if not equations.shape[-1]:
-            return self.t
+            return equations.double()
         lengths = torch.maximum(self.at_minimum.abs(), torch.where(equations, self.g.abs(), self.t))
         noise: torch.Tensor = _NOISE * torch.maximum(self.g.abs(), lengths.amax(-1, keepdim=True))
         return noise
