@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 
 from implicitlayer import _torch
+from implicitlayer.base._failures import marking
 from implicitlayer.base._sharding import on_whole_tensors
 from implicitlayer.base._surroundings import outside_compiled_code
 from implicitlayer.base._tree import TreeSpec, flatten
@@ -29,7 +30,7 @@ from implicitlayer.equation._rules import implicit_vjp
 from implicitlayer.equation._solve import Settings, fill
 from implicitlayer.layer._forward import Constraints
 from implicitlayer.programs._backends import ActiveSet, Search, fastest
-from implicitlayer.programs._interior_point_step import times
+from implicitlayer.programs._interior_point_step import Data, times
 from implicitlayer.programs._kkt_active import Tolerances
 from implicitlayer.programs._kkt_linear import KktSolver
 from implicitlayer.programs._qp_rank import independent_equations
@@ -210,17 +211,23 @@ def _solution(data: Program, batch: torch.Size, settings: _Settings) -> Solution
         program, eps = full_data(data, batch), torch.finfo(p.dtype).eps
         # where our own search settles one program, it has seen that its equations are independent
         late = isinstance(search, ActiveSet) and is_single(program)
-        has_searched = late or independent_equations(program, eps) is None
+        has_searched = late or _independent(program, eps, settings.on_failure)
         proof = searched(program, p.dtype, search) if has_searched else None
         if proof is not None and proof.settled(eps, settings.tolerances.active_rtol, _STATIONARITY_RTOL):
             rules = partial(_general_gradients, settings, proof), by_data
             plain: Solution = ProvedProgram.apply(proof, rules, *data)
             return plain
-        has_searched = has_searched and not (late and independent_equations(program, eps) is not None)
+        has_searched = has_searched and (not late or _independent(program, eps, settings.on_failure))
     n, e, m = (torch.zeros(*batch, data[k].shape[-1], dtype=p.dtype, device=p.device) for k in (1, 3, 5))
     layer = settings.layer(list(data), proof, has_searched)
     found = layer(Unknowns(n, e, m, torch.ones_like(m)), *on_all_levels(data))
     return found.x, found.equality, found.inequality
+
+
+def _independent(program: Data, eps: float, on_failure: OnFailure) -> bool:
+    """Whether all equations are independent; of lanes that are to be masked, the general layer finds out."""
+    with marking(on_failure == "mask", program[1].shape[:-1], program[1]):
+        return independent_equations(program, eps) is None
 
 
 def _closest(data: Program, batch: torch.Size, settings: _Settings) -> Solution:

@@ -58,7 +58,8 @@ def least_squares(residuals: Callable[..., Any]) -> Composite:
     """The objective ``1/2 sum of squares of residuals(x, *theta)``, with its parts known: see :func:`composite`.
 
     Args:
-        residuals: ``residuals(x, *theta) -> pytree of tensors`` of any shapes.
+        residuals: ``residuals(x, *theta) -> pytree of tensors`` of any shapes. In a layer with ``batch_dims`` use
+            :func:`composite` with the loss ``lambda r, *theta: 0.5 * (r**2).sum(-1)``, one number for each problem.
 
     Example:
         >>> import torch, implicitlayer as il

@@ -53,8 +53,8 @@ class _OfFunction(ProximalTerm):
     theta: tuple[Any, ...] = ()
 
     def bind(self, theta: tuple[Any, ...]) -> Any:
-        """The same at these thetas."""
-        return replace(self, theta=whole(theta))
+        """The same at these thetas, unless it has some of its own."""
+        return self if self.theta else replace(self, theta=whole(theta))
 
 
 @dataclass(frozen=True, eq=False)

@@ -97,3 +97,19 @@ def test_sparse_data_that_need_a_gradient_are_refused_with_the_remedy() -> None:
     layer = il.argmin(lambda x, S: (S @ x - 1).square().sum(), lambda f, x, S: x)
     with pytest.raises(TypeError, match=r"sparse theta.*to_dense"):
         layer(torch.ones(2, dtype=F64), S)
+
+
+@pytest.mark.filterwarnings("ignore::implicitlayer.KinkWarning")
+@pytest.mark.parametrize("bounded", [False, True])
+def test_equations_that_contradict_each_other_in_one_program_are_masked(bounded: bool) -> None:
+    A = torch.tensor([[1.0, 1.0], [2.0, 2.0]], dtype=F64)
+    b = torch.tensor([[1.0, 2.0], [1.0, 3.0], [2.0, 4.0]], dtype=F64, requires_grad=True)
+    bounds = {"lb": torch.full((2,), -5.0, dtype=F64)} if bounded else {}
+    given = torch.eye(2, dtype=F64), torch.zeros(2, dtype=F64), A
+    x = il.qp(*given, b, on_failure="mask", **bounds)
+    (gradient,) = torch.autograd.grad(x.nansum(), b)
+    assert torch.allclose(x[[0, 2]], torch.tensor([[0.5, 0.5], [1.0, 1.0]], dtype=F64))
+    assert bool(x[1].isnan().all()) and not bool(gradient[1].any()) and bool(gradient[[0, 2]].all())
+    assert bool(il.qp(*given, b[1].detach(), on_failure="mask", **bounds).isnan().all())
+    with pytest.raises(il.InfeasibleError, match="in lane 1 of"):
+        il.qp(*given, b, **bounds)

@@ -263,3 +263,21 @@ def test_a_projection_of_the_user_sees_theta_and_tells_what_it_holds() -> None:
     assert held.tolist() == [False, True]
     assert margin.isnan().all()
     assert float(term.violation(y)) == 1.5
+
+
+def test_thetas_that_were_given_to_an_operator_are_kept_in_a_layer() -> None:
+    strength, target = torch.tensor(0.3, dtype=F64, requires_grad=True), torch.tensor([0.9, -2.0, 3.0], dtype=F64)
+
+    def soft(y: Tensor, step: Tensor, by: Tensor) -> Tensor:
+        return torch.where(y > step * by, y - step * by, torch.where(y < -step * by, y + step * by, 0.0))
+
+    layer = il.argmin(
+        lambda x, t, s: 0.5 * ((x - t) ** 2).sum(),
+        il.solvers.ProximalGradient(rtol=1e-12),
+        regularizer=lambda t, s: il.Prox(soft, (s,)),
+    )
+    x = layer(torch.zeros(3, dtype=F64), target, strength)
+    assert torch.allclose(x, torch.tensor([0.6, -1.7, 2.7], dtype=F64))
+    assert torch.allclose(torch.autograd.grad(x.abs().sum(), strength)[0], torch.tensor(-3.0, dtype=F64))
+    below = il.sets.Projection(lambda y, most: y.clamp(max=most), (1.0,))
+    assert torch.equal(below.bind((2.0,)).project(target), torch.tensor([0.9, -2.0, 1.0], dtype=F64))
