@@ -25,7 +25,7 @@ from functools import cached_property
 import torch
 
 from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolution
-from implicitlayer.programs._interior_point_step import INDEPENDENT, Data, flat_lanes, times
+from implicitlayer.programs._interior_point_step import INDEPENDENT, Data, flat_lanes, norm_of, times
 from implicitlayer.programs._kkt_active import FEW, ActiveConstraints, Conditions, held_first
 from implicitlayer.programs._qp_exact import (
     CORRECTIONS,
@@ -39,6 +39,7 @@ from implicitlayer.programs._qp_exact import (
     wrong_sides,
 )
 from implicitlayer.programs._qp_schur import SchurFactors
+from implicitlayer.programs._qp_single import REPAIRS, ROUNDED
 
 _ROUNDS = 15
 _MOMENTA = tuple(k / (k + 3) for k in range(20))  # of the steps of NOTE [first guess]
@@ -146,12 +147,18 @@ class LanesProof:
         b = torch.cat([filled[0], mask * torch.cat(filled[1:], -1)], -1)
         largest = b.abs().amax(-1, keepdim=True)
         b = b / torch.where(largest > 0, largest, 1.0)
-        u = self.factors.solve(b[..., None])[..., 0]
-        x, w = u[..., :n], mask * u[..., n:]
-        product = torch.cat([times(self.data[0], x) + times(rows.mT, w), mask * times(rows, x)], -1)
-        D = self.factors.units
-        residual, size = (torch.linalg.vector_norm(D * part, dim=-1) for part in (b - product, b))
-        if not bool((residual <= 2 * rtol * size).all()):
+        u, D, lengths = self.factors.solve(b[..., None])[..., 0], self.factors.units, self.factors.lengths[..., 0]
+        force, sizes = norm_of(torch.cat(parts[1:], -1) * lengths), norm_of(D * b)
+        for left_solves in range(REPAIRS, -1, -1):  # NOTE [repairs] in ``_qp_single``
+            x, w = u[..., :n], mask * u[..., n:]
+            rest = b - torch.cat([times(self.data[0], x) + times(rows.mT, w), mask * times(rows, x)], -1)
+            residual, span = norm_of(D * rest), norm_of(x)
+            reach = torch.minimum(torch.where(force > 0, self.where.size * norm_of(w * lengths) / force, span), span)
+            near = lengths * torch.maximum(EXACT * reach, ROUNDED * span)[..., None] + EXACT * b[..., n:].abs()
+            if not left_solves or bool(((rest[..., n:].abs() <= near).all(-1) & (residual <= EXACT * sizes)).all()):
+                break
+            u = u + self.factors.solve(rest[..., None])[..., 0]
+        if not bool((residual <= 2 * rtol * sizes).all()):
             return None
         return x * largest, w * largest
 

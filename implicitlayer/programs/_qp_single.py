@@ -10,6 +10,11 @@
 # freedom that is left: all of them together would soon be more than there are unknowns. A set of borders that comes
 # again, or one that is not independent, ends it. Where a round finds nothing wrong, x and its multipliers are made
 # exact and judged by the conditions of the program itself, which prove them or show what else is wrong.
+#
+# NOTE [repairs]: the derivative in a held row is l u_x + u_w x, with the multipliers l of the solution x. Where Q is
+# small beside the forces (a linear program with a tiny ridge) u_x is the rounding of terms that are divided by Q, and
+# u_x times l may be larger than u_w x, while both are nothing beside v over Q. So J u_x = g is to hold to the rounding
+# of |x| |u_w| / |l|, in the unit of the row, or of J u_x itself; further solves, for what is left, take it there.
 
 from __future__ import annotations
 
@@ -23,7 +28,7 @@ import numpy.typing as npt
 import torch
 
 from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolution
-from implicitlayer.programs._interior_point_single import Array
+from implicitlayer.programs._interior_point_single import Array, norm
 from implicitlayer.programs._kkt_linear import Factors
 from implicitlayer.programs._qp_exact import CORRECTIONS, EXACT, TIGHT, Exact, factorised
 from implicitlayer.programs._qp_schur import SchurRows
@@ -44,6 +49,8 @@ class System(Protocol):
 
 _ROUNDS = 4  # active sets that are tried next to an answer
 _COLD = 15  # from a cold start
+REPAIRS = 3  # solves for what is left of an adjoint
+ROUNDED = 8 * float(np.finfo(np.float64).eps)  # of the length of u_x: its products with rows are rounded by less
 _NOISE = 1e-10  # of the largest length: a border that is crossed, or pulls, by less is not said to in a round
 
 
@@ -78,8 +85,8 @@ class SingleProof:
         """u_x [*lanes, n] and u_w [*lanes, c] with K u = v; None where that does not hold to ``rtol``.
 
         Rows that are not held count as zero. The residual is that of D K D, in which no unit of the data matters: D is
-        the inverse root of the size of Q in x, and its inverse over the length of a row in the multipliers. What is
-        left of rows that are held is an error of x that no curvature limits: a second solve takes it away.
+        the inverse root of the size of Q in x, and its inverse over the length of a row in the multipliers. These units
+        hide what is left of the rows where forces are large beside Q: NOTE [repairs].
         """
         if self.system is None:
             return None
@@ -91,16 +98,21 @@ class SingleProof:
         if not largest < math.inf:
             return None
         f, g, size = f / (largest or 1.0), g / (largest or 1.0), of.curved or 1.0
-        unit = math.sqrt(size) / of.over[keep]
+        unit, X, force = math.sqrt(size) / of.over[keep], self.terms.size, norm(self.terms.w * of.over)
         b = unit * g[keep]
         x, w, total = *self.system.solve(f, g), f.dot(f) / size + b.dot(b)
-        for last in (False, True):
-            left, off = f - of.Qx(x) - of.Jw(w), g - of.Jx(x)
-            a = unit * off[keep]
+        for left_solves in range(REPAIRS, -1, -1):
+            left, off = f - of.Qx(x) - of.Jw(w), (g - of.Jx(x))[keep]
+            a = unit * off
             error = left.dot(left) / size + a.dot(a)
-            if last or error <= EXACT**2 * total:
+            span = norm(x)
+            reach = min(X * norm(w * of.over) / force, span) if force > 0 else span
+            near = np.abs(off) <= EXACT * np.abs(g[keep]) + max(EXACT * reach, ROUNDED * span) * of.over[keep]
+            if not left_solves or (error <= EXACT**2 * total and near.all()):
                 break
-            dx, dw = self.system.solve(left, off)
+            rest = np.zeros_like(g)
+            rest[keep] = off
+            dx, dw = self.system.solve(left, rest)
             x, w = x + dx, w + dw
         if not error <= (2 * rtol) ** 2 * total:
             return None
