@@ -20,7 +20,7 @@ from implicitlayer.constrained._kkt_lagrangian import Unknowns
 from implicitlayer.constrained._qp_arguments import RANKS, Fold, arguments, on_all_levels
 from implicitlayer.constrained._qp_closest import UNSOLVED, Program, Solution, closest
 from implicitlayer.constrained._qp_function import ProvedProgram, Pull, by_data, in_plain_surroundings
-from implicitlayer.constrained._qp_solve import Proof, QuadraticSolver, full_data, is_single, searched
+from implicitlayer.constrained._qp_solve import Proof, QuadraticSolver, forces_beside, full_data, is_single, searched
 from implicitlayer.constrained._qp_sparse import Entries, is_sparse, made_dense
 from implicitlayer.equation._capture import ClosedOver, derivatives_possible
 from implicitlayer.equation._flat import Signature
@@ -197,7 +197,8 @@ class _Settings:
         search = self.search or ActiveSet()
         solve = QuadraticSolver(user, self.tolerances, hold, self.on_failure, search, proof, has_searched, self.shift)
         n, e, m = (data[k].shape[-1] for k in (1, 3, 5))
-        linear = self.linear_solver if self.linear_solver is not None else KktSolver(n, e, m, prepared=solve.prepared)
+        own = KktSolver(n, e, m, prepared=solve.prepared, balance=solve.balance)
+        linear = own if self.linear_solver is None else self.linear_solver
         lanes = data[1].ndim - 1
         layer = _QuadraticLayer(_scalar, solve, linear, "argmin", False, False, self.on_failure, None, 0, lanes)
         layer.found, layer.tolerances = solve.found, self.tolerances
@@ -284,8 +285,9 @@ def _general_gradients(
     """The gradients of a proved program as a layer makes them: differentiable to every order, under every transform."""
     layer, spec, signature = settings.layer(data, proof, True), flatten(Unknowns(*z))[1], Signature.of(tuple(data))
     assert isinstance(layer.solver, QuadraticSolver)
-    factors = proof.exact().factors
-    layer.solver.prepared.extend([] if factors is None else [factors])
+    exact = proof.exact()
+    layer.solver.prepared.extend([] if exact.factors is None else [exact.factors])
+    layer.solver.balance.append(forces_beside(full_data(data, exact.error.shape), exact.solution))
     _, residual, _ = layer._equation(_scalar, spec, signature, ClosedOver())
     graph = None if derivatives_possible() else Graph(partial(residual.for_derivatives, z, data))
     v, solver, policy = fill(cotangents, z), layer.linear_solver, layer.on_failure

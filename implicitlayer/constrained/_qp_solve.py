@@ -88,6 +88,14 @@ def is_single(program: Data) -> bool:
     return program[1].shape[:-1].numel() == 1 and program[1].device.type == "cpu"
 
 
+def forces_beside(program: Data, at: QuadraticSolution) -> torch.Tensor:
+    """How large the forces of the rows are beside Q x, [*lanes], at least 1."""
+    lengths = torch.linalg.vector_norm(torch.cat([program[2], program[4]], -2), dim=-1)
+    forces = torch.linalg.vector_norm(torch.cat([at.equality, at.inequality], -1) * lengths, dim=-1)
+    terms = program[0].abs().flatten(-2).amax(-1) * torch.linalg.vector_norm(at.x, dim=-1)
+    return torch.where(terms > 0, forces / terms, 1.0).nan_to_num(1.0, 1.0, 1.0).clamp(min=1.0)
+
+
 @dataclass(eq=False)
 class QuadraticSolver:
     """A solver of quadratic programs as a batched solver of the layer's scalar.
@@ -106,6 +114,7 @@ class QuadraticSolver:
     shift: torch.Tensor | None = None  # how far sides were moved, of the closest feasible program
     found: list[ActiveConstraints] = field(default_factory=list)
     prepared: list[Factors | KktMatrices] = field(default_factory=list)
+    balance: list[torch.Tensor] = field(default_factory=list)  # see KktSolver
     equations: Equations | None = None  # in the place of those of the call, where these depend on each other
     batched: bool = True
 
@@ -132,6 +141,7 @@ class QuadraticSolver:
             active = replace(active, equality=old, independent=independent)
         self.found.append(replace(active, found_by=self._name(proof), shift=self.shift))
         self.prepared.append(factors)
+        self.balance.append(forces_beside(program, solution))
         rest = (active.equality, torch.where(held, active.inequality, 0.0), held)
         z = Unknowns(*(t.to(start.x.dtype) for t in (solution.x, *rest)))
         return SolverResult(z, Status.CONVERGED, int(solution.steps.max()) if solution.steps.numel() else 0)

@@ -187,6 +187,9 @@ class KktSolver(LinearSolver):
         max_size: largest n plus number of constraints that is accepted.
         prepared: a list with the matrices (or their factors) at the solution, filled before the first solve, or empty.
         keeps: whether the first solve leaves its factors there: of a solver that is made for one call of a layer.
+        balance: a list with how large the forces of the solution are beside the terms of H, [*lanes] of at least 1, or
+            empty: what is left of the rows counts by so much more than what is left of the others (NOTE [repairs] in
+            ``_qp_single``).
 
     Source: Nocedal & Wright, Numerical Optimization, 2nd ed., sections 16.1 (Lemma 16.1 and Theorem 16.3, inertia) and
     16.2 (null space); J. Bunch and L. Kaufman, Math. Comp. 31 (1977).
@@ -198,6 +201,7 @@ class KktSolver(LinearSolver):
     max_size: int = 4096
     prepared: list[Factors | KktMatrices] = field(default_factory=list, compare=False, repr=False)
     keeps: bool = False
+    balance: list[torch.Tensor] = field(default_factory=list, compare=False, repr=False)
 
     def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution:
         """Solve for a flat right-hand side [*lanes, n + equalities + 2 inequalities]."""
@@ -237,6 +241,9 @@ class KktSolver(LinearSolver):
 
         # the residual is that of D K D: neither half of K hides the other, whatever its unit
         D = torch.cat([factors.units, torch.ones_like(factors.units[..., :1]).expand(*factors.codes.shape, rest)], -1)
+        if self.balance:
+            root, n = self.balance[0].sqrt()[..., None], self.num_unknowns
+            D = torch.cat([D[..., :n] / root, D[..., n:core] * root, D[..., core:]], -1)
 
         def correct(start: Round) -> Correction:
             b = start.residual / D

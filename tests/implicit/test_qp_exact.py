@@ -1,5 +1,6 @@
 """``il.qp`` finds the active set: weak borders, small curvatures, solutions at zero, degenerate and unscaled data."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -247,3 +248,27 @@ def test_the_multiplier_of_a_row_hides_nothing_of_its_residual_whatever_the_unit
     right = torch.tensor([-(float(v[0]) + float(v[1]) / 24576) / s], dtype=F64)
     assert relative_error(in_h, right) <= 1e-9
     assert relative_error(in_p[1:], -v[1:] / 24576) <= 1e-9
+
+
+@pytest.mark.parametrize("how", ["plain", "lanes", "recorded", "jacrev", "jacfwd", "masked"])
+@pytest.mark.parametrize("ridge", [1e-4, 1e-8, 1e-11, 1e-14])
+def test_a_corner_under_a_tiny_ridge_has_the_gradients_of_the_linear_program(ridge: float, how: str) -> None:
+    """Both rows are held, so x = R^-1 h: dx/dh = R^-1, dx/dR by the row's multiplier of the loss, dx/dp = 0."""
+    R, h, weights = tensor([[1.0, 2.0], [3.0, -1.0]]), tensor([1.0, 1.0]), tensor([1.0, 1.0])
+    Q, p = ridge * tensor([[2.0, 1.0], [1.0, 3.0]]), -(R.T @ tensor([1.0, 1.0]))
+    x, u = torch.linalg.solve(R, h), torch.linalg.solve(R.T, weights)
+
+    def loss(p: torch.Tensor, R: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
+        many = [t.expand(3, *t.shape) if how == "lanes" else t for t in (Q, p, R, h)]
+        found = il.qp(many[0], many[1], G=many[2], h=many[3], on_failure="mask" if how == "masked" else "warn")
+        return (found * weights).sum() / (3 if how == "lanes" else 1)
+
+    if how in ("jacrev", "jacfwd"):
+        gradients = getattr(torch.func, how)(loss, (0, 1, 2))(p, R, h)
+    else:
+        leaves = [t.clone().requires_grad_() for t in (p, R, h)]
+        with il.diagnostics() if how == "recorded" else nullcontext():
+            gradients = torch.autograd.grad(loss(*leaves), leaves)
+    for found, right in zip(gradients, (torch.zeros_like(p), -torch.outer(u, x), u), strict=True):
+        allowed = 1e-13 if how in ("plain", "lanes") else 1e-9  # rounding; ten times the rtol of a solve
+        assert torch.allclose(found, right, rtol=allowed, atol=allowed)
