@@ -153,7 +153,8 @@ class SolverResult:
         num_steps: its steps, if it counts them.
         message: its own words.
         aux: anything the caller should get back (``solver_has_aux=True`` returns it beside the value).
-        nonfinite: the problems that met NaN or Inf, bool [*lanes], with that status; None: the solver does not say.
+        nonfinite: the problems that met NaN or Inf, bool [*lanes]; one of them makes it the status. None: the solver
+            does not say which.
 
     Example:
         >>> import torch, implicitlayer as il
@@ -172,6 +173,10 @@ class SolverResult:
     message: str = ""
     aux: Any = field(default=None)
     nonfinite: torch.Tensor | None = field(default=None, kw_only=True, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.nonfinite is not None and bool(self.nonfinite.any()):
+            object.__setattr__(self, "status", Status.NONFINITE)
 
 
 class RecordingSolver(Extension):
