@@ -18,7 +18,15 @@ from implicitlayer.base._tree import as_points, flatten, points_of, ravel, unfla
 from implicitlayer.base._types import FlatFunction, Leaves
 from implicitlayer.equation._capture import plainly_impossible
 from implicitlayer.equation._flat import NO_PARTS, Parts
-from implicitlayer.equation._state import edges_into, ends_of, leaves_of, other_leaves, refuse_hidden_tensors, unseen
+from implicitlayer.equation._state import (
+    edges_into,
+    ends_of,
+    leaves_of,
+    other_leaves,
+    refuse_backward_without_graph,
+    refuse_hidden_tensors,
+    unseen,
+)
 
 Randomness = str
 # torch annotates its results as two or three values
@@ -42,8 +50,8 @@ class Attached:
     outputs: Leaves
 
     @cached_property
-    def ends(self) -> tuple[list[torch.Tensor], str]:
-        """The leaves that the graph of the outputs reaches, and what is wrong with its third derivative."""
+    def ends(self) -> tuple[list[torch.Tensor], str, list[Any]]:
+        """The leaves of the graph of the outputs, a flaw of its third derivative, and its custom Functions."""
         return ends_of(self.outputs)
 
     @property
@@ -198,6 +206,8 @@ class Residual:
 
         if not plainly_impossible():
             others = other_leaves(at.ends[0], [*at.points, *theta], again)
+            if at.ends[2] and at.outputs[0].ndim == self.lane_dims:  # an objective, whose gradient F is made of
+                refuse_backward_without_graph(at.ends[2], at.outputs[0], at.points)
             if not others:
                 return True
             for leaf in other_leaves(others, leaves_of(closed), again):

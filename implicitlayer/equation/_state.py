@@ -19,6 +19,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -341,20 +342,49 @@ def leaves_of(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return ends_of(values)[0]
 
 
-def ends_of(values: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], str]:
-    """The leaf tensors that the graph of ``values`` reaches, and what is wrong with its third derivative."""
+def ends_of(values: Sequence[torch.Tensor]) -> tuple[list[torch.Tensor], str, list[Any]]:
+    """Of the graph of ``values``: its leaves, a flaw of its third derivative, and the nodes of custom Functions."""
     leaves = [value for value in values if value.grad_fn is None and value.requires_grad]
-    flaw = ""
+    flaw, custom = "", []
     for node in nodes_of(values):
         kind = type(node)
         function = getattr(kind, "_forward_cls", None)
         if function is not None:
             _refuse_once_differentiable(function)
+            if not function.__module__.startswith(("torch.", "implicitlayer.")):
+                custom.append(node)
         elif kind is _END:
             leaves.append(node.variable)
         elif kind.__name__.rstrip("0123456789") in NORMALISATIONS:
             flaw = flaw or wrong_third_derivative(node)
-    return leaves, flaw
+    return leaves, flaw, custom
+
+
+def refuse_backward_without_graph(custom: list[Any], value: torch.Tensor, points: Sequence[torch.Tensor]) -> None:
+    """Raise for a custom Function whose backward is no torch code: torch takes its second derivative as zero.
+
+    What enters it has a graph, and what leaves it, which is not zero, has none.
+    """
+    met: list[Any] = []
+
+    def look(node: Any, leaving: Sequence[Any], entering: Sequence[Any]) -> None:
+        gradients = [g for g in leaving if g is not None]
+        if any(g is not None and g.requires_grad for g in entering) and any(map(torch.any, gradients)):
+            met.extend([] if any(g.requires_grad for g in gradients) else [type(node)._forward_cls.__name__])
+
+    hooks = [node.register_hook(partial(look, node)) for node in custom]
+    try:
+        with torch.enable_grad():
+            torch.autograd.grad(value.sum(), points, create_graph=True, allow_unused=True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if met:
+        raise ObjectiveError(
+            f"the objective uses the autograd.Function {met[0]}, whose backward leaves no graph (NumPy, no_grad(), "
+            "detach()): its second derivative would be taken as zero in silence, and the gradient would be wrong. "
+            f"Write the backward in torch operations of what it is given, or as a Function of its own. {PLAINLY}"
+        )
 
 
 def changed_since(what: str) -> ClosureError:

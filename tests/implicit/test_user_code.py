@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from references import F64, cdist_has_second_derivatives, randn
+from references import F64, cdist_has_second_derivatives, randn, relative_error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -209,3 +209,55 @@ def test_a_solver_that_adds_to_the_gradient_of_a_closed_over_weight_is_an_error(
     closed = lambda x, t: ((x - t) ** 2).sum() + 0 * checkpoint(lambda a: (a * w).sum(), x, use_reentrant=False)  # noqa: E731
     with pytest.raises(il.SolverOutputError, match=r"added to \.grad .*torch\.autograd\.grad"):
         il.argmin(closed, backing)(START, t)
+
+
+def product(backward: Any) -> Any:
+    """The Function x * w with this backward."""
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+            ctx.save_for_backward(x, w)
+            return x * w
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: Tensor) -> Any:
+            return backward(gradients[0], *ctx.saved_tensors)
+
+    return Product
+
+
+def by_numpy(g: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    g, x, w = (t.detach() for t in (g, x, w))
+    return torch.from_numpy(g.numpy() * w.numpy()), torch.from_numpy(g.numpy() * x.numpy())
+
+
+@pytest.mark.parametrize("kind", ["argmin", "box", "constrained", "root", "right"])
+def test_a_function_whose_backward_leaves_no_graph_is_refused_where_it_is_differentiated_twice(kind: str) -> None:
+    """Torch takes the second derivative as zero: dx/dt came back as zero, without a word."""
+    function = product(by_numpy if kind != "right" else lambda g, x, w: (g * w, g * x))
+    w, t = torch.tensor([0.7, 1.3], dtype=F64, requires_grad=True), torch.ones(2, dtype=F64, requires_grad=True)
+
+    def objective(x: Tensor, t: Tensor) -> Tensor:
+        return torch.cosh(function.apply(x, w) - t).sum() + 0.5 * (x**2).sum()
+
+    solver, zeros = il.solvers.LBFGS(rtol=1e-12), torch.zeros(2, dtype=F64)
+    layers: dict[str, Callable[[], Any]] = {
+        "argmin": lambda: il.argmin(objective, solver),
+        "box": lambda: il.argmin(objective, il.solvers.ProjectedGradient(), constraint=il.sets.Box(-9.0, 9.0)),
+        "constrained": lambda: il.constrained_argmin(objective, il.solvers.SQP(), inequality=lambda x, t: x - 9),
+        "root": lambda: il.root(lambda x, t: function.apply(x, w) + x - t, il.solvers.Newton(rtol=1e-12)),
+        "right": lambda: il.argmin(objective, solver),
+    }
+    if kind not in ("root", "right"):
+        with pytest.raises(il.ObjectiveError, match="Product, whose backward leaves no graph"):
+            layers[kind]()(zeros, t)
+        return
+    x = layers[kind]()(zeros, t)
+    gradient, by_w = torch.autograd.grad(x.sum(), (t, w))
+    if kind == "root":  # x = t / (1 + w)
+        expected, expected_w = 1 / (1 + w), -t / (1 + w) ** 2
+    else:  # w sinh(w x - t) + x = 0
+        high, low = w * torch.cosh(w * x - t), torch.sinh(w * x - t)
+        expected, expected_w = high / (w * high + 1), -(low + x * high) / (w * high + 1)
+    assert relative_error(gradient, expected.detach()) < 1e-9 and relative_error(by_w, expected_w.detach()) < 1e-9
