@@ -23,9 +23,10 @@ import torch
 
 from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._status import Status
-from implicitlayer.linear._common import NOISE, Correction, Limits, Round, refine_direct
-from implicitlayer.linear._operator import FlatOperator, LinearSolver
+from implicitlayer.linear._common import NOISE, Correction, Limits, Round, lane_norm, refine_direct
+from implicitlayer.linear._operator import FlatOperator, LinearSolver, default_rtol
 
+_BALANCED = 1e-6  # of what is left of the rows, as the forces weigh it, where rounding allows no less
 _SUSPICIOUS = 1e4  # a pivot below this many times the noise sends the lane the slow way
 
 
@@ -241,6 +242,7 @@ class KktSolver(LinearSolver):
 
         # the residual is that of D K D: neither half of K hides the other, whatever its unit
         D = torch.cat([factors.units, torch.ones_like(factors.units[..., :1]).expand(*factors.codes.shape, rest)], -1)
+        plain = D
         if self.balance:
             root, n = self.balance[0].sqrt()[..., None], self.num_unknowns
             D = torch.cat([D[..., :n] / root, D[..., n:core] * root, D[..., core:]], -1)
@@ -259,7 +261,14 @@ class KktSolver(LinearSolver):
             return (D * operator((D * vector).to(rhs.dtype))).to(rhs.dtype)
 
         scaled = refine_direct(FlatOperator(product), (D * rhs).to(rhs.dtype), Limits(), correct, "KKT solve")
-        return replace(scaled, value=(D * scaled.value).to(rhs.dtype))
+        value = (D * scaled.value).to(rhs.dtype)
+        near = (scaled.codes == int(Status.STAGNATED)) & (scaled.relative_residual <= _BALANCED)
+        if self.balance and bool(near.any()):
+            # rounding allows no more of what the forces weigh; so the other units decide
+            left, size = (lane_norm(plain * t) for t in (rhs - operator(value), rhs))
+            near = near & (left <= 2 * default_rtol(rhs.dtype) * size)
+            scaled = replace(scaled, codes=torch.where(near, int(Status.CONVERGED), scaled.codes))
+        return replace(scaled, value=value)
 
     def written_down(self, operator: FlatOperator, like: torch.Tensor) -> KktMatrices:
         """H, J and the mask, by products with the unit vectors of x and one with the ones of the inequalities."""
