@@ -26,7 +26,7 @@ from implicitlayer.base._types import OnFailure
 from implicitlayer.constrained._kkt_lagrangian import Unknowns
 from implicitlayer.programs._backends import ActiveSet, Search
 from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolution, interior_point
-from implicitlayer.programs._interior_point_step import Data, flat_lanes, of_each, times
+from implicitlayer.programs._interior_point_step import Data, flat_lanes, norm_of, of_each, times
 from implicitlayer.programs._kkt_active import ActiveConstraints, Tolerances
 from implicitlayer.programs._kkt_linear import Factors, KktFactors, KktMatrices, PartedFactors
 from implicitlayer.programs._kkt_multipliers import multipliers_of_lanes
@@ -90,9 +90,9 @@ def is_single(program: Data) -> bool:
 
 def forces_beside(program: Data, at: QuadraticSolution) -> torch.Tensor:
     """How large the forces of the rows are beside Q x, [*lanes], at least 1."""
-    lengths = torch.linalg.vector_norm(torch.cat([program[2], program[4]], -2), dim=-1)
-    forces = torch.linalg.vector_norm(torch.cat([at.equality, at.inequality], -1) * lengths, dim=-1)
-    terms = program[0].abs().flatten(-2).amax(-1) * torch.linalg.vector_norm(at.x, dim=-1)
+    lengths = norm_of(torch.cat([program[2], program[4]], -2))
+    forces = norm_of(torch.cat([at.equality, at.inequality], -1) * lengths)
+    terms = program[0].abs().flatten(-2).amax(-1) * norm_of(at.x)
     return torch.where(terms > 0, forces / terms, 1.0).nan_to_num(1.0, 1.0, 1.0).clamp(min=1.0)
 
 
@@ -219,7 +219,7 @@ class QuadraticSolver:
         answer = found.solution.lanes(rest)
         far = ~(answer.error <= ENOUGH)
         if bool(far.any()):
-            answer = answer.filled(far, interior_point(tuple(t[far] for t in some), _LATE))  # type: ignore[arg-type]
+            answer = answer.filled(far, interior_point(of_each(lambda t: t[far], some), _LATE))
         other, doubtful = self._exact(some, answer)
         all_doubtful = torch.zeros_like(found.held)
         all_doubtful[rest] = doubtful

@@ -153,7 +153,7 @@ def interior_point(
     moved = far & ((found.codes != int(ProgramStatus.SOLVED)) | (_largest(found.x) > 0.1 * _MOVED * first))
     again = (moved | (failed & (second > first))).nonzero()[:, 0]
     if len(again):
-        other = _solve(tuple(t[again] for t in flat), second[again], rtol, max_steps)  # type: ignore[arg-type]
+        other = _solve(of_each(lambda t: t[again], flat), second[again], rtol, max_steps)
         solved = moved[again] | (other.codes == int(ProgramStatus.SOLVED)) | (other.error <= _NEARLY)
         for name in QuadraticSolution.__dataclass_fields__:
             getattr(found, name)[again[solved]] = getattr(other, name)[solved]
@@ -182,7 +182,7 @@ def _solve(
     codes = found.codes.clone()
     lost = (codes == int(ProgramStatus.MAX_STEPS_REACHED)) & (found.error > _NEARLY)
     if bool(lost.any()):
-        codes[lost] = _why(tuple(t[lost] for t in program), rtol, max_steps)  # type: ignore[arg-type]
+        codes[lost] = _why(of_each(lambda t: t[lost], program), rtol, max_steps)
     unit, force = size[:, None], cost[:, None]
     y, z = found.equality * force / (unit * equality), found.inequality * force / (unit * inequality)
     return QuadraticSolution(found.x * unit, y, z, codes, found.steps.clone(), found.error.clone())

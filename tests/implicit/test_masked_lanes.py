@@ -378,15 +378,17 @@ def test_infinite_data_that_a_good_lane_reads_stay_as_they_are() -> None:
 @pytest.mark.parametrize("status", [None, il.Status.CONVERGED, il.Status.STEP_LIMIT, il.Status.NONFINITE])
 @pytest.mark.parametrize("derivative", [False, True])
 def test_a_solver_that_names_its_nan_lanes_need_not_say_so_twice(status: il.Status | None, derivative: bool) -> None:
-    def solver(objective: Any, x: Tensor, t: Tensor) -> il.SolverResult:
-        value = torch.where(torch.tensor([[True], [False]]), t / 2, x)
-        return il.SolverResult(value, status, nonfinite=torch.tensor([False, True]))
+    class Half:
+        batched = True
 
-    solver.batched = True  # type: ignore[attr-defined]
+        def __call__(self, objective: Any, x: Tensor, t: Tensor) -> il.SolverResult:
+            value = torch.where(torch.tensor([[True], [False]]), t / 2, x)
+            return il.SolverResult(value, status, nonfinite=torch.tensor([False, True]))
+
     t = torch.ones(2, 3, dtype=F64, requires_grad=derivative)
     how: dict[str, Any] = {"batch_dims": 1, "stationarity_rtol": None}
-    layer = il.argmin(lambda x, t: ((x - t) ** 2 + x**2).sum(-1), solver, on_failure="mask", **how)
+    layer = il.argmin(lambda x, t: ((x - t) ** 2 + x**2).sum(-1), Half(), on_failure="mask", **how)
     x = layer(torch.zeros(2, 3, dtype=F64), t)
     assert x[0].tolist() == [0.5] * 3 and bool(x[1].isnan().all())
     with pytest.raises(il.NonFiniteError):
-        il.argmin(layer.function, solver, **how)(torch.zeros(2, 3, dtype=F64), t)
+        il.argmin(layer.function, Half(), **how)(torch.zeros(2, 3, dtype=F64), t)
