@@ -7,9 +7,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import partial
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -161,6 +162,20 @@ def kept_loops() -> dict[str, Any]:
 
     mark = "unsafe_marked_cacheable_functions"
     return {mark: {"torch.ops.higher_order.while_loop": torch.__version__}} if hasattr(config, mark) else {}
+
+
+@cache
+def _state_of_a_new_thread() -> tuple[Any, Any]:
+    with ThreadPoolExecutor(1) as pool:
+        included = pool.submit(_core._dispatch_tls_local_include_set).result()
+        return included, pool.submit(_core._dispatch_tls_local_exclude_set).result()
+
+
+@contextmanager
+def as_in_a_new_thread() -> Iterator[None]:
+    """Inside of an operator: with the state of dispatch of a thread that has just begun."""
+    with _core._ForceDispatchKeyGuard(*_state_of_a_new_thread()), torch.enable_grad():
+        yield
 
 
 def compiler_errors() -> tuple[type[Exception], ...]:

@@ -190,6 +190,23 @@ def test_a_function_that_is_not_compiled_runs_as_it_is() -> None:
     assert _torch.not_compiled(lambda x: x + 1)(1) == 2
 
 
+def test_an_operator_may_record_and_transform_as_outside() -> None:
+    """Breaks: a compiled layer inside of a compiled model; what is compiled for it is not found, or cannot be made."""
+    keys: list[Any] = []
+
+    def body(x: torch.Tensor) -> torch.Tensor:
+        keys.append(str(torch._C._dispatch_tls_local_exclude_set()))
+        with _torch.as_in_a_new_thread():
+            keys.append(str(torch._C._dispatch_tls_local_exclude_set()))
+            return torch.func.grad(lambda y: y.sin().sum())(x.detach())
+
+    schema = "(Tensor x) -> Tensor"
+    operator = torch.library.custom_op("implicitlayer_test::cosine", body, mutates_args=(), schema=schema)
+    torch.testing.assert_close(operator(X.clone().requires_grad_()), X.cos())
+    outside = str(torch._C._dispatch_tls_local_exclude_set())
+    assert keys[0] != outside and keys[1] == outside
+
+
 def test_lists_of_tensors_are_added_subtracted_and_multiplied_in_one_call() -> None:
     """Breaks: the steps of gradient descent."""
     x = [X.clone(), 3 * X]

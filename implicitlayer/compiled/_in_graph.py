@@ -1,22 +1,21 @@
 """A compiled layer inside ``torch.compile(..., fullgraph=True)``: two operators of our own."""
 
 # An operator takes tensors, numbers and text, so a layer has a number, and the structure of its arguments is a text. It
-# runs below autograd, where nothing can be differentiated: what needs that (a first call, the layer's own judgement,
-# a compilation) is done in a thread of its own, whose state is a fresh one.
+# runs below autograd, where nothing can be differentiated and no compiled code is found again: its body is run in the
+# state of dispatch of a thread that has just begun.
 
 from __future__ import annotations
 
 import itertools
 import json
 import weakref
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from implicitlayer._torch import pytree
+from implicitlayer._torch import as_in_a_new_thread, pytree
 from implicitlayer.base._tree import flatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._state import changed_since
@@ -76,10 +75,8 @@ def _parsed(form: Any, tensors: Leaves) -> Any:
     return form
 
 
-def _prepared(
-    number: int, form: str, needed: str, init: Leaves, theta: Leaves, make: bool
-) -> tuple[Call | None, Leaves]:
-    """The call, and theta with what requires a gradient. None for a new signature, unless it is to be made."""
+def _prepared(number: int, form: str, needed: str, init: Leaves, theta: Leaves) -> tuple[Call, Leaves]:
+    """The call, and theta with what requires a gradient."""
     from implicitlayer.compiled._layer import Call
 
     layer = _LAYERS[number]
@@ -87,16 +84,8 @@ def _prepared(
     marked = [t.detach().requires_grad_(need) for t, need in zip(theta, wanted, strict=True)]
     init_form, theta_form = json.loads(form)
     x_tree, args = _parsed(init_form, list(init)), tuple(_parsed(theta_form, list(marked)))
-    program, slots = layer.prepared(x_tree, args, wanted, make)
-    if program is None:
-        return None, marked
+    program, slots = layer.prepared(x_tree, args, wanted)
     return Call(layer.layer, program, flatten(x_tree)[1], slots, len(init)), marked
-
-
-def _aside(function: Callable[[], Any]) -> Any:
-    """What ``function`` returns or raises, in a thread of its own."""
-    with ThreadPoolExecutor(1, "implicitlayer") as pool:
-        return pool.submit(function).result()
 
 
 @torch.library.custom_op("implicitlayer::solve", mutates_args=())
@@ -104,18 +93,9 @@ def _solve(
     init: Sequence[torch.Tensor], theta: Sequence[torch.Tensor], number: int, form: str, needed: str
 ) -> list[torch.Tensor]:
     x, tensors = list(init), list(theta)
-    call, marked = _prepared(number, form, needed, x, tensors, False)
-
-    def first() -> tuple[Call, tuple[torch.Tensor, ...]]:
-        made, given = _prepared(number, form, needed, x, tensors, True)
-        assert made is not None
-        return made, made.solve(x, tensors, partial(made.judged, x, given))
-
-    if call is None or not call.program.has_solved:
-        call, found = _aside(first)
-    else:
-        judged = partial(call.judged, x, marked)
-        found = call.solve(x, tensors, lambda at, status: _aside(partial(judged, at, status)))
+    with as_in_a_new_thread():
+        call, marked = _prepared(number, form, needed, x, tensors)
+        found = call.solve(x, tensors, partial(call.judged, x, marked))
     return [*(t.clone() for t in found), torch.tensor(call.program.num_changes())]
 
 
@@ -137,14 +117,12 @@ def _pull(
     form: str,
     needed: str,
 ) -> list[torch.Tensor]:
-    given = list(x), list(theta), list(cotangent), measured[0]
-    call, marked = _prepared(number, form, needed, list(init), list(theta), False)
-    assert call is not None  # it has solved
-    if call.program.num_changes() != int(measured[1]):
-        raise changed_since("a tensor that the objective closes over was changed in place")
-    found = call.pull(*given) if call.program.has_pulled else _aside(lambda: call.pull(*given))
-    if found is None:
-        found = _aside(lambda: call.pull_by_layer(list(x), list(init), marked, list(cotangent), False))
+    at, v = list(x), list(cotangent)
+    with as_in_a_new_thread():
+        call, marked = _prepared(number, form, needed, list(init), list(theta))
+        if call.program.num_changes() != int(measured[1]):
+            raise changed_since("a tensor that the objective closes over was changed in place")
+        found = call.pull(at, list(theta), v, measured[0]) or call.pull_by_layer(at, list(init), marked, v, False)
     return [t.clone() for t in found]
 
 

@@ -182,16 +182,16 @@ class CompiledLayer:
         call = Call(self.layer, program, spec, slots, len(leaves))
         return unflatten(_Compiled.apply(call, *map(torch.Tensor.detach, leaves), *tensors), spec)
 
-    def prepared(
-        self, init: Any, theta: tuple[Any, ...], needed: list[bool], make: bool
-    ) -> tuple[Program | None, Signature]:
-        """The program for these arguments (None where there is none), and theta without its tensors."""
+    def prepared(self, init: Any, theta: tuple[Any, ...], needed: list[bool]) -> tuple[Program, Signature]:
+        """The program for these arguments, and theta without its tensors."""
         leaves, spec = flatten(init)
         signature = Signature.of(theta)
         key, slots = _key(spec, leaves, signature, needed)
-        if make and key not in self._programs:
+        if key not in self._programs:
             self._first(key, init, theta, signature, needed)
-        return self._programs.get(key), slots
+        program = self._programs[key]
+        assert program is not None
+        return program, slots
 
     def _first(self, key: Any, init: Any, theta: Any, signature: Signature, needed: list[bool]) -> Any:
         """The layer's own answer, and what the next call is to run."""
@@ -273,7 +273,7 @@ class Call:
         """The gradients of the needed theta leaves; None where the layer itself is to be asked."""
         plain = apart(x, theta, [t.contiguous() for t in v])
         with nullcontext() if self.program.has_pulled else self.program.one_at_a_time:
-            found, fine = run(self.program.pull, *plain, measured)
+            found, fine = run(self.program.pull, *plain, measured.detach())
         self.program.has_pulled = True
         return list(found) if fine else None
 

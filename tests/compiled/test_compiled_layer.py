@@ -323,8 +323,13 @@ def test_copies_compile_for_themselves(log_layers: tuple[Any, Any]) -> None:
     torch.testing.assert_close(loaded(torch.zeros(2, dtype=F64), t).detach(), t.detach())
 
 
-def test_inside_a_compiled_model_a_layer_trains_as_it_does_outside() -> None:
-    """No graph break, and ten steps of a model with the layer inside are those of the layer that is not compiled."""
+@pytest.mark.parametrize("calls_before", [0, 2])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_inside_a_compiled_model_a_layer_trains_as_it_does_outside(backend: str, calls_before: int) -> None:
+    """No graph break, and ten steps of a model with the layer inside are those of the layer that is not compiled.
+
+    Also where the layer has been called by itself before, and what is compiled for it is there.
+    """
 
     class Model(torch.nn.Module):
         def __init__(self, layer: Any) -> None:
@@ -342,7 +347,9 @@ def test_inside_a_compiled_model_a_layer_trains_as_it_does_outside() -> None:
     losses = []
     for inside in (layer, traced(layer)):
         model = Model(inside)
-        run = model if inside is layer else torch.compile(model, backend="aot_eager", fullgraph=True)
+        run = model if inside is layer else torch.compile(model, backend=backend, fullgraph=True)
+        for seed in range(calls_before):
+            model(randn(3, seed=seed)).sum().backward()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         history = []
         for step in range(10):
@@ -352,6 +359,7 @@ def test_inside_a_compiled_model_a_layer_trains_as_it_does_outside() -> None:
             optimizer.step()
             history.append(loss.item())
         losses.append(history)
+    assert inside.num_compilations == 2  # one solve, one derivative
     assert losses[0][0] > 2 * losses[0][-1]
     assert losses[1] == pytest.approx(losses[0], rel=1e-9)
 
