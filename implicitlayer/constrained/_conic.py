@@ -1,8 +1,8 @@
 """Cone programs as layers: Clarabel finds the solution, the equation of its optimality conditions is differentiated."""
 
-# NOTE [spectrum]: in these cones every w has eigenvalues, and its projection has the positive parts of them: w_i itself
-# on a half line, t - |v| and t + |v| of w = (t, v) in a second-order cone, those of the matrix in a semidefinite one.
-# The projection is smooth where none of them is zero.
+# NOTE [spectrum]: in symmetric cones every w has eigenvalues, and its projection has the positive parts of them: w_i
+# itself on a half line, t - |v| and t + |v| of w = (t, v) in a second-order cone, those of the matrix in a semidefinite
+# one. The projection is smooth where none of them is zero. For exponential cones see ``_exponential_cone``.
 #
 # NOTE [absolute value]: that of a symmetric matrix, A = |W|, is the solution of A A = W W with A >= 0. Its derivative,
 # A dA + dA A = W dW + dW W, is a linear equation whose solution in the basis of eigenvectors is divided by a_i + a_j;
@@ -27,6 +27,7 @@ from implicitlayer.base._status import Status
 from implicitlayer.base._tree import name_lanes
 from implicitlayer.base._types import OnFailure
 from implicitlayer.base._warn import tell_kink
+from implicitlayer.constrained._exponential_cone import distance_to_kinks, nearest
 from implicitlayer.constrained._qp_solve import full_data
 from implicitlayer.layer._layer import ImplicitLayer
 from implicitlayer.linear._dense import Dense
@@ -38,47 +39,52 @@ _ORDERS = 3  # of exact derivatives of the projection: those of a layer go as fa
 
 @dataclass(frozen=True)
 class Cones:
-    """A product of cones: ``lines`` half lines, second-order cones of sizes ``orders``, matrices of sizes ``sides``.
+    """A product of half lines, second-order cones of sizes ``orders``, matrices of sizes ``sides``, and exponentials.
 
     A second-order cone holds (t, v) with t >= |v|, a matrix is its upper triangle, column by column, in which entries
-    off the diagonal are multiplied by the root of 2.
+    off the diagonal are multiplied by the root of 2, and an exponential cone (x, y, z) with y exp(x / y) <= z.
     """
 
     lines: int
     orders: tuple[int, ...] = ()
     sides: tuple[int, ...] = ()
+    exponentials: int = 0
 
-    def split(self, w: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-        """The half lines of w [..., m], the parts of second-order cones, and the matrices."""
-        lines, *others = torch.split(w, self.sizes, -1)
+    def split(self, w: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor], torch.Tensor]:
+        """The half lines of w [..., m], the parts of second-order cones, the matrices, exponentials [..., count, 3]."""
+        lines, *others, last = torch.split(w, self.sizes, -1)
         k = len(self.orders)
-        return lines, others[:k], [_matrix(part, side) for part, side in zip(others[k:], self.sides, strict=True)]
+        matrices = [_matrix(part, side) for part, side in zip(others[k:], self.sides, strict=True)]
+        return lines, others[:k], matrices, last.unflatten(-1, (self.exponentials, 3))
 
     @property
     def sizes(self) -> list[int]:
         """Rows of each part."""
-        return [self.lines, *self.orders, *(k * (k + 1) // 2 for k in self.sides)]
+        return [self.lines, *self.orders, *(k * (k + 1) // 2 for k in self.sides), 3 * self.exponentials]
 
     def project(self, w: torch.Tensor) -> torch.Tensor:
         """The nearest point, [..., m]; differentiable three times."""
-        lines, orders, matrices = self.split(w)
+        lines, orders, matrices, last = self.split(w)
         positive = [_triangle((W + _absolute(W)) / 2) for W in matrices]
-        return torch.cat([lines.clamp(min=0), *map(_second_order, orders), *positive], -1)
+        on_last = nearest(last, _ORDERS).flatten(-2) if self.exponentials else last.flatten(-2)
+        return torch.cat([lines.clamp(min=0), *map(_second_order, orders), *positive, on_last], -1)
 
-    def eigenvalues(self, w: torch.Tensor) -> torch.Tensor:
-        """Those of NOTE [spectrum], [..., number of them]."""
-        lines, orders, matrices = self.split(w)
+    def to_kinks(self, w: torch.Tensor) -> torch.Tensor:
+        """How far the parts of w are from where :meth:`project` bends, [..., number of them]: NOTE [spectrum]."""
+        lines, orders, matrices, last = self.split(w)
         parts = [lines]
         for part in orders:
             t, r = part[..., :1], torch.linalg.vector_norm(part[..., 1:], dim=-1, keepdim=True)
             parts += [t - r, t + r]
-        return torch.cat([*parts, *map(torch.linalg.eigvalsh, matrices)], -1)
+        parts += map(torch.linalg.eigvalsh, matrices)
+        return torch.cat([*parts, distance_to_kinks(last, nearest(last, 0))], -1).abs()
 
     def for_clarabel(self, clarabel: Any) -> list[Any]:
         """The same in its words."""
         lines = [clarabel.NonnegativeConeT(self.lines)] if self.lines else []
         orders = [clarabel.SecondOrderConeT(size) for size in self.orders]
-        return [*lines, *orders, *(clarabel.PSDTriangleConeT(k) for k in self.sides)]
+        matrices = [clarabel.PSDTriangleConeT(k) for k in self.sides]
+        return [*lines, *orders, *matrices, *(clarabel.ExponentialConeT() for _ in range(self.exponentials))]
 
 
 def _second_order(w: torch.Tensor) -> torch.Tensor:
@@ -130,7 +136,7 @@ def _triangle(matrix: torch.Tensor) -> torch.Tensor:
 
 
 # Legend: minimise 1/2 x'Q x + p'x  subject to  A x = b,  h - G x in K, a product of cones (m rows); multipliers y of
-# the equations and z in the dual cone K*, which for these cones is K.
+# the equations and z in the dual cone K*.
 #
 # NOTE [natural residual]: s = h - G x in K, z in K* and s'z = 0 say that s and -z are the projections of w = s - z onto
 # K and its polar cone (Moreau). So with s = P(w) and z = P(w) - w the conditions of optimality are the square equation
@@ -155,7 +161,7 @@ def cone_program(
     Args:
         derivative: whether one is wanted: then kinks are told.
         on_failure: as of :func:`qp`.
-        active_rtol: an eigenvalue of w below this, relative to the largest, counts as zero: a kink.
+        active_rtol: a distance of w to a kink below this, relative to the largest, counts as zero.
         linear_solver: for the Jacobian of F; None for a dense one.
     """
     p, b, h = data[1], data[3], data[5]
@@ -258,7 +264,7 @@ class _Clarabel:
 
     def _judge_kinks(self, u: torch.Tensor, left: torch.Tensor) -> None:
         assert self.active_rtol is not None
-        values = self.cones.eigenvalues(u[..., u.shape[-1] - sum(self.cones.sizes) :]).abs()
+        values = self.cones.to_kinks(u[..., u.shape[-1] - sum(self.cones.sizes) :])
         if self.on_failure == "ignore" or not values.shape[-1]:
             return
         rtol = torch.maximum(2 * left, torch.full_like(left, self.active_rtol))
@@ -266,7 +272,7 @@ class _Clarabel:
         if bool(bent.any()):
             message = (
                 f"the solution of the cone program sits at a kink{name_lanes(bent)}: a constraint holds with equality "
-                "and has a multiplier of zero (an eigenvalue of s - z is zero). The solution bends there, and its "
+                "and has a multiplier of zero. The solution bends there, and its "
                 "derivative is that of one side."
             )
             tell_kink(message, "kink", self.on_failure)

@@ -24,21 +24,19 @@ from implicitlayer.constrained._qp_sparse import Entries
 
 _LARGE = 300  # unknowns from which on a single program is faster with sparse matrices
 _SETTINGS = {"solver", "linear_solver", "on_failure", "active_rtol", "at_kink"}
-_CONES = {"exp": "exponential", "p3d": "power", "pnd": "power"}  # without a derivative here
 
 
 def from_cvxpy(problem: Any, parameters: Sequence[Any], variables: Sequence[Any], **settings: Any) -> CvxpyLayer:
     """A layer ``layer(*values of the parameters) -> tuple of the variables`` of a problem written in CVXPY.
 
     CVXPY brings the problem into the form of :func:`qp` once; every call applies the parameters and solves it there, so
-    that its checks, batches, transforms and derivatives of every order are those of :func:`qp`. One with norms or
-    semidefinite matrices becomes a cone program: Clarabel solves it, Newton's method makes the answer exact, and the
-    equation of its optimality conditions is differentiated, to the third order.
+    that its checks, batches, transforms and derivatives of every order are those of :func:`qp`. One with norms,
+    semidefinite matrices, exponentials, logarithms or entropies becomes a cone program: Clarabel solves it, Newton's
+    method makes the answer exact, and the equation of its optimality conditions is differentiated, to the third order.
 
     Args:
         problem: a ``cvxpy.Problem`` that follows the rules of parametrised programming (``problem.is_dpp()``) and has
-            linear, second-order and semidefinite cones only: no exponentials, logarithms, powers. It may hold complex
-            numbers and variables, but those that are wanted are real.
+            no power cones. It may hold complex numbers and variables, but those that are wanted are real.
         parameters: its ``cvxpy.Parameter``s, all of them, in the order of the layer's arguments.
         variables: the ``cvxpy.Variable``s that are wanted.
         settings: keyword arguments of :func:`qp`, such as ``on_failure`` and ``solver``; with cones ``on_failure``,
@@ -55,7 +53,7 @@ def from_cvxpy(problem: Any, parameters: Sequence[Any], variables: Sequence[Any]
 
     Source: Agrawal et al., Differentiable convex optimization layers, NeurIPS 2019 (arXiv:1910.12430), and
     Differentiating through a cone program, J. Appl. Numer. Optim. 1 (2019). Difference to CVXPYlayers: quadratic
-    programs by their active set, cone programs by the natural residual without a homogeneous form; no exponential cone.
+    programs by their active set, cone programs by the natural residual without a homogeneous form.
     """
     unknown = sorted(set(settings) - _SETTINGS)
     if unknown:
@@ -92,9 +90,9 @@ class CvxpyLayer(torch.nn.Module):
         self._order = sorted(range(len(parameters)), key=lambda i: order[parameters[i].id])
         self._variables = [(at[v.id], v.size, v.shape) for v in variables]
         n, e, dims = program.x.size, program.cone_dims.zero, program.cone_dims
-        self._cones = Cones(dims.nonneg, tuple(dims.soc), tuple(dims.psd))
+        self._cones = Cones(dims.nonneg, tuple(dims.soc), tuple(dims.psd), dims.exp)
         m, num = program.A.shape[0] // (n + 1), program.q.shape[1]
-        self._conic = bool(dims.soc or dims.psd)
+        self._conic = bool(dims.soc or dims.psd or dims.exp)
         self._large = n >= _LARGE and not self._conic
         entries = {name: _entries(getattr(program, name), n if name == "P" else m) for name in ("P", "A")}
         (i, j, values, k), of_q = entries["A"], _entries(program.q, n + 1)
@@ -273,11 +271,9 @@ def _cone_program(cp: Any, problem: Any, error: Exception) -> Any:
         data = problem.get_problem_data(cp.CLARABEL)[0]
     except cp.error.SolverError:
         raise ValueError(f"the problem needs cones that Clarabel does not have: {error}") from error
-    names = dict.fromkeys(word for name, word in _CONES.items() if getattr(data["dims"], name, None))
-    if names:
+    if data["dims"].p3d or data["dims"].pnd:
         raise ValueError(
-            f"the problem needs {' and '.join(f'{word} cones' for word in names)} (of exp, log, entropies, powers), "
-            "which have no derivative here. Linear, second-order and semidefinite ones do; take CVXPYlayers, or CVXPY "
-            "as the solver of il.constrained_argmin."
+            "the problem needs power cones, which have no derivative here. Write powers by products and norms "
+            "(cp.power and cp.geo_mean with approx=True), or take CVXPY as the solver of il.constrained_argmin."
         ) from error
     return data["param_prob"]
