@@ -44,6 +44,7 @@ class LinearSolution:
         preconditioned: whether the Ritz values are in the units of a preconditioner of the user's.
         remedy: what was done about negative curvature, in words; empty where nothing was.
         damping: tensor [*lanes], added to the matrix by that remedy; None where nothing was.
+        singular: bool [*lanes], where the matrix has no inverse, and the value is one of many; None: not known of any.
     """
 
     value: Any
@@ -59,6 +60,7 @@ class LinearSolution:
     preconditioned: bool = False
     remedy: str = ""
     damping: torch.Tensor | None = None
+    singular: torch.Tensor | None = None
 
     @property
     def ritz_values(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,15 +14,30 @@ from functools import partial
 
 import torch
 
+from implicitlayer.base._parts import patternless
+from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._surroundings import plain_surroundings
-from implicitlayer.base._tree import ravel
+from implicitlayer.base._tree import leaves_norm, name_lanes, ravel, unravel
 from implicitlayer.base._types import Leaves
+from implicitlayer.base._warn import tell_kink
 from implicitlayer.equation._capture import derivatives_possible
 from implicitlayer.equation._certificate import gradient_error
 from implicitlayer.equation._distance import NOTHING_FOUND, Found, Seen
-from implicitlayer.equation._jacobian import Graph, Jacobian, OneGraph, Watch, pull_tensors, push_tensors
+from implicitlayer.equation._jacobian import (
+    Graph,
+    Jacobian,
+    OneGraph,
+    OperatorFamily,
+    Watch,
+    pull_tensors,
+    push_tensors,
+)
 from implicitlayer.equation._residual import Residual
 from implicitlayer.equation._solve import Judge, Settings, SolveSpec, solve
+from implicitlayer.linear._common import select
+from implicitlayer.linear._operator import FlatOperator
+
+_FLAT = 30  # times the root of eps: what rounding makes of a product with a null vector, relative to one with any
 
 
 def implicit_vjp(
@@ -49,7 +64,8 @@ def implicit_vjp(
     else:
         source = residual.restricted_to(needed)
         mixed = lambda t: source(x, t)  # noqa: E731
-    spec = SolveSpec(jacobian, len(cotangent), settings, "backward", certify, judge, found.flaw)
+    doubt = partial(_tell_flat, tuple(needed), settings)
+    spec = SolveSpec(jacobian, len(cotangent), settings, "backward", certify, judge, doubt, found.flaw)
     with plain_surroundings(x, derivatives=True):
         u = solve(spec, cotangent, [*x, *theta])
         pulled = pull_tensors(mixed, theta, needed, u)
@@ -64,6 +80,45 @@ def _checks(found: Found, settings: Settings) -> tuple[Watch | None, Judge | Non
     seen: Seen = []
     is_dfdx = settings.curvature == "hessian" and settings.damping == 0
     return partial(answer.see, seen), partial(answer.judge, seen) if is_dfdx else None
+
+
+# NOTE [flat directions]: where J' has a null vector N, J'u = v is solvable if N'(dF/dx)' sees nothing of v, and u + c N
+# solves it as well. theta_bar = -(dF/dtheta)'u is the same for all of them in the thetas with (dF/dtheta)'N = 0: those
+# that leave some solution near x. Another theta pushes along N: the solution jumps, or there is none, and forward mode,
+# whose right-hand side (dF/dtheta) dtheta is not in the range of J, says so. Here u of smallest norm would be a number
+# like any other. A vector of numbers without a pattern, less what the solver makes of its product, is such an N.
+
+
+def _tell_flat(
+    needed: tuple[bool, ...],
+    settings: Settings,
+    family: OperatorFamily,
+    tensors: Leaves,
+    operator: FlatOperator,
+    solution: LinearSolution,
+) -> None:
+    """Tell of thetas that push along a flat direction; see NOTE [flat directions]."""
+    assert isinstance(family, Jacobian) and solution.singular is not None
+    singular = solution.singular & (solution.value != 0).any(-1)  # nothing is asked of the others
+    if settings.on_failure == "ignore" or not bool(singular.any()):
+        return
+    some, source = select(singular, patternless(solution.value)), family.residual.restricted_to(needed)
+    x, theta = tensors[: family.num_x], tensors[family.num_x :]
+    flat = select(singular, some - settings.solver(operator, operator(some)).value)
+    pulled = [
+        pull_tensors(lambda t: source(x, t), theta, needed, unravel(vector, x, family.lane_dims))
+        for vector in (flat, some * (leaves_norm([flat], 0) / leaves_norm([some], 0)).to(some.dtype))
+    ]
+    noise = _FLAT * torch.finfo(some.dtype).eps ** 0.5
+    for index, (along, typical) in enumerate(zip(*pulled, strict=True)):
+        if along is not None and typical is not None and leaves_norm([along], 0) > noise * leaves_norm([typical], 0):
+            message = (
+                f"the solution is one of many{name_lanes(singular)}: there is a direction without curvature, and theta "
+                f"tensor {index} pushes along it. The gradient holds for changes that leave a solution in place; "
+                "others move it far at once. Add curvature (a small ridge), or do not differentiate in that theta here."
+            )
+            tell_kink(message, "flat direction", settings.on_failure)
+            return
 
 
 def implicit_jvp(
@@ -81,5 +136,5 @@ def implicit_jvp(
             return None
         watch, judge = _checks(found, settings)
         jacobian = Jacobian(residual, len(x), False, settings.curvature, settings.damping, watch)
-        spec = SolveSpec(jacobian, len(x), settings, "forward-mode", None, judge, found.flaw)
+        spec = SolveSpec(jacobian, len(x), settings, "forward-mode", None, judge, None, found.flaw)
         return solve(spec, [-c for c in change], [*x, *theta])

@@ -38,6 +38,8 @@ from implicitlayer.linear._operator import FlatOperator, LinearSolver, wrap_valu
 Certify = Callable[[OperatorFamily, Leaves, Leaves, Leaves], GradientError]
 # (operator family, its tensors, operator, flat right-hand side, solution) -> how far the point of the tensors is off
 Judge = Callable[[OperatorFamily, Leaves, FlatOperator, torch.Tensor, LinearSolution], AnswerDistance | None]
+# (operator family, its tensors, operator, solution of a singular system): tells where the derivative may not exist
+Doubt = Callable[[OperatorFamily, Leaves, FlatOperator, LinearSolution], None]
 
 
 _HIGHER = "higher-order"
@@ -80,6 +82,7 @@ class SolveSpec:
     kind: str = "backward"
     certify: Certify | None = None
     judge: Judge | None = None
+    doubt: Doubt | None = None
     flaw: str = ""  # why derivatives in the tensors of the operator would be wrong
 
     @property
@@ -98,7 +101,7 @@ class SolveSpec:
             raise UnsupportedTransformError(_OTHER_SYSTEM.format(kind=self.kind, what=f"was {changed}"))
         kind = self.kind if self.of_derivative else f"{_HIGHER} {self.kind}"
         operator = self.operator.transpose() if transposed else self.operator
-        return replace(self, operator=operator, kind=kind, certify=None, judge=None)
+        return replace(self, operator=operator, kind=kind, certify=None, judge=None, doubt=None)
 
 
 def solve(spec: SolveSpec, rhs: Leaves, tensors: Leaves) -> Leaves:
@@ -159,6 +162,8 @@ class LinearSolve(torch.autograd.Function):
             solution.enforce(settings.on_failure, f"{spec.kind} solve{where}: ")
         if answer is not None and answer.message:
             answer.enforce(settings.on_failure)
+        if solution.singular is not None and spec.doubt is not None:
+            spec.doubt(spec.operator, parameters, operator, solution)
         if settings.on_failure == "mask":
             lost = solution.codes > int(Status.TRUNCATED)
             if answer is not None and answer.lost is not None:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -68,7 +68,9 @@ class Dense(LinearSolver):
             value = factors[0](start.residual.double()).to(rhs.dtype)
             return Correction(value, codes, torch.full_like(codes, n if first else 0))
 
-        return refine_direct(operator, rhs, Limits(self.rtol), correct, "Dense solve")
+        found = refine_direct(operator, rhs, Limits(self.rtol), correct, "Dense solve")
+        singular = codes == int(Status.SINGULAR)
+        return replace(found, singular=singular) if bool(singular.any()) else found
 
 
 def materialise(operator: FlatOperator, like: torch.Tensor) -> torch.Tensor:

@@ -36,6 +36,7 @@ class Factors(Protocol):
     codes: torch.Tensor
     curvature: torch.Tensor
     units: torch.Tensor
+    flat: torch.Tensor
 
     def solve(self, rhs: torch.Tensor) -> torch.Tensor: ...
 
@@ -61,6 +62,7 @@ class KktFactors:
             the solution of smallest norm is returned, right for right-hand sides in the range); NONFINITE.
         curvature: [*lanes], smallest curvature met on the free directions; +inf where the fast way did not look.
         units: [*lanes, n + c], the diagonal D with which no unit of objective or constraints matters in D K D.
+        flat: bool [*lanes], whether there is a direction of x without curvature that the constraints leave free.
     """
 
     def __init__(self, matrices: KktMatrices, eps: float) -> None:
@@ -85,6 +87,7 @@ class KktFactors:
             self.codes = torch.where(good, self.codes, self.slow.codes)
             lowest = self.slow.lowest / (self.of_x[..., 0] * self.of_x[..., 0])
             self.curvature = torch.where(good, self.curvature, lowest)
+        self.flat = torch.zeros_like(good) if self.slow is None else self.slow.flat & ~good
         self.good = good
         self.codes = torch.where(finite, self.codes, int(Status.NONFINITE))
 
@@ -126,8 +129,9 @@ class PartedFactors:
 
     def __init__(self, rest: torch.Tensor, most: Factors, others: Factors) -> None:
         self.rest, self.most, self.others = rest, most, others
-        pairs = ((getattr(most, name).clone(), getattr(others, name)) for name in ("codes", "curvature", "units"))
-        self.codes, self.curvature, self.units = (self._filled(*pair) for pair in pairs)
+        names = ("codes", "curvature", "units", "flat")
+        pairs = ((getattr(most, name).clone(), getattr(others, name)) for name in names)
+        self.codes, self.curvature, self.units, self.flat = (self._filled(*pair) for pair in pairs)
 
     def _filled(self, values: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
         values[self.rest] = others
@@ -159,7 +163,8 @@ class _NullSpace:
         flat = curvatures.abs() <= noise * n
         self.inverse_curvature = torch.where(flat, 0.0, 1 / curvatures)
         dependent = kept.sum(-1) < (torch.linalg.vector_norm(J, dim=-1) > 0).sum(-1)
-        singular = dependent | flat.any(-1)
+        self.flat = flat.any(-1)
+        singular = dependent | self.flat
         codes = torch.where(singular, int(Status.SINGULAR), int(Status.CONVERGED))
         self.codes = torch.where(self.lowest < -noise * n, int(Status.INDEFINITE), codes)
 
@@ -268,7 +273,8 @@ class KktSolver(LinearSolver):
             left, size = (lane_norm(plain * t) for t in (rhs - operator(value), rhs))
             near = near & (left <= 2 * default_rtol(rhs.dtype) * size)
             scaled = replace(scaled, codes=torch.where(near, int(Status.CONVERGED), scaled.codes))
-        return replace(scaled, value=value)
+        flat = factors.flat.expand(lanes)
+        return replace(scaled, value=value, singular=flat if bool(flat.any()) else None)
 
     def written_down(self, operator: FlatOperator, like: torch.Tensor) -> KktMatrices:
         """H, J and the mask, by products with the unit vectors of x and one with the ones of the inequalities."""

@@ -98,7 +98,7 @@ class RankFactors:
     """Solves with K by the factors of K~."""
 
     def __init__(self, factors: Factors, equations: Equations, rows: torch.Tensor) -> None:
-        self.factors, self.to_new = factors, equations.to_new
+        self.factors, self.to_new, self.flat = factors, equations.to_new, factors.flat
         singular = equations.deficient & (factors.codes == int(Status.CONVERGED))
         self.codes, self.curvature = torch.where(singular, int(Status.SINGULAR), factors.codes), factors.curvature
         self.r, self.e = self.to_new.shape[-2:]

@@ -59,6 +59,7 @@ class SchurFactors:
         units = torch.cat([size[:, None].rsqrt().expand(-1, factor.shape[-1]), rows], -1)
         self.units = units.reshape((*lanes, units.shape[-1]))
         self.codes = torch.full(lanes, int(Status.CONVERGED), device=V.device)
+        self.flat = torch.zeros(lanes, dtype=torch.bool, device=V.device)
         self.curvature = torch.full(lanes, math.inf, dtype=V.dtype, device=V.device)
 
     def solve(self, rhs: torch.Tensor) -> torch.Tensor:
