@@ -7,9 +7,12 @@
 # NOTE [absolute value]: that of a symmetric matrix, A = |W|, is the solution of A A = W W with A >= 0. Its derivative,
 # A dA + dA A = W dW + dW W, is a linear equation whose solution in the basis of eigenvectors is divided by a_i + a_j;
 # that through the eigenvectors themselves would be divided by differences of eigenvalues, which may be equal. So with
-# the eigenvectors held fixed Newton's steps with the first slope, L,
-#     A_{k+1} = A_k + L^-1 ((W W - A_k A_k) - (that at the value of W)),   A_0 = |W| as a number,
+# the eigenvectors held fixed, M = U'W U, Newton's steps with the first slope, L,
+#     A_{k+1} = A_k + L^-1 ((M M - A_k A_k) - (that at the value of W)),   A_0 = |M| as a number,
 # leave the number as it is, and have its derivatives up to order k, as each step is off by the last error times dW.
+# As a number M is the diagonal of its eigenvalues w, to the last bit: then L^-1 of (w_i + w_j) dM_ij is at most dM_ij,
+# whereas rounding beside the diagonal would be divided by a pair of small ones. Where eigenvalues are zero there is a
+# kink, and the derivative is that of the side inside of the cone: they count as a little above zero.
 
 from __future__ import annotations
 
@@ -34,6 +37,7 @@ from implicitlayer.linear._dense import Dense
 from implicitlayer.programs._backends import by_clarabel
 from implicitlayer.programs._interior_point_step import Data, flat_lanes, norm_of, times
 
+_AT_KINK = 1e-9  # eigenvalues below this, relative to the largest, count as this much: less than what is told as a kink
 _ORDERS = 3  # of exact derivatives of the projection: those of a layer go as far
 
 
@@ -62,11 +66,11 @@ class Cones:
         """Rows of each part."""
         return [self.lines, *self.orders, *(k * (k + 1) // 2 for k in self.sides), 3 * self.exponentials]
 
-    def project(self, w: torch.Tensor) -> torch.Tensor:
-        """The nearest point, [..., m]; differentiable three times."""
+    def project(self, w: torch.Tensor, num_orders: int = _ORDERS) -> torch.Tensor:
+        """The nearest point, [..., m]; differentiable ``num_orders`` times."""
         lines, orders, matrices, last = self.split(w)
-        positive = [_triangle((W + _absolute(W)) / 2) for W in matrices]
-        on_last = nearest(last, _ORDERS).flatten(-2) if self.exponentials else last.flatten(-2)
+        positive = [_triangle((W + _absolute(W, num_orders)) / 2) for W in matrices]
+        on_last = nearest(last, num_orders).flatten(-2) if self.exponentials else last.flatten(-2)
         return torch.cat([lines.clamp(min=0), *map(_second_order, orders), *positive, on_last], -1)
 
     def to_kinks(self, w: torch.Tensor) -> torch.Tensor:
@@ -98,19 +102,22 @@ def _second_order(w: torch.Tensor) -> torch.Tensor:
     return torch.where(r_or_zero <= t, w, torch.where(r_or_zero <= -t, torch.zeros_like(w), between))
 
 
-def _absolute(W: torch.Tensor) -> torch.Tensor:
+def _absolute(W: torch.Tensor, num_orders: int) -> torch.Tensor:
     """|W| of symmetric matrices; see NOTE [absolute value]."""
     values, U = torch.linalg.eigh(W.detach())
-    a = values.abs()
-    A: torch.Tensor = (U * a.unsqueeze(-2)) @ U.mT
+    largest = values.abs().amax(-1, keepdim=True)
+    above_zero = torch.where(largest > 0, _AT_KINK * largest, 1.0)
+    w = torch.where(values.abs() <= above_zero, above_zero, values)
+    a = w.abs()
+    M = U.mT @ W @ U
+    M = torch.diag_embed(w) + (M - M.detach())
+    start = A = torch.diag_embed(a)
     sums = a.unsqueeze(-1) + a.unsqueeze(-2)
-    inverse = torch.where(sums > 0, 1 / torch.where(sums > 0, sums, 1.0), 0.0)
-    square = W @ W
-    for _ in range(_ORDERS):
-        change = square - A @ A
-        change = change - change.detach()
-        A = A + U @ (inverse * (U.mT @ change @ U)) @ U.mT
-    return A
+    for _ in range(num_orders):
+        change = M @ M - A @ A
+        A = A + (change - change.detach()) / sums
+    found: torch.Tensor = (U * values.abs().unsqueeze(-2)) @ U.mT + U @ (A - start) @ U.mT
+    return found
 
 
 def _places(k: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,7 +152,7 @@ def _triangle(matrix: torch.Tensor) -> torch.Tensor:
 # are in their cones and complementary. F is smooth where P is; what is differentiated is a layer of its root.
 
 _ENOUGH = 1e-6  # conditions that hold to this, relative to the largest of their data, are those of a solution
-_NEWTON = 3  # steps after Clarabel, while they halve what is left
+_NEWTON = 4  # steps after Clarabel, at least two, while they halve what is left
 _SETTINGS = {"verbose": False, "tol_gap_abs": 1e-11, "tol_gap_rel": 1e-11, "tol_feas": 1e-11}
 _ERRORS: dict[str, tuple[type[Exception], str]] = {
     "PrimalInfeasible": (InfeasibleError, "has no feasible point. Loosen its constraints"),
@@ -175,11 +182,11 @@ def cone_program(
     return u[..., : sizes[0]]
 
 
-def _conditions(u: torch.Tensor, *data: torch.Tensor, cones: Cones) -> torch.Tensor:
+def _conditions(u: torch.Tensor, *data: torch.Tensor, cones: Cones, num_orders: int = _ORDERS) -> torch.Tensor:
     """F of NOTE [natural residual], [*lanes, n + e + m]."""
     Q, p, A, b, G, h = data
     x, y, w = u.split([p.shape[-1], b.shape[-1], h.shape[-1]], -1)
-    s = cones.project(w)
+    s = cones.project(w, num_orders)
     slope = times(Q, x) + p + times(A.mT, y) + times(G.mT, s - w)
     return torch.cat([slope, times(A, x) - b, times(G, x) + s - h], -1)
 
@@ -224,17 +231,21 @@ class _Clarabel:
 
     def _polished(self, u: torch.Tensor, data: Data, failed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """u after steps of Newton's method where they help, and what is left of F relative to its terms, [B]."""
-        conditions = partial(_conditions, cones=self.cones)
+        conditions = partial(_conditions, cones=self.cones, num_orders=1)
         value = conditions(u, *data)
         jacobian = torch.func.vmap(torch.func.jacrev(conditions))
-        for _ in range(_NEWTON if u.numel() else 0):
+        best, at_best = u, value
+        for count in range(_NEWTON if u.numel() else 0):
             step = torch.linalg.pinv(jacobian(u, *data)) @ value.unsqueeze(-1)
             moved = u - step.squeeze(-1)
-            after = conditions(moved, *data)
-            better = (norm_of(after) < 0.5 * norm_of(value)).unsqueeze(-1)
-            if not bool(better.any()):
+            after, least = conditions(moved, *data), norm_of(at_best)
+            # a step over a kink leaves as much as there was, and the next one nothing
+            better, usable = ((norm_of(after) < k * least).unsqueeze(-1) for k in (0.5, 10))
+            best, at_best = torch.where(better, moved, best), torch.where(better, after, at_best)
+            u, value = torch.where(usable, moved, best), torch.where(usable, after, at_best)
+            if count and not bool(better.any()):
                 break
-            u, value = torch.where(better, moved, u), torch.where(better, after, value)
+        u, value = best, at_best
         Q, p, A, b, G, h = data
         x, y, w = u.split([p.shape[-1], b.shape[-1], h.shape[-1]], -1)
         parts = value.split([p.shape[-1], b.shape[-1] + h.shape[-1]], -1)

@@ -1,6 +1,7 @@
 """``il.from_cvxpy`` of programs over second-order and semidefinite cones: closed forms, finite differences, trouble."""
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -112,6 +113,46 @@ def test_equal_eigenvalues_do_no_harm() -> None:
         return (weights * ((vectors * values.clamp(min=0)) @ vectors.T)).sum()
 
     assert relative_error(gradient, central_differences(projected, C, 1e-5)) < 1e-8  # 1e-10 and rounding over the step
+
+
+def semidefinite(values: Tensor) -> tuple[Any, Tensor]:
+    """The nearest semidefinite matrix as a layer, and a matrix with these eigenvalues."""
+    S, of = cp.Variable((4, 4), symmetric=True), cp.Parameter((4, 4))
+    layer = il.from_cvxpy(cp.Problem(cp.Minimize(cp.sum_squares(S - of)), [S >> 0]), [of], [S])
+    basis = orthogonal(4, seed=7)
+    C = (basis * values) @ basis.T
+    return layer, (C + C.T) / 2
+
+
+@pytest.mark.parametrize("small", [1e-4, 1e-6, 1e-7, 3e-8])
+def test_a_small_eigenvalue_does_not_multiply_rounding(small: float) -> None:
+    """Second derivatives against those of the eigenvectors themselves, which are far enough from each other."""
+    layer, C = semidefinite(torch.tensor([2.0, 1.0, small, -0.5], dtype=F64))
+    weights, direction = randn(4, 4, seed=8), randn(4, 4, seed=9)
+    direction = direction + direction.T
+
+    def closed(C: Tensor) -> Tensor:
+        values, vectors = torch.linalg.eigh((C + C.T) / 2)
+        return (vectors * values.clamp(min=0)) @ vectors.T
+
+    def second(nearest: Callable[[Tensor], Tensor]) -> Tensor:
+        slope = torch.func.grad(lambda C: (weights * nearest(C)).sum())
+        return torch.func.grad(lambda C: (slope(C) * direction).sum())(C)
+
+    # rounding over the small eigenvalue
+    assert relative_error(second(lambda C: layer(C)[0]), second(closed)) < 1e-7
+
+
+def test_at_a_kink_the_derivative_of_a_matrix_is_that_of_the_inside() -> None:
+    """A covariance of fewer samples than variables; along what stays semidefinite the derivative is the identity."""
+    layer, C = semidefinite(torch.tensor([2.0, 1.0, 0.0, 0.0], dtype=F64))
+    C.requires_grad_()
+    with pytest.warns(il.KinkWarning, match="sits at a kink"):
+        (found,) = layer(C)
+    weights, samples = randn(4, 4, seed=10), randn(4, 4, seed=11)
+    (gradient,) = torch.autograd.grad((weights * found).sum(), C)
+    inside = samples.T @ samples
+    assert (gradient * inside).sum() == pytest.approx((weights * inside).sum().item(), rel=1e-9)
 
 
 def test_derivatives_of_the_projection_are_right_to_third_order() -> None:
