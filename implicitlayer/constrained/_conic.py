@@ -151,6 +151,7 @@ def _triangle(matrix: torch.Tensor) -> torch.Tensor:
 # (the residual map of Agrawal et al. 2019 with the scaling of the homogeneous form taken out): whatever w is, s and z
 # are in their cones and complementary. F is smooth where P is; what is differentiated is a layer of its root.
 
+_ROUNDED = 16  # times eps of the data: what their rounding makes of a zero
 _ENOUGH = 1e-6  # conditions that hold to this, relative to the largest of their data, are those of a solution
 _NEWTON = 4  # steps after Clarabel, at least two, while they halve what is left
 _SETTINGS = {"verbose": False, "tol_gap_abs": 1e-11, "tol_gap_rel": 1e-11, "tol_feas": 1e-11}
@@ -165,21 +166,26 @@ def cone_program(
 ) -> torch.Tensor:
     """x [*lanes, n] of the programs Q, p, A, b, G, h, whose dimensions in front are lanes.
 
+    Solved and differentiated in float64, whatever the dtype of the data.
+
     Args:
         derivative: whether one is wanted: then kinks are told.
         on_failure: as of :func:`qp`.
         active_rtol: a distance of w to a kink below this, relative to the largest, counts as zero.
         linear_solver: for the Jacobian of F; None for a dense one.
     """
-    p, b, h = data[1], data[3], data[5]
+    dtype = data[1].dtype
+    active_rtol = max(active_rtol, _ROUNDED * torch.finfo(dtype).eps)
+    exact = [t.double() for t in data]
+    p, b, h = exact[1], exact[3], exact[5]
     sizes = p.shape[-1], b.shape[-1], h.shape[-1]
     solver = _Clarabel(cones, on_failure, active_rtol if derivative else None)
     linear = Dense() if linear_solver is None else linear_solver
     layer = ImplicitLayer(
         partial(_conditions, cones=cones), solver, linear, "root", False, False, on_failure, None, 0, p.ndim - 1
     )
-    u: torch.Tensor = layer(p.new_zeros(*p.shape[:-1], sum(sizes)), *data)
-    return u[..., : sizes[0]]
+    u: torch.Tensor = layer(p.new_zeros(*p.shape[:-1], sum(sizes)), *exact)
+    return u[..., : sizes[0]].to(dtype)
 
 
 def _conditions(u: torch.Tensor, *data: torch.Tensor, cones: Cones, num_orders: int = _ORDERS) -> torch.Tensor:

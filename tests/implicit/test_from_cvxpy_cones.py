@@ -208,6 +208,30 @@ def test_float32_has_its_dtype() -> None:
     assert found.dtype == torch.float32 and relative_error(found, (Q / 2).float()) < 1e-6
 
 
+def test_derivatives_of_float32_are_those_of_float64() -> None:
+    """Beside a small eigenvalue, of which the rounding of the data is 1e-4."""
+    layer, C = semidefinite(torch.tensor([2.0, 1.0, 1e-3, -0.5], dtype=F64))
+    weights, direction = randn(4, 4, seed=12), randn(4, 4, seed=13)
+    derivatives = []
+    for dtype in (F64, torch.float32):
+        given = C.to(dtype).requires_grad_()
+        (slope,) = torch.autograd.grad((weights.to(dtype) * layer(given)[0]).sum(), given, create_graph=True)
+        (second,) = torch.autograd.grad((slope * direction.to(dtype)).sum(), given)
+        derivatives.append(torch.stack([slope.detach(), second]).double())
+    assert relative_error(derivatives[1], derivatives[0]) < 1e-3
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_in_float32_a_rank_that_rounding_hides_is_a_kink(seed: int) -> None:
+    samples = randn(2, 4, seed=20 + seed).float()
+    C = (samples.T @ samples).requires_grad_()
+    layer, _ = semidefinite(torch.ones(4, dtype=F64))
+    with pytest.warns(il.KinkWarning, match="sits at a kink"):
+        (found,) = layer(C)
+    (gradient,) = torch.autograd.grad(found.sum(), C)
+    assert gradient.isfinite().all() and gradient.norm() < 4.1  # a projection makes nothing longer
+
+
 def test_settings_of_quadratic_programs_are_refused() -> None:
     x = cp.Variable(2)
     with pytest.raises(TypeError, match=r"settings \['at_kink'\] are those of quadratic programs"):
