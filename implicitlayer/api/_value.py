@@ -92,7 +92,8 @@ def _of_argmin(layer: Callable[..., Any], inner: ImplicitLayer) -> Callable[...,
     def smallest(*arguments: Any) -> torch.Tensor:
         solution = layer(*arguments)
         x = solution[0] if inner.solver_has_aux else solution
-        if not isinstance(inner, ProxLayer) or _stays(inner.terms):
+        terms = inner.terms if isinstance(inner, ProxLayer) else ()
+        if not callable(terms) and all(term is None or _is_constant(term) for term in flatten(terms)[0]):
             x = _fixed(x)
         stored = layer.init if isinstance(layer, ArgminLayer) else None
         init, *theta = arguments if stored is None else (stored, *arguments)
@@ -172,12 +173,8 @@ def _masked(
     return torch.where(failed, torch.nan, function(x, *theta))
 
 
-def _stays(terms: Any) -> bool:
-    """Whether a set, or a pytree of sets, is known not to depend on anything that needs a gradient."""
-    return not callable(terms) and all(term is None or _is_constant(term) for term in flatten(terms)[0])
-
-
 def _is_constant(term: ProximalTerm) -> bool:
+    """Whether a set or regulariser is known not to depend on anything that needs a gradient."""
     ours = type(term).__module__.startswith("implicitlayer.sets") and not isinstance(term, Projection)
     data = [t for t in flatten(list(vars(term).values()))[0] if isinstance(t, torch.Tensor)]
     return ours and not any(t.requires_grad for t in data)

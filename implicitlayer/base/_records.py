@@ -179,7 +179,8 @@ class BackwardRecord:
     """What one linear solve behind a derivative met.
 
     Attributes:
-        kind: which derivative the solve was for: ``backward``, ``forward-mode``, ``higher-order ...``, ``linear``.
+        kind: which derivative the solve was for: ``backward``, ``forward-mode``, ``higher-order ...``; of
+            :func:`linear_solve` itself ``linear``.
         solution: all its numbers, lane by lane (without the value).
         answer: what the solve tells of the distance from the solver's answer to the solution; None where it was not
             looked at (the answer is right to rounding, or was called not stationary before; no derivative of a layer).

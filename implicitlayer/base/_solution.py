@@ -41,7 +41,8 @@ class LinearSolution:
         method: name of the linear solver.
         rtol: relative tolerance asked for; None where only a number of steps was.
         ritz: the coefficients behind the Ritz values; None where the solver has none.
-        preconditioned: whether the Ritz values are in the units of a preconditioner of the user's.
+        preconditioned: whether the solver has a preconditioner of the user's; Ritz values are in its units.
+        broken_preconditioner: whether it is this one that returned NaN or Inf.
         remedy: what was done about negative curvature, in words; empty where nothing was.
         damping: tensor [*lanes], added to the matrix by that remedy; None where nothing was.
         singular: bool [*lanes], where the matrix has no inverse, and the value is one of many; None: not known of any.
@@ -58,6 +59,7 @@ class LinearSolution:
     rtol: float | None = None
     ritz: RitzValues | None = None
     preconditioned: bool = False
+    broken_preconditioner: bool = False
     remedy: str = ""
     damping: torch.Tensor | None = None
     singular: torch.Tensor | None = None
@@ -103,22 +105,26 @@ class LinearSolution:
         def at(values: torch.Tensor) -> Any:
             return values[pick].item() if values.numel() else 0
 
-        curvature = at(self.smallest_curvature)
+        curvature, broken = at(self.smallest_curvature), self.broken_preconditioner
         known = self.smallest_curvature.numel() > 0 and math.isfinite(curvature) and not self.remedy
         what = {
-            Status.INDEFINITE: f"met p'Ap/p'p = {curvature:.3g} <= 0",
-            Status.SINGULAR: f"met p'Ap/p'p = {curvature:.3g}, zero to working precision,",
-            Status.NONFINITE: "met NaN or Inf in a Hessian-vector product",
+            Status.INDEFINITE: f"met p'Ap/p'p = {curvature:.3g} <= 0" if curvature <= 0 else "met negative curvature",
+            Status.SINGULAR: f"met p'Ap/p'p = {curvature:.3g}, zero to working precision,"
+            if known
+            else "found the matrix singular to working precision",
+            Status.NONFINITE: f"met NaN or Inf in {'its preconditioner' if broken else 'a Hessian-vector product'}",
         }.get(status, f"ended with status {status.name.lower()}")
-        if status is Status.SINGULAR and not known:
-            what = "found the matrix singular to working precision"
         asked = "" if self.rtol is None else f", rtol {self.rtol:.1e}"
         kind = "true" if self.residual_is_true else "recursive"
         if self.remedy:
             what += f" ({self.remedy})"
+        remedy = "The function given as preconditioner= returned it. Look at what it divides by."
+        if not broken:
+            also = " The preconditioner may be the reason, too: solve without it to see."
+            remedy = status.help + also * (self.preconditioned and not status.ok)
         return (
             f"{self.method} {what}{lane} after {at(self.steps)} steps ({kind} relative residual "
-            f"{at(self.relative_residual):.2e}{asked}). {status.help}"
+            f"{at(self.relative_residual):.2e}{asked}). {remedy}"
         )
 
     def enforce(self, on_failure: OnFailure, context: str = "") -> None:

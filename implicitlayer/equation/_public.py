@@ -60,14 +60,14 @@ class HessianOperator:
     whole: Callable[[], HessianOperator] | None = None  # the same of whole tensors, where all else is of parts
 
     def check(self, vector: Any, name: str) -> Leaves:
-        """The leaves of ``vector``, or an error if it has not the structure and shapes of x."""
+        """The leaves of ``vector`` in the dtypes of x; an error where structure or shapes are others."""
         like = unflatten(self.tensors[: self.structure.num_leaves], self.structure)
         leaves = leaves_like(vector, like, f"{name} must have the structure of x")
         _refuse_not_real(name, leaves)
         shapes, expected = [tuple(v.shape) for v in leaves], [tuple(t.shape) for t in self.tensors[: len(leaves)]]
         if shapes != expected:
             raise ValueError(f"{name} must have the shapes of x: expected {expected}, got {shapes}.")
-        return leaves
+        return [v.to(t.dtype) for v, t in zip(leaves, self.tensors, strict=False)]
 
     @outside_compiled_code
     def __call__(self, vector: Any) -> Any:
@@ -279,10 +279,12 @@ def linear_solve(
         leaves, spec = operator.check(rhs, "rhs"), operator.structure
         family, parameters = operator.family, operator.tensors
     elif isinstance(operator, torch.Tensor):
-        if operator.ndim != 2 or operator.shape[0] != operator.shape[1] or operator.shape[:1] != leaves[0].shape:
+        square = operator.ndim == 2 and operator.shape[0] == operator.shape[1] and operator.dtype == leaves[0].dtype
+        if not square or operator.shape[:1] != leaves[0].shape:
             raise ValueError(
-                f"a matrix [n, n] needs a right-hand side [n], got {tuple(operator.shape)} and "
-                f"{tuple(leaves[0].shape)}. Map over batches with torch.func.vmap."
+                f"a matrix [n, n] needs a right-hand side [n] of its dtype, got {tuple(operator.shape)} "
+                f"{operator.dtype} and {tuple(leaves[0].shape)} {leaves[0].dtype}. Map over batches with "
+                "torch.func.vmap."
             )
         matrix = _LinearFunction(lambda u, t: [t[0] @ u[0]], like, symmetric=bool(symmetric), assumed=assumed)
         family, parameters = replace(matrix, adjoint=lambda u, t: [t[0].mT @ u[0]]), [operator]

@@ -20,7 +20,7 @@ import torch
 
 from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._status import Status
-from implicitlayer.linear._common import select
+from implicitlayer.linear._common import merged, select
 from implicitlayer.linear._minres import Minres
 from implicitlayer.linear._operator import FlatOperator
 
@@ -52,11 +52,11 @@ def repair(
     masked = select(failed, rhs)  # a lane with a zero right-hand side makes no step
     if policy == "minres":
         limits = {name: getattr(solver, name) for name in ("rtol", "atol", "max_steps") if hasattr(solver, name)}
-        return _merge(
+        return merged(
             solution, Minres(**limits)(operator, masked), failed, "solved again by MINRES after negative curvature"
         )
     other = solver(gauss_newton(), masked)
-    return _merge(solution, other, failed, "solved again with the Gauss-Newton matrix after negative curvature")
+    return merged(solution, other, failed, "solved again with the Gauss-Newton matrix after negative curvature")
 
 
 def _damp(
@@ -65,7 +65,7 @@ def _damp(
     if is_dataclass(solver) and getattr(solver, "preconditioner", None) is not None:
         # a preconditioner is for A, and Ritz values in its units are no eigenvalues of A
         plain: Any = replace(solver, preconditioner=None)  # type: ignore[type-var]
-        return _damp(plain, operator, rhs, _merge(solution, plain(operator, select(failed, rhs)), failed, ""), failed)
+        return _damp(plain, operator, rhs, merged(solution, plain(operator, select(failed, rhs)), failed, ""), failed)
     sigma = torch.zeros_like(solution.relative_residual)
     latest, found = solution, solution
     for _ in range(_MOST_DAMPINGS):
@@ -75,7 +75,7 @@ def _damp(
         lowest = torch.fmin(latest.ritz_values[0], latest.smallest_curvature)
         sigma = torch.where(still, torch.maximum(2 * sigma, sigma + 2 * lowest.abs()), sigma)
         latest = solver(_damped(operator, sigma), select(still, rhs))
-        found = _merge(found, latest, still, "")
+        found = merged(found, latest, still, "")
     worst = float(sigma.max())
     return replace(found, remedy=f"damped by up to {worst:.3g} after negative curvature", damping=sigma)
 
@@ -87,22 +87,3 @@ def _damped(operator: FlatOperator, sigma: torch.Tensor) -> FlatOperator:
         return operator(vector) + sigma.to(vector.dtype).unsqueeze(-1) * operator.metric(vector)
 
     return replace(operator, matvec=matvec, transpose_matvec=matvec)
-
-
-def _merge(old: LinearSolution, new: LinearSolution, mask: torch.Tensor, remedy: str) -> LinearSolution:
-    """``new`` in the lanes of ``mask``, ``old`` elsewhere; steps add up, the smallest curvature seen stays."""
-
-    def pick(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        return torch.where(mask, a, b)
-
-    return replace(
-        old,
-        value=select(mask, new.value, old.value),
-        codes=pick(new.codes, old.codes),
-        steps=old.steps + torch.where(mask, new.steps, 0),
-        residual_norm=pick(new.residual_norm, old.residual_norm),
-        relative_residual=pick(new.relative_residual, old.relative_residual),
-        smallest_curvature=torch.fmin(old.smallest_curvature, pick(new.smallest_curvature, old.smallest_curvature)),
-        residual_is_true=old.residual_is_true and new.residual_is_true,
-        remedy=remedy,
-    )

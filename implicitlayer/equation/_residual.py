@@ -243,9 +243,7 @@ class Residual:
 
     def kept_graph_gradient(self, x: Leaves, theta: Leaves) -> Leaves:
         """F with one level of autograd fewer than ``torch.func.grad``: for one pull-back inside ``torch.func.vjp``."""
-        if not self.is_gradient:
-            return self(x, theta)
-        return gradient_of(self.values(x, theta), x)
+        return gradient_of(self.values(x, theta), x) if self.is_gradient else self(x, theta)
 
 
 def gradient_of(values: torch.Tensor, x: Leaves) -> Leaves:

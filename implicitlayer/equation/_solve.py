@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -84,11 +85,7 @@ class SolveSpec:
     judge: Judge | None = None
     doubt: Doubt | None = None
     flaw: str = ""  # why derivatives in the tensors of the operator would be wrong
-
-    @property
-    def of_derivative(self) -> bool:
-        """Whether this is the solve behind a derivative of a solve."""
-        return self.kind.startswith(_HIGHER)
+    of_derivative: bool = False  # whether this is the solve behind a derivative of a solve
 
     def derivative(self, transposed: bool, of_operator: bool, changed: str) -> SolveSpec:
         """The spec of the solve behind a derivative of this one.
@@ -99,9 +96,11 @@ class SolveSpec:
             raise UnsupportedTransformError(self.flaw)
         if changed:
             raise UnsupportedTransformError(_OTHER_SYSTEM.format(kind=self.kind, what=f"was {changed}"))
-        kind = self.kind if self.of_derivative else f"{_HIGHER} {self.kind}"
+        order = _HIGHER if self.kind != "linear" else "backward" if transposed else "forward-mode"
+        kind = self.kind if self.kind.startswith(_HIGHER) else f"{order} {self.kind}"
         operator = self.operator.transpose() if transposed else self.operator
-        return replace(self, operator=operator, kind=kind, certify=None, judge=None, doubt=None)
+        behind = replace(self, operator=operator, kind=kind, of_derivative=True)
+        return replace(behind, certify=None, judge=None, doubt=None)
 
 
 def solve(spec: SolveSpec, rhs: Leaves, tensors: Leaves) -> Leaves:
@@ -158,6 +157,7 @@ class LinearSolve(torch.autograd.Function):
         if settings.listener is not None:
             settings.listener(record)
         if not solution.status.ok:
+            _refuse_not_linear(spec, operator, flat)
             where = _at_maximum(spec, operator, flat, solution) if solution.status is Status.INDEFINITE else ""
             solution.enforce(settings.on_failure, f"{spec.kind} solve{where}: ")
         if answer is not None and answer.message:
@@ -249,6 +249,21 @@ def _at_maximum(spec: SolveSpec, operator: FlatOperator, rhs: torch.Tensor, solu
         f" at a maximum of the objective{name_lanes(maximum)} (all curvature is negative there: the solver went up, "
         "or the objective has the wrong sign; to maximise f, pass -f as the objective)"
     )
+
+
+def _refuse_not_linear(spec: SolveSpec, operator: FlatOperator, vector: torch.Tensor) -> None:
+    """An error where A(2 v) is not 2 A v, which a factor of two rounds nothing of; Jacobians are linear."""
+    if isinstance(spec.operator, Jacobian):
+        return
+    once = operator(vector)
+    gap, size = (part.abs().amax(-1) for part in (operator(2 * vector) / 2 - once, once))
+    bad = gap > math.sqrt(torch.finfo(vector.dtype).eps) * size
+    if bool(bad.any()):
+        raise ValueError(
+            f"the operator A of the {spec.kind} solve is not linear{name_lanes(bad)}: A(2 v) / 2 and A v differ by "
+            f"{(gap / size)[bad].max().item():.2g} of their size. Of a function u -> B u + c give u -> B u, and b - c "
+            "as the right-hand side."
+        )
 
 
 def _while_unchanged(tensors: Leaves, certify: Callable[[], GradientError]) -> Callable[[], GradientError]:

@@ -23,11 +23,12 @@ from implicitlayer.linear._common import (
     SUSPICIOUS_RESIDUAL,
     Keep,
     KrylovSolver,
+    judge,
     lane_norm,
     zero_steps,
 )
 from implicitlayer.linear._operator import FlatOperator, lane_dot, lane_scale
-from implicitlayer.linear._preconditioners import Precondition, Preconditioner
+from implicitlayer.linear._preconditioners import Given, Precondition
 from implicitlayer.linear._traced import TracedSolution, TracedSystem, conjugate_gradient
 
 # NOTE [a small residual is no small error]: ||u - A^-1 b|| <= ||r|| / (smallest eigenvalue), and the smallest curvature
@@ -83,10 +84,9 @@ class ConjugateGradient(KrylovSolver):
         return conjugate_gradient(system, self.limits, _AIM, _FURTHER)
 
     def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution:
-        given = self.preconditioner
-        precondition = (given.build(operator, rhs) if isinstance(given, Preconditioner) else given) or (
-            None if operator.metric_factor is None and operator.inverse_metric is None else operator.precondition
-        )
+        given = None if self.preconditioner is None else Given(self, operator, rhs)
+        plain = operator.metric_factor is None and operator.inverse_metric is None
+        precondition = given or (None if plain else operator.precondition)
         asked = self.limits.has_tolerance
         scale = lane_scale(rhs)
         b = rhs / scale
@@ -128,8 +128,9 @@ class ConjugateGradient(KrylovSolver):
             previous, going = run.residual_norm, bool(running.any())
         if touched and asked:
             run.codes = self._ill_conditioned(run, unit, norm)
-        start = lambda: b if precondition is None else precondition(b)  # noqa: E731
-        return self._finish(run, start, norm, scale, tolerance, rtol, touched)
+        start = lambda: b if precondition is None else (given.function if given else precondition)(b)  # noqa: E731
+        found = self._finish(run, start, norm, scale, tolerance, rtol, touched)
+        return found if given is None else given.judged(found)
 
     def _unit(self, operator: FlatOperator) -> float | torch.Tensor | None:
         """What curvatures p'Ap / p'Mp are to be multiplied with to be those of A; None where M is no number."""
@@ -171,16 +172,8 @@ class ConjugateGradient(KrylovSolver):
         if not asked:
             codes = torch.where((codes == int(Status.STEP_LIMIT)) & (relative > BLOWN_UP), int(Status.DIVERGED), codes)
         elif not bool((reached & (codes == int(Status.CONVERGED))).all()):
-            stuck = (codes == int(Status.CONVERGED)) & ~reached
-            codes = torch.where(stuck, int(Status.STAGNATED), codes)
-            # A flat direction that was met after the residual had fallen is where rounding takes over; met before
-            # that, the right-hand side is outside the range.
-            flat = codes == int(Status.SINGULAR)
-            codes = torch.where(flat & (relative < 0.1), int(Status.STAGNATED), codes)
             codes = torch.where((codes == int(Status.ILL_CONDITIONED)) & ~reached, int(Status.STAGNATED), codes)
-            soft = (codes == int(Status.STAGNATED)) | (codes == int(Status.MAX_STEPS_REACHED))
-            codes = torch.where(soft & reached, int(Status.CONVERGED), codes)
-            codes = torch.where(soft & ~(relative < 1), int(Status.DIVERGED), codes)
+            codes = judge(codes, reached, relative, torch.zeros_like(relative), 0.1)
         fruitless = (codes > int(Status.STAGNATED)) & ~(relative < 1)
         value = torch.where(fruitless.unsqueeze(-1), zero_steps(), run.value) if bool(fruitless.any()) else run.value
         smallest = run.smallest if run.smallest is not None else torch.full_like(norm, math.inf)
@@ -195,7 +188,6 @@ class ConjugateGradient(KrylovSolver):
             method=self.method,
             rtol=rtol,
             ritz=run.ritz,
-            preconditioned=self.preconditioner is not None,
         )
 
 

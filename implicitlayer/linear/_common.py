@@ -6,8 +6,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import cache, cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,7 +15,7 @@ import torch
 from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._status import Status
 from implicitlayer.linear._operator import FlatOperator, LinearSolver, default_rtol, lane_dot, lane_scale
-from implicitlayer.linear._preconditioners import Precondition, Preconditioner
+from implicitlayer.linear._preconditioners import Given, Precondition, Preconditioner
 
 # Code of a round that ended without an answer (a full cycle, a breakdown): go on from the true residual.
 CONTINUE = -1
@@ -161,6 +161,18 @@ def select(mask: torch.Tensor, vector: torch.Tensor, other: torch.Tensor | None 
     return torch.where(mask.unsqueeze(-1), vector, torch.zeros_like(vector) if other is None else other)
 
 
+def merged(old: LinearSolution, new: LinearSolution, mask: torch.Tensor, remedy: str) -> LinearSolution:
+    """``new`` in the lanes of ``mask``, ``old`` elsewhere; steps add up, the smallest curvature seen stays."""
+    picked: dict[str, Any] = {
+        name: torch.where(mask, getattr(new, name), getattr(old, name))
+        for name in ("codes", "residual_norm", "relative_residual", "smallest_curvature")
+    }
+    picked["smallest_curvature"] = torch.fmin(old.smallest_curvature, picked["smallest_curvature"])
+    true, steps = old.residual_is_true and new.residual_is_true, old.steps + torch.where(mask, new.steps, 0)
+    value = select(mask, new.value, old.value)
+    return replace(old, value=value, steps=steps, residual_is_true=true, remedy=remedy, **picked)
+
+
 class Keep:
     """Picks the new values of running lanes and the old ones of all others."""
 
@@ -235,7 +247,7 @@ def refine(
     relative = torch.where(initial > 0, norm / initial, torch.zeros_like(initial))
     if limits.has_tolerance and not settled:
         rounding = eps * growth * lane_norm(x) / torch.where(initial > 0, initial, 1.0)
-        codes = _judge(codes, norm <= SLACK * tolerance, relative, rounding, math.sqrt(eps))
+        codes = judge(codes, norm <= SLACK * tolerance, relative, rounding, math.sqrt(eps))
     return LinearSolution(
         value=x * scale,
         codes=codes,
@@ -269,12 +281,12 @@ def _after_round(
     return codes, undecided & fell
 
 
-def _judge(
+def judge(
     codes: torch.Tensor, reached: torch.Tensor, relative: torch.Tensor, rounding: torch.Tensor, small: float
 ) -> torch.Tensor:
     """The statuses in the light of the true residual.
 
-    A flat direction met after the residual has fallen to the square root of eps is where rounding takes over; met
+    A flat direction met after the residual has fallen below ``small`` is where rounding takes over; met
     before that, the right-hand side is outside the range. It is so too where u has grown so large that the rounding of
     A u alone, ``eps ||A|| ||u||``, is above one per cent of b: the residual then says nothing.
     """
@@ -321,17 +333,8 @@ def _first_round(
         return None
     curvature = torch.full(lanes, math.inf, dtype=torch.float64) if found.curvature is None else found.curvature
     absolute, relative = (torch.full(lanes, size, dtype=torch.float64) for size in (norm * scale, norm / initial))
-    return LinearSolution(
-        value=found.value * scale,
-        codes=found.codes,
-        steps=found.steps,
-        residual_norm=absolute,
-        relative_residual=relative,
-        smallest_curvature=curvature,
-        residual_is_true=True,
-        method=method,
-        rtol=rtol,
-    )
+    numbers = (found.codes, found.steps, absolute, relative, curvature)
+    return LinearSolution(found.value * scale, *numbers, True, method, rtol)
 
 
 @dataclass(frozen=True)
@@ -361,17 +364,12 @@ class KrylovSolver(LinearSolver):
     def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution:
         """Solve for a flat right-hand side [*lanes, n]."""
 
-        @cache  # made at its first use: a zero rhs makes no product
-        def built() -> Precondition:
-            given = self.preconditioner
-            return (given.build(operator, rhs) if isinstance(given, Preconditioner) else given) or operator.precondition
-
-        def precondition(vector: torch.Tensor) -> torch.Tensor:
-            return built()(vector)
-
+        given = None if self.preconditioner is None else Given(self, operator, rhs)
+        precondition = given or operator.precondition
         if self.max_steps == 0:
             return zero_steps(rhs, precondition, self.limits, self.method)
-        return refine(operator, rhs, self.limits, partial(self.correct, operator, precondition), self.method)
+        found = refine(operator, rhs, self.limits, partial(self.correct, operator, precondition), self.method)
+        return found if given is None else given.judged(found)
 
 
 def zero_steps(rhs: torch.Tensor, precondition: Precondition, limits: Limits, method: str) -> LinearSolution:

@@ -88,9 +88,7 @@ def materialise(operator: FlatOperator, like: torch.Tensor) -> torch.Tensor:
             columns += [column for part in rest.split(_CHUNK) for column in _torch.mapped_over(operator, part)]
         except RuntimeError:  # a product that vmap cannot follow (NumPy inside, data-dependent code): one by one
             columns += [operator(unit) for unit in rest]
-    if not columns:
-        return like.new_zeros(*like.shape, 0).double()
-    return torch.stack(columns, -1).double()
+    return (torch.stack(columns, -1) if columns else like.new_zeros(*like.shape, 0)).double()
 
 
 def factorise(

@@ -117,11 +117,9 @@ class Minres(KrylovSolver):
         steps = torch.zeros_like(codes)
         x, w, w_old, u_old = (torch.zeros_like(r) for _ in range(4))
         beta = lane_norm(r, v)
-        finite = v.isfinite().all(-1)
+        finite = v.isfinite().all(-1) & (beta > 0)
         codes = torch.where(running & ~finite, int(Status.NONFINITE), codes)
-        running = running & finite
-        bad_metric = running & ~(beta > 0)
-        running, phibar = running & ~bad_metric, beta
+        running, phibar = running & finite, beta
         u, v = times(1 / beta, r), times(1 / beta, v)
         zero = torch.zeros_like(beta)
         dbar, epsilon, c, s, size, beta_old, curvature = zero, zero, zero - 1, zero, zero, zero, zero + math.inf
@@ -134,9 +132,11 @@ class Minres(KrylovSolver):
             new = operator(v)
             steps = steps + running
             growth = torch.where(running, torch.maximum(growth, largest(new) / largest(v)), growth)
-            new, z, alpha, beta = _orthogonal(precondition, new - times(beta_old, u_old), v, u)
-            finite = alpha.isfinite() & new.isfinite().all(-1)
-            bad_metric = bad_metric | (running & finite & z.isfinite().all(-1) & beta.isnan())
+            new = new - times(beta_old, u_old)
+            alpha = lane_dot(v, new)
+            new = new - times(alpha, u)
+            z = precondition(new)
+            beta = lane_norm(new, z)
             codes = torch.where(running & ~beta.isfinite(), int(Status.NONFINITE), codes)
             running = running & beta.isfinite()
             curvature = torch.where(running, torch.minimum(curvature, alpha), curvature)
@@ -165,23 +165,4 @@ class Minres(KrylovSolver):
             reached = running & (norm <= start.stop)
             codes = torch.where(reached, int(Status.CONVERGED), codes)
             running = running & ~reached
-        _refuse(bad_metric)
         return Correction(x, codes, steps, norm, curvature, growth)
-
-
-def _orthogonal(
-    precondition: Precondition, new: torch.Tensor, v: torch.Tensor, u: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``new`` without its part along u, M^-1 times it, that part alpha, and the M^-1-norm beta of what is left."""
-    alpha = lane_dot(v, new)
-    new = new - times(alpha, u)
-    z = precondition(new)
-    return new, z, alpha, lane_norm(new, z)
-
-
-def _refuse(bad_metric: torch.Tensor) -> None:
-    if bool(bad_metric.any()):
-        raise ValueError(
-            "the preconditioner of Minres must be symmetric positive definite: it gave <r, M^-1 r> <= 0. Use the "
-            "absolute value of what it approximates."
-        )

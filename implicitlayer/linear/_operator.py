@@ -108,10 +108,11 @@ def is_for_symmetric(solver: Any) -> bool:
 
 
 def _matrix_operator(matrix: torch.Tensor, rhs: torch.Tensor) -> FlatOperator:
-    if matrix.ndim < 2 or matrix.shape[-1] != matrix.shape[-2] or matrix.shape[:-1] != rhs.shape:
+    square = matrix.ndim > 1 and matrix.shape[-1] == matrix.shape[-2] and matrix.dtype == rhs.dtype
+    if not square or matrix.shape[:-1] != rhs.shape:
         raise ValueError(
-            f"a matrix [*lanes, n, n] needs a right-hand side [*lanes, n]: got {tuple(matrix.shape)} and "
-            f"{tuple(rhs.shape)}."
+            f"a matrix [*lanes, n, n] needs a right-hand side [*lanes, n] of its dtype: got {tuple(matrix.shape)} "
+            f"{matrix.dtype} and {tuple(rhs.shape)} {rhs.dtype}."
         )
     return FlatOperator(
         lambda v: torch.linalg.vecdot(matrix.conj(), v.unsqueeze(-2)),

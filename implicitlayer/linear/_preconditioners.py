@@ -7,11 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 
-from implicitlayer.linear._operator import FlatOperator, lane_scale
+from implicitlayer.base._solution import LinearSolution
+from implicitlayer.base._status import Status
+from implicitlayer.base._tree import name_lanes
+from implicitlayer.linear._operator import FlatOperator, is_for_symmetric, lane_dot, lane_scale
 
 Precondition = Callable[[torch.Tensor], torch.Tensor]
 
@@ -159,3 +164,44 @@ def _nystrom(sketch: torch.Tensor, test: torch.Tensor, eps: float) -> tuple[torc
 def _random(n: int, columns: int, seed: int) -> torch.Tensor:
     """[n, columns] normal float64 numbers, the same on every device."""
     return torch.randn(n, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+class Given:
+    """The preconditioner of a solver: what it returns is checked, and looked at where the solve fails."""
+
+    def __init__(self, solver: Any, operator: FlatOperator, rhs: torch.Tensor) -> None:
+        self.solver, self.operator, self.rhs = solver, operator, rhs
+        self.broken = self.negative = torch.zeros(rhs.shape[:-1], dtype=torch.bool, device=rhs.device)
+
+    @cached_property
+    def function(self) -> Precondition:
+        """Made at its first use: a zero rhs makes no product."""
+        given = self.solver.preconditioner
+        made: Precondition = given.build(self.operator, self.rhs) if isinstance(given, Preconditioner) else given
+        return made
+
+    def __call__(self, vector: torch.Tensor) -> torch.Tensor:
+        answer = self.function(vector)
+        form, wanted = ((getattr(t, "shape", type(t).__name__), getattr(t, "dtype", "")) for t in (answer, vector))
+        if form != wanted:
+            raise TypeError(
+                f"the preconditioner of {type(self.solver).__name__} must return a tensor of the shape and dtype that "
+                "it is given: expected {} {}, got {} {}.".format(*wanted, *form)
+            )
+        product = lane_dot(vector, answer)
+        self.broken = self.broken | (vector.isfinite().all(-1) & ~answer.isfinite().all(-1))
+        self.negative = self.negative | ((product <= 0) & vector.any(-1))
+        return answer
+
+    def judged(self, found: LinearSolution) -> LinearSolution:
+        """The solution, which tells of NaN that came from here; what is not positive definite is refused."""
+        failed, nonfinite = found.codes > int(Status.STAGNATED), found.codes == int(Status.NONFINITE)
+        bad = failed & self.negative & ~self.broken
+        if is_for_symmetric(self.solver) and bool(bad.any()):
+            raise ValueError(
+                f"the preconditioner of {type(self.solver).__name__} must be symmetric positive definite: it gave "
+                f"<r, M^-1 r> <= 0{name_lanes(bad)} (a negative direction, or a singular one). Use the absolute value "
+                "of what it approximates."
+            )
+        broken = bool(nonfinite.any()) and not bool((nonfinite & ~self.broken).any())
+        return replace(found, preconditioned=True, broken_preconditioner=broken)

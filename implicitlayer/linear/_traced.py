@@ -116,12 +116,10 @@ def conjugate_gradient(system: TracedSystem, limits: Limits, aim: float, further
 
 def _reach(system: TracedSystem, smallest: torch.Tensor, unit: torch.Tensor | None) -> torch.Tensor:
     """||A^-1 F|| from above, by the smallest curvature p'Ap / p'Mp; without a unit, in that of M's smallest entry."""
-    norm = lane_norm(system.gradient)
-    if unit is None and system.inverse_metric is not None:
-        reach = norm * system.inverse_metric.double().amax(-1) / smallest
-    else:
-        reach = norm / (smallest if unit is None else unit * smallest)
-    return torch.where(smallest.isinf(), 0.0, reach)
+    if unit is None:
+        assert system.inverse_metric is not None
+        unit = 1 / system.inverse_metric.double().amax(-1)
+    return torch.where(smallest.isinf(), 0.0, lane_norm(system.gradient) / (unit * smallest))
 
 
 def dense(system: TracedSystem, limits: Limits, suspicious: float) -> TracedSolution:

@@ -11,7 +11,7 @@ import torch
 from implicitlayer import _torch
 from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._status import Status
-from implicitlayer.linear._common import SLACK, Limits, lane_norm, select
+from implicitlayer.linear._common import SLACK, Limits, lane_norm, merged, select
 from implicitlayer.linear._operator import FlatOperator, LinearSolver
 
 
@@ -104,17 +104,10 @@ class WarmStart(LinearSolver):
         if found.residual_is_true:
             # a start far larger than the answer costs digits that the correction cannot see: look at the sum
             residual_norm = lane_norm(rhs - operator(value))
-            allowed = SLACK * torch.clamp((rtol or 0.0) * norm, min=limits.atol)
-            lost = (found.codes == int(Status.CONVERGED)) & (residual_norm > allowed)
-            if bool(lost.any()):  # and begin at zero
-                fresh: LinearSolution = self.solver(operator, select(lost, rhs))
-                value = select(lost, fresh.value, value)
-                residual_norm = torch.where(lost, fresh.residual_norm, residual_norm)
-                found = replace(
-                    found,
-                    codes=torch.where(lost, fresh.codes, found.codes),
-                    steps=found.steps + torch.where(lost, fresh.steps, 0),
-                    smallest_curvature=torch.minimum(found.smallest_curvature, fresh.smallest_curvature),
-                )
         relative = torch.where(norm > 0, residual_norm / norm, torch.zeros_like(norm))
-        return replace(found, value=value, residual_norm=residual_norm, relative_residual=relative, rtol=rtol)
+        found = replace(found, value=value, residual_norm=residual_norm, relative_residual=relative, rtol=rtol)
+        allowed = SLACK * torch.clamp((rtol or 0.0) * norm, min=limits.atol)
+        lost = (found.codes == int(Status.CONVERGED)) & (residual_norm > allowed)
+        if found.residual_is_true and bool(lost.any()):  # and begin at zero
+            found = merged(found, self.solver(operator, select(lost, rhs)), lost, found.remedy)
+        return found

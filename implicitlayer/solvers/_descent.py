@@ -198,9 +198,7 @@ class Descent:
 
     def _chosen(self, lanes: torch.Tensor, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
         """``new`` [*lanes, n] in some lanes, ``old`` in the others; no copy where one of them is the answer."""
-        if self.on_host and bool(lanes.all()):
-            return new
-        return torch.where(lanes.unsqueeze(-1), new, old)
+        return new if self.on_host and bool(lanes.all()) else torch.where(lanes.unsqueeze(-1), new, old)
 
     def _idle(self, accepted: torch.Tensor) -> torch.Tensor:
         """Lanes that only move by rounding errors; see NOTE [rounding]. A long search counts for more."""

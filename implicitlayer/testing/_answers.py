@@ -24,7 +24,7 @@ import math
 
 import torch
 
-from implicitlayer.testing._differences import SAFE_NOISE, Difference
+from implicitlayer.testing._differences import SAFE_NOISE
 from implicitlayer.testing._modes import Check, entry_along
 from implicitlayer.testing._references import DenseSystem, Leaves, flat, plain, scales
 from implicitlayer.testing._report import GradientRow, Status, entry_of
@@ -50,7 +50,8 @@ def check_followed(check: Check) -> list[str]:
     error: float | None = None
     for j, name in enumerate(check.equation.names):
         chosen = zip(check.directions[j], check.quotients[j], strict=True)
-        if not any(_suspect(system, j, d, quotient) for (_, d), quotient in chosen):
+        speeds = [(q, float((system.jacobian(j) @ d).norm())) for (_, d), q in chosen if q is not None]
+        if not any(speed > 0 and float(q.noise.norm()) >= _ASTRAY * speed for q, speed in speeds):
             continue
         error = _error_at_theta(check, system) if error is None else error
         whole = _follow(check, system, j, error, *check.directions[j][0])
@@ -68,11 +69,6 @@ def check_followed(check: Check) -> list[str]:
                 "it, or reads a part of it only, such as one triangle of a symmetric matrix (let it symmetrise)."
             )
     return notes
-
-
-def _suspect(system: DenseSystem, j: int, d: torch.Tensor, quotient: Difference | None) -> bool:
-    speed = float((system.jacobian(j) @ d).norm())
-    return quotient is not None and speed > 0 and float(quotient.noise.norm()) >= _ASTRAY * speed
 
 
 def _entries(check: Check, j: int) -> list[tuple[str, torch.Tensor]]:

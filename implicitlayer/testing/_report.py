@@ -133,13 +133,12 @@ def worst_first(rows: list[GradientRow]) -> tuple[GradientRow, ...]:
     A wrong objective or solver is why the other rows fail. That the layer raised is the last thing to look at: its
     message, torch's as a rule, speaks of where it broke and not of why.
     """
-    return tuple(sorted(rows, key=lambda row: (_SEVERITY[row.status], _rank(row), -row.ratio)))
 
+    def key(row: GradientRow) -> tuple[int, int, float]:
+        cause = row.status == "failed" and row.mode in ("objective", "solver")
+        return _SEVERITY[row.status], 0 if cause else 1 + (row.reference == "-"), -row.ratio
 
-def _rank(row: GradientRow) -> int:
-    if row.status == "failed" and row.mode in ("objective", "solver"):
-        return 0
-    return 2 if row.reference == "-" else 1
+    return tuple(sorted(rows, key=key))
 
 
 class Place(NamedTuple):

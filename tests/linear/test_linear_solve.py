@@ -251,7 +251,10 @@ def test_a_zero_cotangent_costs_no_product_and_gives_zero() -> None:
 
 @pytest.mark.parametrize("shape", [(3, 3, 3), (3, 4), (4, 4), (3,)], ids=str)
 def test_a_matrix_that_does_not_fit_is_an_error_with_both_shapes(shape: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"a matrix \[n, n\] needs a right-hand side \[n\], got \(.*\) and \(3,\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"a matrix \[n, n\] needs a right-hand side \[n\] of its dtype, got \(.*\) torch.float64 and \(3,\)",
+    ):
         il.linear_solve(torch.ones(shape, dtype=F64), torch.ones(3, dtype=F64))
 
 
@@ -280,6 +283,55 @@ def test_failures_follow_the_policy_and_name_the_linear_solve() -> None:
     with pytest.raises(il.NonFiniteError, match="right-hand side of the linear solve"):
         il.linear_solve(hard, b * torch.nan)
     compare(il.linear_solve(saddle, b, il.Minres()), torch.tensor([1.0, -0.5], dtype=F64))
+
+
+@pytest.mark.parametrize("function", [lambda u, a: a @ u + 1, lambda u, a: a @ u + 3 * u * u.abs()])
+@pytest.mark.parametrize("solver", [il.ConjugateGradient(), il.Gmres(), il.Bicgstab(), il.Dense()])
+def test_a_function_that_is_not_linear_is_an_error_that_says_so(function: Any, solver: Any) -> None:
+    a = matrix_of(randn(N, N, seed=1), True)
+    with pytest.raises(ValueError, match=r"operator A of the linear solve is not linear: A\(2 v\) / 2 and A v differ"):
+        il.linear_solve(function, randn(N, seed=2), solver, a)
+
+
+@pytest.mark.parametrize("linear", [lambda u, a: a @ u, lambda u, a: (a.float() @ u.float()).double()])
+def test_a_linear_function_that_is_not_solved_is_not_called_nonlinear(linear: Any) -> None:
+    a, b = torch.diag(torch.logspace(0, 3, 20, dtype=F64)), randn(20, seed=2)
+    with pytest.warns(il.ConvergenceWarning, match="^linear solve: "):
+        il.linear_solve(linear, b, il.ConjugateGradient(rtol=1e-14, max_steps=12), a)
+
+
+def test_the_solve_behind_a_first_derivative_is_called_by_its_mode() -> None:
+    a, b = torch.diag(torch.tensor([1.0, 3.0], dtype=F64)), torch.ones(2, dtype=F64, requires_grad=True)
+
+    def solved(b: Tensor) -> Tensor:
+        u: Tensor = il.linear_solve(a, b, il.ConjugateGradient(), symmetric=True)
+        return u
+
+    with il.diagnostics() as records:
+        jvp(solved, (b.detach(),), (b.detach(),))
+        (g,) = torch.autograd.grad(solved(b).square().sum(), b, create_graph=True)
+        torch.autograd.grad(g.sum(), b)
+    kinds = [r.kind for r in records if isinstance(r, il.BackwardRecord)]
+    higher = ["higher-order backward linear", "backward linear"]  # of the solve behind g, and of the first
+    assert kinds[:4] == ["linear", "forward-mode linear", "linear", "backward linear"] and set(kinds[4:]) == set(higher)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, F64), (F64, torch.float32)])
+def test_a_matrix_and_a_right_hand_side_of_two_dtypes_are_an_error_with_both(dtypes: Any) -> None:
+    a, b = torch.eye(N, dtype=dtypes[0]), torch.ones(N, dtype=dtypes[1])
+    for call in (lambda: il.linear_solve(a, b), lambda: il.ConjugateGradient()(a, b)):
+        with pytest.raises(ValueError, match=f"of its dtype.* got .* {dtypes[0]} and .* {dtypes[1]}"):
+            call()
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, F64), (F64, torch.float32)])
+def test_a_hessian_solves_for_a_right_hand_side_of_another_dtype_in_its_own(dtypes: Any) -> None:
+    x, b = torch.ones(N, dtype=dtypes[0]), torch.arange(1.0, N + 1, dtype=dtypes[1], requires_grad=True)
+    operator = il.hessian_operator(lambda x: (x**4).sum(), x)  # 12 I
+    u = il.linear_solve(operator, b)
+    (g,) = torch.autograd.grad(u.sum(), b)
+    assert u.dtype is dtypes[0] and g.dtype is dtypes[1]
+    assert torch.allclose(u.double(), b.double() / 12, rtol=1e-6) and torch.allclose(g, torch.ones_like(g) / 12)
 
 
 def test_complex_and_integer_systems_are_refused_with_the_real_system_that_is_the_same() -> None:

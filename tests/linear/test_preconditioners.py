@@ -123,6 +123,7 @@ def test_preconditioners_do_not_depend_on_scale(factor: float) -> None:
 def test_a_zero_right_hand_side_builds_nothing() -> None:
     counted = Counted(spd_matrix(5, 1, seed=1))
     for preconditioner in (il.Jacobi(), il.Nystrom(2)):
+        il.ConjugateGradient(preconditioner=preconditioner)(counted.operator(), torch.zeros(5, dtype=F64))
         il.Minres(preconditioner=preconditioner)(counted.operator(), torch.zeros(5, dtype=F64))
     assert counted.num_products == 0
 
@@ -134,3 +135,58 @@ def test_bad_settings_are_refused() -> None:
         il.Nystrom(0)
     with pytest.raises(ValueError, match=r"damping=-1.0 must be non-negative"):
         il.Nystrom(1, damping=-1.0)
+
+
+SIGNS = torch.tensor([1.0, 1.0, -1.0, 1.0, -1.0, 1.0], dtype=F64)
+HALF = torch.tensor([1.0, 1.0, 1.0, 0.0, 0.0, 0.0], dtype=F64)
+
+
+@pytest.mark.parametrize("lanes", [(), (3,)])
+@pytest.mark.parametrize("bad", [-torch.ones(6, dtype=F64), torch.zeros(6, dtype=F64), SIGNS])
+def test_conjugate_gradients_blame_a_preconditioner_that_is_not_positive_definite_not_the_matrix(
+    lanes: tuple[int, ...], bad: torch.Tensor
+) -> None:
+    matrix = spd_matrix(6, 3, seed=1).expand(*lanes, 6, 6)
+    solver = il.ConjugateGradient(preconditioner=lambda v: bad * v)
+    with pytest.raises(ValueError, match="preconditioner of ConjugateGradient must be symmetric positive definite"):
+        solver(matrix, randn(*lanes, 6, seed=2))
+
+
+def test_a_negative_direction_of_the_matrix_is_not_laid_on_a_good_preconditioner() -> None:
+    solution = il.ConjugateGradient(preconditioner=lambda v: v / 3)(-spd_matrix(6, 1, seed=1), randn(6, seed=2))
+    with pytest.raises(il.IndefiniteError, match=r"p'Ap/p'p = -.* <= 0 .*preconditioner may be the reason, too"):
+        solution.enforce("warn")
+
+
+SOLVERS = pytest.mark.parametrize("solver", [il.ConjugateGradient, il.Minres, il.Gmres, il.Bicgstab])
+
+
+@SOLVERS
+def test_nan_of_a_preconditioner_is_told_as_its_own_and_nan_of_the_matrix_as_a_product(solver: Any) -> None:
+    matrix, b = spd_matrix(6, 1, seed=1), randn(6, seed=2)
+    with pytest.raises(il.NonFiniteError, match=r"met NaN or Inf in its preconditioner.*given as preconditioner="):
+        solver(preconditioner=lambda v: v * torch.nan)(matrix, b).enforce("warn")
+    with pytest.raises(il.NonFiniteError, match="in a Hessian-vector product"):
+        solver(preconditioner=lambda v: v / 2)(matrix * torch.nan, b).enforce("warn")
+
+
+@SOLVERS
+def test_a_preconditioner_returns_the_shape_and_dtype_that_it_is_given(solver: Any) -> None:
+    matrix, b = spd_matrix(6, 1, seed=1), randn(6, seed=2)
+    for bad, got in (
+        (lambda v: v.float(), r"torch.Size\(\[6\]\) torch.float32"),
+        (lambda v: v[..., :3], r"torch.Size\(\[3\]\) torch.float64"),
+        (lambda v: v.tolist(), "list"),
+    ):
+        with pytest.raises(
+            TypeError, match=rf"preconditioner of {solver.__name__} must return .* torch.float64, got {got}"
+        ):
+            solver(preconditioner=bad)(matrix, b)
+
+
+@pytest.mark.parametrize("solver", [il.Minres, il.Gmres, il.Bicgstab])
+def test_a_failed_solve_says_that_a_preconditioner_takes_part(solver: Any) -> None:
+    """With P = diag(1, 1, 1, 0, 0, 0) all u have three entries at most: none solves A u = b."""
+    solution = solver(preconditioner=lambda v: HALF * v)(spd_matrix(6, 1, seed=1), randn(6, seed=2))
+    with pytest.raises(il.LinearSolveError, match="The preconditioner may be the reason, too: solve without it to see"):
+        solution.enforce("raise")
