@@ -13,6 +13,11 @@ Leaves = list[torch.Tensor]
 FlatFunction = Callable[[Leaves, Leaves], Any]
 
 
+def name_of(function: Any) -> str:
+    """The name of a function; of another callable the name of its class."""
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
 class Objective(Protocol):
     """``objective(x, *theta) -> 0-d tensor`` in plain torch code; x and every theta are pytrees."""
 

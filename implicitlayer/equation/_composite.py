@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from implicitlayer.base._copying import CopiesFunctions
-from implicitlayer.base._tree import flatten
+from implicitlayer.base._tree import flatten, lane_reduce
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,21 +55,22 @@ def composite(loss: Callable[..., torch.Tensor], model: Callable[..., Any]) -> C
     return Composite(loss, model)
 
 
-def least_squares(residuals: Callable[..., Any]) -> Composite:
+def least_squares(residuals: Callable[..., Any], *, batch_dims: int = 0) -> Composite:
     """The objective ``1/2 sum of squares of residuals(x, *theta)``, with its parts known: see :func:`composite`.
 
     Args:
-        residuals: ``residuals(x, *theta) -> pytree of tensors`` of any shapes. In a layer with ``batch_dims`` use
-            :func:`composite` with the loss ``lambda r, *theta: 0.5 * (r**2).sum(-1)``, one number for each problem.
+        residuals: ``residuals(x, *theta) -> pytree of tensors`` of any shapes.
+        batch_dims: leading dimensions of the residuals that enumerate problems: one sum for each. A layer that is
+            given the objective itself takes its own ``batch_dims``; inside of another one, such as
+            :func:`proximal`, say it here.
 
     Example:
         >>> import torch, implicitlayer as il
         >>> il.least_squares(lambda x: {"a": x, "b": 2 * x})(torch.tensor([1.0, 2.0])).item()
         12.5
     """
-    return Composite(_half_squares, residuals, squares=True)
+    return Composite(partial(_half_squares, batch_dims), residuals, squares=True)
 
 
-def _half_squares(outputs: Any, *theta: Any) -> torch.Tensor:
-    total: torch.Tensor = torch.stack([0.5 * (leaf * leaf).sum() for leaf in flatten(outputs)[0]]).sum()
-    return total
+def _half_squares(lane_dims: int, outputs: Any, *theta: Any) -> torch.Tensor:
+    return torch.stack([0.5 * lane_reduce(leaf * leaf, lane_dims) for leaf in flatten(outputs)[0]]).sum(0)

@@ -27,6 +27,7 @@ from implicitlayer.equation._capture import (
     run_undifferentiated,
 )
 from implicitlayer.equation._certificate import Assumptions
+from implicitlayer.equation._composite import Composite, least_squares
 from implicitlayer.equation._flat import Signature, flat_function, flat_parts, refuse_not_differentiated
 from implicitlayer.equation._jacobian import Curvature
 from implicitlayer.equation._repair import POLICIES, NegativeCurvature
@@ -73,6 +74,8 @@ class ImplicitLayer(CopiesFunctions):
         self._watched = self.own_function  # whether what it keeps was looked at
         self.knows_lanes = False  # whether lanes that read one another were looked for
         check_settings(self, ("function", "solver", "linear_solver"), (), ("polish", "batch_dims", "damping"))
+        if self.batch_dims and isinstance(self.function, Composite) and self.function.squares:
+            self.function = least_squares(self.function.model, batch_dims=self.batch_dims)
         if self.on_failure not in _POLICIES:
             raise ValueError(f"on_failure={self.on_failure!r} must be one of {_POLICIES}.")
         if self.stationarity_rtol is not None and not self.stationarity_rtol >= 0:

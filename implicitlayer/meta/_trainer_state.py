@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from implicitlayer.base._numbers import check_integer
 from implicitlayer.base._tree import flatten, flatten_with_names, tree_map
-from implicitlayer.base._types import PyTree
+from implicitlayer.base._types import PyTree, name_of
 from implicitlayer.meta._callbacks import check_callbacks
 from implicitlayer.meta._checkpoint import CheckpointError, load_checkpoint
 from implicitlayer.meta._checks import check_number
@@ -312,8 +312,8 @@ class TrainerState:
             "outer": self._outer.settings,
             "tasks_per_step": self.tasks_per_step,
             "config": plain(self.config),
-            "split": _called(self.split),
-            "validation": {"metric": _called(self.metric), "better": self.better, "transductive": self.transductive}
+            "split": name_of(self.split),
+            "validation": {"metric": name_of(self.metric), "better": self.better, "transductive": self.transductive}
             if self._validates
             else None,
         }
@@ -337,8 +337,3 @@ class TrainerState:
                 "run, or give another run_dir for a new one."
             )
         return state
-
-
-def _called(function: Any) -> str:
-    """The name of a function; of another callable the name of its class."""
-    return str(getattr(function, "__name__", type(function).__name__))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from implicitlayer.base._solution import LinearSolution, RecordingSolver
+from implicitlayer.base._types import name_of
 from implicitlayer.linear._operator import FlatOperator, LinearSolver, default_rtol
 from implicitlayer.testing._arrays import check_one_of
 
@@ -138,7 +139,7 @@ def linear(
     bare = "preconditioner" in settings and solver.preconditioner is None  # type: ignore[attr-defined]
     preconditioned = replace(solver, preconditioner=_weights) if bare else None  # type: ignore[type-var]
     many = isinstance(solver, LinearSolver) if batched is None else batched
-    claim = (solver, log10_cond, many, deterministic, dtypes, _name(solver) if name is None else name)
+    claim = (solver, log10_cond, many, deterministic, dtypes, name_of(solver) if name is None else name)
     return LinearClaim(*claim, systems, rtol, log10_scale, limited, preconditioned)
 
 
@@ -178,7 +179,7 @@ def inner(
     _check_positive("accuracy", accuracy, "It is the relative distance to the solution that the solver promises.")
     many = bool(getattr(solver, "batched", False)) if batched is None else batched
     return InnerClaim(
-        solver, log10_cond, many, deterministic, dtypes, _name(solver) if name is None else name, accuracy
+        solver, log10_cond, many, deterministic, dtypes, name_of(solver) if name is None else name, accuracy
     )
 
 
@@ -225,10 +226,6 @@ def _weights(vector: torch.Tensor) -> torch.Tensor:
 def _settings(solver: Any) -> set[str]:
     known = is_dataclass(solver) and not isinstance(solver, type)
     return {f.name for f in fields(solver) if f.init} if known else set()
-
-
-def _name(solver: Any) -> str:
-    return str(getattr(solver, "__name__", type(solver).__name__))
 
 
 def _check_callable(solver: Any, call: str) -> None:

@@ -199,6 +199,35 @@ def test_a_lane_that_breaks_leaves_the_bits_of_the_others() -> None:
     assert torch.equal(result.value[[0, 2]], whole[[0, 2]])
 
 
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("form", ["one tensor", "a dict"])
+@pytest.mark.parametrize("solver", [LevenbergMarquardt(rtol=1e-12), il.solvers.LBFGS(rtol=1e-12)])
+def test_a_layer_of_many_problems_takes_least_squares_as_it_is(solver: Any, form: str, curvature: Any) -> None:
+    """Straight lines: each has the fit and the derivative of its own pseudo-inverse (A'A)^-1 A', and no other's."""
+    A, scale = randn(3, 7, 2, seed=1), torch.arange(1.0, 4.0, dtype=F64)[:, None]
+
+    def residuals(x: Tensor, y: Tensor) -> Any:
+        r = (A @ x[..., None])[..., 0] - y
+        return r if form == "one tensor" else {"first": r[..., :3], "rest": r[..., 3:].unflatten(-1, (2, 2))}
+
+    y = randn(3, 7, seed=2) * scale
+    layer = il.argmin(il.least_squares(residuals), solver, batch_dims=1, curvature=curvature)
+    x = layer(torch.zeros(3, 2, dtype=F64), y.requires_grad_())
+    inverse, v = torch.linalg.pinv(A), randn(3, 2, seed=3)
+    (g,) = torch.autograd.grad(x, y, v)
+    assert relative_error(x, (inverse @ y[..., None])[..., 0]) < 1e-9
+    assert relative_error(g, (inverse.mT @ v[..., None])[..., 0]) < 1e-9
+
+
+def test_least_squares_inside_of_another_objective_says_its_problems_itself() -> None:
+    """1/2 |x - y|^2 + s/2 |x - c|^2 for each of three: x = (y + s c) / (1 + s)."""
+    loss = il.least_squares(lambda x, y: x - y, batch_dims=1)
+    layer = il.argmin(il.proximal(loss, 0.5), il.solvers.LBFGS(rtol=1e-12), batch_dims=1)
+    c, y = randn(3, 2, seed=1), randn(3, 2, seed=2)
+    assert relative_error(layer(torch.zeros(3, 2, dtype=F64), c, y), (y + 0.5 * c) / 1.5) < 1e-9
+    assert loss(c, y).shape == (3,) and il.least_squares(lambda x, y: x - y)(c, y).shape == ()
+
+
 def test_pytrees_and_zero_dimensional_unknowns_are_fitted() -> None:
     time = torch.linspace(0, 1, 8, dtype=F64)
     init = {"rate": torch.tensor(1.0, dtype=F64), "height": torch.ones(2, dtype=F64)}
