@@ -166,7 +166,9 @@ class _LinearFunction:
         return False
 
     def product(self, u: Leaves, tensors: Leaves) -> Leaves:
-        function = (self.adjoint or self._pull) if self.transposed and not self.symmetric else self.function
+        # assumed of A(tensors), not of its derivatives
+        real = self.transposed and (self.assumed or not self.symmetric)
+        function = (self.adjoint or self._pull) if real else self.function
         for has_lanes, randomness in reversed(self.levels):
             dims = 0, [0 if has else None for has in has_lanes]
             function = torch.vmap(function, in_dims=dims, randomness=randomness)
@@ -191,7 +193,7 @@ class _LinearFunction:
 
             return matvec
 
-        product = product_of(self)
+        product = product_of(replace(self, transposed=self.transposed and not self.symmetric))
         other = product_of(replace(self, transposed=self.symmetric or not self.transposed, symmetric=False))
         if self.transposed and self.symmetric and self.assumed:
             product = _tested(product, other)
@@ -247,8 +249,8 @@ def linear_solve(
         tensors: pytrees that the function depends on.
         symmetric: whether A = A'. False makes reverse mode solve with the transpose, which is right for every A.
             Default: False, but for a function with a solver of symmetric systems, such as
-            :class:`ConjugateGradient`: True, and reverse mode tests it by one product with A and one with A'. True is
-            taken at your word, and second derivatives need it also beside these values of the tensors.
+            :class:`ConjugateGradient`: A is symmetric at these values of the tensors, which reverse mode tests by one
+            product with A and one with A'. True is taken at your word, and second derivatives need it beside them, too.
         on_failure, negative_curvature: as in :func:`argmin`.
 
     Raises:

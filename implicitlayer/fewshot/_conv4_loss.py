@@ -189,7 +189,7 @@ class Conv4Loss:
         self.blocks = [_Block(number) for number in (2, 3, 4)]
         self.sides = sides  # of the inputs of the blocks 3 and 4
         self.num_images = images.shape[1]
-        self.target = F.one_hot(labels, num_ways).to(images.dtype)
+        self.target = F.one_hot(labels.long(), num_ways).to(images.dtype)
 
     def _between(self, x: Tensor, block: int) -> Tensor:
         """The output of a block as the patches that the next one reads."""

@@ -25,7 +25,7 @@ def task_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """
     check_labels(logits, labels)
     log_probabilities = logits.log_softmax(-1)
-    return -log_probabilities.gather(-1, labels.unsqueeze(-1)).squeeze(-1).mean(-1)
+    return -log_probabilities.gather(-1, labels.long().unsqueeze(-1)).squeeze(-1).mean(-1)
 
 
 def task_accuracy(logits: Tensor, labels: Tensor) -> Tensor:

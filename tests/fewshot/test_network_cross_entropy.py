@@ -160,3 +160,11 @@ def test_labels_that_do_not_fit_are_refused() -> None:
         TINY.cross_entropy(params, images, labels[:, :4])
     with pytest.raises(ValueError, match="must be integers of shape"):
         TINY.cross_entropy(params, images, labels.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+@pytest.mark.parametrize("network", [TINY, NETWORKS[-1]])
+def test_labels_may_be_small_integers(network: Conv4, dtype: torch.dtype) -> None:
+    params, images, labels = problem(network, 2, 6)
+    for loss in both(network):
+        torch.testing.assert_close(loss(params, images, labels.to(dtype)), loss(params, images, labels))

@@ -191,6 +191,17 @@ def test_a_function_that_is_not_symmetric_is_an_error_in_reverse_mode(wanted: st
         assert grad(run)(eye + 1e-4 * skew, b).isfinite().all()  # 1e-10, as rounding leaves it
 
 
+@pytest.mark.parametrize("solver", [il.ConjugateGradient(rtol=1e-13), il.Minres(rtol=1e-13)], ids=["cg", "minres"])
+def test_a_function_that_is_symmetric_at_these_tensors_alone_has_the_second_derivatives_of_any(solver: Any) -> None:
+    """Free entries of a symmetric matrix: what changes them need not be symmetric."""
+    A, b, w = randn(4, 4, seed=50), randn(4, seed=51), randn(4, seed=52)
+    A = A @ A.T + torch.eye(4, dtype=F64)
+    by_function = hessian(lambda A: w @ il.linear_solve(lambda u, A: A @ u, b, solver, A))(A)
+    compare(by_function, hessian(lambda A: w @ torch.linalg.solve(A, b))(A), 1e-10)
+    twice = jacrev(jacrev(lambda A: w @ il.linear_solve(lambda u: A @ u, b, solver)))(A)
+    compare(twice, by_function, 1e-10)
+
+
 def test_pytrees_in_give_pytrees_out() -> None:
     diagonal = torch.tensor([2.0, 4.0, 8.0], dtype=F64, requires_grad=True)
     rhs = {"a": torch.ones((), dtype=F64), "b": [torch.ones(2, dtype=F64)]}

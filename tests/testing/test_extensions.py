@@ -198,6 +198,10 @@ def test_a_wrong_method_fails(strangers: dict[str, Any]) -> None:
             phi = super().adapt(theta, support)
             return {name: theta[name] + (leaf - theta[name]).detach() for name, leaf in phi.items()}
 
+    class Longer(strangers["OneStep"]):  # type: ignore[misc]
+        def adapt(self, theta: Any, support: Any) -> Any:
+            return {name: leaf + 1e-3 * (leaf - leaf.detach()) for name, leaf in super().adapt(theta, support).items()}
+
     class Upwards(strangers["OneStep"]):  # type: ignore[misc]
         def __init__(self, task_loss: Any) -> None:
             super().__init__(task_loss, step_size=-0.1)
@@ -211,6 +215,7 @@ def test_a_wrong_method_fails(strangers: dict[str, Any]) -> None:
     Detached.exact = False  # first-order MAML: another direction, which it says, and one that helps
     for _, check in testing.extension_checks(Detached):
         check()
+    fails(Longer, "has a meta-gradient that is off by")
     fails(Upwards, "adapts from")
     fails(Averaged, "treats task 0 otherwise than alone: losses are")
 
