@@ -44,8 +44,8 @@ def value(layer: Callable[..., Any]) -> Callable[..., torch.Tensor]:
 
     Its gradient is that of the objective (of the Lagrangian, under constraints) at the solution, without a linear
     solve: as exact as x to first order. Second derivatives, and everything under transforms, go through the layer. At a
-    kink, of which the layer tells, the gradient is right and second derivatives are those of one side. Of many solutions
-    (a flat direction) the gradient is that at the one that was found; nothing tells, as there is no linear solve.
+    kink, of which the layer tells, the gradient is right and second derivatives are those of one side. Of many
+    solutions (a flat direction) it is that at the one that was found; nothing tells, as there is no linear solve.
 
     Args:
         layer: of :func:`argmin`, :class:`ArgminLayer`, :func:`constrained_argmin`, or :func:`qp` itself. Without a

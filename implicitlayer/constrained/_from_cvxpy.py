@@ -18,7 +18,8 @@ import torch
 from implicitlayer import _torch
 from implicitlayer.base._optional import extra
 from implicitlayer.base._sharding import on_whole_tensors
-from implicitlayer.constrained._conic import Cones, cone_program
+from implicitlayer.constrained._cones import Cones
+from implicitlayer.constrained._conic import cone_program
 from implicitlayer.constrained._qp import qp
 from implicitlayer.constrained._qp_sparse import Entries
 

@@ -11,7 +11,7 @@ from references import F64, central_differences, orthogonal, randn, relative_err
 from torch import Tensor
 
 import implicitlayer as il
-from implicitlayer.constrained._conic import Cones
+from implicitlayer.constrained._cones import Cones
 
 cp = pytest.importorskip("cvxpy", reason="cvxpy is not installed")
 if not {"OSQP", "CLARABEL"} <= set(cp.installed_solvers()):
@@ -188,6 +188,21 @@ def test_infeasible_and_unbounded_programs_are_told_or_masked_lane_by_lane() -> 
     unbounded = cp.Problem(cp.Minimize(c @ x), [cp.norm(x) <= x[0] + 1])
     with pytest.raises(il.UnboundedError):
         il.from_cvxpy(unbounded, [c], [x])(torch.tensor([-1.0, 0.0], dtype=F64))
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-6, 1e6, 1e9])
+def test_units_of_constraints_and_objective_do_not_matter(size: float) -> None:
+    """Clarabel calls the ball of radius 1e6 empty, and CVXPY with it."""
+    x, q, r = cp.Variable(3), cp.Parameter(3), cp.Parameter(nonneg=True)
+    far = torch.tensor([3.0, 1.0, 0.5], dtype=F64)
+    for cost, unit in ((1.0, size), (size, 1.0)):
+        problem = cp.Problem(cp.Minimize(cost * cp.sum_squares(x - q)), [cp.norm(x) <= r, x <= 1e10 * unit])
+        layer = il.from_cvxpy(problem, [q, r], [x])
+        radius = torch.tensor(unit, dtype=F64)
+        (found,) = layer(unit * far, radius)
+        assert relative_error(found, far * (radius / far.norm())) < EXACT
+        slope = torch.func.jacrev(layer)(unit * far, radius)[0]
+        assert relative_error(slope, torch.func.jacrev(lambda q: q / q.norm())(far)) < EXACT
 
 
 def test_a_kink_is_told() -> None:
