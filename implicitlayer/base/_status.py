@@ -51,8 +51,8 @@ _HELP = {
         "small still leaves an error above 10 %. Use float64 or a smaller rtol, precondition, or add damping."
     ),
     Status.STAGNATED: (
-        "The true residual stopped falling above the tolerance: the problem is too ill-conditioned for this dtype. "
-        "Use float64, add damping, or loosen rtol."
+        "The true residual stopped falling above the tolerance: the problem is too ill-conditioned for this dtype, "
+        "or a part of it works in a shorter one. Use float64 throughout, add damping, or loosen rtol."
     ),
     Status.SINGULAR: (
         "The matrix is singular to working precision and the right-hand side has a part outside its range (or the "

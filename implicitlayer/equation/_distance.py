@@ -188,7 +188,8 @@ def hessian_change(residual: Residual, x: Leaves, theta: Leaves, at: Stationarit
     Zero where the answer is near enough that it cannot matter.
     """
     none = torch.zeros_like(at.norm)
-    far = at.distance > torch.finfo(at.gradient.dtype).eps ** TIGHT * at.size
+    # leaves of two dtypes make one vector of the longer: what moves is known to the rounding of the shorter
+    far = at.distance > max([torch.finfo(leaf.dtype).eps for leaf in x]) ** TIGHT * at.size
     if not bool(far.any()):
         return none
     here = ravel(x, residual.lane_dims)
@@ -314,7 +315,7 @@ class AnswerCheck:
         allowed = self.rtol * self.size
         if self.nearest is not None:
             allowed = torch.minimum(allowed, self.nearest / _NEAR)
-        metric = _inverse_metric_norm(operator)
+        metric = operator.inverse_metric_norm()
         pull = norm * metric
         suspicious = (norm > 0) & (
             solution.ritz.any_below(pull / allowed.to(pull.dtype))
@@ -389,10 +390,3 @@ class Found:
 
 
 NOTHING_FOUND = Found()
-
-
-def _inverse_metric_norm(operator: FlatOperator) -> float | torch.Tensor:
-    """||M^-1|| of the metric of an operator, per lane (of a full matrix, by the pivots of its factor)."""
-    if operator.metric_factor is not None:
-        return operator.metric_factor.diagonal(dim1=-2, dim2=-1).double().amin(-1) ** -2
-    return 1.0 if operator.inverse_metric is None else operator.inverse_metric.double().amax(-1)

@@ -125,8 +125,9 @@ def _judge_change(spec: LayerSpec, measured: Stationarity, x: Leaves, theta: Lea
     message = (
         f"the solver's answer is about {measured.relative[pick].item():.1e} of its size from the solution, but the "
         f"{'Hessian' if spec.residual.is_gradient else 'Jacobian'} changes by {change[pick].item():.1e} of itself over "
-        f"that distance{name_lanes(moved)} (a barrier, a cusp). The implicit gradient carries an error of that order. "
-        "Solve the inner problem more tightly, pass polish=1 for a Newton step after the solver, or "
+        f"that distance{name_lanes(moved)} (a barrier, a cusp), or a part of it works in a shorter dtype than the "
+        "unknowns and sees no step so short. If not, the implicit gradient carries an error of that order: "
+        "solve the inner problem more tightly, pass polish=1 for a Newton step after the solver, or "
         "stationarity_rtol=None if an early stop is intended."
     )
     _tell(spec.settings.on_failure, moved, message, "changing Hessian")

@@ -248,17 +248,8 @@ def refine(
     if limits.has_tolerance and not settled:
         rounding = eps * growth * lane_norm(x) / torch.where(initial > 0, initial, 1.0)
         codes = judge(codes, norm <= SLACK * tolerance, relative, rounding, math.sqrt(eps))
-    return LinearSolution(
-        value=x * scale,
-        codes=codes,
-        steps=steps,
-        residual_norm=norm * scale[..., 0],
-        relative_residual=relative,
-        smallest_curvature=curvature,
-        residual_is_true=is_true,
-        method=method,
-        rtol=rtol,
-    )
+    numbers = (codes, steps, norm * scale[..., 0], relative, curvature)
+    return LinearSolution(x * scale, *numbers, residual_is_true=is_true, method=method, rtol=rtol)
 
 
 def _after_round(
@@ -334,7 +325,7 @@ def _first_round(
     curvature = torch.full(lanes, math.inf, dtype=torch.float64) if found.curvature is None else found.curvature
     absolute, relative = (torch.full(lanes, size, dtype=torch.float64) for size in (norm * scale, norm / initial))
     numbers = (found.codes, found.steps, absolute, relative, curvature)
-    return LinearSolution(found.value * scale, *numbers, True, method, rtol)
+    return LinearSolution(found.value * scale, *numbers, residual_is_true=True, method=method, rtol=rtol)
 
 
 @dataclass(frozen=True)
@@ -378,14 +369,6 @@ def zero_steps(rhs: torch.Tensor, precondition: Precondition, limits: Limits, me
     finite = lane_norm(rhs / scale).isfinite()
     codes = torch.where(finite, int(limits.at_limit), int(Status.NONFINITE))
     unknown = torch.full(codes.shape, math.nan, dtype=torch.float64, device=rhs.device)
-    return LinearSolution(
-        value=precondition(rhs / scale) * scale,
-        codes=codes,
-        steps=torch.zeros_like(codes),
-        residual_norm=unknown,
-        relative_residual=unknown,
-        smallest_curvature=unknown + math.inf,
-        residual_is_true=False,
-        method=method,
-        rtol=limits.relative(rhs.dtype),
-    )
+    numbers = (codes, torch.zeros_like(codes), unknown, unknown, unknown + math.inf)
+    value, rtol = precondition(rhs / scale) * scale, limits.relative(rhs.dtype)
+    return LinearSolution(value, *numbers, residual_is_true=False, method=method, rtol=rtol)

@@ -56,6 +56,12 @@ class FlatOperator:
             return (self.metric_factor @ (self.metric_factor.mT @ vector.unsqueeze(-1)))[..., 0]
         return vector if self.inverse_metric is None else vector / self.inverse_metric
 
+    def inverse_metric_norm(self) -> float | torch.Tensor:
+        """The norm of the inverse metric, per lane (of a full matrix, by the pivots of its factor)."""
+        if self.metric_factor is not None:
+            return self.metric_factor.diagonal(dim1=-2, dim2=-1).double().amin(-1) ** -2
+        return 1.0 if self.inverse_metric is None else self.inverse_metric.double().amax(-1)
+
 
 class LinearSolver(Extension):
     """Base class of linear solvers: ``solver(operator, rhs) -> LinearSolution``.
@@ -165,14 +171,5 @@ def wrap_value(operator: FlatOperator, rhs: torch.Tensor, value: Any, method: st
     codes = torch.where(relative <= rtol, int(Status.CONVERGED), int(Status.STAGNATED))
     codes = torch.where(relative < 1, codes, int(Status.DIVERGED))
     codes = torch.where(relative.isfinite(), codes, int(Status.NONFINITE))
-    return LinearSolution(
-        value=value,
-        codes=codes,
-        steps=torch.zeros_like(codes),
-        residual_norm=residual * scale[..., 0],
-        relative_residual=relative,
-        smallest_curvature=torch.full_like(relative, math.inf),
-        residual_is_true=True,
-        method=method,
-        rtol=rtol,
-    )
+    numbers = (torch.zeros_like(codes), residual * scale[..., 0], relative, torch.full_like(relative, math.inf))
+    return LinearSolution(value, codes, *numbers, residual_is_true=True, method=method, rtol=rtol)

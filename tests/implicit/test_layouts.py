@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from references import F64, randn, relative_error
+from references import F64, orthogonal, randn, relative_error
 from torch import Tensor
 from torch.func import grad, jacfwd, jvp, vmap
 
@@ -122,3 +122,48 @@ def test_mixed_dtypes_of_unknowns_get_gradients_of_their_own_dtype() -> None:
     (x["a"].sum() + x["b"].sum()).backward()
     assert t["a"].grad is not None and torch.allclose(t["a"].grad, 2 * t["a"].detach(), rtol=1e-6)
     assert t["b"].grad is not None and torch.allclose(t["b"].grad, 2 * t["b"].detach(), rtol=1e-5)
+
+
+def short_model(x: torch.Tensor, t: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Float64 unknowns, and a model that works in the dtype of its weight."""
+    return torch.tanh(weight @ x.to(weight.dtype)).sum().double() + 1.5 * ((x - t) ** 2).sum()
+
+
+def of_two_leaves(x: Any, t: Any) -> torch.Tensor:
+    both = 0.3 * x["a"].sum() * x["b"].sum() + torch.cosh(x["a"] - t["a"]).sum() + (x["a"] ** 2).sum()
+    return both + 0.5 * ((x["b"] - t["b"]) ** 2).sum()
+
+
+@pytest.mark.parametrize("linear_solver", [il.ConjugateGradient(), il.Minres(), il.Gmres(), il.Bicgstab(), il.Dense()])
+@pytest.mark.parametrize("solver", [il.solvers.LBFGS(), il.solvers.NewtonCG()])
+def test_two_precisions_in_one_problem_are_no_alarm_and_cost_the_rounding_of_the_shorter(
+    solver: Any, linear_solver: Any
+) -> None:
+    """The same problem in float64 alone is the reference; both stop at an x right to 1e-4."""
+    settings: dict[str, Any] = {"linear_solver": linear_solver, "on_failure": "raise"}
+
+    def slope(short: torch.dtype, **how: Any) -> list[torch.Tensor]:
+        t = randn(3, seed=1).requires_grad_()
+        weight = randn(8, 3, seed=2).float().to(short)
+        x = il.argmin(lambda x, t: short_model(x, t, weight), solver, **how)(torch.zeros(3, dtype=F64), t)
+        a, b = (randn(2, seed=3).float().to(short).requires_grad_(), randn(1, seed=4).requires_grad_())
+        init = {"a": torch.zeros(2, dtype=short), "b": torch.zeros(1, dtype=F64)}
+        y = il.argmin(of_two_leaves, solver, **how)(init, {"a": a, "b": b})
+        of_y = torch.autograd.grad(y["a"].sum().double() - 2 * y["b"].sum(), (a, b))
+        return [torch.autograd.grad(x.sum(), t)[0], *of_y]
+
+    for got, right in zip(slope(torch.float32, **settings), slope(F64), strict=True):
+        assert relative_error(got.double(), right) < 1e-3
+
+
+def test_a_tolerance_asked_for_and_a_flat_direction_are_told_in_two_precisions_too() -> None:
+    flat = torch.logspace(0, -5, 12)
+
+    def operator(u: torch.Tensor) -> torch.Tensor:
+        turned = orthogonal(12, seed=1).float()
+        return (turned @ (flat * (turned.mT @ u.float()))).double()
+
+    with pytest.warns(il.ConvergenceWarning, match="or a part of it works in a shorter one"):
+        il.linear_solve(operator, operator(randn(12, seed=2)))  # small residual; u may be off by 1e-3
+    with pytest.warns(il.ConvergenceWarning, match="or a part of it works in a shorter one"):
+        il.linear_solve(lambda u: 2 * u.float().double() + u / 3, randn(12, seed=2), il.ConjugateGradient(rtol=1e-12))
