@@ -67,6 +67,16 @@ _LIMITS = (
         "A solver decides by values and cannot be traced: torch.func.jvp or vjp take the place of linearize.",
     ),
     (
+        "Inference tensors cannot be saved",
+        "a closed-over tensor that was made in inference mode",
+        "Pass it to the layer as one more theta, or close over .clone() of it, made outside of that mode.",
+    ),
+    (
+        "higher order operator doesn't work unless|aot_autograd does not currently support double",
+        "code of torch's compiler (torch.compile, torch.cond, while_loop), which has no second derivative",
+        "Give what is not compiled, and compile around the layer; write torch.where in place of torch.cond.",
+    ),
+    (
         "must override the setup_context",
         "an autograd.Function without setup_context (or a full backward hook)",
         _UNDER_TRANSFORMS,
@@ -226,19 +236,12 @@ def name_limit(error: Exception, *, transformed: bool = False) -> None:
 
     ``transformed``: it comes from a run of the function itself under a transform.
     """
-    unknown = isinstance(error, RuntimeError) and not isinstance(error, ImplicitLayerError)
-    named = _named(str(error), (*_LIMITS, *_LIMITS_OF_TRANSFORMS) if transformed else _LIMITS) if unknown else None
-    if named is not None:
-        raise ObjectiveError(named) from error
-
-
-def _named(message: str, limits: Sequence[tuple[str, str, str | None]]) -> str | None:
+    if not isinstance(error, RuntimeError) or isinstance(error, ImplicitLayerError):
+        return
+    message, limits = str(error), (*_LIMITS, *_LIMITS_OF_TRANSFORMS) if transformed else _LIMITS
     for pattern, what, remedy in limits:
-        found = re.search(pattern, message, re.DOTALL)
-        if found is None:
-            continue
-        operation = what.format(*found.groups())
-        if remedy is None:
-            remedy = next((text for key, text in _REMEDIES.items() if key in message), PLAINLY)
-        return f"the objective (or a function of the layer) uses {operation}. {remedy}"
-    return None
+        if found := re.search(pattern, message, re.DOTALL):
+            if remedy is None:
+                remedy = next((text for key, text in _REMEDIES.items() if key in message), PLAINLY)
+            operation = what.format(*found.groups())
+            raise ObjectiveError(f"the objective (or a function of the layer) uses {operation}. {remedy}") from error

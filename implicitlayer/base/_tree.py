@@ -71,7 +71,11 @@ def flatten_with_names(tree: Any, root: str) -> tuple[list[Any], list[str]]:
     """Leaves of ``tree`` and a readable name for each, such as ``x['weight'][0]``."""
     if isinstance(tree, torch.Tensor):
         return [tree], [root]
-    pairs = list(pytree._generate_key_paths((), tree))
+    try:
+        pairs = list(pytree._generate_key_paths((), tree))
+    except ValueError:  # a class that was registered without names of its parts (flatten_with_keys_fn)
+        leaves, spec = flatten(tree)
+        return leaves, [f"{root or spec}[{i}]" for i in range(len(leaves))]
     return [leaf for _, leaf in pairs], [root + pytree.keystr(path) for path, _ in pairs]
 
 

@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from operator import is_
 from typing import Any
 
+import numpy as np
 import torch
 
 from implicitlayer._errors import ClosureError
@@ -33,8 +34,10 @@ class Signature:
     def of(cls, args: tuple[Any, ...]) -> Signature:
         leaves, spec = flatten(args)
         places = places_of_data(leaves)
-        for leaf in leaves if len(places) < len(leaves) else ():
-            if isinstance(leaf, Iterator):
+        for i, leaf in enumerate(leaves) if len(places) < len(leaves) else ():
+            if isinstance(leaf, np.ndarray):
+                leaves[i] = leaf.copy()  # backward reads it again
+            elif isinstance(leaf, Iterator):
                 raise TypeError(
                     f"theta holds a {type(leaf).__name__}, which can be read only once, and a layer evaluates its "
                     "function many times. Pass list(...) of it: list(module.parameters())."
@@ -211,8 +214,9 @@ class Reading:
             raise ClosureError(
                 f"the objective no longer reads a closed-over tensor of shape {next(iter(self.unmet.values()))} that "
                 "it read when the layer was called: module weights that were swapped for the call only (as "
-                "torch.func.functional_call does), a cache, a branch, or a run that cannot be followed (torch.compile, "
-                "another thread). Pass the tensor to the layer as one more theta, or use il.ArgminLayer, which keeps "
+                "torch.func.functional_call does), a cache, a branch, or a run that cannot be followed (another "
+                "thread, or code of torch.compile: then give the function or module that is not compiled, and compile "
+                "around the layer). Pass the tensor to the layer as one more theta, or use il.ArgminLayer, which keeps "
                 "the weights of the call."
             )
 

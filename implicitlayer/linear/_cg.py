@@ -177,18 +177,8 @@ class ConjugateGradient(KrylovSolver):
         fruitless = (codes > int(Status.STAGNATED)) & ~(relative < 1)
         value = torch.where(fruitless.unsqueeze(-1), zero_steps(), run.value) if bool(fruitless.any()) else run.value
         smallest = run.smallest if run.smallest is not None else torch.full_like(norm, math.inf)
-        return LinearSolution(
-            value=value * scale,
-            codes=codes,
-            steps=run.steps,
-            residual_norm=residual * scale[..., 0],
-            relative_residual=relative,
-            smallest_curvature=smallest,
-            residual_is_true=asked and touched,
-            method=self.method,
-            rtol=rtol,
-            ritz=run.ritz,
-        )
+        numbers = (codes, run.steps, residual * scale[..., 0], relative, smallest, asked and touched)
+        return LinearSolution(value * scale, *numbers, method=self.method, rtol=rtol, ritz=run.ritz)
 
 
 @dataclass

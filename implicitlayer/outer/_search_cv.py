@@ -71,8 +71,9 @@ class ImplicitSearchCV(MetaEstimatorMixin, BaseEstimator):  # type: ignore[misc]
             from a start in the scale of the data.
 
     Attributes:
-        best_params_, best_score_, best_index_: as in ``GridSearchCV``; the score is the negative mean held-out loss.
-            With ``per_feature`` the parameter is an array.
+        best_params_, best_score_, best_index_: as in ``GridSearchCV``; the score is the negative mean held-out loss of
+            fits to a ``tol`` of their own, as derivatives need: an estimator of looser ``tol`` has another by
+            ``cross_val_score``. With ``per_feature`` the parameter is an array.
         best_estimator_: the estimator with these, fitted to all data (columns times ``scale_``).
         scale_: of the columns, ones without ``per_feature``.
         cv_results_: what was tried, in order: ``params``, ``mean_test_score``, ``split<k>_test_score``,

@@ -162,5 +162,6 @@ class _History:
             return plain
         u, w, ridge = self._u[:, :m], self._w[:, :m], self._ridge[:m, :m]
         right = products(u, f.reshape(len(u), 1, f.shape[-1]))
-        gamma = torch.linalg.solve_ex(ridge + products(u, u), right)[0]
+        wide = torch.promote_types(x.dtype, torch.float32)  # shorter floats have no factorisation
+        gamma = torch.linalg.solve_ex((ridge + products(u, u)).to(wide), right.to(wide))[0].to(x.dtype)
         return torch.baddbmm(plain.view(len(u), 1, x.shape[-1]), gamma.mT, w, alpha=-1).view(x.shape)

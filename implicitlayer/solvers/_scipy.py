@@ -95,6 +95,9 @@ class SciPyMinimize(RecordingSolver):
             from scipy import optimize
         leaves, spec = flatten(init)
         check_unknowns(leaves)
+        if not any(leaf.numel() for leaf in leaves):
+            nothing = optimize.OptimizeResult(x=np.zeros(0), message="There are no unknowns.")
+            return SolverResult(init, Status.CONVERGED, 0, nothing.message, aux=nothing)
         function = _FlatObjective(objective, FlatPoints(leaves, spec), theta, self.method.lower())
         settings = self._settings_for(function, init)
         with reporting(self.callback, self.progress, self.options.get("maxiter")) as report:

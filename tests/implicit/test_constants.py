@@ -181,3 +181,17 @@ def test_an_exact_answer_of_zero_from_a_start_at_zero_is_no_false_alarm() -> Non
     )
     with pytest.raises(il.StationarityError):  # an answer that is off by far less than the data is still seen
         off(torch.zeros((), dtype=F64), y)
+
+
+def test_a_numpy_array_given_as_theta_is_that_of_the_call_whatever_becomes_of_it() -> None:
+    """x = a t, so that dx/dt = a; and of t^2: d2x/dt2 = 2 a."""
+    a = np.array([1.0, 2.0, 3.0])
+    layer = il.argmin(
+        lambda x, t, a: ((x - torch.from_numpy(a) * t**2) ** 2).sum(), lambda f, x, t, a: torch.from_numpy(a) * t**2
+    )
+    t = torch.ones(3, dtype=F64, requires_grad=True)
+    x = layer(torch.zeros(3, dtype=F64), t, a)
+    a *= 1.0005
+    (g,) = torch.autograd.grad(x.sum(), t, create_graph=True)
+    (h,) = torch.autograd.grad(g.sum(), t)
+    assert torch.allclose(g, torch.tensor([2.0, 4.0, 6.0], dtype=F64), rtol=1e-9) and torch.allclose(g, h, rtol=1e-9)

@@ -167,3 +167,51 @@ def test_a_tolerance_asked_for_and_a_flat_direction_are_told_in_two_precisions_t
         il.linear_solve(operator, operator(randn(12, seed=2)))  # small residual; u may be off by 1e-3
     with pytest.warns(il.ConvergenceWarning, match="or a part of it works in a shorter one"):
         il.linear_solve(lambda u: 2 * u.float().double() + u / 3, randn(12, seed=2), il.ConjugateGradient(rtol=1e-12))
+
+
+class Nameless:
+    """A pytree node whose parts have no names: torch does not ask for them."""
+
+    def __init__(self, first: Any, second: Any) -> None:
+        self.first, self.second = first, second
+
+
+torch.utils._pytree.register_pytree_node(
+    Nameless, lambda node: ([node.first, node.second], None), lambda parts, _: Nameless(*parts)
+)
+
+
+def test_unknowns_may_be_nodes_without_names_and_must_come_back_as_such() -> None:
+    t = randn(3, seed=1).requires_grad_()
+    init = Nameless(torch.zeros(3, dtype=F64), torch.zeros(3, dtype=F64))
+
+    def objective(x: Any, t: Tensor) -> Tensor:
+        return ((x.first - t) ** 2).sum() + ((x.second - 2 * t) ** 2).sum()
+
+    x = il.argmin(objective, lambda f, x, t: Nameless(t, 2 * t))(init, t)
+    (g,) = torch.autograd.grad((x.first * x.second).sum(), t)  # of 2 t^2
+    assert torch.allclose(g, 4 * t)
+    for other in ((t, 2 * t), Nameless((t,), 2 * t), Nameless(2 * t[:2], t)):
+        with pytest.raises(il.SolverOutputError, match=r"structure|x\[0\]"):
+            il.argmin(objective, lambda f, x, t, other=other: other)(init, t)
+
+
+SHORT_SOLVERS = [il.ConjugateGradient(), il.Minres(), il.Gmres(), il.Bicgstab(), il.Dense(), il.NormalEquations()]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("linear_solver", SHORT_SOLVERS)
+def test_gradients_in_half_precision_are_right_to_a_few_roundings(linear_solver: Any, dtype: torch.dtype) -> None:
+    """Hessian 1 to 4, so that the rounding of products, eps, becomes 4 eps; as much again for the rest."""
+
+    def slope(dtype: torch.dtype) -> Tensor:
+        t = torch.tensor([0.5, -1.0, 1.25]).to(dtype).requires_grad_()
+        layer = il.argmin(
+            lambda x, t: (torch.cosh(x - t) + 0.5 * (t * x) ** 2).sum() + 0.1 * x.prod(),
+            il.solvers.LBFGS(),
+            linear_solver=linear_solver,
+        )
+        x = layer(torch.zeros(3, dtype=dtype), t)
+        return torch.autograd.grad(x @ torch.tensor([1.0, 2.0, 3.0]).to(dtype), t)[0]
+
+    assert relative_error(slope(dtype).double(), slope(F64)) < 8 * torch.finfo(dtype).eps

@@ -261,3 +261,49 @@ def test_a_function_whose_backward_leaves_no_graph_is_refused_where_it_is_differ
         high, low = w * torch.cosh(w * x - t), torch.sinh(w * x - t)
         expected, expected_w = high / (w * high + 1), -(low + x * high) / (w * high + 1)
     assert relative_error(gradient, expected.detach()) < 1e-9 and relative_error(by_w, expected_w.detach()) < 1e-9
+
+
+COMPILED: Any = torch.compile(nn.Linear(3, 3, dtype=F64), backend="aot_eager")
+OF_THE_COMPILER = r"uses code of torch's compiler \(torch.compile, torch.cond, .*Give what is not compiled.*torch.where"
+
+
+def branching(x: Tensor, t: Tensor) -> Any:
+    return torch.cond(x.sum() > 9, lambda x, t: (x * t).sum(), lambda x, t: ((x - t) ** 2).sum(), (x, t))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch's compiler, on what it cannot trace
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_code_that_a_layer_cannot_follow_is_refused_with_what_to_do() -> None:
+    start, t = torch.zeros(2, 3, dtype=F64), torch.ones(2, 3, dtype=F64, requires_grad=True)
+    for objective in (branching, lambda x, t: ((x - t) ** 2).sum() + torch.tanh(COMPILED(x)).sum()):
+        with pytest.raises(il.ObjectiveError, match=OF_THE_COMPILER):
+            il.argmin(objective, lambda f, x, t: t.clone())(start, t).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_network_in_a_fixed_point_is_right_or_refused_with_what_to_do() -> None:
+    """Whether a run can be followed depends on what torch has compiled before it."""
+    net, u = nn.Linear(3, 3, dtype=F64), torch.ones(2, 3, dtype=F64)
+    compiled: Any = torch.compile(net, backend="aot_eager")
+    layer = il.DeepEquilibrium(lambda z, u: torch.tanh(0.1 * compiled(z) + u), linear_solver=il.Dense())
+    z = torch.zeros_like(u)
+    for _ in range(60):
+        z = torch.tanh(0.1 * net(z) + u)
+    (right,) = torch.autograd.grad(z.sum(), net.weight)
+    told = []
+    for _ in range(2):
+        try:
+            (g,) = torch.autograd.grad(layer(u).sum(), net.weight)
+            assert relative_error(g, right) < 1e-3  # rtol 1e-4 of the solver
+        except il.ClosureError as error:
+            told.append(str(error))
+    assert all("torch.compile: then give the function or module that is not compiled" in m for m in told)
+
+
+def test_a_closed_over_tensor_of_inference_mode_is_refused_with_what_to_do() -> None:
+    with torch.inference_mode():
+        a = torch.ones(3, dtype=F64)
+    layer = il.argmin(lambda x, t: ((x * a - t) ** 2).sum(), lambda f, x, t: t.clone())
+    with pytest.raises(il.ObjectiveError, match=r"closed-over tensor that was made in inference mode\. Pass it"):
+        layer(torch.zeros(3, dtype=F64), torch.ones(3, dtype=F64, requires_grad=True))

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from linear_systems import Operations
-from references import F64, orthogonal, randn, spd_matrix
+from references import F64, orthogonal, randn, relative_error, spd_matrix
 from torch import Tensor
 
 import implicitlayer as il
@@ -147,3 +147,11 @@ def test_a_step_makes_few_operations_while_no_lane_stops() -> None:
         made.append(counted.number)
     # counted at the dispatcher, with those of the map; with a mask for each lane and vector it were 100
     assert made[1] - made[0] <= 3 * 80
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_accelerated_too(dtype: torch.dtype) -> None:
+    start = torch.ones(3, dtype=dtype)
+    x = il.solvers.AndersonAcceleration()(lambda x: 0.9 * torch.cos(x), start)
+    right = il.solvers.AndersonAcceleration()(lambda x: 0.9 * torch.cos(x), start.double())
+    assert x.dtype is dtype and relative_error(x.double(), right) < 4 * torch.finfo(dtype).eps

@@ -8,6 +8,7 @@ import torch
 from references import F64, newton, randn, smooth_objective
 from torch import Tensor
 
+import implicitlayer as il
 from implicitlayer import Status
 from implicitlayer.solvers import SciPyMinimize
 
@@ -156,3 +157,12 @@ def test_a_line_search_that_finds_no_lower_point_has_stagnated() -> None:
     )
     assert result.message == "Desired error not necessarily achieved due to precision loss."
     assert result.status is Status.STAGNATED
+
+
+@pytest.mark.parametrize("method", ["L-BFGS-B", "BFGS", "Nelder-Mead", "trust-constr"])
+def test_no_unknowns_are_solved_at_once(method: str) -> None:
+    layer = il.argmin(lambda x, t: ((x - t) ** 2).sum(-1), il.solvers.SciPyMinimize(method), batch_dims=1)
+    t = torch.zeros(0, 3, dtype=torch.float64, requires_grad=True)
+    x = layer(torch.zeros(0, 3, dtype=torch.float64), t)
+    (g,) = torch.autograd.grad(x.sum(), t)
+    assert x.shape == g.shape == (0, 3) and layer.records[0].solver_status is il.Status.CONVERGED
