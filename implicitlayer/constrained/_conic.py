@@ -205,7 +205,7 @@ class _Clarabel:
         Q, p, A, b, G, h = data
         x, y, w = u.split([p.shape[-1], b.shape[-1], h.shape[-1]], -1)
         parts = value.split([p.shape[-1], b.shape[-1] + h.shape[-1]], -1)
-        multipliers, size = torch.cat([y, self.cones.project(w) - w], -1), torch.linalg.matrix_norm
+        multipliers, size = torch.cat([y, self.cones.project(w, 0) - w], -1), torch.linalg.matrix_norm
         rows = size(torch.cat([A, G], -2))
         terms = [
             norm_of(p) + size(Q) * norm_of(x) + rows * norm_of(multipliers),
