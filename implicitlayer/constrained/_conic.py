@@ -11,9 +11,8 @@
 #
 # NOTE [units]: w = s - z adds what has the unit of the constraints to what has that of the objective, and Clarabel
 # takes tolerances and claims of infeasibility absolutely. So unknowns, rows (those of a cone together), sides and
-# objective are multiplied by powers of two until their largest entries are about one (D. Ruiz, A scaling algorithm to
-# equilibrate both rows and columns norms in matrices, 2001). The side of a half line, which may be a large number that
-# means none, counts where there is no other.
+# objective are multiplied by powers of two until their largest entries are about one (see ``programs/_units``). The
+# side of a half line, which may be a large number that means none, counts where there is no other.
 
 from __future__ import annotations
 
@@ -37,10 +36,11 @@ from implicitlayer.layer._layer import ImplicitLayer
 from implicitlayer.linear._dense import Dense
 from implicitlayer.programs._backends import by_clarabel
 from implicitlayer.programs._interior_point_step import Data, flat_lanes, norm_of, times
+from implicitlayer.programs._units import above_zero, equilibrated, power_of_two
 
-_SCALINGS = 4  # after which rows and columns are of one size, to a factor of two or so
 _ROUNDED = 16  # times eps of the data: what their rounding makes of a zero
-_ENOUGH = 1e-6  # conditions that hold to this, relative to the largest of their data, are those of a solution
+_ENOUGH = 1e-6  # conditions that hold to this, relative to their terms, are those of a solution
+_SMALL = 1e-6  # terms below this, relative to the largest of the program, count as this much
 _FAR = 1e4  # a feasible point further away than this, in units of its program, is none
 _EXACT = 1e-15  # not improved
 _NEWTON = 4  # steps after Clarabel, at least two, while they halve what is left
@@ -81,37 +81,31 @@ def cone_program(
 def _in_own_units(data: Leaves, cones: Cones) -> tuple[Leaves, torch.Tensor]:
     """The same programs of other unknowns, and what takes these to x, [*lanes, n]: NOTE [units]."""
     Q, p, A, b, G, h = data
-    sizes = [t.detach().abs() for t in data]
-    of_x, of_b, of_h = (torch.ones_like(t) for t in (p, b, h))
-    none = torch.zeros_like(p)
-    for _ in range(_SCALINGS):
-        a, g = (rows * of.unsqueeze(-1) * of_x.unsqueeze(-2) for rows, of in ((sizes[2], of_b), (sizes[4], of_h)))
-        of_x = of_x / _above_zero(torch.cat([a, g, none.unsqueeze(-2)], -2).amax(-2)).sqrt()
-        of_b, of_h = of_b / _above_zero(_largest(a)).sqrt(), of_h / _above_zero(cones.largest(_largest(g))).sqrt()
-    of_x, of_b, of_h = map(_power, (of_x, of_b, of_h))
-    of_lines, of_others = (of_h * sizes[5]).split([cones.lines, h.shape[-1] - cones.lines], -1)
-    far, near = _largest(of_lines), _largest(torch.cat([of_b * sizes[3], of_others], -1))
-    length = _power(_above_zero(torch.where(near > 0, near, far))).unsqueeze(-1)
-    of_x = of_x * length
-    Q, p = of_x.unsqueeze(-1) * Q * of_x.unsqueeze(-2), of_x * p
-    cost = _power(_above_zero(torch.maximum(_largest(Q.detach().abs().flatten(-2)), _largest(p.detach().abs()))))
-    A, G = ((of / length).unsqueeze(-1) * rows * of_x.unsqueeze(-2) for rows, of in ((A, of_b), (G, of_h)))
-    cost = cost.unsqueeze(-1)
-    return [Q / cost.unsqueeze(-1), p / cost, A, of_b / length * b, G, of_h / length * h], of_x
+    e, m, sizes = b.shape[-1], h.shape[-1], [t.detach().abs() for t in data]
+    rows, sides = torch.cat([sizes[2], sizes[4]], -2), torch.cat([sizes[3], sizes[5]], -1)
+    rows, sides = (
+        torch.cat([t, torch.zeros_like(like)], d) for t, like, d in ((rows, Q[..., :1, :], -2), (sides, p[..., :1], -1))
+    )
+    of_x, of_rows = map(
+        power_of_two,
+        equilibrated(rows, lambda t: torch.cat([t[..., :e], cones.largest(t[..., e : e + m]), t[..., e + m :]], -1)),
+    )
+    near = (
+        (of_rows * sides).index_fill(-1, torch.arange(e, e + cones.lines, device=p.device), 0.0).amax(-1, keepdim=True)
+    )
+    far = (of_rows * sides).amax(-1, keepdim=True)
+    length = power_of_two(above_zero(torch.where(near > 0, near, far)))
+    of_x, of_b, of_h = of_x * length, of_rows[..., :e] / length, of_rows[..., e : e + m] / length
+    Q, p, columns = of_x.unsqueeze(-1) * Q * of_x.unsqueeze(-2), of_x * p, of_x.unsqueeze(-2)
+    largest = torch.maximum(Q.detach().abs().amax((-2, -1)), p.detach().abs().amax(-1)).unsqueeze(-1)
+    cost = power_of_two(above_zero(largest))
+    A, G = of_b.unsqueeze(-1) * A * columns, of_h.unsqueeze(-1) * G * columns
+    return [Q / cost.unsqueeze(-1), p / cost, A, of_b * b, G, of_h * h], of_x
 
 
 def _largest(sizes: torch.Tensor) -> torch.Tensor:
     """The largest of the last dimension, zero of none."""
     return sizes.amax(-1) if sizes.shape[-1] else sizes.sum(-1)
-
-
-def _above_zero(size: torch.Tensor) -> torch.Tensor:
-    return torch.where((size > 0) & size.isfinite(), size, 1.0)
-
-
-def _power(size: torch.Tensor) -> torch.Tensor:
-    """The nearest power of two: nothing is rounded by it."""
-    return size.log2().round().exp2()
 
 
 class _ConeLayer(ImplicitLayer):
@@ -201,18 +195,20 @@ class _Clarabel:
         return best, torch.where(failed, 0.0, self._left(best, at_best, data))
 
     def _left(self, u: torch.Tensor, value: torch.Tensor, data: Data) -> torch.Tensor:
-        """F relative to its terms, [B]."""
-        Q, p, A, b, G, h = data
+        """The largest part of F relative to its own terms, those of a cone together, [B]."""
+        of_slope, of_rows, of_s, _ = self._terms(u, data)
+        terms = torch.cat([of_slope, of_rows, of_s], -1)
+        # where all terms are rounding of others, so is what is left
+        return _largest(value.abs() / above_zero(torch.maximum(terms, _SMALL * terms.amax(-1, keepdim=True))))
+
+    def _terms(self, u: torch.Tensor, data: Data) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Sizes of the terms of F's three parts, the last one by cones, and of z, also by cones."""
+        Q, p, A, b, G, h = (t.abs() for t in data)
         x, y, w = u.split([p.shape[-1], b.shape[-1], h.shape[-1]], -1)
-        parts = value.split([p.shape[-1], b.shape[-1] + h.shape[-1]], -1)
-        multipliers, size = torch.cat([y, self.cones.project(w, 0) - w], -1), torch.linalg.matrix_norm
-        rows = size(torch.cat([A, G], -2))
-        terms = [
-            norm_of(p) + size(Q) * norm_of(x) + rows * norm_of(multipliers),
-            norm_of(torch.cat([b, h], -1)) + rows * norm_of(x),
-        ]
-        off = [norm_of(part) / torch.where(of > 0, of, 1.0) for part, of in zip(parts, terms, strict=True)]
-        return torch.maximum(*off)
+        forces = times(G.mT, (self.cones.project(w, 0) - w).abs())
+        slope, x = times(Q, x.abs()) + p + times(A.mT, y.abs()) + forces, x.abs()
+        of_z = times(G, slope) / above_zero((G * G).sum(-1))
+        return slope, times(A, x) + b, self.cones.largest(times(G, x) + h), self.cones.largest(of_z)
 
     def _judge(self, left: torch.Tensor, words: list[str]) -> None:
         """An answer that is none is an error."""
@@ -231,12 +227,8 @@ class _Clarabel:
 
     def _judge_kinks(self, u: torch.Tensor, data: Data, left: torch.Tensor, lanes: torch.Size) -> None:
         assert self.active_rtol is not None
-        Q, p, A, b, G, h = (t.abs() for t in data)
-        x, y, w = u.split([p.shape[-1], b.shape[-1], h.shape[-1]], -1)
-        of_s = h + times(G, x.abs())
-        forces = times(Q, x.abs()) + p + times(A.mT, y.abs()) + times(G.mT, (self.cones.project(w, 0) - w).abs())
-        of_z = times(G, forces) / _above_zero((G * G).sum(-1))
-        values = self.cones.to_kinks(w, *(_above_zero(self.cones.largest(of)) for of in (of_s, of_z)))
+        w = u[..., u.shape[-1] - data[5].shape[-1] :]
+        values = self.cones.to_kinks(w, *map(above_zero, self._terms(u, data)[2:]))
         if self.on_failure == "ignore" or not values.shape[-1]:
             return
         rtol = torch.maximum(2 * left, torch.full_like(left, self.active_rtol))

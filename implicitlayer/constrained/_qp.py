@@ -35,6 +35,7 @@ from implicitlayer.programs._kkt_active import Tolerances
 from implicitlayer.programs._kkt_linear import KktSolver
 from implicitlayer.programs._qp_rank import independent_equations
 from implicitlayer.programs._sparse_program import SparseProgram, sparse_proof
+from implicitlayer.programs._units import unit_of_unknowns
 
 _STATIONARITY_RTOL = 1e-6
 _SIDES, _POLICIES, _MOVES = get_args(AtKink), get_args(OnFailure), ("error", "closest")
@@ -156,7 +157,7 @@ def qp(
         if isinstance(solver, str):
             settings = replace(settings, solver=fastest(data[1].shape[-1], batch.numel()))
         settings = settings.starting(init, fold, batch, data[5].shape[-1])
-        found = (_closest if moves else _solution)(data, batch, settings), fold
+        found = (_closest if moves else _in_units)(data, batch, settings), fold
     (x, y, z), fold = found
     return (x, fold(y, z)) if return_multipliers else x
 
@@ -203,6 +204,18 @@ class _Settings:
         layer = _QuadraticLayer(_scalar, solve, linear, "argmin", False, False, self.on_failure, None, 0, lanes)
         layer.found, layer.tolerances = solve.found, self.tolerances
         return layer
+
+
+def _in_units(data: Program, batch: torch.Size, settings: _Settings) -> Solution:
+    """x and the multipliers, by the program of unknowns in other units where theirs are far apart."""
+    Q, p, A, b, G, h = data
+    # a function of the user's is given what the user has given
+    unit = None if settings.search is None else unit_of_unknowns(Q, A, G, not _torch.transforms_active())
+    if unit is None:
+        return _solution(data, batch, settings)
+    columns = unit.unsqueeze(-2)
+    x, y, z = _solution((unit.unsqueeze(-1) * Q * columns, unit * p, A * columns, b, G * columns, h), batch, settings)
+    return unit * x, y, z
 
 
 def _solution(data: Program, batch: torch.Size, settings: _Settings) -> Solution:

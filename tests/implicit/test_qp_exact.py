@@ -36,10 +36,17 @@ def test_a_border_that_pushes_weakly_is_found(curvature: float) -> None:
 
 @pytest.mark.parametrize("curvature", [1e-8, 1e-10, 1e-12])
 def test_a_border_whose_force_is_below_the_tolerance_is_a_kink_and_told(curvature: float) -> None:
-    p, h = tensor([-1.0, -curvature]).requires_grad_(), tensor([0.5, 0.2])
+    """A small curvature across the unknowns; one of an unknown of its own is a unit, in which the force is as any."""
+    turn = tensor([[0.6, 0.8], [-0.8, 0.6]])
+    p, h = tensor([-1.0, -curvature]), tensor([0.5, 0.2]).requires_grad_()
+    Q = torch.diag(tensor([1.0, curvature]))
     with pytest.warns(KinkWarning, match="1 inequalities are at their border"):
-        x = il.qp(torch.diag(tensor([1.0, curvature])), p, G=EYE, h=h)
+        x = il.qp(turn.mT @ Q @ turn, turn.mT @ p, G=turn, h=h)
+    assert torch.allclose(turn @ x, tensor([0.5, 0.2]), atol=ROUNDING)
+    x = il.qp(Q, p, G=EYE, h=h)
     assert torch.allclose(x, tensor([0.5, 0.2]), atol=ROUNDING)
+    (by_h,) = torch.autograd.grad(x.sum(), h)
+    assert torch.allclose(by_h, tensor([1.0, 1.0]), atol=ROUNDING)
 
 
 @pytest.mark.parametrize("ridge", [1e-4, 1e-6, 1e-7])
