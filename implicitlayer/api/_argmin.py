@@ -49,7 +49,7 @@ def argmin(
             use autograd, NumPy or a subprocess, and may return NumPy arrays.
         linear_solver: ``(operator, rhs) -> LinearSolution``; default :class:`ConjugateGradient` with its defaults.
         solver_has_aux: the solver returns ``(x, aux)``, and so does the layer (under vmap: a list, one aux per lane).
-        objective_has_aux: the objective returns ``(value, aux)``; its aux is dropped.
+        objective_has_aux: the objective returns ``(value, aux)``; nobody gets its aux, for which it is called at x.
         on_failure: what numerical trouble gets. ``"warn"``: a warning where the gradient is still an approximation,
             an error where it is none (negative curvature, singular, diverged). ``"raise"``: always an error.
             ``"ignore"``: neither. ``"mask"``: what ``"raise"`` refuses makes its lane NaN with a zero gradient, all

@@ -76,7 +76,7 @@ class ArgminLayer(CopiesFunctions, nn.Module):
 
     @property
     def last_record(self) -> Record | None:
-        """The latest diagnostics record, None before the first call."""
+        """The latest of :attr:`records`, after a backward that of its solve; None before the first call."""
         return self._layer.last_record
 
     @property

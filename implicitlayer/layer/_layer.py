@@ -94,7 +94,7 @@ class ImplicitLayer(CopiesFunctions):
 
     @property
     def last_record(self) -> Record | None:
-        """The latest diagnostics record, None before the first call."""
+        """The latest of :attr:`records`, after a backward that of its solve; None before the first call."""
         return self.records[-1] if self.records else None
 
     @outside_compiled_code
