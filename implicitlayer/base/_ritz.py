@@ -50,7 +50,9 @@ class RitzValues:
 
     def any_below(self, shift: torch.Tensor) -> torch.Tensor:
         """Lanes, bool [*lanes], with a Ritz value below ``shift`` [*lanes]: one sweep, far cheaper than the values."""
-        by_lanes = any(isinstance(pivots[0], torch.Tensor) for pivots, _ in self._rounds if pivots)
+        by_lanes = False
+        for pivots, _ in self._rounds:  # any(...) would be two calls more on the path of every small layer
+            by_lanes = by_lanes or (bool(pivots) and isinstance(pivots[0], torch.Tensor))
         if shift.numel() == 1 and not by_lanes:
             value, negative = float(shift), False
             for pivots, betas in self._rounds:
