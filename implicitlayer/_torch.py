@@ -41,7 +41,7 @@ forward_level: Callable[[], int] = partial(getattr, forward_ad, "_current_level"
 
 def innermost(value: Any) -> Any:
     """What is inside all wrappers of transforms: of a tensor the values of all lanes; of anything else itself."""
-    while isinstance(value, torch.Tensor) and is_wrapped(value):
+    while isinstance(value, torch.Tensor) and not torch.compiler.is_dynamo_compiling() and is_wrapped(value):
         value = unwrapped(value)
     return value
 

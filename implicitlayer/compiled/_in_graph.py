@@ -18,6 +18,7 @@ import torch
 from implicitlayer._torch import as_in_a_new_thread, pytree
 from implicitlayer.base._tree import flatten
 from implicitlayer.base._types import Leaves
+from implicitlayer.compiled._program import NUM_MEASURED
 from implicitlayer.equation._state import changed_since
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def _solve(
 @_solve.register_fake
 def _(init: Any, theta: Any, number: int, form: str, needed: str) -> list[torch.Tensor]:
     lanes = init[0].shape[: _LAYERS[number].layer.batch_dims]
-    measured = init[0].new_empty((2, *lanes), dtype=torch.float64)
+    measured = init[0].new_empty((NUM_MEASURED, *lanes), dtype=torch.float64)
     return [*(torch.empty_like(t) for t in init), measured, torch.empty((), dtype=torch.int64)]
 
 

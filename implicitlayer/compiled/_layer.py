@@ -29,9 +29,12 @@ from implicitlayer.base._tree import flatten, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.base._warn import warn
 from implicitlayer.compiled._program import Problem, Program, closed_over
+from implicitlayer.constrained._constrained import ProxLayer
 from implicitlayer.equation._capture import ClosedOver, find_closed_over, plainly_impossible
 from implicitlayer.equation._flat import Signature, flat_function, flat_parts
 from implicitlayer.layer._layer import ImplicitLayer, without_aux
+from implicitlayer.linear._gmres import Gmres
+from implicitlayer.sets._term import resolve
 
 
 def compile(
@@ -49,8 +52,11 @@ def compile(
     Args:
         layer: made by :func:`argmin`, of an objective in torch operations without data-dependent Python control flow,
             that closes over nothing that requires a gradient. Its solver is :class:`solvers.GradientDescent`,
-            :class:`solvers.LBFGS` or :class:`solvers.NewtonCG`, its linear solver :class:`ConjugateGradient` or
-            :class:`Dense` (or one with a method ``traced`` like theirs).
+            :class:`solvers.LBFGS` or :class:`solvers.NewtonCG`, its linear solver :class:`ConjugateGradient`,
+            :class:`Gmres` or :class:`Dense` (or one with a method ``traced`` like theirs). With ``constraint=`` or
+            ``regularizer=`` the solver is :class:`solvers.ProximalGradient` or :class:`solvers.ProjectedGradient`, and
+            the term acts on every entry by itself: :class:`sets.Box`, :class:`sets.NonNegative`, :class:`L1`,
+            :class:`ElasticNet`, pytrees of them, or a function of theta that returns one.
         backend: ``"eager"`` traces and runs without a compiler: for tests, and to see what the compiler changes.
         options: of ``torch.compile``'s inductor; default ``{"cpp_wrapper": True}``.
 
@@ -72,18 +78,25 @@ def compile(
         >>> [round(value, 9) for value in t.grad.tolist()]
         [0.5, 0.25]
     """
-    if type(layer) is not ImplicitLayer or layer.kind != "argmin":
+    over_sets = isinstance(layer, ProxLayer)
+    if type(layer) not in (ImplicitLayer, ProxLayer) or layer.kind != "argmin":
         raise TypeError(
-            f"layer={type(layer).__name__} has no compiled form: give what il.argmin returns, without constraint= and "
-            "regularizer=. Layers of il.root, il.fixed_point and over sets are used as they are."
+            f"layer={type(layer).__name__} has no compiled form: give what il.argmin returns. Layers of il.root, "
+            "il.fixed_point and of programs are used as they are."
         )
-    for name, known in (("solver", "GradientDescent, LBFGS, NewtonCG"), ("linear_solver", "ConjugateGradient, Dense")):
+    solvers = "ProximalGradient, ProjectedGradient" if over_sets else "GradientDescent, LBFGS, NewtonCG"
+    for name, known in (("solver", solvers), ("linear_solver", "ConjugateGradient, Gmres, Dense")):
         value = getattr(layer, name)
-        if not hasattr(value, "traced") or getattr(value, "preconditioner", None) is not None:
+        fits = hasattr(value, "traced") and getattr(value, "preconditioner", None) is None
+        if not fits or (name == "solver" and hasattr(value, "regularizer") is not over_sets):
             raise TypeError(
-                f"{name}={value!r} has no compiled form: {known} have one, without preconditioner. A black-box solver "
-                "cannot be compiled; the layer itself takes any."
+                f"{name}={value!r} has no compiled form here: {known} have one, without preconditioner. A black-box "
+                "solver cannot be compiled; the layer itself takes any."
             )
+    if isinstance(layer, ProxLayer) and getattr(layer.solver, "regularizer", None) not in (None, layer.terms):
+        raise ValueError("a solver with a term of its own has no compiled form: leave it out, it takes the layer's.")
+    if isinstance(layer.linear_solver, Gmres) and not layer.linear_solver.limits.has_tolerance:
+        raise ValueError(f"linear_solver={layer.linear_solver!r} has no compiled form without a tolerance: give rtol.")
     for name in ("polish", "solver_has_aux", "assumptions"):
         if getattr(layer, name):
             raise ValueError(f"{name}={getattr(layer, name)!r} has no compiled form: leave it out, or use the layer.")
@@ -205,7 +218,8 @@ class CompiledLayer:
             )
         function = without_aux(self.layer.function) if self.layer.objective_has_aux else self.layer.function
         with torch.enable_grad():
-            hidden, again = (find_closed_over(function, (init, *theta), lambda value: None) for _ in range(2))
+            read = self.layer._read(function)[0]
+            hidden, again = (find_closed_over(read, (init, *theta), lambda value: None) for _ in range(2))
         if hidden:
             raise closed_over(len(hidden))
         answer = self.layer(init, *theta)
@@ -218,22 +232,47 @@ class CompiledLayer:
         parts = flat_parts(self.layer.function, spec, signature, [], self.layer.batch_dims)
         if parts.metric_matrix is not None and parts.metric_matrix(leaves, tensors):
             raise TypeError("an objective with a matrix for its curvature (MatrixStrength) has no compiled form.")
-        problem = Problem(
+        kind, more = _with_terms(self.layer, init, theta, spec, signature)
+        problem = kind(
             function=flat_function(function, spec, signature, [], True),
             parts=parts,
             lane_dims=self.layer.batch_dims,
             solver=self.layer.solver,
             linear_solver=self.layer.linear_solver,
             damping=float(self.layer.damping),
-            rtol=self.layer.stationarity_rtol if any(needed) else None,
+            rtol=self.layer.stationarity_rtol,
             needed=tuple(needed),
+            **more,
         )
         plain = all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in (*leaves, *tensors))
         hidden.first = None  # the layer's own call has compared
         hidden.settle({id(tensor) for tensor, _ in again.constants})  # what it makes itself is another one each time
-        made = Program(problem, self.backend, self.options, self._one_at_a_time, hidden.constants) if plain else None
+        shapes = [t.shape for t in leaves], [t.shape for t in tensors]
+        made = None
+        if plain:
+            made = Program(problem, shapes, self.backend, self.options, self._one_at_a_time, hidden.constants)
         self._programs.setdefault(key, made)
         return answer
+
+
+def _with_terms(
+    layer: ImplicitLayer, init: Any, theta: tuple[Any, ...], spec: Any, signature: Signature
+) -> tuple[Any, dict[str, Any]]:
+    """What is compiled of the layer, and what it has more than others."""
+    if not isinstance(layer, ProxLayer):
+        return Problem, {}
+    from implicitlayer.compiled._over_sets import ProxProblem
+
+    term = resolve(layer.terms, theta, layer.terms_name)
+    if term.diagonal(init, flatten(init)[0][0].new_ones(()), 0) is None:
+        raise TypeError(
+            f"{layer.terms_name}={type(term).__name__} has no compiled form: only terms that act on every entry by "
+            "itself have one (il.sets.Box, il.sets.NonNegative, il.L1, il.ElasticNet, and pytrees of these). The layer "
+            "itself takes any."
+        )
+    rebuild = signature.slots.rebuild
+    more = {"terms": layer.terms, "name": layer.terms_name, "rebuild": rebuild, "spec": spec}
+    return ProxProblem, {**more, "step_size": layer.step_size}
 
 
 def _key(spec: Any, leaves: Leaves, signature: Signature, needed: list[bool]) -> tuple[Any, Signature]:
@@ -296,14 +335,19 @@ class Call:
 
 
 def apart(*parts: Leaves) -> list[Leaves]:
-    """The tensors without their graphs, and a copy of what shares its memory with another: no compiler follows that."""
+    """The tensors without their graphs, and a copy of what shares its memory with another: no compiler follows that.
+
+    Numbers become tensors of one entry: what is 0-d the tracer (2.13) takes for a Python number first, and then begins
+    again.
+    """
     met: set[int] = set()
     plain: list[Leaves] = []
     for leaves in parts:
         plain.append([])
         for leaf in leaves:
             place = leaf.untyped_storage().data_ptr()
-            plain[-1].append(leaf.detach().clone() if place in met else leaf.detach())
+            own = leaf.detach().clone() if place in met else leaf.detach()
+            plain[-1].append(own if own.ndim else own.reshape(1))
             met.add(place)
     return plain
 

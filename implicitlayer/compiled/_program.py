@@ -28,7 +28,11 @@ from implicitlayer.linear._operator import lane_scale
 from implicitlayer.linear._traced import TracedSystem
 
 # The largest of a few Rayleigh quotients is not the largest eigenvalue: this much is left for it.
-_MARGIN = 10.0
+MARGIN = 10.0
+
+# What :meth:`Problem.solve` has measured, [3, *lanes]: ||F||, the distance to a solution that is allowed, and the step
+# of a layer over a set.
+NUM_MEASURED = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +57,11 @@ class Problem:
     rtol: float | None
     needed: tuple[bool, ...]
 
+    @property
+    def checks(self) -> float | None:
+        """``rtol`` where a derivative will be asked for."""
+        return self.rtol if any(self.needed) else None
+
     def at(self, init: Leaves, theta: Leaves) -> TracedProblem:
         """The objective for this theta.
 
@@ -61,57 +70,77 @@ class Problem:
         """
         return TracedProblem(lambda x: self.function(x, [t.view_as(t) for t in theta]), init, self.lane_dims)
 
+    def solve(self, init: Leaves, theta: Leaves) -> tuple[Any, ...]:
+        """x leaves, whether all is well (bool, 0-d), a :class:`Status` per lane, and what was measured."""
+        traced = self.at(init, theta)
+        x, codes = self.solver.traced(traced)
+        fine, measured = self.judge(traced, x, theta)
+        fine = fine & (codes <= int(Status.TRUNCATED)) & x.isfinite().all(-1)
+        return unravel(x, init, self.lane_dims), fine.all(), codes, measured
 
-def solve(problem: Problem, init: Leaves, theta: Leaves) -> tuple[Any, ...]:
-    """x leaves, whether all is well (bool, 0-d), a :class:`Status` per lane, and, [2, *lanes], the norm of the gradient
-    there and the size of x.
-    """
-    traced = problem.at(init, theta)
-    x, codes = problem.solver.traced(traced)
-    fine = (codes <= int(Status.TRUNCATED)) & x.isfinite().all(-1)
-    gradient, pull = vjp(traced.gradient, x)
-    norm, size = lane_norm(gradient), torch.maximum(lane_norm(x), lane_norm(x - traced.start))
-    fine = fine & norm.isfinite()
-    if problem.rtol is not None:
-        # as equation/_stationarity.py has it, which reads numbers on the way
-        scale, eps = lane_scale(gradient), torch.finfo(x.dtype).eps
-        (product,) = pull(gradient / scale)
-        distance = torch.where(norm > 0, (norm / scale[..., 0]) ** 2 / lane_norm(product) * scale[..., 0], 0.0)
-        size = torch.clamp(size, min=NOISE * eps * max(x.shape[-1], 1) ** 0.5)
-        at = Stationarity(gradient, product * scale, norm, distance, distance / size, size)
-        steady = (distance <= eps**TIGHT * size) | (change_along(at, x, traced.gradient) <= CHANGES * problem.rtol)
-        fine = fine & (at.relative <= problem.rtol) & steady
-    return unravel(x, init, problem.lane_dims), fine.all(), codes, torch.stack([norm, size])
+    def judge(self, traced: TracedProblem, x: torch.Tensor, theta: Leaves) -> tuple[torch.Tensor, torch.Tensor]:
+        """Whether every check of the layer passes, bool [*lanes], and what was measured."""
+        gradient, pull = vjp(traced.gradient, x)
+        norm = lane_norm(gradient)
+        fine, allowed = norm.isfinite(), torch.full_like(norm, torch.inf)
+        if self.checks is not None:
+            size = torch.maximum(lane_norm(x), lane_norm(x - traced.start))
+            size = torch.clamp(size, min=NOISE * torch.finfo(x.dtype).eps * max(x.shape[-1], 1) ** 0.5)
+            at = measure(gradient, lambda unit: pull(unit)[0], norm, size)
+            steady = is_tight(at, x) | (change_along(at, x, traced.gradient) <= CHANGES * self.checks)
+            fine, allowed = fine & (at.relative <= self.checks) & steady, self.checks * size
+        return fine, torch.stack([norm, allowed, torch.ones_like(norm)])
+
+    def pull(self, x: Leaves, theta: Leaves, cotangent: Leaves, measured: torch.Tensor) -> tuple[Leaves, torch.Tensor]:
+        """Gradients of the needed theta leaves, and whether all is well; ``measured``: of :meth:`solve`."""
+        traced, lane_dims = self.at(x, theta), self.lane_dims
+        flat, rhs = traced.start, ravel(cotangent, lane_dims)
+        gradient = traced.gradient(flat)
+
+        def product(v: torch.Tensor) -> torch.Tensor:
+            return traced.curvature(flat, v) + self.damping * v
+
+        inverse = None if self.parts.metric is None else inverse_diagonal(self.parts.metric(x, theta), x, lane_dims)
+        solution = self.linear_solver.traced(TracedSystem(product, rhs, inverse, gradient))
+        fine = solution.sure & rhs.isfinite().all(-1) & (lane_norm(gradient) <= GROWN * measured[0])
+        if self.damping == 0:
+            fine = fine & (MARGIN * solution.reach <= measured[1])
+        found = self.pulled(lambda full: self.at(x, full).gradient(flat), theta, -solution.value)
+        return found, fine.all()
+
+    def pulled(self, function: Callable[[Leaves], torch.Tensor], theta: Leaves, u: torch.Tensor) -> Leaves:
+        """The derivative of ``u' function(theta)`` in the needed theta leaves."""
+        chosen = [i for i, need in enumerate(self.needed) if need]
+
+        def of_needed(some: Leaves) -> torch.Tensor:
+            full = list(theta)
+            for i, leaf in zip(chosen, some, strict=True):
+                full[i] = leaf
+            return function(full)
+
+        _, back = vjp(of_needed, [theta[i] for i in chosen])
+        (found,) = back(u)
+        return list(found)
 
 
-def pull(
-    problem: Problem, x: Leaves, theta: Leaves, cotangent: Leaves, measured: torch.Tensor
-) -> tuple[Leaves, torch.Tensor]:
-    """Gradients of the needed theta leaves, and whether all is well; ``measured``: the last of :func:`solve`."""
-    norm, size = measured[0], measured[1]
-    traced, lane_dims = problem.at(x, theta), problem.lane_dims
-    flat, rhs = traced.start, ravel(cotangent, lane_dims)
-    gradient = traced.gradient(flat)
+def measure(
+    F: torch.Tensor, transposed: Callable[[torch.Tensor], torch.Tensor], norm: torch.Tensor, size: torch.Tensor
+) -> Stationarity:
+    """As equation/_distance.py has it, which reads numbers on the way; ``transposed``: v -> J'v."""
+    scale = lane_scale(F)
+    product = transposed(F / scale)
+    distance = torch.where(norm > 0, (norm / scale[..., 0]) ** 2 / lane_norm(product) * scale[..., 0], 0.0)
+    return Stationarity(F, product * scale, norm, distance, distance / size, size)
 
-    def product(v: torch.Tensor) -> torch.Tensor:
-        return traced.curvature(flat, v) + problem.damping * v
 
-    inverse = None if problem.parts.metric is None else inverse_diagonal(problem.parts.metric(x, theta), x, lane_dims)
-    solution = problem.linear_solver.traced(TracedSystem(product, rhs, inverse, gradient))
-    fine = solution.sure & rhs.isfinite().all(-1) & (lane_norm(gradient) <= GROWN * norm)
-    if problem.rtol is not None and problem.damping == 0:
-        fine = fine & (_MARGIN * solution.reach <= problem.rtol * size)
-    chosen = [i for i, need in enumerate(problem.needed) if need]
+def is_tight(at: Stationarity, x: torch.Tensor) -> torch.Tensor:
+    """Lanes, bool [*lanes], so near to a solution that no change on the way there matters."""
+    tight: torch.Tensor = at.distance <= torch.finfo(x.dtype).eps ** TIGHT * at.size
+    return tight
 
-    def of_theta(some: Leaves) -> torch.Tensor:
-        full = list(theta)
-        for i, leaf in zip(chosen, some, strict=True):
-            full[i] = leaf
-        return problem.at(x, full).gradient(flat)
 
-    _, back = vjp(of_theta, [theta[i] for i in chosen])
-    (found,) = back(-solution.value)
-    return found, fine.all()
+def shaped(leaves: Leaves, shapes: list[torch.Size]) -> Leaves:
+    return [leaf.reshape(shape) for leaf, shape in zip(leaves, shapes, strict=True)]
 
 
 def closed_over(count: int) -> ClosureError:
@@ -126,9 +155,10 @@ def closed_over(count: int) -> ClosureError:
 
 @dataclass(eq=False)
 class Program:
-    """:func:`solve` and :func:`pull` of one problem, compiled when first called.
+    """``solve`` and ``pull`` of one problem, compiled when first called.
 
     Attributes:
+        shapes: of the leaves of x and of theta, which come as tensors of one entry where they are numbers.
         one_at_a_time: a lock for the calls that compile, so that two threads do not compile the same.
         outside: constant tensors that the objective closes over, with their versions at the first call.
         num_compilations: how often the compiler has been asked.
@@ -136,6 +166,7 @@ class Program:
     """
 
     problem: Problem
+    shapes: tuple[list[torch.Size], list[torch.Size]]
     backend: str
     options: dict[str, Any]
     one_at_a_time: Any
@@ -147,8 +178,15 @@ class Program:
     pull: Callable[..., Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.solve = self._compiled(lambda init, theta: solve(self.problem, init, theta))
-        self.pull = self._compiled(lambda *args: pull(self.problem, *args))
+        of_x, of_theta = self.shapes
+
+        def solve(init: Leaves, theta: Leaves) -> Any:
+            return self.problem.solve(shaped(init, of_x), shaped(theta, of_theta))
+
+        def pull(x: Leaves, theta: Leaves, v: Leaves, measured: torch.Tensor) -> Any:
+            return self.problem.pull(shaped(x, of_x), shaped(theta, of_theta), shaped(v, of_x), measured)
+
+        self.solve, self.pull = self._compiled(solve), self._compiled(pull)
 
     def num_changes(self) -> int:
         """How often the constant tensors that the objective closes over have been changed in place."""

@@ -34,7 +34,7 @@ from implicitlayer.linear._operator import is_for_symmetric
 from implicitlayer.sets._term import expand_like, largest_of, resolve, seen_by, signs
 
 _NEAR = 1e-3  # ||F|| over the size of x and eta grad f, above which an answer is no solution
-_ROUNDINGS = 4  # of x - eta grad f (the data, a product, a sum), in units of eps of its largest entry
+ROUNDINGS = 4  # of x - eta grad f (the data, a product, a sum), in units of eps of its largest entry
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,7 +263,7 @@ def _examined(at: At, x_spec: TreeSpec, shown: Callable[[Any], Any]) -> _Found:
     # An entry that is nearer to a kink than the answer is to the solution may be on either side. Far from a solution,
     # which the stationarity check tells, kinks mean nothing.
     eps = torch.finfo(x[0].dtype).eps
-    rounding = _ROUNDINGS * eps * far
+    rounding = ROUNDINGS * eps * far
     near = error <= _NEAR * at.size + rounding
     least = torch.maximum(eps**0.5 * at.size, rounding)
     tolerance = torch.where(near, torch.maximum(least, 2 * error), least)

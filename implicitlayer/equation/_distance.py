@@ -234,7 +234,7 @@ def newton_step(
 GROWN = 10.0
 # A kink nearer than this many times the estimate of the error is looked at: y = x - eta grad f moves by a few times
 # as much as x.
-_NEAR = 10.0
+NEAR = 10.0
 
 Seen = list[tuple[torch.Tensor, torch.Tensor]]  # F(x) [*lanes, n] and its norm, once the solve has linearised
 
@@ -314,7 +314,7 @@ class AnswerCheck:
         assert isinstance(family, Jacobian)
         allowed = self.rtol * self.size
         if self.nearest is not None:
-            allowed = torch.minimum(allowed, self.nearest / _NEAR)
+            allowed = torch.minimum(allowed, self.nearest / NEAR)
         metric = operator.inverse_metric_norm()
         pull = norm * metric
         suspicious = (norm > 0) & (

@@ -36,10 +36,15 @@ class TracedProblem(Vectors):
         function: ``x leaves -> value per lane, [*lanes]``.
         init: leaves of the start, [*lanes, ...].
         lane_dims: number of dimensions of lanes.
+        prox: of a layer over a set or with a regulariser, ``(y [*lanes, n], step [*lanes]) -> [*lanes, n]``.
     """
 
-    def __init__(self, function: Callable[[Leaves], torch.Tensor], init: Leaves, lane_dims: int) -> None:
-        self.function, self.like, self.lane_dims = function, init, lane_dims
+    prox: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+
+    def __init__(
+        self, function: Callable[[Leaves], torch.Tensor], init: Leaves, lane_dims: int, prox: Any = None
+    ) -> None:
+        self.function, self.like, self.lane_dims, self.prox = function, init, lane_dims, prox
         self.start = ravel(init, lane_dims)
         self.dtype = self.start.dtype
         gradient, self.first_value = self.value_and_gradient(self.start)

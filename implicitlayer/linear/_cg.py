@@ -29,7 +29,7 @@ from implicitlayer.linear._common import (
 )
 from implicitlayer.linear._operator import FlatOperator, lane_dot, lane_scale
 from implicitlayer.linear._preconditioners import Given, Precondition
-from implicitlayer.linear._traced import TracedSolution, TracedSystem, conjugate_gradient
+from implicitlayer.linear._traced import AIM, FURTHER, TracedSolution, TracedSystem, conjugate_gradient
 
 # NOTE [a small residual is no small error]: ||u - A^-1 b|| <= ||r|| / (smallest eigenvalue), and the smallest curvature
 # seen estimates that eigenvalue from above, at no product. With the default tolerance a lane whose residual is small
@@ -37,8 +37,6 @@ from implicitlayer.linear._traced import TracedSolution, TracedSystem, conjugate
 # orders below the tolerance or at rounding. Where at the end the smallest Ritz value still tells of an error above a
 # tenth of u, the answer is reported. A right-hand side that hides the flat directions below its own rounding (b = A z
 # at condition 1e6 in float32) hides them from the Ritz values too.
-_AIM = 0.1
-_FURTHER = 1e-4
 _WRONG = 0.1
 
 
@@ -81,7 +79,7 @@ class ConjugateGradient(KrylovSolver):
 
     def traced(self, system: TracedSystem) -> TracedSolution:
         """The same for a compiler; see :func:`implicitlayer.compile`."""
-        return conjugate_gradient(system, self.limits, _AIM, _FURTHER)
+        return conjugate_gradient(system, self.limits)
 
     def solve(self, operator: FlatOperator, rhs: torch.Tensor) -> LinearSolution:
         given = None if self.preconditioner is None else Given(self, operator, rhs)
@@ -105,8 +103,8 @@ class ConjugateGradient(KrylovSolver):
         run = _Run(torch.zeros_like(b), b, steps, codes, norm, stop, self.limits.most_steps(b), self.limits.at_limit)
         unit = self._unit(operator)
         if unit is not None and rtol is not None and self.rtol is None and self.atol == 0:
-            run.aim = _AIM * math.sqrt(rtol) * unit * torch.ones_like(norm)
-            run.floor = torch.maximum(_FURTHER * tolerance, 4 * torch.finfo(b.dtype).eps * norm)
+            run.aim = AIM * math.sqrt(rtol) * unit * torch.ones_like(norm)
+            run.floor = torch.maximum(FURTHER * tolerance, 4 * torch.finfo(b.dtype).eps * norm)
         previous = norm * math.inf
         running = (norm > stop) & norm.isfinite()
         going = touched = bool(running.any())

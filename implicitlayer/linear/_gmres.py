@@ -31,6 +31,7 @@ from implicitlayer.linear._common import (
 )
 from implicitlayer.linear._operator import FlatOperator, lane_dot
 from implicitlayer.linear._preconditioners import Precondition
+from implicitlayer.linear._traced import TracedSolution, TracedSystem, conjugate_gradient
 
 _FIRST_VECTORS = 15  # room made at the start of a cycle
 
@@ -69,6 +70,10 @@ class Gmres(KrylovSolver):
         super().__post_init__()
         if self.restart < 1:
             raise ValueError(f"restart={self.restart} must be at least 1: it is the number of steps of one cycle.")
+
+    def traced(self, system: TracedSystem) -> TracedSolution:
+        """The same for a compiler, whose systems are symmetric: by conjugate gradients, to the same tolerance."""
+        return conjugate_gradient(system, self.limits)
 
     def correct(self, operator: FlatOperator, precondition: Precondition, start: Round) -> Correction:
         """One cycle, run from zero on the right-hand side ``start.residual``."""

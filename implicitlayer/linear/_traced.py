@@ -14,6 +14,10 @@ from implicitlayer import _torch
 from implicitlayer.linear._common import BLOWN_UP, NOISE, SLACK, SUSPICIOUS_RESIDUAL, Limits, lane_norm
 from implicitlayer.linear._operator import lane_dot, lane_scale
 
+# With the default tolerance: NOTE [a small residual is no small error] of _cg.py.
+AIM = 0.1
+FURTHER = 1e-4
+
 
 @dataclass(frozen=True, eq=False)
 class TracedSystem:
@@ -46,11 +50,8 @@ def _norm(vector: torch.Tensor) -> torch.Tensor:
     return lane_dot(vector, vector).sqrt()
 
 
-def conjugate_gradient(system: TracedSystem, limits: Limits, aim: float, further: float) -> TracedSolution:
-    """The recurrence of :class:`ConjugateGradient`, all lanes at once.
-
-    ``aim``, ``further``: as there, for the default tolerance.
-    """
+def conjugate_gradient(system: TracedSystem, limits: Limits) -> TracedSolution:
+    """The recurrence of :class:`ConjugateGradient`, all lanes at once."""
     scale = lane_scale(system.rhs)
     b = system.rhs / scale
     norm, eps = _norm(b), torch.finfo(b.dtype).eps
@@ -64,8 +65,8 @@ def conjugate_gradient(system: TracedSystem, limits: Limits, aim: float, further
     if inverse is not None and known:
         unit = unit / inverse[..., 0].double()
     goes_on = rtol is not None and limits.rtol is None and limits.atol == 0 and known
-    low = torch.maximum(further * tolerance, 4 * eps * norm) if goes_on else stop
-    most_error = aim * (0.0 if rtol is None else rtol) ** 0.5 * unit
+    low = torch.maximum(FURTHER * tolerance, 4 * eps * norm) if goes_on else stop
+    most_error = AIM * (0.0 if rtol is None else rtol) ** 0.5 * unit
 
     def going(step: torch.Tensor, *state: torch.Tensor) -> torch.Tensor:
         return (step < most) & state[-2].any()

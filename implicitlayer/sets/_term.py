@@ -38,6 +38,12 @@ from implicitlayer.base._types import Extension, Leaves
 
 _JUMP = 0.1  # of the derivative, whose eigenvalues lie between 0 and 1
 _FAR = 1e-4  # over the size of y; the nearer step is sqrt(eps)
+_NO_FUNCTIONS = (
+    dict,
+    list,
+    tuple,
+    type,
+)  # torch's tracer (2.13) knows neither ``callable`` of them nor ``dict | list``
 
 
 class ProximalTerm(CopiesFunctions, Extension):
@@ -229,7 +235,7 @@ def resolve(terms: Any, theta: tuple[Any, ...], name: str = "constraint") -> Pro
     """The term that ``terms`` stands for at ``theta``: a term, a pytree of terms and None, or a function of theta."""
     if isinstance(terms, ProximalTerm):
         return terms.bind(theta)
-    if callable(terms) and not isinstance(terms, type):
+    if not isinstance(terms, _NO_FUNCTIONS) and callable(terms):
         return resolve(terms(*theta), theta, name)
     leaves, spec = flatten(terms)
     wrong = [leaf for leaf in leaves if leaf is not None and not isinstance(leaf, ProximalTerm)]
@@ -380,8 +386,9 @@ def norm_in_units(vector: torch.Tensor, dim: Any = -1) -> torch.Tensor:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether the numbers of ``value`` can be looked at: no transform has wrapped it."""
-    return not (isinstance(value, torch.Tensor) and _torch.is_wrapped(value))
+    """Whether the numbers of ``value`` can be looked at: no transform has wrapped it, and no compiler traces it."""
+    hidden = torch.compiler.is_dynamo_compiling
+    return not (isinstance(value, torch.Tensor) and (hidden() or _torch.is_wrapped(value)))
 
 
 def check_entries(value: Any, name: str, rule: str, holds: Any) -> None:

@@ -95,19 +95,26 @@ def choose(mask: torch.Tensor | None, new: Leaves, old: Leaves) -> Leaves:
 class Momentum:
     """The factor m of each step: constant with mu, else Nesterov's sequence with restarts, per lane."""
 
-    def __init__(self, strong_convexity: float | None) -> None:
-        self.mu = strong_convexity
-        self.t: torch.Tensor | None = None
+    STATE = ("t",)
 
-    def next(self, uphill: Callable[[], torch.Tensor], curvature: float | torch.Tensor) -> float | torch.Tensor:
-        """The factor of the step that has been made; ``uphill()``: lanes, bool, where it led against its gradient."""
+    def __init__(self, strong_convexity: float | None, t: torch.Tensor | None = None) -> None:
+        self.mu, self.t = strong_convexity, t  # None: ones
+
+    def next(
+        self, uphill: Callable[[], torch.Tensor], curvature: float | torch.Tensor, made: torch.Tensor | None = None
+    ) -> float | torch.Tensor:
+        """The factor of the step that has been made, in the lanes of ``made`` (None: in all).
+
+        ``uphill()``: lanes, bool, where it led against its gradient.
+        """
         if self.mu is not None:
             root = (curvature / self.mu) ** 0.5
             return (root - 1) / (root + 1)
         back = uphill()
         t = torch.ones_like(back, dtype=torch.float64) if self.t is None else self.t
         t_next = (1 + (1 + 4 * t * t).sqrt()) / 2
-        self.t = torch.where(back, 1.0, t_next)
+        after = torch.where(back, 1.0, t_next)
+        self.t = after if made is None else torch.where(made, after, t)
         return torch.where(back, 0.0, (t - 1) / t_next)
 
 

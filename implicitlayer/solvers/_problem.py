@@ -59,6 +59,12 @@ class Problem(TracedProblem):
         value, gradient = self._evaluate(unravel(x, self._like, self.lane_dims))
         return ravel(gradient, self.lane_dims), value
 
+    def curvature(self, x: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        """The Hessian at x times a vector, both [*lanes, n], without a unit."""
+        points = [leaf.detach().requires_grad_() for leaf in unravel(x, self._like, self.lane_dims)]
+        _, gradient = value_and_gradient(self._objective, points, self._spec, self.theta, create_graph=True)
+        return ravel(pull_back(gradient, points, unravel(vector, self._like, self.lane_dims)), self.lane_dims)
+
     def product(self, vector: torch.Tensor) -> torch.Tensor:
         """The curvature at the point evaluated last, times a vector [*lanes, n], in units of :attr:`unit`."""
         assert self._pull is not None

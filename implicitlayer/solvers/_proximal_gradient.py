@@ -14,28 +14,22 @@ from typing import Any, ClassVar
 
 import torch
 
+from implicitlayer import _torch
 from implicitlayer.base._solution import SolverResult
-from implicitlayer.base._tree import flatten, lane_reduce, leaves_norm, unflatten
-from implicitlayer.base._types import Leaves
-from implicitlayer.equation._residual import pull_back
-from implicitlayer.sets._term import expand_like, resolve
-from implicitlayer.solvers._leaves import (
-    Momentum,
-    add,
-    check_num_steps,
-    check_unknowns,
-    choose,
-    minus,
-    value_and_gradient,
-)
-from implicitlayer.solvers._outcome import StallWatch, codes_of, contradiction, finite_leaves, outcome, relative_move
-from implicitlayer.solvers._progress import Iteration, Settings, reporting
+from implicitlayer.base._tree import flatten, ravel
+from implicitlayer.equation._traced import TracedProblem
+from implicitlayer.sets._term import resolve
+from implicitlayer.solvers._descent import kept, restored, rounds_between_syncs
+from implicitlayer.solvers._leaves import Momentum, check_num_steps
+from implicitlayer.solvers._outcome import StallWatch, codes_of, contradiction, outcome, relative_move
+from implicitlayer.solvers._problem import Problem
+from implicitlayer.solvers._progress import Iteration, Report, Settings, reporting
 
 _MAX_DOUBLINGS = 200
 _NOISE = 16  # rounding errors of a sum, in units of eps
 _DROWNED = 100  # a change of the objective below this many rounding errors is not tested by values
 
-Prox = Callable[[Leaves, torch.Tensor], Leaves]
+Prox = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (y [*lanes, n], step [*lanes]) -> [*lanes, n]
 
 
 @dataclass(frozen=True)
@@ -93,133 +87,187 @@ class ProximalGradient(Settings):
 
     def run(self, objective: Callable[..., torch.Tensor], init: Any, *theta: Any) -> SolverResult:
         """The same, with status and step count."""
-        leaves, spec = flatten(init)
-        check_unknowns(leaves)
-        prox = self._prox(objective, spec, theta)
-        x = [leaf.detach().clone() for leaf in leaves]
-        z = x
-        value, slope = value_and_gradient(objective, z, spec, theta)
-        lane_dims = value.ndim
-        if self.step_size is None:
-            curvature = _curvature_along(objective, z, slope, spec, theta, lane_dims)
-        else:
-            curvature = torch.full(value.shape, 1 / self.step_size, dtype=torch.float64, device=value.device)
-        momentum = Momentum(None)
-        tolerance: torch.Tensor | None = None
-        running = torch.ones(value.shape, dtype=torch.bool, device=value.device)
-        reached = stalled = ~running
-        watch = StallWatch.unset(curvature, z[0].dtype)
-        before: tuple[Leaves, Leaves] | None = None
-        norm = torch.full_like(curvature, math.inf)
-        step = 0
+        prox = self._prox(objective, theta)
+        problem = Problem(objective, init, theta)
         with reporting(self.callback, self.progress, self.max_steps) as report:
-            for step in range(1, self.max_steps + 1):
-                if step > 1:
-                    value, slope = value_and_gradient(objective, z, spec, theta)
-                new = _stepped(prox, z, slope, curvature)
-                if self.step_size is None:
-                    at = lambda p: value_and_gradient(objective, p, spec, theta)  # noqa: E731
-                    curvature, new = _backtrack(at, prox, z, value, slope, curvature, new, running)
-                norm = curvature * leaves_norm(minus(z, new), lane_dims)
-                if report is not None:
-                    report(Iteration(step, value, norm, unflatten(new, spec)))
-                if tolerance is None:
-                    scale = torch.maximum(norm, leaves_norm(slope, lane_dims))
-                    tolerance = torch.clamp(self.rtol * scale, min=self.atol)
-                if self.has_tolerance:
-                    doubt = partial(contradiction, z, slope, before, curvature, lane_dims)
-                    move = partial(relative_move, z, before and minus(z, before[0]), lane_dims)
-                    stalled = stalled | watch.look(running, norm, value.double(), doubt, move, True)
-                    before = z, slope
-                change = minus(new, x)
-                uphill = _dot(minus(z, new), change, lane_dims) > 0
-                ahead = momentum.next(lambda: uphill, curvature) if self.accelerated else 0.0  # noqa: B023
-                x, z = choose(running, new, x), choose(running, add(new, change, ahead), z)
-                reached = reached | (running & (norm <= tolerance))
-                running = running & ~reached & ~stalled
-                if not bool(running.any()):
-                    break
-        finite = finite_leaves(x, lane_dims) & (norm.isfinite() | (step == 0))
-        return outcome(unflatten(x, spec), step, codes_of(self.has_tolerance, reached, finite, stalled & ~reached))
+            steps = _Steps(self, problem, partial(_on_vectors, prox, problem), _curvature(self, problem), report)
+            return steps.run()
 
-    def _prox(self, objective: Callable[..., Any], spec: Any, theta: tuple[Any, ...]) -> Prox:
+    def traced(self, problem: TracedProblem) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same rounds for a compiler; see :func:`implicitlayer.compile`."""
+        prox, curvature = problem.prox, _curvature(self, problem)
+        assert prox is not None
+
+        def steps(state: tuple[torch.Tensor, ...] = ()) -> _Steps:
+            made = _Steps(self, problem, prox, curvature, None)
+            made.on_host = False
+            return restored(made, list(state)) if state else made
+
+        def one_more(*state: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            here = steps(state)
+            here.round()
+            return kept(here)
+
+        last = steps(_torch.while_loop(lambda running, *_: running.any(), one_more, kept(steps())))
+        return last.x, last.codes
+
+    def _prox(self, objective: Callable[..., Any], theta: tuple[Any, ...]) -> Callable[[Any, torch.Tensor], Any]:
         """The layer's own operator where the term is the layer's: it knows lanes and closed-over tensors."""
         of_layer = getattr(objective, "terms", None)
-        operator: Callable[..., Any]
         if of_layer is not None and (self.regularizer is None or self.regularizer is of_layer):
-            operator = lambda y, step: objective.prox(y, step, *theta)  # type: ignore[attr-defined]  # noqa: E731
-        elif self.regularizer is not None:
+            return lambda y, step: objective.prox(y, step, *theta)  # type: ignore[attr-defined]
+        if self.regularizer is not None:
             term = resolve(self.regularizer, theta, "regularizer")
-            operator = lambda y, step: term.prox(y, step, step.ndim)  # noqa: E731
-        else:
-            raise ValueError(
-                f"{type(self).__name__}() without a set or regulariser takes that of the layer that calls it, and "
-                "there is none. Give it one, or use il.solvers.AcceleratedGradient."
-            )
-
-        def apply(y: Leaves, curvature: torch.Tensor) -> Leaves:
-            with torch.no_grad():
-                near = operator(unflatten(y, spec), (1 / curvature).to(y[0].dtype))
-            return list(flatten(near)[0])
-
-        return apply
+            return lambda y, step: term.prox(y, step, step.ndim)
+        raise ValueError(
+            f"{type(self).__name__}() without a set or regulariser takes that of the layer that calls it, and "
+            "there is none. Give it one, or use il.solvers.AcceleratedGradient."
+        )
 
 
-def _curvature_along(
-    objective: Callable[..., Any], x: Leaves, slope: Leaves, spec: Any, theta: Any, lane_dims: int
+def _on_vectors(
+    prox: Callable[[Any, torch.Tensor], Any], problem: Problem, y: torch.Tensor, step: torch.Tensor
 ) -> torch.Tensor:
-    """``||H g|| / ||g||`` per lane, a first guess of L that is never too large; 1 where that says nothing."""
-    points = [leaf.detach().requires_grad_() for leaf in x]
-    _, gradient = value_and_gradient(objective, points, spec, theta, create_graph=True)
-    size = leaves_norm(slope, lane_dims)
-    unit = [g / expand_like(torch.where(size > 0, size, 1.0), g) for g in slope]
-    curvature = leaves_norm(pull_back(gradient, points, unit), lane_dims)
+    """The prox of a vector [*lanes, n] that stands for a tree."""
+    with torch.no_grad():
+        return ravel(flatten(prox(problem.tree(y), step))[0], problem.lane_dims)
+
+
+def _curvature(settings: ProximalGradient, problem: Problem | TracedProblem) -> torch.Tensor:
+    """The first L, float64 [*lanes]: 1/step_size, or ``||H g|| / ||g||``, never too large; 1 where that is nothing."""
+    if settings.step_size is not None:
+        return torch.full_like(problem.unit, 1 / settings.step_size)
+    slope = problem.first_gradient
+    size = problem.norm(slope)
+    unit = slope / torch.where(size > 0, size, 1.0).unsqueeze(-1).to(slope.dtype)
+    curvature = problem.norm(problem.curvature(problem.start, unit))
     return torch.where((curvature > 0) & curvature.isfinite(), curvature, 1.0)
 
 
-def _backtrack(
-    at: Callable[[Leaves], tuple[torch.Tensor, Leaves]],
-    prox: Prox,
-    z: Leaves,
-    value: torch.Tensor,
-    slope: Leaves,
-    curvature: torch.Tensor,
-    new: Leaves,
-    running: torch.Tensor,
-) -> tuple[torch.Tensor, Leaves]:
-    """Double L until ``f(new) <= f(z) + <g, d> + L/2 ||d||^2``, d = new - z, for every running lane.
+class _Steps:
+    """The loop: in one round every lane makes a step, or a trial of one that was too long.
 
-    Near a solution this drowns in the rounding of f, and a step that is too long would go unseen: there
-    ``<g(new) - g, d> <= L ||d||^2`` takes its place, which is the same for a quadratic.
+    Attributes:
+        x, z: [*lanes, n]; ``value``, ``slope``: of the smooth objective at z.
+        curvature: L, float64 [*lanes]; ``trials``: how often it was doubled for this step.
+        norm: ``L ||z - x||`` of the last step; ``tolerance``: what it is to reach, known after the first step.
+        steps: how many, int64 [*lanes].
+        before: z and the slope there, one step ago.
     """
-    eps = torch.finfo(value.dtype).eps
-    norm = leaves_norm(slope, value.ndim)
-    # z itself is rounded: that alone changes f by ||g|| eps ||z||, which is more than eps f where f is nearly 0
-    slack = _NOISE * eps * (value.double().abs() + norm * leaves_norm(z, value.ndim))
-    gradient_noise = _NOISE * eps * norm
-    for _ in range(_MAX_DOUBLINGS):
-        change = minus(new, z)
-        size = leaves_norm(change, value.ndim)
-        bend = curvature * size * size
-        value_new, slope_new = at(new)
-        by_value = value_new.double() - value.double() - _dot(slope, change, value.ndim) <= bend / 2
-        turned = _dot(minus(slope_new, slope), change, value.ndim)
-        enough = torch.where(bend > _DROWNED * slack, by_value, turned <= bend + gradient_noise * size)
-        short = running & ~enough & value.isfinite() & (size > 0)
-        if not bool(short.any()):
-            break
-        curvature = torch.where(short, 2 * curvature, curvature)
-        new = choose(short, _stepped(prox, z, slope, curvature), new)
-    return curvature, new
+
+    STATE: tuple[str, ...] = (
+        *("running", "reached", "stalled", "x", "z", "value", "slope", "curvature", "trials", "norm", "tolerance"),
+        *("steps", "before", "momentum", "watch"),
+    )
+
+    def __init__(
+        self,
+        settings: ProximalGradient,
+        problem: Problem | TracedProblem,
+        prox: Prox,
+        curvature: torch.Tensor,
+        report: Report | None,
+    ) -> None:
+        self.settings, self.problem, self.prox, self.report = settings, problem, prox, report
+        self.x = self.z = problem.start
+        self.value, self.slope = problem.first_value.double(), problem.first_gradient * problem.scale
+        self.curvature = curvature
+        self.trials = self.steps = torch.zeros_like(curvature, dtype=torch.int64)
+        self.norm = self.tolerance = torch.full_like(curvature, math.inf)
+        self.reached = self.stalled = torch.zeros_like(curvature, dtype=torch.bool)
+        self.before = self.z, self.slope
+        self.momentum = Momentum(None, torch.ones_like(curvature))
+        self.watch = StallWatch.unset(curvature, problem.dtype)
+        self.on_host = rounds_between_syncs(self.x) == 1
+        self.running = torch.full_like(self.reached, settings.max_steps > 0)
+
+    def run(self) -> SolverResult:
+        assert isinstance(self.problem, Problem)
+        every, rounds = rounds_between_syncs(self.x), 0
+        while rounds % every or bool(self.running.any()):
+            rounds += 1
+            self.round()
+        return outcome(self.problem.tree(self.x), self.steps, self.codes)
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """How every lane has ended."""
+        finite = self.x.isfinite().all(-1) & (self.norm.isfinite() | (self.steps == 0))
+        return codes_of(self.settings.has_tolerance, self.reached, finite, self.stalled & ~self.reached)
+
+    def round(self) -> None:
+        """A step, or a trial, in every lane that runs."""
+        new = self.prox(self.z - self.slope / _column(self.curvature, self.z), (1 / self.curvature).to(self.z.dtype))
+        made, there = self.running, None
+        if self.settings.step_size is None:
+            slope, value = there = self.problem.value_and_gradient(new)
+            short = self._too_long(new, value.double(), slope)
+            self.curvature = torch.where(short, 2 * self.curvature, self.curvature)
+            self.trials = torch.where(short, self.trials + 1, 0)
+            made = made & ~short
+            if self.on_host and not bool(made.any()):
+                return
+        self._step(made, new)
+        if self.on_host and not bool(self.running.any()):
+            return
+        if self.settings.accelerated or there is None:  # else z is the point of the trial
+            there = self.problem.value_and_gradient(self.z)
+        self.slope, self.value = self._chosen(made, there[0], self.slope), torch.where(made, there[1], self.value)
+
+    def _step(self, made: torch.Tensor, new: torch.Tensor) -> None:
+        """These lanes go to ``new``."""
+        z, slope, dims = self.z, self.slope, self.problem.lane_dims
+        self.norm = torch.where(made, self.curvature * self.problem.norm(z - new), self.norm)
+        scale = torch.maximum(self.norm, self.problem.norm(slope))
+        first = torch.clamp(self.settings.rtol * scale, min=self.settings.atol)
+        self.tolerance = torch.where(made & (self.steps == 0), first, self.tolerance)
+        self.steps = self.steps + made
+        if self.settings.has_tolerance:
+            at, g = self.before
+            doubt = lambda: contradiction([z], [slope], ([at], [g]), self.curvature, dims)  # noqa: E731
+            move = partial(relative_move, [z], [z - at], dims)
+            self.stalled = self.stalled | self.watch.look(made, self.norm, self.value, doubt, move, self.on_host)
+            self.before = self._chosen(made, z, at), self._chosen(made, slope, g)
+        change, ahead = new - self.x, new
+        if self.settings.accelerated:
+            factor = self.momentum.next(lambda: _dot(z - new, change) > 0, self.curvature, made)
+            assert isinstance(factor, torch.Tensor)
+            ahead = torch.addcmul(new, _column(factor, new), change)
+        self.x = self._chosen(made, new, self.x)
+        self.z = self._chosen(made, ahead, z)
+        self.reached = self.reached | (made & (self.norm <= self.tolerance))
+        self.running = self.running & ~self.reached & ~self.stalled & (self.steps < self.settings.max_steps)
+        if self.report is not None:
+            assert isinstance(self.problem, Problem)
+            value = self.value.to(self.problem.dtype)
+            self.report(Iteration(int(self.steps.max()), value, self.norm, self.problem.tree(self.x)))
+
+    def _too_long(self, new: torch.Tensor, value: torch.Tensor, slope: torch.Tensor) -> torch.Tensor:
+        """Running lanes without ``f(new) <= f(z) + <g, d> + L/2 ||d||^2``, d = new - z, whose L is to be doubled.
+
+        Near a solution this drowns in the rounding of f, and a step that is too long would go unseen: there
+        ``<g(new) - g, d> <= L ||d||^2`` takes its place, which is the same for a quadratic.
+        """
+        eps, norm, change = torch.finfo(new.dtype).eps, self.problem.norm(self.slope), new - self.z
+        # z itself is rounded: that alone changes f by ||g|| eps ||z||, which is more than eps f where f is nearly 0
+        slack = _NOISE * eps * (self.value.abs() + norm * self.problem.norm(self.z))
+        size = self.problem.norm(change)
+        bend = self.curvature * size * size
+        by_value = value - self.value - _dot(self.slope, change) <= bend / 2
+        turned = _dot(slope - self.slope, change)
+        enough = torch.where(bend > _DROWNED * slack, by_value, turned <= bend + _NOISE * eps * norm * size)
+        return self.running & ~enough & self.value.isfinite() & (size > 0) & (self.trials < _MAX_DOUBLINGS)
+
+    def _chosen(self, lanes: torch.Tensor, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
+        return new if self.on_host and bool(lanes.all()) else torch.where(lanes.unsqueeze(-1), new, old)
 
 
-def _stepped(prox: Prox, z: Leaves, slope: Leaves, curvature: torch.Tensor) -> Leaves:
-    return prox([a - g / expand_like(curvature, a) for a, g in zip(z, slope, strict=True)], curvature)
+def _column(per_lane: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return per_lane.unsqueeze(-1).to(like.dtype)
 
 
-def _dot(a: Leaves, b: Leaves, lane_dims: int) -> torch.Tensor:
-    parts = [lane_reduce((x * y).double(), lane_dims) for x, y in zip(a, b, strict=True)]
-    return torch.stack(parts).sum(0)
+def _dot(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return (a * b).double().sum(-1)
 
 
 class ProjectedGradient(ProximalGradient):
