@@ -34,6 +34,7 @@ from implicitlayer.equation._repair import CHANGES_THE_SYSTEM, NegativeCurvature
 from implicitlayer.linear._cg import ConjugateGradient
 from implicitlayer.linear._common import lane_norm, select
 from implicitlayer.linear._operator import FlatOperator, LinearSolver, default_rtol, wrap_value
+from implicitlayer.linear._warm_start import WarmStart
 
 # (operator family, its tensors, u leaves, right-hand side leaves) -> how far the derivative made of u is from exact
 Certify = Callable[[OperatorFamily, Leaves, Leaves, Leaves], GradientError]
@@ -145,8 +146,8 @@ class LinearSolve(torch.autograd.Function):
             if spec.of_derivative and policy in CHANGES_THE_SYSTEM:
                 raise UnsupportedTransformError(_OTHER_SYSTEM.format(kind=spec.kind, what="met negative curvature"))
             solution = repair(policy, solver, operator, lambda: spec.operator.gauss_newton(parameters), flat, solution)
-        if solution.status is Status.STAGNATED and getattr(solver, "rtol", 0.0) is None:
-            solution = _as_exact_as_products(operator, flat, solution)
+        if solution.status is Status.STAGNATED:
+            solution = _as_exact_as_products(solver, operator, flat, solution)
         changed = solution.remedy if policy in CHANGES_THE_SYSTEM else ""
         u = unravel(solution.value, rhs, lane_dims)
         certificate = None
@@ -255,19 +256,30 @@ def _at_maximum(spec: SolveSpec, operator: FlatOperator, rhs: torch.Tensor, solu
 
 # NOTE [shorter products]: products with float64 vectors may be made in float32, in a model or by a leaf of x, and no
 # residual then falls to the default tolerance of float64. 3 A(v / 3) - A v is rounding, of the dtype that products are
-# made in. Where it is that of float32, the default tolerance of float32 holds, as long as by the smallest Ritz value
-# the error of u is below a tenth of its square root: NOTE [a small residual is no small error] has the same bound.
-def _as_exact_as_products(operator: FlatOperator, rhs: torch.Tensor, solution: LinearSolution) -> LinearSolution:
+# made in. Where it is that of float32, the default tolerance of float32 holds, as long as the error of u is below a
+# tenth of its square root: NOTE [a small residual is no small error] has the same bound. What tells the error is one
+# more solve, A e = b - A u: that residual is made anew, of rounding that has a part in every direction, flat ones too.
+def _as_exact_as_products(
+    solver: Callable[..., Any], operator: FlatOperator, rhs: torch.Tensor, solution: LinearSolution
+) -> LinearSolution:
     """The solution, converged in the lanes that have stagnated above the rounding of float32 products only."""
+    solver = solver.solver if isinstance(solver, WarmStart) else solver  # its warm starts are for cotangents
+    inner = getattr(solver, "solver", solver)  # of normal equations
+    if getattr(inner, "rtol", 0.0) is not None or getattr(inner, "atol", 0.0) > 0:  # asked for
+        return solution
     vector, rtol = patternless(rhs), default_rtol(torch.float32)
     product = operator(vector)
     noise = lane_norm(3 * operator(vector / 3) - product) / lane_norm(product)
     short = (noise > 1e3 * torch.finfo(rhs.dtype).eps) & (noise < 32 * torch.finfo(torch.float32).eps)
-    low = solution.ritz_values[0]
-    error = solution.residual_norm / low * operator.inverse_metric_norm() / lane_norm(solution.value)
-    short = short & (solution.relative_residual <= rtol) & ~(error > 0.1 * math.sqrt(rtol))
-    codes = torch.where(short & (solution.codes == int(Status.STAGNATED)), int(Status.CONVERGED), solution.codes)
-    return replace(solution, codes=codes, rtol=rtol) if bool((codes != solution.codes).any()) else solution
+    short = short & (solution.codes == int(Status.STAGNATED)) & (solution.relative_residual <= rtol)
+    if not bool(short.any()):
+        return solution
+    left = select(short, rhs - operator(solution.value))
+    more = wrap_value(operator, left, solver(operator, left), type(solver).__name__)
+    small = lane_norm(more.value) <= 0.1 * math.sqrt(rtol) * lane_norm(solution.value)
+    short = short & small & (more.relative_residual <= math.sqrt(rtol))
+    codes, steps = torch.where(short, int(Status.CONVERGED), solution.codes), solution.steps + more.steps
+    return replace(solution, codes=codes, steps=steps, rtol=rtol if bool(short.any()) else solution.rtol)
 
 
 def _refuse_not_linear(spec: SolveSpec, operator: FlatOperator, vector: torch.Tensor) -> None:

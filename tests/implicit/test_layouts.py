@@ -1,5 +1,6 @@
 """Memory layouts and kinds of tensors: strided, transposed, expanded, with an offset, parameters, mixed dtypes."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -165,8 +166,39 @@ def test_a_tolerance_asked_for_and_a_flat_direction_are_told_in_two_precisions_t
 
     with pytest.warns(il.ConvergenceWarning, match="or a part of it works in a shorter one"):
         il.linear_solve(operator, operator(randn(12, seed=2)))  # small residual; u may be off by 1e-3
-    with pytest.warns(il.ConvergenceWarning, match="or a part of it works in a shorter one"):
-        il.linear_solve(lambda u: 2 * u.float().double() + u / 3, randn(12, seed=2), il.ConjugateGradient(rtol=1e-12))
+    for solver in (il.ConjugateGradient(rtol=1e-12), il.ConjugateGradient(atol=1e-12)):
+        with pytest.warns(il.ConvergenceWarning, match="or a part of it works in a shorter one"):
+            il.linear_solve(lambda u: 2 * u.float().double() + u / 3, randn(12, seed=2), solver)
+
+
+EVERY_SOLVER = [il.ConjugateGradient(), il.Minres(), il.Gmres(), il.Bicgstab(), il.Dense(), il.NormalEquations()]
+EVERY_SOLVER += [il.WarmStart(il.Minres())]
+
+
+@pytest.mark.parametrize("decay", [1e-2, 1e-4, 1e-6])
+@pytest.mark.parametrize("linear_solver", EVERY_SOLVER, ids=lambda solver: type(solver).__name__)
+def test_a_float32_model_with_little_weight_decay_is_right_or_told(linear_solver: Any, decay: float) -> None:
+    """Weights where 3 outputs of 20 see something: condition 4 / decay, and the rounding of products times that."""
+    seen = orthogonal(20, seed=1)[:, :3]
+    model = (torch.tensor([1.0, 1.5, 2.0], dtype=F64) * seen).mT.float()
+    hessian = model.double().mT @ model.double() + decay * torch.eye(20, dtype=F64)
+
+    def objective(x: Tensor, t: Tensor) -> Tensor:
+        return 0.5 * ((model @ x.float()) ** 2).sum().double() + 0.5 * decay * (x**2).sum() - t @ x
+
+    def solver(_: Any, __: Tensor, t: Tensor) -> Tensor:
+        return torch.linalg.solve(hessian, t)
+
+    layer = il.argmin(objective, solver, linear_solver=linear_solver, stationarity_rtol=None)
+    t = randn(20, seed=2).requires_grad_()
+    x = layer(torch.zeros(20, dtype=F64), t)
+    v = seen @ (seen.mT @ randn(20, seed=3))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", il.ConvergenceWarning)
+        (got,) = torch.autograd.grad(x, t, v)
+    error = relative_error(got, torch.linalg.solve(hessian, v))
+    assert told or error < 1e-3  # told from 3e-4 on, by an estimate
+    assert not told or error > 1e-5, "a false alarm"
 
 
 class Nameless:
