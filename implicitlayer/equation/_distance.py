@@ -73,9 +73,14 @@ _ROUNDINGS = 16.0
 _DRAWS = 4
 
 
-def is_rounding(value: torch.Tensor, norm: torch.Tensor, residual: Residual, x: Leaves, theta: Leaves) -> torch.Tensor:
-    """Lanes, bool [*lanes], whose F(x), ``value`` of norm ``norm``, is rounding error only; a few more gradients."""
-    eps = torch.finfo(value.dtype).eps
+def is_rounding(
+    value: torch.Tensor, norm: torch.Tensor, residual: Residual, x: Leaves, theta: Leaves, eps: float = 0.0
+) -> torch.Tensor:
+    """Lanes, bool [*lanes], whose F(x), ``value`` of norm ``norm``, is rounding error only; a few more gradients.
+
+    ``eps``: that of the dtype which F works in, where it is shorter than the one of its value.
+    """
+    eps = max(eps, torch.finfo(value.dtype).eps)
     h = eps**0.5
 
     def changed(leaf: torch.Tensor, draw: int) -> torch.Tensor:

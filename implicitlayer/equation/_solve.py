@@ -32,7 +32,7 @@ from implicitlayer.equation._certificate import Assumptions
 from implicitlayer.equation._jacobian import Curvature, Jacobian, OneGraph, OperatorFamily, pull_tensors, push_tensors
 from implicitlayer.equation._repair import CHANGES_THE_SYSTEM, NegativeCurvature, repair
 from implicitlayer.linear._cg import ConjugateGradient
-from implicitlayer.linear._common import lane_norm, select
+from implicitlayer.linear._common import lane_norm, rounding_of, select
 from implicitlayer.linear._operator import FlatOperator, LinearSolver, default_rtol, wrap_value
 from implicitlayer.linear._warm_start import WarmStart
 
@@ -255,10 +255,10 @@ def _at_maximum(spec: SolveSpec, operator: FlatOperator, rhs: torch.Tensor, solu
 
 
 # NOTE [shorter products]: products with float64 vectors may be made in float32, in a model or by a leaf of x, and no
-# residual then falls to the default tolerance of float64. 3 A(v / 3) - A v is rounding, of the dtype that products are
-# made in. Where it is that of float32, the default tolerance of float32 holds, as long as the error of u is below a
-# tenth of its square root: NOTE [a small residual is no small error] has the same bound. What tells the error is one
-# more solve, A e = b - A u: that residual is made anew, of rounding that has a part in every direction, flat ones too.
+# residual then falls to the default tolerance of float64. Where their rounding is that of float32, the default
+# tolerance of float32 holds, as long as the error of u is below a tenth of its square root: NOTE [a small residual is
+# no small error] has the same bound. What tells the error is one more solve, A e = b - A u: that residual is made anew,
+# of rounding that has a part in every direction, flat ones too.
 def _as_exact_as_products(
     solver: Callable[..., Any], operator: FlatOperator, rhs: torch.Tensor, solution: LinearSolution
 ) -> LinearSolution:
@@ -268,8 +268,7 @@ def _as_exact_as_products(
     if getattr(inner, "rtol", 0.0) is not None or getattr(inner, "atol", 0.0) > 0:  # asked for
         return solution
     vector, rtol = patternless(rhs), default_rtol(torch.float32)
-    product = operator(vector)
-    noise = lane_norm(3 * operator(vector / 3) - product) / lane_norm(product)
+    noise = rounding_of(operator, vector)
     short = (noise > 1e3 * torch.finfo(rhs.dtype).eps) & (noise < 32 * torch.finfo(torch.float32).eps)
     short = short & (solution.codes == int(Status.STAGNATED)) & (solution.relative_residual <= rtol)
     if not bool(short.any()):

@@ -21,6 +21,7 @@ from implicitlayer.base._types import Leaves, OnFailure
 from implicitlayer.base._warn import warn
 from implicitlayer.equation._distance import (
     CLEAR,
+    TIGHT,
     Stationarity,
     far_at_other_draws,
     has_random_curvature,
@@ -30,7 +31,7 @@ from implicitlayer.equation._distance import (
 )
 from implicitlayer.equation._residual import Attached, Residual
 from implicitlayer.layer._polish import Polish
-from implicitlayer.linear._common import lane_norm, select
+from implicitlayer.linear._common import lane_norm, rounding_of, select
 
 if TYPE_CHECKING:
     from implicitlayer.layer._function import LayerSpec
@@ -115,7 +116,11 @@ def _judge_change(spec: LayerSpec, measured: Stationarity, x: Leaves, theta: Lea
     moved = change > CHANGES * rtol
     if not bool(moved.any()):
         return
-    moved = moved & ~is_rounding(measured.gradient, measured.norm / CLEAR, spec.residual, x, theta)
+    # in a part that works in a shorter dtype, F is known to its rounding, and no shorter step tells of a change
+    pull = spec.residual.attached(x, theta).flat_pull(spec.residual.lane_dims)
+    eps = 2 * float(rounding_of(pull, patternless(measured.gradient)).nan_to_num(0.0, 0.0).amax())
+    moved = moved & (measured.distance > eps**TIGHT * measured.size)
+    moved = moved & ~is_rounding(measured.gradient, measured.norm / CLEAR, spec.residual, x, theta, eps)
     if not bool(moved.any()):
         return
     random = moved & is_random(measured.gradient, spec.residual, x, theta)
@@ -125,9 +130,8 @@ def _judge_change(spec: LayerSpec, measured: Stationarity, x: Leaves, theta: Lea
     message = (
         f"the solver's answer is about {measured.relative[pick].item():.1e} of its size from the solution, but the "
         f"{'Hessian' if spec.residual.is_gradient else 'Jacobian'} changes by {change[pick].item():.1e} of itself over "
-        f"that distance{name_lanes(moved)} (a barrier, a cusp), or a part of it works in a shorter dtype than the "
-        "unknowns and sees no step so short. If not, the implicit gradient carries an error of that order: "
-        "solve the inner problem more tightly, pass polish=1 for a Newton step after the solver, or "
+        f"that distance{name_lanes(moved)} (a barrier, a cusp). The implicit gradient carries an error of that order. "
+        "Solve the inner problem more tightly, pass polish=1 for a Newton step after the solver, or "
         "stationarity_rtol=None if an early stop is intended."
     )
     _tell(spec.settings.on_failure, moved, message, "changing Hessian")

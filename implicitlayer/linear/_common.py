@@ -140,6 +140,12 @@ def lane_norm(vector: torch.Tensor, other: torch.Tensor | None = None) -> torch.
     return dot.sqrt() * scale[..., 0].double().sqrt() * scale_other[..., 0].double().sqrt()
 
 
+def rounding_of(product: Callable[[torch.Tensor], torch.Tensor], vector: torch.Tensor) -> torch.Tensor:
+    """The relative rounding [*lanes] of a linear product, by 3 A(v / 3) - A v: that of the dtype it is made in."""
+    once = product(vector)
+    return lane_norm(3 * product(vector / 3) - once) / lane_norm(once)
+
+
 def largest(vector: torch.Tensor) -> torch.Tensor:
     """Largest magnitude per lane, in float64; vectors are not empty."""
     return vector.abs().amax(-1).double()

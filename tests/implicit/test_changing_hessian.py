@@ -1,9 +1,12 @@
 """An answer near enough for its own size, over whose distance from the solution the Hessian changes."""
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from references import randn
 
 import implicitlayer as il
 
@@ -56,6 +59,40 @@ def test_a_pseudo_huber_loss_has_its_gradient_in_any_unit(unit: float, width: fl
     curvature = (1 + ((x - t).detach() / (width * unit)) ** 2) ** -1.5  # of the loss; dx / dt = curvature / (both)
     expected = curvature / (curvature + ridge)
     assert torch.allclose(torch.autograd.grad(x.sum(), t)[0], expected, rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("off", [1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 8e-4])
+@pytest.mark.parametrize("dtypes", [(torch.float32, F64), (torch.bfloat16, torch.float32)], ids=str)
+def test_a_model_in_a_shorter_dtype_that_sees_no_short_step_is_no_changing_hessian(dtypes: Any, off: float) -> None:
+    """What changes for a step that the model does not see is rounding; the answer is right to ``off``."""
+    short, long = dtypes
+    weight = randn(8, 3, seed=2)
+
+    def objective(x: torch.Tensor, t: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return torch.tanh(weight.to(dtype) @ x.to(dtype)).sum().to(x.dtype) + 1.5 * ((x - t) ** 2).sum()
+
+    t, none = randn(3, seed=1), torch.zeros(3, dtype=F64)
+    right = il.argmin(lambda x, t: objective(x, t, F64), il.solvers.NewtonCG(rtol=1e-14))(none, t)
+    answer = (right * (1 + off * torch.tensor([1.0, -1.0, 1.0]))).to(long)
+    layer = il.argmin(lambda x, t: objective(x, t, short), lambda f, x, t: answer, on_failure="raise")
+    # near enough in the sense of `stationarity_rtol`, up to what the short model takes for the minimum
+    layer = replace(layer, stationarity_rtol=1e-3 + 8 * torch.finfo(short).eps)
+    assert layer(none.to(long), t.to(long).requires_grad_()).requires_grad
+
+
+def test_a_barrier_beside_a_model_in_float32_is_told_where_it_changes() -> None:
+    def objective(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return (torch.tanh(x.float()).double() * 1e-3 + c * x - BARRIER * torch.log(1 - x)).sum()
+
+    def slope(part_of_slack: float) -> float:
+        pull = c.detach() + 1e-3 * (1 - math.tanh(1) ** 2)
+        layer = il.argmin(objective, lambda f, x, c: 1 + BARRIER / pull * (1 + part_of_slack), on_failure="raise")
+        return float(torch.autograd.grad(layer(torch.zeros(1, dtype=F64), c).sum(), c)[0])
+
+    c = torch.tensor([-1.0], dtype=F64, requires_grad=True)
+    with pytest.raises(il.StationarityError, match="the Hessian changes by"):
+        slope(0.1)
+    assert slope(1e-4) == pytest.approx(-BARRIER, rel=2e-3)
 
 
 def of_cube(kind: str, off: float, **settings: Any) -> Any:
