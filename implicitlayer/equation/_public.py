@@ -23,7 +23,7 @@ from implicitlayer.equation._repair import POLICIES, NegativeCurvature
 from implicitlayer.equation._residual import Residual, check_value, pullback
 from implicitlayer.equation._solve import Settings, SolveSpec, refuse_forward_over_forward, solve
 from implicitlayer.linear._cg import ConjugateGradient
-from implicitlayer.linear._operator import FlatOperator, Product, default_rtol, is_for_symmetric
+from implicitlayer.linear._operator import FlatOperator, Product, default_rtol, is_for_symmetric, tell_unknowns
 
 
 @outside_compiled_code
@@ -291,19 +291,25 @@ def linear_solve(
         matrix = _LinearFunction(lambda u, t: [t[0] @ u[0]], like, symmetric=bool(symmetric), assumed=assumed)
         family, parameters = replace(matrix, adjoint=lambda u, t: [t[0].mT @ u[0]]), [operator]
     else:
-        hidden = find_closed_over(operator, (rhs, *tensors), lambda value: like_x(value, leaves, spec))
+        with tell_unknowns(leaves):
+            hidden = find_closed_over(operator, (rhs, *tensors), lambda value: like_x(value, leaves, spec))
         hidden.first = None  # as above
         signature = Signature.of(tensors)
         parameters = [*signature.tensors, *hidden]
         refuse_not_differentiated([*signature.leaves, *hidden])
         flat = flat_function(operator, spec, signature, hidden, False)
-        family = _LinearFunction(flat, like, symmetric=bool(symmetric) or assumed, assumed=assumed)
+        family = _LinearFunction(_in_dtypes_of(like, flat), like, symmetric=bool(symmetric) or assumed, assumed=assumed)
     settings = Settings(solver, on_failure, negative_curvature=negative_curvature)
     solved = SolveSpec(family, len(leaves), settings, "linear")
     if torch.is_inference_mode_enabled():  # where torch 2.11 records nothing, not even inside torch.func
         with torch.inference_mode(False), torch.no_grad():
             return unflatten(solve(solved, out_of_inference(leaves), out_of_inference(parameters)), spec)
     return unflatten(solve(solved, leaves, parameters), spec)
+
+
+def _in_dtypes_of(like: Sequence[_Form], function: FlatFunction) -> FlatFunction:
+    """The function, its values in the dtypes of the unknowns: a part of it may work in another one."""
+    return lambda u, t: [value.to(form.dtype) for value, form in zip(function(u, t), like, strict=True)]
 
 
 def _solved_sharded(operator: Any, rhs: Any, solver: Any, *tensors: Any, **settings: Any) -> Any:

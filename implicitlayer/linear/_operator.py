@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -101,11 +102,31 @@ class LinearSolver(Extension):
             raise TypeError(f"rhs must be a tensor or a pytree of tensors, got {type(rhs).__name__}.")
 
         def matvec(vector: torch.Tensor) -> torch.Tensor:
-            product, _ = flatten(operator(unflatten(unravel(vector, leaves, 0), spec)))
-            return ravel(product, 0)
+            u = unravel(vector, leaves, 0)
+            with tell_unknowns(u):
+                product, _ = flatten(operator(unflatten(u, spec)))
+            return ravel(product, 0).to(vector.dtype)
 
         solution = self(FlatOperator(matvec), ravel(leaves, 0))
         return replace(solution, value=unflatten(unravel(solution.value, leaves, 0), spec))
+
+
+@contextmanager
+def tell_unknowns(leaves: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Add a note to an error of torch's in a function of the user's that makes products: what it was called with.
+
+    Python 3.10 has no notes; there the error stays as it is.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if hasattr(error, "add_note"):
+            error.add_note(
+                "The function that makes products A u was called with u like the right-hand side: "
+                f"{', '.join([f'{tuple(leaf.shape)} {leaf.dtype}' for leaf in leaves])}. What it multiplies u with "
+                "must fit, in shape and dtype: convert one of them, A.to(rhs.dtype) or rhs.to(A.dtype)."
+            )
+        raise
 
 
 def is_for_symmetric(solver: Any) -> bool:
