@@ -18,10 +18,11 @@ import torch
 from implicitlayer._errors import IndefiniteError, InfeasibleError, StationarityWarning
 from implicitlayer.base._active_set import ActiveSet
 from implicitlayer.base._failures import failed_lanes, marking, refuse, replaced, standing
+from implicitlayer.base._parts import Parts
 from implicitlayer.base._records import ForwardRecord
 from implicitlayer.base._sharding import Sharding, mesh_of
 from implicitlayer.base._surroundings import out_of_inference, outside_compiled_code, plain_surroundings
-from implicitlayer.base._tree import TreeSpec, flatten, name_lanes, ravel, tree_map, unflatten
+from implicitlayer.base._tree import TreeSpec, flatten, name_lanes, ravel, tree_map, unflatten, unravel
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.base._warn import tell_kink, warn
 from implicitlayer.constrained._prox_equation import At, ProxProblem, ProxResidual, positive, refuse_detached
@@ -30,7 +31,8 @@ from implicitlayer.equation._flat import Reading, Signature, call_with, flat_fun
 from implicitlayer.equation._residual import Attached, Residual
 from implicitlayer.layer._forward import Constraints
 from implicitlayer.layer._layer import ImplicitLayer, without_aux
-from implicitlayer.linear._operator import is_for_symmetric
+from implicitlayer.linear._dense import materialise
+from implicitlayer.linear._operator import FlatOperator, is_for_symmetric
 from implicitlayer.sets._term import expand_like, largest_of, resolve, seen_by, signs
 
 _NEAR = 1e-3  # ||F|| over the size of x and eta grad f, above which an answer is no solution
@@ -268,6 +270,9 @@ def _examined(at: At, x_spec: TreeSpec, shown: Callable[[Any], Any]) -> _Found:
     least = torch.maximum(eps**0.5 * at.size, rounding)
     tolerance = torch.where(near, torch.maximum(least, 2 * error), least)
     kinks = [m <= expand_like(tolerance, m) for m in margins]
+    if any(bool(mask.any()) for mask in kinks):
+        clear = _clear([k & (m > expand_like(rounding, m)) for k, m in zip(kinks, margins, strict=True)], at, eps**0.5)
+        kinks = [k & ~c for k, c in zip(kinks, clear, strict=True)]
 
     def count(masks: Leaves) -> torch.Tensor:
         return ravel([mask.to(torch.int64) for mask in masks], lane_dims).sum(-1)
@@ -285,6 +290,36 @@ def _examined(at: At, x_spec: TreeSpec, shown: Callable[[Any], Any]) -> _Found:
         bend=torch.where(near, at.bend(), 1.0),
         nearest=_least([torch.where(m > expand_like(tolerance, m), m, torch.inf) for m in margins], lane_dims),
     )
+
+
+# NOTE [units of their own]: unknowns may have units that are far apart, and a distance that is small beside the largest
+# of them says little of one whose unit is small. In whatever units, the terms of entry i of grad f are of the size of
+# T_i = sum_j |H_ij| |x_j|; what eta |force| is away from its kink, where the entry is held, is above a small part of
+# eta T_i or not; and where it is free H_ii times its distance is the force that moves it there. The answer is off by
+# d = J^-1 F, whose rows are those of the identity where an entry is held and of eta H where it is free: it moves the
+# force by eta H d, the entry by d_i. It takes all of H: of more unknowns the one measure above decides.
+_MOST_LOOKED_AT = 64
+
+
+def _clear(kinks: Leaves, at: At, part: float) -> Leaves:
+    """Those of the entries ``kinks`` that are no kinks in NOTE [units of their own]; ``part``: what is small."""
+    x, lane_dims, k = at.x, at.lane_dims, len(at.x)
+    flat = ravel(kinks, lane_dims)
+    if at.diagonal is None or isinstance(flat, Parts) or not flat.any() or flat.shape[-1] > _MOST_LOOKED_AT:
+        return [torch.zeros_like(mask) for mask in kinks]
+    held, *numbers = (ravel(part, lane_dims) for part in (at.report[:k], at.report[k : 2 * k], x, at.value))
+    margins, size, error = (vector.detach().double() for vector in numbers)
+    curved = FlatOperator(lambda v: ravel(at.curve(unravel(v, x, lane_dims)), lane_dims).detach())
+    matrix = materialise(curved, ravel(x, lane_dims).detach())  # eta H
+    own = matrix.diagonal(dim1=-2, dim2=-1)
+    unit = torch.where(own > 0, own, 1.0).rsqrt()
+    rows = torch.where(held.unsqueeze(-1), torch.eye(own.shape[-1], dtype=own.dtype, device=own.device), matrix)
+    scaled = rows * unit.unsqueeze(-2) * torch.where(held, 1 / unit, unit).unsqueeze(-1)
+    step = torch.linalg.solve_ex(scaled, (error * torch.where(held, 1 / unit, unit)).unsqueeze(-1))[0][..., 0] * unit
+    moves = torch.where(held, (matrix @ step.unsqueeze(-1))[..., 0], own * step).abs()
+    force = torch.where(held, 1.0, own) * margins
+    clear = flat & (force > 2 * moves + part * (matrix.abs() @ size.abs().unsqueeze(-1))[..., 0])
+    return unravel(clear, kinks, lane_dims)
 
 
 def _least(leaves: Leaves, lane_dims: int) -> torch.Tensor:
