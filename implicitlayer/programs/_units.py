@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 
 _SCALINGS = 4  # after which rows and columns are of one size, to a factor of two or so
-_APART = 1e6  # curvatures further apart than this have their units looked at
+APART = 1e6  # curvatures further apart than this have their units looked at
 _FEW = 64  # units no further apart than this stay
 
 
@@ -53,7 +53,7 @@ def unit_of_unknowns(Q: torch.Tensor, A: torch.Tensor, G: torch.Tensor, readable
         return None
     if readable:
         low, high = curvatures.aminmax()
-        if float(low) > 0 and float(high) <= _APART * float(low):
+        if float(low) > 0 and float(high) <= APART * float(low):
             return None
     lanes = torch.broadcast_shapes(Q.shape[:-2], A.shape[:-2], G.shape[:-2])
     none = torch.zeros_like(Q[..., :1, :])  # a row for programs without any

@@ -11,6 +11,10 @@
 #
 # NOTE [multipliers]: those of the program belong to the linearised constraints; at the end of the step the ones of
 # least squares are as accurate as x is, so they are taken where they have the right signs.
+#
+# NOTE [units]: unknowns may have units far apart, x = D u. What is rounding beside the largest curvature is then all
+# there is of another: where curvatures are that far apart, steps and errors are those of u, with D the inverse roots of
+# the curvatures, as powers of two, which round nothing.
 
 from __future__ import annotations
 
@@ -25,6 +29,7 @@ from implicitlayer.base._solution import SolverResult
 from implicitlayer.base._status import Status
 from implicitlayer.base._tree import flatten, ravel, unflatten, unravel
 from implicitlayer.programs._interior_point_step import norm_of, times
+from implicitlayer.programs._units import APART, power_of_two
 from implicitlayer.solvers._descent import Limited
 from implicitlayer.solvers._leaves import check_attached, check_unknowns
 from implicitlayer.solvers._outcome import NOISE, StallWatch, codes_of, outcome
@@ -34,6 +39,7 @@ from implicitlayer.solvers._sqp_program import FLAT, Held, Step, convex, step_of
 _DECREASE = 1e-4  # of the slope of phi that a step must bring
 _SHORT, _SHORTEST = 0.25, 1e-3  # lengths below which the model is trusted less, and below which it is made anew
 _LEAST_SHARE = 1e-3  # of the slope at init: steps along what has no curvature are at most 1000 times the size of x
+_LEAST = 1e-14  # curvature that makes a unit, over the largest
 _TRIES = 10  # models of one point that give no step
 _FEW = 3  # derivatives up to which one after the other is cheaper than side by side
 _WORDS = {
@@ -209,7 +215,7 @@ class _Lanes:
         if not bool(self.finite.all()):  # these lanes stay where they are, and the others see nothing of them
             parts = {name: t.nan_to_num(0.0, 0.0, 0.0) for name, t in vars(self.at).items() if name in "fcpJW"}
             self.at = replace(self.at, **parts)
-        self.first, self.rho = norm_of(self.at.p), y
+        self.first, self.rho = self.at.p, y
         self.steps, self.failures, self.stalled = self.zero.long(), self.zero.long(), ~self.finite
         self.least = self.zero  # of all curvatures
         self.share = self.zero + 1  # of the slope at init over the size of x, which stands for curvatures that are none
@@ -226,9 +232,24 @@ class _Lanes:
     @property
     def size(self) -> torch.Tensor:
         """max(||x||, ||x - init||, distances of what is violated), [B]."""
-        far = violation(self.at.c, self.of.e) / self.at.span.lengths
-        sizes = [norm_of(self.at.x)[:, None], norm_of(self.at.x - self.of.start)[:, None], far]
-        return torch.cat(sizes, -1).amax(-1)
+        return self._size(torch.ones_like(self.at.x), self.at.span.lengths)
+
+    def _size(self, unit: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        far = violation(self.at.c, self.of.e) / lengths
+        sizes = [norm_of(x / unit)[:, None] for x in (self.at.x, self.at.x - self.of.start)]
+        return torch.cat([*sizes, far], -1).amax(-1)
+
+    def _in_units(self) -> tuple[torch.Tensor, _At]:
+        """The unit of every unknown [B, n], and what is known, but for x, of unknowns in these; NOTE [units]."""
+        curvatures, at = self.at.W.diagonal(dim1=-2, dim2=-1), self.at
+        low, high = curvatures.amin(-1, keepdim=True), curvatures.amax(-1, keepdim=True)
+        apart = (low > 0) & (high > APART * low) & high.isfinite()
+        if not bool(apart.any()):
+            return torch.ones_like(at.x), at
+        unit = torch.where(apart, power_of_two(torch.maximum(curvatures, _LEAST * high).rsqrt()), 1.0)
+        J = at.J * unit[:, None, :]
+        W = at.W * unit[:, None, :] * unit[:, :, None]
+        return unit, replace(at, p=at.p * unit, J=J, W=W, span=Held.of(J, at.held))
 
     def merit(self, f: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
         """phi, [B]."""
@@ -236,11 +257,12 @@ class _Lanes:
 
     def _error(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The largest violation of a condition of optimality, relative as the docstring says, and ||grad L||, [B]."""
-        at, e, size = self.at, self.of.e, self.size[:, None]
-        forces, rest = at.y.abs() * at.span.lengths, norm_of(at.p + times(at.J.mT, at.y))
-        terms = torch.cat([forces, self.first[:, None], norm_of(at.p)[:, None]], -1).amax(-1, keepdim=True)
+        (unit, at), e, rest = self._in_units(), self.of.e, norm_of(self.at.p + times(self.at.J.mT, self.at.y))
+        size, forces = self._size(unit, at.span.lengths)[:, None], at.y.abs() * at.span.lengths
+        terms = torch.cat([forces, norm_of(self.first * unit)[:, None], norm_of(at.p)[:, None]], -1)
+        terms, left = terms.amax(-1, keepdim=True), norm_of(at.p + times(at.J.mT, at.y))
         off, inside = (t / at.span.lengths for t in (violation(at.c, e), (-at.c).clamp(min=0)))
-        still = torch.where(rest <= self.settings.atol, 0.0, rest)[:, None]
+        still = torch.where(rest <= self.settings.atol, 0.0, left)[:, None]
         parts = [_over(still, terms), _over(off, size), torch.minimum(_over(inside, size), _over(forces, terms))[:, e:]]
         return torch.cat(parts, -1).amax(-1).nan_to_num(torch.inf), rest
 
@@ -277,13 +299,15 @@ class _Lanes:
 
     def _turn(self) -> None:
         """New steps and weights in the lanes that turn."""
-        at, e, size, far = self.at, self.of.e, torch.linalg.matrix_norm(self.at.W), self.size
-        flat = torch.maximum(self.share * self.first / torch.where(far > 0, far, 1.0), FLAT * size)
+        unit, at = self._in_units()
+        e, size, far = self.of.e, torch.linalg.matrix_norm(at.W), self._size(unit, at.span.lengths)
+        flat = torch.maximum(self.share * norm_of(self.first * unit) / torch.where(far > 0, far, 1.0), FLAT * size)
         B = convex(at.W, at.span, size, torch.where(flat > 0, flat, 1.0), self.least)
         off = violation(at.c, e)
         least = norm_of(at.p) * far + size * far * far + (self.rho * off).sum(-1)
-        self.step = _where(self.turning, step_of(B, at.p, at.c, at.J, at.held, least, e), self.step)
-        d, forces = self.step.d, self.step.y.abs()
+        step = step_of(B, at.p, at.c, at.J, at.held, least, e)
+        self.step = _where(self.turning, replace(step, d=step.d * unit), self.step)
+        d, forces = self.step.d / unit, self.step.y.abs()
         self.rho = _where(self.turning, torch.maximum(forces, (self.rho + forces) / 2), self.rho)
         down = (at.p * d).sum(-1) - (self.rho * (off - self.step.left)).sum(-1)
         self.slope = down.clamp(max=0.0)
@@ -296,7 +320,9 @@ class _Lanes:
         old, e, held, full = self.at, self.of.e, self.step.held, self.length == 1
         p, J = self.of.slopes()
         span = Held.of(J.nan_to_num(0.0, 0.0, 0.0), held)
-        fitted = span.multipliers(p) * held
+        unit, scaled = self._in_units()
+        fit = span if scaled is old else Held.of(J.nan_to_num(0.0, 0.0, 0.0) * unit[:, None, :], held)
+        fitted = fit.multipliers(p * unit) * held
         good = full & (fitted[:, e:] >= 0).all(-1) & fitted.isfinite().all(-1)
         y = _where(good, fitted, old.y + self.length[:, None] * (self.step.y - old.y))
         new = _At(trial, f, c, p, J, y, self.of.hessian(y), held, span)
@@ -320,9 +346,10 @@ class _Lanes:
         """The next trial of these lanes: corrected once at full length (NOTE [curved]), then shorter."""
         first = lanes & (self.length == 1) & ~self.shift.any(-1) & c.isfinite().all(-1)
         held = self.step.held & first[:, None]
-        shift = Held.of(self.at.J, held).correction(torch.where(held, c, 0.0))
-        worth = first & shift.any(-1) & (norm_of(shift) <= norm_of(self.step.d))
-        self.shift = _where(lanes, torch.where(worth[:, None], shift, 0.0), self.shift)
+        unit, at = self._in_units()
+        shift = Held.of(at.J, held).correction(torch.where(held, c, 0.0))
+        worth = first & shift.any(-1) & (norm_of(shift) <= norm_of(self.step.d / unit))
+        self.shift = _where(lanes, torch.where(worth[:, None], shift * unit, 0.0), self.shift)
         # the minimum of the parabola through both values and the slope
         down = self.length * self.slope
         ratio = (-down / (2 * (after - before - down))).nan_to_num(0.1).clamp(0.1, 0.5)

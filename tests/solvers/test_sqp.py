@@ -321,3 +321,31 @@ def test_gradients_of_central_differences_agree_in_a_curved_problem() -> None:
     columns = [central_differences(lambda t, i=i: layer(init, t)[i].detach(), t, 1e-5) for i in range(4)]
     expected = torch.stack(columns)
     assert relative_error(jacobian, expected) < 1e-6  # 1e-10 of the third derivative, 1e-8 of rounding, times 1e1
+
+
+@pytest.mark.parametrize("ratio", [1e3, 1e4, 1e6, 1e8, 1e-4, 1e-6])
+def test_unknowns_in_units_far_apart_take_the_steps_of_the_same_problem_in_their_own(ratio: float) -> None:
+    """Curvatures are the squares of the units apart; the problem in units of its own has condition below 20."""
+    n = 6
+    A = randn(n, n, seed=1)
+    Q, c = A @ A.mT / n + torch.eye(n, dtype=F64), 2 * randn(n, seed=2)
+    one = torch.ones(n, dtype=F64)
+    units = torch.where(torch.arange(n) % 2 == 0, ratio, 1.0).double()
+
+    def solved(units: torch.Tensor) -> il.SolverResult:  # lanes: these units, and none
+        both = torch.stack([units, one])
+        layer = il.constrained_argmin(
+            lambda x, s: 0.5 * ((x / s) @ Q * (x / s)).sum(-1) - (x / s) @ c + 0.1 * ((x / s) ** 4).sum(-1),
+            il.solvers.SQP(),
+            equality=lambda x, s: (x / s).sum(-1, keepdim=True) - 0.2,
+            inequality=lambda x, s: (x / s)[..., :3] - 0.3,
+            on_failure="ignore",
+            batch_dims=1,
+        )
+        x = layer(torch.zeros(2, n, dtype=F64), both)
+        return il.SolverResult(x / both, num_steps=layer.records[0].num_steps)
+
+    plain, far = solved(one), solved(units)
+    assert far.num_steps is not None and plain.num_steps is not None and far.num_steps <= plain.num_steps + 1
+    assert torch.allclose(far.value[1], plain.value[1], rtol=1e-13), "the other problem sees nothing of it"
+    assert (far.value[0] - plain.value[0]).abs().max() < 1e-9  # rtol, of numbers near one
