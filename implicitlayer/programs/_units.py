@@ -14,7 +14,8 @@ from collections.abc import Callable
 import torch
 
 _SCALINGS = 4  # after which rows and columns are of one size, to a factor of two or so
-APART = 1e6  # curvatures further apart than this have their units looked at
+_APART = 1e6  # curvatures further apart than this have their units looked at
+_LEAST = 1e-16  # curvature that makes a unit by itself, over the largest
 _FEW = 64  # units no further apart than this stay
 
 
@@ -26,6 +27,17 @@ def above_zero(size: torch.Tensor) -> torch.Tensor:
 def power_of_two(size: torch.Tensor) -> torch.Tensor:
     """The nearest one."""
     return size.log2().round().exp2()
+
+
+def units_by_curvature(curvatures: torch.Tensor) -> torch.Tensor | None:
+    """Units [*lanes, n] in which curvatures that are all positive, and far apart, are near one; else ones, or None."""
+    if not curvatures.shape[-1]:
+        return None
+    low, high = curvatures.amin(-1, keepdim=True), curvatures.amax(-1, keepdim=True)
+    apart = (low > 0) & (high > _APART * low) & high.isfinite()
+    if not bool(apart.any()):
+        return None
+    return torch.where(apart, power_of_two(torch.maximum(curvatures, _LEAST * high).rsqrt()), 1.0)
 
 
 def equilibrated(
@@ -53,7 +65,7 @@ def unit_of_unknowns(Q: torch.Tensor, A: torch.Tensor, G: torch.Tensor, readable
         return None
     if readable:
         low, high = curvatures.aminmax()
-        if float(low) > 0 and float(high) <= APART * float(low):
+        if float(low) > 0 and float(high) <= _APART * float(low):
             return None
     lanes = torch.broadcast_shapes(Q.shape[:-2], A.shape[:-2], G.shape[:-2])
     none = torch.zeros_like(Q[..., :1, :])  # a row for programs without any

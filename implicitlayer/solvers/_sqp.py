@@ -29,7 +29,7 @@ from implicitlayer.base._solution import SolverResult
 from implicitlayer.base._status import Status
 from implicitlayer.base._tree import flatten, ravel, unflatten, unravel
 from implicitlayer.programs._interior_point_step import norm_of, times
-from implicitlayer.programs._units import APART, power_of_two
+from implicitlayer.programs._units import units_by_curvature
 from implicitlayer.solvers._descent import Limited
 from implicitlayer.solvers._leaves import check_attached, check_unknowns
 from implicitlayer.solvers._outcome import NOISE, StallWatch, codes_of, outcome
@@ -39,7 +39,6 @@ from implicitlayer.solvers._sqp_program import FLAT, Held, Step, convex, step_of
 _DECREASE = 1e-4  # of the slope of phi that a step must bring
 _SHORT, _SHORTEST = 0.25, 1e-3  # lengths below which the model is trusted less, and below which it is made anew
 _LEAST_SHARE = 1e-3  # of the slope at init: steps along what has no curvature are at most 1000 times the size of x
-_LEAST = 1e-14  # curvature that makes a unit, over the largest
 _TRIES = 10  # models of one point that give no step
 _FEW = 3  # derivatives up to which one after the other is cheaper than side by side
 _WORDS = {
@@ -241,12 +240,9 @@ class _Lanes:
 
     def _in_units(self) -> tuple[torch.Tensor, _At]:
         """The unit of every unknown [B, n], and what is known, but for x, of unknowns in these; NOTE [units]."""
-        curvatures, at = self.at.W.diagonal(dim1=-2, dim2=-1), self.at
-        low, high = curvatures.amin(-1, keepdim=True), curvatures.amax(-1, keepdim=True)
-        apart = (low > 0) & (high > APART * low) & high.isfinite()
-        if not bool(apart.any()):
+        at, unit = self.at, units_by_curvature(self.at.W.diagonal(dim1=-2, dim2=-1))
+        if unit is None:
             return torch.ones_like(at.x), at
-        unit = torch.where(apart, power_of_two(torch.maximum(curvatures, _LEAST * high).rsqrt()), 1.0)
         J = at.J * unit[:, None, :]
         W = at.W * unit[:, None, :] * unit[:, :, None]
         return unit, replace(at, p=at.p * unit, J=J, W=W, span=Held.of(J, at.held))
