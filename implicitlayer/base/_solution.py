@@ -46,6 +46,7 @@ class LinearSolution:
         remedy: what was done about negative curvature, in words; empty where nothing was.
         damping: tensor [*lanes], added to the matrix by that remedy; None where nothing was.
         singular: bool [*lanes], where the matrix has no inverse, and the value is one of many; None: not known of any.
+        damps: whether the advice of an error may be to pass damping= and curvature=.
     """
 
     value: Any
@@ -63,6 +64,7 @@ class LinearSolution:
     remedy: str = ""
     damping: torch.Tensor | None = None
     singular: torch.Tensor | None = None
+    damps: bool = True
 
     @property
     def ritz_values(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,7 +123,7 @@ class LinearSolution:
         remedy = "The function given as preconditioner= returned it. Look at what it divides by."
         if not broken:
             also = " The preconditioner may be the reason, too: solve without it to see."
-            remedy = status.help + also * (self.preconditioned and not status.ok)
+            remedy = status.advice(self.damps) + also * (self.preconditioned and not status.ok)
         return (
             f"{self.method} {what}{lane} after {at(self.steps)} steps ({kind} relative residual "
             f"{at(self.relative_residual):.2e}{asked}). {remedy}"

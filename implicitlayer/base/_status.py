@@ -35,7 +35,12 @@ class Status(enum.IntEnum):
     @property
     def help(self) -> str:
         """One or two sentences: what happened and what to do."""
-        return _HELP[self]
+        return self.advice(True)
+
+    def advice(self, damps: bool) -> str:
+        """The same; ``damps``: whether damping= and curvature= are arguments of what is at hand."""
+        words = {"damping": ", or add damping", "damp": "add damping, ", "gauss": ", or Gauss-Newton curvature"}
+        return _HELP[self].format(**{key: word * damps for key, word in words.items()})
 
 
 _HELP = {
@@ -48,24 +53,24 @@ _HELP = {
     ),
     Status.ILL_CONDITIONED: (
         "The tolerance was reached, but the matrix is so ill-conditioned (by its Ritz values) that a residual this "
-        "small still leaves an error above 10 %. Use float64 or a smaller rtol, precondition, or add damping."
+        "small still leaves an error above 10 %. Use float64 or a smaller rtol, or precondition{damping}."
     ),
     Status.STAGNATED: (
         "The true residual stopped falling above the tolerance: the problem is too ill-conditioned for this dtype, "
-        "or a part of it works in a shorter one. Use float64 throughout, add damping, or loosen rtol."
+        "or a part of it works in a shorter one. Use float64 throughout, or loosen rtol{damping}."
     ),
     Status.SINGULAR: (
         "The matrix is singular to working precision and the right-hand side has a part outside its range (or the "
-        "iteration broke down on it), so the solution is not a differentiable function of theta. Add regularisation "
-        "or damping, or remove the free direction from the unknowns."
+        "iteration broke down on it), so the solution is not a differentiable function of theta. Add regularisation, "
+        "or remove the free direction from the unknowns{damping}."
     ),
     Status.INDEFINITE: (
         "The matrix is not positive definite here. Solve the inner problem more tightly (a minimum has no negative "
-        "curvature), add damping, use il.Minres() if a saddle point is intended, or Gauss-Newton curvature."
+        "curvature), {damp}or use il.Minres() if a saddle point is intended{gauss}."
     ),
     Status.DIVERGED: (
         "The residual did not fall below that of the zero vector. The matrix is not positive definite or not "
-        "symmetric, or far too ill-conditioned for this dtype: use another linear solver, damping, or float64."
+        "symmetric, or far too ill-conditioned for this dtype: use another linear solver, or float64{damping}."
     ),
     Status.NONFINITE: (
         "A product with the matrix returned NaN or Inf. The objective is not twice differentiable at the solution, "

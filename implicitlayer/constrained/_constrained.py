@@ -66,6 +66,7 @@ class ProxLayer(ImplicitLayer):
     step_size: float | None = None
 
     reads_more: ClassVar[bool] = True
+    damps: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

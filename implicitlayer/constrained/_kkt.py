@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 
@@ -234,6 +234,8 @@ class KktLayer(ImplicitLayer):
     tolerances: Tolerances = field(default_factory=Tolerances)
     active_set: ActiveConstraints | None = None
     num_x: int | None = None  # entries of x in one problem, where the answer may be rough
+
+    damps: ClassVar[bool] = False
 
     def _read(self, function: Callable[..., Any]) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
         if not isinstance(function, Lagrangian):

@@ -304,7 +304,7 @@ def _general_gradients(
     _, residual, _ = layer._equation(_scalar, spec, signature, ClosedOver())
     graph = None if derivatives_possible() else Graph(partial(residual.for_derivatives, z, data))
     v, solver, policy = fill(cotangents, z), layer.linear_solver, layer.on_failure
-    return implicit_vjp(residual, z, data, v, needed, Settings(solver, policy), graph=graph)
+    return implicit_vjp(residual, z, data, v, needed, Settings(solver, policy, damps=False), graph=graph)
 
 
 class _QuadraticLayer(KktLayer):

@@ -63,6 +63,7 @@ class Settings:
         negative_curvature: what is done where it is met.
         assumptions: what the user knows of the problem, for error bounds.
         listener: who gets the record.
+        damps: whether damping= and curvature= are arguments of the layer, to be advised.
     """
 
     solver: Callable[[FlatOperator, torch.Tensor], LinearSolution]
@@ -72,6 +73,7 @@ class Settings:
     negative_curvature: NegativeCurvature = "raise"
     assumptions: Assumptions | None = None
     listener: Callable[[Record], None] | None = None
+    damps: bool = True
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +150,8 @@ class LinearSolve(torch.autograd.Function):
             solution = repair(policy, solver, operator, lambda: spec.operator.gauss_newton(parameters), flat, solution)
         if solution.status is Status.STAGNATED:
             solution = _as_exact_as_products(solver, operator, flat, solution)
+        if not settings.damps:
+            solution = replace(solution, damps=False)
         changed = solution.remedy if policy in CHANGES_THE_SYSTEM else ""
         u = unravel(solution.value, rhs, lane_dims)
         certificate = None

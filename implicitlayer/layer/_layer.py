@@ -67,6 +67,7 @@ class ImplicitLayer(CopiesFunctions):
     assumptions: Assumptions | None = None
 
     own_function: ClassVar[bool] = False  # the function is the library's: it closes over nothing, and is not searched
+    damps: ClassVar[bool] = True  # whether it takes damping= and curvature=, where it is a minimum's
     reads_more: ClassVar[bool] = False  # what is run to find closed-over tensors returns more than the value
 
     def __post_init__(self) -> None:
@@ -148,6 +149,7 @@ class ImplicitLayer(CopiesFunctions):
                 negative_curvature=self.negative_curvature,
                 assumptions=self.assumptions,
                 listener=records.listener(),
+                damps=self.damps and self.kind == "argmin",
             ),
             closed=hidden if watched else None,
             needs_derivative=needs,
