@@ -31,9 +31,8 @@ from implicitlayer._errors import (
     UnsupportedTransformError,
 )
 from implicitlayer.api import *
-from implicitlayer.base._active_set import ActiveSet
 from implicitlayer.base._records import BackwardRecord, ForwardRecord, GradientError, diagnostics
-from implicitlayer.base._solution import LinearSolution, RecordingSolver, SolverResult
+from implicitlayer.base._solution import ActiveSet, LinearSolution, RecordingSolver, SolverResult
 from implicitlayer.base._status import Status
 from implicitlayer.compiled import *
 from implicitlayer.constrained import *

@@ -31,7 +31,7 @@ LAYERS["programs"] = {"base", "linear", "programs"}
 LAYERS["layer"] = {"base", "linear", "equation", "layer"}
 LAYERS["constrained"] = {"base", "linear", "sets", "equation", "programs", "layer", "constrained"}
 LAYERS["api"] = {*LAYERS["constrained"], "solvers", "api"}
-LAYERS["compiled"] = {"base", "linear", "equation", "layer", "compiled"}
+LAYERS["compiled"] = {"base", "linear", "equation", "layer", "sets", "constrained", "compiled"}
 LAYERS["explain"] = {*LAYERS["api"], "explain"}
 # solvers never import a layer: a solver does not know how its answer is differentiated
 LAYERS["solvers"] = {"base", "linear", "sets", "equation", "programs", "solvers"}
@@ -42,7 +42,7 @@ LAYERS["meta"] = {*LAYERS["api"], "solvers", "meta"}
 LAYERS["testing"] = {*LAYERS["explain"], "solvers", "fewshot", "meta", "testing"}
 MAX_LINES = 400  # of a file
 MAX_WORDS = 20  # of the first sentence of a docstring
-MAX_PACKAGE_LINES = 38_110
+MAX_PACKAGE_LINES = 38_421
 MAX_FUNCTION_LINES = 60  # without docstring and blank lines
 # The plain path of a layer; wanted are 14 files.
 MAX_CALLS, MAX_FILES = 250, 20  # three calls fewer where the gradient at the answer is rounded to zero, as on some CPUs

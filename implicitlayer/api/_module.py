@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from implicitlayer.api._argmin import argmin, fixed_point, root
-from implicitlayer.base._copying import CopiesFunctions
 from implicitlayer.base._records import Record
-from implicitlayer.base._tree import flatten, unflatten
+from implicitlayer.base._tree import CopiesFunctions, flatten, unflatten
 from implicitlayer.layer._layer import ImplicitLayer
 from implicitlayer.linear._bicgstab import Bicgstab
 from implicitlayer.solvers._anderson import AndersonAcceleration

@@ -12,8 +12,7 @@ from functools import cached_property
 import torch
 
 from implicitlayer._errors import NotRecordedError, StationarityError, StationarityWarning
-from implicitlayer.base._active_set import ActiveSet, span
-from implicitlayer.base._solution import LinearSolution
+from implicitlayer.base._solution import ActiveSet, LinearSolution, span
 from implicitlayer.base._status import Status
 from implicitlayer.base._tree import name_lanes
 from implicitlayer.base._types import OnFailure

@@ -28,13 +28,13 @@ from implicitlayer.base._surroundings import plain_surroundings, saves_by_hooks
 from implicitlayer.base._tree import flatten, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.base._warn import warn
+from implicitlayer.compiled._over_sets import ProxProblem, with_terms
 from implicitlayer.compiled._program import Problem, Program, closed_over
 from implicitlayer.constrained._constrained import ProxLayer
 from implicitlayer.equation._capture import ClosedOver, find_closed_over, plainly_impossible
 from implicitlayer.equation._flat import Signature, flat_function, flat_parts
 from implicitlayer.layer._layer import ImplicitLayer, without_aux
 from implicitlayer.linear._gmres import Gmres
-from implicitlayer.sets._term import resolve
 
 
 def compile(
@@ -232,8 +232,8 @@ class CompiledLayer:
         parts = flat_parts(self.layer.function, spec, signature, [], self.layer.batch_dims)
         if parts.metric_matrix is not None and parts.metric_matrix(leaves, tensors):
             raise TypeError("an objective with a matrix for its curvature (MatrixStrength) has no compiled form.")
-        kind, more = _with_terms(self.layer, init, theta, spec, signature)
-        problem = kind(
+        more = with_terms(self.layer, init, theta) if isinstance(self.layer, ProxLayer) else {}
+        problem = (ProxProblem if more else Problem)(
             function=flat_function(function, spec, signature, [], True),
             parts=parts,
             lane_dims=self.layer.batch_dims,
@@ -253,26 +253,6 @@ class CompiledLayer:
             made = Program(problem, shapes, self.backend, self.options, self._one_at_a_time, hidden.constants)
         self._programs.setdefault(key, made)
         return answer
-
-
-def _with_terms(
-    layer: ImplicitLayer, init: Any, theta: tuple[Any, ...], spec: Any, signature: Signature
-) -> tuple[Any, dict[str, Any]]:
-    """What is compiled of the layer, and what it has more than others."""
-    if not isinstance(layer, ProxLayer):
-        return Problem, {}
-    from implicitlayer.compiled._over_sets import ProxProblem
-
-    term = resolve(layer.terms, theta, layer.terms_name)
-    if term.diagonal(init, flatten(init)[0][0].new_ones(()), 0) is None:
-        raise TypeError(
-            f"{layer.terms_name}={type(term).__name__} has no compiled form: only terms that act on every entry by "
-            "itself have one (il.sets.Box, il.sets.NonNegative, il.L1, il.ElasticNet, and pytrees of these). The layer "
-            "itself takes any."
-        )
-    rebuild = signature.slots.rebuild
-    more = {"terms": layer.terms, "name": layer.terms_name, "rebuild": rebuild, "spec": spec}
-    return ProxProblem, {**more, "step_size": layer.step_size}
 
 
 def _key(spec: Any, leaves: Leaves, signature: Signature, needed: list[bool]) -> tuple[Any, Signature]:

@@ -20,9 +20,10 @@ import torch
 from implicitlayer.base._tree import TreeSpec, flatten, ravel, unflatten, unravel
 from implicitlayer.base._types import Leaves
 from implicitlayer.compiled._program import MARGIN, Problem, is_tight, measure
-from implicitlayer.constrained._constrained import ROUNDINGS
+from implicitlayer.constrained._constrained import ROUNDINGS, ProxLayer
 from implicitlayer.constrained._prox_equation import FLOOR, positive, step_of
 from implicitlayer.equation._distance import GROWN, NEAR
+from implicitlayer.equation._flat import Signature
 from implicitlayer.equation._residual import vjp
 from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.layer._verdict import CHANGES
@@ -147,3 +148,21 @@ class ProxProblem(Problem):
             return objective.prox(flat - eta * objective.gradient(flat), step)
 
         return self.pulled(near, theta, u), fine.all()
+
+
+def with_terms(layer: ProxLayer, init: Any, theta: tuple[Any, ...]) -> dict[str, Any]:
+    """What :class:`ProxProblem` has more than others, for calls like this one.
+
+    Raises:
+        TypeError: a term that looks at several entries together.
+    """
+    term, (leaves, spec) = resolve(layer.terms, theta, layer.terms_name), flatten(init)
+    if term.diagonal(init, leaves[0].new_ones(()), 0) is None:
+        raise TypeError(
+            f"{layer.terms_name}={type(term).__name__} has no compiled form: only terms that act on every entry by "
+            "itself have one (il.sets.Box, il.sets.NonNegative, il.L1, il.ElasticNet, and pytrees of these). The layer "
+            "itself takes any."
+        )
+    rebuild = Signature.of(theta).slots.rebuild
+    more = {"terms": layer.terms, "name": layer.terms_name, "rebuild": rebuild, "spec": spec}
+    return {**more, "step_size": layer.step_size}

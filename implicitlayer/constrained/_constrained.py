@@ -16,11 +16,11 @@ from typing import Any, ClassVar
 import torch
 
 from implicitlayer._errors import IndefiniteError, InfeasibleError, StationarityWarning
-from implicitlayer.base._active_set import ActiveSet
 from implicitlayer.base._failures import failed_lanes, marking, refuse, replaced, standing
 from implicitlayer.base._parts import Parts
 from implicitlayer.base._records import ForwardRecord
 from implicitlayer.base._sharding import Sharding, mesh_of
+from implicitlayer.base._solution import ActiveSet
 from implicitlayer.base._surroundings import out_of_inference, outside_compiled_code, plain_surroundings
 from implicitlayer.base._tree import TreeSpec, flatten, name_lanes, ravel, tree_map, unflatten, unravel
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure

@@ -8,16 +8,14 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 
-from implicitlayer.base._active_set import ActiveSet
-from implicitlayer.base._copying import CopiesFunctions
 from implicitlayer.base._records import Record
 from implicitlayer.base._sharding import Sharding, everywhere, mesh_of
+from implicitlayer.base._solution import ActiveSet
 from implicitlayer.base._surroundings import outside_compiled_code
-from implicitlayer.base._tree import TreeSpec, flatten_with_names
+from implicitlayer.base._tree import CopiesFunctions, TreeSpec, flatten_with_names
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
-from implicitlayer.constrained._kkt_answer import Caller
 from implicitlayer.constrained._kkt_lagrangian import ConditionsResidual, Form, Lagrangian, masked
-from implicitlayer.constrained._kkt_point import Finder
+from implicitlayer.constrained._kkt_point import Caller, Finder
 from implicitlayer.equation._capture import ClosedOver
 from implicitlayer.equation._distance import AnswerCheck
 from implicitlayer.equation._flat import Signature

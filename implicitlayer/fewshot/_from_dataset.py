@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from implicitlayer.base._numbers import check_integer
 from implicitlayer.base._optional import extra
+from implicitlayer.base._tree import check_integer
 from implicitlayer.fewshot._dataset import NUM_COLOURS, DatasetError, check_image_size
 
 Names = Mapping[Any, str] | Sequence[str] | None

@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from implicitlayer.base._numbers import check_integer
+from implicitlayer.base._tree import check_integer
 from implicitlayer.fewshot._parameters import DrawnNetwork, stacked_parameters
 
 

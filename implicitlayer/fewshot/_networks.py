@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from implicitlayer.base._numbers import check_integer
+from implicitlayer.base._tree import check_integer
 from implicitlayer.fewshot._batch_norm import EPSILON, batch_norm_relu
 from implicitlayer.fewshot._conv4_loss import Conv4Loss, Evaluation
 from implicitlayer.fewshot._kernels import (

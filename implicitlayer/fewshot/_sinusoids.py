@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from implicitlayer.base._numbers import check_integer
-from implicitlayer.fewshot._stream import TaskStream, on_device
+from implicitlayer.base._tree import check_integer
+from implicitlayer.fewshot._episodes import TaskStream, on_device
 
 Points = tuple[Tensor, Tensor]
 

@@ -13,11 +13,10 @@ import numpy as np
 import torch
 
 from implicitlayer._errors import ImplicitLayerError, NonFiniteError, ObjectiveError, SolverOutputError
-from implicitlayer.base._active_set import ActiveSet
 from implicitlayer.base._failures import FAILURES, FailedResult, marking, marks, refuse, replaced
 from implicitlayer.base._records import ForwardRecord, emit, listening_in_depth
 from implicitlayer.base._sharding import WHOLE, gathered
-from implicitlayer.base._solution import RecordingSolver, SolverResult
+from implicitlayer.base._solution import ActiveSet, RecordingSolver, SolverResult
 from implicitlayer.base._status import Status
 from implicitlayer.base._surroundings import out_of_inference, plain_surroundings, saves_by_hooks, unread
 from implicitlayer.base._tree import flatten, flatten_with_names, leaves_in_order, name_lanes, ravel, unflatten

@@ -11,12 +11,11 @@ import torch
 
 from implicitlayer import _torch
 from implicitlayer._errors import ObjectiveError
-from implicitlayer.base._copying import CopiesFunctions
 from implicitlayer.base._divided import Divided
 from implicitlayer.base._records import CallRecords, Record
 from implicitlayer.base._sharding import WHOLE, Sharding, mesh_of
 from implicitlayer.base._surroundings import announce, name_limit, out_of_inference, outside_compiled_code
-from implicitlayer.base._tree import TreeSpec, flatten, flatten_with_names, like_x, tree_map, unflatten
+from implicitlayer.base._tree import CopiesFunctions, TreeSpec, flatten, flatten_with_names, like_x, tree_map, unflatten
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.equation._capture import (
     ClosedOver,
@@ -27,8 +26,14 @@ from implicitlayer.equation._capture import (
     run_undifferentiated,
 )
 from implicitlayer.equation._certificate import Assumptions
-from implicitlayer.equation._composite import Composite, least_squares
-from implicitlayer.equation._flat import Signature, flat_function, flat_parts, refuse_not_differentiated
+from implicitlayer.equation._flat import (
+    Composite,
+    Signature,
+    flat_function,
+    flat_parts,
+    least_squares,
+    refuse_not_differentiated,
+)
 from implicitlayer.equation._jacobian import Curvature
 from implicitlayer.equation._repair import POLICIES, NegativeCurvature
 from implicitlayer.equation._residual import Residual, check_value
@@ -105,8 +110,7 @@ class ImplicitLayer(CopiesFunctions):
         Args:
             init: pytree of real floating tensors, the starting point; gets no gradient. With ``batch_dims=k`` every
                 leaf has the same k leading lane dimensions.
-            theta: pytrees. Floating tensors are differentiated; integer and bool tensors, numbers and other objects
-                are passed through.
+            theta: pytrees. Floating tensors are differentiated, all other leaves are passed through.
         """
         if _torch.transforms_active():
             refuse_forward_over_forward()
@@ -137,20 +141,13 @@ class ImplicitLayer(CopiesFunctions):
             constraints=constraints,
         )
         self.records = records = CallRecords()
+        system = self.curvature, float(self.damping), self.negative_curvature, self.assumptions
+        damps = self.damps and self.kind == "argmin"
         spec = LayerSpec(
             residual=residual,
             calling=calling,
             num_x=len(x),
-            settings=Settings(
-                solver=self.linear_solver,
-                on_failure=self.on_failure,
-                curvature=self.curvature,
-                damping=float(self.damping),
-                negative_curvature=self.negative_curvature,
-                assumptions=self.assumptions,
-                listener=records.listener(),
-                damps=self.damps and self.kind == "argmin",
-            ),
+            settings=Settings(self.linear_solver, self.on_failure, *system, records.listener(), damps),
             closed=hidden if watched else None,
             needs_derivative=needs,
             stationarity_rtol=self.stationarity_rtol if needs else None,

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from implicitlayer import _torch
-from implicitlayer.base._copying import CopiesFunctions
-from implicitlayer.base._tree import flatten, lane_reduce, leaves_like, unflatten
-from implicitlayer.equation._composite import Composite
+from implicitlayer.base._tree import CopiesFunctions, flatten, lane_reduce, leaves_like, unflatten
+from implicitlayer.equation._flat import Composite
 from implicitlayer.layer._strengths import MatrixStrength, OperatorStrength
 
 _KNOWN = (MatrixStrength, OperatorStrength)

@@ -9,7 +9,7 @@ import torch
 
 from implicitlayer.base._tree import flatten, unflatten
 from implicitlayer.base._types import Leaves
-from implicitlayer.equation._composite import Composite
+from implicitlayer.equation._flat import Composite
 from implicitlayer.equation._residual import Residual
 
 if TYPE_CHECKING:

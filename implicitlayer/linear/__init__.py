@@ -7,8 +7,7 @@ from implicitlayer.linear._gmres import Gmres
 from implicitlayer.linear._minres import Minres
 from implicitlayer.linear._neumann import Neumann
 from implicitlayer.linear._normal import NormalEquations
-from implicitlayer.linear._operator import FlatOperator, LinearSolver
-from implicitlayer.linear._preconditioners import Jacobi, Nystrom
+from implicitlayer.linear._operator import FlatOperator, Jacobi, LinearSolver, Nystrom
 from implicitlayer.linear._warm_start import WarmStart
 
 __all__ = [

@@ -29,8 +29,7 @@ from implicitlayer.linear._common import (
     lane_norm,
     select,
 )
-from implicitlayer.linear._operator import FlatOperator, lane_dot
-from implicitlayer.linear._preconditioners import Precondition
+from implicitlayer.linear._operator import FlatOperator, Precondition, lane_dot
 
 
 @dataclass(frozen=True)

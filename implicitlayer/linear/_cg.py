@@ -27,8 +27,7 @@ from implicitlayer.linear._common import (
     lane_norm,
     zero_steps,
 )
-from implicitlayer.linear._operator import FlatOperator, lane_dot, lane_scale
-from implicitlayer.linear._preconditioners import Given, Precondition
+from implicitlayer.linear._operator import FlatOperator, Given, Precondition, lane_dot, lane_scale
 from implicitlayer.linear._traced import AIM, FURTHER, TracedSolution, TracedSystem, conjugate_gradient
 
 # NOTE [a small residual is no small error]: ||u - A^-1 b|| <= ||r|| / (smallest eigenvalue), and the smallest curvature

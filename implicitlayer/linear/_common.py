@@ -14,8 +14,16 @@ import torch
 
 from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._status import Status
-from implicitlayer.linear._operator import FlatOperator, LinearSolver, default_rtol, lane_dot, lane_scale
-from implicitlayer.linear._preconditioners import Given, Precondition, Preconditioner
+from implicitlayer.linear._operator import (
+    FlatOperator,
+    Given,
+    LinearSolver,
+    Precondition,
+    Preconditioner,
+    default_rtol,
+    lane_dot,
+    lane_scale,
+)
 
 # Code of a round that ended without an answer (a full cycle, a breakdown): go on from the true residual.
 CONTINUE = -1

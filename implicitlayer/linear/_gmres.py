@@ -29,8 +29,7 @@ from implicitlayer.linear._common import (
     select,
     times,
 )
-from implicitlayer.linear._operator import FlatOperator, lane_dot
-from implicitlayer.linear._preconditioners import Precondition
+from implicitlayer.linear._operator import FlatOperator, Precondition, lane_dot
 from implicitlayer.linear._traced import TracedSolution, TracedSystem, conjugate_gradient
 
 _FIRST_VECTORS = 15  # room made at the start of a cycle

@@ -42,8 +42,7 @@ from implicitlayer.linear._common import (
     select,
     times,
 )
-from implicitlayer.linear._operator import FlatOperator, lane_dot
-from implicitlayer.linear._preconditioners import Precondition
+from implicitlayer.linear._operator import FlatOperator, Precondition, lane_dot
 
 
 @dataclass(eq=False)

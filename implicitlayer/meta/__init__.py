@@ -2,13 +2,13 @@
 
 from implicitlayer.meta._callbacks import Callback
 from implicitlayer.meta._checkpoint import CheckpointError, load_checkpoint, save_checkpoint, save_json
-from implicitlayer.meta._collapse import CollapseError, CollapseWarning
 from implicitlayer.meta._distributed import WorkerGroup, WorkerLostError, distributed
 from implicitlayer.meta._figure import plot_episode, plot_learning_curves
 from implicitlayer.meta._first_order import FirstOrderMAML, Reptile
 from implicitlayer.meta._head import ANIL, ProtoNet
 from implicitlayer.meta._imaml import iMAML
 from implicitlayer.meta._method import MetaMethod, TaskLoss
+from implicitlayer.meta._monitor import CollapseError, CollapseWarning
 from implicitlayer.meta._peak_memory import PeakMemory, peak_memory
 from implicitlayer.meta._statistics import Evaluation, evaluate
 from implicitlayer.meta._tasks import TaskSampler, as_support_query, cosine_decay

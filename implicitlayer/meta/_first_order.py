@@ -24,8 +24,7 @@ from implicitlayer.meta._method import (
     regularised,
 )
 from implicitlayer.solvers._gradient_descent import GradientDescent
-from implicitlayer.solvers._leaves import value_and_gradient
-from implicitlayer.solvers._step_size import moves, present
+from implicitlayer.solvers._leaves import moves, present, value_and_gradient
 
 StepSizeGradient = Literal["last_step"] | None
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from implicitlayer.base._numbers import check_integer
+from implicitlayer.base._tree import check_integer
 from implicitlayer.base._types import PyTree
 from implicitlayer.meta._checks import check_one_per_task
 from implicitlayer.meta._method import MetaMethod, learned_tensors, num_tasks, one_per_task
 from implicitlayer.meta._unrolled import MAML
-from implicitlayer.solvers._step_size import StepSize, check_step_size
+from implicitlayer.solvers._leaves import StepSize, check_step_size
 
 Features = Callable[[PyTree, Any], torch.Tensor]
 """``features(params, inputs) -> [B, K, d]``; ``params`` and ``inputs`` carry a leading B."""

@@ -27,7 +27,7 @@ from implicitlayer.base._warn import warn
 from implicitlayer.equation._capture import find_closed_over
 from implicitlayer.linear._operator import FlatOperator, LinearSolver
 from implicitlayer.solvers import GradientDescent
-from implicitlayer.solvers._step_size import moves, present
+from implicitlayer.solvers._leaves import moves, present
 
 Body = Callable[[], None]
 Record = Callable[[Sequence[Body]], list[Callable[[], object]]]

@@ -15,17 +15,24 @@ import torch
 from implicitlayer._errors import NonFiniteError
 from implicitlayer.base._types import PyTree
 from implicitlayer.base._warn import warn
-from implicitlayer.meta._chunks import largest_chunk, take_tasks
-from implicitlayer.meta._collapse import MAX_ROLLBACKS, CollapseError, CollapseWarning, advice, collapse
 from implicitlayer.meta._distributed import WorkerLostError, launch_command
 from implicitlayer.meta._interrupt import StopRequest
 from implicitlayer.meta._meta_gradient import ChunkMetric, Totals, accumulate, means
 from implicitlayer.meta._method import num_tasks
-from implicitlayer.meta._monitor import Progress, event_writer, write_event
+from implicitlayer.meta._monitor import (
+    MAX_ROLLBACKS,
+    CollapseError,
+    CollapseWarning,
+    Progress,
+    advice,
+    collapse,
+    event_writer,
+    write_event,
+)
 from implicitlayer.meta._peak_memory import peak_memory
 from implicitlayer.meta._random_state import random_state, set_random_state
 from implicitlayer.meta._statistics import Evaluation, evaluate
-from implicitlayer.meta._tasks import Episode
+from implicitlayer.meta._tasks import Episode, largest_chunk, take_tasks
 from implicitlayer.meta._trainer_state import TrainerState
 
 

@@ -11,16 +11,14 @@ from typing import Any
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from implicitlayer.base._numbers import check_integer
-from implicitlayer.base._tree import flatten, flatten_with_names, tree_map
+from implicitlayer.base._tree import check_integer, flatten, flatten_with_names, tree_map
 from implicitlayer.base._types import PyTree, name_of
 from implicitlayer.meta._callbacks import check_callbacks
 from implicitlayer.meta._checkpoint import CheckpointError, load_checkpoint
 from implicitlayer.meta._checks import check_number
-from implicitlayer.meta._collapse import ON_COLLAPSE, OnCollapse
 from implicitlayer.meta._distributed import WorkerGroup
 from implicitlayer.meta._method import MetaMethod
-from implicitlayer.meta._monitor import require_tensorboard
+from implicitlayer.meta._monitor import ON_COLLAPSE, OnCollapse, require_tensorboard
 from implicitlayer.meta._outer import Better, OuterStep
 from implicitlayer.meta._random_state import random_state, set_random_state
 from implicitlayer.meta._run_folder import RunFolder

@@ -11,9 +11,8 @@ from typing import Any, Literal
 
 import torch
 
-from implicitlayer.base._numbers import check_integer
 from implicitlayer.base._surroundings import out_of_inference
-from implicitlayer.base._tree import flatten, unflatten
+from implicitlayer.base._tree import check_integer, flatten, unflatten
 from implicitlayer.base._types import Leaves, PyTree
 from implicitlayer.meta._method import (
     MetaMethod,
@@ -25,7 +24,7 @@ from implicitlayer.meta._method import (
     one_per_task,
     regularised,
 )
-from implicitlayer.solvers._step_size import StepSize, check_step_size, moves, present
+from implicitlayer.solvers._leaves import StepSize, check_step_size, moves, present
 
 Momentum = float | torch.Tensor | Callable[[], torch.Tensor] | Literal["nesterov"]
 

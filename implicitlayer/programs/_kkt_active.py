@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 from implicitlayer._errors import InfeasibleError, StationarityError, StationarityWarning
-from implicitlayer.base._active_set import ActiveSet
 from implicitlayer.base._failures import refuse, standing
+from implicitlayer.base._solution import ActiveSet
 from implicitlayer.base._tree import name_lanes
 from implicitlayer.base._types import OnFailure
 from implicitlayer.base._warn import tell_kink, warn

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from implicitlayer.base._numbers import check_dim
 from implicitlayer.base._sharding import gathered
-from implicitlayer.base._tree import flatten, lane_reduce, unflatten
+from implicitlayer.base._tree import check_dim, flatten, lane_reduce, unflatten
 from implicitlayer.base._types import Leaves
-from implicitlayer.sets._term import ProximalTerm, check_entries, expand_like, norm_of, spread
+from implicitlayer.sets._set import norm_of
+from implicitlayer.sets._term import ProximalTerm, check_entries, expand_like, spread
 
 
 class Regularizer(ProximalTerm):

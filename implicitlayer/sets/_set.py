@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from implicitlayer.base._sharding import whole
+from implicitlayer.base._sharding import largest, summed_up, whole
 from implicitlayer.base._tree import flatten, like_x, unflatten
-from implicitlayer.sets._term import ProximalTerm, joined, norm_of
+from implicitlayer.sets._term import ProximalTerm, joined
 
 
 class ConvexSet(ProximalTerm, abc.ABC):
@@ -110,3 +110,26 @@ class Prox(_OfFunction):
 def _checked(value: Any, y: Any, what: str) -> Any:
     leaves, spec = flatten(y)
     return unflatten(like_x(value, leaves, spec, f"the {what} must return the shapes it was given"), spec)
+
+
+def norm_of(vector: torch.Tensor, dim: Any = -1, keepdim: bool = False) -> torch.Tensor:
+    """Euclidean norm along ``dim`` whose derivative at zero is zero, not NaN; no square over- or underflows."""
+    unit = unit_of(vector, dim)
+    norm = norm_in_units(vector / unit, dim) * unit
+    return norm if keepdim else norm.sum(dim)  # of one entry
+
+
+def unit_of(vector: torch.Tensor, dim: Any = -1) -> torch.Tensor:
+    """A power of two, which rounds nothing, near the largest magnitude along ``dim`` (kept): a constant."""
+    size = vector.detach().abs()
+    for one in dim if isinstance(dim, tuple) else (dim,):
+        size = largest(size, one)
+    known = (size > 0) & size.isfinite()
+    return torch.where(known, torch.where(known, size, 1.0).log2().floor().exp2(), 1.0)
+
+
+def norm_in_units(vector: torch.Tensor, dim: Any = -1) -> torch.Tensor:
+    """The norm along ``dim`` (kept) of a vector whose largest entry is about 1."""
+    squared = summed_up((vector * vector).sum(dim, keepdim=True))
+    zero = squared == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, squared).sqrt())

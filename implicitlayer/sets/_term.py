@@ -29,11 +29,19 @@ import torch
 
 from implicitlayer import _torch
 from implicitlayer._torch import pytree
-from implicitlayer.base._copying import CopiesFunctions
 from implicitlayer.base._divided import Divided
 from implicitlayer.base._parts import Parts, numbers
-from implicitlayer.base._sharding import Sharding, anywhere, beside, largest, layout_of, mesh_of, summed_up, whole
-from implicitlayer.base._tree import TreeSpec, flatten, leaves_like, ravel, tree_map, unflatten, unravel
+from implicitlayer.base._sharding import Sharding, anywhere, beside, layout_of, mesh_of, whole
+from implicitlayer.base._tree import (
+    CopiesFunctions,
+    TreeSpec,
+    flatten,
+    leaves_like,
+    ravel,
+    tree_map,
+    unflatten,
+    unravel,
+)
 from implicitlayer.base._types import Extension, Leaves
 
 _JUMP = 0.1  # of the derivative, whose eigenvalues lie between 0 and 1
@@ -357,32 +365,9 @@ def parted(flat: torch.Tensor, x: Any, lane_dims: int) -> Any:
     return unflatten([part.to(flat.dtype) for part in unravel(flat, leaves, lane_dims)], spec)
 
 
-def norm_of(vector: torch.Tensor, dim: Any = -1, keepdim: bool = False) -> torch.Tensor:
-    """Euclidean norm along ``dim`` whose derivative at zero is zero, not NaN; no square over- or underflows."""
-    unit = unit_of(vector, dim)
-    norm = norm_in_units(vector / unit, dim) * unit
-    return norm if keepdim else norm.sum(dim)  # of one entry
-
-
 def largest_of(flat: torch.Tensor) -> torch.Tensor:
     """Largest magnitude along the last dimension; 0 of nothing."""
     return flat.abs().amax(-1) if flat.shape[-1] else flat.new_zeros(flat.shape[:-1])
-
-
-def unit_of(vector: torch.Tensor, dim: Any = -1) -> torch.Tensor:
-    """A power of two, which rounds nothing, near the largest magnitude along ``dim`` (kept): a constant."""
-    size = vector.detach().abs()
-    for one in dim if isinstance(dim, tuple) else (dim,):
-        size = largest(size, one)
-    known = (size > 0) & size.isfinite()
-    return torch.where(known, torch.where(known, size, 1.0).log2().floor().exp2(), 1.0)
-
-
-def norm_in_units(vector: torch.Tensor, dim: Any = -1) -> torch.Tensor:
-    """The norm along ``dim`` (kept) of a vector whose largest entry is about 1."""
-    squared = summed_up((vector * vector).sum(dim, keepdim=True))
-    zero = squared == 0
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, squared).sqrt())
 
 
 def is_plain(value: Any) -> bool:

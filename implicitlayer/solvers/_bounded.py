@@ -25,11 +25,11 @@ from implicitlayer.base._tree import flatten, ravel, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.linear._common import times
 from implicitlayer.linear._operator import lane_dot
-from implicitlayer.sets._box import ends_of_box, require_box
+from implicitlayer.sets._shapes import ends_of_box, require_box
 from implicitlayer.sets._term import resolve
 from implicitlayer.solvers._descent import Descent, Method, descend, pair_scales
+from implicitlayer.solvers._leaves import Problem
 from implicitlayer.solvers._line_search import LineSearch, Pair
-from implicitlayer.solvers._problem import Problem
 
 _PAIRS, _FEW = 10, 32  # kept by default; up to so many unknowns as many as these
 _ROUNDS = 10  # changes of the set of bounds that hold, within one model

@@ -18,9 +18,9 @@ from implicitlayer.base._status import Status
 from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._common import STEPS_BETWEEN_SYNCS
 from implicitlayer.linear._operator import lane_dot
+from implicitlayer.solvers._leaves import Problem
 from implicitlayer.solvers._line_search import LineSearch, Pair
 from implicitlayer.solvers._outcome import PATIENCE, StallWatch, codes_of, outcome
-from implicitlayer.solvers._problem import Problem
 from implicitlayer.solvers._progress import Iteration, Report, Settings, reporting
 
 _LEAST = 1e-10  # y's below this share of |s'g| is rounding: the Wolfe conditions alone give 0.1

@@ -18,12 +18,18 @@ from implicitlayer.base._types import Leaves
 from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.linear._operator import lane_dot
 from implicitlayer.solvers._descent import Method, descend, kept, restored, rounds_between_syncs, traced_descent
-from implicitlayer.solvers._leaves import check_limits, value_and_gradient
+from implicitlayer.solvers._leaves import (
+    Problem,
+    StepSize,
+    check_limits,
+    check_step_size,
+    moves,
+    present,
+    value_and_gradient,
+)
 from implicitlayer.solvers._line_search import LineSearch, Pair
 from implicitlayer.solvers._outcome import StallWatch, codes_of, finite_leaves, outcome, relative_move
-from implicitlayer.solvers._problem import Problem
 from implicitlayer.solvers._progress import Iteration, Report, reporting
-from implicitlayer.solvers._step_size import StepSize, check_step_size, moves, present
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ from implicitlayer.linear._common import times
 from implicitlayer.linear._operator import lane_dot
 from implicitlayer.solvers._bounded import check_bounds, in_a_box
 from implicitlayer.solvers._descent import Limited, Method, descend, pair_scales, rounds_between_syncs, traced_descent
-from implicitlayer.solvers._leaves import choose
+from implicitlayer.solvers._leaves import Problem, choose
 from implicitlayer.solvers._line_search import LineSearch, Pair
-from implicitlayer.solvers._problem import Problem
 
 _CURVATURE = 0.9  # c2 of the Wolfe conditions, the usual choice for quasi-Newton directions
 _PAIRS = 10  # kept by default: more save few gradients of large problems

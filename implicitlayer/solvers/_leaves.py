@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 
 from implicitlayer import _torch
 from implicitlayer._errors import ObjectiveError
 from implicitlayer.base._failures import over_lanes
-from implicitlayer.base._tree import flatten, lane_reduce, leaves_norm, unflatten
+from implicitlayer.base._tree import TreeSpec, flatten, lane_reduce, leaves_like, leaves_norm, ravel, unflatten, unravel
 from implicitlayer.base._types import Leaves
-from implicitlayer.equation._residual import no_graph, not_floating
+from implicitlayer.equation._residual import gauss_newton_of, no_graph, not_floating, pull_back
+from implicitlayer.equation._traced import TracedProblem
+from implicitlayer.linear._operator import lane_scale
 
 
 def check_unknowns(leaves: Sequence[Any]) -> None:
@@ -130,3 +134,172 @@ def leads_uphill(gradient: Leaves, change: Leaves, lane_dims: int) -> torch.Tens
     """Lanes, bool [*lanes], where the inner product is positive."""
     sizes = leaves_norm(gradient, lane_dims), leaves_norm(change, lane_dims)
     return cosine(gradient, change, sizes, lane_dims) > 0
+
+
+Curvature = Literal["hessian", "gauss_newton"]
+_WHO = 'curvature="gauss_newton"', 'curvature="hessian"'
+
+
+class Problem(TracedProblem):
+    """Values and gradients per lane, in units in which the largest entry of the first gradient is about 1.
+
+    Squares of gradients near 1e-25 vanish in float32 and those near 1e200 overflow in float64, hence the units: a power
+    of 2 per lane, which rounds nothing. Lanes are independent, so the gradient of the sum over them holds each one's.
+
+    Args:
+        objective, init, theta: as a solver gets them.
+        curvature: which products :attr:`product` makes; None for none.
+    """
+
+    def __init__(
+        self, objective: Callable[..., Any], init: Any, theta: tuple[Any, ...], curvature: Curvature | None = None
+    ) -> None:
+        leaves, self._spec = flatten(init)
+        check_unknowns(leaves)
+        self._objective, self.theta, self._curvature = objective, theta, curvature
+        self._like = [leaf.detach() for leaf in leaves]
+        self._composite = composite_of(objective, *_WHO) if curvature == "gauss_newton" else None
+        self._pull: Callable[[Leaves], Leaves] | None = None  # the curvature's products, at the point evaluated last
+        value, gradient = self._evaluate(self._like)
+        self.lane_dims, self.dtype = value.ndim, value.dtype
+        shapes = [tuple(leaf.shape) for leaf in self._like]
+        if any(shape[: value.ndim] != tuple(value.shape) for shape in shapes):
+            raise ObjectiveError(
+                "the objective must return a 0-d tensor, or one value per lane where every leaf of init has leading "
+                f"dimensions of lanes: it returned shape {tuple(value.shape)} for leaves of shapes {shapes}. Sum or "
+                "average over the data inside the objective."
+            )
+        self.start = ravel(self._like, self.lane_dims).clone()
+        self.first_value, flat = value, ravel(gradient, self.lane_dims)
+        self.scale = lane_scale(flat).log2().floor().exp2()  # [*lanes, 1]
+        self.first_gradient = flat / self.scale
+
+    def value_and_gradient(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradient [*lanes, n] and value [*lanes], without a unit."""
+        value, gradient = self._evaluate(unravel(x, self._like, self.lane_dims))
+        return ravel(gradient, self.lane_dims), value
+
+    def curvature(self, x: torch.Tensor, vector: torch.Tensor) -> torch.Tensor:
+        """The Hessian at x times a vector, both [*lanes, n], without a unit."""
+        points = [leaf.detach().requires_grad_() for leaf in unravel(x, self._like, self.lane_dims)]
+        _, gradient = value_and_gradient(self._objective, points, self._spec, self.theta, create_graph=True)
+        return ravel(pull_back(gradient, points, unravel(vector, self._like, self.lane_dims)), self.lane_dims)
+
+    def product(self, vector: torch.Tensor) -> torch.Tensor:
+        """The curvature at the point evaluated last, times a vector [*lanes, n], in units of :attr:`unit`."""
+        assert self._pull is not None
+        with torch.enable_grad():
+            return ravel(self._pull(unravel(vector, self._like, self.lane_dims)), self.lane_dims) / self.scale
+
+    def _evaluate(self, leaves: Leaves) -> tuple[torch.Tensor, Leaves]:
+        parts, theta = self._composite, self.theta
+        keep = self._curvature is not None and parts is None
+        points = [leaf.detach().requires_grad_(keep) for leaf in leaves]
+        value, gradient = value_and_gradient(self._objective, points, self._spec, theta, create_graph=keep)
+        if keep:
+            self._pull = partial(pull_back, gradient, points)
+        elif parts is not None:
+            model, loss = lambda x: parts.model(unflatten(x, self._spec), *theta), lambda o: parts.loss(o, *theta)
+            self._pull = gauss_newton_of(model, loss, points)
+        return value, [g.detach() for g in gradient]
+
+
+def composite_of(objective: Callable[..., Any], who: str, other: str) -> Any:
+    """The loss and the model of an objective that tells them, or an error: ``who`` needs them, ``other`` does not."""
+    composite = objective.as_composite() if hasattr(objective, "as_composite") else None
+    if composite is None:
+        raise ObjectiveError(
+            f"{who} needs an objective that says what its model is: il.least_squares(residuals) or "
+            f"il.composite(loss, model). With any other, use {other}."
+        )
+    return composite
+
+
+# Legend: x <- x - P g with the gradient g; P is a I, a diagonal, or a matrix over the n entries of one problem.
+
+StepSize = Any
+
+# A solver does not import the layers above it: il.MatrixStrength is what has ``dense()``, il.OperatorStrength what has
+# ``product``.
+
+
+def present(step_size: StepSize) -> StepSize:
+    """The step size now: a callable without arguments, such as ``il.LearnedStrength``, is asked."""
+    return step_size() if callable(step_size) else step_size
+
+
+def check_step_size(step_size: StepSize) -> None:
+    """Raise ValueError unless every number is positive, and every fixed tensor or entry of a tree non-negative.
+
+    Zero freezes what it belongs to. A tensor that requires a gradient may have any sign: Meta-SGD learns it freely.
+    """
+    if callable(step_size) or hasattr(step_size, "dense") or hasattr(step_size, "product"):
+        return
+    if isinstance(step_size, int | float):
+        if not step_size > 0:
+            raise ValueError(f"step_size={step_size} must be positive.")
+        return
+    leaves = flatten(step_size)[0]
+    for leaf in leaves:
+        if isinstance(leaf, bool) or not isinstance(leaf, int | float | torch.Tensor):
+            raise ValueError(
+                f"step_size holds {type(leaf).__name__}; it must be a number, a tensor, a pytree of these like the "
+                "unknowns, an il.MatrixStrength, or a callable without arguments that returns one of them."
+            )
+        if isinstance(leaf, torch.Tensor):
+            fine = bool(leaf.isfinite().all()) and (leaf.requires_grad or bool((leaf >= 0).all()))
+        else:
+            fine = 0 <= leaf < math.inf
+        if not fine:
+            raise ValueError(f"step_size={leaf} must be finite and non-negative: a negative one goes uphill.")
+
+
+def moves(step_size: StepSize, gradient: Leaves, spec: TreeSpec, lane_dims: int) -> Leaves:
+    """P g, differentiable in a step size that requires a gradient.
+
+    Args:
+        step_size: a number or 0-d tensor; a tensor that broadcasts to every leaf; a pytree like the unknowns of these;
+            a matrix [n, n] over the entries of one lane, in the order of the leaves; an operator on one lane.
+        gradient: leaves [*lanes, ...].
+        spec: structure of the unknowns.
+        lane_dims: number of lanes' dimensions.
+
+    Raises:
+        ValueError: another structure, or a shape that does not fit.
+    """
+    if isinstance(step_size, int | float):
+        return list(_torch.foreach_mul(gradient, float(step_size)))
+    if isinstance(step_size, torch.Tensor):
+        return [_times(step_size, g) for g in gradient]
+    if hasattr(step_size, "dense"):
+        flat, matrix = ravel(gradient, lane_dims), step_size.dense()
+        if matrix.shape[-1] != flat.shape[-1]:
+            raise ValueError(
+                f"step_size is a matrix for {matrix.shape[-1]} entries, but there are {flat.shape[-1]} unknowns (per "
+                "task)."
+            )
+        return unravel(flat @ matrix.mT.to(flat.dtype), gradient, lane_dims)
+    if hasattr(step_size, "product"):
+        product = step_size.product
+        for _ in range(lane_dims):
+            product = torch.vmap(product)
+        moved, moved_spec = flatten(product(unflatten(gradient, spec)))
+        if moved_spec != spec or [m.shape for m in moved] != [g.shape for g in gradient]:
+            raise ValueError("the product of a step_size must return the structure and shapes of the unknowns.")
+        return moved
+    tree = unflatten(gradient, spec)
+    entries = leaves_like(step_size, tree, "step_size must be one number or have the structure of the unknowns")
+    return [_times(a, g) for a, g in zip(entries, gradient, strict=True)]
+
+
+def _times(factor: float | torch.Tensor, leaf: torch.Tensor) -> torch.Tensor:
+    if not isinstance(factor, torch.Tensor):
+        return leaf * factor
+    try:
+        wide = factor.to(leaf.dtype).expand(leaf.shape)
+    except RuntimeError:
+        raise ValueError(
+            f"step_size of shape {tuple(factor.shape)} does not broadcast to unknowns of shape {tuple(leaf.shape)} "
+            "(lanes included). Give a number, or a pytree with one entry per tensor."
+        ) from None
+    return leaf * wide

@@ -34,9 +34,8 @@ from implicitlayer.equation._traced import Vectors
 from implicitlayer.linear._common import NOISE as NOISE_OF_RANK
 from implicitlayer.linear._operator import lane_scale
 from implicitlayer.solvers._descent import Limited
-from implicitlayer.solvers._leaves import check_attached, check_unknowns
+from implicitlayer.solvers._leaves import check_attached, check_unknowns, composite_of
 from implicitlayer.solvers._outcome import NOISE, codes_of, outcome
-from implicitlayer.solvers._problem import composite_of
 from implicitlayer.solvers._progress import Iteration, Report, reporting
 
 _FIRST_RADIUS = 100.0  # in units of ||D x||, as MINPACK has it

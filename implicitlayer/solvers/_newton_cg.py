@@ -28,8 +28,8 @@ from implicitlayer.linear._common import NOISE, times
 from implicitlayer.linear._dense import materialise
 from implicitlayer.linear._operator import FlatOperator, lane_dot
 from implicitlayer.solvers._descent import Limited, Method, descend, rounds_between_syncs, traced_descent
+from implicitlayer.solvers._leaves import Curvature, Problem
 from implicitlayer.solvers._line_search import Pair
-from implicitlayer.solvers._problem import Curvature, Problem
 
 # NOTE [forcing]: in a narrow curved valley the gradient is that of the steep walls, and a loose direction takes it down
 # without following the valley: Rosenbrock's function of two unknowns then takes twice the products. The tight rule for

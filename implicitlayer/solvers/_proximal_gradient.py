@@ -20,9 +20,8 @@ from implicitlayer.base._tree import flatten, ravel
 from implicitlayer.equation._traced import TracedProblem
 from implicitlayer.sets._term import resolve
 from implicitlayer.solvers._descent import kept, restored, rounds_between_syncs
-from implicitlayer.solvers._leaves import Momentum, check_num_steps
+from implicitlayer.solvers._leaves import Momentum, Problem, check_num_steps
 from implicitlayer.solvers._outcome import StallWatch, codes_of, contradiction, outcome, relative_move
-from implicitlayer.solvers._problem import Problem
 from implicitlayer.solvers._progress import Iteration, Report, Settings, reporting
 
 _MAX_DOUBLINGS = 200

@@ -16,7 +16,7 @@ from implicitlayer.base._status import Status
 from implicitlayer.base._tree import TreeSpec, flatten, leaves_norm, ravel, unflatten, unravel
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._residual import pull_back
-from implicitlayer.sets._box import ends_of_box, require_box
+from implicitlayer.sets._shapes import ends_of_box, require_box
 from implicitlayer.sets._term import resolve
 from implicitlayer.solvers._leaves import check_attached, check_unknowns
 from implicitlayer.solvers._progress import Iteration, reporting

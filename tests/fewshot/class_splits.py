@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import implicitlayer.fewshot
-from implicitlayer.fewshot._glyph_classes import REGULAR_FACES, coverage, descriptor, faces_of
+from implicitlayer.fewshot._glyphs import REGULAR_FACES, coverage, descriptor, faces_of
 
 SEED = 0
 OMNIGLOT_SIZES = {"train": 1100, "val": 100, "test": 423}

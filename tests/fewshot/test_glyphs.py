@@ -10,8 +10,7 @@ import torch
 from fewshot.class_splits import MAX_SIMILARITY, SEED, class_name, hash_split, select_classes, similarity
 
 from implicitlayer.fewshot import Glyphs, _cache, _glyph_classes
-from implicitlayer.fewshot._glyph_classes import codepoint_of
-from implicitlayer.fewshot._glyphs import render
+from implicitlayer.fewshot._glyphs import codepoint_of, render
 from implicitlayer.fewshot._splits import load_splits
 
 

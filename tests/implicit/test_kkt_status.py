@@ -3,7 +3,7 @@
 import pytest
 
 import implicitlayer as il
-from implicitlayer.constrained._kkt_answer import Answer
+from implicitlayer.constrained._kkt_point import Answer
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import implicitlayer as il
-from implicitlayer.meta._collapse import WINDOW, collapse
+from implicitlayer.meta._monitor import WINDOW, collapse
 
 F64 = torch.float64
 SHARP_AT = 45  # meta-steps

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import (
 )
 
 import implicitlayer as il
-from implicitlayer.meta._chunks import largest_chunk
+from implicitlayer.meta._tasks import largest_chunk
 
 # B: tasks of a meta-step
 

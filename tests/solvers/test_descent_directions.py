@@ -11,7 +11,7 @@ from torch import Tensor
 from implicitlayer import Status
 from implicitlayer.solvers import LBFGS, NewtonCG
 from implicitlayer.solvers._descent import descend
-from implicitlayer.solvers._problem import Problem
+from implicitlayer.solvers._leaves import Problem
 
 
 class Fixed:
