@@ -147,7 +147,8 @@ class LanesProof:
         b = torch.cat([filled[0], mask * torch.cat(filled[1:], -1)], -1)
         largest = b.abs().amax(-1, keepdim=True)
         b = b / torch.where(largest > 0, largest, 1.0)
-        u, D, lengths = self.factors.solve(b[..., None])[..., 0], self.factors.units, self.factors.lengths[..., 0]
+        lengths = self.factors.lengths.reshape(*b.shape[:-1], -1)
+        u, D = self.factors.solve(b[..., None])[..., 0], self.factors.units.reshape(b.shape)
         force, sizes = norm_of(torch.cat(parts[1:], -1) * lengths), norm_of(D * b)
         for left_solves in range(REPAIRS, -1, -1):  # NOTE [repairs] in ``_qp_single``
             x, w = u[..., :n], mask * u[..., n:]

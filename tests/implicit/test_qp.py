@@ -1,5 +1,6 @@
 """``il.qp``: closed forms, finite differences, transforms, shared arguments, black boxes, kinks and errors."""
 
+import itertools
 import warnings
 from typing import Any
 
@@ -136,6 +137,20 @@ def test_a_batch_is_a_loop_and_shared_arguments_sum_their_gradients() -> None:
     loop = torch.stack([il.qp(shared_q, lanes_p[i], G=shared_g, h=lanes_h[i]) for i in range(5)])
     assert relative_error(x, loop) < TIGHT
     for one, other in zip(got, torch.autograd.grad(loop, leaves, v), strict=True):
+        assert relative_error(one, other) < TIGHT
+
+
+@pytest.mark.parametrize("lanes", [(2, 3), (3, 1), (2, 1, 2)])
+def test_a_batch_of_several_dimensions_is_a_loop(lanes: tuple[int, ...]) -> None:
+    """Every argument has all of the batch, its last dimension, or none."""
+    Q, p, A, b, G, h = program(41, lanes=lanes)
+    leaves = [Q[(0,) * len(lanes)], p, A[0], b, G, h.abs()[(0,) * (len(lanes) - 1)]]
+    leaves = [t.detach().clone().requires_grad_() for t in leaves]
+    full = [t.expand(*lanes, *t.shape[t.ndim - k :]) for t, k in zip(leaves, (2, 1, 2, 1, 2, 1), strict=True)]
+    x, v = il.qp(*leaves), randn(*lanes, N, seed=1)
+    loop = torch.stack([il.qp(*(t[at] for t in full)) for at in itertools.product(*map(range, lanes))]).reshape(x.shape)
+    assert relative_error(x, loop) < TIGHT
+    for one, other in zip(*(torch.autograd.grad(value, leaves, v) for value in (x, loop)), strict=True):
         assert relative_error(one, other) < TIGHT
 
 
