@@ -253,7 +253,10 @@ class KktSolver(LinearSolver):
         D = torch.cat([factors.units, torch.ones_like(factors.units[..., :1]).expand(*factors.codes.shape, rest)], -1)
         plain = D
         if self.balance:
-            root, n = self.balance[0].sqrt()[..., None], self.num_unknowns
+            weights, n = self.balance[0], self.num_unknowns
+            if weights.shape != factors.codes.shape:  # lanes in another order (vmap of jacrev), which is not known here
+                weights = weights.amax() if weights.numel() else weights.new_ones(())
+            root = weights.sqrt()[..., None]
             D = torch.cat([D[..., :n] / root, D[..., n:core] * root, D[..., core:]], -1)
 
         def correct(start: Round) -> Correction:

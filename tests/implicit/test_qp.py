@@ -166,6 +166,18 @@ def test_vmap_in_some_arguments_and_levels_equals_a_loop() -> None:
     assert relative_error(got, expected) < TIGHT
 
 
+@pytest.mark.parametrize("lanes", [4, N])
+@pytest.mark.parametrize(
+    "derivative", [torch.func.jacrev, torch.func.jacfwd, torch.func.hessian], ids=lambda f: f.__name__
+)
+def test_vmap_over_derivatives_equals_a_loop(derivative: Any, lanes: int) -> None:
+    Q, p, _, _, G, h = program(44, lanes=(lanes,))
+    solve = lambda Q, p: il.qp(Q, p, G=G[0], h=h[0].abs()).sin()  # noqa: E731
+    got = vmap(derivative(solve, 1))(Q, p)
+    expected = torch.stack([derivative(solve, 1)(*lane) for lane in zip(Q, p, strict=True)])
+    assert got.abs().max() > 0.01 and relative_error(got, expected) < TIGHT
+
+
 def test_vmap_over_programs_that_are_a_batch_already() -> None:
     Q, p, _, _, G, h = program(60, lanes=(2,))
     points = torch.stack([p, 0.5 * p, -p])
