@@ -297,8 +297,8 @@ def _examined(at: At, x_spec: TreeSpec, shown: Callable[[Any], Any]) -> _Found:
 # of them says little of one whose unit is small. In whatever units, the terms of entry i of grad f are of the size of
 # T_i = sum_j |H_ij| |x_j|; what eta |force| is away from its kink, where the entry is held, is above a small part of
 # eta T_i or not; and where it is free H_ii times its distance is the force that moves it there. The answer is off by
-# d = J^-1 F, whose rows are those of the identity where an entry is held and of eta H where it is free: it moves the
-# force by eta H d, the entry by d_i. It takes all of H: of more unknowns the one measure above decides.
+# d = J^-1 F, whose rows are those of the identity where an entry is held and of eta H where it is free: y_i then moves
+# by F_i - (eta H d)_i or by d_i - F_i. It takes all of H: of more unknowns the one measure above decides.
 _MOST_LOOKED_AT = 64
 
 
@@ -317,8 +317,8 @@ def _clear(kinks: Leaves, at: At, part: float) -> Leaves:
     rows = torch.where(held.unsqueeze(-1), torch.eye(own.shape[-1], dtype=own.dtype, device=own.device), matrix)
     scaled = rows * unit.unsqueeze(-2) * torch.where(held, 1 / unit, unit).unsqueeze(-1)
     step = torch.linalg.solve_ex(scaled, (error * torch.where(held, 1 / unit, unit)).unsqueeze(-1))[0][..., 0] * unit
-    moves = torch.where(held, (matrix @ step.unsqueeze(-1))[..., 0], own * step).abs()
-    force = torch.where(held, 1.0, own) * margins
+    moves = torch.where(held, (matrix @ step.unsqueeze(-1))[..., 0].abs(), step.abs()) + error.abs()
+    moves, force = (torch.where(held, 1.0, own) * part for part in (moves, margins))
     clear = flat & (force > 2 * moves + part * (matrix.abs() @ size.abs().unsqueeze(-1))[..., 0])
     return unravel(clear, kinks, lane_dims)
 

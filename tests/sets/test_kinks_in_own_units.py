@@ -1,5 +1,6 @@
 """Kinks of problems whose unknowns have units that are far apart: each entry is judged in units of its own."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -101,3 +102,33 @@ def test_problems_of_a_batch_are_judged_each_by_itself() -> None:
     with pytest.warns(il.KinkWarning, match=r"in lane \[?1\]?"):
         made(torch.zeros(2, N, dtype=F64), both.requires_grad_())
     assert made.records[0].active_set.num_kinks.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("lower", [0.0, -0.5])
+def test_a_rough_answer_of_another_active_set_is_told_or_has_the_right_gradient(lower: float) -> None:
+    """An entry within 1e-7 to 1e-2 of a kink, and an answer off by 1e-9 to 1e-3, projected: any piece may come out."""
+    term, wrong = il.sets.Box(lower, 0.5 if lower else torch.inf), 0
+    generator = torch.Generator().manual_seed(0)
+    for trial in range(120):
+        A, c, v, z, off = (randn(*shape, seed=7 * trial + i) for i, shape in enumerate([(N, N), *[(N,)] * 4]))
+        Q = A @ A.mT / N + 0.5 * torch.eye(N, dtype=F64)
+        z = term.project(z)
+        close, rough = (10 ** torch.empty(()).uniform_(*ends, generator=generator) for ends in [(-7, -2), (-9, -3)])
+        z[trial % N] = lower
+        at_border = (z == lower) | (z == 0.5)
+        push = torch.where(z == lower, -0.5, 0.5) * at_border * (1 + c.abs())
+        push[trial % N] = close * (1 if trial % 2 else -1)
+        t = Q @ z + push  # the solution for the first sign is z, for the other one nearby
+        for _ in range(600):
+            z = term.project(z - (Q @ z - t) / torch.linalg.eigvalsh(Q)[-1])
+        answer, free = term.project(z + rough * off), (z > lower) & (z < 0.5 if lower else z >= 0)
+        layer = il.argmin(lambda x, t, Q=Q: 0.5 * x @ Q @ x - t @ x, lambda f, x, t, y=answer: y, constraint=term)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            (got,) = torch.autograd.grad(layer(torch.zeros(N, dtype=F64), t.requires_grad_()) @ v, t)
+        right = torch.zeros(N, dtype=F64)
+        right[free] = torch.linalg.solve(Q[free][:, free], v[free])
+        off_by = float((got - right).norm() / v.norm())
+        wrong += off_by > 1e-2
+        assert told or off_by < 1e-6, trial
+    assert wrong > 5, "else it tests nothing"
