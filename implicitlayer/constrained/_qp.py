@@ -157,7 +157,7 @@ def qp(
         if isinstance(solver, str):
             settings = replace(settings, solver=fastest(data[1].shape[-1], batch.numel()))
         settings = settings.starting(init, fold, batch, data[5].shape[-1])
-        found = (_closest if moves else _in_units)(data, batch, settings), fold
+        found = _in_units(data, batch, settings, _closest if moves else _solution), fold
     (x, y, z), fold = found
     return (x, fold(y, z)) if return_multipliers else x
 
@@ -206,15 +206,15 @@ class _Settings:
         return layer
 
 
-def _in_units(data: Program, batch: torch.Size, settings: _Settings) -> Solution:
-    """x and the multipliers, by the program of unknowns in other units where theirs are far apart."""
+def _in_units(data: Program, batch: torch.Size, settings: _Settings, solve: Callable[..., Solution]) -> Solution:
+    """x and the multipliers by ``solve``, of the program of unknowns in other units where theirs are far apart."""
     Q, p, A, b, G, h = data
     # a function of the user's is given what the user has given
     unit = None if settings.search is None else unit_of_unknowns(Q, A, G, not _torch.transforms_active())
     if unit is None:
-        return _solution(data, batch, settings)
+        return solve(data, batch, settings)
     columns = unit.unsqueeze(-2)
-    x, y, z = _solution((unit.unsqueeze(-1) * Q * columns, unit * p, A * columns, b, G * columns, h), batch, settings)
+    x, y, z = solve((unit.unsqueeze(-1) * Q * columns, unit * p, A * columns, b, G * columns, h), batch, settings)
     return unit * x, y, z
 
 

@@ -108,3 +108,23 @@ def test_a_solver_of_the_user_is_given_what_the_user_gave() -> None:
     x = il.qp(Q, -torch.tensor([1.0, 1e7], dtype=F64), solver=solver)
     assert torch.equal(seen[0], Q)
     assert relative_error(x, torch.tensor([1.0, 1e-7], dtype=F64)) < CLOSE
+
+
+@pytest.mark.parametrize("ratio", [1e4, 1e6, 1e-6])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_closest_feasible_program_does_not_depend_on_the_units_of_the_unknowns(seed: int, ratio: float) -> None:
+    """Two rows that contradict each other; the program in units of its own is the reference."""
+    n, units = 5, torch.where(torch.arange(5) % 2 == 0, ratio, 1.0).double()
+    generator = torch.Generator().manual_seed(seed)
+    A, p, G = (torch.randn(*k, generator=generator, dtype=torch.float64) for k in ((n, n), (n,), (6, n)))
+    p, h = 2 * p, 0.3 * torch.rand(6, generator=generator, dtype=torch.float64)
+    Q, G, h = A @ A.mT / n + torch.eye(n, dtype=torch.float64), torch.cat([G, -G[:1]]), torch.cat([h, -h[:1] - 0.2])
+    v = torch.arange(1.0, n + 1).double()
+
+    def solved(s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        free = p.clone().requires_grad_()
+        x = il.qp(Q / s[:, None] / s, free / s, G=G / s, h=h, infeasible="closest")
+        return x.detach() / s, torch.autograd.grad((x / s) @ v, free)[0]
+
+    for got, right in zip(solved(units), solved(torch.ones(n, dtype=torch.float64)), strict=True):
+        assert torch.allclose(got, right, rtol=1e-9, atol=1e-9)
