@@ -11,7 +11,8 @@ from torch import Tensor
 
 import implicitlayer as il
 from implicitlayer.sets import Affine, Ball, Box, NonNegative, Simplex
-from implicitlayer.sets._term import PerPart, ProximalTerm, norm_of, resolve
+from implicitlayer.sets._set import norm_of
+from implicitlayer.sets._term import PerPart, ProximalTerm, resolve
 
 NAN, INF = math.nan, math.inf
 TERMS: dict[str, ProximalTerm] = {

@@ -13,7 +13,7 @@ from torch import Tensor
 import implicitlayer as il
 from implicitlayer import Status
 from implicitlayer.solvers import NewtonCG
-from implicitlayer.solvers._problem import Problem
+from implicitlayer.solvers._leaves import Problem
 
 
 def zeros(*shape: int) -> Tensor:
