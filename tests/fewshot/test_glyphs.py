@@ -9,7 +9,7 @@ import pytest
 import torch
 from fewshot.class_splits import MAX_SIMILARITY, SEED, class_name, hash_split, select_classes, similarity
 
-from implicitlayer.fewshot import Glyphs, _cache, _glyph_classes
+from implicitlayer.fewshot import Glyphs, _cache, _glyphs
 from implicitlayer.fewshot._glyphs import codepoint_of, render
 from implicitlayer.fewshot._splits import load_splits
 
@@ -118,7 +118,7 @@ def test_fonts_that_are_not_there_are_named(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(
         FileNotFoundError, match=r"DejaVuSans\.ttf is missing: matplotlib is installed without its fonts"
     ):
-        _glyph_classes._font_file("DejaVuSans")
+        _glyphs._font_file("DejaVuSans")
 
 
 def test_default_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
