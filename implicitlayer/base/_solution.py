@@ -1,4 +1,4 @@
-"""What a solve returns: the value and how far it can be believed."""
+"""What a solve returns, how far it can be believed, and which constraints are active at it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pytrees: flattening, names of leaves, and matching a solver's answer to the structure of the unknowns."""
+"""Pytrees: flattening, names of leaves, matching an answer to the unknowns; and copies of functions of the user's."""
 
 from __future__ import annotations
 

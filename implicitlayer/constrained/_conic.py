@@ -32,6 +32,7 @@ from implicitlayer.base._types import Leaves, OnFailure
 from implicitlayer.base._warn import tell_kink
 from implicitlayer.constrained._cones import ORDERS, Cones
 from implicitlayer.constrained._qp_solve import full_data
+from implicitlayer.equation._solve import Varying
 from implicitlayer.layer._layer import ImplicitLayer
 from implicitlayer.linear._dense import Dense
 from implicitlayer.programs._backends import by_clarabel
@@ -52,7 +53,14 @@ _ERRORS: dict[str, tuple[type[Exception], str]] = {
 
 
 def cone_program(
-    data: Data, cones: Cones, *, derivative: bool, on_failure: OnFailure, active_rtol: float, linear_solver: Any
+    data: Data,
+    cones: Cones,
+    *,
+    derivative: bool,
+    on_failure: OnFailure,
+    active_rtol: float,
+    linear_solver: Any,
+    varying: Varying = None,
 ) -> torch.Tensor:
     """x [*lanes, n] of the programs Q, p, A, b, G, h, whose dimensions in front are lanes.
 
@@ -63,6 +71,7 @@ def cone_program(
         on_failure: as of :func:`qp`.
         active_rtol: a distance of w to a kink below this, relative to the terms of s or z there, counts as zero.
         linear_solver: for the Jacobian of F; None for a dense one.
+        varying: of :class:`Settings`.
     """
     dtype = data[1].dtype
     active_rtol = max(active_rtol, _ROUNDED * torch.finfo(dtype).eps)
@@ -74,6 +83,7 @@ def cone_program(
     layer = _ConeLayer(
         partial(_conditions, cones=cones), solver, linear, "root", False, False, on_failure, None, 0, p.ndim - 1
     )
+    layer.varying = varying
     u: torch.Tensor = layer(p.new_zeros(*p.shape[:-1], sum(sizes)), *exact)
     return (of_x * u[..., : sizes[0]]).to(dtype)
 

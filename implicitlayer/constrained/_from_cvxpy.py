@@ -20,10 +20,11 @@ from implicitlayer.base._optional import extra
 from implicitlayer.base._sharding import on_whole_tensors
 from implicitlayer.constrained._cones import Cones
 from implicitlayer.constrained._conic import cone_program
-from implicitlayer.constrained._qp import qp
+from implicitlayer.constrained._qp import program_solution
 from implicitlayer.constrained._qp_sparse import Entries
 
 _LARGE = 300  # unknowns from which on a single program is faster with sparse matrices
+_DATA = ("Q", "p", "A", "b", "G", "h")
 _SETTINGS = {"solver", "linear_solver", "on_failure", "active_rtol", "at_kink"}
 
 
@@ -80,6 +81,8 @@ def from_cvxpy(problem: Any, parameters: Sequence[Any], variables: Sequence[Any]
 class CvxpyLayer(torch.nn.Module):
     """A quadratic program of CVXPY, or one over cones, as a layer; made by :func:`from_cvxpy`."""
 
+    _added: torch.Tensor
+
     def __init__(
         self, program: Any, parameters: Sequence[Any], variables: Sequence[Any], settings: dict[str, Any]
     ) -> None:
@@ -108,6 +111,15 @@ class CvxpyLayer(torch.nn.Module):
             zero = torch.zeros_like(j[shift])
             part = _Affine((size, 1, num), r[shift], zero, -side * values[shift], k[shift])
             self.add_module("b" if name == "A" else "h", part)
+        added = torch.ones(n, dtype=torch.bool)
+        for start, size, _ in self._variables:
+            added[start : start + size] = False
+        self.register_buffer("_added", added, persistent=False)
+        # the variables that CVXPY adds may be some of many, and constraints may repeat one another: that matters only
+        # where parameters can change it
+        for name in () if self._large else _DATA:
+            mask = getattr(self, name).varying()
+            self.register_buffer(f"_varies_{name}", mask if name in "QAG" else mask[:, 0], persistent=False)
 
     @on_whole_tensors
     def forward(self, *values: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -117,13 +129,16 @@ class CvxpyLayer(torch.nn.Module):
         sparse = self._large and not batch and not _torch.transforms_active() and vector.device.type == "cpu"
         matrices = {name: getattr(self, name)(vector, sparse) for name in ("Q", "A", "G")}
         vectors = {name: getattr(self, name)(vector, False)[..., 0] for name in ("p", "b", "h")}
+        varying = None if self._large else [getattr(self, f"_varies_{name}") for name in _DATA]
         if self._conic:
             data = (matrices["Q"], vectors["p"], matrices["A"], vectors["b"], matrices["G"], vectors["h"])
             derivative = vector.requires_grad or _torch.transforms_active()
             settings = {"on_failure": "warn", "active_rtol": 1e-8, "linear_solver": None, **self._settings}
-            x = cone_program(data, self._cones, derivative=derivative, **settings)
+            x = cone_program(data, self._cones, derivative=derivative, varying=varying, **settings)
         else:
-            x = qp(**matrices, **vectors, **self._settings)
+            none = dict.fromkeys(("lower", "lb", "ub"))
+            given, own = {**matrices, **vectors, **none}, self._settings
+            x = program_solution(given, varying=varying, added=self._added, **own)[0]
         # CVXPY's vectors are in column order
         parts = [(x[..., start : start + size], shape) for start, size, shape in self._variables]
         return tuple(_reversed(part.reshape((*batch, *reversed(shape))), len(shape)) for part, shape in parts)
@@ -163,6 +178,12 @@ class _Affine(torch.nn.Module):
         tensors = {"places": places, "terms": terms, "of": of, "weights": weights}
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
+
+    def varying(self) -> torch.Tensor:
+        """Mask of the entries that have a parameter in them."""
+        mask = torch.zeros(self._shape.numel(), dtype=torch.bool)
+        mask[self.places[self.terms[(self.of < self._num - 1) & (self.weights != 0)]]] = True
+        return mask.reshape(self._shape)
 
     def forward(self, vector: torch.Tensor, sparse: bool) -> torch.Tensor:
         """The matrix for a vector [*batch, num], with these dimensions in front if it is not sparse."""

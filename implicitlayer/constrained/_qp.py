@@ -27,7 +27,7 @@ from implicitlayer.equation._flat import Signature
 from implicitlayer.equation._jacobian import Graph
 from implicitlayer.equation._residual import Attached, Residual
 from implicitlayer.equation._rules import implicit_vjp
-from implicitlayer.equation._solve import Settings, fill
+from implicitlayer.equation._solve import Settings, Varying, fill
 from implicitlayer.layer._forward import Constraints
 from implicitlayer.programs._backends import ActiveSet, Search, fastest
 from implicitlayer.programs._interior_point_step import Data, times
@@ -133,6 +133,30 @@ def qp(
         >>> [round(v, 12) + 0.0 for v in point.grad.tolist()]
         [0.5, -0.5, 0.0]
     """
+    given = {"Q": Q, "p": p, "A": A, "b": b, "G": G, "h": h, "lower": lower, "lb": lb, "ub": ub}
+    settings: dict[str, Any] = {"solver": solver, "linear_solver": linear_solver, "active_rtol": active_rtol}
+    settings |= {"on_failure": on_failure, "at_kink": at_kink, "infeasible": infeasible}
+    x, multipliers = program_solution(given, init=init, **settings)
+    return (x, multipliers()) if return_multipliers else x
+
+
+def program_solution(
+    given: dict[str, Any],
+    *,
+    init: Any = None,
+    solver: Any = None,
+    linear_solver: Any = None,
+    on_failure: OnFailure = "warn",
+    active_rtol: float = 1e-8,
+    at_kink: AtKink = "inactive",
+    infeasible: str = "error",
+    varying: Varying = None,
+    added: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Callable[[], Any]]:
+    """x, and what makes the multipliers, of the program that is given by name.
+
+    ``varying``: of :class:`Settings`; ``added``: of :class:`QuadraticSolver`.
+    """
     options = ("at_kink", at_kink, _SIDES), ("on_failure", on_failure, _POLICIES), ("infeasible", infeasible, _MOVES)
     for name, choice, choices in options:
         if choice not in choices:
@@ -143,11 +167,10 @@ def qp(
         if on_failure == "mask":
             why = "beside on_failure='mask', which makes NaN of what has no solution. Leave one of the two out."
         raise ValueError(f"infeasible='closest' is not {why}")
-    given = {"Q": Q, "p": p, "A": A, "b": b, "G": G, "h": h, "lower": lower, "lb": lb, "ub": ub}
     if isinstance(solver, str) and solver != "auto":
         raise ValueError(f"solver={solver!r} must be 'auto', one of il.solvers, such as DAQP(), or a function.")
-    named = None if isinstance(solver, str) else solver
-    settings = _Settings(named, linear_solver, on_failure, Tolerances(_STATIONARITY_RTOL, active_rtol), at_kink)
+    named, tolerances = None if isinstance(solver, str) else solver, Tolerances(_STATIONARITY_RTOL, active_rtol)
+    settings = _Settings(named, linear_solver, on_failure, tolerances, at_kink, varying, added)
     found = None
     if any(is_sparse(value) for value in given.values()):
         found = _sparse_solution(given, settings, init)
@@ -159,7 +182,7 @@ def qp(
         settings = settings.starting(init, fold, batch, data[5].shape[-1])
         found = _in_units(data, batch, settings, _closest if moves else _solution), fold
     (x, y, z), fold = found
-    return (x, fold(y, z)) if return_multipliers else x
+    return x, partial(fold, y, z)
 
 
 @dataclass(frozen=True)
@@ -171,6 +194,8 @@ class _Settings:
     on_failure: OnFailure
     tolerances: Tolerances
     at_kink: AtKink
+    varying: Varying = None
+    added: torch.Tensor | None = None
     shift: torch.Tensor | None = None
 
     @property
@@ -196,13 +221,14 @@ class _Settings:
         """The general layer, for one call, with what :func:`searched` has found where that was made."""
         hold, user = self.at_kink == "active", None if self.search is not None else self.solver
         search = self.search or ActiveSet()
-        solve = QuadraticSolver(user, self.tolerances, hold, self.on_failure, search, proof, has_searched, self.shift)
+        how = user, self.tolerances, hold, self.on_failure, search, proof, has_searched, self.shift
+        solve = QuadraticSolver(*how, added=self.added, varying=self.varying)
         n, e, m = (data[k].shape[-1] for k in (1, 3, 5))
         own = KktSolver(n, e, m, prepared=solve.prepared, balance=solve.balance)
         linear = own if self.linear_solver is None else self.linear_solver
         lanes = data[1].ndim - 1
         layer = _QuadraticLayer(_scalar, solve, linear, "argmin", False, False, self.on_failure, None, 0, lanes)
-        layer.found, layer.tolerances = solve.found, self.tolerances
+        layer.found, layer.tolerances, layer.varying = solve.found, self.tolerances, self.varying
         return layer
 
 
@@ -304,7 +330,8 @@ def _general_gradients(
     _, residual, _ = layer._equation(_scalar, spec, signature, ClosedOver())
     graph = None if derivatives_possible() else Graph(partial(residual.for_derivatives, z, data))
     v, solver, policy = fill(cotangents, z), layer.linear_solver, layer.on_failure
-    return implicit_vjp(residual, z, data, v, needed, Settings(solver, policy, damps=False), graph=graph)
+    by = Settings(solver, policy, damps=False, varying=settings.varying)
+    return implicit_vjp(residual, z, data, v, needed, by, graph=graph)
 
 
 class _QuadraticLayer(KktLayer):

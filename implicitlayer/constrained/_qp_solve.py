@@ -46,6 +46,7 @@ from implicitlayer.programs._qp_exact import (
 from implicitlayer.programs._qp_rank import Equations, RankFactors, independent_equations
 from implicitlayer.programs._qp_single import SingleProof, exact_cold, exact_guess, exact_near
 from implicitlayer.programs._qp_terms import SingleProgram
+from implicitlayer.programs._units import above_zero
 
 Proof = SingleProof | LanesProof
 
@@ -84,6 +85,44 @@ def searched(program: Data, dtype: torch.dtype, search: Search) -> Proof | None:
     return exact_cold(one, None if start is None else start.reshape(-1).numpy())
 
 
+# NOTE [unknowns that nobody asks for]: such as those that CVXPY adds may be some of many. Where a direction d of them
+# alone has Q d = 0, A d = 0 and G_i d = 0 for the rows that pull, x + t d is a solution, too; and where G_i d < 0 for
+# all rows at a kink, none of them is at its border there. So the unknowns that are asked for have no kink.
+
+
+def _without_kinks_of(
+    added: torch.Tensor, program: Data, active: ActiveConstraints, held: torch.Tensor
+) -> ActiveConstraints:
+    """The same without the kinks of NOTE [unknowns that nobody asks for]."""
+    Q, _, A, _, G, _ = program
+    kinks = active.kinks.double()
+    rows = G / above_zero(norm_of(G)).unsqueeze(-1)
+    asked_for = torch.diag((~added).double()).expand_as(Q)
+    pulling = rows * (held & ~active.kinks).unsqueeze(-1)
+    fixed = torch.cat([Q / above_zero(Q.abs().amax((-2, -1), keepdim=True)), asked_for, A, pulling], -2)
+    kept = torch.eye(len(added), dtype=Q.dtype, device=Q.device) - torch.linalg.pinv(fixed, rtol=1e-10) @ fixed
+    bent = rows * kinks.unsqueeze(-1)
+    d = kept @ (torch.linalg.pinv(bent @ kept, rtol=1e-10) @ -kinks.unsqueeze(-1))
+    free = (((bent @ d)[..., 0] < -0.5) | ~active.kinks).all(-1)
+    kinks = active.kinks & ~free.unsqueeze(-1)
+    return replace(active, kinks=kinks, num_kinks=kinks.sum(-1))
+
+
+def _can_contradict(varying: Sequence[torch.Tensor], program: Data, held: torch.Tensor) -> torch.Tensor:
+    """Whether what varies can make the rows that hold contradict one another, [*lanes].
+
+    It cannot where no row that varies takes part in a dependence: a vector l with J'l = 0.
+    """
+    rows = torch.cat([program[2], program[4] * held.unsqueeze(-1)], -2)
+    rows = rows / above_zero(norm_of(rows)).unsqueeze(-1)
+    unit = torch.eye(rows.shape[-2], dtype=rows.dtype, device=rows.device)
+    dependent = unit - rows @ torch.linalg.pinv(rows, rtol=1e-10)
+    changes = torch.cat([varying[k].any(-1) | varying[k + 1] for k in (2, 4)])
+    holds = torch.cat([torch.ones_like(program[3], dtype=torch.bool), held], -1)
+    found: torch.Tensor = ((dependent.abs().amax(-1) > 1e-6) & changes & holds).any(-1)
+    return found
+
+
 def is_single(program: Data) -> bool:
     return program[1].shape[:-1].numel() == 1 and program[1].device.type == "cpu"
 
@@ -112,6 +151,8 @@ class QuadraticSolver:
     known: Proof | None = None
     has_searched: bool = False
     shift: torch.Tensor | None = None  # how far sides were moved, of the closest feasible program
+    added: torch.Tensor | None = None  # bool [n], unknowns that nobody asks for
+    varying: Varying = None  # of :class:`Settings`
     found: list[ActiveConstraints] = field(default_factory=list)
     prepared: list[Factors | KktMatrices] = field(default_factory=list)
     balance: list[torch.Tensor] = field(default_factory=list)  # see KktSolver
@@ -127,6 +168,8 @@ class QuadraticSolver:
         proof = self.known if has_searched else searched(program, start.x.dtype, self.search)
         found, active, held = self._single(program, proof, eps) or self._judged(program, proof, start.x)
         solution = found.solution
+        if self.added is not None and bool(active.num_kinks.any()):
+            active = _without_kinks_of(self.added, program, active, held)
         factors: Factors | KktMatrices | None = found.factors
         if factors is None or not torch.equal(held, found.held):
             rows = torch.cat([program[2], program[4]], -2)
@@ -139,6 +182,9 @@ class QuadraticSolver:
             independent = active.independent & ~self.equations.deficient
             old = times(self.equations.to_new.mT, active.equality)
             active = replace(active, equality=old, independent=independent)
+        if self.varying is not None and not bool(active.independent.all()):
+            fixed = ~_can_contradict(self.varying, given, held)
+            active = replace(active, independent=active.independent | fixed)
         self.found.append(replace(active, found_by=self._name(proof), shift=self.shift))
         self.prepared.append(factors)
         self.balance.append(forces_beside(program, solution))

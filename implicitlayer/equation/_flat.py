@@ -1,4 +1,4 @@
-"""User functions of pytrees as pure functions of flat lists of tensors."""
+"""User functions of pytrees as pure functions of flat lists of tensors, and what composite ones tell of themselves."""
 
 from __future__ import annotations
 

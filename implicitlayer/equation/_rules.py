@@ -111,6 +111,8 @@ def _tell_flat(
     ]
     noise = _FLAT * torch.finfo(some.dtype).eps ** 0.5
     for index, (along, typical) in enumerate(zip(*pulled, strict=True)):
+        if along is not None and settings.varying is not None:
+            along = along * settings.varying[index]
         if along is not None and typical is not None and leaves_norm([along], 0) > noise * leaves_norm([typical], 0):
             message = (
                 f"the solution is one of many{name_lanes(singular)}: there is a direction without curvature, and theta "

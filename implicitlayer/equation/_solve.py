@@ -51,6 +51,9 @@ _OTHER_SYSTEM = (
 )
 
 
+Varying = Sequence[torch.Tensor] | None
+
+
 @dataclass(frozen=True, eq=False)
 class Settings:
     """How a linear solve behind a derivative is made, as the user of a layer has chosen.
@@ -64,6 +67,7 @@ class Settings:
         assumptions: what the user knows of the problem, for error bounds.
         listener: who gets the record.
         damps: whether damping= and curvature= are arguments of the layer, to be advised.
+        varying: masks of the entries of each theta leaf that change with the user's parameters; None: all do.
     """
 
     solver: Callable[[FlatOperator, torch.Tensor], LinearSolution]
@@ -74,6 +78,7 @@ class Settings:
     assumptions: Assumptions | None = None
     listener: Callable[[Record], None] | None = None
     damps: bool = True
+    varying: Varying = None
 
 
 @dataclass(frozen=True, eq=False)

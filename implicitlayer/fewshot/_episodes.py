@@ -1,4 +1,4 @@
-"""Few-shot tasks drawn from a dataset: all tasks of a batch at once, from the sampler's own random stream."""
+"""Few-shot tasks drawn from a dataset: task i depends on the seed and on i alone, all tasks of a batch at once."""
 
 # C: classes, E: examples of each, B: tasks, N: ways, K: shots, Q: query examples of each class, H, W: pixels
 

@@ -1,4 +1,4 @@
-"""mini-ImageNet, read from class sheets or from a tree of pictures; see `_mini_imagenet_files` for the layouts."""
+"""mini-ImageNet, read from class sheets or from a tree of pictures, in the layouts in which it lies on disks."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -37,7 +37,7 @@ from implicitlayer.equation._flat import (
 from implicitlayer.equation._jacobian import Curvature
 from implicitlayer.equation._repair import POLICIES, NegativeCurvature
 from implicitlayer.equation._residual import Residual, check_value
-from implicitlayer.equation._solve import Settings, refuse_forward_over_forward
+from implicitlayer.equation._solve import Settings, Varying, refuse_forward_over_forward
 from implicitlayer.layer._forward import Calling, Constraints
 from implicitlayer.layer._function import ImplicitArgmin, LayerSpec
 from implicitlayer.layer._roles import check_settings, tell_arguments
@@ -72,6 +72,7 @@ class ImplicitLayer(CopiesFunctions):
     assumptions: Assumptions | None = None
 
     own_function: ClassVar[bool] = False  # the function is the library's: it closes over nothing, and is not searched
+    varying: Varying = field(default=None, init=False, repr=False)  # of :class:`Settings`
     damps: ClassVar[bool] = True  # whether it takes damping= and curvature=, where it is a minimum's
     reads_more: ClassVar[bool] = False  # what is run to find closed-over tensors returns more than the value
 
@@ -147,7 +148,7 @@ class ImplicitLayer(CopiesFunctions):
             residual=residual,
             calling=calling,
             num_x=len(x),
-            settings=Settings(self.linear_solver, self.on_failure, *system, records.listener(), damps),
+            settings=Settings(self.linear_solver, self.on_failure, *system, records.listener(), damps, self.varying),
             closed=hidden if watched else None,
             needs_derivative=needs,
             stationarity_rtol=self.stationarity_rtol if needs else None,

@@ -1,4 +1,4 @@
-"""The flat linear operator that every linear solver works on, and the base class of linear solvers."""
+"""The flat linear operator that linear solvers work on, their base class, and preconditioners made of products."""
 
 # Shapes: lanes: leading batch dimensions of independent systems; n: unknowns of one system, counted in elements.
 

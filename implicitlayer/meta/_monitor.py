@@ -1,4 +1,4 @@
-"""What the trainer tells while it trains: numbers of the step, trouble of the inner problem, a bar, TensorBoard."""
+"""What the trainer tells while it trains: numbers, trouble of the inner problem, a collapse, a bar, TensorBoard."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where tasks come from, as the trainer sees it, and how the learning rate falls."""
+"""Where tasks come from, batches of them in parts, and how the learning rate falls."""
 
 from __future__ import annotations
 

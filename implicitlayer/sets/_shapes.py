@@ -1,4 +1,4 @@
-"""Affine sets, balls and simplices."""
+"""Bounds on every entry, affine sets, balls and simplices."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a solver checks before its first step, and objectives, steps and momentum on lists of leaves [*lanes, ...]."""
+"""Checks before a solver's first step, objectives, steps and momentum on leaves [*lanes, ...], forms of a step size."""
 
 from __future__ import annotations
 

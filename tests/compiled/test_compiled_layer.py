@@ -304,7 +304,7 @@ def quadratic(x: Tensor, t: Tensor) -> Tensor:
         (lambda: il.root(quadratic, lambda f, x, t: t), TypeError, "il.argmin"),
         (lambda: il.argmin(quadratic, il.solvers.NewtonCG(), linear_solver=il.Minres()), TypeError, "linear_solver="),
         (lambda: il.argmin(quadratic, il.solvers.NewtonCG(), polish=1), ValueError, "polish"),
-        (lambda: il.argmin(quadratic, il.solvers.NewtonCG(), regularizer=il.L1(1.0)), TypeError, "regularizer"),
+        (lambda: il.argmin(quadratic, il.solvers.NewtonCG(), regularizer=il.L1(1.0)), TypeError, "ProximalGradient"),
         (lambda: il.argmin(quadratic, il.solvers.NewtonCG(callback=print)), ValueError, "callback"),
     ],
 )

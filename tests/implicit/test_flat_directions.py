@@ -121,3 +121,39 @@ def test_thetas_that_leave_a_solution_in_place_have_the_right_gradient_without_a
         return (W[:, 0] - W[:, 1]).sum()
 
     assert relative_error(by_X, central_differences(direct, X.detach(), 1e-5)) < 1e-6
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # CVXPY's own
+@pytest.mark.parametrize("on_failure", ["warn", "raise"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        lambda cp, x, r: [cp.abs(x) <= r],
+        lambda cp, x, r: [cp.max(x) <= 5, cp.pos(x) <= 5],
+        lambda cp, x, r: [cp.norm1(x - 1) <= r],
+        lambda cp, x, r: [cp.norm(x) <= r, cp.sum_squares(x) <= 25],
+        lambda cp, x, r: [cp.log(x) >= -5, cp.exp(x) <= 50],
+        lambda cp, x, r: [cp.lambda_max(cp.diag(x)) <= 50],
+        lambda cp, x, r: [cp.abs(x) <= r, cp.sum(x) == 1.5, 2 * cp.sum(x) == 3.0],
+    ],
+)
+def test_variables_that_cvxpy_adds_and_parameters_do_not_reach_are_no_kink(rows: Any, on_failure: Any) -> None:
+    """The nearest point to p, which no inequality holds: x = p, where equations do not move it."""
+    cp = pytest.importorskip("cvxpy", reason="cvxpy is not installed")
+    if not {"OSQP", "CLARABEL"} <= set(cp.installed_solvers()):
+        pytest.skip("osqp or clarabel is not installed")
+    x, center, radius = cp.Variable(2), cp.Parameter(2), cp.Parameter(nonneg=True)
+    rows = rows(cp, x, radius)
+    parameters = [center, *([radius] if any(radius in row.parameters() for row in rows) else [])]
+    layer = il.from_cvxpy(
+        cp.Problem(cp.Minimize(cp.sum_squares(x - center)), rows), parameters, [x], on_failure=on_failure
+    )
+    p, r = torch.tensor([0.4, 1.1], dtype=F64, requires_grad=True), torch.tensor(3.0, dtype=F64, requires_grad=True)
+    (found,) = layer(p, r)[:1] if len(parameters) == 2 else layer(p)
+    assert relative_error(found, p) < 1e-7
+    slopes = torch.autograd.grad(found[0] + 2 * found[1], [p, r], allow_unused=True)
+    equal = torch.ones(2, dtype=F64) / 2 * any(type(row).__name__ == "Equality" for row in rows)
+    wanted = torch.tensor([1.0, 2.0], dtype=F64)
+    assert relative_error(slopes[0], wanted - 2 * equal * (equal @ wanted)) < 1e-7
+    assert slopes[1] is None or abs(slopes[1]) < 1e-9
