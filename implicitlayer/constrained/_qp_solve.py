@@ -24,6 +24,7 @@ from implicitlayer.base._status import Status
 from implicitlayer.base._tree import name_lanes
 from implicitlayer.base._types import OnFailure
 from implicitlayer.constrained._kkt_lagrangian import Unknowns
+from implicitlayer.equation._solve import Varying
 from implicitlayer.programs._backends import ActiveSet, Search
 from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolution, interior_point
 from implicitlayer.programs._interior_point_step import Data, flat_lanes, norm_of, of_each, times

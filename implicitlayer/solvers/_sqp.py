@@ -13,8 +13,8 @@
 # least squares are as accurate as x is, so they are taken where they have the right signs.
 #
 # NOTE [units]: unknowns may have units far apart, x = D u. What is rounding beside the largest curvature is then all
-# there is of another: where curvatures are that far apart, steps and errors are those of u, with D the inverse roots of
-# the curvatures, as powers of two, which round nothing.
+# there is of another: where curvatures of the objective at init are that far apart, steps and errors are those of u, with
+# D the inverse roots of these curvatures, as powers of two, which round nothing. (Those of the Lagrangian may vanish.)
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ class _Lanes:
         if not bool(self.finite.all()):  # these lanes stay where they are, and the others see nothing of them
             parts = {name: t.nan_to_num(0.0, 0.0, 0.0) for name, t in vars(self.at).items() if name in "fcpJW"}
             self.at = replace(self.at, **parts)
-        self.first, self.rho = self.at.p, y
+        self.first, self.rho, self.unit = self.at.p, y, units_by_curvature(self.at.W.diagonal(dim1=-2, dim2=-1))
         self.steps, self.failures, self.stalled = self.zero.long(), self.zero.long(), ~self.finite
         self.least = self.zero  # of all curvatures
         self.share = self.zero + 1  # of the slope at init over the size of x, which stands for curvatures that are none
@@ -240,7 +240,7 @@ class _Lanes:
 
     def _in_units(self) -> tuple[torch.Tensor, _At]:
         """The unit of every unknown [B, n], and what is known, but for x, of unknowns in these; NOTE [units]."""
-        at, unit = self.at, units_by_curvature(self.at.W.diagonal(dim1=-2, dim2=-1))
+        at, unit = self.at, self.unit
         if unit is None:
             return torch.ones_like(at.x), at
         J = at.J * unit[:, None, :]
