@@ -13,8 +13,8 @@
 # least squares are as accurate as x is, so they are taken where they have the right signs.
 #
 # NOTE [units]: unknowns may have units far apart, x = D u. What is rounding beside the largest curvature is then all
-# there is of another: where curvatures of the objective at init are that far apart, steps and errors are those of u, with
-# D the inverse roots of these curvatures, as powers of two, which round nothing. (Those of the Lagrangian may vanish.)
+# there is of another. Where curvatures of the objective at init are that far apart, steps and errors are those of u,
+# with D the inverse roots of these curvatures, as powers of two, which round nothing. (The Lagrangian's may vanish.)
 
 from __future__ import annotations
 
