@@ -25,9 +25,8 @@ from implicitlayer.equation._capture import plainly_impossible
 from implicitlayer.equation._distance import AnswerCheck, Found, Stationarity, stationarity
 from implicitlayer.equation._residual import Attached, Residual
 from implicitlayer.equation._state import Run
-from implicitlayer.layer._polish import Polish, polish
+from implicitlayer.layer._polish import Polish, SeenFunction, polish, summed
 from implicitlayer.layer._roles import tell_solver
-from implicitlayer.layer._seen import SeenFunction, summed
 from implicitlayer.layer._verdict import judge_answer, refuse_coupled
 
 if TYPE_CHECKING:
