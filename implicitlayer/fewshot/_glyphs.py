@@ -19,8 +19,7 @@ from torch import Tensor
 from implicitlayer.base._optional import extra
 from implicitlayer.base._tree import check_integer
 from implicitlayer.fewshot._cache import cached_images
-from implicitlayer.fewshot._dataset import ImageClasses, check_image_size
-from implicitlayer.fewshot._splits import load_splits, names_of
+from implicitlayer.fewshot._dataset import ImageClasses, check_image_size, load_splits, names_of
 
 # Regular and bold of each family. Italics are left out: their cursive forms (Cyrillic te as m) are other characters'.
 REGULAR_FACES = ("DejaVuSans", "DejaVuSerif", "DejaVuSansMono", "STIXGeneral")

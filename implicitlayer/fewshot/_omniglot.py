@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from implicitlayer.base._optional import extra
 from implicitlayer.fewshot._cache import cached_images, fingerprint, places_of
-from implicitlayer.fewshot._dataset import DatasetError, ImageClasses, check_image_size
-from implicitlayer.fewshot._splits import load_splits, names_of
+from implicitlayer.fewshot._dataset import DatasetError, ImageClasses, check_image_size, load_splits, names_of
 
 # The MD5 sums are those that torchvision.datasets.Omniglot checks; the authors publish none.
 PARTS = {

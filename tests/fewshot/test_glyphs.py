@@ -10,8 +10,8 @@ import torch
 from fewshot.class_splits import MAX_SIMILARITY, SEED, class_name, hash_split, select_classes, similarity
 
 from implicitlayer.fewshot import Glyphs, _cache, _glyphs
+from implicitlayer.fewshot._dataset import load_splits
 from implicitlayer.fewshot._glyphs import codepoint_of, render
-from implicitlayer.fewshot._splits import load_splits
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ from fewshot.mini_imagenet_files import SPLITS, colours, write_list, write_sheet
 from PIL import Image
 
 from implicitlayer.fewshot import DatasetError, EpisodeSampler, MiniImageNet, _mini_imagenet
+from implicitlayer.fewshot._dataset import load_splits
 from implicitlayer.fewshot._mini_imagenet import SUBFOLDERS
-from implicitlayer.fewshot._splits import load_splits
 
 REAL = next(
     (

@@ -20,7 +20,7 @@ from fewshot.omniglot_files import SPLITS, write_tree, write_zips
 
 import implicitlayer as il
 from implicitlayer.fewshot import DatasetError, Omniglot, _omniglot
-from implicitlayer.fewshot._splits import load_splits
+from implicitlayer.fewshot._dataset import load_splits
 
 needs_data = pytest.mark.skipif(
     not os.environ.get("IMPLICITLAYER_DATA"), reason="real Omniglot: set IMPLICITLAYER_DATA to the folder with its zips"
