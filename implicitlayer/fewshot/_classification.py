@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from implicitlayer.fewshot._networks import Conv4
-from implicitlayer.fewshot._task_losses import task_accuracy
+from implicitlayer.fewshot._networks import Conv4, task_accuracy
 
 
 class ClassificationLoss:
