@@ -1,9 +1,13 @@
-"""What a trainer tells to others while it trains: five events."""
+"""What a trainer tells to others while it trains, five events, and how it is asked to stop: between two steps."""
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 EVENTS = ("on_start", "on_step", "on_validation", "on_checkpoint", "on_end")
@@ -47,3 +51,23 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
             what = f"the class {callback.__name__}" if isinstance(callback, type) else type(callback).__name__
             said = f"no event is called {wrong[0]}" if wrong else "make one" if heard else "it hears no event"
             raise TypeError(f"callbacks holds {what}: {said}. The events are {', '.join(EVENTS)}.")
+
+
+class StopRequest(ExitStack):
+    """Inside the block the first Ctrl-C or SIGTERM sets ``asked``; a second one raises ``KeyboardInterrupt`` at once.
+
+    Outside the main thread, where Python delivers no signals, it does nothing.
+    """
+
+    asked = False
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.callback(signal.signal, number, signal.signal(number, self._request))
+        return self
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True

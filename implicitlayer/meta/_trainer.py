@@ -15,8 +15,8 @@ import torch
 from implicitlayer._errors import NonFiniteError
 from implicitlayer.base._types import PyTree
 from implicitlayer.base._warn import warn
+from implicitlayer.meta._callbacks import StopRequest
 from implicitlayer.meta._distributed import WorkerLostError, launch_command
-from implicitlayer.meta._interrupt import StopRequest
 from implicitlayer.meta._meta_gradient import ChunkMetric, Totals, accumulate, means
 from implicitlayer.meta._method import num_tasks
 from implicitlayer.meta._monitor import (
