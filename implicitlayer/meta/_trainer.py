@@ -30,10 +30,9 @@ from implicitlayer.meta._monitor import (
     write_event,
 )
 from implicitlayer.meta._peak_memory import peak_memory
-from implicitlayer.meta._random_state import random_state, set_random_state
 from implicitlayer.meta._statistics import Evaluation, evaluate
 from implicitlayer.meta._tasks import Episode, largest_chunk, take_tasks
-from implicitlayer.meta._trainer_state import TrainerState
+from implicitlayer.meta._trainer_state import TrainerState, random_state, set_random_state
 
 
 class Trainer(TrainerState):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -20,7 +22,6 @@ from implicitlayer.meta._distributed import WorkerGroup
 from implicitlayer.meta._method import MetaMethod
 from implicitlayer.meta._monitor import ON_COLLAPSE, OnCollapse, require_tensorboard
 from implicitlayer.meta._outer import Better, OuterStep
-from implicitlayer.meta._random_state import random_state, set_random_state
 from implicitlayer.meta._run_folder import RunFolder
 from implicitlayer.meta._settings import differences, plain
 from implicitlayer.meta._statistics import AnyMetric
@@ -335,3 +336,35 @@ class TrainerState:
                 "run, or give another run_dir for a new one."
             )
         return state
+
+
+def random_state() -> dict[str, Any]:
+    """States of the global generators of torch (CPU, and the current GPU where one is in use), Python and NumPy.
+
+    Plain data and tensors, so that a checkpoint that holds it can be read without running code.
+    """
+    version, words, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # noqa: NPY002 - what users of the old interface draw from
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": [version, list(words), gauss],
+        "numpy": [str(name), torch.tensor(np.asarray(keys, dtype=np.int64)), int(position), int(has_gauss), cached],
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put the generators back where :func:`random_state` found them.
+
+    A GPU's state is left out where there is no GPU: nothing draws from it there.
+    """
+    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    array = keys.numpy().astype(np.uint32)
+    np.random.set_state((name, array, position, has_gauss, cached))  # noqa: NPY002 - the same
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -16,8 +16,8 @@ from meta.lines import Lines, comparable, make_trainer, task_loss, tensors
 
 import implicitlayer as il
 from implicitlayer.meta import _monitor
-from implicitlayer.meta._random_state import random_state, set_random_state
 from implicitlayer.meta._settings import differences, plain
+from implicitlayer.meta._trainer_state import random_state, set_random_state
 
 
 def noisy_sampler(trainer: il.meta.Trainer) -> None:
