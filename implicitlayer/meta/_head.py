@@ -12,8 +12,7 @@ import torch
 
 from implicitlayer.base._tree import check_integer
 from implicitlayer.base._types import PyTree
-from implicitlayer.meta._checks import check_one_per_task
-from implicitlayer.meta._method import MetaMethod, learned_tensors, num_tasks, one_per_task
+from implicitlayer.meta._method import MetaMethod, check_one_per_task, learned_tensors, num_tasks, one_per_task
 from implicitlayer.meta._unrolled import MAML
 from implicitlayer.solvers._leaves import StepSize, check_step_size
 

@@ -14,10 +14,10 @@ from implicitlayer.equation._jacobian import Curvature
 from implicitlayer.equation._repair import NegativeCurvature
 from implicitlayer.layer import Proximal
 from implicitlayer.linear import ConjugateGradient
-from implicitlayer.meta._checks import PerTask
 from implicitlayer.meta._first_order import LastStep, StepSizeGradient, check_step_size_gradient
 from implicitlayer.meta._method import (
     MetaMethod,
+    PerTask,
     StrengthLike,
     TaskLoss,
     check_strength,

@@ -12,8 +12,7 @@ import torch
 from implicitlayer.base._records import collect
 from implicitlayer.base._sharding import beside, gathered
 from implicitlayer.base._types import PyTree
-from implicitlayer.meta._checks import check_one_per_task
-from implicitlayer.meta._method import MetaMethod, num_tasks
+from implicitlayer.meta._method import MetaMethod, check_one_per_task, num_tasks
 from implicitlayer.meta._monitor import curvature_sums, inner_sums
 from implicitlayer.meta._tasks import Episode, in_chunks
 

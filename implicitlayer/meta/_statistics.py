@@ -12,9 +12,8 @@ import torch
 from implicitlayer.base._sharding import beside, gathered
 from implicitlayer.base._tree import check_integer
 from implicitlayer.base._types import PyTree
-from implicitlayer.meta._checks import check_one_per_task
 from implicitlayer.meta._distributed import WorkerGroup
-from implicitlayer.meta._method import MetaMethod, num_tasks
+from implicitlayer.meta._method import MetaMethod, check_one_per_task, num_tasks
 from implicitlayer.meta._tasks import as_support_query, in_chunks, take_tasks
 
 # The 97.5 % quantile of the normal distribution; at hundreds of tasks Student's t differs in the third digit.

@@ -17,9 +17,8 @@ from implicitlayer.base._tree import check_integer, flatten, flatten_with_names,
 from implicitlayer.base._types import PyTree, name_of
 from implicitlayer.meta._callbacks import check_callbacks
 from implicitlayer.meta._checkpoint import CheckpointError, load_checkpoint
-from implicitlayer.meta._checks import check_number
 from implicitlayer.meta._distributed import WorkerGroup
-from implicitlayer.meta._method import MetaMethod
+from implicitlayer.meta._method import MetaMethod, check_number
 from implicitlayer.meta._monitor import ON_COLLAPSE, OnCollapse, require_tensorboard
 from implicitlayer.meta._outer import Better, OuterStep
 from implicitlayer.meta._run_folder import RunFolder
