@@ -20,7 +20,7 @@ from implicitlayer.base._optional import extra
 from implicitlayer.base._sharding import on_whole_tensors
 from implicitlayer.constrained._cones import Cones
 from implicitlayer.constrained._conic import cone_program
-from implicitlayer.constrained._qp import program_solution
+from implicitlayer.constrained._qp import program_solution, settings_of
 from implicitlayer.constrained._qp_sparse import Entries
 
 _LARGE = 300  # unknowns from which on a single program is faster with sparse matrices
@@ -137,8 +137,8 @@ class CvxpyLayer(torch.nn.Module):
             x = cone_program(data, self._cones, derivative=derivative, varying=varying, **settings)
         else:
             none = dict.fromkeys(("lower", "lb", "ub"))
-            given, own = {**matrices, **vectors, **none}, self._settings
-            x = program_solution(given, varying=varying, added=self._added, **own)[0]
+            how = settings_of(varying=varying, added=self._added, **self._settings)
+            x = program_solution({**matrices, **vectors, **none}, how)[0]
         # CVXPY's vectors are in column order
         parts = [(x[..., start : start + size], shape) for start, size, shape in self._variables]
         return tuple(_reversed(part.reshape((*batch, *reversed(shape))), len(shape)) for part, shape in parts)

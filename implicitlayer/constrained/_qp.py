@@ -134,50 +134,49 @@ def qp(
         [0.5, -0.5, 0.0]
     """
     given = {"Q": Q, "p": p, "A": A, "b": b, "G": G, "h": h, "lower": lower, "lb": lb, "ub": ub}
-    settings: dict[str, Any] = {"solver": solver, "linear_solver": linear_solver, "active_rtol": active_rtol}
-    settings |= {"on_failure": on_failure, "at_kink": at_kink, "infeasible": infeasible}
-    x, multipliers = program_solution(given, init=init, **settings)
+    settings = settings_of(solver, linear_solver, on_failure, active_rtol, at_kink)
+    x, multipliers = program_solution(given, settings, init, infeasible)
     return (x, multipliers()) if return_multipliers else x
 
 
-def program_solution(
-    given: dict[str, Any],
-    *,
-    init: Any = None,
+def settings_of(
     solver: Any = None,
     linear_solver: Any = None,
     on_failure: OnFailure = "warn",
     active_rtol: float = 1e-8,
     at_kink: AtKink = "inactive",
-    infeasible: str = "error",
     varying: Varying = None,
     added: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, Callable[[], Any]]:
-    """x, and what makes the multipliers, of the program that is given by name.
-
-    ``varying``: of :class:`Settings`; ``added``: of :class:`QuadraticSolver`.
-    """
-    options = ("at_kink", at_kink, _SIDES), ("on_failure", on_failure, _POLICIES), ("infeasible", infeasible, _MOVES)
-    for name, choice, choices in options:
+) -> _Settings:
+    """Those of :func:`qp`; ``varying``: of :class:`Settings`, ``added``: of :class:`QuadraticSolver`."""
+    for name, choice, choices in (("at_kink", at_kink, _SIDES), ("on_failure", on_failure, _POLICIES)):
         if choice not in choices:
             raise ValueError(f"{name}={choice!r} must be one of {choices}.")
-    moves = infeasible == "closest"
-    if moves and (on_failure == "mask" or _torch.transforms_active()):
-        why = "under a transform, where no value can be seen. Leave it out, or call il.qp on a batch of programs."
-        if on_failure == "mask":
-            why = "beside on_failure='mask', which makes NaN of what has no solution. Leave one of the two out."
-        raise ValueError(f"infeasible='closest' is not {why}")
     if isinstance(solver, str) and solver != "auto":
         raise ValueError(f"solver={solver!r} must be 'auto', one of il.solvers, such as DAQP(), or a function.")
-    named, tolerances = None if isinstance(solver, str) else solver, Tolerances(_STATIONARITY_RTOL, active_rtol)
-    settings = _Settings(named, linear_solver, on_failure, tolerances, at_kink, varying, added)
+    auto, tolerances = isinstance(solver, str), Tolerances(_STATIONARITY_RTOL, active_rtol)
+    return _Settings(None if auto else solver, linear_solver, on_failure, tolerances, at_kink, varying, added, auto)
+
+
+def program_solution(
+    given: dict[str, Any], settings: _Settings, init: Any = None, infeasible: str = "error"
+) -> tuple[torch.Tensor, Callable[[], Any]]:
+    """x, and what makes the multipliers, of the program that is given by name."""
+    if infeasible not in _MOVES:
+        raise ValueError(f"infeasible={infeasible!r} must be one of {_MOVES}.")
+    moves = infeasible == "closest"
+    if moves and (settings.on_failure == "mask" or _torch.transforms_active()):
+        why = "under a transform, where no value can be seen. Leave it out, or call il.qp on a batch of programs."
+        if settings.on_failure == "mask":
+            why = "beside on_failure='mask', which makes NaN of what has no solution. Leave one of the two out."
+        raise ValueError(f"infeasible='closest' is not {why}")
     found = None
     if any(is_sparse(value) for value in given.values()):
         found = _sparse_solution(given, settings, init)
         given = given if found is not None else made_dense(given)
     if found is None:
         batch, data, fold = arguments(given)
-        if isinstance(solver, str):
+        if settings.auto:
             settings = replace(settings, solver=fastest(data[1].shape[-1], batch.numel()))
         settings = settings.starting(init, fold, batch, data[5].shape[-1])
         found = _in_units(data, batch, settings, _closest if moves else _solution), fold
@@ -196,6 +195,7 @@ class _Settings:
     at_kink: AtKink
     varying: Varying = None
     added: torch.Tensor | None = None
+    auto: bool = False
     shift: torch.Tensor | None = None
 
     @property

@@ -9,6 +9,7 @@ from references import F64, randn, relative_error
 from torch import Tensor
 
 import implicitlayer as il
+from implicitlayer.constrained._qp import program_solution
 
 cp = pytest.importorskip("cvxpy", reason="cvxpy is not installed")
 if "OSQP" not in cp.installed_solvers():
@@ -92,12 +93,11 @@ def test_a_large_program_keeps_its_sparse_matrices(monkeypatch: pytest.MonkeyPat
     layer = il.from_cvxpy(problem, [p, bound], [x])
     made = []
 
-    def watched(*args: Any, **kwargs: Any) -> Tensor:
-        made.append(kwargs["Q"].layout)
-        result: Tensor = il.qp(*args, **kwargs)
-        return result
+    def watched(given: dict[str, Any], *args: Any) -> Any:
+        made.append(given["Q"].layout)
+        return program_solution(given, *args)
 
-    monkeypatch.setattr("implicitlayer.constrained._from_cvxpy.qp", watched)
+    monkeypatch.setattr("implicitlayer.constrained._from_cvxpy.program_solution", watched)
     inputs = [randn(n, seed=6).requires_grad_(), torch.tensor(0.5, dtype=F64, requires_grad=True)]
     (sparse,) = layer(*inputs)
     (dense,) = layer(inputs[0][None], inputs[1][None])  # a batch of one
