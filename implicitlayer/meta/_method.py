@@ -69,6 +69,7 @@ class MetaMethod(abc.ABC, Extension):
 
     def __call__(self, theta: PyTree, support: PyTree, query: PyTree) -> torch.Tensor:
         """Query losses [B] after adaptation."""
+        check_same_tasks(support, query)
         return self.query_losses(theta, self.adapt(theta, support), query)
 
     def inner_objective(self, phi: PyTree, theta: PyTree, support: PyTree) -> torch.Tensor:
@@ -96,6 +97,17 @@ def num_tasks(batch: PyTree) -> int:
     size = sizes.pop()
     assert size is not None
     return size
+
+
+def check_same_tasks(support: PyTree, query: PyTree) -> None:
+    """Raise ValueError where the query is of another number of tasks than the support; one would be broadcast."""
+    tasks = num_tasks(support)
+    others = {leaf.shape[0] for leaf in flatten(query)[0] if isinstance(leaf, torch.Tensor) and leaf.ndim}
+    if others and tasks not in others:
+        raise ValueError(
+            f"the support is of {tasks} tasks, the query of {' or '.join(map(str, sorted(others)))}: the leading "
+            "dimension of both counts the same tasks."
+        )
 
 
 def one_per_task(theta: PyTree, size: int) -> PyTree:

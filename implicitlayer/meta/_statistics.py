@@ -57,14 +57,18 @@ class Evaluation:
         return {name: getattr(self, name) for name in ("mean", "interval", "num_tasks", "transductive")}
 
     def __str__(self) -> str:
-        """As a percentage, with the protocol where it was stated.
+        """As a percentage where all values are shares, with the protocol where it was stated.
 
         >>> print(Evaluation(torch.tensor([1.0, 0.5, 0.75, 0.75])))
         75.0 ± 20.0 %
         >>> print(Evaluation(torch.tensor([1.0, 0.5, 0.75, 0.75]), transductive=True))
         75.0 ± 20.0 % (transductive)
+        >>> print(Evaluation(torch.tensor([-1.0, 2.0, 0.5, 0.5])))  # losses
+        0.5 ± 1.2
         """
         protocol = {None: "", True: " (transductive)", False: " (not transductive)"}[self.transductive]
+        if bool(((self.values < 0) | (self.values > 1)).any()):
+            return f"{self.mean:.3g} ± {self.interval:.2g}{protocol}"
         return f"{100 * self.mean:.1f} ± {100 * self.interval:.1f} %{protocol}"
 
 

@@ -289,12 +289,19 @@ class TrainerState:
         return state | placed | {"optimizer": state["optimizer"] | {"state": kept}}
 
     def _check_shapes(self, state: dict[str, Any]) -> None:
-        saved = [*state["theta"], *state["method"]]
-        shapes, saved_shapes = [tuple(leaf.shape) for leaf in self._leaves], [tuple(leaf.shape) for leaf in saved]
-        if shapes != saved_shapes:
-            raise ValueError(
-                f"The checkpoint holds tensors of shapes {saved_shapes}, this run has {shapes}: other settings?"
+        saved, names = [*state["theta"], *state["method"]], self._names()["theta"]
+        names = [*names, *(f"method.parameters()[{i}]" for i in range(len(self._leaves) - len(names)))]
+        if len(saved) != len(self._leaves):
+            raise CheckpointError(
+                f"the checkpoint holds {len(saved)} tensors, this run {len(self._leaves)}, {names}: other settings?"
             )
+        for name, leaf, there in zip(names, self._leaves, saved, strict=True):
+            if leaf.shape != there.shape or leaf.dtype != there.dtype:
+                raise CheckpointError(
+                    f"the checkpoint holds a {name} of shape {tuple(there.shape)} and {there.dtype}, this run one of "
+                    f"{tuple(leaf.shape)} and {leaf.dtype}: other settings? Make it as in that run, or give another "
+                    "run_dir for a new one."
+                )
 
     def _set_leaves(self, state: dict[str, Any]) -> None:
         self._check_shapes(state)

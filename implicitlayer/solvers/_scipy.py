@@ -22,6 +22,7 @@ from implicitlayer.solvers._leaves import check_attached, check_unknowns
 from implicitlayer.solvers._progress import Iteration, reporting
 
 _DERIVATIVE_FREE = ("nelder-mead", "powell", "cobyla", "cobyqa")
+_WHOLE_HESSIAN = ("dogleg", "trust-exact")
 _NEEDS_HESSIAN = ("newton-cg", "trust-ncg", "trust-krylov", "trust-constr")
 # Their status 2: the line search found no lower point ("precision loss", "abnormal"); 3 of the first three: NaN.
 _LINE_SEARCH = ("bfgs", "cg", "newton-cg", "l-bfgs-b")
@@ -76,6 +77,11 @@ class SciPyMinimize(RecordingSolver):
         progress: bool = False,
         **settings: Any,
     ) -> None:
+        if str(method).lower() in _WHOLE_HESSIAN and "hess" not in settings:
+            raise ValueError(
+                f"method={method!r} of SciPy works with the whole Hessian. Use 'trust-krylov', 'trust-ncg' or "
+                "'Newton-CG', which get its products, or pass hess=, a function of SciPy's flat vector."
+            )
         self.method, self.tol, self.options, self.settings = method, tol, dict(options or {}), settings
         self.callback, self.progress = callback, progress
 

@@ -52,6 +52,14 @@ def test_a_loss_that_is_not_one_number_per_task_is_refused(method: str, loss: An
         METHODS[method](loss)(theta(), support, query)
 
 
+@pytest.mark.parametrize("method", list(METHODS))
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_query_of_other_tasks_than_the_support_is_refused(method: str, number: int) -> None:
+    (support, _), (_, query) = Lines(0).sample(2), Lines(0).sample(number)
+    with pytest.raises(ValueError, match=rf"support is of 2 tasks, the query of {number}"):
+        METHODS[method](task_loss)(theta(), support, query)
+
+
 def test_a_loss_that_is_no_tensor_is_refused() -> None:
     support, query = Lines(0).sample(4)
     with pytest.raises(TypeError, match=re.escape("task_loss returned a float and must return a tensor [4]")):

@@ -246,8 +246,12 @@ def test_misuse_is_told_with_its_remedy(tmp_path: Path) -> None:
         make_trainer(None, tasks_per_step=0)
     trainer = make_trainer(tmp_path)
     state = trainer.state_dict() | {"theta": [torch.zeros(2)]}
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(il.meta.CheckpointError, match="other settings"):
         trainer.load_state_dict(state)
+    own = trainer.state_dict()["theta"]
+    for other in (own[0].half(), own[0][None]):
+        with pytest.raises(il.meta.CheckpointError, match=r"holds a theta\[.*other settings"):
+            trainer.load_state_dict(trainer.state_dict() | {"theta": [other, *own[1:]]})
     assert not trainer.resume()
 
 

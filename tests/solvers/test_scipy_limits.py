@@ -89,6 +89,15 @@ def test_a_method_without_bounds_is_refused_by_name() -> None:
         layer_in_a_box(il.solvers.SciPyMinimize("BFGS"))(TARGET, UPPER)
 
 
+@pytest.mark.parametrize("method", ["dogleg", "trust-exact"])
+def test_a_method_that_needs_the_whole_hessian_is_refused_by_name(method: str) -> None:
+    with pytest.raises(ValueError, match="trust-krylov"):
+        il.solvers.SciPyMinimize(method)
+    known = il.solvers.SciPyMinimize(method, hess=lambda x: 2 * np.eye(2))
+    t = torch.tensor([1.0, 2.0], dtype=torch.float64)
+    assert torch.allclose(known(lambda x: ((x - t) ** 2).sum(), torch.zeros(2, dtype=torch.float64)), t)
+
+
 def test_a_set_that_is_no_box_is_refused_by_name() -> None:
     layer = il.argmin(distance, il.solvers.SciPyMinimize(), constraint=il.sets.Simplex())
     with pytest.raises(TypeError, match=r"can pass on il.sets.Box and il.sets.NonNegative only, got Simplex"):
