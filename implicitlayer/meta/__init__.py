@@ -8,8 +8,7 @@ from implicitlayer.meta._first_order import FirstOrderMAML, Reptile
 from implicitlayer.meta._head import ANIL, ProtoNet
 from implicitlayer.meta._imaml import iMAML
 from implicitlayer.meta._method import MetaMethod, TaskLoss
-from implicitlayer.meta._monitor import CollapseError, CollapseWarning
-from implicitlayer.meta._peak_memory import PeakMemory, peak_memory
+from implicitlayer.meta._monitor import CollapseError, CollapseWarning, PeakMemory, peak_memory
 from implicitlayer.meta._statistics import Evaluation, evaluate
 from implicitlayer.meta._tasks import TaskSampler, as_support_query, cosine_decay
 from implicitlayer.meta._trainer import Trainer

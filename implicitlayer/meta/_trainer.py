@@ -27,9 +27,9 @@ from implicitlayer.meta._monitor import (
     advice,
     collapse,
     event_writer,
+    peak_memory,
     write_event,
 )
-from implicitlayer.meta._peak_memory import peak_memory
 from implicitlayer.meta._statistics import Evaluation, evaluate
 from implicitlayer.meta._tasks import Episode, largest_chunk, take_tasks
 from implicitlayer.meta._trainer_state import TrainerState, random_state, set_random_state
