@@ -21,8 +21,7 @@ from implicitlayer.equation._residual import Residual, gradient_of
 from implicitlayer.layer._forward import _check_leaf, called
 from implicitlayer.programs._interior_point_step import norm_of
 from implicitlayer.programs._kkt_active import ActiveConstraints, Conditions, Tolerances, length_of_step
-from implicitlayer.programs._kkt_linear import KktSolver
-from implicitlayer.programs._kkt_multipliers import Known, multipliers_of_lanes
+from implicitlayer.programs._kkt_linear import KktSolver, Known, multipliers_of_lanes
 
 
 @dataclass(frozen=True, eq=False)

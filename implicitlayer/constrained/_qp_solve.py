@@ -29,8 +29,7 @@ from implicitlayer.programs._backends import ActiveSet, Search
 from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolution, interior_point
 from implicitlayer.programs._interior_point_step import Data, flat_lanes, norm_of, of_each, times
 from implicitlayer.programs._kkt_active import ActiveConstraints, Tolerances
-from implicitlayer.programs._kkt_linear import Factors, KktFactors, KktMatrices, PartedFactors
-from implicitlayer.programs._kkt_multipliers import multipliers_of_lanes
+from implicitlayer.programs._kkt_linear import Factors, KktFactors, KktMatrices, PartedFactors, multipliers_of_lanes
 from implicitlayer.programs._qp_cold import LanesProof, cold_lanes, guessed_lanes
 from implicitlayer.programs._qp_exact import (
     ENOUGH,

@@ -11,8 +11,7 @@ from torch.func import grad, hessian, jacfwd, jacrev, vmap
 
 import implicitlayer as il
 from implicitlayer._errors import InfeasibleError, KinkError, KinkWarning
-from implicitlayer.programs._kkt_linear import KktFactors, KktMatrices
-from implicitlayer.programs._kkt_multipliers import multipliers, nonnegative_least_squares
+from implicitlayer.programs._kkt_linear import KktFactors, KktMatrices, multipliers, nonnegative_least_squares
 
 optimize = pytest.importorskip("scipy.optimize")
 
