@@ -1,6 +1,22 @@
-"""Exceptions and warnings. Misuse is an exception at the call; numerical trouble is a status, then a policy."""
+"""Exceptions and warnings: misuse is an exception at the call; numerical trouble is a status, then a policy."""
+
+# NOTE [one warning per kind]: Python shows a warning once per line of code and wording. Ours hold measured numbers, so
+# that a loop would show a new wording at every step. Two texts of one kind are equal here, whatever their numbers: the
+# first is shown, with its numbers, and the records hold those of all the others.
 
 from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from implicitlayer.base._types import OnFailure
+
+_SKIPPED = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
 
 
 class ImplicitLayerError(Exception):
@@ -81,3 +97,47 @@ class StationarityWarning(ImplicitLayerWarning):
 
 class KinkWarning(ImplicitLayerWarning):
     """The solution sits at a kink: its derivative is that of one side."""
+
+
+class _Text(str):
+    """A text that equals every other one of its kind; see NOTE [one warning per kind]."""
+
+    __slots__ = ("kind",)
+    kind: str
+
+    def __eq__(self, other: object) -> bool:
+        return self.kind == other.kind if isinstance(other, _Text) else str.__eq__(self, other) is True
+
+    __ne__ = object.__ne__
+
+    def __hash__(self) -> int:
+        return hash(self.kind)
+
+    def __str__(self) -> str:
+        return self
+
+
+def warn(message: str, category: type[Warning], kind: str) -> None:
+    """``warnings.warn`` at the nearest caller outside this package and torch; ``kind``: what it is about."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_SKIPPED):
+        level, frame = level + 1, frame.f_back
+    text = _Text(message)
+    text.kind = kind
+    warnings.warn(text, category, stacklevel=level + 1)
+
+
+def tell_kink(message: str, kind: str, on_failure: OnFailure) -> None:
+    """A solution that has a one-sided derivative: an error under ``"raise"``, else a warning."""
+    if on_failure == "raise":
+        raise KinkError(message)
+    warn(message, KinkWarning, kind)
+
+
+@contextmanager
+def extra(name: str, need: str) -> Iterator[None]:
+    """Imports of optional packages, whose error says what needs which package and which extra brings it."""
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(f"{need}, which is not installed: pip install 'implicitlayer[{name}]'") from error

@@ -11,12 +11,11 @@ from functools import cached_property
 
 import torch
 
-from implicitlayer._errors import NotRecordedError, StationarityError, StationarityWarning
+from implicitlayer._errors import NotRecordedError, StationarityError, StationarityWarning, warn
 from implicitlayer.base._solution import ActiveSet, LinearSolution, span
 from implicitlayer.base._status import Status
 from implicitlayer.base._tree import name_lanes
 from implicitlayer.base._types import OnFailure
-from implicitlayer.base._warn import warn
 
 # A backward pass may run on one of autograd's own threads, so the listeners are shared by all threads.
 _listeners: list[tuple[list[Record], bool]] = []

@@ -18,9 +18,8 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 
 from implicitlayer import _torch
-from implicitlayer._errors import ImplicitLayerWarning, ObjectiveError, UnsupportedTransformError
+from implicitlayer._errors import ImplicitLayerWarning, ObjectiveError, UnsupportedTransformError, warn
 from implicitlayer.base._tree import FlatOf, LeavesOf, flatten, is_data, tree_map, unflatten
-from implicitlayer.base._warn import warn
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -16,12 +16,12 @@ from implicitlayer._errors import (
     NonFiniteError,
     NotConvergedError,
     SingularError,
+    warn,
 )
 from implicitlayer.base._ritz import RitzValues
 from implicitlayer.base._status import Status
 from implicitlayer.base._tree import name_lanes
 from implicitlayer.base._types import Extension, OnFailure
-from implicitlayer.base._warn import warn
 
 
 @dataclass(frozen=True, eq=False)

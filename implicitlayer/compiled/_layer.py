@@ -20,14 +20,13 @@ from typing import Any, Literal
 import torch
 
 from implicitlayer import _torch
-from implicitlayer._errors import ImplicitLayerError, ImplicitLayerWarning, ObjectiveError
+from implicitlayer._errors import ImplicitLayerError, ImplicitLayerWarning, ObjectiveError, warn
 from implicitlayer.base._records import Record, listening
 from implicitlayer.base._solution import SolverResult
 from implicitlayer.base._status import Status
 from implicitlayer.base._surroundings import plain_surroundings, saves_by_hooks
 from implicitlayer.base._tree import flatten, unflatten
 from implicitlayer.base._types import Leaves
-from implicitlayer.base._warn import warn
 from implicitlayer.compiled._over_sets import ProxProblem, with_terms
 from implicitlayer.compiled._program import Problem, Program, closed_over
 from implicitlayer.constrained._constrained import ProxLayer

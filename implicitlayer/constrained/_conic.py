@@ -23,13 +23,12 @@ from typing import Any, ClassVar
 
 import torch
 
-from implicitlayer._errors import InfeasibleError, NotConvergedError, UnboundedError
+from implicitlayer._errors import InfeasibleError, NotConvergedError, UnboundedError, tell_kink
 from implicitlayer.base._failures import refuse, standing
 from implicitlayer.base._solution import SolverResult
 from implicitlayer.base._status import Status
 from implicitlayer.base._tree import name_lanes
 from implicitlayer.base._types import Leaves, OnFailure
-from implicitlayer.base._warn import tell_kink
 from implicitlayer.constrained._cones import ORDERS, Cones
 from implicitlayer.constrained._qp_solve import full_data
 from implicitlayer.equation._solve import Varying

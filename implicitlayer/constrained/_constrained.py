@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from implicitlayer._errors import IndefiniteError, InfeasibleError, StationarityWarning
+from implicitlayer._errors import IndefiniteError, InfeasibleError, StationarityWarning, tell_kink, warn
 from implicitlayer.base._failures import failed_lanes, marking, refuse, replaced, standing
 from implicitlayer.base._parts import Parts
 from implicitlayer.base._records import ForwardRecord
@@ -24,7 +24,6 @@ from implicitlayer.base._solution import ActiveSet
 from implicitlayer.base._surroundings import out_of_inference, outside_compiled_code, plain_surroundings
 from implicitlayer.base._tree import TreeSpec, flatten, name_lanes, ravel, tree_map, unflatten, unravel
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
-from implicitlayer.base._warn import tell_kink, warn
 from implicitlayer.constrained._prox_equation import At, ProxProblem, ProxResidual, positive, refuse_detached
 from implicitlayer.equation._capture import ClosedOver
 from implicitlayer.equation._flat import Reading, Signature, call_with, flat_function

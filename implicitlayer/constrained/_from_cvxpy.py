@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from implicitlayer import _torch
-from implicitlayer.base._optional import extra
+from implicitlayer._errors import extra
 from implicitlayer.base._sharding import on_whole_tensors
 from implicitlayer.constrained._cones import Cones
 from implicitlayer.constrained._conic import cone_program

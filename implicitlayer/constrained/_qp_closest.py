@@ -24,9 +24,8 @@ from collections.abc import Callable
 
 import torch
 
-from implicitlayer._errors import InfeasibleError, NotConvergedError
+from implicitlayer._errors import InfeasibleError, NotConvergedError, tell_kink
 from implicitlayer.base._types import OnFailure
-from implicitlayer.base._warn import tell_kink
 from implicitlayer.linear._common import NOISE
 
 # a contradiction too small for a certificate keeps the interior point from an answer

@@ -14,12 +14,12 @@ from functools import partial
 
 import torch
 
+from implicitlayer._errors import tell_kink
 from implicitlayer.base._parts import patternless
 from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._surroundings import plain_surroundings
 from implicitlayer.base._tree import leaves_norm, name_lanes, ravel, unravel
 from implicitlayer.base._types import Leaves
-from implicitlayer.base._warn import tell_kink
 from implicitlayer.equation._capture import derivatives_possible
 from implicitlayer.equation._certificate import gradient_error
 from implicitlayer.equation._distance import NOTHING_FOUND, Found, Seen

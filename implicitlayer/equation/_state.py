@@ -26,10 +26,9 @@ from typing import Any
 import torch
 
 from implicitlayer import _torch
-from implicitlayer._errors import ClosureError, ImplicitLayerWarning, ObjectiveError
+from implicitlayer._errors import ClosureError, ImplicitLayerWarning, ObjectiveError, warn
 from implicitlayer.base._surroundings import PLAINLY
 from implicitlayer.base._tree import flatten_with_names, is_data, tensors_in
-from implicitlayer.base._warn import warn
 from implicitlayer.equation._normalisation import NORMALISATIONS, wrong_third_derivative
 
 CLOSED_OVER, OF_X = 1, 2  # the bits of what is not theta's

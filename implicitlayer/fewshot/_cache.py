@@ -15,8 +15,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from implicitlayer._errors import ImplicitLayerWarning
-from implicitlayer.base._optional import extra
+from implicitlayer._errors import ImplicitLayerWarning, extra
 
 FORMAT = 1  # raise it when the meaning of a cached block changes, so that old files are left alone
 

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from implicitlayer.base._optional import extra
+from implicitlayer._errors import extra
 from implicitlayer.base._tree import check_integer
 from implicitlayer.fewshot._dataset import NUM_COLOURS, DatasetError, check_image_size
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from implicitlayer.base._optional import extra
+from implicitlayer._errors import extra
 from implicitlayer.base._tree import check_integer
 from implicitlayer.fewshot._cache import cached_images
 from implicitlayer.fewshot._dataset import ImageClasses, check_image_size, load_splits, names_of

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from implicitlayer.base._optional import extra
+from implicitlayer._errors import extra
 from implicitlayer.fewshot._cache import Files, cached_images, fingerprint, places_of
 from implicitlayer.fewshot._dataset import DatasetError, ImageClasses, check_image_size, load_splits, names_of
 

@@ -13,12 +13,12 @@ from implicitlayer._errors import (
     ObjectiveError,
     StationarityError,
     StationarityWarning,
+    warn,
 )
 from implicitlayer.base._failures import refuse
 from implicitlayer.base._parts import Parts, patternless
 from implicitlayer.base._tree import name_lanes, ravel
 from implicitlayer.base._types import Leaves, OnFailure
-from implicitlayer.base._warn import warn
 from implicitlayer.equation._distance import (
     CLEAR,
     TIGHT,

@@ -18,12 +18,11 @@ from weakref import WeakKeyDictionary
 import torch
 
 from implicitlayer import _torch
-from implicitlayer._errors import ImplicitLayerWarning
+from implicitlayer._errors import ImplicitLayerWarning, warn
 from implicitlayer.base._solution import LinearSolution, RecordingSolver, SolverResult
 from implicitlayer.base._status import Status
 from implicitlayer.base._tree import flatten, ravel, unflatten, unravel
 from implicitlayer.base._types import Leaves, PyTree
-from implicitlayer.base._warn import warn
 from implicitlayer.equation._capture import find_closed_over
 from implicitlayer.linear._operator import FlatOperator, LinearSolver
 from implicitlayer.solvers import GradientDescent

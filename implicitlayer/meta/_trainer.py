@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from implicitlayer._errors import NonFiniteError
+from implicitlayer._errors import NonFiniteError, warn
 from implicitlayer.base._types import PyTree
-from implicitlayer.base._warn import warn
 from implicitlayer.meta._callbacks import StopRequest
 from implicitlayer.meta._distributed import WorkerLostError, launch_command
 from implicitlayer.meta._meta_gradient import ChunkMetric, Totals, accumulate, means

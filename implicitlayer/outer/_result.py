@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from implicitlayer.base._optional import extra
+from implicitlayer._errors import extra
 from implicitlayer.base._status import Status
 
 

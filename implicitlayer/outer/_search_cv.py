@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from implicitlayer.base._optional import extra
+from implicitlayer._errors import extra
 from implicitlayer.outer._search_models import (
     ElasticNetModel,
     Fold,

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from implicitlayer.base._optional import extra
+from implicitlayer._errors import extra
 from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolution
 from implicitlayer.programs._interior_point_step import flat_lanes
 from implicitlayer.programs._qp_cold import cold_lanes

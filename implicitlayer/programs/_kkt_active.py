@@ -19,12 +19,11 @@ from typing import Any
 
 import torch
 
-from implicitlayer._errors import InfeasibleError, StationarityError, StationarityWarning
+from implicitlayer._errors import InfeasibleError, StationarityError, StationarityWarning, tell_kink, warn
 from implicitlayer.base._failures import refuse, standing
 from implicitlayer.base._solution import ActiveSet
 from implicitlayer.base._tree import name_lanes
 from implicitlayer.base._types import OnFailure
-from implicitlayer.base._warn import tell_kink, warn
 from implicitlayer.programs._interior_point_step import norm_of, times
 
 NOISE = 1e3  # below this many eps of everything a distance is rounding

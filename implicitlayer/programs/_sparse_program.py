@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from implicitlayer.base._optional import extra
+from implicitlayer._errors import extra
 from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolution
 from implicitlayer.programs._interior_point_single import Array, Maps, Step, Until, iterate
 from implicitlayer.programs._interior_point_step import SHIFT

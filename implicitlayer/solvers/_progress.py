@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from implicitlayer.base._optional import extra
+from implicitlayer._errors import extra
 from implicitlayer.base._solution import RecordingSolver
 from implicitlayer.solvers._leaves import check_limits
 

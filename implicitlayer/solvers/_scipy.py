@@ -9,8 +9,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from implicitlayer._errors import StationarityError
-from implicitlayer.base._optional import extra
+from implicitlayer._errors import StationarityError, extra
 from implicitlayer.base._solution import RecordingSolver, SolverResult
 from implicitlayer.base._status import Status
 from implicitlayer.base._tree import TreeSpec, flatten, leaves_norm, ravel, unflatten, unravel

@@ -3,7 +3,7 @@
 Needs the extra: ``pip install "implicitlayer[testing]"``.
 """
 
-from implicitlayer.base._optional import extra as _extra
+from implicitlayer._errors import extra as _extra
 
 with _extra("testing", "il.testing needs Hypothesis"):
     import hypothesis as _hypothesis  # noqa: F401

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
-from implicitlayer.base._optional import extra
+from implicitlayer._errors import extra
 from implicitlayer.base._solution import RecordingSolver
 from implicitlayer.base._types import Extension
 from implicitlayer.linear._operator import LinearSolver
