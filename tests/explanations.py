@@ -12,8 +12,7 @@ from references import F64
 from torch import Tensor
 
 import implicitlayer as il
-from implicitlayer.explain._explain import explain_gradient
-from implicitlayer.explain._explain_leaves import GradientExplanation
+from implicitlayer.explain._explain import GradientExplanation, explain_gradient
 
 START = torch.tensor([1.1, 0.7], dtype=F64)
 SETTINGS: dict[str, Any] = {"stationarity_rtol": None, "on_failure": "ignore", "linear_solver": il.Dense()}

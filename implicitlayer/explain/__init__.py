@@ -1,7 +1,6 @@
 """``il.explain_gradient``: why is my gradient None, or zero?"""
 
-from implicitlayer.explain._explain import explain_gradient
-from implicitlayer.explain._explain_leaves import GradientExplanation
+from implicitlayer.explain._explain import GradientExplanation, explain_gradient
 
 __all__ = [
     "GradientExplanation",
