@@ -4,32 +4,12 @@ import importlib
 import importlib.util
 import typing
 
-from implicitlayer import api, compiled, constrained, equation, explain, layer, linear, outer, programs
+from implicitlayer import _errors, api, compiled, constrained, equation, explain, layer, linear, outer, programs
 from implicitlayer import fewshot as fewshot
 from implicitlayer import meta as meta
 from implicitlayer import sets as sets
 from implicitlayer import solvers as solvers
-from implicitlayer._errors import (
-    ClosureError,
-    ConvergenceWarning,
-    ImplicitLayerError,
-    ImplicitLayerWarning,
-    IndefiniteError,
-    InfeasibleError,
-    KinkError,
-    KinkWarning,
-    LinearSolveError,
-    NonFiniteError,
-    NotConvergedError,
-    NotRecordedError,
-    ObjectiveError,
-    SingularError,
-    SolverOutputError,
-    StationarityError,
-    StationarityWarning,
-    UnboundedError,
-    UnsupportedTransformError,
-)
+from implicitlayer._errors import *
 from implicitlayer.api import *
 from implicitlayer.base._records import BackwardRecord, ForwardRecord, GradientError, diagnostics
 from implicitlayer.base._solution import ActiveSet, LinearSolution, RecordingSolver, SolverResult
@@ -55,35 +35,16 @@ __all__ = [
     "L1",
     "ActiveSet",
     "BackwardRecord",
-    "ClosureError",
-    "ConvergenceWarning",
     "ElasticNet",
     "ForwardRecord",
     "GradientError",
     "GroupL1",
-    "ImplicitLayerError",
-    "ImplicitLayerWarning",
     "ImplicitSearchCV",
-    "IndefiniteError",
-    "InfeasibleError",
-    "KinkError",
-    "KinkWarning",
     "LinearSolution",
-    "LinearSolveError",
-    "NonFiniteError",
-    "NotConvergedError",
-    "NotRecordedError",
-    "ObjectiveError",
     "Prox",
     "RecordingSolver",
-    "SingularError",
-    "SolverOutputError",
     "SolverResult",
-    "StationarityError",
-    "StationarityWarning",
     "Status",
-    "UnboundedError",
-    "UnsupportedTransformError",
     "diagnostics",
     "fewshot",
     "meta",
@@ -92,6 +53,7 @@ __all__ = [
     "testing",
 ]
 # what these rooms list is reached as il.*
+__all__ += _errors.__all__
 __all__ += api.__all__
 __all__ += compiled.__all__
 __all__ += constrained.__all__

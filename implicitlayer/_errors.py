@@ -16,6 +16,28 @@ import torch
 
 from implicitlayer.base._types import OnFailure
 
+__all__ = [
+    "ClosureError",
+    "ConvergenceWarning",
+    "ImplicitLayerError",
+    "ImplicitLayerWarning",
+    "IndefiniteError",
+    "InfeasibleError",
+    "KinkError",
+    "KinkWarning",
+    "LinearSolveError",
+    "NonFiniteError",
+    "NotConvergedError",
+    "NotRecordedError",
+    "ObjectiveError",
+    "SingularError",
+    "SolverOutputError",
+    "StationarityError",
+    "StationarityWarning",
+    "UnboundedError",
+    "UnsupportedTransformError",
+]
+
 _SKIPPED = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
 
 

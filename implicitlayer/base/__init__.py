@@ -1,3 +1,3 @@
-"""What every room uses: trees of tensors, records, statuses, warnings; nothing that knows an equation."""
+"""What every room uses: trees of tensors, records, statuses; nothing that knows an equation."""
 
 __all__: list[str] = []
