@@ -273,6 +273,11 @@ def leaves_norm(leaves: Sequence[torch.Tensor], lane_dims: int) -> torch.Tensor:
     return norm.nan_to_num(math.inf, math.inf)
 
 
+def positive(scale: torch.Tensor) -> torch.Tensor:
+    """``scale``, 1 where it is not above zero: what may be divided by."""
+    return torch.where(scale > 0, scale, 1.0)
+
+
 def tensors_in(values: Iterable[Any], found: list[torch.Tensor]) -> list[torch.Tensor]:
     for value in values:
         if isinstance(value, torch.Tensor):

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from implicitlayer.base._tree import TreeSpec, flatten, ravel, unflatten, unravel
+from implicitlayer.base._tree import TreeSpec, flatten, positive, ravel, unflatten, unravel
 from implicitlayer.base._types import Leaves
 from implicitlayer.compiled._program import MARGIN, Problem, is_tight, measure
 from implicitlayer.constrained._constrained import ROUNDINGS, ProxLayer
-from implicitlayer.constrained._prox_equation import FLOOR, positive, step_of
+from implicitlayer.constrained._prox_equation import FLOOR, step_of
 from implicitlayer.equation._distance import GROWN, NEAR
 from implicitlayer.equation._flat import Signature
 from implicitlayer.equation._residual import vjp

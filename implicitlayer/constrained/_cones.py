@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from implicitlayer.base._tree import positive
 from implicitlayer.constrained._exponential_cone import distance_to_kinks, nearest
 
 _AT_KINK = 1e-9  # eigenvalues below this, relative to the largest, count as this much: less than what is told as a kink
@@ -98,7 +99,7 @@ def _second_order(w: torch.Tensor) -> torch.Tensor:
     """w inside, 0 in the polar cone, else (1 + t / |v|) / 2 times (|v|, v)."""
     t, v = w[..., :1], w[..., 1:]
     squares = (v * v).sum(-1, keepdim=True)
-    r = torch.where(squares > 0, squares, 1.0).sqrt()  # no derivative at zero, where w or 0 is taken
+    r = positive(squares).sqrt()  # no derivative at zero, where w or 0 is taken
     half = (1 + t / r) / 2
     r_or_zero = torch.where(squares > 0, r, 0.0)
     between = torch.cat([half * r, half * v], -1)

@@ -22,9 +22,9 @@ from implicitlayer.base._records import ForwardRecord
 from implicitlayer.base._sharding import Sharding, mesh_of
 from implicitlayer.base._solution import ActiveSet
 from implicitlayer.base._surroundings import out_of_inference, outside_compiled_code, plain_surroundings
-from implicitlayer.base._tree import TreeSpec, flatten, name_lanes, ravel, tree_map, unflatten, unravel
+from implicitlayer.base._tree import TreeSpec, flatten, name_lanes, positive, ravel, tree_map, unflatten, unravel
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
-from implicitlayer.constrained._prox_equation import At, ProxProblem, ProxResidual, positive, refuse_detached
+from implicitlayer.constrained._prox_equation import At, ProxProblem, ProxResidual, refuse_detached
 from implicitlayer.equation._capture import ClosedOver
 from implicitlayer.equation._flat import Reading, Signature, call_with, flat_function
 from implicitlayer.equation._residual import Attached, Residual
@@ -312,7 +312,7 @@ def _clear(kinks: Leaves, at: At, part: float) -> Leaves:
     curved = FlatOperator(lambda v: ravel(at.curve(unravel(v, x, lane_dims)), lane_dims).detach())
     matrix = materialise(curved, ravel(x, lane_dims).detach())  # eta H
     own = matrix.diagonal(dim1=-2, dim2=-1)
-    unit = torch.where(own > 0, own, 1.0).rsqrt()
+    unit = positive(own).rsqrt()
     rows = torch.where(held.unsqueeze(-1), torch.eye(own.shape[-1], dtype=own.dtype, device=own.device), matrix)
     scaled = rows * unit.unsqueeze(-2) * torch.where(held, 1 / unit, unit).unsqueeze(-1)
     step = torch.linalg.solve_ex(scaled, (error * torch.where(held, 1 / unit, unit)).unsqueeze(-1))[0][..., 0] * unit

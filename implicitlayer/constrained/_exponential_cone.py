@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from implicitlayer.base._tree import positive
+
 Parts = tuple[torch.Tensor, ...]
 
 _STEPS = 100  # Newton's method takes about 8; halving alone 60
@@ -70,8 +72,8 @@ def distance_to_kinks(
 def _regions(w: torch.Tensor) -> Parts:
     """Whether w is in K; else whether -w is in the dual cone; else whether P(w) is on the edge y = 0."""
     r, s, t = w.unbind(-1)
-    inside = torch.where(s > 0, s * (r / torch.where(s > 0, s, 1.0)).exp() <= t, (s == 0) & (r <= 0) & (t >= 0))
-    below = r * (s / torch.where(r > 0, r, 1.0)).exp() <= -math.e * t
+    inside = torch.where(s > 0, s * (r / positive(s)).exp() <= t, (s == 0) & (r <= 0) & (t >= 0))
+    below = r * (s / positive(r)).exp() <= -math.e * t
     polar = ~inside & torch.where(r > 0, below, (r == 0) & (s <= 0) & (t <= 0))
     return inside, polar, ~inside & ~polar & (r <= 0) & (s <= 0)
 

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 import torch
 
 from implicitlayer import _torch
-from implicitlayer.base._tree import TreeSpec, flatten, ravel, unflatten, unravel
+from implicitlayer.base._tree import TreeSpec, flatten, positive, ravel, unflatten, unravel
 from implicitlayer.base._types import FlatFunction, Leaves
 from implicitlayer.equation._capture import ClosedOver
 from implicitlayer.equation._flat import Reading
@@ -275,11 +275,6 @@ class ProxResidual(Residual):
             return kept
         product = pull_back(slope, points, signs(points, len(self.levels)))
         return step_of(points, slope, product, self.lane_dims)
-
-
-def positive(scale: torch.Tensor) -> torch.Tensor:
-    """``scale``, 1 where it is zero."""
-    return torch.where(scale > 0, scale, 1.0)
 
 
 def refuse_detached(at: At) -> None:

@@ -33,7 +33,7 @@ import torch
 from implicitlayer.base._records import GradientError
 from implicitlayer.base._status import Status
 from implicitlayer.base._surroundings import plain_surroundings
-from implicitlayer.base._tree import leaves_norm, ravel, unravel
+from implicitlayer.base._tree import leaves_norm, positive, ravel, unravel
 from implicitlayer.base._types import Leaves
 from implicitlayer.equation._jacobian import Jacobian, OperatorFamily, pull_tensors
 from implicitlayer.equation._residual import Residual
@@ -206,7 +206,7 @@ def _estimate(point: _Point, r: torch.Tensor, reason: str) -> GradientError:
         inner=torch.where(known, point.per_lane(inners), math.inf),
         linear=torch.where(known, point.per_lane(linears), math.inf),
         distance=torch.where(solved, lane_norm(step), math.inf),
-        relative=torch.where(known, total / torch.where(size > 0, size, 1.0), math.inf),
+        relative=torch.where(known, total / positive(size), math.inf),
         rigorous=False,
         note=f"an estimate by one Newton step, because {reason}"
         + ("" if bool(known.all()) else "; infinite where the systems behind it could not be solved"),
@@ -246,7 +246,7 @@ def _bound(given: Assumptions, point: _Point, r: torch.Tensor) -> GradientError:
         inner=inner,
         linear=linear,
         distance=distance,
-        relative=(inner + linear) / torch.where(size > 0, size, 1.0),
+        relative=(inner + linear) / positive(size),
         rigorous=True,
         note="a bound under the layer's il.Assumptions, up to rounding",
     )

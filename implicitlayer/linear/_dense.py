@@ -12,6 +12,7 @@ import torch
 from implicitlayer import _torch
 from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._status import Status
+from implicitlayer.base._tree import positive
 from implicitlayer.linear._common import NOISE, Correction, Limits, Round, refine_direct, select
 from implicitlayer.linear._operator import FlatOperator, LinearSolver
 from implicitlayer.linear._traced import TracedSolution, TracedSystem, dense
@@ -104,8 +105,7 @@ def factorise(
     finite = matrix.isfinite().flatten(-2).all(-1)
     identity = torch.eye(n, dtype=matrix.dtype, device=matrix.device)
     matrix = torch.where(finite[..., None, None], matrix, identity)
-    size = matrix.abs().amax((-2, -1), keepdim=True)
-    size = torch.where(size > 0, size, 1.0)
+    size = positive(matrix.abs().amax((-2, -1), keepdim=True))
     matrix = matrix / size  # no overflow inside the factorisations
     # each lane has the factorisation that fits it, whatever the others are
     definite = torch.zeros(finite.shape, dtype=torch.bool, device=matrix.device)

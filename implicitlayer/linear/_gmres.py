@@ -16,6 +16,7 @@ from typing import ClassVar
 import torch
 
 from implicitlayer.base._status import Status
+from implicitlayer.base._tree import positive
 from implicitlayer.linear._common import (
     CONTINUE,
     LIMIT,
@@ -128,7 +129,7 @@ class Gmres(KrylovSolver):
             running = running & ~reached
             if k + 1 == len(basis):  # most solves end before a full cycle: grow by doubling
                 basis = torch.cat([basis, torch.zeros_like(basis)])[: size + 1]
-            basis[k + 1] = select(running, times(1 / torch.where(after > 0, after, 1.0), w))
+            basis[k + 1] = select(running, times(1 / positive(after), w))
         codes = torch.where((codes == CONTINUE) & (steps >= start.steps_left), LIMIT, codes)
         size = min(size, len(basis))
         value = _combine(basis[:size], triangle[..., :size, :size], beta.unsqueeze(-1) * rotation[..., :size, 0], rank)

@@ -31,6 +31,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from implicitlayer.base._failures import over_lanes
+from implicitlayer.base._tree import positive
 from implicitlayer.programs._interior_point_single import Until, iterate_single
 from implicitlayer.programs._interior_point_step import (
     FARTHEST,
@@ -171,12 +172,10 @@ def _solve(
     """
     Q, p, A, b, G, h = data
     Q = (Q + Q.mT) / 2
-    rows = [torch.linalg.vector_norm(t, dim=-1) for t in (A, G)]
-    equality, inequality = (torch.where(r > 0, r, 1.0) for r in rows)
+    equality, inequality = (positive(torch.linalg.vector_norm(t, dim=-1)) for t in (A, G))
     A, b, G, h = A / equality[..., None], b / equality, G / inequality[..., None], h / inequality
     Q, p = Q * (size**2)[:, None, None], p * size[:, None]
-    cost = torch.maximum(_largest(Q), _largest(p))
-    cost = torch.where(cost > 0, cost, 1.0)
+    cost = positive(torch.maximum(_largest(Q), _largest(p)))
     program = Q / cost[:, None, None], p / cost[:, None], A, b / size[:, None], G, (h / size[:, None]).clamp(max=_MOVED)
     found = _iterate(program, rtol, max_steps, report)
     codes = found.codes.clone()
@@ -195,12 +194,11 @@ def _sizes(data: Data) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     Q, p, A, b, G, h = data
     norms = [torch.linalg.vector_norm(t, dim=-1) for t in (A, G)]
-    right = torch.cat([t.abs() / torch.where(r > 0, r, 1.0) for t, r in zip((b, h), norms, strict=True)], -1)
+    right = torch.cat([t.abs() / positive(r) for t, r in zip((b, h), norms, strict=True)], -1)
     borders, largest_q, largest_p = _largest(right), _largest(Q), _largest(p)
     objective = torch.where((largest_q > 0) & (largest_p > 0), largest_p / largest_q, 0.0)
     objective = torch.where(objective.isfinite(), objective, 0.0)
-    both = torch.maximum(borders, objective)
-    both = torch.where(both > 0, both, 1.0)
+    both = positive(torch.maximum(borders, objective))
     borders = torch.where(borders > 0, borders, both)
     if not right.shape[-1]:
         return borders, both, both
@@ -262,7 +260,7 @@ def _iterate_lanes(data: Data, rtol: float, max_steps: int, report: Report | Non
         mean = product.sum(-1) / max(m, 1)
         length = _length(point, first, 1.0)
         moved = point.moved(first, length)
-        sigma = ((moved.s * moved.z).sum(-1) / max(m, 1) / torch.where(mean > 0, mean, 1.0)) ** 3
+        sigma = ((moved.s * moved.z).sum(-1) / max(m, 1) / positive(mean)) ** 3
         target = product + (length**2)[:, None] * first.s * first.z - (sigma.clamp(0, 1) * mean)[:, None]
         second = newton.solve(left, target, point.z, point.s)
         point = point.moved(second, _length(point, second, TO_BOUNDARY)).where(running, point)

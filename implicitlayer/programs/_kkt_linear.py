@@ -25,6 +25,7 @@ import torch
 
 from implicitlayer.base._solution import LinearSolution
 from implicitlayer.base._status import Status
+from implicitlayer.base._tree import positive
 from implicitlayer.linear._common import NOISE, Correction, Limits, Round, lane_norm, refine_direct
 from implicitlayer.linear._operator import FlatOperator, LinearSolver, default_rtol
 from implicitlayer.programs._units import units_by_curvature
@@ -76,7 +77,7 @@ class KktFactors:
         # K~ = D K D with largest entry of H one and rows of J of length one; NOTE [units of unknowns] of ``_units``
         size = H.abs().flatten(-2).amax(-1) if self.n else held.new_zeros(held.shape[:-1])
         unit = units_by_curvature(H.diagonal(dim1=-2, dim2=-1))
-        self.of_x = torch.where(size > 0, size, 1.0).rsqrt()[..., None].expand(*held.shape[:-1], self.n)
+        self.of_x = positive(size).rsqrt()[..., None].expand(*held.shape[:-1], self.n)
         self.of_x = self.of_x if unit is None else torch.where((unit != 1).any(-1, keepdim=True), unit, self.of_x)
         self.J = J * self.of_x[..., None, :]
         norms = torch.linalg.vector_norm(self.J, dim=-1)
@@ -333,8 +334,7 @@ def multipliers(
     One problem: gradient [n], rows_h [e, n], rows_g [m, n], near bool [m]. Of several lambda the smallest is taken.
     """
     # Rows of length one: what is fitted does not depend on the units of a constraint.
-    h_norms, g_norms = (torch.linalg.vector_norm(rows, dim=-1) for rows in (rows_h, rows_g))
-    h_norms, g_norms = torch.where(h_norms > 0, h_norms, 1.0), torch.where(g_norms > 0, g_norms, 1.0)
+    h_norms, g_norms = (positive(torch.linalg.vector_norm(rows, dim=-1)) for rows in (rows_h, rows_g))
     equations = (rows_h / h_norms[:, None]).mT
     forces = (rows_g / g_norms[:, None])[near].mT
     inverse = torch.linalg.pinv(equations) if equations.shape[-1] else equations.mT

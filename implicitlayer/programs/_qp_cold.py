@@ -24,6 +24,7 @@ from functools import cached_property
 
 import torch
 
+from implicitlayer.base._tree import positive
 from implicitlayer.programs._interior_point import ProgramStatus, QuadraticSolution
 from implicitlayer.programs._interior_point_step import INDEPENDENT, Data, flat_lanes, norm_of, times
 from implicitlayer.programs._kkt_active import FEW, ActiveConstraints, Conditions, held_first
@@ -146,7 +147,7 @@ class LanesProof:
         filled = [torch.zeros_like(like) if part is None else part for part, like in zip(v, parts, strict=True)]
         b = torch.cat([filled[0], mask * torch.cat(filled[1:], -1)], -1)
         largest = b.abs().amax(-1, keepdim=True)
-        b = b / torch.where(largest > 0, largest, 1.0)
+        b = b / positive(largest)
         lengths = self.factors.lengths.reshape(*b.shape[:-1], -1)
         u, D = self.factors.solve(b[..., None])[..., 0], self.factors.units.reshape(b.shape)
         force, sizes = norm_of(torch.cat(parts[1:], -1) * lengths), norm_of(D * b)
@@ -181,7 +182,7 @@ class _System:
         self.n, self.e = p.shape[-1], b.shape[-1]
         rows, g = torch.cat([A, G], -2), torch.cat([b, h], -1)
         size, lengths = Q.abs().flatten(1).amax(-1), torch.linalg.vector_norm(rows, dim=-1)
-        self.size, self.lengths = torch.where(size > 0, size, 1.0), torch.where(lengths > 0, lengths, 1.0)
+        self.size, self.lengths = positive(size), positive(lengths)
         self.rows, self.g = rows / self.lengths[..., None], g / self.lengths
         L, info = torch.linalg.cholesky_ex(Q / self.size[:, None, None])
         pivots = L.diagonal(dim1=-2, dim2=-1)

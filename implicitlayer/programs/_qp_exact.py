@@ -26,6 +26,7 @@ from operator import itemgetter
 
 import torch
 
+from implicitlayer.base._tree import positive
 from implicitlayer.programs._interior_point import QuadraticSolution
 from implicitlayer.programs._interior_point_step import Data, flat_lanes, of_each, times
 from implicitlayer.programs._kkt_active import NOISE, Conditions, length_of_step
@@ -62,7 +63,7 @@ def conditions(program: Data, x: torch.Tensor, dtype: torch.dtype) -> Conditions
     Q, p, A, b, G, h = program
     Qx = times(Q, x)
     largest_q, largest_p = Q.abs().flatten(-2).amax(-1), p.abs().amax(-1)
-    pull = torch.where(largest_q > 0, largest_p / torch.where(largest_q > 0, largest_q, 1.0), 0.0)
+    pull = torch.where(largest_q > 0, largest_p / positive(largest_q), 0.0)
     pull = torch.where(pull.isfinite(), pull, 0.0)
     eps = torch.finfo(dtype).eps
     return Conditions(x, x, Qx + p, Qx, times(A, x) - b, A, times(G, x) - h, G, eps, pull, sides=(b, h))
@@ -128,9 +129,9 @@ def violation(program: Data, at: QuadraticSolution, where: Conditions | None = N
     force, distance = _sides(at.inequality.clamp(min=0), where)
     slope = left_of(program, at.equality, at.inequality.clamp(min=0), where)
     norms = where.norms_h
-    equations = (where.h / torch.where(norms > 0, norms, 1.0)).abs() / _length(where)[..., None]
+    equations = (where.h / positive(norms)).abs() / _length(where)[..., None]
     slack = torch.minimum(force, distance.clamp(min=0))  # complementarity: one of the two is zero
-    still = torch.linalg.vector_norm(slope, dim=-1) / _above_zero(where.scale)
+    still = torch.linalg.vector_norm(slope, dim=-1) / positive(where.scale)
     parts = [still[..., None], equations, (-distance).clamp(min=0), slack]
     return torch.cat(parts, -1).amax(-1).nan_to_num(torch.inf)
 
@@ -223,16 +224,12 @@ def left_of(program: Data, y: torch.Tensor, z: torch.Tensor, where: Conditions) 
 
 def _sides(z: torch.Tensor, where: Conditions) -> tuple[torch.Tensor, torch.Tensor]:
     """Forces relative to the terms of the gradient, and signed distances relative to a length of the program."""
-    force = z * where.norms_g / _above_zero(where.scale)[..., None]
+    force = z * where.norms_g / positive(where.scale)[..., None]
     return force, where.border_distance / _length(where)[..., None]
 
 
 def _length(where: Conditions) -> torch.Tensor:
     return torch.maximum(where.size, where.reach)
-
-
-def _above_zero(scale: torch.Tensor) -> torch.Tensor:
-    return torch.where(scale > 0, scale, 1.0)
 
 
 def factorised(program: Data, held: torch.Tensor) -> KktFactors:

@@ -17,7 +17,7 @@ import torch
 from implicitlayer._errors import InfeasibleError
 from implicitlayer.base._failures import refuse
 from implicitlayer.base._status import Status
-from implicitlayer.base._tree import name_lanes
+from implicitlayer.base._tree import name_lanes, positive
 from implicitlayer.linear._common import NOISE
 from implicitlayer.programs._interior_point import ProgramStatus
 from implicitlayer.programs._interior_point_step import Data, times
@@ -57,8 +57,7 @@ def independent_equations(data: Data, eps: float) -> Equations | None:
     e, n = A.shape[-2:]
     if e < 2:
         return None
-    lengths = torch.linalg.vector_norm(A, dim=-1)
-    lengths = torch.where(lengths > 0, lengths, 1.0)
+    lengths = positive(torch.linalg.vector_norm(A, dim=-1))
     rows, sides = A / lengths[..., None], b / lengths
     finite = rows.isfinite().flatten(-2).all(-1) & sides.isfinite().all(-1)
     factor, info = torch.linalg.cholesky_ex(rows @ rows.mT)
@@ -104,8 +103,7 @@ class RankFactors:
         self.r, self.e = self.to_new.shape[-2:]
         self.n = rows.shape[-1]
         of_x, _, of_rest = self._split(factors.units[..., None], self.r)
-        lengths = torch.linalg.vector_norm(rows * of_x.mT, dim=-1)
-        of_rows = torch.where(lengths > 0, 1 / torch.where(lengths > 0, lengths, 1.0), 1.0)
+        of_rows = 1 / positive(torch.linalg.vector_norm(rows * of_x.mT, dim=-1))
         self.units = torch.cat([of_x[..., 0], of_rows, of_rest[..., 0]], -1)
 
     def _split(self, vectors: torch.Tensor, middle: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 from implicitlayer import _torch
 from implicitlayer.base._parts import Parts
 from implicitlayer.base._sharding import anywhere, is_sharded, largest, summed_up
-from implicitlayer.base._tree import check_dim, flatten, tree_map, unflatten
+from implicitlayer.base._tree import check_dim, flatten, positive, tree_map, unflatten
 from implicitlayer.base._types import Leaves
 from implicitlayer.sets._set import ConvexSet, norm_in_units, norm_of, unit_of
 from implicitlayer.sets._term import (
@@ -209,7 +209,7 @@ class Affine(ConvexSet):
         flat = joined(x, lane_dims)
         a, b = self._data(flat)
         size = norm_of(a.flatten(-2))
-        return norm_of((a @ flat.unsqueeze(-1))[..., 0] - b) / torch.where(size > 0, size, 1.0)
+        return norm_of((a @ flat.unsqueeze(-1))[..., 0] - b) / positive(size)
 
 
 @dataclass(frozen=True, eq=False)

@@ -37,6 +37,7 @@ from implicitlayer.base._tree import (
     TreeSpec,
     flatten,
     leaves_like,
+    positive,
     ravel,
     tree_map,
     unflatten,
@@ -262,8 +263,7 @@ def kink_distances(prox: Callable[[Any], Any], y: Any, lane_dims: int) -> Any:
     """How far the nearest kink is, entry by entry: 0 within sqrt(eps) of the size of y, _FAR of it; NaN if unknown."""
     leaves, spec = flatten(y)
     here = flatten(prox(y))[0]
-    size = largest_of(joined(y, lane_dims))
-    size = torch.where(size > 0, size, 1.0)
+    size = positive(largest_of(joined(y, lane_dims)))
     directions = signs(leaves, lane_dims)  # with entries between 1.25 and 2: without a period, the same in every lane
     for i, leaf in enumerate(leaves):
         shape = leaf.shape[lane_dims:]
