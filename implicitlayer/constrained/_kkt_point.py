@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from implicitlayer._errors import NonFiniteError, SolverOutputError
@@ -244,7 +244,7 @@ class Caller:
         if self.batched or not lanes:
             found = self._call(problem, init, spec, theta, lanes)
         else:
-            every = list(itertools.product(*(range(size) for size in lanes)))
+            every = list(np.ndindex(lanes))
             one = torch.Size()
             parts = [self._call(problem.of_lane(lane), [t[lane] for t in init], spec, theta, one) for lane in every]
             x = [

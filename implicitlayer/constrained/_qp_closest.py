@@ -19,9 +19,9 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from implicitlayer._errors import InfeasibleError, NotConvergedError, tell_kink
@@ -48,7 +48,7 @@ def closest(data: Program, batch: torch.Size, solve: Solve, on_failure: OnFailur
     their rank, and x by a jump.
     """
     found = []
-    for lane in itertools.product(*(range(size) for size in batch)):
+    for lane in np.ndindex(batch):
         one = tuple(t.expand(*batch, *t.shape[len(batch) :])[lane] for t in data) if batch else data
         try:
             found.append(solve(one, None, False))

@@ -241,7 +241,7 @@ def _call_solver(spec: LayerSpec, init: Leaves, theta: Leaves) -> tuple[list[tup
     if not batched:
         single = Residual(residual.function, residual.is_gradient, residual.lane_dims_of_function, parts=residual.parts)
     results = []
-    for lane in itertools.product(*(range(size) for size in init[0].shape[: len(residual.levels)])):
+    for lane in np.ndindex(init[0].shape[: len(residual.levels)]):
         at = [slice(index, index + 1) if batched else index for index in lane]
         lane_theta = []
         for i, tensor in enumerate(theta):

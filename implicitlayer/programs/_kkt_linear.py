@@ -15,12 +15,12 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from implicitlayer.base._solution import LinearSolution
@@ -310,7 +310,7 @@ def multipliers_of_lanes(
 
     gradient [*lanes, n], rows_h [*lanes, e, n], rows_g [*lanes, m, n], near bool [*lanes, m].
     """
-    lanes = itertools.product(*(range(size) for size in near.shape[:-1]))
+    lanes = np.ndindex(near.shape[:-1])
     y, z = torch.zeros_like(rows_h[..., 0]), torch.zeros_like(rows_g[..., 0])
     for lane, (known_y, known_z) in zip(lanes, known, strict=True):
         slope, equations, border = gradient[lane], rows_h[lane], near[lane]
