@@ -29,7 +29,7 @@ from implicitlayer.base._tree import flatten, tree_map, unflatten
 from implicitlayer.constrained._constrained import ProxLayer
 from implicitlayer.constrained._kkt import ConstrainedLayer
 from implicitlayer.constrained._qp import qp
-from implicitlayer.constrained._qp_sparse import Entries, is_sparse
+from implicitlayer.constrained._qp_arguments import Entries, is_sparse
 from implicitlayer.equation._capture import plainly_impossible
 from implicitlayer.layer._layer import ImplicitLayer, without_aux
 from implicitlayer.programs._interior_point_step import times

@@ -21,7 +21,7 @@ from implicitlayer.base._sharding import on_whole_tensors
 from implicitlayer.constrained._cones import Cones
 from implicitlayer.constrained._conic import cone_program
 from implicitlayer.constrained._qp import program_solution, settings_of
-from implicitlayer.constrained._qp_sparse import Entries
+from implicitlayer.constrained._qp_arguments import Entries
 
 _LARGE = 300  # unknowns from which on a single program is faster with sparse matrices
 _DATA = ("Q", "p", "A", "b", "G", "h")

@@ -17,11 +17,18 @@ from implicitlayer.base._tree import TreeSpec, flatten
 from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
 from implicitlayer.constrained._kkt import AtKink, KktLayer
 from implicitlayer.constrained._kkt_lagrangian import Unknowns
-from implicitlayer.constrained._qp_arguments import RANKS, Fold, arguments, on_all_levels
+from implicitlayer.constrained._qp_arguments import (
+    RANKS,
+    Entries,
+    Fold,
+    arguments,
+    is_sparse,
+    made_dense,
+    on_all_levels,
+)
 from implicitlayer.constrained._qp_closest import UNSOLVED, Program, Solution, closest
 from implicitlayer.constrained._qp_function import ProvedProgram, Pull, by_data, in_plain_surroundings
 from implicitlayer.constrained._qp_solve import Proof, QuadraticSolver, forces_beside, full_data, is_single, searched
-from implicitlayer.constrained._qp_sparse import Entries, is_sparse, made_dense
 from implicitlayer.equation._capture import ClosedOver, derivatives_possible
 from implicitlayer.equation._flat import Signature
 from implicitlayer.equation._jacobian import Graph

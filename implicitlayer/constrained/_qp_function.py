@@ -17,8 +17,8 @@ from implicitlayer import _torch
 from implicitlayer.base._records import listening
 from implicitlayer.base._surroundings import saves_by_hooks
 from implicitlayer.base._types import Leaves
+from implicitlayer.constrained._qp_arguments import Entries
 from implicitlayer.constrained._qp_solve import Proof
-from implicitlayer.constrained._qp_sparse import Entries
 from implicitlayer.equation._capture import derivatives_possible
 from implicitlayer.equation._solve import alive, over_batched_vectors
 from implicitlayer.linear._operator import default_rtol
