@@ -18,6 +18,12 @@ def name_of(function: Any) -> str:
     return str(getattr(function, "__name__", type(function).__name__))
 
 
+def check_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    """Raise ValueError for what is none of the values ``allowed``."""
+    if value not in allowed:
+        raise ValueError(f"{name}={value!r} must be one of {allowed}.")
+
+
 class Objective(Protocol):
     """``objective(x, *theta) -> 0-d tensor`` in plain torch code; x and every theta are pytrees."""
 

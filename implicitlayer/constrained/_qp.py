@@ -14,7 +14,7 @@ from implicitlayer.base._failures import marking
 from implicitlayer.base._sharding import on_whole_tensors
 from implicitlayer.base._surroundings import outside_compiled_code
 from implicitlayer.base._tree import TreeSpec, flatten
-from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
+from implicitlayer.base._types import FlatFunction, Leaves, OnFailure, check_one_of
 from implicitlayer.constrained._kkt import AtKink, KktLayer
 from implicitlayer.constrained._kkt_lagrangian import Unknowns
 from implicitlayer.constrained._qp_arguments import (
@@ -45,7 +45,6 @@ from implicitlayer.programs._sparse_program import SparseProgram, sparse_proof
 from implicitlayer.programs._units import unit_of_unknowns
 
 _STATIONARITY_RTOL = 1e-6
-_SIDES, _POLICIES, _MOVES = get_args(AtKink), get_args(OnFailure), ("error", "closest")
 
 
 @outside_compiled_code
@@ -156,9 +155,8 @@ def settings_of(
     added: torch.Tensor | None = None,
 ) -> _Settings:
     """Those of :func:`qp`; ``varying``: of :class:`Settings`, ``added``: of :class:`QuadraticSolver`."""
-    for name, choice, choices in (("at_kink", at_kink, _SIDES), ("on_failure", on_failure, _POLICIES)):
-        if choice not in choices:
-            raise ValueError(f"{name}={choice!r} must be one of {choices}.")
+    check_one_of("at_kink", at_kink, get_args(AtKink))
+    check_one_of("on_failure", on_failure, get_args(OnFailure))
     if isinstance(solver, str) and solver != "auto":
         raise ValueError(f"solver={solver!r} must be 'auto', one of il.solvers, such as DAQP(), or a function.")
     auto, tolerances = isinstance(solver, str), Tolerances(_STATIONARITY_RTOL, active_rtol)
@@ -169,8 +167,7 @@ def program_solution(
     given: dict[str, Any], settings: _Settings, init: Any = None, infeasible: str = "error"
 ) -> tuple[torch.Tensor, Callable[[], Any]]:
     """x, and what makes the multipliers, of the program that is given by name."""
-    if infeasible not in _MOVES:
-        raise ValueError(f"infeasible={infeasible!r} must be one of {_MOVES}.")
+    check_one_of("infeasible", infeasible, ("error", "closest"))
     moves = infeasible == "closest"
     if moves and (settings.on_failure == "mask" or _torch.transforms_active()):
         why = "under a transform, where no value can be seen. Leave it out, or call il.qp on a batch of programs."

@@ -15,7 +15,7 @@ from implicitlayer.base._parts import patternless
 from implicitlayer.base._sharding import Sharding, mesh_of, whole
 from implicitlayer.base._surroundings import out_of_inference, outside_compiled_code, plain_surroundings
 from implicitlayer.base._tree import TreeSpec, flatten, leaves_like, like_x, name_lanes, ravel, unflatten, unravel
-from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
+from implicitlayer.base._types import FlatFunction, Leaves, OnFailure, check_one_of
 from implicitlayer.equation._capture import find_closed_over
 from implicitlayer.equation._flat import Signature, flat_function, flat_parts, refuse_not_differentiated
 from implicitlayer.equation._jacobian import Curvature, Jacobian, OperatorFamily
@@ -265,8 +265,7 @@ def linear_solve(
         >>> a.grad.tolist()  # d(1/a)/da = -1/a^2
         [-0.25, -0.0625]
     """
-    if negative_curvature not in POLICIES:
-        raise ValueError(f"negative_curvature={negative_curvature!r} must be one of {POLICIES}.")
+    check_one_of("negative_curvature", negative_curvature, POLICIES)
     refuse_forward_over_forward()
     solver = solver if solver is not None else ConjugateGradient()
     leaves, spec = flatten(rhs)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import is_dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -25,7 +25,7 @@ from implicitlayer.linear._minres import Minres
 from implicitlayer.linear._operator import FlatOperator
 
 NegativeCurvature = Literal["raise", "truncate", "damp", "minres", "gauss_newton"]
-POLICIES = ("raise", "truncate", "damp", "minres", "gauss_newton")
+POLICIES = get_args(NegativeCurvature)
 # The solution of another system: its derivative is not that of A^-1 b.
 CHANGES_THE_SYSTEM = ("truncate", "damp", "gauss_newton")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
@@ -16,7 +16,7 @@ from implicitlayer.base._records import CallRecords, Record
 from implicitlayer.base._sharding import WHOLE, Sharding, mesh_of
 from implicitlayer.base._surroundings import announce, name_limit, out_of_inference, outside_compiled_code
 from implicitlayer.base._tree import CopiesFunctions, TreeSpec, flatten, flatten_with_names, like_x, tree_map, unflatten
-from implicitlayer.base._types import FlatFunction, Leaves, OnFailure
+from implicitlayer.base._types import FlatFunction, Leaves, OnFailure, check_one_of
 from implicitlayer.equation._capture import (
     ClosedOver,
     derivatives_possible,
@@ -42,7 +42,6 @@ from implicitlayer.layer._forward import Calling, Constraints
 from implicitlayer.layer._function import ImplicitArgmin, LayerSpec
 from implicitlayer.layer._roles import check_settings, tell_arguments
 
-_POLICIES = ("raise", "warn", "ignore", "mask")
 Kind = Literal["argmin", "root", "fixed_point"]
 _without_graph = torch.Tensor.detach  # of init, which may be an earlier answer: backward would enter its graph
 
@@ -83,16 +82,14 @@ class ImplicitLayer(CopiesFunctions):
         check_settings(self, ("function", "solver", "linear_solver"), (), ("polish", "batch_dims", "damping"))
         if self.batch_dims and isinstance(self.function, Composite) and self.function.squares:
             self.function = least_squares(self.function.model, batch_dims=self.batch_dims)
-        if self.on_failure not in _POLICIES:
-            raise ValueError(f"on_failure={self.on_failure!r} must be one of {_POLICIES}.")
+        check_one_of("on_failure", self.on_failure, get_args(OnFailure))
         if self.stationarity_rtol is not None and not self.stationarity_rtol >= 0:
             raise ValueError(
                 f"stationarity_rtol={self.stationarity_rtol} must be non-negative, or None to switch the check off."
             )
         if self.curvature not in ("hessian", "gauss_newton"):
             raise ValueError(f"curvature={self.curvature!r} must be 'hessian' or 'gauss_newton'.")
-        if self.negative_curvature not in POLICIES:
-            raise ValueError(f"negative_curvature={self.negative_curvature!r} must be one of {POLICIES}.")
+        check_one_of("negative_curvature", self.negative_curvature, POLICIES)
         if not isinstance(self.assumptions, Assumptions | None):
             raise TypeError(f"assumptions must be il.Assumptions(...), got {type(self.assumptions).__name__}.")
 

@@ -9,7 +9,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -141,7 +141,7 @@ def write_event(writer: Any, record: dict[str, Any]) -> None:
 
 
 OnCollapse = Literal["warn", "rollback", "stop"]
-ON_COLLAPSE = ("warn", "rollback", "stop")
+ON_COLLAPSE = get_args(OnCollapse)
 
 # NOTE [collapse]: meta-training sharpens the support loss. Once its largest curvature passes 2 / step - strength, inner
 # gradient descent with a fixed step raises its own objective, the point that it ends at is no minimum, and the implicit

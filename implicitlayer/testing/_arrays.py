@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from implicitlayer.base._types import check_one_of
+
 # A scale up to here leaves room for conditions up to 1e20 below it and for products of a few factors above.
 MAX_LOG10_SCALE = {torch.float64: 200, torch.float32: 25}
 SINGULAR_KINDS = ("positive semidefinite", "symmetric", "general")
@@ -155,11 +157,6 @@ def check_number(name: str, value: Any, low: float, high: float, remedy: str) ->
     number = isinstance(value, Real) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not low <= value <= high:
         raise ValueError(f"{name}={value!r} must be a number from {low} to {high}. {remedy}")
-
-
-def check_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}={value!r} must be one of {allowed}.")
 
 
 _COUNTS = "It counts the unknowns; pass an int, or a strategy such as st.integers(1, 12)."

@@ -11,9 +11,9 @@ import torch
 
 from implicitlayer._errors import ImplicitLayerWarning, LinearSolveError, StationarityError, StationarityWarning
 from implicitlayer.base._solution import SolverResult
+from implicitlayer.base._types import check_one_of
 from implicitlayer.layer._layer import ImplicitLayer
 from implicitlayer.testing._answers import another_problem, check_followed
-from implicitlayer.testing._arrays import check_one_of
 from implicitlayer.testing._differences import DENSE_LIMIT, Accuracy
 from implicitlayer.testing._lanes import check_double, check_vmap
 from implicitlayer.testing._modes import LAYERS, SAFE_RTOL, Check, check_jvp, check_objective, check_vjp

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 
 from implicitlayer.base._solution import LinearSolution, RecordingSolver
-from implicitlayer.base._types import name_of
+from implicitlayer.base._types import check_one_of, name_of
 from implicitlayer.linear._operator import FlatOperator, LinearSolver, default_rtol
-from implicitlayer.testing._arrays import check_one_of
 
 SYSTEMS = ("positive definite", "symmetric", "general", "contraction")
 Dtypes = Sequence[torch.dtype]

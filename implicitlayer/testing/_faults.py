@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from implicitlayer._errors import NonFiniteError, SolverOutputError, StationarityWarning
 from implicitlayer.base._tree import flatten, tree_map, unflatten
-from implicitlayer.testing._arrays import check_one_of
+from implicitlayer.base._types import check_one_of
 from implicitlayer.testing._strategies import checked
 
 Solver = Callable[..., Any]

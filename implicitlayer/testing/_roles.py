@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from implicitlayer.testing._arrays import check_one_of
+from implicitlayer.base._types import check_one_of
 from implicitlayer.testing._families import _Problem
 
 Gradients = list[torch.Tensor | None]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.errors import InvalidArgument
 
 from implicitlayer.base._tree import flatten, unflatten, unravel
+from implicitlayer.base._types import check_one_of
 from implicitlayer.testing import _arrays as arrays
 from implicitlayer.testing import _families as families
 from implicitlayer.testing._families import ArgminProblem, RootProblem
@@ -89,7 +90,7 @@ def singular_matrices(
     if isinstance(rank, int) and isinstance(n, int):
         checked(lambda value: arrays.check_rank(value, n), rank)
     sizes = None if n is None else as_strategy(n, arrays.check_size)
-    kinds = as_strategy(kind, lambda value: arrays.check_one_of("kind", value, arrays.SINGULAR_KINDS))
+    kinds = as_strategy(kind, lambda value: check_one_of("kind", value, arrays.SINGULAR_KINDS))
     scales, dtypes = _scales_and_dtypes(log10_scale, dtype)
 
     def of_rank(rank: int) -> st.SearchStrategy[torch.Tensor]:
@@ -246,7 +247,7 @@ def relayout(tensor: torch.Tensor, layout: str) -> torch.Tensor:
         >>> il.testing.relayout(ones, "strided").stride(), il.testing.relayout(ones, "expanded").stride()
         ((6, 2), (0, 0))
     """
-    arrays.check_one_of("layout", layout, LAYOUTS)
+    check_one_of("layout", layout, LAYOUTS)
     values = tensor.detach()
     if layout == "offset":
         storage = torch.full((values.numel() + 7,), torch.nan).to(values.dtype)
@@ -305,7 +306,7 @@ def cotangent(
         >>> il.testing.cotangent({"a": torch.zeros(2), "b": torch.zeros(())}, "unit", seed=1, log10_scale=3)
         {'a': tensor([   0., 1000.]), 'b': tensor(0.)}
     """
-    arrays.check_one_of("kind", kind, COTANGENTS)
+    check_one_of("kind", kind, COTANGENTS)
     arrays.check_seed(seed)
     leaves, spec = flatten(like)
     short = any(leaf.dtype == torch.float32 for leaf in leaves)
