@@ -243,7 +243,7 @@ class QuadraticSolver:
             wrong_by=None if proved else error_of_x(program, solution),
             undecided=None if proved else doubtful,
         )
-        self._refuse(solution, active)
+        self._refuse(solution)
         return found, active, held
 
     def _solved(self, program: Data, proof: Proof | None, eps: float) -> tuple[Exact, torch.Tensor]:
@@ -338,7 +338,7 @@ class QuadraticSolver:
         solution = found.solution.filled(lanes, other.solution.lanes(better))
         return replace(found, solution=replace(solution, steps=found.solution.steps), error=error)
 
-    def _refuse(self, solution: QuadraticSolution, active: ActiveConstraints) -> None:
+    def _refuse(self, solution: QuadraticSolution) -> None:
         """A program without a solution is an error, named by its lanes."""
         codes = solution.codes
         errors: dict[ProgramStatus, type[Exception]] = {

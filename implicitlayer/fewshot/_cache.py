@@ -53,7 +53,7 @@ def cached_images(
     key: Sequence[object],
     shape: tuple[int, ...],
     build: Callable[[], Iterable[NDArray[np.uint8]]],
-    cache_dir: str | Path | None = None,
+    cache_dir: str | Path | None,
 ) -> NDArray[np.uint8]:
     """The uint8 array that ``build()`` makes, from disk when it was made before from the same ``key``.
 

@@ -76,14 +76,14 @@ def ink(codepoint: int, face: str) -> Any:
     return square
 
 
-def descriptor(codepoint: int, face: str, side: int = 24) -> NDArray[np.float32] | None:
-    """A blurred picture ``[side + 4, side + 4]`` of unit norm: equal letters have equal ones, whatever their size."""
+def descriptor(codepoint: int, face: str) -> NDArray[np.float32] | None:
+    """A blurred picture ``[28, 28]`` of unit norm: equal letters have equal ones, whatever their size."""
     picture = ink(codepoint, face)
     if picture is None:
         return None
     from PIL import Image
 
-    small = np.asarray(picture.resize((side, side), Image.Resampling.BOX), dtype=np.float32)
+    small = np.asarray(picture.resize((24, 24), Image.Resampling.BOX), dtype=np.float32)
     blurred = np.pad(small, 2)
     for axis in (0, 1):
         blurred = 0.25 * np.roll(blurred, 1, axis) + 0.5 * blurred + 0.25 * np.roll(blurred, -1, axis)

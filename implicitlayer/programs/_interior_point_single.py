@@ -51,7 +51,7 @@ def iterate_single(data: Data, until: Until) -> Outcome:
     """Solve the only lane of ``data`` (finite, normalised, every tensor [1, ...] in float64 on the CPU)."""
     Q, p, A, b, G, h = arrays = tuple(np.ascontiguousarray(t.detach()[0].numpy()) for t in data)
     maps = Maps(*(product(matrix) for matrix in (Q, A, A.T, G, G.T)))
-    return iterate((p, b, h), maps, partial(_Step, data, arrays, maps), until)
+    return iterate((p, b, h), maps, partial(_Step, data, arrays), until)
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,7 +165,7 @@ def _moved(
 class _Step:
     """The factors of one step's matrix; where Cholesky is not accurate, those of :class:`Newton`."""
 
-    def __init__(self, data: Data, arrays: tuple[Array, ...], maps: Maps, weights: Array) -> None:
+    def __init__(self, data: Data, arrays: tuple[Array, ...], weights: Array) -> None:
         Q, _, A, _, G, _ = arrays
         self.e = len(A)
         matrix = torch.mm(torch.from_numpy(G.T), torch.from_numpy(weights[:, None] * G)).numpy()

@@ -126,7 +126,7 @@ class SparseSystem:
         return found * norm
 
 
-def sparse_proof(program: SparseProgram, start: Mask | None = None) -> SingleProof | None:
+def sparse_proof(program: SparseProgram, start: Mask | None) -> SingleProof | None:
     """The proved solution; None where it is not found, or not as clear as NOTE [sparse proof] wants it.
 
     ``start``: inequalities whose solution is tried first.
