@@ -27,31 +27,24 @@ class OperatorFamily(Protocol):
     @property
     def lane_dims(self) -> int:
         """Leading dimensions of u that enumerate independent systems."""
-        ...
 
     def transpose(self) -> OperatorFamily:
         """The family of transposes."""
-        ...
 
     def with_level(self, has_lanes: tuple[bool, ...], randomness: str) -> OperatorFamily:
         """One more outermost level of lanes, which the tensors marked True have."""
-        ...
 
     def always_has_lanes(self, index: int) -> bool:
         """Whether tensor ``index`` needs the lanes of every level."""
-        ...
 
     def product(self, u: Leaves, tensors: Leaves) -> Leaves:
         """A(tensors) u by torch.func, differentiable in both."""
-        ...
 
     def linearize(self, tensors: Leaves) -> FlatOperator:
         """The flat operator at plain tensors."""
-        ...
 
     def gauss_newton(self, tensors: Leaves) -> FlatOperator:
         """The same with the Gauss-Newton matrix, where there is one."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
