@@ -250,7 +250,7 @@ class EpisodeSampler(TaskStream[EpisodeBatch]):
         return bool((self._counts < self._images.shape[1]).any())
 
     def _draw(self, random: np.random.Generator, num_tasks: int) -> EpisodeBatch:
-        # One row of numbers for each task: NOTE [task numbers] in `_stream`.
+        # One row of numbers for each task: NOTE [task numbers] at :class:`TaskStream`.
         ways, examples = self.num_ways, self._images.shape[1]
         parts = np.cumsum([self._num_available, ways * examples])
         by_class, by_example, by_turn = np.split(random.random((num_tasks, int(parts[-1]) + ways)), parts, axis=1)
