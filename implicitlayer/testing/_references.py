@@ -139,7 +139,7 @@ def pull(x: Leaves, points: Leaves, cotangents: Leaves, **how: Any) -> list[torc
     return list(torch.autograd.grad(outputs, points, vectors, allow_unused=True, **how))
 
 
-def filled(gradients: list[torch.Tensor | None], like: Leaves) -> list[torch.Tensor]:
+def filled(gradients: Sequence[torch.Tensor | None], like: Leaves) -> list[torch.Tensor]:
     """Flat float64 gradients; None counts as zero."""
     return [plain(torch.zeros_like(t) if g is None else g).reshape(-1) for g, t in zip(gradients, like, strict=True)]
 
@@ -227,8 +227,7 @@ class DenseSystem:
             if value.requires_grad:
                 grads = torch.autograd.grad(value, [*x, *points], retain_graph=True, allow_unused=True)
             read = [r or g is not None for r, g in zip(read, grads[len(x) :], strict=True)]
-            filled = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, [*x, *points], strict=True)]
-            rows.append([plain(g).reshape(-1) for g in filled])
+            rows.append(filled(grads, [*x, *points]))
         matrix = torch.stack([torch.cat(row[: len(x)]) for row in rows])
         parts = [torch.stack([row[len(x) + j] for row in rows]) for j in range(len(points))]
         values = torch.linalg.svdvals(matrix) if bool(matrix.isfinite().all()) else matrix.new_full((1,), torch.nan)
