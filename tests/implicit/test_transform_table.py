@@ -156,4 +156,7 @@ is called once for all lanes (`batched = True`).
 custom `autograd.Function` a zero tangent there, without a word, so the layer raises. Use `torch.func.hessian` (forward
 over reverse) or `jacfwd(jacrev(...))`.
 
+`torch.func.functionalize`, `torch.export` and `torch.jit.trace` do not take a layer: torch has no rule there for a
+custom `autograd.Function`, and says so in words of its own. Inside `torch.compile`: [compiled layers](compiled.md).
+
 """
