@@ -152,6 +152,7 @@ class _Steps:
         norm: ``L ||z - x||`` of the last step; ``tolerance``: what it is to reach, known after the first step.
         steps: how many, int64 [*lanes].
         before: z and the slope there, one step ago.
+        beginning: whether a lane may have no step yet; ``whole``: whether all lanes are known to have made this one.
     """
 
     STATE: tuple[str, ...] = (
@@ -177,7 +178,7 @@ class _Steps:
         self.before = self.z, self.slope
         self.momentum = Momentum(None, torch.ones_like(curvature))
         self.watch = StallWatch.unset(curvature, problem.dtype)
-        self.on_host = rounds_between_syncs(self.x) == 1
+        self.on_host, self.beginning, self.whole = rounds_between_syncs(self.x) == 1, True, False
         self.running = torch.full_like(self.reached, settings.max_steps > 0)
 
     def run(self) -> SolverResult:
@@ -211,16 +212,20 @@ class _Steps:
             return
         if self.settings.accelerated or there is None:  # else z is the point of the trial
             there = self.problem.value_and_gradient(self.z)
-        self.slope, self.value = self._chosen(made, there[0], self.slope), torch.where(made, there[1], self.value)
+        self.slope = self._chosen(made, there[0], self.slope)
+        self.value = there[1].double() if self.whole else torch.where(made, there[1].double(), self.value)
 
     def _step(self, made: torch.Tensor, new: torch.Tensor) -> None:
         """These lanes go to ``new``."""
         z, slope, dims = self.z, self.slope, self.problem.lane_dims
+        self.whole = self.on_host and bool(made.all())
         self.norm = torch.where(made, self.curvature * self.problem.norm(z - new), self.norm)
-        scale = torch.maximum(self.norm, self.problem.norm(slope))
-        first = torch.clamp(self.settings.rtol * scale, min=self.settings.atol)
-        self.tolerance = torch.where(made & (self.steps == 0), first, self.tolerance)
+        if self.beginning:
+            scale = torch.maximum(self.norm, self.problem.norm(slope))
+            first = torch.clamp(self.settings.rtol * scale, min=self.settings.atol)
+            self.tolerance = torch.where(made & (self.steps == 0), first, self.tolerance)
         self.steps = self.steps + made
+        self.beginning = not (self.on_host and (self.whole or bool(self.steps.all())))
         if self.settings.has_tolerance:
             at, g = self.before
             doubt = lambda: contradiction([z], [slope], ([at], [g]), self.curvature, dims)  # noqa: E731
@@ -258,7 +263,7 @@ class _Steps:
         return self.running & ~enough & self.value.isfinite() & (size > 0) & (self.trials < _MAX_DOUBLINGS)
 
     def _chosen(self, lanes: torch.Tensor, new: torch.Tensor, old: torch.Tensor) -> torch.Tensor:
-        return new if self.on_host and bool(lanes.all()) else torch.where(lanes.unsqueeze(-1), new, old)
+        return new if self.whole else torch.where(lanes.unsqueeze(-1), new, old)
 
 
 def _column(per_lane: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
