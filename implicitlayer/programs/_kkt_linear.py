@@ -28,7 +28,6 @@ from implicitlayer.base._status import Status
 from implicitlayer.base._tree import positive
 from implicitlayer.linear._common import NOISE, Correction, Limits, Round, lane_norm, refine_direct
 from implicitlayer.linear._operator import FlatOperator, LinearSolver, default_rtol
-from implicitlayer.programs._units import units_by_curvature
 
 _BALANCED = 1e-6  # of what is left of the rows, as the forces weigh it, where rounding allows no less
 _SUSPICIOUS = 1e4  # a pivot below this many times the noise sends the lane the slow way
@@ -74,17 +73,14 @@ class KktFactors:
         self.n, self.held, self.eps = H.shape[-1], held, eps
         finite = H.isfinite().flatten(-2).all(-1) & J.isfinite().flatten(-2).all(-1)
         H, J = (torch.where(finite[..., None, None], t, 0.0) for t in ((H + H.mT) / 2, J))
-        # K~ = D K D with largest entry of H one and rows of J of length one; NOTE [units of unknowns] of ``_units``
+        # K~ = D K D with largest entry of H one and rows of J of length one
         size = H.abs().flatten(-2).amax(-1) if self.n else held.new_zeros(held.shape[:-1])
-        unit = units_by_curvature(H.diagonal(dim1=-2, dim2=-1))
-        self.of_x = positive(size).rsqrt()[..., None].expand(*held.shape[:-1], self.n)
-        self.of_x = self.of_x if unit is None else torch.where((unit != 1).any(-1, keepdim=True), unit, self.of_x)
-        self.J = J * self.of_x[..., None, :]
-        norms = torch.linalg.vector_norm(self.J, dim=-1)
-        self.of_rows = torch.where(norms > 0, 1 / norms, 1.0)
-        self.units = torch.cat([self.of_x, self.of_rows], -1)
-        self.H = H * self.of_x[..., None] * self.of_x[..., None, :]
-        self.J = self.J * self.of_rows[..., None]
+        self.of_x = positive(size).rsqrt()[..., None]
+        norms = torch.linalg.vector_norm(J, dim=-1)
+        self.of_rows = torch.where(norms > 0, 1 / norms, 1.0) / torch.where(norms > 0, self.of_x, 1.0)
+        self.units = torch.cat([self.of_x.expand(*held.shape[:-1], self.n), self.of_rows], -1)
+        self.H = H * (self.of_x * self.of_x)[..., None]
+        self.J = J * self.of_x[..., None] * self.of_rows[..., None]
         self.curvature = torch.full_like(norms[..., :1].sum(-1), math.inf)
         self.slow: _NullSpace | None = None
         good = self._factorise()
@@ -92,7 +88,7 @@ class KktFactors:
         if not bool((good | ~finite).all()):
             self.slow = _NullSpace(self.H, self.J, eps)
             self.codes = torch.where(good, self.codes, self.slow.codes)
-            lowest = self.slow.lowest / self.of_x.square().mean(-1) if self.n else self.slow.lowest
+            lowest = self.slow.lowest / (self.of_x[..., 0] * self.of_x[..., 0])
             self.curvature = torch.where(good, self.curvature, lowest)
         self.flat = torch.zeros_like(good) if self.slow is None else self.slow.flat & ~good
         self.good = good

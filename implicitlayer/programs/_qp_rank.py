@@ -103,7 +103,7 @@ class RankFactors:
         self.r, self.e = self.to_new.shape[-2:]
         self.n = rows.shape[-1]
         of_x, _, of_rest = self._split(factors.units[..., None], self.r)
-        of_rows = 1 / positive(torch.linalg.vector_norm(rows * of_x.mT, dim=-1))
+        of_rows = 1 / positive(torch.linalg.vector_norm(rows, dim=-1)) / of_x[..., :1, 0]
         self.units = torch.cat([of_x[..., 0], of_rows, of_rest[..., 0]], -1)
 
     def _split(self, vectors: torch.Tensor, middle: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

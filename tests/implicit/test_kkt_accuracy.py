@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kkt_problems import bound, squares
-from references import F64, randn, relative_error
+from references import F64
 
 import implicitlayer as il
 from implicitlayer._errors import InfeasibleError, KinkWarning
@@ -94,23 +94,3 @@ def test_a_force_below_the_tolerance_is_that_of_a_kink_and_one_above_holds_the_b
     found = layer.active_set
     assert found is not None
     assert (int(found.num_kinks), int(found.num_active)) == ((1, 0) if share < 1 else (0, 1))
-
-
-@pytest.mark.parametrize("ratio", [1e4, 1e5, 1e6, 1e-4, 1e-6])
-def test_gradients_do_not_depend_on_the_units_of_the_unknowns(ratio: float) -> None:
-    """The same problem in units of its own, of condition below 20, is the reference."""
-    n = 6
-    A = randn(n, n, seed=1)
-    Q, c = A @ A.mT / n + torch.eye(n, dtype=F64), (2 * randn(n, seed=2)).requires_grad_()
-
-    def slope(units: torch.Tensor) -> torch.Tensor:
-        layer = il.constrained_argmin(
-            lambda x, c: 0.5 * (x / units) @ Q @ (x / units) - c @ (x / units) + 0.1 * ((x / units) ** 4).sum(),
-            il.solvers.SQP(),
-            equality=lambda x, c: (x / units).sum()[None] - 0.2,
-        )
-        x = layer(torch.zeros(n, dtype=F64), c)
-        return torch.autograd.grad((x / units) @ randn(n, seed=3), c)[0]
-
-    units = torch.where(torch.arange(n) % 2 == 0, ratio, 1.0).double()
-    assert relative_error(slope(units), slope(torch.ones(n, dtype=F64))) < 1e-9
