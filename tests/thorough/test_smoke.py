@@ -50,6 +50,21 @@ def test_a_few_problems_of_every_family_hold(family: Family) -> None:
     assert outcomes and not [o for o in outcomes if o.verdict in FAILURES]
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        "n=5,rows=6,first=9,second=6,form=0,seed=60992",
+        "n=9,rows=9,first=8,second=6,form=0,seed=74413",
+        "n=5,rows=4,first=6,second=9,form=0,seed=97834",
+    ],
+)
+def test_programs_whose_curvatures_are_far_apart_by_themselves_have_right_gradients(case: str) -> None:
+    """Where a dense solve in units made of these curvatures was off by 1e-8 to 3e-5, without a word."""
+    family = next(family for family in FAMILIES if family.name == "programs")
+    assert isinstance(family, DrawnFamily)
+    assert family.one(family.integers(case)).verdict == RIGHT
+
+
 def test_which_problems_are_drawn_depends_on_seed_and_number_only() -> None:
     together = list(QUADRATIC.outcomes(5, 0, 4))
     assert together == [*QUADRATIC.outcomes(5, 0, 1), *QUADRATIC.outcomes(5, 1, 3)]
